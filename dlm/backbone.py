@@ -1,0 +1,144 @@
+"""Where a model's first weights come from: random numbers, or a causal language model made bidirectional."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from dlm.config import FAMILIES, MaskedDiffusionConfig
+from dlm.errors import CheckpointError, ConfigError
+from dlm.model import MaskedDiffusionModel
+from dlm.tokenizer import prepare_tokenizer
+
+
+@dataclass(frozen=True)
+class ScratchConfig:
+    """Shape of a model that starts from random weights (Llama architecture).
+
+    Args:
+        hidden_size: width D of the model.
+        num_hidden_layers: number of layers.
+        num_attention_heads: attention heads per layer.
+        intermediate_size: width of the feed-forward part.
+        vocab_size: tokens of the byte-level BPE tokenizer that is trained on the data.
+        max_position_embeddings: longest window in tokens.
+    """
+
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    intermediate_size: int = 1408
+    vocab_size: int = 16384
+    max_position_embeddings: int = 2048
+
+    def __post_init__(self) -> None:
+        """Check that the heads divide the width."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+
+
+def from_scratch(config: ScratchConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> MaskedDiffusionModel:
+    """A Llama-type model with random weights for `tokenizer`."""
+    shape = {**vars(config), "model_type": "llama", "vocab_size": len(tokenizer), "tie_word_embeddings": True}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MaskedDiffusionModel(_diffusion_config(shape, tokenizer, shift=False))
+
+
+def from_causal_lm(
+    path: str, *, template: str = "chatml", shift: bool = True, dtype: torch.dtype = torch.float32
+) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
+    """Turn an autoregressive checkpoint into a masked diffusion model that is ready to be fine-tuned.
+
+    The weights are kept, attention becomes all-to-all, and a mask token is added whose embedding is the
+    mean of the others (arXiv 2410.17891).
+
+    Args:
+        path: hub id, folder, or `.gguf` file of a Llama, Qwen2 or Qwen3 model.
+        template: name of the chat template to record, or "model" for the checkpoint's own.
+        shift: whether the state at i-1 keeps predicting token i.
+        dtype: type of the weights.
+
+    Raises:
+        CheckpointError: when the checkpoint cannot be read or is of another family.
+    """
+    where = _location(path)
+    try:
+        config = AutoConfig.from_pretrained(**where)
+        if config.model_type not in FAMILIES:
+            raise CheckpointError(
+                f"{path}: family {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        causal = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path}: cannot be read as a causal language model ({_first_line(error)})") from error
+    prepare_tokenizer(tokenizer, template)
+    return _wrap(causal, tokenizer, shift), tokenizer
+
+
+def _location(path: str) -> dict[str, Any]:
+    """Arguments of transformers' `from_pretrained` for a hub id, a folder or a .gguf file."""
+    if not path.endswith(".gguf"):
+        return {"pretrained_model_name_or_path": path}
+    file = Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+
+
+def _diffusion_config(
+    backbone: dict[str, Any], tokenizer: PreTrainedTokenizerBase, shift: bool
+) -> MaskedDiffusionConfig:
+    return MaskedDiffusionConfig(
+        backbone=backbone,
+        vocab_size=max(backbone["vocab_size"], len(tokenizer)),
+        num_tokens=len(tokenizer),
+        mask_token_id=tokenizer.mask_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        shift=shift,
+        tie_word_embeddings=bool(backbone.get("tie_word_embeddings", False)),
+        initializer_range=float(backbone.get("initializer_range", 0.02)),
+    )
+
+
+_NOT_ARCHITECTURE = ("quantization_config", "_name_or_path", "_model_name_or_path", "architectures", "transformers_version", "dtype")
+
+
+def _wrap(causal: Any, tokenizer: PreTrainedTokenizerBase, shift: bool) -> MaskedDiffusionModel:
+    """Move the weights of a causal LM into a `MaskedDiffusionModel`, mask row included."""
+    backbone = {k: v for k, v in causal.config.to_diff_dict().items() if k not in _NOT_ARCHITECTURE}
+    backbone.update(model_type=causal.config.model_type, vocab_size=causal.config.vocab_size)
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+        backbone.setdefault(key, getattr(causal.config, key))
+    backbone["tie_word_embeddings"] = bool(causal.config.tie_word_embeddings)
+    config = _diffusion_config(backbone, tokenizer, shift)
+    known = causal.get_input_embeddings().weight.shape[0]
+    used = min(known, len(tokenizer) - 1)
+    causal.resize_token_embeddings(config.vocab_size, mean_resizing=False)
+    with torch.no_grad():
+        for table in (causal.get_input_embeddings().weight, causal.get_output_embeddings().weight):
+            table[known:] = table[:used].mean(dim=0)
+            table[config.mask_token_id] = table[:used].mean(dim=0)
+    causal.config.is_causal, causal.config.use_cache = False, False
+    with torch.device("meta"):
+        model = MaskedDiffusionModel(config)
+    model.backbone = causal.model
+    model.lm_head.weight = causal.get_output_embeddings().weight
+    model.tie_weights()
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error's message, or its class name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

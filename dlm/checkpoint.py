@@ -1,0 +1,117 @@
+"""Loading: a path or hub id in, a model and its tokenizer out, or one clear error."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
+
+from dlm.backbone import from_causal_lm
+from dlm.config import FAMILIES, MaskedDiffusionConfig
+from dlm.errors import CheckpointError, unknown_name
+from dlm.model import MaskedDiffusionModel
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    path: str | Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    attn_implementation: str | None = None,
+) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
+    """Load a masked diffusion model for inference or further training.
+
+    Args:
+        path: folder or hub id of a checkpoint of this toolkit; also a causal LM (folder, hub id or
+            `.gguf` file), which is made bidirectional and has then still to be trained.
+        device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
+        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 on a GPU, float32 on a CPU.
+        attn_implementation: transformers' name of the attention kernel; by default flash-attn where it
+            is installed and applies, else SDPA.
+
+    Returns:
+        The model in evaluation mode on `device`, and its tokenizer.
+
+    Raises:
+        CheckpointError: when there is no such checkpoint, a file is missing or truncated, weights are
+            missing, or the model family is not supported.
+        ConfigError: for an unknown `dtype`.
+    """
+    path = str(path)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, ["auto", *DTYPES])
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    torch_dtype = DTYPES[dtype]
+    if path.endswith(".gguf") or model_type(path) in FAMILIES:
+        logger.warning("%s is an autoregressive model: made bidirectional, not yet trained to fill masks", path)
+        model, tokenizer = from_causal_lm(path, dtype=torch_dtype)
+    else:
+        model, tokenizer = _load_diffusion(path, torch_dtype)
+    model.set_attn_implementation(attn_implementation or _attention_for(device, torch_dtype))
+    return model.to(device).eval(), tokenizer
+
+
+def _attention_for(device: str, dtype: torch.dtype) -> str:
+    """flash-attn on CUDA in half precision when it is installed, else PyTorch's SDPA."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return "flash_attention_2" if device.startswith("cuda") and half and is_flash_attn_2_available() else "sdpa"
+
+
+def model_type(path: str) -> str:
+    """The `model_type` of a folder's or hub repository's config.json."""
+    folder = Path(path)
+    if folder.exists():
+        file = folder / "config.json"
+        if not file.is_file():
+            raise CheckpointError(f"{path}: not a checkpoint (no config.json in it)")
+        try:
+            return str(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{path}: config.json is damaged ({error})") from error
+    try:
+        return str(AutoConfig.from_pretrained(path).model_type)
+    except Exception as error:
+        raise CheckpointError(f"{path}: no such folder, and not a model that the hub could give") from error
+
+
+def _load_diffusion(path: str, dtype: torch.dtype) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:
+        raise CheckpointError(f"{path}: config.json cannot be used ({error})") from error
+    if not isinstance(config, MaskedDiffusionConfig):
+        raise CheckpointError(
+            f"{path}: model type {config.model_type!r} is neither a masked diffusion checkpoint of this toolkit "
+            f"nor one of {', '.join(FAMILIES)}"
+        )
+    try:
+        model, info = MaskedDiffusionModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise CheckpointError(f"{path}: weights or tokenizer missing, truncated or damaged ({error})") from error
+    _check(path, model, tokenizer, info)
+    return model, tokenizer
+
+
+def _check(path: str, model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase, info: dict[str, Any]) -> None:
+    """Refuse a checkpoint that would load and then produce noise."""
+    wrong = sorted(info.get("missing_keys") or []) + sorted(str(k) for k in info.get("mismatched_keys") or [])
+    if wrong:
+        raise CheckpointError(f"{path}: {len(wrong)} weights are missing or of another shape, the first is {wrong[0]}")
+    if tokenizer.mask_token_id != model.config.mask_token_id or len(tokenizer) != model.config.num_tokens:
+        raise CheckpointError(
+            f"{path}: tokenizer and model do not belong together (mask token {tokenizer.mask_token_id} against "
+            f"{model.config.mask_token_id}, {len(tokenizer)} tokens against {model.config.num_tokens})"
+        )

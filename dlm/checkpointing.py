@@ -1,0 +1,81 @@
+"""Checkpoints of a run: which ones are whole, which one to resume from, which ones to delete.
+
+A checkpoint counts once `complete.json` stands in it. That file is written last, after everything else is
+on disk, and lists every file with its size; a kill at any moment leaves either a whole checkpoint or one
+that is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+MARKER = "complete.json"
+_NAME = re.compile(r"^checkpoint-(\d+)$")
+
+
+def mark_complete(folder: str | Path, step: int) -> None:
+    """Flush a checkpoint to disk and mark it as whole."""
+    folder = Path(folder)
+    sizes = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _flush(file)
+        sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
+    partial = folder / f"{MARKER}.partial"
+    partial.write_text(json.dumps({"step": step, "files": sizes}, indent=1), encoding="utf-8")
+    _flush(partial)
+    os.replace(partial, folder / MARKER)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Whether a checkpoint is marked as whole and every file still has its recorded size."""
+    folder = Path(folder)
+    try:
+        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def complete_checkpoints(run: str | Path) -> list[Path]:
+    """The whole checkpoints of a run folder, oldest first."""
+    found = [path for path in Path(run).glob("checkpoint-*") if _NAME.match(path.name) and is_complete(path)]
+    return sorted(found, key=_step)
+
+
+def last_checkpoint(run: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run folder, or None."""
+    return (complete_checkpoints(run) or [None])[-1]
+
+
+def keep_last(run: str | Path, count: int, best: str | None = None) -> None:
+    """Delete all but the newest `count` whole checkpoints; `best` and anything newer always stay."""
+    for old in complete_checkpoints(run)[: -max(1, count)]:
+        if best is None or old.name != Path(best).name:
+            (old / MARKER).unlink()
+            shutil.rmtree(old)
+
+
+def discard_incomplete(run: str | Path) -> list[str]:
+    """Delete the half-written checkpoints that a kill left behind; returns their names."""
+    broken = [p for p in Path(run).glob("checkpoint-*") if _NAME.match(p.name) and not is_complete(p)]
+    for path in broken:
+        shutil.rmtree(path)
+    return sorted(path.name for path in broken)
+
+
+def _step(path: Path) -> int:
+    match = _NAME.match(path.name)
+    return int(match.group(1)) if match else -1

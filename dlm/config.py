@@ -1,0 +1,67 @@
+"""What is written to `config.json`: the backbone's own configuration and what diffusion adds to it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from dlm.errors import ConfigError
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+"""Backbone families (transformers `model_type`) whose attention can be made bidirectional."""
+
+
+class MaskedDiffusionConfig(PreTrainedConfig):
+    """Configuration of a `MaskedDiffusionModel`.
+
+    Attributes:
+        backbone: configuration of the Hugging Face decoder inside, as a dictionary with `model_type`.
+        vocab_size: rows of the embedding, the mask token's included.
+        num_tokens: tokens that the tokenizer knows; ids from here on never come out.
+        mask_token_id: id of the mask token.
+        eos_token_id: id of the token that ends an answer.
+        shift: True when the state at i-1 predicts token i (backbones that were autoregressive).
+        training: how the checkpoint was made (initialisation, data, template, objective, steps).
+        generation: defaults of `dlm generate` for this checkpoint (decoder, window, steps …).
+    """
+
+    model_type = "masked_diffusion"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["hidden"]
+
+    backbone: dict[str, Any] | None = None
+    vocab_size: int = 0
+    num_tokens: int = 0
+    mask_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    shift: bool = False
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    is_causal: bool = False
+    training: dict[str, Any] | None = None
+    generation: dict[str, Any] | None = None
+
+    def backbone_config(self) -> PreTrainedConfig:
+        """The backbone's configuration object, told to attend in both directions.
+
+        Raises:
+            ConfigError: when the family is not one of `FAMILIES`.
+        """
+        settings = dict(self.backbone or {})
+        family = settings.pop("model_type", None)
+        if family not in FAMILIES:
+            raise ConfigError(f"backbone family {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+        settings.update(vocab_size=self.vocab_size, is_causal=False, use_cache=False)
+        return AutoConfig.for_model(family, **settings)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the hidden states."""
+        return int((self.backbone or {})["hidden_size"])
+
+    @property
+    def max_positions(self) -> int:
+        """Longest window, in tokens, that the backbone's positions were made for."""
+        return int((self.backbone or {}).get("max_position_embeddings", 2048))

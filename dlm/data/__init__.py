@@ -1,0 +1,1 @@
+"""Data: rows in, batches of windows out."""

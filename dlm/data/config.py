@@ -1,0 +1,46 @@
+"""The settings of the data side; importable without torch, so that `dlm train --help` is fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where rows come from and how they become windows.
+
+    Args:
+        source: hub id (tatsu-lab/alpaca), a .json, .jsonl or .json.gz file of Alpaca rows (instruction,
+            input, output), chat rows (messages) or plain rows (text), or "rules" for the built-in tasks.
+        split: split of a hub data set.
+        limit: use only the first so many rows; 0 for all.
+        validation_rows: rows held out from the end for validation.
+        window: length L of a training window in tokens, prompt included.
+        windows: "fixed" fills every row with EOS up to the window (the paper); "grouped" batches rows of
+            similar length, each with a random EOS tail (much cheaper).
+        eos_tail: longest random EOS tail of a grouped row, in tokens.
+        eos_loss: "first" puts the loss on the answer and its first EOS, "all" also on the EOS padding.
+    """
+
+    source: str = "tatsu-lab/alpaca"
+    split: str = "train"
+    limit: int = 0
+    validation_rows: int = 500
+    window: int = 256
+    windows: Literal["fixed", "grouped"] = "fixed"
+    eos_tail: int = 64
+    eos_loss: Literal["first", "all"] = "first"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.window < 8:
+            raise ConfigError(f"window must be at least 8 tokens, got {self.window}")
+        for name in ("limit", "validation_rows", "eos_tail"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name, choices in (("windows", ("fixed", "grouped")), ("eos_loss", ("first", "all"))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")

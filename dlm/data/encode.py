@@ -1,0 +1,106 @@
+"""Encoding: rows of text to token ids with an exact boundary between prompt and answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from dlm.errors import DataError
+from dlm.tokenizer import encode_prompt, encode_text
+
+
+@dataclass(frozen=True)
+class EncodingReport:
+    """What became of the rows; written to the run folder and printed."""
+
+    read: int
+    kept: int
+    dropped_empty: int
+    """Rows whose answer is empty."""
+    dropped_long_prompt: int
+    """Rows whose prompt fills the window, so that nothing is left to learn."""
+    truncated: int
+    """Rows whose answer was cut at the window's end (they carry no EOS)."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.read} rows read, {self.kept} kept, {self.dropped_empty} dropped (empty answer), "
+            f"{self.dropped_long_prompt} dropped (prompt longer than the window), {self.truncated} truncated"
+        )
+
+    def as_dict(self) -> dict[str, int]:
+        """The counts by name."""
+        return asdict(self)
+
+
+def encode_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, window: int) -> tuple[Dataset, EncodingReport]:
+    """Tokenise rows; cached by `datasets` under the rows, the tokenizer and the window.
+
+    An instruction row becomes prompt + answer + EOS, cut at `window`. A text row (empty prompt) becomes as
+    many windows as it fills, so that nothing of it is lost.
+
+    Returns:
+        A data set with `input_ids` (list of int), `prompt_length` and `length` (int, tokens), and the counts.
+
+    Raises:
+        DataError: when no row is left.
+    """
+    key = hashlib.sha256(
+        json.dumps(
+            [rows._fingerprint, window, tokenizer.chat_template, tokenizer.backend_tokenizer.to_str()]
+        ).encode()
+    ).hexdigest()[:32]
+    encoded = rows.map(
+        _encode_batch,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer, "window": window},
+        remove_columns=rows.column_names,
+        new_fingerprint=key,
+        desc="Tokenising",
+    )
+    fates = encoded["fate"]
+    count = {fate: sum(f == fate for f in fates) for fate in ("empty", "long_prompt", "truncated")}
+    kept = encoded.filter(
+        lambda fate: [f in ("whole", "truncated") for f in fate],
+        batched=True,
+        input_columns="fate",
+        new_fingerprint=f"{key}-kept",
+        desc="Dropping rows",
+    )
+    if len(kept) == 0:
+        raise DataError(f"none of the {len(rows)} rows can be used with a window of {window} tokens")
+    report = EncodingReport(len(rows), len(kept), count["empty"], count["long_prompt"], count["truncated"])
+    return kept.remove_columns("fate"), report
+
+
+def _encode_batch(
+    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, window: int
+) -> dict[str, list[Any]]:
+    out: dict[str, list[Any]] = {"input_ids": [], "prompt_length": [], "length": [], "fate": []}
+    for prompt, answer in zip(batch["prompt"], batch["answer"], strict=True):
+        for ids, boundary, fate in _encode_row(prompt, answer, tokenizer, window):
+            out["input_ids"].append(ids)
+            out["prompt_length"].append(boundary)
+            out["length"].append(len(ids))
+            out["fate"].append(fate)
+    return out
+
+
+def _encode_row(
+    prompt: list[dict[str, str]], answer: str, tokenizer: PreTrainedTokenizerBase, window: int
+) -> list[tuple[list[int], int, str]]:
+    """(ids, prompt length, fate) of each window that a row gives; one, unless it is long plain text."""
+    if not answer.strip():
+        return [([], 0, "empty")]
+    before = encode_prompt(tokenizer, prompt) if prompt else []
+    if len(before) >= window:
+        return [([], 0, "long_prompt")]
+    ids = before + encode_text(tokenizer, answer) + [tokenizer.eos_token_id]
+    if prompt:
+        return [(ids[:window], len(before), "truncated" if len(ids) > window else "whole")]
+    return [(ids[start : start + window], 0, "whole") for start in range(0, len(ids), window)]

@@ -1,0 +1,167 @@
+"""Reading: a hub id or a local file in, rows of (prompt messages, answer) out.
+
+Three kinds of row are understood, whatever the file:
+
+- Alpaca: `instruction`, optional `input`, `output`;
+- chat: `messages` (or `conversations`), the last turn being the assistant's;
+- text: `text`, no prompt, everything maskable (pretraining).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, Value, load_dataset
+from datasets import List as Sequence
+
+from dlm.errors import DataError
+
+Row = dict[str, Any]
+
+FEATURES = Features(
+    {
+        "prompt": Sequence({"role": Value("string"), "content": Value("string")}),
+        "answer": Value("string"),
+    }
+)
+"""`prompt`: chat messages before the answer, empty for plain text. `answer`: what is learnt."""
+
+_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+
+
+def load_rows(source: str, split: str = "train") -> Dataset:
+    """Read and check every row of `source`; parsed files are cached by `datasets`.
+
+    Args:
+        source: hub id, or path of a .json, .jsonl, .json.gz or .jsonl.gz file.
+        split: split of a hub data set.
+
+    Returns:
+        A `datasets.Dataset` with the columns of `FEATURES`.
+
+    Raises:
+        DataError: naming the file and the row that cannot be used.
+    """
+    path = Path(source)
+    if source.endswith(_SUFFIXES) or path.exists():
+        return _load_file(path)
+    try:
+        raw = load_dataset(source, split=split)
+    except Exception as error:
+        raise DataError(
+            f"{source}: no such file, and not a data set that the hub could give ({type(error).__name__}: {error})"
+        ) from error
+    return raw.map(
+        lambda row, i: parse_row(row, f"{source}[{split}]", i),
+        with_indices=True,
+        remove_columns=raw.column_names,
+        features=FEATURES,
+        desc="Checking rows",
+    )
+
+
+def _load_file(path: Path) -> Dataset:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    if not path.name.endswith(_SUFFIXES):
+        raise DataError(f"{path}: expected one of {', '.join(_SUFFIXES)}")
+    stat = path.stat()
+    identity = {"path": str(path.resolve()), "size": stat.st_size, "modified": stat.st_mtime_ns}
+    try:
+        return Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=identity)
+    except Exception as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, DataError):
+            raise cause from None
+        raise
+
+
+def _generate(path: str, size: int, modified: int) -> Iterator[Row]:
+    """Rows of a file; `size` and `modified` only serve as the cache's key."""
+    del size, modified
+    for index, row in enumerate(read_records(Path(path))):
+        yield parse_row(row, path, index)
+
+
+def read_records(path: Path) -> Iterator[Any]:
+    """The records of a JSON array or of a JSON Lines file, gzipped or not.
+
+    Raises:
+        DataError: naming the line that is not JSON.
+    """
+    opener: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            if ".jsonl" in path.name:
+                yield from _read_lines(path, file)
+                return
+            records = json.load(file)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not valid JSON ({error}); one record per line needs the ending .jsonl") from error
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(records, list):
+        raise DataError(f"{path}: expected a JSON array of rows, got {type(records).__name__}")
+    yield from records
+
+
+def _read_lines(path: Path, lines: Iterator[str]) -> Iterator[Any]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not valid JSON ({error})") from error
+
+
+def parse_row(row: Any, source: str, index: int) -> Row:
+    """One record as `{"prompt": messages, "answer": text}`.
+
+    Raises:
+        DataError: naming `source`, the row's index and what is wrong with it.
+    """
+    where = f"{source}, row {index}"
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object, got {type(row).__name__}")
+    for key in ("messages", "conversations"):
+        if row.get(key) is not None:
+            return _parse_chat(row[key], where)
+    if "instruction" in row and "output" in row:
+        instruction, output = _text(row, "instruction", where), _text(row, "output", where)
+        extra = _text(row, "input", where) if row.get("input") is not None else ""
+        content = f"{instruction}\n\n{extra}" if extra.strip() else instruction
+        return {"prompt": [{"role": "user", "content": content}], "answer": output}
+    if "text" in row:
+        return {"prompt": [], "answer": _text(row, "text", where)}
+    found = ", ".join(sorted(map(str, row))) or "nothing"
+    raise DataError(f"{where}: needs 'instruction' and 'output', or 'messages', or 'text'; it has {found}")
+
+
+def _text(row: Row, key: str, where: str) -> str:
+    value = row[key]
+    if not isinstance(value, str):
+        raise DataError(f"{where}: '{key}' must be text, got {type(value).__name__} {value!r}")
+    return value
+
+
+def _parse_chat(turns: Any, where: str) -> Row:
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{where}: 'messages' must be a list of turns, got {turns!r}")
+    messages = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            raise DataError(f"{where}: turn {number} must be an object, got {turn!r}")
+        role = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
+        role = {"human": "user", "gpt": "assistant"}.get(str(role), role)
+        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+            raise DataError(f"{where}: turn {number} needs a role (system, user, assistant) and a text content")
+        messages.append({"role": role, "content": content})
+    if messages[-1]["role"] != "assistant":
+        raise DataError(f"{where}: the last turn must be the assistant's, got {messages[-1]['role']!r}")
+    return {"prompt": messages[:-1], "answer": messages[-1]["content"]}

@@ -1,0 +1,34 @@
+"""The errors a user can cause. Each message names the offending value and what would be right.
+
+The command line turns a `DLMError` into one line on stderr and exit status 1; everything else is a bug
+and keeps its traceback under `--debug`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DLMError(Exception):
+    """Root of the errors that this toolkit raises on purpose."""
+
+
+class ConfigError(DLMError, ValueError):
+    """A setting has a value that cannot work, or a name that does not exist."""
+
+
+class DataError(DLMError, ValueError):
+    """A data file or one of its rows cannot be used; the message names the file and the row."""
+
+
+class CheckpointError(DLMError, OSError):
+    """A checkpoint is missing, truncated, or of an unsupported family."""
+
+
+def unknown_name(kind: str, name: str, choices: Iterable[str]) -> ConfigError:
+    """A `ConfigError` for an unknown `name`: the nearest right one first, then all the choices."""
+    known = sorted(choices)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ConfigError(f"unknown {kind} {name!r}.{hint} Choices: {', '.join(known)}")

@@ -1,0 +1,134 @@
+"""The denoiser: a Hugging Face decoder with all-to-all attention and a head that never predicts the mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from dlm.config import MaskedDiffusionConfig
+from dlm.objective import token_log_probabilities
+
+IGNORE = -100
+"""Target value of cells that are not predicted (the convention of PyTorch's cross entropy)."""
+
+
+@dataclass
+class MaskedDiffusionOutput(ModelOutput):  # type: ignore[misc]
+    """What one forward pass returns; exactly one of the fields is set."""
+
+    logits: torch.Tensor | None = None
+    """[B, L, V], mask column -inf: when no targets were given."""
+    token_logp: torch.Tensor | None = None
+    """[N] float32 log-probability of each target, in row-major order of the cells that have one."""
+
+
+class DenoisingHead(nn.Linear):
+    """LM head whose logits are -inf for the mask token and for rows that the tokenizer does not know.
+
+    This is the zero-masking half of SUBS (MDLM, section 3.2): the clean row never holds a mask.
+    """
+
+    def __init__(self, width: int, vocab_size: int, mask_token_id: int, num_tokens: int) -> None:
+        super().__init__(width, vocab_size, bias=False)
+        self.mask_token_id = mask_token_id
+        self.num_tokens = num_tokens
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., V]."""
+        closed = torch.zeros(self.out_features, dtype=hidden.dtype, device=hidden.device)
+        closed[self.num_tokens :] = float("-inf")
+        closed[self.mask_token_id] = float("-inf")
+        return F.linear(hidden, self.weight, closed)
+
+
+class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
+    """p_theta(x_0 | x_t) for every position at once; no time input.
+
+    The wrapped decoder attends from every real token to every real token. Padding stands on the right
+    and is excluded by `attention_mask`. The backbone is a stock transformers model, so its kernels
+    (SDPA, flash-attn), gradient checkpointing and sharding plans apply unchanged.
+    """
+
+    config_class = MaskedDiffusionConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"]  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "backbone.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MaskedDiffusionConfig) -> None:
+        super().__init__(config)
+        inner = config.backbone_config()
+        inner._attn_implementation = self.config._attn_implementation
+        self.backbone = AutoModel.from_config(inner)
+        self.lm_head = DenoisingHead(
+            config.hidden_size, config.vocab_size, int(config.mask_token_id or 0), config.num_tokens
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.backbone.get_input_embeddings()  # type: ignore[no-any-return]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LM head."""
+        return self.lm_head
+
+    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """States that predict each position, the shift already applied.
+
+        Args:
+            input_ids: [B, L] int64, mask tokens where the row is unknown.
+            attention_mask: [B, L] bool, False at padding; None when there is none.
+
+        Returns:
+            [B, L, D]; state i predicts token i.
+        """
+        states = self.backbone(
+            input_ids=input_ids, attention_mask=attention_mask, is_causal=False, use_cache=False
+        ).last_hidden_state
+        if self.config.shift:
+            states = torch.cat([states[:, :1], states[:, :-1]], dim=1)
+        return states  # type: ignore[no-any-return]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., V]; -inf at the mask token and at ids that the tokenizer does not know."""
+        return self.lm_head(hidden)  # type: ignore[no-any-return]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+    ) -> MaskedDiffusionOutput:
+        """Logits everywhere, or the log-probabilities of given targets.
+
+        Args:
+            input_ids: [B, L] int64, noisy rows x_t.
+            attention_mask: [B, L] bool, False at padding.
+            targets: [B, L] int64 clean tokens at the cells to predict, -100 elsewhere. Only those cells
+                pass through the LM head.
+        """
+        hidden = self.hidden(input_ids, attention_mask)
+        if targets is None:
+            return MaskedDiffusionOutput(logits=self.logits(hidden))
+        cells = targets != IGNORE
+        return MaskedDiffusionOutput(
+            token_logp=token_log_probabilities(hidden[cells], self.lm_head, targets[cells])
+        )
+
+
+AutoConfig.register(MaskedDiffusionConfig.model_type, MaskedDiffusionConfig, exist_ok=True)
+AutoModel.register(MaskedDiffusionConfig, MaskedDiffusionModel, exist_ok=True)

@@ -1,0 +1,66 @@
+"""The training objective: the continuous-time NELBO of a masked diffusion model (MDLM, arXiv 2406.07524)."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dlm.schedule import LogLinear
+
+_CHUNK = 4096
+"""Cells per LM-head call in training; bounds the [cells, V] logits that live at once."""
+
+
+def masked_diffusion_loss(
+    token_logp: torch.Tensor,
+    t: torch.Tensor,
+    maskable_count: torch.Tensor | int | float,
+    schedule: LogLinear | None = None,
+) -> torch.Tensor:
+    """Monte-Carlo NELBO per maskable token, in nats: sum over masked tokens of -log p / t, over the count.
+
+    Unmasked tokens contribute nothing (SUBS: they predict themselves with probability 1), so only the
+    masked ones are passed.
+
+    Args:
+        token_logp: [N] log p_theta(x_i | x_t) of the masked tokens.
+        t: [N] time of the row that each token comes from.
+        maskable_count: how many tokens could have been masked, in all rows; the divisor.
+        schedule: noise schedule, log-linear by default (weight 1/t).
+
+    Returns:
+        Scalar, float32.
+    """
+    weight = (schedule or LogLinear()).weight(t.float())
+    return -(token_logp.float() * weight).sum() / maskable_count
+
+
+def _token_logp(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
+    return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+
+def token_log_probabilities(
+    hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor, chunk: int = _CHUNK
+) -> torch.Tensor:
+    """Log-probability of each target token, by an fp32 log-softmax over the vocabulary.
+
+    Cells beyond `chunk` are treated in pieces whose logits are recomputed in the backward pass, so that
+    memory does not grow with batch × vocabulary.
+
+    Args:
+        hidden: [N, D] states at the cells of interest.
+        head: module from [n, D] to logits [n, V], the mask column -inf.
+        targets: [N] int64.
+        chunk: cells per piece.
+
+    Returns:
+        [N] float32.
+    """
+    if len(hidden) <= chunk:
+        return _token_logp(hidden, head, targets)
+    pieces = [
+        checkpoint(_token_logp, h, head, y, use_reentrant=False)
+        for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    ]
+    return torch.cat(pieces)

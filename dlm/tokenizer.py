@@ -1,0 +1,146 @@
+"""Tokenizers: one trained on the user's own data, or an existing one given a mask token and a template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from dlm.errors import ConfigError, unknown_name
+
+MASK_TOKEN = "<|mask|>"
+START_TOKEN = "<|im_start|>"
+END_TOKEN = "<|im_end|>"
+
+TEMPLATES = {
+    "chatml": (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "instruct": (
+        "{% for message in messages %}### {{ 'Response' if message['role'] == 'assistant' else "
+        "'System' if message['role'] == 'system' else 'Instruction' }}:\n{{ message['content'] }}\n\n"
+        "{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}"
+    ),
+}
+"""Chat templates by name (Jinja, as transformers writes them). `chatml` is the default."""
+
+
+def train_tokenizer(texts: Iterable[str] | Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with ChatML marks, an end token (also the padding) and a mask token.
+
+    Args:
+        texts: the training texts.
+        vocab_size: upper limit of tokens, the special ones included; at least 260 (bytes and specials).
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    specials = [END_TOKEN, START_TOKEN, MASK_TOKEN]
+    if vocab_size < 256 + len(specials):
+        raise ConfigError(f"vocab_size must be at least {256 + len(specials)} for byte-level BPE, got {vocab_size}")
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=END_TOKEN,
+        pad_token=END_TOKEN,
+        mask_token=MASK_TOKEN,
+        additional_special_tokens=[START_TOKEN],
+        clean_up_tokenization_spaces=False,
+    )
+    set_template(tokenizer, "chatml")
+    return tokenizer
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Give `tokenizer` the template called `name`; `"model"` keeps the one it came with.
+
+    Raises:
+        ConfigError: for an unknown name, or `"model"` on a tokenizer without a template.
+    """
+    if name == "model":
+        if not tokenizer.chat_template:
+            raise ConfigError(f"the tokenizer has no chat template of its own; choose one of {', '.join(TEMPLATES)}")
+    elif name in TEMPLATES:
+        tokenizer.chat_template = TEMPLATES[name]
+    else:
+        raise unknown_name("template", name, ["model", *TEMPLATES])
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Make a causal LM's tokenizer fit for diffusion: a mask token, an end token, right padding, a template.
+
+    Raises:
+        ConfigError: when the tokenizer has no end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no eos_token; a diffusion model needs one to end its answers")
+    if tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    marks = [token for token in (START_TOKEN, END_TOKEN) if token in tokenizer.get_vocab()]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks}, replace_extra_special_tokens=False)
+    tokenizer.padding_side = "right"
+    set_template(tokenizer, template)
+
+
+Message = dict[str, str]
+"""One turn of a conversation: `role` ("system", "user" or "assistant") and `content`."""
+
+
+def as_messages(prompt: str | list[Message]) -> list[Message]:
+    """A prompt as chat messages; a string is one user turn."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    for turn in prompt:
+        if not isinstance(turn, dict) or not isinstance(turn.get("content"), str) or "role" not in turn:
+            raise ConfigError(f"a chat message needs a 'role' and a text 'content', got {turn!r}")
+    return list(prompt)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+    """Token ids of a conversation up to where the answer begins.
+
+    Training and inference both call this and append the answer's own tokens, so the boundary is the same
+    in both. Special tokens written inside a message are text, never control tokens.
+    """
+    rendered = [{**m, "content": _slot(i)} for i, m in enumerate(messages)]
+    text = tokenizer.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
+    if not any(token in m["content"] for m in messages for token in tokenizer.all_special_tokens):
+        for i, message in enumerate(messages):
+            text = text.replace(_slot(i), message["content"])
+        return _encode(tokenizer, text)
+    ids: list[int] = []
+    for i, message in enumerate(messages):
+        before, _, text = text.partition(_slot(i))
+        ids += _encode(tokenizer, before) + encode_text(tokenizer, message["content"])
+    return ids + _encode(tokenizer, text)
+
+
+def _slot(i: int) -> str:
+    """A stand-in for the content of message i: a private-use character that no template touches."""
+    return chr(0xF0000 + i)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of plain text; special tokens written in it are split into ordinary ones."""
+    if not text:
+        return []
+    kwargs: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}
+    return list(tokenizer(text, **kwargs)["input_ids"])

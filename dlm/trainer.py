@@ -1,0 +1,274 @@
+"""Training: a `transformers.Trainer` whose loss is the NELBO and whose every random number is counted.
+
+The noise of a row depends on (seed, step, place in the global batch) only. Two processes therefore see the
+noise that one process with twice the batch would see, and a resumed run repeats the interrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from dlm.checkpointing import keep_last, mark_complete
+from dlm.data.windows import Batch, EpochSampler, WindowCollator
+from dlm.diffusion import corrupt, stratified_times
+from dlm.ema import EMA
+from dlm.model import IGNORE
+from dlm.noise import fold, key_of, uniform
+from dlm.objective import masked_diffusion_loss
+
+
+class DiffusionTrainer(Trainer):  # type: ignore[misc]
+    """Trains a `MaskedDiffusionModel` on batches of `WindowCollator`.
+
+    What comes from transformers: devices, DDP and FSDP (through accelerate), mixed precision, gradient
+    accumulation, optimisers, schedules, logging, resuming. What is added: the objective, stratified times
+    over the global batch, validation NELBO with fixed noise, an optional EMA, checkpoints that are only
+    taken for whole when they are whole.
+
+    Args:
+        ema_decay: decay of an exponential moving average of the weights, 0 for none. The average is what
+            evaluations, samples and the final model use.
+        eval_draws: noise levels at which each validation row is measured.
+        keep_checkpoints: complete checkpoints to keep; older ones are deleted.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        *,
+        data_collator: WindowCollator,
+        ema_decay: float = 0.0,
+        eval_draws: int = 4,
+        keep_checkpoints: int = 2,
+        **kwargs: Any,
+    ) -> None:
+        args.remove_unused_columns = False
+        args.save_total_limit = None  # ours: a checkpoint counts once it is complete
+        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        self.eval_draws = eval_draws
+        self.keep_checkpoints = keep_checkpoints
+        self.ema = EMA(self.model, ema_decay) if ema_decay else None
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = False
+        self._tokens, self._since = 0, time.perf_counter()
+        self.remove_callback(ProgressCallback)
+        if not args.disable_tqdm:
+            self.add_callback(TokenProgress)
+        self.add_callback(_Bookkeeping(self))
+
+    # ---- order of rows -------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        group = self._global_rows() if self.data_collator.grouped else 1
+        self._sampler = EpochSampler(list(dataset["length"]), group, seed=self.args.seed)
+        return self._sampler
+
+    def _global_rows(self) -> int:
+        return int(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * max(1, self.args.world_size)
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell sampler and collator which epoch begins."""
+        self.data_collator.epoch = epoch
+        self._sampler.set_epoch(epoch)
+
+    # ---- noise and loss ------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], torch.Tensor]:
+        """The micro-batches of one optimiser step, with their noise, and their number of loss cells.
+
+        The count spans all processes, so that every token of the global batch weighs the same.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        rows = [len(batch["input_ids"]) for batch in batches]
+        total = world * sum(rows)
+        step = self.state.global_step
+        noised = []
+        for i, batch in enumerate(batches):
+            first = world * sum(rows[:i]) + rank * rows[i]
+            slots = torch.arange(first, first + rows[i], device=batch["input_ids"].device)
+            noised.append(add_noise(batch, slots, total, self.args.seed, step, self._mask_id))
+        count = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum().to(device) if batches else None
+        return noised, count if count is None else self.accelerator.reduce(count, reduction="sum")
+
+    @property
+    def _mask_id(self) -> int:
+        return int(self.accelerator.unwrap_model(self.model).config.mask_token_id)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Loss of a micro-batch, scaled so that micro-batches and processes add up to the global mean."""
+        del return_outputs
+        cells = inputs["targets"] != IGNORE
+        self._tokens += inputs["attention_mask"].sum() * self.accelerator.num_processes
+        out = model(
+            input_ids=inputs["noisy_ids"], attention_mask=inputs["attention_mask"], targets=inputs["targets"]
+        )
+        times = inputs["t"][:, None].expand_as(cells)[cells]
+        count = num_items_in_batch if num_items_in_batch is not None else inputs["loss_mask"].sum()
+        # DDP averages gradients over processes; the sum over them is what the global count divides.
+        return masked_diffusion_loss(out.token_logp, times, count) * self.accelerator.num_processes
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the training speed (tokens of all processes, padding excluded) to what is logged."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            logs["tokens_per_second"] = round(float(self._tokens) / (now - self._since), 1)
+            self._tokens, self._since = 0, now
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """6 × parameters × tokens: the usual estimate for one training step, padding excluded."""
+        return int(6 * inputs["attention_mask"].sum() * self.model.num_parameters())
+
+    # ---- validation ----------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Validation NELBO: every row at `eval_draws` fixed noise levels, the same at each evaluation."""
+        del description, prediction_loss_only, ignore_keys
+        model = self.model_wrapped if self.is_in_train else self._wrap_model(self.model, training=False)
+        model.eval()
+        nats, cells = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        rows = 0
+        self.callback_handler.eval_dataloader = dataloader
+        with torch.no_grad(), self._averaged_weights():
+            for batch in dataloader:
+                batch = self._prepare_inputs(batch)
+                with self.compute_loss_context_manager():
+                    row_nats = sum(self._row_nats(model, batch, draw) for draw in range(self.eval_draws))
+                both = torch.stack([row_nats / self.eval_draws, batch["loss_mask"].sum(1).float()])
+                both = self.accelerator.gather_for_metrics(both.T.contiguous())
+                nats += both[:, 0].double().sum().cpu()
+                cells += both[:, 1].double().sum().cpu()
+                rows += len(both)
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        nelbo = float(nats / cells)
+        metrics = {"loss": nelbo, "nelbo": nelbo, "perplexity_bound": math.exp(min(nelbo, 700.0))}
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=rows)
+
+    def _row_nats(self, model: torch.nn.Module, batch: Batch, draw: int) -> torch.Tensor:
+        """[B] weighted negative log-likelihood of each row at its noise level number `draw`."""
+        noised = add_eval_noise(batch, draw, self.eval_draws, self._mask_id)
+        cells = noised["targets"] != IGNORE
+        out = model(
+            input_ids=noised["noisy_ids"], attention_mask=noised["attention_mask"], targets=noised["targets"]
+        )
+        per_cell = torch.zeros(cells.shape, device=cells.device)
+        per_cell[cells] = -out.token_logp.float()
+        return (per_cell / noised["t"][:, None]).sum(1)
+
+    def _averaged_weights(self) -> Any:
+        return self.ema.applied(self.model) if self.ema else torch.no_grad()
+
+    # ---- checkpoints ---------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
+            if self.ema:
+                self.ema.save(folder)
+            mark_complete(folder, self.state.global_step)
+            keep_last(self.args.output_dir, self.keep_checkpoints, self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.ema:
+            self.ema.load(resume_from_checkpoint)
+
+
+def add_noise(batch: Batch, slots: torch.Tensor, total: int, seed: int, step: int, mask_id: int) -> Batch:
+    """A training batch with its noise.
+
+    Args:
+        batch: from `WindowCollator`.
+        slots: [B] int64, the rows' places in the global batch of `total` rows.
+        total: rows in the global batch.
+        seed: seed of the run.
+        step: optimiser step.
+        mask_id: id of the mask token.
+
+    Returns:
+        The batch and `t` [B], `noisy_ids` [B, L], `targets` [B, L] (-100 where there is no loss).
+    """
+    key = key_of(seed, "noise", step, device=slots.device)
+    return _noised(batch, stratified_times(uniform(key, -1), slots, total), fold(key, slots), mask_id)
+
+
+def add_eval_noise(batch: Batch, draw: int, draws: int, mask_id: int) -> Batch:
+    """A validation batch with noise that depends on the row's number and on `draw` (of `draws`) alone.
+
+    The levels of a row are evenly spaced, and rows are offset against each other by the golden ratio.
+    """
+    rows = batch["row"]
+    offset = torch.remainder(rows.double() * 0.6180339887498949, 1.0)
+    t = stratified_times(offset, torch.full_like(rows, draw), draws)
+    return _noised(batch, t, fold(key_of("validation", draw, device=rows.device), rows), mask_id)
+
+
+def _noised(batch: Batch, t: torch.Tensor, keys: torch.Tensor, mask_id: int) -> Batch:
+    ids, maskable = batch["input_ids"], batch["maskable"]
+    noise = uniform(keys[:, None], torch.arange(ids.shape[1], device=ids.device))
+    noisy = corrupt(ids, maskable, t, mask_id, noise=noise)
+    hit = maskable & (noisy == mask_id) & batch["loss_mask"]
+    return {**batch, "t": t, "noisy_ids": noisy, "targets": torch.where(hit, ids, IGNORE)}
+
+
+class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
+    """Epochs to the sampler and the collator, weights to the EMA."""
+
+    def __init__(self, trainer: DiffusionTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.ema:
+            self.trainer.ema.update(self.trainer.model)
+
+
+class TokenProgress(ProgressCallback):  # type: ignore[misc]
+    """The trainer's progress bar with the newest figures behind it, instead of a line for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: dict[str, str] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Renew the figures."""
+        if self.training_bar is not None and logs:
+            self._shown |= {name: f"{logs[key]:.4g}" for name, key in _SHOWN.items() if key in logs}
+            self.training_bar.set_postfix(self._shown)
+
+
+_SHOWN = {"loss": "loss", "val": "eval_nelbo", "lr": "learning_rate", "tok/s": "tokens_per_second"}
+"""Name beside the progress bar -> name in the log."""

@@ -1,0 +1,1 @@
+"""Fine-tuning runs: supervised fine-tuning (and pretraining) with the masked diffusion objective."""

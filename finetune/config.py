@@ -1,0 +1,115 @@
+"""The settings of a training run, as `dlm train` takes them; importable without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dlm.data.config import DataConfig
+from dlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where the first weights come from.
+
+    Args:
+        init: causal LM (folder, hub id or .gguf of the Llama, Qwen2 or Qwen3 family) or diffusion checkpoint
+            to start from; empty for random weights.
+        template: chat template to record with the model: "chatml", "instruct", or "model" for the
+            checkpoint's own.
+        shift: whether the state at i-1 predicts token i, for a causal LM as a start.
+        hidden_size: width of a random model.
+        num_hidden_layers: layers of a random model.
+        num_attention_heads: heads of a random model.
+        intermediate_size: feed-forward width of a random model.
+        vocab_size: size of the tokenizer that is trained for a random model.
+        gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        attn_implementation: transformers' name of the attention kernel; empty for the best one there is.
+    """
+
+    init: str = ""
+    template: str = "chatml"
+    shift: bool = True
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    intermediate_size: int = 1408
+    vocab_size: int = 16384
+    gradient_checkpointing: bool = False
+    attn_implementation: str = ""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Args:
+        output_dir: folder of the run: checkpoints, logs, curve, samples, and the final model.
+        model: where the weights come from.
+        data: where the rows come from.
+        max_steps: optimiser steps; 0 to train for `num_train_epochs` instead.
+        num_train_epochs: passes over the rows, when `max_steps` is 0.
+        per_device_train_batch_size: rows per device and micro-batch.
+        gradient_accumulation_steps: micro-batches per optimiser step.
+        learning_rate: peak learning rate of AdamW.
+        lr_scheduler_type: schedule, by transformers' name.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: decoupled weight decay.
+        max_grad_norm: gradient clipping.
+        precision: "bf16" or "fp16" autocast, "fp32", or "auto": bf16 where the hardware has it.
+        ema_decay: decay of the averaged weights; 0 for none.
+        seed: seed of everything random.
+        logging_steps: steps between logged losses.
+        eval_steps: steps between validations (NELBO and samples); 0 for none.
+        eval_draws: noise levels per validation row.
+        save_steps: steps between checkpoints.
+        keep_checkpoints: whole checkpoints to keep.
+        samples: prompts that are answered at each validation; empty for the first held-out rows.
+        sample_steps: denoising steps of those answers.
+        resume: continue from the newest whole checkpoint in `output_dir`, if there is one.
+        report_to: "tensorboard", "wandb", "none" …, as transformers takes it.
+        trainer: any other field of transformers' TrainingArguments, by name.
+    """
+
+    output_dir: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    max_steps: int = 0
+    num_train_epochs: float = 3.0
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    ema_decay: float = 0.0
+    seed: int = 0
+    logging_steps: int = 10
+    eval_steps: int = 250
+    eval_draws: int = 4
+    save_steps: int = 250
+    keep_checkpoints: int = 2
+    samples: list[str] = field(default_factory=list)
+    sample_steps: int = 32
+    resume: bool = True
+    report_to: str = "tensorboard"
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not self.output_dir:
+            raise ConfigError("output_dir must name the folder of the run")
+        positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "logging_steps")
+        for name in (*positive, "save_steps", "eval_draws", "keep_checkpoints", "sample_steps"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("max_steps", "eval_steps", "warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if self.max_steps == 0 and self.num_train_epochs <= 0:
+            raise ConfigError("either max_steps or num_train_epochs must be above 0")

@@ -1,0 +1,215 @@
+"""A training run from settings to a finished model: rows → windows → trainer → checkpoint.
+
+Supervised fine-tuning and pretraining are the same run: rows with a prompt never mask it, rows of plain
+text have no prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from dlm.backbone import ScratchConfig, from_causal_lm, from_scratch
+from dlm.checkpoint import load_model
+from dlm.checkpointing import discard_incomplete, last_checkpoint
+from dlm.config import FAMILIES
+from dlm.curves import CurveCallback
+from dlm.data.encode import EncodingReport, encode_rows
+from dlm.data.rows import load_rows
+from dlm.data.rules import rule_rows
+from dlm.data.windows import WindowCollator
+from dlm.errors import ConfigError, DataError, unknown_name
+from dlm.model import MaskedDiffusionModel
+from dlm.tokenizer import set_template, train_tokenizer
+from dlm.trainer import DiffusionTrainer
+from finetune.config import ModelConfig, TrainConfig
+from finetune.samples import SampleCallback
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig) -> Path:
+    """Run one training to its end and return the folder of the finished model.
+
+    A run that was killed continues from its newest whole checkpoint when it is called again.
+
+    Raises:
+        DLMError: for settings, data or checkpoints that cannot be used.
+    """
+    rows, held_out = split_rows(config)
+    model, tokenizer = build_model(config.model, rows, config.data.window, config.seed)
+    train_set, report = encode_rows(rows, tokenizer, config.data.window)
+    eval_set = encode_rows(held_out, tokenizer, config.data.window)[0] if len(held_out) else None
+    logger.info("training rows: %s", report)
+    record(model, config, report)
+    trainer = build_trainer(model, tokenizer, config, train_set, eval_set)
+    trainer.add_callback(CurveCallback(config.output_dir))
+    if config.eval_steps and (config.samples or len(held_out)):
+        trainer.add_callback(SampleCallback(trainer, tokenizer, config, held_out))
+    _prepare_folder(config, report, trainer.accelerator.is_main_process)
+    trainer.accelerator.wait_for_everyone()
+    resume = last_checkpoint(config.output_dir) if config.resume else None
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if trainer.ema:
+        trainer.ema.copy_to(trainer.model)
+    trainer.save_model(config.output_dir)
+    return Path(config.output_dir)
+
+
+def split_rows(config: TrainConfig) -> tuple[Dataset, Dataset]:
+    """Rows for training and the last `validation_rows` for validation."""
+    data = config.data
+    rows = rule_rows(data.limit or 20000, config.seed) if data.source == "rules" else load_rows(data.source, data.split)
+    rows = rows.select(range(min(data.limit, len(rows)))) if data.limit else rows
+    if data.validation_rows >= len(rows):
+        raise DataError(f"{data.source}: {len(rows)} rows leave none to train on with {data.validation_rows} held out")
+    cut = len(rows) - data.validation_rows
+    return rows.select(range(cut)), rows.select(range(cut, len(rows)))
+
+
+def build_model(
+    config: ModelConfig, rows: Dataset, window: int, seed: int
+) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
+    """The model to train and its tokenizer, from random weights or from a checkpoint."""
+    if not config.init:
+        tokenizer = train_tokenizer(_texts(rows), config.vocab_size)
+        set_template(tokenizer, config.template)
+        shape = {f.name: getattr(config, f.name) for f in fields(ScratchConfig) if hasattr(config, f.name)}
+        shape["max_position_embeddings"] = max(2048, window)
+        model = from_scratch(ScratchConfig(**shape), tokenizer, seed)
+    else:
+        model, tokenizer = _from_checkpoint(config)
+    if window > model.config.max_positions:
+        raise ConfigError(f"window {window} is longer than the {model.config.max_positions} positions of the model")
+    if config.gradient_checkpointing:  # transformers renamed the method during 5.x
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if config.attn_implementation:
+        model.set_attn_implementation(config.attn_implementation)
+    return model, tokenizer
+
+
+def _from_checkpoint(config: ModelConfig) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
+    from dlm.checkpoint import model_type
+
+    if config.init.endswith(".gguf") or model_type(config.init) in FAMILIES:
+        return from_causal_lm(config.init, template=config.template, shift=config.shift)
+    return load_model(config.init, device="cpu", dtype="float32")
+
+
+def _texts(rows: Dataset) -> Any:
+    """What a new tokenizer is trained on: every message and answer."""
+    for row in rows:
+        yield from (turn["content"] for turn in row["prompt"])
+        yield row["answer"]
+
+
+def record(model: MaskedDiffusionModel, config: TrainConfig, report: EncodingReport) -> None:
+    """Write into the model's own configuration how it was made and how to sample from it."""
+    model.config.training = {
+        "init": config.model.init or "random weights",
+        "data": {**asdict(config.data), "rows": report.as_dict()},
+        "objective": "masked diffusion NELBO (log-linear schedule, SUBS)",
+        "template": config.model.template,
+        "learning_rate": config.learning_rate,
+        "seed": config.seed,
+        "ema_decay": config.ema_decay,
+    }
+    model.config.generation = {"decoder": "conv", "window": config.data.window, "steps": config.sample_steps}
+
+
+def build_trainer(
+    model: MaskedDiffusionModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    train_set: Dataset,
+    eval_set: Dataset | None,
+) -> DiffusionTrainer:
+    """The trainer of a run."""
+    data = config.data
+    collator = WindowCollator(
+        eos_token_id=int(tokenizer.eos_token_id),
+        window=data.window,
+        grouped=data.windows == "grouped",
+        eos_tail=data.eos_tail,
+        eos_loss_all=data.eos_loss == "all",
+        seed=config.seed,
+    )
+    return DiffusionTrainer(
+        model,
+        training_arguments(config, evaluate=eval_set is not None),
+        data_collator=collator,
+        processing_class=tokenizer,
+        train_dataset=_numbered(train_set),
+        eval_dataset=_numbered(eval_set) if eval_set is not None else None,
+        ema_decay=config.ema_decay,
+        eval_draws=config.eval_draws,
+        keep_checkpoints=config.keep_checkpoints,
+    )
+
+
+def _numbered(rows: Dataset) -> Dataset:
+    """Give every row its number, which seeds its noise in validation."""
+    return rows.add_column("row", list(range(len(rows)))).with_format("torch")
+
+
+_SHARED = (
+    "output_dir num_train_epochs per_device_train_batch_size gradient_accumulation_steps learning_rate "
+    "lr_scheduler_type warmup_steps weight_decay max_grad_norm seed logging_steps save_steps report_to"
+).split()
+"""Settings that transformers knows by the same name."""
+
+
+def training_arguments(config: TrainConfig, evaluate: bool) -> TrainingArguments:
+    """Our settings as transformers' own.
+
+    Raises:
+        ConfigError: when `config.trainer` names a field that does not exist, or sets one of ours.
+    """
+    known = {f.name for f in fields(TrainingArguments)}
+    for name in config.trainer:
+        if name not in known:
+            raise unknown_name("trainer setting", name, known)
+        if name in _SHARED:
+            raise ConfigError(f"trainer.{name} is set twice; use --{name}")
+    settings: dict[str, Any] = {name: getattr(config, name) for name in _SHARED}
+    settings |= {
+        "max_steps": config.max_steps or -1,
+        "per_device_eval_batch_size": 2 * config.per_device_train_batch_size,
+        "eval_strategy": "steps" if evaluate and config.eval_steps else "no",
+        "eval_steps": config.eval_steps or None,
+        "save_strategy": "steps",
+        "optim": "adamw_torch_fused",
+        "use_cpu": not torch.accelerator.is_available(),
+        "label_names": ["input_ids"],
+        "include_num_input_tokens_seen": "non_padding",
+        **_precision(config.precision),
+    }
+    return TrainingArguments(**(settings | config.trainer))
+
+
+def _precision(precision: str) -> dict[str, bool]:
+    if precision == "auto":
+        cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        precision = "bf16" if cuda or torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return {"bf16": precision == "bf16", "fp16": precision == "fp16"}
+
+
+def _prepare_folder(config: TrainConfig, report: EncodingReport, writes: bool) -> None:
+    """Create the run folder and write down its settings; refuse to mix two runs in one folder."""
+    if not writes:
+        return
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in discard_incomplete(folder) if config.resume else []:
+        logger.warning("%s was only half written and has been removed", folder / name)
+    if not config.resume and last_checkpoint(folder):
+        raise ConfigError(f"{folder} holds the checkpoints of another run; resume it or choose another output_dir")
+    settings = {"config": asdict(config), "rows": report.as_dict()}
+    (folder / "run.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
