@@ -6,6 +6,7 @@ noise that one process with twice the batch would see, and a resumed run repeats
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -157,7 +158,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         nats, cells = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         rows = 0
         self.callback_handler.eval_dataloader = dataloader
-        with torch.no_grad(), self._averaged_weights():
+        with torch.no_grad(), self.averaged_weights():
             for batch in dataloader:
                 batch = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
@@ -184,8 +185,9 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         per_cell[cells] = -out.token_logp.float()
         return (per_cell / noised["t"][:, None]).sum(1)
 
-    def _averaged_weights(self) -> Any:
-        return self.ema.applied(self.model) if self.ema else torch.no_grad()
+    def averaged_weights(self) -> Any:
+        """A context in which the model holds its averaged weights, if there are any."""
+        return self.ema.applied(self.model) if self.ema else contextlib.nullcontext()
 
     # ---- checkpoints ---------------------------------------------------------------------------------
 

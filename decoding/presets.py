@@ -1,0 +1,136 @@
+"""Decoders by name: each published method is one choice on each of the three axes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from decoding.reveal import Ancestral, Quota, Remask, RevealRule, Threshold
+from decoding.tokens import TokenRule
+from decoding.window import Block, Convolution, Full, Window
+from dlm.errors import ConfigError, unknown_name
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A complete decoding strategy; frozen, and free of any state.
+
+    Attributes:
+        window: which positions are open.
+        reveal: which of them are written in a step.
+        tokens: what is written.
+        name: for reports.
+    """
+
+    window: Window = field(default_factory=Full)
+    reveal: RevealRule = field(default_factory=Ancestral)
+    tokens: TokenRule = field(default_factory=TokenRule)
+    name: str = "custom"
+
+    @classmethod
+    def named(cls, name: str, **options: Any) -> Decoder:
+        """The preset `name` with some of its options changed.
+
+        Raises:
+            ConfigError: (a ValueError) for an unknown name or option, listing the choices, and for a value
+                out of range.
+        """
+        if name not in PRESETS:
+            raise unknown_name("decoder", name, PRESETS)
+        preset = PRESETS[name]
+        for option in options:
+            if option not in preset.options:
+                raise unknown_name(f"option of decoder {name!r}:", option, preset.options)
+        try:
+            window, reveal, tokens = preset.build(**options)
+        except TypeError as error:
+            raise ConfigError(f"decoder {name!r}: {error}") from error
+        return cls(window, reveal, tokens, name)
+
+
+Axes = tuple[Window, RevealRule, TokenRule]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named decoder and what `--list-decoders` says about it."""
+
+    summary: str
+    paper: str
+    build: Callable[..., Axes]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Option names and their defaults."""
+        return {name: p.default for name, p in inspect.signature(self.build).parameters.items()}
+
+
+def _categorical(temperature: float = 1.0, top_p: float = 1.0) -> Axes:
+    return Full(), Ancestral(), TokenRule(temperature, 0, top_p)
+
+
+def _top_k(top_k: int = 20, temperature: float = 1.0, top_p: float = 1.0) -> Axes:
+    return Full(), Ancestral(), TokenRule(temperature, top_k, top_p)
+
+
+def _semi_ar(
+    block_size: int | None = None, top_k: int = 20, temperature: float = 1.0, top_p: float = 1.0
+) -> Axes:
+    return Block(block_size), Ancestral(), TokenRule(temperature, top_k, top_p)
+
+
+def _llada(block_size: int = 0, temperature: float = 0.0, top_k: int = 0, per_step: int | None = None) -> Axes:
+    window = Block(block_size) if block_size else Full()
+    return window, Quota(per_step), TokenRule(temperature, top_k)
+
+
+def _conv(
+    kernel_size: int | None = None,
+    top_k: int = 20,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    scale: float = 1.0,
+) -> Axes:
+    return Convolution(kernel_size, scale), Ancestral(), TokenRule(temperature, top_k, top_p)
+
+
+def _llada_conv(
+    kernel_size: int | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    scale: float = 1.0,
+    per_step: int | None = None,
+) -> Axes:
+    return Convolution(kernel_size, scale), Quota(per_step), TokenRule(temperature, top_k)
+
+
+def _threshold(tau: float = 0.9, temperature: float = 0.0, kernel_size: int | None = 0) -> Axes:
+    window: Window = Full() if kernel_size == 0 else Convolution(kernel_size)
+    return window, Threshold(tau), TokenRule(temperature)
+
+
+def _remdm(top_p: float = 0.9, eta: float = 0.04, alpha_on: float = 0.9, t_on: float = 0.55, t_off: float = 0.05) -> Axes:
+    return Full(), Remask(alpha_on, t_on, t_off, eta), TokenRule(top_p=top_p)
+
+
+PRESETS: dict[str, Preset] = {
+    "categorical": Preset("ancestral sampling over the whole window", "MDLM, 2406.07524", _categorical),
+    "top-k": Preset("ancestral, each position's k best tokens", "2509.15188, section 4", _top_k),
+    "semi-ar": Preset("ancestral and top-k, block after block from the left", "2503.09573; 2509.15188", _semi_ar),
+    "llada": Preset("the most confident tokens first, a fixed number a step", "LLaDA, 2502.09992", _llada),
+    "conv": Preset("ancestral and top-k under a convolutional window", "2509.15188", _conv),
+    "llada-conv": Preset("the most confident tokens under a convolutional window", "2509.15188", _llada_conv),
+    "threshold": Preset("all tokens above a confidence, at least one a step", "Fast-dLLM, 2505.22618", _threshold),
+    "remdm": Preset("ancestral, with a loop that remasks written tokens", "ReMDM, 2503.00307", _remdm),
+}
+
+
+def list_decoders() -> dict[str, str]:
+    """One line for each named decoder: what it does, where it comes from, its options and defaults."""
+    lines = {}
+    for name, preset in PRESETS.items():
+        options = ", ".join(f"{k}={v}" for k, v in preset.options.items())
+        lines[name] = f"{preset.summary} ({preset.paper}). Options: {options}"
+    return lines

@@ -1,0 +1,237 @@
+"""Axis 2 of a decoder, the reveal rule: which masked positions get their token in this step.
+
+A rule sees a `StepView` and returns a `Decision`. Rules of the kind "mass" decide before any token is
+drawn, from how much probability the token rule keeps at a position. Rules of the kind "confidence" look at
+the probability of the token that was drawn there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from dlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StepView:
+    """What a rule may look at, for the rows of one step."""
+
+    masked: torch.Tensor
+    """[B, L] bool, positions of the current stage that hold no token."""
+    weight: torch.Tensor
+    """[B, L] window weight."""
+    score: torch.Tensor
+    """[B, L] mass or confidence, whichever the rule asked for; 0 where it was not computed."""
+    t: torch.Tensor
+    """[B] time before the step."""
+    s: torch.Tensor
+    """[B] time after the step."""
+    quota: torch.Tensor
+    """[B] int64, even share of the stage's positions that falls to this step."""
+    written: torch.Tensor
+    """[B, L] bool, positions that hold a revealed token (never pinned ones)."""
+    noise: torch.Tensor
+    """[B, L] uniform numbers for revealing."""
+    noise_remask: torch.Tensor
+    """[B, L] uniform numbers for remasking."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a rule decided."""
+
+    reveal: torch.Tensor
+    """[B, L] bool, a subset of `masked`."""
+    remask: torch.Tensor | None = None
+    """[B, L] bool, written positions that lose their token again."""
+
+
+class RevealRule(Protocol):
+    """What the loop asks of a reveal rule."""
+
+    kind: Literal["mass", "confidence"]
+    remasks: bool
+
+    def needs(self, masked: torch.Tensor, weight: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+        """[B, L] bool, the positions whose score can change the decision; no others are computed."""
+        ...
+
+    def decide(self, view: StepView) -> Decision:
+        """The positions to write in this step."""
+        ...
+
+
+def reveal_probability(
+    mass: torch.Tensor, weight: torch.Tensor, masked: torch.Tensor, t: torch.Tensor, s: torch.Tensor
+) -> torch.Tensor:
+    """Probability that each position is revealed between times t and s.
+
+    a_i = (t - s) · w_i · q_i · Z and P(reveal) = a_i / (a_i + s), with the normaliser of the row
+    Z = |M| / Σ_{i∈M} w_i q_i (arXiv 2509.15188). Where the sum is 0, w = 1 is used.
+
+    Args:
+        mass: [B, L] q_i, the probability that the token rule keeps.
+        weight: [B, L] w_i in [0, 1].
+        masked: [B, L] bool, M.
+        t: [B] time before the step.
+        s: [B] time after the step, 0 ≤ s < t.
+
+    Returns:
+        [B, L] float32; 0 outside M.
+    """
+    open_mass = torch.where(masked, weight.double() * mass.double(), 0.0)
+    total = open_mass.sum(1, keepdim=True)
+    plain = torch.where(masked, mass.double(), 0.0)
+    open_mass = torch.where(total > 0, open_mass, plain)
+    total = torch.where(total > 0, total, plain.sum(1, keepdim=True))
+    normaliser = masked.sum(1, keepdim=True) / total.clamp(min=torch.finfo(torch.float64).tiny)
+    t, s = t.double()[:, None], s.double()[:, None]
+    a = (t - s) * open_mass * normaliser
+    return torch.where(a > 0, a / (a + s), 0.0).float()
+
+
+def _open(masked: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return masked & (weight > 0)
+
+
+@dataclass(frozen=True)
+class Ancestral:
+    """The reverse process of MDLM: every position decides for itself, with `reveal_probability`."""
+
+    kind = "mass"
+    remasks = False
+
+    def needs(self, masked: torch.Tensor, weight: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+        """The open positions."""
+        del quota
+        return _open(masked, weight)
+
+    def decide(self, view: StepView) -> Decision:
+        """Independent coin flips."""
+        chance = reveal_probability(view.score, view.weight, view.masked, view.t, view.s)
+        return Decision(view.masked & (view.noise < chance))
+
+
+def _ranked(score: torch.Tensor, weight: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """[B, L] rank of each position (0 = first to go): open ones by score · weight, then the rest by score."""
+    order = torch.where(weight > 0, 1 + score * weight, score)
+    order = torch.where(masked, order, -1.0)
+    return order.argsort(1, descending=True, stable=True).argsort(1)
+
+
+@dataclass(frozen=True)
+class Quota:
+    """A fixed number of tokens a step, the most confident first (low-confidence remasking of LLaDA).
+
+    Attributes:
+        per_step: tokens per step; None to spread the stage evenly over its steps.
+    """
+
+    per_step: int | None = None
+    kind = "confidence"
+    remasks = False
+
+    def __post_init__(self) -> None:
+        """Check the number."""
+        if self.per_step is not None and self.per_step < 1:
+            raise ConfigError(f"per_step must be at least 1, got {self.per_step}")
+
+    def _number(self, quota: torch.Tensor) -> torch.Tensor:
+        return quota if self.per_step is None else torch.full_like(quota, self.per_step)
+
+    def needs(self, masked: torch.Tensor, weight: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+        """The open positions; all masked ones of a row whose open ones do not fill the quota."""
+        reachable = _open(masked, weight)
+        number = self._number(quota)
+        short = reachable.sum(1) < number
+        return torch.where(short[:, None], masked, reachable) & (number > 0)[:, None]
+
+    def decide(self, view: StepView) -> Decision:
+        """The best `quota` positions by confidence · weight."""
+        rank = _ranked(view.score, view.weight, view.masked)
+        return Decision(view.masked & (rank < self._number(view.quota)[:, None]))
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Everything whose confidence reaches τ, and at least the most confident one (Fast-dLLM, 2505.22618).
+
+    Attributes:
+        tau: confidence to reach, in (0, 1].
+    """
+
+    tau: float = 0.9
+    kind = "confidence"
+    remasks = False
+
+    def __post_init__(self) -> None:
+        """Check the range of tau."""
+        if not 0 < self.tau <= 1:
+            raise ConfigError(f"tau must lie in (0, 1], got {self.tau}")
+
+    def needs(self, masked: torch.Tensor, weight: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+        """The open positions."""
+        del quota
+        return _open(masked, weight)
+
+    def decide(self, view: StepView) -> Decision:
+        """Confident positions among the open ones, and the best one in any case."""
+        reachable = _open(view.masked, view.weight)
+        best = _ranked(view.score, view.weight, view.masked) == 0
+        return Decision(reachable & ((view.score >= self.tau) | best))
+
+
+@dataclass(frozen=True)
+class Remask:
+    """ReMDM-loop (arXiv 2503.00307): reveal, then for a while trade tokens for masks, then finish.
+
+    Time runs through three phases. Above `t_on` the row fills up to a share α_on of tokens; between `t_on`
+    and `t_off` each written token is masked again with probability η and masked ones come back at the rate
+    that keeps the balance; below `t_off` the rest is filled. Pinned positions are never touched.
+
+    Attributes:
+        alpha_on: share of tokens present during the loop.
+        t_on: time at which the loop begins.
+        t_off: time at which it ends.
+        eta: probability that a written token is masked again, per step.
+    """
+
+    alpha_on: float = 0.9
+    t_on: float = 0.55
+    t_off: float = 0.05
+    eta: float = 0.04
+    kind = "mass"
+    remasks = True
+
+    def __post_init__(self) -> None:
+        """Check the order of the times and the ranges."""
+        if not 0 < self.t_off < self.t_on < 1:
+            raise ConfigError(f"need 0 < t_off < t_on < 1, got {self.t_off} and {self.t_on}")
+        if not 0 < self.alpha_on < 1 or not 0 <= self.eta < 1:
+            raise ConfigError(f"alpha_on must lie in (0, 1) and eta in [0, 1), got {self.alpha_on} and {self.eta}")
+
+    def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
+        """Share of masks at time t, same shape as t."""
+        fill = 1 - (1 - t) * self.alpha_on / (1 - self.t_on)
+        finish = t * (1 - self.alpha_on) / self.t_off
+        return torch.where(t > self.t_on, fill, torch.where(t > self.t_off, 1 - self.alpha_on, finish))
+
+    def needs(self, masked: torch.Tensor, weight: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+        """The open positions."""
+        del quota
+        return _open(masked, weight)
+
+    def decide(self, view: StepView) -> Decision:
+        """Ancestral outside the loop, a balanced exchange inside it."""
+        before, after = self.mask_probability(view.t), self.mask_probability(view.s)
+        chance = reveal_probability(view.score, view.weight, view.masked, before, after)
+        looping = ((view.t <= self.t_on) & (view.t > self.t_off))[:, None]
+        back = self.alpha_on * self.eta / (1 - self.alpha_on) * view.score * view.weight
+        chance = torch.where(looping, back.clamp(max=1.0), chance)
+        return Decision(
+            reveal=view.masked & (view.noise < chance),
+            remask=view.written & looping & (view.noise_remask < self.eta),
+        )

@@ -1,0 +1,108 @@
+"""Axis 3 of a decoder, the token rule: which token a revealed position receives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The tokens drawn at N positions."""
+
+    token: torch.Tensor
+    """[N] int64."""
+    confidence: torch.Tensor
+    """[N] float32, the model's own probability of that token (temperature 1, before any cut)."""
+    mass: torch.Tensor
+    """[N] float32, the model's probability of all the tokens that were kept."""
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """Categorical sampling with the usual cuts, all arithmetic in float32.
+
+    Attributes:
+        temperature: 1 leaves the distribution as it is, 0 takes the most likely token.
+        top_k: keep exactly this many of the most likely real tokens; 0 for all.
+        top_p: of those, keep the smallest set whose (renormalised) probability reaches this; 1 for all.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.temperature < 0:
+            raise ConfigError(f"temperature must not be negative, got {self.temperature}")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k must not be negative (0 keeps all), got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must lie in (0, 1], got {self.top_p}")
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no token is cut, so that the mass is 1 whatever the logits."""
+        return self.top_k == 0 and self.top_p == 1
+
+    def mass(self, logits: torch.Tensor) -> torch.Tensor:
+        """[N, V] -> [N]: the probability that the rule keeps."""
+        if self.keeps_all:
+            return torch.ones(len(logits), device=logits.device)
+        probability, _, kept = self._kept(logits)
+        return (probability * kept).sum(1)
+
+    def choose(self, logits: torch.Tensor, noise: torch.Tensor) -> Choice:
+        """Draw one token per position by inverting the cumulative distribution.
+
+        Args:
+            logits: [N, V], -inf at tokens that must not come out.
+            noise: [N] uniform numbers of (0, 1); the only randomness.
+        """
+        probability, ids, kept = self._kept(logits)
+        if self.temperature == 0:
+            index = probability.argmax(1)
+        else:
+            weight = self._tempered(probability) * kept
+            index = _invert(weight, noise)
+        at = index[:, None]
+        token = index if ids is None else ids.gather(1, at)[:, 0]
+        return Choice(token, probability.gather(1, at)[:, 0], (probability * kept).sum(1))
+
+    def _kept(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Probabilities [N, k], their token ids [N, k] (None: all in order), and which are kept [N, k]."""
+        logits = logits.float()
+        if self.keeps_all:
+            probability = logits.softmax(1)
+            return probability, None, torch.ones((), device=logits.device)
+        real = logits.shape[1]
+        width = min(self.top_k, real) if self.top_k else real
+        values, ids = logits.topk(width, dim=1)
+        probability = (values - logits.logsumexp(1, keepdim=True)).exp()
+        return probability, ids, self._nucleus(probability)
+
+    def _tempered(self, probability: torch.Tensor) -> torch.Tensor:
+        """The distribution at this temperature, unnormalised."""
+        if self.temperature in (0.0, 1.0):
+            return probability
+        return (probability.log() / self.temperature).softmax(1)
+
+    def _nucleus(self, probability: torch.Tensor) -> torch.Tensor:
+        """[N, k] float, 1 where a token (in falling order) belongs to the top-p set."""
+        if self.top_p == 1:
+            return (probability > 0).float()
+        share = self._tempered(probability)
+        share = share / share.sum(1, keepdim=True)
+        return ((share.cumsum(1) - share < self.top_p) & (probability > 0)).float()
+
+
+def _invert(weight: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """[N, k] weights and [N] uniforms -> [N] indices; an index of weight 0 never comes out."""
+    cumulative = weight.cumsum(1)
+    total = cumulative[:, -1:]
+    point = torch.minimum(noise[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(max=weight.shape[1] - 1)

@@ -1,0 +1,161 @@
+"""Axis 1 of a decoder, the window weight: how open each position is at this moment, from 0 (shut) to 1.
+
+A window sees which positions are already written, never the model's opinion. Weight 0 means that the
+position can neither be revealed nor change the normaliser, so its logits are not computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
+
+import torch
+
+from dlm.errors import ConfigError
+
+
+class Window(Protocol):
+    """What the loop asks of a window."""
+
+    def fitted(self, length: int) -> Window:
+        """This window with sizes that were left open chosen for `length` positions."""
+        ...
+
+    def weights(
+        self, unmasked: torch.Tensor, *, start: torch.Tensor | None = None, stage: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Weights in [0, 1].
+
+        Args:
+            unmasked: [B, L] bool, real positions that hold a token (prompt, pinned or revealed).
+            start: [B] int64, where each row's answer begins; 0 by default.
+            stage: [B] int64, the stage each row is in (its block); by default the first with a mask.
+
+        Returns:
+            [B, L] float32.
+        """
+        ...
+
+    def stages(self, start: torch.Tensor, length: int) -> torch.Tensor:
+        """[B] int64, how many stages, each with its own time from 1 to 0, a row goes through."""
+        ...
+
+    def scope(self, start: torch.Tensor, stage: torch.Tensor, length: int) -> torch.Tensor:
+        """[B, L] bool, the positions that belong to the process of this stage (|M| counts only these)."""
+        ...
+
+
+class _SingleStage:
+    """A window over the whole row, in one stage."""
+
+    def fitted(self, length: int) -> Self:
+        del length
+        return self
+
+    def stages(self, start: torch.Tensor, length: int) -> torch.Tensor:
+        del length
+        return torch.ones_like(start)
+
+    def scope(self, start: torch.Tensor, stage: torch.Tensor, length: int) -> torch.Tensor:
+        del stage
+        return torch.ones(len(start), length, dtype=torch.bool, device=start.device)
+
+
+@dataclass(frozen=True)
+class Full(_SingleStage):
+    """Every position is open: w = 1."""
+
+    def weights(
+        self, unmasked: torch.Tensor, *, start: torch.Tensor | None = None, stage: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """All ones; see `Window.weights`."""
+        del start, stage
+        return torch.ones(unmasked.shape, device=unmasked.device)
+
+
+@dataclass(frozen=True)
+class Convolution(_SingleStage):
+    """Convolutional window (arXiv 2509.15188): w_i = tanh(c · u_i), u_i the tokens within reach of i.
+
+    Attributes:
+        kernel_size: K, odd; the reach is r = (K-1)/2 positions to either side. None for the odd number
+            next above a quarter of the window (the paper's choice).
+        scale: c.
+    """
+
+    kernel_size: int | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check that the kernel has a centre."""
+        k = self.kernel_size
+        if k is not None and (k < 1 or k % 2 == 0):
+            near = f"{k - 1} or {k + 1}" if k > 1 else "1 or 3"
+            raise ConfigError(f"kernel_size must be odd and positive, got {k}; use {near}")
+        if self.scale <= 0:
+            raise ConfigError(f"scale must be positive, got {self.scale}")
+
+    def fitted(self, length: int) -> Convolution:
+        """With K for a window of `length` where none was given."""
+        return self if self.kernel_size is not None else replace(self, kernel_size=length // 4 // 2 * 2 + 1)
+
+    def weights(
+        self, unmasked: torch.Tensor, *, start: torch.Tensor | None = None, stage: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """tanh of the number of neighbours that hold a token; see `Window.weights`."""
+        del start, stage
+        size, length = self.fitted(unmasked.shape[1]).kernel_size, unmasked.shape[1]
+        assert size is not None
+        reach = (size - 1) // 2
+        total = torch.nn.functional.pad(unmasked.to(torch.int32).cumsum(1), (1, 0))  # [B, L+1]
+        position = torch.arange(length, device=unmasked.device)
+        right = (position + reach + 1).clamp(max=length)
+        left = (position - reach).clamp(min=0)
+        return torch.tanh(self.scale * (total[:, right] - total[:, left]).float())
+
+
+@dataclass(frozen=True)
+class Block:
+    """Semi-autoregressive blocks, left to right: w = 1 inside the current block, 0 outside.
+
+    Blocks are counted from the end of the prompt. Each is a stage of its own, with its share of the steps.
+
+    Attributes:
+        size: positions per block; None for a quarter of the window.
+    """
+
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the size."""
+        if self.size is not None and self.size < 1:
+            raise ConfigError(f"block size must be at least 1, got {self.size}")
+
+    def fitted(self, length: int) -> Block:
+        """With a size for a window of `length` where none was given."""
+        return self if self.size is not None else replace(self, size=max(1, length // 4))
+
+    def _size(self, length: int) -> int:
+        return self.fitted(length).size or 1
+
+    def stages(self, start: torch.Tensor, length: int) -> torch.Tensor:
+        """[B] number of blocks between the prompt's end and the window's."""
+        return torch.clamp(-((start - length) // self._size(length)), min=1)
+
+    def scope(self, start: torch.Tensor, stage: torch.Tensor, length: int) -> torch.Tensor:
+        """[B, L] bool, the positions of block number `stage`."""
+        position = torch.arange(length, device=start.device)
+        block = torch.div(position - start[:, None], self._size(length), rounding_mode="floor")
+        return block == stage[:, None]
+
+    def weights(
+        self, unmasked: torch.Tensor, *, start: torch.Tensor | None = None, stage: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One inside the current block; see `Window.weights`."""
+        length = unmasked.shape[1]
+        if start is None:
+            start = torch.zeros(len(unmasked), dtype=torch.int64, device=unmasked.device)
+        if stage is None:
+            first = torch.where(unmasked, length, torch.arange(length, device=unmasked.device)).amin(1)
+            stage = torch.clamp((first - start) // self._size(length), min=0)
+        return self.scope(start, stage, length).float()
