@@ -119,7 +119,7 @@ def _ranked(score: torch.Tensor, weight: torch.Tensor, masked: torch.Tensor) -> 
     """[B, L] rank of each position (0 = first to go): open ones by score · weight, then the rest by score."""
     order = torch.where(weight > 0, 1 + score * weight, score)
     order = torch.where(masked, order, -1.0)
-    return order.argsort(1, descending=True, stable=True).argsort(1)
+    return order.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class ScratchConfig:
         intermediate_size: width of the feed-forward part.
         vocab_size: tokens of the byte-level BPE tokenizer that is trained on the data.
         max_position_embeddings: longest window in tokens.
+        initializer_range: standard deviation of the first weights; 0 for 1/sqrt(hidden_size).
     """
 
     hidden_size: int = 512
@@ -34,6 +35,7 @@ class ScratchConfig:
     intermediate_size: int = 1408
     vocab_size: int = 16384
     max_position_embeddings: int = 2048
+    initializer_range: float = 0.0
 
     def __post_init__(self) -> None:
         """Check that the heads divide the width."""
@@ -46,6 +48,7 @@ class ScratchConfig:
 def from_scratch(config: ScratchConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> MaskedDiffusionModel:
     """A Llama-type model with random weights for `tokenizer`."""
     shape = {**vars(config), "model_type": "llama", "vocab_size": len(tokenizer), "tie_word_embeddings": True}
+    shape["initializer_range"] = config.initializer_range or config.hidden_size**-0.5
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MaskedDiffusionModel(_diffusion_config(shape, tokenizer, shift=False))

@@ -40,9 +40,7 @@ def train_tokenizer(texts: Iterable[str] | Iterator[str], vocab_size: int) -> Pr
     if vocab_size < 256 + len(specials):
         raise ConfigError(f"vocab_size must be at least {256 + len(specials)} for byte-level BPE, got {vocab_size}")
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -1,8 +1,8 @@
 """A small instruction set made by rule: seeded, without a network, with answers that a program can check.
 
-Four kinds of task. Two have one right answer (`count`, `spell`), two have many (`climb`, `story`), so that a
-decoder that writes several tokens at once has to keep them consistent. `count`, `climb` and `story` answers
-run to 40 tokens and more.
+Four kinds of task. `count` and `spell` have one right answer. `climb` and `meet` have many, so that far from
+what is known every position is uncertain and near it almost nothing is: the situation in which a decoder
+that writes several tokens at once has to choose where to write. The longest answers have more than 40 tokens.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from dlm.errors import ConfigError
 
 NAMES = ("Anna", "Ben", "Cora", "Dan", "Emma", "Finn", "Gina", "Hugo")
 ANIMALS = ("cat", "dog", "horse", "goat", "duck", "rabbit", "sheep", "mouse")
-PLACES = ("in the garden", "near the old bridge", "at home", "behind the barn", "on the hill", "by the river")
+PLACES = ("at home", "outside", "in the garden", "on the hill", "by the river", "near the old bridge")
 DEEDS = ("feeds", "washes", "follows", "calls", "draws", "finds")
-MOODS = ("happy", "tired", "hungry", "very calm", "a little afraid", "full of joy")
-TIMES = ("Then", "After that", "In the evening", "At noon", "Later", "The next day")
+TIMES = ("Then", "Later", "After that", "At noon")
 WORDS = ("bread", "cloud", "stone", "river", "light", "apple", "chair", "green", "night", "sugar", "train", "world")
 
 
@@ -36,8 +35,8 @@ class Example:
 
 
 def _count(rng: random.Random) -> tuple[str, str]:
-    low = rng.randint(1, 60)
-    high = low + rng.randint(4, 22)
+    low = rng.randint(1, 40)
+    high = low + rng.randint(5, 45)
     return f"Count from {low} to {high}.", " ".join(map(str, range(low, high + 1)))
 
 
@@ -56,53 +55,45 @@ def _check_spell(instruction: str, answer: str) -> bool:
 
 
 def _climb(rng: random.Random) -> tuple[str, str]:
-    size, low = rng.randint(6, 16), rng.randint(1, 40)
+    low = rng.randint(1, 40)
+    high = low + rng.randint(8, 45)
     numbers = [low]
-    while len(numbers) < size:
-        numbers.append(numbers[-1] + rng.randint(1, 3))
-    return f"Give {size} rising numbers from {low}, in steps of 1 to 3.", " ".join(map(str, numbers))
+    while numbers[-1] < high:
+        numbers.append(min(high, numbers[-1] + rng.randint(1, 2)))
+    return f"Climb from {low} to {high} in steps of 1 or 2.", " ".join(map(str, numbers))
 
 
 def _check_climb(instruction: str, answer: str) -> bool:
-    size, low = map(int, re.findall(r"\d+", instruction)[:2])
+    low, high = map(int, re.findall(r"\d+", instruction)[:2])
     if not re.fullmatch(r"\d+( \d+)*", answer):
         return False
     numbers = list(map(int, answer.split()))
-    rises = [b - a for a, b in zip(numbers, numbers[1:], strict=False)]
-    return len(numbers) == size and numbers[0] == low and all(1 <= rise <= 3 for rise in rises)
+    steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+    return numbers[0] == low and numbers[-1] == high and steps <= {1, 2}
 
 
-def _story(rng: random.Random) -> tuple[str, str]:
-    name, animal, size = rng.choice(NAMES), rng.choice(ANIMALS), rng.randint(2, 5)
-    deeds, times = rng.sample(DEEDS, size), rng.sample(TIMES, size)
-    lines = [f"{name} {deeds[0]} the {animal} {rng.choice(PLACES)}."]
-    for deed, time in zip(deeds[1:], times[1:], strict=True):
-        if rng.random() < 0.5:
-            lines.append(f"{time} {name} {deed} the {animal} {rng.choice(PLACES)}.")
-        else:
-            lines.append(f"{time} the {animal} is {rng.choice(MOODS)}.")
-    return f"Tell a story of {size} sentences about {name} and a {animal}.", " ".join(lines)
+def _meet(rng: random.Random) -> tuple[str, str]:
+    name, animals = rng.choice(NAMES), rng.sample(ANIMALS, rng.randint(2, 5))
+    sentences = []
+    for animal in animals:
+        opening = f"{rng.choice(TIMES)} {name}" if sentences and rng.random() < 0.5 else name
+        sentences.append(f"{opening} {rng.choice(DEEDS)} the {animal} {rng.choice(PLACES)}.")
+    listed = ", the ".join(animals[:-1]) + f" and the {animals[-1]}"
+    return f"Tell how {name} meets the {listed}.", " ".join(sentences)
 
 
 def _one_of(words: tuple[str, ...]) -> str:
     return "(?:" + "|".join(words) + ")"
 
 
-def _check_story(instruction: str, answer: str) -> bool:
-    found = re.search(r"of (\d+) sentences about (\w+) and a (\w+)", instruction)
+def _check_meet(instruction: str, answer: str) -> bool:
+    found = re.fullmatch(r"Tell how (\w+) meets (.*)\.", instruction)
     if found is None:
         return False
-    size, name, animal = int(found[1]), found[2], found[3]
-    deed = f"{name} {_one_of(DEEDS)} the {animal} {_one_of(PLACES)}"
-    line = f"(?:{deed}|the {animal} is {_one_of(MOODS)})"
-    lines = re.split(r"(?<=\.) ", answer)
-    if len(lines) != size or not re.fullmatch(rf"{deed}\.", lines[0]):
-        return False
-    openings = [re.match(_one_of(TIMES), text) for text in lines[1:]]
-    used = [opening[0] for opening in openings if opening]
-    return len(set(used)) == size - 1 and all(
-        re.fullmatch(rf"{_one_of(TIMES)} {line}\.", text) for text in lines[1:]
-    )
+    name, animals = found[1], re.findall(r"the (\w+)", found[2])
+    lines = [f"{name} {_one_of(DEEDS)} the {animal} {_one_of(PLACES)}\\." for animal in animals]
+    later = [f"(?:{_one_of(TIMES)} )?{line}" for line in lines[1:]]
+    return re.fullmatch(" ".join([lines[0], *later]), answer) is not None
 
 
 @dataclass(frozen=True)
@@ -117,7 +108,7 @@ TASKS: dict[str, Task] = {
     "count": Task(_count, _check_count),
     "spell": Task(_spell, _check_spell),
     "climb": Task(_climb, _check_climb),
-    "story": Task(_story, _check_story),
+    "meet": Task(_meet, _check_meet),
 }
 
 

@@ -1,0 +1,45 @@
+# Every target sets up what it needs; Python 3.11 or newer is all that must be there.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+STAMP   = $(VENV)/.installed
+
+.PHONY: help setup demo test check bench gpu clean
+
+help:
+	@echo "make setup   create $(VENV) and install the project into it"
+	@echo "make demo    train a small model on rule-made tasks and compare the decoders (minutes, offline)"
+	@echo "make test    run the tests (minutes, CPU, offline)"
+	@echo "make check   ruff, mypy --strict, import-linter"
+	@echo "make bench   training and decoding benchmarks"
+	@echo "make gpu     CUDA tests and benchmarks, with a report in runs/gpu.md"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python -m examples.demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.decoding
+
+gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu --report runs/gpu.md
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,122 @@
+"""Training speed: `DiffusionTrainer` against a bare PyTorch loop over the same backbone, in one run.
+
+The bare loop is the least that trains: forward, cross entropy at the masked cells, backward, fused AdamW, on
+batches that lie ready in memory. The ratio says what the trainer costs on top (rows, collating, noise,
+logging, callbacks). The two are measured in turn, several times; medians and the ratio are printed.
+
+    python -m benchmarks.training [--rounds 3] [--steps 20]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from dlm.backbone import ScratchConfig, from_scratch
+from dlm.data.config import DataConfig
+from dlm.data.encode import encode_rows
+from dlm.data.rules import rule_rows
+from dlm.model import MaskedDiffusionModel
+from dlm.tokenizer import train_tokenizer
+from finetune.config import TrainConfig
+from finetune.sft import build_trainer
+
+SHAPE = ScratchConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1024)
+BATCH, WINDOW, WARMUP = 8, 128, 4
+
+
+class _Stopwatch(TrainerCallback):  # type: ignore[misc]
+    """Seconds between the end of the warm-up step and the end of the last."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.marks.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        return self.marks[-1] - self.marks[WARMUP - 1]
+
+
+def ours(model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, steps: int) -> float:
+    """Tokens per second of the trainer."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig(
+            output_dir=folder, data=DataConfig(window=WINDOW), max_steps=steps + WARMUP,
+            per_device_train_batch_size=BATCH, logging_steps=10, eval_steps=0, save_steps=10**9,
+            precision="fp32", report_to="none", trainer={"disable_tqdm": True},
+        )
+        trainer = build_trainer(model, tokenizer, config, rows, None)
+        watch = _Stopwatch()
+        trainer.add_callback(watch)
+        trainer._save_checkpoint = lambda *_: None  # the disk is not what is measured
+        trainer.train()
+    return steps * BATCH * WINDOW / watch.seconds
+
+
+def bare(model: MaskedDiffusionModel, batches: Iterator[torch.Tensor], mask_id: int, steps: int) -> float:
+    """Tokens per second of the least loop that trains."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, fused=True)
+    model.train()
+    begun = 0.0
+    for step in range(steps + WARMUP):
+        if step == WARMUP:
+            begun = time.perf_counter()
+        ids = next(batches)
+        t = torch.rand(len(ids), 1).clamp(min=1e-3)
+        masked = torch.rand(ids.shape) < t
+        hidden = model.hidden(ids.masked_fill(masked, mask_id))
+        logits = model.logits(hidden[masked]).float()
+        loss = F.cross_entropy(logits, ids[masked], reduction="none") / t.expand_as(masked)[masked]
+        (loss.sum() / ids.numel()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return steps * BATCH * WINDOW / (time.perf_counter() - begun)
+
+
+def _ready_batches(rows: Dataset, eos: int) -> Iterator[torch.Tensor]:
+    """The same rows as fixed windows, already in memory, for ever."""
+    ids = torch.full((len(rows), WINDOW), eos)
+    for i, row in enumerate(rows["input_ids"]):
+        ids[i, : len(row)] = torch.as_tensor(row)
+    while True:
+        yield from ids.split(BATCH)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args()
+    disable_progress_bars()
+    source = rule_rows(4000)
+    tokenizer = train_tokenizer((row["answer"] for row in source), 4096)
+    rows, _ = encode_rows(source, tokenizer, WINDOW)
+    speeds: dict[str, list[float]] = {"trainer": [], "bare loop": []}
+    for _ in range(options.rounds):
+        model = from_scratch(SHAPE, tokenizer)
+        batches = _ready_batches(rows, tokenizer.eos_token_id)
+        speeds["bare loop"].append(bare(model, batches, tokenizer.mask_token_id, options.steps))
+        speeds["trainer"].append(ours(from_scratch(SHAPE, tokenizer), tokenizer, rows, options.steps))
+    size = sum(p.numel() for p in from_scratch(SHAPE, tokenizer).parameters()) / 1e6
+    print(f"training, {size:.1f}M parameters, batch {BATCH} × {WINDOW} tokens, fp32, {torch.get_num_threads()} threads")
+    for name, values in speeds.items():
+        print(f"  {name:<10} {median(values):8.0f} tokens/s (of {', '.join(f'{v:.0f}' for v in values)})")
+    ratios = [a / b for a, b in zip(speeds["trainer"], speeds["bare loop"], strict=True)]
+    print(f"  ratio trainer / bare loop: {median(ratios):.3f} (goal ≥ 0.9)")
+
+
+if __name__ == "__main__":
+    main()

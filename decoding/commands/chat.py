@@ -1,0 +1,100 @@
+"""`dlm chat`: a conversation in the terminal, in which the canvas can be watched filling."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from decoding.config import DecodingConfig
+from dlm.cli import Command
+from dlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ChatConfig(DecodingConfig):
+    """Settings of `dlm chat`.
+
+    Args:
+        model: folder or hub id of a checkpoint.
+        system: system message, if any.
+        device: "cpu", "cuda", or "auto" for a GPU if there is one.
+        dtype: "float32", "bfloat16", "float16", or "auto".
+    """
+
+    model: str = ""
+    system: str = ""
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check that there is a model."""
+        super().__post_init__()
+        if not self.model:
+            raise ConfigError("--model is missing: the folder or hub id of a checkpoint (dlm train makes one)")
+
+
+def run(config: ChatConfig) -> int:
+    """Talk until `/quit` or the end of input."""
+    from rich.console import Console
+
+    from decoding.sampler import Sampler
+    from dlm.checkpoint import load_model
+
+    console = Console()
+    arguments = config.arguments()
+    sampler = Sampler(*load_model(config.model, config.device, config.dtype))
+    console.print("[dim]/new starts over, /quit leaves. Shaded cells are not yet written.[/dim]")
+    system = [{"role": "system", "content": config.system}] if config.system else []
+    messages = list(system)
+    while True:
+        try:
+            line = console.input("[bold]you>[/bold] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return 0
+        if line == "/quit":
+            return 0
+        if line == "/new":
+            messages = list(system)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            messages = _turn(console, sampler, messages, arguments)
+
+
+def _turn(console: Any, sampler: Any, messages: list[dict[str, str]], arguments: dict[str, Any]) -> list[Any]:
+    """Answer the last message; returns the conversation to go on with."""
+    try:
+        text = _watch(console, sampler, messages, arguments)
+    except ConfigError as error:
+        if len(messages) > 1:
+            console.print("[dim](the conversation no longer fits the window; starting over with this message)[/dim]")
+            return _turn(console, sampler, messages[-1:], arguments)
+        console.print(f"[red]{error}[/red]")
+        return []
+    return [*messages, {"role": "assistant", "content": text}]
+
+
+def _watch(console: Any, sampler: Any, messages: list[dict[str, str]], arguments: dict[str, Any]) -> str:
+    """Show the canvas as it fills and return the finished text."""
+    from rich.live import Live
+    from rich.text import Text
+
+    begun = time.perf_counter()
+    event = None
+    with Live(console=console, refresh_per_second=12, transient=not sys.stdout.isatty()) as live:
+        for event in sampler.stream(messages, **arguments):
+            live.update(Text(event.text))
+    if event is None:
+        return ""
+    ids = event.token_ids
+    size = ids.index(sampler.eos_id) if sampler.eos_id in ids else len(ids)
+    if not sys.stdout.isatty():
+        console.print(Text(event.text))
+    seconds = time.perf_counter() - begun
+    console.print(f"[dim]{size} tokens, {event.step + 1} steps, {size / seconds:.1f} tokens/s[/dim]")
+    return str(event.text)
+
+
+COMMAND = Command("talk to a trained model in the terminal", ChatConfig, run)

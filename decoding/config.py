@@ -1,0 +1,50 @@
+"""The settings that `dlm generate` and `dlm chat` share; importable without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How text is decoded.
+
+    Args:
+        decoder: name of the decoder (see `dlm generate --list-decoders`); the checkpoint's default if empty.
+        options: options of the decoder, such as --options.kernel_size 129 --options.top_k 20.
+        window: tokens of prompt and answer together; 0 for the checkpoint's default.
+        steps: denoising steps; 0 for the checkpoint's default.
+        seed: seed of the noise.
+        eos_fill: once the end is written, everything to its right becomes the end token.
+    """
+
+    decoder: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    window: int = 0
+    steps: int = 0
+    seed: int = 0
+    eos_fill: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("window", "steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.options and not self.decoder:
+            raise ConfigError("options need --decoder, so that it is clear whose options they are")
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `Sampler.generate` and `Sampler.stream`."""
+        from decoding.presets import Decoder
+
+        decoder = Decoder.named(self.decoder, **self.options) if self.decoder else None
+        return {
+            "decoder": decoder,
+            "window": self.window or None,
+            "steps": self.steps or None,
+            "seed": self.seed,
+            "eos_fill": self.eos_fill,
+        }

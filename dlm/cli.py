@@ -1,0 +1,193 @@
+"""The `dlm` program: finds a subcommand, parses its settings, runs it, turns errors into exit codes.
+
+Each package offers its commands through the entry-point group `dlm.commands`; the one that is asked for is
+imported, the others are not. Options come from a frozen dataclass: `--name value`, dotted for nested ones,
+or `--config file.yaml`. Exit status 2 is a usage error, 1 a failure, each with one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from importlib.metadata import entry_points
+from typing import Any, NoReturn, get_type_hints
+
+from dlm.errors import ConfigError, DLMError
+from dlm.version import __version__
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+        help: one line for `dlm --help`.
+        config: frozen dataclass of its settings; the docstring's Args section becomes the help.
+        run: called with an instance; returns the exit status.
+        positional: name of the setting that takes the words which are no options.
+    """
+
+    help: str
+    config: type
+    run: Callable[[Any], int]
+    positional: str | None = None
+
+
+def commands() -> dict[str, Any]:
+    """The installed subcommands by name, not yet imported."""
+    return {point.name: point for point in sorted(entry_points(group="dlm.commands"), key=lambda p: p.name)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `dlm`; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _dispatch(words)
+    except DLMError as error:
+        if debug:
+            raise
+        return _fail(str(error), 2 if isinstance(error, ConfigError) else 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except Exception as error:
+        if debug:
+            raise
+        return _fail(f"{type(error).__name__}: {error}")
+
+
+def _dispatch(words: list[str]) -> int:
+    known = commands()
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview(known))
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"dlm {__version__}")
+        return 0
+    name = words[0]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return _fail(f"unknown command {name!r}.{hint} Commands: {', '.join(known)}", 2)
+    command: Command = known[name].load()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "datasets", "filelock", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        config = parse(name, command, words[1:])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return command.run(config)
+
+
+def _overview(known: dict[str, Any]) -> str:
+    width = max((len(name) for name in known), default=0)
+    lines = [f"  {name:<{width}}  {point.load().help}" for name, point in known.items()]
+    return "\n".join(
+        [
+            "usage: dlm COMMAND [options]",
+            "",
+            "Masked diffusion language models with convolutional decoding.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`dlm COMMAND --help` lists every option with its default. `--debug` shows tracebacks.",
+        ]
+    )
+
+
+class _UsageError(Exception):
+    """What the parser found wrong."""
+
+
+def parse(name: str, command: Command, words: Sequence[str]) -> Any:
+    """An instance of the command's settings from words.
+
+    Raises:
+        SystemExit: 0 after --help, 2 after a usage error (one line on stderr).
+    """
+    from jsonargparse import ArgumentParser
+
+    class Parser(ArgumentParser):  # type: ignore[misc]
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+            raise _UsageError(str(message)) from ex
+
+    parser = Parser(prog=f"dlm {name}", description=command.help, exit_on_error=True)
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
+    parser.add_class_arguments(command.config, skip=None)
+    if command.positional:
+        parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    try:
+        namespace = parser.parse_args(_normalise(words, _options(command.config)))
+        namespace.pop("config", None)
+        rest = namespace.pop("words", None)
+        if command.positional and rest:
+            namespace[command.positional] = list(rest)
+        built = parser.instantiate(namespace)
+        return command.config(**{k: v for k, v in vars(built).items() if k != "words"})
+    except (_UsageError, ConfigError, TypeError, ValueError) as error:
+        raise SystemExit(_fail(_explain(str(error), list(_options(command.config))), 2, f"dlm {name}")) from None
+
+
+def _normalise(words: Sequence[str], options: dict[str, Any]) -> list[str]:
+    """`--eos-fill` as `--eos_fill`, and a switch without a value as `--switch=true`."""
+    out = []
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        if word.startswith("--"):
+            option, equals, value = word.partition("=")
+            name = option[2:].replace("-", "_")
+            word = f"--{name}{equals}{value}"
+            if options.get(name) is bool and not equals and following.lower() not in ("true", "false"):
+                word += "=true"
+        out.append(word)
+    return out
+
+
+def _options(config: type, prefix: str = "") -> dict[str, Any]:
+    """All dotted option names of a settings dataclass, with their types."""
+    hints = get_type_hints(config)
+    options: dict[str, Any] = {}
+    for item in fields(config):
+        kind = hints[item.name]
+        options[prefix + item.name] = kind
+        if is_dataclass(kind):
+            options |= _options(kind, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+    return options
+
+
+def _explain(message: str, known: list[str]) -> str:
+    """The parser's message on one line, with the nearest right name when a name was wrong."""
+    message = re.sub(r"\s+", " ", message).strip()
+    wrong = re.search(r"[Uu]nrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
+    wrong = wrong or re.search(r"Option '([\w.]+)' is not accepted", message)
+    wrong = wrong or re.search(r"[Kk]ey '?\"?([\w.]+)'?\"? is not expected", message)
+    if not wrong:
+        return message
+    name = next(group for group in wrong.groups() if group)
+    group = re.search(r"Group '([\w.]+)'", message)
+    full = f"{group[1]}.{name}" if group else name
+    near = difflib.get_close_matches(full, known, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"unknown option {full}.{hint} See --help."
+
+
+def _fail(message: str, status: int = 1, prog: str = "dlm") -> int:
+    """One line on stderr; returns the status."""
+    line = re.sub(r"\s*\n\s*", " ", message).strip()
+    print(f"{prog}: error: {line}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""`dlm inspect`: what a checkpoint is, without loading its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dlm.cli import Command
+from dlm.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Settings of `dlm inspect`.
+
+    Args:
+        checkpoints: folders or hub ids (the words that are no options).
+        json: write JSON instead of a table.
+    """
+
+    checkpoints: list[str] = field(default_factory=list)
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that there is something to inspect."""
+        if not self.checkpoints:
+            raise ConfigError("name the folder or hub id of a checkpoint: dlm inspect runs/my-model")
+
+
+def run(config: InspectConfig) -> int:
+    """Describe each checkpoint."""
+    for path in config.checkpoints:
+        facts = describe(path)
+        if config.json:
+            print(json.dumps(facts, ensure_ascii=False))
+        else:
+            width = max(map(len, facts))
+            print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
+    return 0
+
+
+def describe(path: str) -> dict[str, Any]:
+    """Facts about a checkpoint, from its configuration, tokenizer and weight headers.
+
+    Raises:
+        CheckpointError: when it is not a checkpoint of this toolkit, or its weights are truncated.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    from dlm.checkpoint import model_type
+    from dlm.config import MaskedDiffusionConfig
+
+    kind = model_type(path)
+    if kind != MaskedDiffusionConfig.model_type:
+        raise CheckpointError(f"{path}: a {kind!r} model, not a masked diffusion checkpoint; dlm train can start from it")
+    config = AutoConfig.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    shape = config.backbone or {}
+    return {
+        "path": path,
+        "family": f"{shape.get('model_type')}, {shape.get('num_hidden_layers')} layers, width {config.hidden_size}",
+        **_weights(path),
+        "vocabulary": f"{config.num_tokens} tokens, mask {tokenizer.mask_token!r} = {config.mask_token_id}, "
+        f"end {tokenizer.eos_token!r} = {config.eos_token_id}",
+        "shift": config.shift,
+        "positions": config.max_positions,
+        "training": config.training,
+        "generation": config.generation,
+        "complete": _complete(path),
+        "template": tokenizer.chat_template,
+    }
+
+
+def _weights(path: str) -> dict[str, Any]:
+    """Number and type of the parameters of a local checkpoint, from the headers of its safetensors files."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(Path(path).glob("model*.safetensors"))
+    if Path(path).is_dir() and not files:
+        raise CheckpointError(f"{path}: config.json is there, but no model*.safetensors")
+    total, types = 0, set()
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 (not a dictionary)
+                    piece = handle.get_slice(name)
+                    size = 1
+                    for side in piece.get_shape():
+                        size *= side
+                    total += size
+                    types.add(piece.get_dtype())
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: truncated or damaged ({error})") from error
+    return {"parameters": f"{total:,} ({', '.join(sorted(types))})"} if files else {}
+
+
+def _complete(path: str) -> str:
+    """For a checkpoint of a run, whether it was written to its end."""
+    from dlm.checkpointing import is_complete
+
+    if not Path(path).name.startswith("checkpoint-"):
+        return "finished model"
+    return "yes" if is_complete(path) else "no: it was interrupted while being written"
+
+
+COMMAND = Command("say what a checkpoint is", InspectConfig, run, positional="checkpoints")

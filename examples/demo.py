@@ -1,0 +1,199 @@
+"""`make demo`: train a small model on rule-made tasks and decode held-out prompts with every preset.
+
+Everything is made here, nothing is fetched: instructions and their answers by a seeded generator, the
+tokenizer and the model from random weights. The answers are checked by program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from decoding.presets import Decoder
+from decoding.sampler import Output, Sampler
+from dlm.checkpoint import load_model
+from dlm.data.config import DataConfig
+from dlm.data.rules import Example, is_right, make_examples
+from finetune.config import ModelConfig, TrainConfig
+
+WINDOW = 80
+STEPS = WINDOW // 8
+PRESETS = ("categorical", "top-k", "semi-ar", "llada", "conv", "llada-conv")
+HELD_OUT_SEED = 10_007
+"""Seed of the test prompts; the training rows come from the training seed."""
+
+
+def training(folder: Path, seed: int, steps: int) -> TrainConfig:
+    """The recipe of the small model."""
+    return TrainConfig(
+        output_dir=str(folder),
+        model=ModelConfig(
+            hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=384, vocab_size=640
+        ),
+        data=DataConfig(source="rules", window=WINDOW, limit=40_000, validation_rows=256),
+        max_steps=steps,
+        per_device_train_batch_size=32,
+        learning_rate=3e-3,
+        warmup_steps=100,
+        logging_steps=25,
+        eval_steps=400,
+        save_steps=400,
+        sample_steps=STEPS,
+        precision="fp32",
+        seed=seed,
+    )
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one decoder did over all prompts under one seed."""
+
+    decoder: str
+    seed: int
+    right: float
+    """Share of answers that are right, checked by program."""
+    right_by_task: dict[str, float]
+    repetition: float
+    """Share of 4-grams of words in an answer that have occurred before in it."""
+    model_calls: float
+    """Mean number of model calls per answer."""
+    tokens_per_second: float
+    """Answer tokens (EOS and padding excluded) per second of wall time."""
+
+
+def repetition(text: str, n: int = 4) -> float:
+    """Share of the n-grams of words that are repeats of an earlier one."""
+    words = text.split()
+    grams = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+    total = sum(grams.values())
+    return (total - len(grams)) / total if total else 0.0
+
+
+def score(sampler: Sampler, examples: list[Example], decoder: Decoder, seed: int) -> tuple[Score, list[Output]]:
+    """Decode every prompt once and check the answers."""
+    begun = time.perf_counter()
+    outputs = sampler.generate(
+        [example.instruction for example in examples],
+        decoder=decoder, window=WINDOW, steps=STEPS, seed=seed, batch_size=32,
+    )
+    seconds = time.perf_counter() - begun
+    right = [is_right(example, output.text) for example, output in zip(examples, outputs, strict=True)]
+    tasks = sorted({example.task for example in examples})
+    result = Score(
+        decoder=decoder.name,
+        seed=seed,
+        right=mean(right),
+        right_by_task={
+            task: mean(r for r, example in zip(right, examples, strict=True) if example.task == task) for task in tasks
+        },
+        repetition=mean(repetition(output.text) for output in outputs),
+        model_calls=mean(output.model_calls for output in outputs),
+        tokens_per_second=sum(len(output.token_ids) for output in outputs) / seconds,
+    )
+    return result, outputs
+
+
+def compare(sampler: Sampler, examples: list[Example], seeds: list[int], console: Console) -> list[Score]:
+    """Every preset under every seed, with a progress bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    scores = []
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("Decoding", total=len(PRESETS) * len(seeds))
+        for name in PRESETS:
+            for seed in seeds:
+                progress.update(bar, description=f"Decoding: {name}, seed {seed}")
+                scores.append(score(sampler, examples, Decoder.named(name), seed)[0])
+                progress.advance(bar)
+    return scores
+
+
+def _spread(values: list[float], scale: float = 100, digits: int = 1) -> str:
+    deviation = stdev(values) if len(values) > 1 else 0.0
+    return f"{scale * mean(values):.{digits}f} ± {scale * deviation:.{digits}f}"
+
+
+def table(scores: list[Score]) -> Table:
+    """One line per decoder, mean and standard deviation over the seeds."""
+    tasks = list(scores[0].right_by_task)
+    out = Table(title=f"Held-out prompts, window {WINDOW}, {STEPS} steps (mean ± standard deviation over seeds)")
+    for title in ("decoder", "right, %", *tasks, "repetition, %", "model calls", "tokens/s"):
+        out.add_column(title, justify="left" if title == "decoder" else "right")
+    for name in dict.fromkeys(s.decoder for s in scores):
+        rows = [s for s in scores if s.decoder == name]
+        out.add_row(
+            name,
+            _spread([s.right for s in rows]),
+            *(f"{100 * mean(s.right_by_task[task] for s in rows):.0f}" for task in tasks),
+            _spread([s.repetition for s in rows]),
+            _spread([s.model_calls for s in rows], 1),
+            f"{mean(s.tokens_per_second for s in rows):.0f}",
+        )
+    return out
+
+
+def coloured(output: Output, sampler: Sampler) -> Text:
+    """An answer whose tokens are coloured by the step that revealed them, from dark blue to yellow."""
+    from matplotlib import colormaps
+
+    text = Text()
+    for token, step in zip(output.token_ids, output.reveal_step, strict=True):
+        red, green, blue = (int(255 * c) for c in colormaps["viridis"](step / max(1, output.steps))[:3])
+        ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else "black"
+        text.append(sampler.tokenizer.decode([token]), style=f"{ink} on rgb({red},{green},{blue})")
+    return text
+
+
+def show(sampler: Sampler, console: Console) -> None:
+    """One prompt answered by three presets, coloured by step."""
+    legend = Text("steps: ")
+    scale = Output("", list(range(STEPS + 1)), "", 0, list(range(STEPS + 1)), STEPS)
+    from matplotlib import colormaps
+
+    for step in scale.reveal_step:
+        red, green, blue = (int(255 * c) for c in colormaps["viridis"](step / STEPS)[:3])
+        legend.append(f" {step} ", style=f"{'white' if step < STEPS * 0.6 else 'black'} on rgb({red},{green},{blue})")
+    prompt = next(e.instruction for e in make_examples(8, HELD_OUT_SEED) if e.task == "story")
+    console.print(f"\n[bold]{prompt}[/bold]", legend, sep="\n")
+    for name in ("top-k", "semi-ar", "conv"):
+        output = sampler.generate([prompt], decoder=Decoder.named(name), window=WINDOW, steps=STEPS, seed=0)[0]
+        console.print(f"\n{name} ({output.model_calls} model calls)", coloured(output, sampler), sep="\n")
+
+
+def main() -> None:
+    """Train unless the finished model is there, decode, print, and save the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where the model and the figures go")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training run")
+    parser.add_argument("--train-steps", type=int, default=1600)
+    parser.add_argument("--prompts", type=int, default=128, help="held-out prompts")
+    parser.add_argument("--seeds", type=int, default=3, help="decoding seeds")
+    options = parser.parse_args()
+    console = Console()
+    if not (options.folder / "model.safetensors").exists():
+        from finetune.sft import train
+
+        console.print(f"[bold]1. Training[/bold] a small model from random weights ({options.folder})")
+        train(training(options.folder, options.seed, options.train_steps))
+    sampler = Sampler(*load_model(options.folder, "cpu", "float32"))
+    examples = make_examples(options.prompts, HELD_OUT_SEED)
+    console.print(f"[bold]2. Decoding[/bold] {len(examples)} held-out prompts with each preset")
+    scores = compare(sampler, examples, list(range(options.seeds)), console)
+    console.print(table(scores))
+    show(sampler, console)
+    report: dict[str, Any] = {"window": WINDOW, "steps": STEPS, "scores": [asdict(s) for s in scores]}
+    (options.folder / "demo.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

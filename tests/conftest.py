@@ -1,0 +1,43 @@
+"""Shared fixtures: everything runs offline, on one CPU thread, with data made here."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets
+import pytest
+import torch
+
+from dlm.backbone import ScratchConfig, from_scratch
+from dlm.data.rules import rule_rows
+from dlm.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet(tmp_path_factory):
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture(scope="session")
+def rows():
+    return rule_rows(200, seed=5)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(rows):
+    texts = [text for row in rows for text in (row["prompt"][0]["content"], row["answer"])]
+    return train_tokenizer(texts, 400)
+
+
+TINY = ScratchConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+
+
+@pytest.fixture
+def model(tokenizer):
+    return from_scratch(TINY, tokenizer).eval()

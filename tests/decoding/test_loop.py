@@ -1,0 +1,276 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from decoding import Decoder, Sampler
+from decoding.loop import Canvas, Settings, clock, denoise
+from decoding.presets import PRESETS
+from decoding.reveal import Quota
+from decoding.window import Convolution
+from dlm.errors import ConfigError, DLMError
+from tests.fakes import FakeDenoiser, FakeTokenizer
+
+
+def run(model, ids, decoder, steps, keys=None, **kwargs):
+    keys = torch.arange(len(ids)) if keys is None else keys
+    canvas = Canvas.of(ids, model.mask_id, keys)
+    for _ in denoise(model, canvas, decoder, Settings(steps, model.eos_id, model.mask_id, **kwargs)):
+        pass
+    return canvas
+
+
+def rows(model, lengths, window):
+    ids = torch.full((len(lengths), window), model.mask_id)
+    for i, n in enumerate(lengths):
+        ids[i, :n] = 1 + (torch.arange(n) * (i + 3)) % 20
+    return ids
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(sorted(PRESETS)),
+    steps=st.integers(1, 20),
+    window=st.integers(6, 40),
+    reach=st.integers(0, 8),
+    prompt=st.integers(0, 5),
+    eos_fill=st.booleans(),
+    early_exit=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_no_mask_comes_out_and_pinned_tokens_stay(name, steps, window, reach, prompt, eos_fill, early_exit, seed):
+    model = FakeDenoiser()
+    options = {}
+    if "kernel_size" in PRESETS[name].options:
+        options["kernel_size"] = 2 * reach + 1
+    if name == "semi-ar":
+        options["block_size"] = max(1, -(-(window - prompt) // steps))
+    ids = rows(model, [prompt, 1], window)
+    ids[:, -1] = 7  # a pinned token at the far end
+    canvas = run(
+        model, ids, Decoder.named(name, **options), steps, keys=torch.tensor([seed, seed + 1]),
+        eos_fill=eos_fill, early_exit=early_exit,
+    )
+    assert not (canvas.ids == model.mask_id).any()
+    assert not canvas.masked.any()
+    given_cells = ids != model.mask_id
+    assert torch.equal(canvas.ids[given_cells], ids[given_cells])
+    assert (canvas.reveal_step[given_cells] == -1).all()
+    assert (canvas.reveal_step[~given_cells] >= 0).all()
+    assert (canvas.model_calls <= steps + 1).all()
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_row_is_bit_identical_alone_and_in_any_batch(name):
+    model = FakeDenoiser(eos_bias=-1.0)
+    decoder = Decoder.named(name, **({"block_size": 8} if name == "semi-ar" else {}))
+    lengths = [0, 3, 9, 1, 5, 12, 2, 7]
+    ids = rows(model, lengths, 30)
+    keys = torch.arange(100, 108)
+    together = run(model, ids, decoder, 10, keys)
+    for i in range(len(lengths)):
+        alone = run(model, ids[i : i + 1], decoder, 10, keys[i : i + 1])
+        assert torch.equal(alone.ids[0], together.ids[i])
+        assert torch.equal(alone.reveal_step[0], together.reveal_step[i])
+        assert alone.model_calls[0] == together.model_calls[i]
+
+
+def test_same_seed_same_text_and_other_seed_other_text():
+    sampler = Sampler(FakeDenoiser(eos_bias=-9.0), FakeTokenizer())
+    prompts = ["one", "three", "a longer prompt"]
+    first = sampler.generate(prompts, decoder="conv", window=40, steps=10, seed=3)
+    again = sampler.generate(prompts[::-1], decoder="conv", window=40, steps=10, seed=3, batch_size=2)[::-1]
+    other = sampler.generate(prompts, decoder="conv", window=40, steps=10, seed=4)
+    per_row = sampler.generate(prompts, decoder="conv", window=40, steps=10, seed=[3, 4, 3])
+    assert [o.token_ids for o in first] == [o.token_ids for o in again]
+    assert all(a.token_ids != b.token_ids for a, b in zip(first, other, strict=True))
+    assert [o.token_ids for o in per_row] == [first[0].token_ids, other[1].token_ids, first[2].token_ids]
+
+
+def slow_ancestral(model, ids, top_k, kernel, steps, trials, scale=1.0):
+    """Independent reference for one row: no batching, no caches, loops over positions, torch's own RNG."""
+    generator = torch.Generator().manual_seed(0)
+    length = len(ids)
+    revealed_at = torch.zeros(trials, length)
+    for trial in range(trials):
+        row = ids.clone()
+        for step in range(steps):
+            t, s = 1 - step / steps, 1 - (step + 1) / steps
+            masked = [i for i in range(length) if row[i] == model.mask_id]
+            if not masked:
+                break
+            logits = model.logits(model.hidden(row[None])[0]).double()
+            p = logits.softmax(-1)
+            best = p.topk(top_k, dim=-1)
+            q, w = {}, {}
+            for i in masked:
+                q[i] = float(best.values[i].sum())
+                near = [j for j in range(length) if abs(i - j) <= (kernel - 1) // 2 and row[j] != model.mask_id]
+                w[i] = float(torch.tanh(torch.tensor(scale * len(near))))
+            if sum(w[i] * q[i] for i in masked) == 0:
+                w = dict.fromkeys(masked, 1.0)
+            z = len(masked) / sum(w[i] * q[i] for i in masked)
+            new = row.clone()
+            for i in masked:
+                a = (t - s) * w[i] * q[i] * z
+                if a > 0 and torch.rand((), generator=generator) < a / (a + s):
+                    pick = torch.multinomial(best.values[i] / best.values[i].sum(), 1, generator=generator)
+                    new[i] = best.indices[i][pick[0]]
+                    revealed_at[trial, i] = step
+            row = new
+        revealed_at[trial][(row == model.mask_id)] = steps
+    return revealed_at
+
+
+def test_the_law_of_reveal_times_agrees_with_an_independent_slow_reference():
+    model = FakeDenoiser(vocab=9, mask_id=8, context=False)
+    ids = rows(model, [3], 12)[0]
+    steps, trials = 5, 3000
+    slow = slow_ancestral(model, ids, top_k=3, kernel=5, steps=steps, trials=400)
+    decoder = Decoder.named("conv", kernel_size=5, top_k=3)
+    fast = run(
+        model, ids.repeat(trials, 1), decoder, steps, keys=torch.arange(trials) * 7919, eos_fill=False, early_exit=False
+    )
+    for position in range(3, 12):
+        for step in range(steps + 1):
+            expected = float((slow[:, position] == step).double().mean())
+            got = float((fast.reveal_step[:, position] == step).double().mean())
+            deviation = (expected * (1 - expected) / 400 + got * (1 - got) / trials) ** 0.5
+            assert abs(got - expected) < 4.5 * deviation + 1e-3, (position, step, got, expected)
+
+
+@pytest.mark.parametrize("name", ["categorical", "top-k", "semi-ar", "llada", "conv", "llada-conv", "threshold"])
+def test_early_exit_does_not_change_the_answer(name):
+    model = FakeDenoiser(eos_bias=1.5)
+    decoder = Decoder.named(name)
+    ids = rows(model, [2, 4, 6, 1], 24)
+    for fill in (True, False):
+        stop = run(model, ids, decoder, 12, eos_fill=fill, early_exit=True)
+        full = run(model, ids, decoder, 12, eos_fill=fill, early_exit=False)
+        for i in range(len(ids)):
+            cut = [row[: row.index(0)] if 0 in row else row for row in (stop.ids[i].tolist(), full.ids[i].tolist())]
+            assert cut[0] == cut[1]
+        assert (stop.model_calls <= full.model_calls).all()
+
+
+def test_eos_fill_needs_one_eos_and_ignores_the_prompts():
+    model = FakeDenoiser(eos_bias=2.0)
+    ids = rows(model, [4], 30)
+    ids[0, 1] = model.eos_id  # an EOS inside the prompt must not end the answer
+    canvas = run(model, ids, Decoder.named("top-k"), 8)
+    answer = canvas.ids[0, 4:].tolist()
+    assert model.eos_id in answer
+    assert set(answer[answer.index(model.eos_id) :]) == {model.eos_id}
+    assert canvas.ids[0, 1] == model.eos_id
+    assert canvas.ids[0, 2] != model.eos_id
+
+
+def test_steps_that_reveal_nothing_cost_no_model_call():
+    model = FakeDenoiser(eos_bias=-50.0)
+    ids = rows(model, [4], 12)  # 8 masks, 64 steps
+    canvas = run(model, ids, Decoder.named("top-k"), 64)
+    assert int(canvas.model_calls[0]) == model.calls <= 9
+    appeared = canvas.reveal_step[0, 4:].unique()
+    assert model.calls == len(appeared)
+
+
+def test_quota_takes_the_number_of_llada():
+    model = FakeDenoiser(eos_bias=-50.0)
+    ids = rows(model, [2], 12)  # 10 masks in 4 steps: 3, 3, 2, 2
+    canvas = run(model, ids, Decoder.named("llada"), 4)
+    assert [int((canvas.reveal_step[0] == s).sum()) for s in range(4)] == [3, 3, 2, 2]
+
+
+def test_quota_with_convolution_goes_outside_the_reach_only_when_it_must():
+    model = FakeDenoiser(eos_bias=-50.0)
+    ids = rows(model, [2], 12)
+    canvas = run(model, ids, Decoder.named("llada-conv", kernel_size=3), 5)  # reach 1: one open position, quota 2
+    first = (canvas.reveal_step[0] == 0).nonzero()[:, 0].tolist()
+    assert 2 in first
+    assert len(first) == 2
+
+
+def test_blocks_are_written_in_order_and_counted_from_the_prompt():
+    model = FakeDenoiser(eos_bias=-50.0)
+    ids = rows(model, [3, 5], 19)
+    canvas = run(model, ids, Decoder.named("semi-ar", block_size=4), 8)
+    for row, start, blocks in ((0, 3, 4), (1, 5, 4)):
+        for b in range(blocks):
+            cells = canvas.reveal_step[row, start + 4 * b : start + 4 * (b + 1)]
+            assert set(cells.tolist()) <= {2 * b, 2 * b + 1}
+
+
+def test_the_far_side_of_a_convolution_is_filled_by_the_last_pass():
+    model = FakeDenoiser(eos_bias=-50.0)
+    ids = rows(model, [4], 64)
+    canvas = run(model, ids, Decoder.named("conv", kernel_size=3), 4)
+    assert not (canvas.ids == model.mask_id).any()
+    assert (canvas.reveal_step[0] == 4).sum() > 40  # reach 1, four steps: most of the row is left to the last pass
+
+
+def test_a_kernel_larger_than_the_window_and_an_empty_prompt_work():
+    model = FakeDenoiser()
+    ids = rows(model, [0], 9)
+    assert not run(model, ids, Decoder.named("conv", kernel_size=101), 3).masked.any()
+    # nothing is unmasked at first: every weight is 0 and w = 1 is used instead
+    assert not run(model, ids, Decoder.named("conv", kernel_size=3), 3).masked.any()
+
+
+def test_nan_logits_name_the_step_and_the_row():
+    class Broken(FakeDenoiser):
+        def logits(self, hidden):
+            out = super().logits(hidden)
+            return out * float("nan") if self.calls >= 3 else out
+
+    model = Broken(eos_bias=-50.0)
+    with pytest.raises(DLMError, match="NaN in step 2, row 0"):
+        run(model, rows(model, [2, 3], 40), Decoder.named("top-k"), 4)
+
+
+def test_bad_settings_say_what_would_be_right():
+    model = FakeDenoiser()
+    with pytest.raises(ConfigError, match="steps must be at least 1, got 0"):
+        Settings(0, 0, 1)
+    with pytest.raises(ConfigError, match="3 steps are too few for 7 blocks"):
+        run(model, rows(model, [2], 30), Decoder.named("semi-ar", block_size=4), 3)
+    sampler = Sampler(model, FakeTokenizer())
+    with pytest.raises(ConfigError, match="13 tokens and the window 10; the window must be at least 14"):
+        sampler.generate(["thirteen char"], window=10, steps=2)
+
+
+def test_clock_gives_every_block_its_share_and_its_own_time():
+    stages = torch.tensor([1, 3, 4])
+    seen = {int(b): [] for b in stages}
+    for step in range(10):
+        at = clock(step, 10, stages)
+        for i, b in enumerate(stages.tolist()):
+            seen[b].append((int(at.stage[i]), float(at.t[i]), float(at.s[i])))
+    assert [round(t, 6) for _, t, _ in seen[1]] == [round(1 - k / 10, 6) for k in range(10)]
+    assert [j for j, _, _ in seen[3]] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    for b, steps in seen.items():
+        for j in range(b):
+            times = [(t, s) for stage, t, s in steps if stage == j]
+            assert times[0][0] == 1
+            assert times[-1][1] == 0
+
+
+def test_streaming_ends_in_the_text_of_generate():
+    model = FakeDenoiser(eos_bias=-3.0)
+    sampler = Sampler(model, FakeTokenizer())
+    events = list(sampler.stream("hello", decoder="conv", window=30, steps=6, seed=1))
+    output = sampler.generate(["hello"], decoder="conv", window=30, steps=6, seed=1)[0]
+    assert events[-1].text == output.text
+    assert [e.step for e in events] == sorted(e.step for e in events)
+    assert model.mask_id in events[0].token_ids
+
+
+def test_convolution_opens_from_both_sides():
+    model = FakeDenoiser(eos_bias=-50.0)
+    ids = rows(model, [2], 40)
+    ids[0, -2:] = 5
+    canvas = run(model, ids, Decoder(window=Convolution(5), reveal=Quota()), 12, eos_fill=False)
+    early = (canvas.reveal_step[0] == 0).nonzero()[:, 0]
+    assert len(early) == 3  # 36 masks in 12 steps
+    assert not ((early >= 4) & (early <= 35)).any()
+    assert canvas.reveal_step[0, 4:8].max() < canvas.reveal_step[0, 18:22].min()
+    assert canvas.reveal_step[0, 32:36].max() < canvas.reveal_step[0, 18:22].min()

@@ -1,0 +1,40 @@
+import pytest
+
+from dlm.data.rules import TASKS, Example, is_right, make_examples, rule_rows
+
+
+def test_examples_are_seeded_and_their_own_answers_are_right():
+    examples = make_examples(400, seed=1)
+    assert examples == make_examples(400, seed=1)
+    assert examples != make_examples(400, seed=2)
+    assert {e.task for e in examples} == set(TASKS)
+    assert all(is_right(e, e.answer) for e in examples)
+    assert max(len(e.answer.split()) for e in examples) >= 40
+    assert len(rule_rows(8)) == 8
+
+
+@pytest.mark.parametrize(
+    ("task", "instruction", "good", "bad"),
+    [
+        ("count", "Count from 2 to 4.", ["2 3 4"], ["2 3", "2 3 4 5", "2 4 3", "2 3 four", ""]),
+        ("spell", "Spell the word bread.", ["b r e a d"], ["bread", "b r e a", "b r e e d"]),
+        (
+            "climb", "Climb from 7 to 12 in steps of 1 or 2.", ["7 8 10 12", "7 9 10 11 12"],
+            ["7 8 10", "8 10 12", "7 7 8 10 12", "7 10 12", "7 9 11 13", "7 8 x 12", ""],
+        ),
+        (
+            "meet", "Tell how Anna meets the cat and the dog.",
+            ["Anna feeds the cat at home. Anna draws the dog outside.",
+             "Anna finds the cat by the river. After that Anna calls the dog near the old bridge."],
+            ["Anna feeds the cat at home.", "Ben feeds the cat at home. Anna draws the dog outside.",
+             "Anna feeds the dog at home. Anna draws the cat outside.", "Then Anna feeds the cat at home. Anna draws the dog outside.",
+             "Anna feeds the cat at home. Anna draws the the dog outside.", "Anna feeds the cat. Anna draws the dog outside."],
+        ),
+    ],
+)  # fmt: skip
+def test_answers_are_checked(task, instruction, good, bad):
+    for answer in good:
+        assert is_right(Example(task, instruction, ""), answer), answer
+    for answer in bad:
+        assert not is_right(Example(task, instruction, ""), answer), answer
+

@@ -1,0 +1,203 @@
+"""Whole runs of a tiny model: resuming, killing, distributing, averaging."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dlm import load_model
+from dlm.checkpointing import MARKER, complete_checkpoints, is_complete, last_checkpoint
+from dlm.data.config import DataConfig
+from dlm.errors import ConfigError, DataError
+from finetune.config import ModelConfig, TrainConfig
+from finetune.sft import train
+
+TINY = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=400)
+
+
+def settings(folder, **kwargs):
+    base = {
+        "model": TINY,
+        "data": DataConfig(source="rules", window=48, limit=150, validation_rows=20),
+        "max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "warmup_steps": 2,
+        "logging_steps": 1, "eval_steps": 0, "save_steps": 4, "precision": "fp32", "report_to": "none",
+        "trainer": {"disable_tqdm": True},
+    }  # fmt: skip
+    return TrainConfig(output_dir=str(folder), **{**base, **kwargs})
+
+
+def losses(folder):
+    return {r["step"]: r["loss"] for r in json.loads((Path(folder) / "history.json").read_text()) if "loss" in r}
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    train(settings(folder, eval_steps=6, keep_checkpoints=5))
+    return folder
+
+
+def test_a_run_learns_and_leaves_what_it_promises(whole):
+    curve = losses(whole)
+    assert min(list(curve.values())[-4:]) < curve[1] - 0.5
+    names = {path.name for path in whole.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "curve.png", "history.json", "run.json",
+            "samples.md"} <= names  # fmt: skip
+    history = json.loads((whole / "history.json").read_text())
+    nelbos = [r["eval_nelbo"] for r in history if "eval_nelbo" in r]
+    assert len(nelbos) == 2
+    assert nelbos[1] < nelbos[0]
+    assert all(r["tokens_per_second"] > 0 for r in history if "loss" in r)
+    model, _ = load_model(whole, device="cpu")
+    assert model.config.training["data"]["rows"]["kept"] == 130
+    assert "Step 12" in (whole / "samples.md").read_text()
+
+
+def test_resuming_repeats_the_interrupted_run_to_the_bit(whole, tmp_path):
+    folder = tmp_path / "cut"
+    train(settings(folder, max_steps=12, eval_steps=6, keep_checkpoints=5))
+    for late in complete_checkpoints(folder)[1:]:  # as if killed just after step 4
+        (late / MARKER).unlink()
+    train(settings(folder, max_steps=12, eval_steps=6, keep_checkpoints=5))
+    assert losses(folder) == losses(whole)
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(folder).items())
+
+
+def test_a_killed_run_resumes_to_the_same_curve(whole, tmp_path):
+    folder = tmp_path / "killed"
+    code = (
+        "import sys; sys.path.insert(0, '.'); from tests.finetune.test_train import *; import torch;"
+        f"torch.set_num_threads(1); train(settings({str(folder)!r}, eval_steps=6, keep_checkpoints=5))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint-8").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (folder / "checkpoint-8").exists()
+    assert not (folder / "model.safetensors").exists()
+    train(settings(folder, eval_steps=6, keep_checkpoints=5))
+    assert losses(folder) == losses(whole)
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(folder).items())
+
+
+def test_half_written_checkpoints_are_never_taken_for_whole_ones(whole, tmp_path):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    newest = last_checkpoint(folder)
+    assert newest is not None
+    assert newest.name == "checkpoint-12"
+    file = newest / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert not is_complete(newest)
+    assert last_checkpoint(folder).name == "checkpoint-8"
+    (folder / "checkpoint-8" / MARKER).unlink()
+    assert last_checkpoint(folder).name == "checkpoint-4"
+
+
+def test_old_checkpoints_are_deleted_only_when_newer_ones_are_whole(tmp_path):
+    folder = tmp_path / "run"
+    train(settings(folder, keep_checkpoints=2, save_steps=3))
+    assert [p.name for p in complete_checkpoints(folder)] == ["checkpoint-9", "checkpoint-12"]
+
+
+def gradient_step(folder, **kwargs):
+    """Weights after one step of plain SGD: the gradient, up to the learning rate."""
+    return settings(
+        folder, max_steps=2, logging_steps=1, save_steps=100, learning_rate=0.5, warmup_steps=0,
+        lr_scheduler_type="constant", max_grad_norm=1e9, weight_decay=0.0,
+        trainer={"disable_tqdm": True, "optim": "sgd"}, **kwargs,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("windows", ["fixed", "grouped"])
+def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path, windows):
+    data = DataConfig(source="rules", window=48, limit=150, validation_rows=20, windows=windows, eos_tail=8)
+    one, accumulated, two = tmp_path / "one", tmp_path / "accumulated", tmp_path / "two"
+    train(gradient_step(one, per_device_train_batch_size=8, data=data))
+    train(gradient_step(accumulated, per_device_train_batch_size=4, gradient_accumulation_steps=2, data=data))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; sys.path.insert(0, '.')\n"
+        "from tests.finetune.test_train import *\n"
+        "torch.set_num_threads(1)\n"
+        f"data = DataConfig(**{vars(data)!r})\n"
+        f"train(gradient_step({str(two)!r}, per_device_train_batch_size=4, data=data))\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port", "0", str(script)]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = weights(one)
+    start_scale = max(float(v.abs().max()) for v in expected.values())
+    for other in (accumulated, two):
+        got = weights(other)
+        worst = max(float((got[name] - value).abs().max()) for name, value in expected.items())
+        assert worst < 2e-5 * max(1.0, start_scale), (other.name, worst)
+    assert losses(two)[1] == pytest.approx(losses(one)[1], rel=1e-4)
+
+
+def test_ema_is_updated_saved_and_what_the_final_model_holds(tmp_path):
+    folder = tmp_path / "ema"
+    train(settings(folder, ema_decay=0.9, max_steps=8))
+    average = load_file(folder / "checkpoint-8" / "ema.safetensors")
+    raw = weights(folder / "checkpoint-8")
+    final = weights(folder)
+    name = "backbone.layers.0.mlp.up_proj.weight"
+    assert torch.equal(final[name], average[name])
+    assert not torch.equal(raw[name], average[name])
+    again = tmp_path / "again"
+    train(settings(again, ema_decay=0.9, max_steps=8))
+    for late in complete_checkpoints(again)[1:]:
+        (late / MARKER).unlink()
+    train(settings(again, ema_decay=0.9, max_steps=8))
+    assert torch.equal(weights(again)[name], final[name])
+
+
+def test_validation_is_the_same_number_whatever_the_batch_size(whole):
+    from dlm.data.encode import encode_rows
+    from finetune.sft import build_trainer, split_rows
+
+    model, tokenizer = load_model(whole, device="cpu")
+    values = []
+    for size in (4, 16):
+        config = settings(whole / "x", per_device_train_batch_size=size)
+        rows, held_out = split_rows(config)
+        trainer = build_trainer(
+            model, tokenizer, config, encode_rows(rows, tokenizer, 48)[0], encode_rows(held_out, tokenizer, 48)[0]
+        )
+        values.append(trainer.evaluate()["eval_nelbo"])
+    history = json.loads((whole / "history.json").read_text())
+    last = [r["eval_nelbo"] for r in history if "eval_nelbo" in r][-1]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert values[0] == pytest.approx(last, rel=1e-4)
+
+
+def test_settings_that_cannot_work_say_so(tmp_path, whole):
+    with pytest.raises(ConfigError, match="'lerning_rate'.*Did you mean 'learning_rate'"):
+        train(settings(tmp_path / "a", trainer={"lerning_rate": 1}))
+    with pytest.raises(DataError, match="150 rows leave none"):
+        train(settings(tmp_path / "b", data=DataConfig(source="rules", limit=150, validation_rows=150)))
+    with pytest.raises(ConfigError, match="another run"):
+        train(settings(whole, resume=False))
+    with pytest.raises(ConfigError, match="longer than the"):
+        train(settings(tmp_path / "c", model=ModelConfig(init=str(whole)),
+                       data=DataConfig(source="rules", window=4096, limit=150, validation_rows=20)))  # fmt: skip

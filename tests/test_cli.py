@@ -1,0 +1,125 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dlm.cli import commands, main
+
+
+def dlm(*words, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "dlm.cli", *words], capture_output=True, text=True, check=False, **kwargs
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer):
+    from dlm.backbone import from_scratch
+    from tests.conftest import TINY
+
+    folder = tmp_path_factory.mktemp("model")
+    model = from_scratch(TINY, tokenizer)
+    model.config.generation = {"decoder": "conv", "window": 48, "steps": 6}
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_help_names_every_command_and_every_option_with_its_default(capsys):
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for name in commands():
+        assert name in overview
+        assert main([name, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert "--config" in text
+        assert "default" in text
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in ("--data.window", "--model.init", "--learning_rate", "--ema_decay"):
+        assert option in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "unknown command 'trian'. Did you mean 'train'?"),
+        (["train"], "output_dir"),
+        (["train", "--output_dir", "x", "--data.windw", "3"], "unknown option data.windw. Did you mean data.window?"),
+        (["train", "--output_dir", "x", "--data.windows", "groupd"], "Literal['fixed', 'grouped']"),
+        (["train", "--output_dir", "x", "--max_steps", "-3"], "max_steps must not be negative, got -3"),
+        (["generate", "--modle", "x"], "Did you mean model?"),
+        (["generate", "hi"], "--model is missing"),
+        (["generate", "--model", "x", "--decoder", "cnov", "hi"], "Did you mean 'conv'?"),
+        (["generate", "--model", "x", "--decoder", "conv", "--options.kernel_size", "8", "hi"], "use 7 or 9"),
+        (["inspect"], "name the folder"),
+    ],
+)
+def test_usage_errors_take_one_line_and_exit_status_2(words, message, capsys):
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.strip().splitlines()) == 1
+    assert message in captured.err
+
+
+def test_failures_take_one_line_and_exit_status_1_and_debug_shows_the_traceback(capsys):
+    assert main(["generate", "--model", "/nowhere", "hi"]) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    with pytest.raises(OSError, match="/nowhere"):
+        main(["generate", "--model", "/nowhere", "hi", "--debug"])
+
+
+def test_unknown_keys_in_a_config_file_are_named(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text("output_dir: x\ndata: {wndow: 3}\n")
+    assert main(["train", "--config", str(file)]) == 2
+    assert "unknown option data.wndow. Did you mean data.window?" in capsys.readouterr().err
+    file.write_text("outputdir: x\n")
+    assert main(["train", "--config", str(file)]) == 2
+    assert "Did you mean output_dir?" in capsys.readouterr().err
+
+
+def test_generate_reads_words_files_and_stdin_and_writes_text_or_json(checkpoint, tmp_path):
+    words = dlm("generate", "--model", checkpoint, "Count from 2 to 5.", "Spell the word stone.", "--json")
+    assert words.returncode == 0, words.stderr
+    rows = [json.loads(line) for line in words.stdout.splitlines()]
+    assert len(rows) == 2
+    assert {"text", "token_ids", "finish_reason", "model_calls", "reveal_step"} <= set(rows[0])
+    assert "Traceback" not in words.stderr
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("Count from 2 to 5.\n\nSpell the word stone.\n")
+    from_file = dlm("generate", "--model", checkpoint, "--file", str(lines), "--json")
+    assert [json.loads(line) for line in from_file.stdout.splitlines()] == rows
+    table = tmp_path / "prompts.jsonl"
+    table.write_text('{"instruction": "Count from 2 to 5."}\n"Spell the word stone."\n')
+    from_jsonl = dlm("generate", "--model", checkpoint, "--file", str(table), "--json", "--batch-size", "1")
+    assert [json.loads(line)["token_ids"] for line in from_jsonl.stdout.splitlines()] == [r["token_ids"] for r in rows]
+    piped = dlm("generate", "--model", checkpoint, input="Count from 2 to 5.\n")
+    assert piped.stdout.strip() == rows[0]["text"].strip()
+    other = dlm("generate", "--model", checkpoint, "--decoder", "semi-ar", "--window", "40", "--steps", "8", "hello")
+    assert other.returncode == 0
+    small = dlm("generate", "--model", checkpoint, "--window", "10", "a prompt that does not fit in so few tokens")
+    assert small.returncode == 2
+    assert "the window must be at least" in small.stderr
+
+
+def test_chat_talks_from_a_pipe(checkpoint):
+    done = dlm("chat", "--model", checkpoint, input="hello\n/new\nhello again\n/quit\n", env={**os.environ, "TERM": "dumb"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tokens/s") == 2
+
+
+def test_inspect_says_what_a_checkpoint_is(checkpoint, capsys, tmp_path):
+    assert main(["inspect", checkpoint]) == 0
+    text = capsys.readouterr().out
+    assert "llama, 2 layers, width 32" in text
+    assert "<|mask|>" in text
+    assert main(["inspect", "--json", checkpoint]) == 0
+    assert json.loads(capsys.readouterr().out)["generation"]["window"] == 48
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    assert main(["inspect", str(broken)]) == 1
+    assert "no config.json" in capsys.readouterr().err

@@ -1,0 +1,60 @@
+"""What must hold on a GPU; skipped where there is none (`make gpu` runs these)."""
+
+import copy
+
+import pytest
+import torch
+from transformers.utils import is_flash_attn_2_available
+
+from decoding import Decoder
+from decoding.loop import Canvas, Settings, denoise
+from dlm.noise import fold, key_of, uniform
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def test_noise_is_the_same_on_cpu_and_gpu():
+    keys = fold(key_of(3), torch.arange(50))
+    cpu = uniform(keys[:, None], torch.arange(100))
+    gpu = uniform(keys.cuda()[:, None], torch.arange(100, device="cuda"))
+    assert torch.equal(cpu, gpu.cpu())
+
+
+def test_logits_agree_with_the_cpu(model):
+    x = torch.randint(0, 100, (2, 20))
+    mask = torch.arange(20).expand(2, -1) < torch.tensor([[20], [13]])
+    gpu = copy.deepcopy(model).cuda()
+    with torch.no_grad():
+        expected = model(input_ids=x, attention_mask=mask).logits
+        got = gpu(input_ids=x.cuda(), attention_mask=mask.cuda()).logits.cpu()
+    finite = torch.isfinite(expected) & mask[..., None]
+    assert torch.allclose(got[finite], expected[finite], atol=1e-3)
+
+
+@pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn is not installed")
+def test_flash_attention_agrees_with_sdpa(model):
+    x = torch.randint(0, 100, (2, 20), device="cuda")
+    mask = torch.arange(20, device="cuda").expand(2, -1) < torch.tensor([[20], [13]], device="cuda")
+    half = copy.deepcopy(model).cuda().to(torch.bfloat16)
+    with torch.no_grad():
+        half.set_attn_implementation("sdpa")
+        expected = half.hidden(x, mask)
+        half.set_attn_implementation("flash_attention_2")
+        got = half.hidden(x, mask)
+    assert torch.allclose(got[mask], expected[mask], atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["top-k", "conv", "semi-ar", "llada-conv"])
+def test_a_small_model_decodes_the_same_text_as_on_the_cpu(model, tokenizer, name):
+    ids = torch.full((3, 40), tokenizer.mask_token_id)
+    ids[:, :6] = torch.randint(5, 90, (3, 6), generator=torch.Generator().manual_seed(0))
+    texts = []
+    for device in ("cpu", "cuda"):
+        there = copy.deepcopy(model).double().to(device)
+        canvas = Canvas.of(ids.to(device), tokenizer.mask_token_id, torch.arange(3, device=device))
+        settings = Settings(10, tokenizer.eos_token_id, tokenizer.mask_token_id)
+        with torch.no_grad():
+            for _ in denoise(there, canvas, Decoder.named(name), settings):
+                pass
+        texts.append(canvas.ids.cpu())
+    assert torch.equal(*texts)
