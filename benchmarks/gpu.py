@@ -1,6 +1,6 @@
 """`make gpu`: every CUDA test and benchmark in one go, with a report that names the hardware.
 
-    python -m benchmarks.gpu [--report runs/gpu.md]
+python -m benchmarks.gpu [--report runs/gpu.md]
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 JOBS = {
     "CUDA tests": ["-m", "pytest", "-m", "cuda", "-rs"],
     "Training": ["-m", "benchmarks.training", "--device", "cuda", "--steps", "60"],
-    "Decoding, L=512, S=64": ["-m", "benchmarks.decoding", "--device", "cuda", "--dtype", "bfloat16", "--limit", "64"],
+    "Decoding, L=512, S=64": [
+        "-m", "benchmarks.decoding", "--device", "cuda", "--dtype", "bfloat16", "--limit", "64",
+    ],
     "Decoding, L=1024, S=128": [
         "-m", "benchmarks.decoding", "--device", "cuda", "--dtype", "bfloat16",
         "--window", "1024", "--steps", "128", "--limit", "128",

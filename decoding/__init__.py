@@ -24,5 +24,7 @@ __all__ = list(_LAZY)
 def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
     if name not in _LAZY:
-        raise AttributeError(f"module 'decoding' has no attribute {name!r}; public names: {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'decoding' has no attribute {name!r}; public names: {', '.join(__all__)}"
+        )
     return getattr(importlib.import_module(_LAZY[name]), name)

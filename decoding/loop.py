@@ -65,7 +65,9 @@ class Canvas:
         self.done = ~self.masked.any(1)
 
     @classmethod
-    def of(cls, ids: torch.Tensor, mask_id: int, key: torch.Tensor, valid: torch.Tensor | None = None) -> Canvas:
+    def of(
+        cls, ids: torch.Tensor, mask_id: int, key: torch.Tensor, valid: torch.Tensor | None = None
+    ) -> Canvas:
         """A canvas from rows [B, L] in which the mask token marks what is to be written.
 
         Args:
@@ -167,7 +169,9 @@ class _Run:
         self.hidden: torch.Tensor | None = None  # [B, L, D]
         most = int(self.stages.max())
         if settings.steps < most:
-            raise ConfigError(f"{settings.steps} steps are too few for {most} blocks; each block needs at least one")
+            raise ConfigError(
+                f"{settings.steps} steps are too few for {most} blocks; each block needs at least one"
+            )
 
     # ---- one step ------------------------------------------------------------------------------------
 
@@ -187,7 +191,12 @@ class _Run:
             token, score = self._tokens(step, rows, needs)
         decision = rule.decide(
             StepView(
-                masked=masked, weight=weight, score=score, t=at.t, s=at.s, quota=quota,
+                masked=masked,
+                weight=weight,
+                score=score,
+                t=at.t,
+                s=at.s,
+                quota=quota,
                 written=~canvas.masked[rows] & ~canvas.pinned[rows],
                 noise=self._noise(step, rows, _REVEAL),
                 noise_remask=self._noise(step, rows, _REMASK) if rule.remasks else score,
@@ -240,7 +249,9 @@ class _Run:
             self.scored[some] |= part
         return self.score[rows]
 
-    def _tokens(self, step: int, rows: torch.Tensor, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tokens(
+        self, step: int, rows: torch.Tensor, where: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw a token at the positions `where` [b, L]; returns tokens and confidences, both [b, L]."""
         token = torch.full(where.shape, self.settings.mask_id, device=where.device)
         confidence = torch.zeros(where.shape, device=where.device)
@@ -271,7 +282,9 @@ class _Run:
         assert self.hidden is not None
         return self.hidden if len(rows) == len(canvas.ids) else self.hidden[rows]
 
-    def _checked(self, step: int, rows: torch.Tensor, where: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _checked(
+        self, step: int, rows: torch.Tensor, where: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
         """`value` [N] unless it holds NaN."""
         bad = value.isnan()
         if bool(bad.any()):
@@ -282,7 +295,12 @@ class _Run:
     # ---- writing -------------------------------------------------------------------------------------
 
     def _write(
-        self, step: int, rows: torch.Tensor, reveal: torch.Tensor, token: torch.Tensor, remask: torch.Tensor | None
+        self,
+        step: int,
+        rows: torch.Tensor,
+        reveal: torch.Tensor,
+        token: torch.Tensor,
+        remask: torch.Tensor | None,
     ) -> None:
         """Put tokens on the canvas, fill behind an EOS, and see which rows are finished."""
         canvas, eos = self.canvas, self.settings.eos_id

@@ -81,7 +81,9 @@ def _semi_ar(
     return Block(block_size), Ancestral(), TokenRule(temperature, top_k, top_p)
 
 
-def _llada(block_size: int = 0, temperature: float = 0.0, top_k: int = 0, per_step: int | None = None) -> Axes:
+def _llada(
+    block_size: int = 0, temperature: float = 0.0, top_k: int = 0, per_step: int | None = None
+) -> Axes:
     window = Block(block_size) if block_size else Full()
     return window, Quota(per_step), TokenRule(temperature, top_k)
 
@@ -111,18 +113,24 @@ def _threshold(tau: float = 0.9, temperature: float = 0.0, kernel_size: int | No
     return window, Threshold(tau), TokenRule(temperature)
 
 
-def _remdm(top_p: float = 0.9, eta: float = 0.04, alpha_on: float = 0.9, t_on: float = 0.55, t_off: float = 0.05) -> Axes:
+def _remdm(
+    top_p: float = 0.9, eta: float = 0.04, alpha_on: float = 0.9, t_on: float = 0.55, t_off: float = 0.05
+) -> Axes:
     return Full(), Remask(alpha_on, t_on, t_off, eta), TokenRule(top_p=top_p)
 
 
 PRESETS: dict[str, Preset] = {
     "categorical": Preset("ancestral sampling over the whole window", "MDLM, 2406.07524", _categorical),
     "top-k": Preset("ancestral, each position's k best tokens", "2509.15188, section 4", _top_k),
-    "semi-ar": Preset("ancestral and top-k, block after block from the left", "2503.09573; 2509.15188", _semi_ar),
+    "semi-ar": Preset(
+        "ancestral and top-k, block after block from the left", "2503.09573; 2509.15188", _semi_ar
+    ),
     "llada": Preset("the most confident tokens first, a fixed number a step", "LLaDA, 2502.09992", _llada),
     "conv": Preset("ancestral and top-k under a convolutional window", "2509.15188", _conv),
     "llada-conv": Preset("the most confident tokens under a convolutional window", "2509.15188", _llada_conv),
-    "threshold": Preset("all tokens above a confidence, at least one a step", "Fast-dLLM, 2505.22618", _threshold),
+    "threshold": Preset(
+        "all tokens above a confidence, at least one a step", "Fast-dLLM, 2505.22618", _threshold
+    ),
     "remdm": Preset("ancestral, with a loop that remasks written tokens", "ReMDM, 2503.00307", _remdm),
 }
 

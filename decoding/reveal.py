@@ -8,11 +8,13 @@ the probability of the token that was drawn there.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 
 from dlm.errors import ConfigError
+
+Kind = Literal["mass", "confidence"]
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,10 @@ class Decision:
 class RevealRule(Protocol):
     """What the loop asks of a reveal rule."""
 
-    kind: Literal["mass", "confidence"]
-    remasks: bool
+    kind: ClassVar[Kind]
+    """What the rule decides by."""
+    remasks: ClassVar[bool]
+    """Whether written tokens can become masks again."""
 
     def needs(self, masked: torch.Tensor, weight: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
         """[B, L] bool, the positions whose score can change the decision; no others are computed."""
@@ -101,8 +105,8 @@ def _open(masked: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class Ancestral:
     """The reverse process of MDLM: every position decides for itself, with `reveal_probability`."""
 
-    kind = "mass"
-    remasks = False
+    kind: ClassVar[Kind] = "mass"
+    remasks: ClassVar[bool] = False
 
     def needs(self, masked: torch.Tensor, weight: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
         """The open positions."""
@@ -131,8 +135,8 @@ class Quota:
     """
 
     per_step: int | None = None
-    kind = "confidence"
-    remasks = False
+    kind: ClassVar[Kind] = "confidence"
+    remasks: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the number."""
@@ -164,8 +168,8 @@ class Threshold:
     """
 
     tau: float = 0.9
-    kind = "confidence"
-    remasks = False
+    kind: ClassVar[Kind] = "confidence"
+    remasks: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the range of tau."""
@@ -203,15 +207,17 @@ class Remask:
     t_on: float = 0.55
     t_off: float = 0.05
     eta: float = 0.04
-    kind = "mass"
-    remasks = True
+    kind: ClassVar[Kind] = "mass"
+    remasks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the order of the times and the ranges."""
         if not 0 < self.t_off < self.t_on < 1:
             raise ConfigError(f"need 0 < t_off < t_on < 1, got {self.t_off} and {self.t_on}")
         if not 0 < self.alpha_on < 1 or not 0 <= self.eta < 1:
-            raise ConfigError(f"alpha_on must lie in (0, 1) and eta in [0, 1), got {self.alpha_on} and {self.eta}")
+            raise ConfigError(
+                f"alpha_on must lie in (0, 1) and eta in [0, 1), got {self.alpha_on} and {self.eta}"
+            )
 
     def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
         """Share of masks at time t, same shape as t."""

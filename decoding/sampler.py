@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -78,12 +78,16 @@ class Sampler:
         eos_fill: bool = True,
         batch_size: int = 16,
     ) -> list[Output]:
-        """Answer prompts; see `iter_generate` for the arguments. A single string gives a list of one."""
-        if isinstance(prompts, str):
-            prompts = [prompts]
+        """Answer prompts; see `iter_generate` for the arguments. A single prompt gives a list of one."""
         return list(
             self.iter_generate(
-                prompts, decoder=decoder, window=window, steps=steps, seed=seed, eos_fill=eos_fill, batch_size=batch_size
+                _several(prompts),
+                decoder=decoder,
+                window=window,
+                steps=steps,
+                seed=seed,
+                eos_fill=eos_fill,
+                batch_size=batch_size,
             )
         )
 
@@ -180,7 +184,8 @@ class Sampler:
         ids = encode_prompt(self.tokenizer, as_messages(prompt))
         if len(ids) >= window:
             raise ConfigError(
-                f"the prompt has {len(ids)} tokens and the window {window}; the window must be at least {len(ids) + 1}"
+                f"the prompt has {len(ids)} tokens and the window {window}; "
+                f"the window must be at least {len(ids) + 1}"
             )
         return ids + [self.mask_id] * (window - len(ids))
 
@@ -202,6 +207,15 @@ class Sampler:
             reveal_step=canvas.reveal_step[i, start : start + end].tolist(),
             steps=steps,
         )
+
+
+def _several(prompts: Prompt | Iterable[Prompt]) -> Iterable[Prompt]:
+    """A lone text or a lone conversation as a list of one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, list) and prompts and isinstance(prompts[0], dict):
+        return [cast("list[Message]", prompts)]
+    return cast("Iterable[Prompt]", prompts)
 
 
 def _digest(row: list[int], mask_id: int) -> bytes:

@@ -102,7 +102,7 @@ class Convolution(_SingleStage):
     def weights(
         self, unmasked: torch.Tensor, *, start: torch.Tensor | None = None, stage: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """tanh of the number of neighbours that hold a token; see `Window.weights`."""
+        """Tanh of the number of neighbours that hold a token; see `Window.weights`."""
         del start, stage
         size, length = self.fitted(unmasked.shape[1]).kernel_size, unmasked.shape[1]
         assert size is not None

@@ -41,11 +41,14 @@ class ScratchConfig:
         """Check that the heads divide the width."""
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
             )
 
 
-def from_scratch(config: ScratchConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> MaskedDiffusionModel:
+def from_scratch(
+    config: ScratchConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0
+) -> MaskedDiffusionModel:
     """A Llama-type model with random weights for `tokenizer`."""
     shape = {**vars(config), "model_type": "llama", "vocab_size": len(tokenizer), "tie_word_embeddings": True}
     shape["initializer_range"] = config.initializer_range or config.hidden_size**-0.5
@@ -83,7 +86,9 @@ def from_causal_lm(
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{path}: cannot be read as a causal language model ({_first_line(error)})") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as a causal language model ({_first_line(error)})"
+        ) from error
     prepare_tokenizer(tokenizer, template)
     return _wrap(causal, tokenizer, shift), tokenizer
 
@@ -115,7 +120,14 @@ def _diffusion_config(
     )
 
 
-_NOT_ARCHITECTURE = ("quantization_config", "_name_or_path", "_model_name_or_path", "architectures", "transformers_version", "dtype")
+_NOT_ARCHITECTURE = (
+    "quantization_config",
+    "_name_or_path",
+    "_model_name_or_path",
+    "architectures",
+    "transformers_version",
+    "dtype",
+)
 
 
 def _wrap(causal: Any, tokenizer: PreTrainedTokenizerBase, shift: bool) -> MaskedDiffusionModel:

@@ -55,7 +55,9 @@ def load_model(
         dtype = "float32" if device == "cpu" else "bfloat16"
     torch_dtype = DTYPES[dtype]
     if path.endswith(".gguf") or model_type(path) in FAMILIES:
-        logger.warning("%s is an autoregressive model: made bidirectional, not yet trained to fill masks", path)
+        logger.warning(
+            "%s is an autoregressive model: made bidirectional, not yet trained to fill masks", path
+        )
         model, tokenizer = from_causal_lm(path, dtype=torch_dtype)
     else:
         model, tokenizer = _load_diffusion(path, torch_dtype)
@@ -66,7 +68,9 @@ def load_model(
 def _attention_for(device: str, dtype: torch.dtype) -> str:
     """flash-attn on CUDA in half precision when it is installed, else PyTorch's SDPA."""
     half = dtype in (torch.bfloat16, torch.float16)
-    return "flash_attention_2" if device.startswith("cuda") and half and is_flash_attn_2_available() else "sdpa"
+    return (
+        "flash_attention_2" if device.startswith("cuda") and half and is_flash_attn_2_available() else "sdpa"
+    )
 
 
 def model_type(path: str) -> str:
@@ -93,25 +97,32 @@ def _load_diffusion(path: str, dtype: torch.dtype) -> tuple[MaskedDiffusionModel
         raise CheckpointError(f"{path}: config.json cannot be used ({error})") from error
     if not isinstance(config, MaskedDiffusionConfig):
         raise CheckpointError(
-            f"{path}: model type {config.model_type!r} is neither a masked diffusion checkpoint of this toolkit "
-            f"nor one of {', '.join(FAMILIES)}"
+            f"{path}: model type {config.model_type!r} is neither a masked diffusion checkpoint "
+            f"of this toolkit nor one of {', '.join(FAMILIES)}"
         )
     try:
         model, info = MaskedDiffusionModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
-        raise CheckpointError(f"{path}: weights or tokenizer missing, truncated or damaged ({error})") from error
+        raise CheckpointError(
+            f"{path}: weights or tokenizer missing, truncated or damaged ({error})"
+        ) from error
     _check(path, model, tokenizer, info)
     return model, tokenizer
 
 
-def _check(path: str, model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase, info: dict[str, Any]) -> None:
+def _check(
+    path: str, model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase, info: dict[str, Any]
+) -> None:
     """Refuse a checkpoint that would load and then produce noise."""
     wrong = sorted(info.get("missing_keys") or []) + sorted(str(k) for k in info.get("mismatched_keys") or [])
     if wrong:
-        raise CheckpointError(f"{path}: {len(wrong)} weights are missing or of another shape, the first is {wrong[0]}")
+        raise CheckpointError(
+            f"{path}: {len(wrong)} weights are missing or of another shape, the first is {wrong[0]}"
+        )
     if tokenizer.mask_token_id != model.config.mask_token_id or len(tokenizer) != model.config.num_tokens:
         raise CheckpointError(
-            f"{path}: tokenizer and model do not belong together (mask token {tokenizer.mask_token_id} against "
-            f"{model.config.mask_token_id}, {len(tokenizer)} tokens against {model.config.num_tokens})"
+            f"{path}: tokenizer and model do not belong together (mask token "
+            f"{tokenizer.mask_token_id} against {model.config.mask_token_id}, {len(tokenizer)} tokens "
+            f"against {model.config.num_tokens})"
         )

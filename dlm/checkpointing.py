@@ -57,7 +57,8 @@ def complete_checkpoints(run: str | Path) -> list[Path]:
 
 def last_checkpoint(run: str | Path) -> Path | None:
     """The newest whole checkpoint of a run folder, or None."""
-    return (complete_checkpoints(run) or [None])[-1]
+    found = complete_checkpoints(run)
+    return found[-1] if found else None
 
 
 def keep_last(run: str | Path, count: int, best: str | None = None) -> None:

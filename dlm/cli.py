@@ -119,8 +119,8 @@ def parse(name: str, command: Command, words: Sequence[str]) -> Any:
     """
     from jsonargparse import ArgumentParser
 
-    class Parser(ArgumentParser):  # type: ignore[misc]
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise _UsageError(str(message)) from ex
 
     parser = Parser(prog=f"dlm {name}", description=command.help, exit_on_error=True)
@@ -137,7 +137,9 @@ def parse(name: str, command: Command, words: Sequence[str]) -> Any:
         built = parser.instantiate(namespace)
         return command.config(**{k: v for k, v in vars(built).items() if k != "words"})
     except (_UsageError, ConfigError, TypeError, ValueError) as error:
-        raise SystemExit(_fail(_explain(str(error), list(_options(command.config))), 2, f"dlm {name}")) from None
+        raise SystemExit(
+            _fail(_explain(str(error), list(_options(command.config))), 2, f"dlm {name}")
+        ) from None
 
 
 def _normalise(words: Sequence[str], options: dict[str, Any]) -> list[str]:

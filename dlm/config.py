@@ -12,7 +12,7 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 """Backbone families (transformers `model_type`) whose attention can be made bidirectional."""
 
 
-class MaskedDiffusionConfig(PreTrainedConfig):
+class MaskedDiffusionConfig(PreTrainedConfig):  # type: ignore[misc]
     """Configuration of a `MaskedDiffusionModel`.
 
     Attributes:
@@ -52,7 +52,9 @@ class MaskedDiffusionConfig(PreTrainedConfig):
         settings = dict(self.backbone or {})
         family = settings.pop("model_type", None)
         if family not in FAMILIES:
-            raise ConfigError(f"backbone family {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+            raise ConfigError(
+                f"backbone family {family!r} is not supported; supported: {', '.join(FAMILIES)}"
+            )
         settings.update(vocab_size=self.vocab_size, is_causal=False, use_cache=False)
         return AutoConfig.for_model(family, **settings)
 

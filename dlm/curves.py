@@ -23,12 +23,15 @@ class CurveCallback(TrainerCallback):  # type: ignore[misc]
             write_curve(self.folder, state.log_history)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After a validation."""
         self._renew(state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After a checkpoint."""
         self._renew(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """At the end."""
         self._renew(state)
 
 

@@ -8,7 +8,9 @@ from dlm.errors import ConfigError
 from dlm.schedule import LogLinear
 
 
-def stratified_times(offset: torch.Tensor, slots: torch.Tensor, total: int, t_min: float = 1e-3) -> torch.Tensor:
+def stratified_times(
+    offset: torch.Tensor, slots: torch.Tensor, total: int, t_min: float = 1e-3
+) -> torch.Tensor:
     """Times of the rows of one global batch: one in each of `total` equal strata of (t_min, 1].
 
     t_k = t_min + (1 - t_min) · frac(offset + k/total) (the low-discrepancy sampler of variational

@@ -63,7 +63,9 @@ class EMA:
 
     def save(self, folder: str | Path) -> None:
         """Write the average into a checkpoint folder."""
-        save_file(self.average, Path(folder) / FILE, metadata={"steps": str(self.steps), "decay": str(self.decay)})
+        save_file(
+            self.average, Path(folder) / FILE, metadata={"steps": str(self.steps), "decay": str(self.decay)}
+        )
 
     def load(self, folder: str | Path) -> None:
         """Continue from a checkpoint folder.

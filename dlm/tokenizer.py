@@ -38,7 +38,9 @@ def train_tokenizer(texts: Iterable[str] | Iterator[str], vocab_size: int) -> Pr
 
     specials = [END_TOKEN, START_TOKEN, MASK_TOKEN]
     if vocab_size < 256 + len(specials):
-        raise ConfigError(f"vocab_size must be at least {256 + len(specials)} for byte-level BPE, got {vocab_size}")
+        raise ConfigError(
+            f"vocab_size must be at least {256 + len(specials)} for byte-level BPE, got {vocab_size}"
+        )
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -69,7 +71,9 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """
     if name == "model":
         if not tokenizer.chat_template:
-            raise ConfigError(f"the tokenizer has no chat template of its own; choose one of {', '.join(TEMPLATES)}")
+            raise ConfigError(
+                f"the tokenizer has no chat template of its own; choose one of {', '.join(TEMPLATES)}"
+            )
     elif name in TEMPLATES:
         tokenizer.chat_template = TEMPLATES[name]
     else:

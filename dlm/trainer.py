@@ -88,7 +88,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], torch.Tensor]:
+    ) -> tuple[list[Batch], torch.Tensor | None]:
         """The micro-batches of one optimiser step, with their noise, and their number of loss cells.
 
         The count spans all processes, so that every token of the global batch weighs the same.
@@ -103,8 +103,10 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             first = world * sum(rows[:i]) + rank * rows[i]
             slots = torch.arange(first, first + rows[i], device=batch["input_ids"].device)
             noised.append(add_noise(batch, slots, total, self.args.seed, step, self._mask_id))
-        count = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum().to(device) if batches else None
-        return noised, count if count is None else self.accelerator.reduce(count, reduction="sum")
+        if not batches:
+            return [], None
+        count = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum().to(device)
+        return noised, self.accelerator.reduce(count, reduction="sum")
 
     @property
     def _mask_id(self) -> int:
@@ -127,7 +129,8 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         times = inputs["t"][:, None].expand_as(cells)[cells]
         count = num_items_in_batch if num_items_in_batch is not None else inputs["loss_mask"].sum()
         # DDP averages gradients over processes; the sum over them is what the global count divides.
-        return masked_diffusion_loss(out.token_logp, times, count) * self.accelerator.num_processes
+        loss = masked_diffusion_loss(out.token_logp, times, count)
+        return loss * int(self.accelerator.num_processes)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training speed (tokens of all processes, padding excluded) to what is logged."""
@@ -145,7 +148,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
 
     def evaluation_loop(
         self,
-        dataloader: DataLoader,
+        dataloader: DataLoader[Batch],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
@@ -162,13 +165,13 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             for batch in dataloader:
                 batch = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
-                    row_nats = sum(self._row_nats(model, batch, draw) for draw in range(self.eval_draws))
-                both = torch.stack([row_nats / self.eval_draws, batch["loss_mask"].sum(1).float()])
+                    draws = [self._row_nats(model, batch, draw) for draw in range(self.eval_draws)]
+                both = torch.stack([torch.stack(draws).mean(0), batch["loss_mask"].sum(1).float()])
                 both = self.accelerator.gather_for_metrics(both.T.contiguous())
                 nats += both[:, 0].double().sum().cpu()
                 cells += both[:, 1].double().sum().cpu()
                 rows += len(both)
-                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         nelbo = float(nats / cells)
         metrics = {"loss": nelbo, "nelbo": nelbo, "perplexity_bound": math.exp(min(nelbo, 700.0))}
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -201,7 +204,9 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             mark_complete(folder, self.state.global_step)
             keep_last(self.args.output_dir, self.keep_checkpoints, self.state.best_model_checkpoint)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.ema:
             self.ema.load(resume_from_checkpoint)
@@ -265,7 +270,9 @@ class TokenProgress(ProgressCallback):  # type: ignore[misc]
         super().__init__()
         self._shown: dict[str, str] = {}
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Renew the figures."""
         if self.training_bar is not None and logs:
             self._shown |= {name: f"{logs[key]:.4g}" for name, key in _SHOWN.items() if key in logs}

@@ -80,12 +80,18 @@ def repetition(text: str, n: int = 4) -> float:
     return (total - len(grams)) / total if total else 0.0
 
 
-def score(sampler: Sampler, examples: list[Example], decoder: Decoder, seed: int) -> tuple[Score, list[Output]]:
+def score(
+    sampler: Sampler, examples: list[Example], decoder: Decoder, seed: int
+) -> tuple[Score, list[Output]]:
     """Decode every prompt once and check the answers."""
     begun = time.perf_counter()
     outputs = sampler.generate(
         [example.instruction for example in examples],
-        decoder=decoder, window=WINDOW, steps=STEPS, seed=seed, batch_size=32,
+        decoder=decoder,
+        window=WINDOW,
+        steps=STEPS,
+        seed=seed,
+        batch_size=32,
     )
     seconds = time.perf_counter() - begun
     right = [is_right(example, output.text) for example, output in zip(examples, outputs, strict=True)]
@@ -95,7 +101,8 @@ def score(sampler: Sampler, examples: list[Example], decoder: Decoder, seed: int
         seed=seed,
         right=mean(right),
         right_by_task={
-            task: mean(r for r, example in zip(right, examples, strict=True) if example.task == task) for task in tasks
+            task: mean(r for r, example in zip(right, examples, strict=True) if example.task == task)
+            for task in tasks
         },
         repetition=mean(repetition(output.text) for output in outputs),
         model_calls=mean(output.model_calls for output in outputs),
@@ -126,7 +133,9 @@ def _spread(values: list[float], scale: float = 100, digits: int = 1) -> str:
 def table(scores: list[Score]) -> Table:
     """One line per decoder, mean and standard deviation over the seeds."""
     tasks = list(scores[0].right_by_task)
-    out = Table(title=f"Held-out prompts, window {WINDOW}, {STEPS} steps (mean ± standard deviation over seeds)")
+    out = Table(
+        title=f"Held-out prompts, window {WINDOW}, {STEPS} steps (mean ± standard deviation over seeds)"
+    )
     for title in ("decoder", "right, %", *tasks, "repetition, %", "model calls", "tokens/s"):
         out.add_column(title, justify="left" if title == "decoder" else "right")
     for name in dict.fromkeys(s.decoder for s in scores):
@@ -162,18 +171,24 @@ def show(sampler: Sampler, console: Console) -> None:
 
     for step in scale.reveal_step:
         red, green, blue = (int(255 * c) for c in colormaps["viridis"](step / STEPS)[:3])
-        legend.append(f" {step} ", style=f"{'white' if step < STEPS * 0.6 else 'black'} on rgb({red},{green},{blue})")
+        legend.append(
+            f" {step} ", style=f"{'white' if step < STEPS * 0.6 else 'black'} on rgb({red},{green},{blue})"
+        )
     prompt = next(e.instruction for e in make_examples(8, HELD_OUT_SEED) if e.task == "story")
     console.print(f"\n[bold]{prompt}[/bold]", legend, sep="\n")
     for name in ("top-k", "semi-ar", "conv"):
-        output = sampler.generate([prompt], decoder=Decoder.named(name), window=WINDOW, steps=STEPS, seed=0)[0]
+        output = sampler.generate([prompt], decoder=Decoder.named(name), window=WINDOW, steps=STEPS, seed=0)[
+            0
+        ]
         console.print(f"\n{name} ({output.model_calls} model calls)", coloured(output, sampler), sep="\n")
 
 
 def main() -> None:
     """Train unless the finished model is there, decode, print, and save the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where the model and the figures go")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("demo"), help="where the model and the figures go"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the training run")
     parser.add_argument("--train-steps", type=int, default=1600)
     parser.add_argument("--prompts", type=int, default=128, help="held-out prompts")

@@ -102,7 +102,12 @@ class TrainConfig:
         """Check the ranges."""
         if not self.output_dir:
             raise ConfigError("output_dir must name the folder of the run")
-        positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "logging_steps")
+        positive = (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "logging_steps",
+        )
         for name in (*positive, "save_steps", "eval_draws", "keep_checkpoints", "sample_steps"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")

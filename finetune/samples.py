@@ -30,7 +30,9 @@ class SampleCallback(TrainerCallback):  # type: ignore[misc]
         self.tokenizer = tokenizer
         self.config = config
         self.prompts: list[Prompt] = list(config.samples) or [
-            row["prompt"] for row in held_out.select(range(min(_DEFAULT_COUNT, len(held_out)))) if row["prompt"]
+            row["prompt"]
+            for row in held_out.select(range(min(_DEFAULT_COUNT, len(held_out))))
+            if row["prompt"]
         ]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -42,8 +44,11 @@ class SampleCallback(TrainerCallback):  # type: ignore[misc]
         model.eval()
         with self.trainer.averaged_weights():
             outputs = Sampler(model, self.tokenizer).generate(
-                self.prompts, decoder=Decoder.named("conv"), window=self.config.data.window,
-                steps=self.config.sample_steps, seed=self.config.seed,
+                self.prompts,
+                decoder=Decoder.named("conv"),
+                window=self.config.data.window,
+                steps=self.config.sample_steps,
+                seed=self.config.seed,
             )
         model.train(training)
         parts = [

@@ -66,10 +66,16 @@ def train(config: TrainConfig) -> Path:
 def split_rows(config: TrainConfig) -> tuple[Dataset, Dataset]:
     """Rows for training and the last `validation_rows` for validation."""
     data = config.data
-    rows = rule_rows(data.limit or 20000, config.seed) if data.source == "rules" else load_rows(data.source, data.split)
+    rows = (
+        rule_rows(data.limit or 20000, config.seed)
+        if data.source == "rules"
+        else load_rows(data.source, data.split)
+    )
     rows = rows.select(range(min(data.limit, len(rows)))) if data.limit else rows
     if data.validation_rows >= len(rows):
-        raise DataError(f"{data.source}: {len(rows)} rows leave none to train on with {data.validation_rows} held out")
+        raise DataError(
+            f"{data.source}: {len(rows)} rows leave none to train on with {data.validation_rows} held out"
+        )
     cut = len(rows) - data.validation_rows
     return rows.select(range(cut)), rows.select(range(cut, len(rows)))
 
@@ -87,9 +93,12 @@ def build_model(
     else:
         model, tokenizer = _from_checkpoint(config)
     if window > model.config.max_positions:
-        raise ConfigError(f"window {window} is longer than the {model.config.max_positions} positions of the model")
+        raise ConfigError(
+            f"window {window} is longer than the {model.config.max_positions} positions of the model"
+        )
     if config.gradient_checkpointing:  # transformers renamed the method during 5.x
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+        getattr(model, new if hasattr(model, new) else old)()
     if config.attn_implementation:
         model.set_attn_implementation(config.attn_implementation)
     return model, tokenizer
@@ -160,9 +169,20 @@ def _numbered(rows: Dataset) -> Dataset:
 
 
 _SHARED = (
-    "output_dir num_train_epochs per_device_train_batch_size gradient_accumulation_steps learning_rate "
-    "lr_scheduler_type warmup_steps weight_decay max_grad_norm seed logging_steps save_steps report_to"
-).split()
+    "output_dir",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+    "logging_steps",
+    "save_steps",
+    "report_to",
+)
 """Settings that transformers knows by the same name."""
 
 
@@ -210,6 +230,8 @@ def _prepare_folder(config: TrainConfig, report: EncodingReport, writes: bool) -
     for name in discard_incomplete(folder) if config.resume else []:
         logger.warning("%s was only half written and has been removed", folder / name)
     if not config.resume and last_checkpoint(folder):
-        raise ConfigError(f"{folder} holds the checkpoints of another run; resume it or choose another output_dir")
+        raise ConfigError(
+            f"{folder} holds the checkpoints of another run; resume it or choose another output_dir"
+        )
     settings = {"config": asdict(config), "rows": report.as_dict()}
     (folder / "run.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")

@@ -15,8 +15,16 @@ class FakeDenoiser:
     With `context=False` they depend on the position alone, which closed forms can follow.
     """
 
-    def __init__(self, vocab: int = 23, mask_id: int = 22, eos_id: int = 0, context: bool = True, eos_bias: float = 0.0):
-        self.vocab, self.mask_id, self.eos_id, self.context, self.eos_bias = vocab, mask_id, eos_id, context, eos_bias
+    def __init__(
+        self, vocab: int = 23, mask_id: int = 22, eos_id: int = 0, context: bool = True, eos_bias: float = 0.0
+    ):
+        self.vocab, self.mask_id, self.eos_id, self.context, self.eos_bias = (
+            vocab,
+            mask_id,
+            eos_id,
+            context,
+            eos_bias,
+        )
         self.config = SimpleNamespace(mask_token_id=mask_id, eos_token_id=eos_id, generation=None)
         self.device = torch.device("cpu")
         self.calls = 0

@@ -47,7 +47,10 @@ def test_help_names_every_command_and_every_option_with_its_default(capsys):
     [
         (["trian"], "unknown command 'trian'. Did you mean 'train'?"),
         (["train"], "output_dir"),
-        (["train", "--output_dir", "x", "--data.windw", "3"], "unknown option data.windw. Did you mean data.window?"),
+        (
+            ["train", "--output_dir", "x", "--data.windw", "3"],
+            "unknown option data.windw. Did you mean data.window?",
+        ),
         (["train", "--output_dir", "x", "--data.windows", "groupd"], "Literal['fixed', 'grouped']"),
         (["train", "--output_dir", "x", "--max_steps", "-3"], "max_steps must not be negative, got -3"),
         (["generate", "--modle", "x"], "Did you mean model?"),
@@ -96,18 +99,30 @@ def test_generate_reads_words_files_and_stdin_and_writes_text_or_json(checkpoint
     table = tmp_path / "prompts.jsonl"
     table.write_text('{"instruction": "Count from 2 to 5."}\n"Spell the word stone."\n')
     from_jsonl = dlm("generate", "--model", checkpoint, "--file", str(table), "--json", "--batch-size", "1")
-    assert [json.loads(line)["token_ids"] for line in from_jsonl.stdout.splitlines()] == [r["token_ids"] for r in rows]
+    assert [json.loads(line)["token_ids"] for line in from_jsonl.stdout.splitlines()] == [
+        r["token_ids"] for r in rows
+    ]
     piped = dlm("generate", "--model", checkpoint, input="Count from 2 to 5.\n")
     assert piped.stdout.strip() == rows[0]["text"].strip()
-    other = dlm("generate", "--model", checkpoint, "--decoder", "semi-ar", "--window", "40", "--steps", "8", "hello")
+    other = dlm(
+        "generate", "--model", checkpoint, "--decoder", "semi-ar", "--window", "40", "--steps", "8", "hello"
+    )
     assert other.returncode == 0
-    small = dlm("generate", "--model", checkpoint, "--window", "10", "a prompt that does not fit in so few tokens")
+    small = dlm(
+        "generate", "--model", checkpoint, "--window", "10", "a prompt that does not fit in so few tokens"
+    )
     assert small.returncode == 2
     assert "the window must be at least" in small.stderr
 
 
 def test_chat_talks_from_a_pipe(checkpoint):
-    done = dlm("chat", "--model", checkpoint, input="hello\n/new\nhello again\n/quit\n", env={**os.environ, "TERM": "dumb"})
+    done = dlm(
+        "chat",
+        "--model",
+        checkpoint,
+        input="hello\n/new\nhello again\n/quit\n",
+        env={**os.environ, "TERM": "dumb"},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tokens/s") == 2
 

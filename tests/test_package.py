@@ -12,7 +12,9 @@ def test_the_wheel_installs_and_imports_from_elsewhere(tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     source = tmp_path / "source"
     subprocess.run(["git", "-c", "safe.directory=*", "clone", "--quiet", str(ROOT), str(source)], check=True)
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)], check=True)
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)], check=True
+    )
     (wheel,) = tmp_path.glob("dlm-*.whl")
     target = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True)

@@ -32,7 +32,9 @@ class ChatConfig(DecodingConfig):
         """Check that there is a model."""
         super().__post_init__()
         if not self.model:
-            raise ConfigError("--model is missing: the folder or hub id of a checkpoint (dlm train makes one)")
+            raise ConfigError(
+                "--model is missing: the folder or hub id of a checkpoint (dlm train makes one)"
+            )
 
 
 def run(config: ChatConfig) -> int:
@@ -69,7 +71,9 @@ def _turn(console: Any, sampler: Any, messages: list[dict[str, str]], arguments:
         text = _watch(console, sampler, messages, arguments)
     except ConfigError as error:
         if len(messages) > 1:
-            console.print("[dim](the conversation no longer fits the window; starting over with this message)[/dim]")
+            console.print(
+                "[dim](the conversation no longer fits the window; starting over with this message)[/dim]"
+            )
             return _turn(console, sampler, messages[-1:], arguments)
         console.print(f"[red]{error}[/red]")
         return []

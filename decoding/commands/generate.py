@@ -44,7 +44,9 @@ class GenerateConfig(DecodingConfig):
         if self.prompts and self.file:
             raise ConfigError("give prompts as words or as --file, not both")
         if not self.model and not self.list_decoders:
-            raise ConfigError("--model is missing: the folder or hub id of a checkpoint (dlm train makes one)")
+            raise ConfigError(
+                "--model is missing: the folder or hub id of a checkpoint (dlm train makes one)"
+            )
         if self.batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
 
@@ -71,7 +73,7 @@ def run(config: GenerateConfig) -> int:
     return 0
 
 
-def _with_progress(outputs: Iterable[Any], count: int | None) -> Iterable[Any]:
+def _with_progress(outputs: Iterable[Any], count: int | None) -> Any:
     """A progress bar on stderr, unless there is one prompt only or stderr is no terminal."""
     from tqdm import tqdm
 

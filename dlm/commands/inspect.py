@@ -54,13 +54,16 @@ def describe(path: str) -> dict[str, Any]:
 
     kind = model_type(path)
     if kind != MaskedDiffusionConfig.model_type:
-        raise CheckpointError(f"{path}: a {kind!r} model, not a masked diffusion checkpoint; dlm train can start from it")
+        raise CheckpointError(
+            f"{path}: a {kind!r} model, not a masked diffusion checkpoint; dlm train can start from it"
+        )
     config = AutoConfig.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     shape = config.backbone or {}
+    layers = shape.get("num_hidden_layers")
     return {
         "path": path,
-        "family": f"{shape.get('model_type')}, {shape.get('num_hidden_layers')} layers, width {config.hidden_size}",
+        "family": f"{shape.get('model_type')}, {layers} layers, width {config.hidden_size}",
         **_weights(path),
         "vocabulary": f"{config.num_tokens} tokens, mask {tokenizer.mask_token!r} = {config.mask_token_id}, "
         f"end {tokenizer.eos_token!r} = {config.eos_token_id}",

@@ -38,7 +38,9 @@ class EncodingReport:
         return asdict(self)
 
 
-def encode_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, window: int) -> tuple[Dataset, EncodingReport]:
+def encode_rows(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, window: int
+) -> tuple[Dataset, EncodingReport]:
     """Tokenise rows; cached by `datasets` under the rows, the tokenizer and the window.
 
     An instruction row becomes prompt + answer + EOS, cut at `window`. A text row (empty prompt) becomes as

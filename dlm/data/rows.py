@@ -53,7 +53,8 @@ def load_rows(source: str, split: str = "train") -> Dataset:
         raw = load_dataset(source, split=split)
     except Exception as error:
         raise DataError(
-            f"{source}: no such file, and not a data set that the hub could give ({type(error).__name__}: {error})"
+            f"{source}: no such file, and not a data set that the hub could give "
+            f"({type(error).__name__}: {error})"
         ) from error
     return raw.map(
         lambda row, i: parse_row(row, f"{source}[{split}]", i),
@@ -101,7 +102,9 @@ def read_records(path: Path) -> Iterator[Any]:
                 return
             records = json.load(file)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not valid JSON ({error}); one record per line needs the ending .jsonl") from error
+        raise DataError(
+            f"{path}: not valid JSON ({error}); one record per line needs the ending .jsonl"
+        ) from error
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     if not isinstance(records, list):
@@ -160,7 +163,9 @@ def _parse_chat(turns: Any, where: str) -> Row:
         content = turn.get("content", turn.get("value"))
         role = {"human": "user", "gpt": "assistant"}.get(str(role), role)
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
-            raise DataError(f"{where}: turn {number} needs a role (system, user, assistant) and a text content")
+            raise DataError(
+                f"{where}: turn {number} needs a role (system, user, assistant) and a text content"
+            )
         messages.append({"role": role, "content": content})
     if messages[-1]["role"] != "assistant":
         raise DataError(f"{where}: the last turn must be the assistant's, got {messages[-1]['role']!r}")

@@ -64,7 +64,13 @@ class WindowCollator:
         real = position < end[:, None]
         maskable = real & (position >= start)
         loss = maskable if self.eos_loss_all else maskable & (position < length[:, None])
-        return {"input_ids": ids, "attention_mask": real, "maskable": maskable, "loss_mask": loss, "row": number}
+        return {
+            "input_ids": ids,
+            "attention_mask": real,
+            "maskable": maskable,
+            "loss_mask": loss,
+            "row": number,
+        }
 
     def _ends(self, length: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         """[B] where each row's real tokens end, its EOS tail included."""

@@ -11,7 +11,9 @@ def run(config: TrainConfig) -> int:
     from finetune.sft import train
 
     folder = train(config)
-    print(f"{folder}: model, tokenizer, curve.png, samples.md. Try: dlm generate --model {folder} 'Your prompt'")
+    print(
+        f"{folder}: model, tokenizer, curve.png, samples.md. Try: dlm generate --model {folder} 'Your prompt'"
+    )
     return 0
 
 

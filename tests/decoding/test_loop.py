@@ -38,7 +38,9 @@ def rows(model, lengths, window):
     early_exit=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-def test_no_mask_comes_out_and_pinned_tokens_stay(name, steps, window, reach, prompt, eos_fill, early_exit, seed):
+def test_no_mask_comes_out_and_pinned_tokens_stay(
+    name, steps, window, reach, prompt, eos_fill, early_exit, seed
+):
     model = FakeDenoiser()
     options = {}
     if "kernel_size" in PRESETS[name].options:
@@ -48,8 +50,13 @@ def test_no_mask_comes_out_and_pinned_tokens_stay(name, steps, window, reach, pr
     ids = rows(model, [prompt, 1], window)
     ids[:, -1] = 7  # a pinned token at the far end
     canvas = run(
-        model, ids, Decoder.named(name, **options), steps, keys=torch.tensor([seed, seed + 1]),
-        eos_fill=eos_fill, early_exit=early_exit,
+        model,
+        ids,
+        Decoder.named(name, **options),
+        steps,
+        keys=torch.tensor([seed, seed + 1]),
+        eos_fill=eos_fill,
+        early_exit=early_exit,
     )
     assert not (canvas.ids == model.mask_id).any()
     assert not canvas.masked.any()
@@ -105,7 +112,9 @@ def slow_ancestral(model, ids, top_k, kernel, steps, trials, scale=1.0):
             q, w = {}, {}
             for i in masked:
                 q[i] = float(best.values[i].sum())
-                near = [j for j in range(length) if abs(i - j) <= (kernel - 1) // 2 and row[j] != model.mask_id]
+                near = [
+                    j for j in range(length) if abs(i - j) <= (kernel - 1) // 2 and row[j] != model.mask_id
+                ]
                 w[i] = float(torch.tanh(torch.tensor(scale * len(near))))
             if sum(w[i] * q[i] for i in masked) == 0:
                 w = dict.fromkeys(masked, 1.0)
@@ -129,7 +138,13 @@ def test_the_law_of_reveal_times_agrees_with_an_independent_slow_reference():
     slow = slow_ancestral(model, ids, top_k=3, kernel=5, steps=steps, trials=400)
     decoder = Decoder.named("conv", kernel_size=5, top_k=3)
     fast = run(
-        model, ids.repeat(trials, 1), decoder, steps, keys=torch.arange(trials) * 7919, eos_fill=False, early_exit=False
+        model,
+        ids.repeat(trials, 1),
+        decoder,
+        steps,
+        keys=torch.arange(trials) * 7919,
+        eos_fill=False,
+        early_exit=False,
     )
     for position in range(3, 12):
         for step in range(steps + 1):
@@ -139,7 +154,9 @@ def test_the_law_of_reveal_times_agrees_with_an_independent_slow_reference():
             assert abs(got - expected) < 4.5 * deviation + 1e-3, (position, step, got, expected)
 
 
-@pytest.mark.parametrize("name", ["categorical", "top-k", "semi-ar", "llada", "conv", "llada-conv", "threshold"])
+@pytest.mark.parametrize(
+    "name", ["categorical", "top-k", "semi-ar", "llada", "conv", "llada-conv", "threshold"]
+)
 def test_early_exit_does_not_change_the_answer(name):
     model = FakeDenoiser(eos_bias=1.5)
     decoder = Decoder.named(name)
@@ -148,7 +165,10 @@ def test_early_exit_does_not_change_the_answer(name):
         stop = run(model, ids, decoder, 12, eos_fill=fill, early_exit=True)
         full = run(model, ids, decoder, 12, eos_fill=fill, early_exit=False)
         for i in range(len(ids)):
-            cut = [row[: row.index(0)] if 0 in row else row for row in (stop.ids[i].tolist(), full.ids[i].tolist())]
+            cut = [
+                row[: row.index(0)] if 0 in row else row
+                for row in (stop.ids[i].tolist(), full.ids[i].tolist())
+            ]
             assert cut[0] == cut[1]
         assert (stop.model_calls <= full.model_calls).all()
 
@@ -184,7 +204,9 @@ def test_quota_takes_the_number_of_llada():
 def test_quota_with_convolution_goes_outside_the_reach_only_when_it_must():
     model = FakeDenoiser(eos_bias=-50.0)
     ids = rows(model, [2], 12)
-    canvas = run(model, ids, Decoder.named("llada-conv", kernel_size=3), 5)  # reach 1: one open position, quota 2
+    canvas = run(
+        model, ids, Decoder.named("llada-conv", kernel_size=3), 5
+    )  # reach 1: one open position, quota 2
     first = (canvas.reveal_step[0] == 0).nonzero()[:, 0].tolist()
     assert 2 in first
     assert len(first) == 2
@@ -205,7 +227,9 @@ def test_the_far_side_of_a_convolution_is_filled_by_the_last_pass():
     ids = rows(model, [4], 64)
     canvas = run(model, ids, Decoder.named("conv", kernel_size=3), 4)
     assert not (canvas.ids == model.mask_id).any()
-    assert (canvas.reveal_step[0] == 4).sum() > 40  # reach 1, four steps: most of the row is left to the last pass
+    assert (
+        canvas.reveal_step[0] == 4
+    ).sum() > 40  # reach 1, four steps: most of the row is left to the last pass
 
 
 def test_a_kernel_larger_than_the_window_and_an_empty_prompt_work():

@@ -24,7 +24,9 @@ def test_times_fill_every_stratum_once_and_are_uniform_for_each_row():
     for offset in (0.01, 0.5, 0.999):
         t = stratified_times(torch.tensor(offset), torch.arange(total), total, t_min=0.0)
         assert sorted((t * total).floor().int().clamp(max=15).tolist()) == list(range(total))
-    draws = torch.stack([stratified_times(torch.tensor(u), torch.arange(4), 4) for u in torch.rand(4000).tolist()])
+    draws = torch.stack(
+        [stratified_times(torch.tensor(u), torch.arange(4), 4) for u in torch.rand(4000).tolist()]
+    )
     assert torch.allclose(draws.mean(0), torch.full((4,), 0.5005), atol=0.02)
     assert float(draws.min()) >= 1e-3
     assert float(draws.max()) <= 1

@@ -4,8 +4,15 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
-from transformers import Qwen3ForCausalLM
+from transformers import (
+    AutoModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from dlm import load_model
 from dlm.backbone import from_causal_lm
@@ -29,7 +36,9 @@ def causal(tmp_path, tokenizer):
         config_class, model_class = CAUSAL[family]
         vocab = vocab or len(tokenizer) - 1
         torch.manual_seed(1)
-        causal = model_class(config_class(vocab_size=vocab, tie_word_embeddings=tied, eos_token_id=0, **SHAPE))
+        causal = model_class(
+            config_class(vocab_size=vocab, tie_word_embeddings=tied, eos_token_id=0, **SHAPE)
+        )
         causal.save_pretrained(tmp_path / family)
         plain = json.loads(tokenizer.backend_tokenizer.to_str())
         plain["added_tokens"] = [t for t in plain["added_tokens"] if t["content"] != "<|mask|>"]
@@ -86,7 +95,9 @@ def test_causal_lm_becomes_bidirectional_with_a_mean_initialised_mask(causal, fa
     model, tokenizer = from_causal_lm(str(path))
     mask = tokenizer.mask_token_id
     table = source.get_input_embeddings().weight
-    assert torch.allclose(model.get_input_embeddings().weight[mask], table[: len(tokenizer) - 1].mean(0), atol=1e-6)
+    assert torch.allclose(
+        model.get_input_embeddings().weight[mask], table[: len(tokenizer) - 1].mean(0), atol=1e-6
+    )
     assert torch.equal(model.get_input_embeddings().weight[: mask - 1], table[: mask - 1])
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
     # with a causal mask the backbone is still the autoregressive model
@@ -127,7 +138,9 @@ def test_save_and_load_are_the_same_model(model, tokenizer, tmp_path):
     assert load_model(tmp_path, device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("damage", ["truncate", "no_weights", "no_config", "json", "missing", "family", "tokenizer"])
+@pytest.mark.parametrize(
+    "damage", ["truncate", "no_weights", "no_config", "json", "missing", "family", "tokenizer"]
+)
 def test_damaged_checkpoints_give_one_clear_error(model, tokenizer, tmp_path, damage):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -166,5 +179,7 @@ def test_unknown_places_and_dtypes_are_named():
 
 
 def test_import_is_light():
-    code = "import sys, dlm, decoding; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    code = (
+        "import sys, dlm, decoding; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

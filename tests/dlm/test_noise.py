@@ -33,7 +33,9 @@ def test_uniform_is_flat_open_and_uncorrelated_along_both_counters():
 
 
 def test_keys_depend_on_every_part_and_their_order():
-    keys = {int(key_of(*parts)) for parts in [(1, "a"), ("a", 1), (1, "b"), (2, "a"), ("1", "a"), (1, b"a"), (1,)]}
+    keys = {
+        int(key_of(*parts)) for parts in [(1, "a"), ("a", 1), (1, "b"), (2, "a"), ("1", "a"), (1, b"a"), (1,)]
+    }
     assert len(keys) == 7
     assert int(key_of(1, "a")) == int(key_of(1, "a"))
 

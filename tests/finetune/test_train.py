@@ -19,7 +19,9 @@ from dlm.errors import ConfigError, DataError
 from finetune.config import ModelConfig, TrainConfig
 from finetune.sft import train
 
-TINY = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=400)
+TINY = ModelConfig(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=400
+)
 
 
 def settings(folder, **kwargs):
@@ -34,7 +36,9 @@ def settings(folder, **kwargs):
 
 
 def losses(folder):
-    return {r["step"]: r["loss"] for r in json.loads((Path(folder) / "history.json").read_text()) if "loss" in r}
+    return {
+        r["step"]: r["loss"] for r in json.loads((Path(folder) / "history.json").read_text()) if "loss" in r
+    }
 
 
 def weights(folder):
@@ -182,7 +186,11 @@ def test_validation_is_the_same_number_whatever_the_batch_size(whole):
         config = settings(whole / "x", per_device_train_batch_size=size)
         rows, held_out = split_rows(config)
         trainer = build_trainer(
-            model, tokenizer, config, encode_rows(rows, tokenizer, 48)[0], encode_rows(held_out, tokenizer, 48)[0]
+            model,
+            tokenizer,
+            config,
+            encode_rows(rows, tokenizer, 48)[0],
+            encode_rows(held_out, tokenizer, 48)[0],
         )
         values.append(trainer.evaluate()["eval_nelbo"])
     history = json.loads((whole / "history.json").read_text())
@@ -199,5 +207,5 @@ def test_settings_that_cannot_work_say_so(tmp_path, whole):
     with pytest.raises(ConfigError, match="another run"):
         train(settings(whole, resume=False))
     with pytest.raises(ConfigError, match="longer than the"):
-        train(settings(tmp_path / "c", model=ModelConfig(init=str(whole)),
-                       data=DataConfig(source="rules", window=4096, limit=150, validation_rows=20)))  # fmt: skip
+        long = DataConfig(source="rules", window=4096, limit=99, validation_rows=9)
+        train(settings(tmp_path / "c", model=ModelConfig(init=str(whole)), data=long))

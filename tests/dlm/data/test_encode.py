@@ -17,7 +17,10 @@ def test_the_boundary_is_exactly_what_inference_uses(tokenizer):
     row = encoded[0]
     prompt = encode_prompt(tokenizer, as_messages("Count from 3 to 5."))
     assert row["input_ids"][: row["prompt_length"]] == prompt
-    assert row["input_ids"][row["prompt_length"] :] == [*encode_text(tokenizer, "3 4 5"), tokenizer.eos_token_id]
+    assert row["input_ids"][row["prompt_length"] :] == [
+        *encode_text(tokenizer, "3 4 5"),
+        tokenizer.eos_token_id,
+    ]
     assert tokenizer.decode(row["input_ids"]) == (
         "<|im_start|>user\nCount from 3 to 5.<|im_end|>\n<|im_start|>assistant\n3 4 5<|im_end|>"
     )

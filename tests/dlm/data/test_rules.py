@@ -27,8 +27,10 @@ def test_examples_are_seeded_and_their_own_answers_are_right():
             ["Anna feeds the cat at home. Anna draws the dog outside.",
              "Anna finds the cat by the river. After that Anna calls the dog near the old bridge."],
             ["Anna feeds the cat at home.", "Ben feeds the cat at home. Anna draws the dog outside.",
-             "Anna feeds the dog at home. Anna draws the cat outside.", "Then Anna feeds the cat at home. Anna draws the dog outside.",
-             "Anna feeds the cat at home. Anna draws the the dog outside.", "Anna feeds the cat. Anna draws the dog outside."],
+             "Anna feeds the dog at home. Anna draws the cat outside.",
+             "Then Anna feeds the cat at home. Anna draws the dog outside.",
+             "Anna feeds the cat at home. Anna draws the the dog outside.",
+             "Anna feeds the cat. Anna draws the dog outside."],
         ),
     ],
 )  # fmt: skip
@@ -37,4 +39,3 @@ def test_answers_are_checked(task, instruction, good, bad):
         assert is_right(Example(task, instruction, ""), answer), answer
     for answer in bad:
         assert not is_right(Example(task, instruction, ""), answer), answer
-
