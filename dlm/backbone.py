@@ -89,8 +89,8 @@ def from_causal_lm(
         raise CheckpointError(
             f"{path}: cannot be read as a causal language model ({_first_line(error)})"
         ) from error
-    prepare_tokenizer(tokenizer, template)
-    return _wrap(causal, tokenizer, shift), tokenizer
+    new_mask = prepare_tokenizer(tokenizer, template)
+    return _wrap(causal, tokenizer, shift, new_mask), tokenizer
 
 
 def _location(path: str) -> dict[str, Any]:
@@ -130,7 +130,9 @@ _NOT_ARCHITECTURE = (
 )
 
 
-def _wrap(causal: Any, tokenizer: PreTrainedTokenizerBase, shift: bool) -> MaskedDiffusionModel:
+def _wrap(
+    causal: Any, tokenizer: PreTrainedTokenizerBase, shift: bool, initialise_mask: bool
+) -> MaskedDiffusionModel:
     """Move the weights of a causal LM into a `MaskedDiffusionModel`, mask row included."""
     backbone = {k: v for k, v in causal.config.to_diff_dict().items() if k not in _NOT_ARCHITECTURE}
     backbone.update(model_type=causal.config.model_type, vocab_size=causal.config.vocab_size)
@@ -138,13 +140,7 @@ def _wrap(causal: Any, tokenizer: PreTrainedTokenizerBase, shift: bool) -> Maske
         backbone.setdefault(key, getattr(causal.config, key))
     backbone["tie_word_embeddings"] = bool(causal.config.tie_word_embeddings)
     config = _diffusion_config(backbone, tokenizer, shift)
-    known = causal.get_input_embeddings().weight.shape[0]
-    used = min(known, len(tokenizer) - 1)
-    causal.resize_token_embeddings(config.vocab_size, mean_resizing=False)
-    with torch.no_grad():
-        for table in (causal.get_input_embeddings().weight, causal.get_output_embeddings().weight):
-            table[known:] = table[:used].mean(dim=0)
-            table[config.mask_token_id] = table[:used].mean(dim=0)
+    _resize(causal, config, initialise_mask)
     causal.config.is_causal, causal.config.use_cache = False, False
     with torch.device("meta"):
         model = MaskedDiffusionModel(config)
@@ -152,6 +148,19 @@ def _wrap(causal: Any, tokenizer: PreTrainedTokenizerBase, shift: bool) -> Maske
     model.lm_head.weight = causal.get_output_embeddings().weight
     model.tie_weights()
     return model
+
+
+def _resize(causal: Any, config: MaskedDiffusionConfig, initialise_mask: bool) -> None:
+    """Make room for the added tokens; their rows, and a new mask token's, become the mean of the others."""
+    known = causal.get_input_embeddings().weight.shape[0]
+    causal.resize_token_embeddings(config.vocab_size, mean_resizing=False)
+    tables = [causal.get_input_embeddings().weight, causal.get_output_embeddings().weight]
+    new = torch.arange(config.vocab_size) >= known
+    if initialise_mask:
+        new[config.mask_token_id] = True
+    with torch.no_grad():
+        for table in tables[: 1 if tables[0] is tables[1] else 2]:
+            table[new] = table[~new].mean(dim=0)
 
 
 def _first_line(error: Exception) -> str:

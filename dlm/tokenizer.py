@@ -80,15 +80,19 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         raise unknown_name("template", name, ["model", *TEMPLATES])
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     """Make a causal LM's tokenizer fit for diffusion: a mask token, an end token, right padding, a template.
+
+    Returns:
+        Whether the mask token is new (a tokenizer that had one keeps it, and its trained embedding).
 
     Raises:
         ConfigError: when the tokenizer has no end-of-sequence token.
     """
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no eos_token; a diffusion model needs one to end its answers")
-    if tokenizer.mask_token_id is None:
+    new = tokenizer.mask_token_id is None
+    if new:
         tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -96,6 +100,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> None
     tokenizer.add_special_tokens({"additional_special_tokens": marks}, replace_extra_special_tokens=False)
     tokenizer.padding_side = "right"
     set_template(tokenizer, template)
+    return new
 
 
 Message = dict[str, str]

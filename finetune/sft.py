@@ -208,6 +208,7 @@ def training_arguments(config: TrainConfig, evaluate: bool) -> TrainingArguments
         "optim": "adamw_torch_fused",
         "use_cpu": not torch.accelerator.is_available(),
         "label_names": ["input_ids"],
+        "ddp_find_unused_parameters": False,
         "include_num_input_tokens_seen": "non_padding",
         **_precision(config.precision),
     }

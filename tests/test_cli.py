@@ -85,34 +85,28 @@ def test_unknown_keys_in_a_config_file_are_named(tmp_path, capsys):
     assert "Did you mean output_dir?" in capsys.readouterr().err
 
 
-def test_generate_reads_words_files_and_stdin_and_writes_text_or_json(checkpoint, tmp_path):
-    words = dlm("generate", "--model", checkpoint, "Count from 2 to 5.", "Spell the word stone.", "--json")
-    assert words.returncode == 0, words.stderr
-    rows = [json.loads(line) for line in words.stdout.splitlines()]
+def test_generate_reads_words_files_and_stdin_and_writes_text_or_json(checkpoint, tmp_path, capsys):
+    def generate(*words):
+        assert main(["generate", "--model", checkpoint, *words]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    rows = [json.loads(line) for line in generate("Count from 2 to 5.", "Spell the word stone.", "--json")]
     assert len(rows) == 2
     assert {"text", "token_ids", "finish_reason", "model_calls", "reveal_step"} <= set(rows[0])
-    assert "Traceback" not in words.stderr
     lines = tmp_path / "prompts.txt"
     lines.write_text("Count from 2 to 5.\n\nSpell the word stone.\n")
-    from_file = dlm("generate", "--model", checkpoint, "--file", str(lines), "--json")
-    assert [json.loads(line) for line in from_file.stdout.splitlines()] == rows
+    assert [json.loads(line) for line in generate("--file", str(lines), "--json")] == rows
     table = tmp_path / "prompts.jsonl"
     table.write_text('{"instruction": "Count from 2 to 5."}\n"Spell the word stone."\n')
-    from_jsonl = dlm("generate", "--model", checkpoint, "--file", str(table), "--json", "--batch-size", "1")
-    assert [json.loads(line)["token_ids"] for line in from_jsonl.stdout.splitlines()] == [
-        r["token_ids"] for r in rows
-    ]
+    again = [json.loads(line) for line in generate("--file", str(table), "--json", "--batch-size", "1")]
+    assert [row["token_ids"] for row in again] == [row["token_ids"] for row in rows]
+    generate("--decoder", "semi-ar", "--window", "40", "--steps", "8", "hello")
+    assert main(["generate", "--model", checkpoint, "--window", "10", "a prompt that does not fit"]) == 2
+    assert "the window must be at least" in capsys.readouterr().err
     piped = dlm("generate", "--model", checkpoint, input="Count from 2 to 5.\n")
+    assert piped.returncode == 0, piped.stderr
     assert piped.stdout.strip() == rows[0]["text"].strip()
-    other = dlm(
-        "generate", "--model", checkpoint, "--decoder", "semi-ar", "--window", "40", "--steps", "8", "hello"
-    )
-    assert other.returncode == 0
-    small = dlm(
-        "generate", "--model", checkpoint, "--window", "10", "a prompt that does not fit in so few tokens"
-    )
-    assert small.returncode == 2
-    assert "the window must be at least" in small.stderr
+    assert "Traceback" not in piped.stderr
 
 
 def test_chat_talks_from_a_pipe(checkpoint):

@@ -8,6 +8,7 @@ from transformers import (
     AutoModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -34,15 +35,17 @@ CAUSAL = {
 def causal(tmp_path, tokenizer):
     def make(family="llama", tied=True, vocab=None):
         config_class, model_class = CAUSAL[family]
-        vocab = vocab or len(tokenizer) - 1
+        vocab = vocab or len(tokenizer)
         torch.manual_seed(1)
         causal = model_class(
             config_class(vocab_size=vocab, tie_word_embeddings=tied, eos_token_id=0, **SHAPE)
         )
         causal.save_pretrained(tmp_path / family)
-        plain = json.loads(tokenizer.backend_tokenizer.to_str())
-        plain["added_tokens"] = [t for t in plain["added_tokens"] if t["content"] != "<|mask|>"]
-        tokenizer.save_pretrained(tmp_path / family)
+        plain = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>"
+        )
+        assert plain.mask_token is None
+        plain.save_pretrained(tmp_path / family)
         return tmp_path / family, causal.eval()
 
     return make
@@ -95,10 +98,12 @@ def test_causal_lm_becomes_bidirectional_with_a_mean_initialised_mask(causal, fa
     model, tokenizer = from_causal_lm(str(path))
     mask = tokenizer.mask_token_id
     table = source.get_input_embeddings().weight
-    assert torch.allclose(
-        model.get_input_embeddings().weight[mask], table[: len(tokenizer) - 1].mean(0), atol=1e-6
-    )
-    assert torch.equal(model.get_input_embeddings().weight[: mask - 1], table[: mask - 1])
+    others = torch.arange(len(table)) != mask
+    got = model.get_input_embeddings().weight
+    assert torch.allclose(got[mask], table[others].mean(0), atol=1e-6)
+    assert torch.equal(got[: len(table)][others], table[others])
+    head = source.get_output_embeddings().weight
+    assert torch.allclose(model.lm_head.weight[mask], head[others].mean(0), atol=1e-6)
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
     # with a causal mask the backbone is still the autoregressive model
     x = torch.randint(3, 90, (1, 9))
@@ -111,6 +116,13 @@ def test_causal_lm_becomes_bidirectional_with_a_mean_initialised_mask(causal, fa
     keep = [i for i in range(reference.shape[-1]) if i != mask]
     assert torch.allclose(again[..., keep], reference[..., keep], atol=1e-4)
     assert model.config.shift
+
+
+def test_a_mask_token_that_was_already_there_keeps_its_embedding(causal, tokenizer):
+    path, source = causal("llama")
+    tokenizer.save_pretrained(path)  # this one has a mask token
+    model, _ = from_causal_lm(str(path))
+    assert torch.equal(model.get_input_embeddings().weight, source.get_input_embeddings().weight)
 
 
 def test_padded_vocabularies_never_produce_unknown_ids(causal, tokenizer):

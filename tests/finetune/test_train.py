@@ -144,10 +144,10 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path, 
         f"data = DataConfig(**{vars(data)!r})\n"
         f"train(gradient_step({str(two)!r}, per_device_train_batch_size=4, data=data))\n"
     )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
               "--main_process_port", "0", str(script)]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     expected = weights(one)
@@ -206,6 +206,6 @@ def test_settings_that_cannot_work_say_so(tmp_path, whole):
         train(settings(tmp_path / "b", data=DataConfig(source="rules", limit=150, validation_rows=150)))
     with pytest.raises(ConfigError, match="another run"):
         train(settings(whole, resume=False))
+    long = DataConfig(source="rules", window=4096, limit=99, validation_rows=9)
     with pytest.raises(ConfigError, match="longer than the"):
-        long = DataConfig(source="rules", window=4096, limit=99, validation_rows=9)
         train(settings(tmp_path / "c", model=ModelConfig(init=str(whole)), data=long))

@@ -16,21 +16,29 @@ def test_examples_are_seeded_and_their_own_answers_are_right():
 @pytest.mark.parametrize(
     ("task", "instruction", "good", "bad"),
     [
-        ("count", "Count from 2 to 4.", ["2 3 4"], ["2 3", "2 3 4 5", "2 4 3", "2 3 four", ""]),
-        ("spell", "Spell the word bread.", ["b r e a d"], ["bread", "b r e a", "b r e e d"]),
         (
-            "climb", "Climb from 7 to 12 in steps of 1 or 2.", ["7 8 10 12", "7 9 10 11 12"],
-            ["7 8 10", "8 10 12", "7 7 8 10 12", "7 10 12", "7 9 11 13", "7 8 x 12", ""],
+            "count", "Count from 2 to 4.", ["Count: 2 3 4"],
+            ["2 3 4", "Count: 2 3", "Count: 2 3 4 5", "Count: 2 4 3", "Count: 2 3 four", ""],
+        ),
+        (
+            "spell", "Spell the word bread.", ["Spell: b r e a d"],
+            ["b r e a d", "Spell: bread", "Spell: b r e a", "Spell: b r e e d"],
+        ),
+        (
+            "climb", "Climb from 7 to 12 in steps of 1 or 2.", ["Climb: 7 8 10 12", "Climb: 7 9 10 11 12"],
+            ["7 8 10 12", "Climb: 7 8 10", "Climb: 8 10 12", "Climb: 7 7 8 10 12", "Climb: 7 10 12",
+             "Climb: 7 9 11 13", "Climb: 7 8 x 12", "Climb:", ""],
         ),
         (
             "meet", "Tell how Anna meets the cat and the dog.",
-            ["Anna feeds the cat at home. Anna draws the dog outside.",
-             "Anna finds the cat by the river. After that Anna calls the dog near the old bridge."],
-            ["Anna feeds the cat at home.", "Ben feeds the cat at home. Anna draws the dog outside.",
-             "Anna feeds the dog at home. Anna draws the cat outside.",
-             "Then Anna feeds the cat at home. Anna draws the dog outside.",
-             "Anna feeds the cat at home. Anna draws the the dog outside.",
-             "Anna feeds the cat. Anna draws the dog outside."],
+            ["First Anna feeds the cat at home. Then Anna draws the dog outside.",
+             "First Anna finds the cat by the river. After that Anna calls the dog near the old bridge."],
+            ["First Anna feeds the cat at home.",
+             "First Ben feeds the cat at home. Then Anna draws the dog outside.",
+             "First Anna feeds the dog at home. Then Anna draws the cat outside.",
+             "Then Anna feeds the cat at home. Then Anna draws the dog outside.",
+             "First Anna feeds the cat at home. Then Anna draws the the dog outside.",
+             "First Anna feeds the cat. Then Anna draws the dog outside."],
         ),
     ],
 )  # fmt: skip
