@@ -80,8 +80,8 @@ def bare(model: MaskedDiffusionModel, batches: Iterator[torch.Tensor], mask_id: 
         if step == WARMUP:
             begun = time.perf_counter()
         ids = next(batches)
-        t = torch.rand(len(ids), 1).clamp(min=1e-3)
-        masked = torch.rand(ids.shape) < t
+        t = torch.rand(len(ids), 1, device=ids.device).clamp(min=1e-3)
+        masked = torch.rand(ids.shape, device=ids.device) < t
         hidden = model.hidden(ids.masked_fill(masked, mask_id))
         logits = model.logits(hidden[masked]).float()
         loss = F.cross_entropy(logits, ids[masked], reduction="none") / t.expand_as(masked)[masked]
@@ -92,13 +92,13 @@ def bare(model: MaskedDiffusionModel, batches: Iterator[torch.Tensor], mask_id: 
     return steps * BATCH * WINDOW / (time.perf_counter() - begun)
 
 
-def _ready_batches(rows: Dataset, eos: int) -> Iterator[torch.Tensor]:
+def _ready_batches(rows: Dataset, eos: int, device: str) -> Iterator[torch.Tensor]:
     """The same rows as fixed windows, already in memory, for ever."""
     ids = torch.full((len(rows), WINDOW), eos)
     for i, row in enumerate(rows["input_ids"]):
         ids[i, : len(row)] = torch.as_tensor(row)
     while True:
-        yield from ids.split(BATCH)
+        yield from ids.to(device).split(BATCH)
 
 
 def main() -> None:
@@ -106,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", default="cpu", help="where the bare loop runs")
     options = parser.parse_args()
     disable_progress_bars()
     source = rule_rows(4000)
@@ -113,8 +114,8 @@ def main() -> None:
     rows, _ = encode_rows(source, tokenizer, WINDOW)
     speeds: dict[str, list[float]] = {"trainer": [], "bare loop": []}
     for _ in range(options.rounds):
-        model = from_scratch(SHAPE, tokenizer)
-        batches = _ready_batches(rows, tokenizer.eos_token_id)
+        model = from_scratch(SHAPE, tokenizer).to(options.device)
+        batches = _ready_batches(rows, tokenizer.eos_token_id, options.device)
         speeds["bare loop"].append(bare(model, batches, tokenizer.mask_token_id, options.steps))
         speeds["trainer"].append(ours(from_scratch(SHAPE, tokenizer), tokenizer, rows, options.steps))
     size = sum(p.numel() for p in from_scratch(SHAPE, tokenizer).parameters()) / 1e6

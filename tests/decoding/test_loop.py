@@ -46,7 +46,7 @@ def test_no_mask_comes_out_and_pinned_tokens_stay(
     if "kernel_size" in PRESETS[name].options:
         options["kernel_size"] = 2 * reach + 1
     if name == "semi-ar":
-        options["block_size"] = max(1, -(-(window - prompt) // steps))
+        options["block_size"] = -(-window // steps)
     ids = rows(model, [prompt, 1], window)
     ids[:, -1] = 7  # a pinned token at the far end
     canvas = run(

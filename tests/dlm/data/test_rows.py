@@ -53,6 +53,30 @@ def test_a_malformed_row_names_its_file_and_index(tmp_path, row, message):
         load_rows(str(path))
 
 
+def test_a_hub_data_set_gives_the_same_rows(monkeypatch):
+    from datasets import Dataset
+
+    import dlm.data.rows as module
+
+    asked = []
+
+    def hub(name, split):
+        asked.append((name, split))
+        return Dataset.from_list(ALPACA)
+
+    monkeypatch.setattr(module, "load_dataset", hub)
+    assert load_rows("tatsu-lab/alpaca").to_list() == EXPECTED
+    assert asked == [("tatsu-lab/alpaca", "train")]
+    monkeypatch.setattr(module, "load_dataset", lambda *_, **__: Dataset.from_list([{"instruction": "x"}]))
+    with pytest.raises(DataError, match=r"some/set\[train\], row 0: needs 'instruction' and 'output'"):
+        load_rows("some/set")
+
+
+def test_a_missing_hub_data_set_says_so():
+    with pytest.raises(DataError, match="no-such/data-set: no such file, and not a data set that the hub"):
+        load_rows("no-such/data-set")
+
+
 def test_unreadable_files_say_why(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('[{"instruction": ')

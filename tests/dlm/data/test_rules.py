@@ -30,15 +30,18 @@ def test_examples_are_seeded_and_their_own_answers_are_right():
              "Climb: 7 9 11 13", "Climb: 7 8 x 12", "Climb:", ""],
         ),
         (
-            "meet", "Tell how Anna meets the cat and the dog.",
-            ["First Anna feeds the cat at home. Then Anna draws the dog outside.",
-             "First Anna finds the cat by the river. After that Anna calls the dog near the old bridge."],
+            "meet", "Tell how Anna meets the cat.",
+            ["First Anna feeds the cat at home. Then Anna draws the cat outside. "
+             "Later Anna finds the cat by the river. Finally Anna calls the cat near the old bridge."],
             ["First Anna feeds the cat at home.",
-             "First Ben feeds the cat at home. Then Anna draws the dog outside.",
-             "First Anna feeds the dog at home. Then Anna draws the cat outside.",
-             "Then Anna feeds the cat at home. Then Anna draws the dog outside.",
-             "First Anna feeds the cat at home. Then Anna draws the the dog outside.",
-             "First Anna feeds the cat. Then Anna draws the dog outside."],
+             "First Ben feeds the cat at home. Then Anna draws the cat outside. "
+             "Later Anna finds the cat by the river. Finally Anna calls the cat near the old bridge.",
+             "First Anna feeds the cat at home. Then Anna draws the dog outside. "
+             "Later Anna finds the cat by the river. Finally Anna calls the cat near the old bridge.",
+             "First Anna feeds the cat at home. Later Anna draws the cat outside. "
+             "Then Anna finds the cat by the river. Finally Anna calls the cat near the old bridge.",
+             "First Anna feeds the cat at home. Then Anna draws the the cat outside. "
+             "Later Anna finds the cat by the river. Finally Anna calls the cat near the old bridge.", ""],
         ),
     ],
 )  # fmt: skip

@@ -1,0 +1,78 @@
+import pytest
+
+from decoding import Decoder, Sampler, list_decoders
+from dlm.errors import ConfigError
+
+
+@pytest.fixture
+def sampler(model, tokenizer):
+    return Sampler(model, tokenizer)
+
+
+def test_a_real_model_answers_prompts_of_different_lengths(sampler):
+    prompts = ["Count from 9 to 50.", [{"role": "user", "content": "Tell how Anna meets the cat, please."}]]
+    outs = sampler.generate(prompts, decoder="conv", window=48, steps=8, seed=1)
+    for out in outs:
+        assert out.finish_reason in ("stop", "length")
+        assert len(out.token_ids) == len(out.reveal_step)
+        assert all(0 <= step <= 8 for step in out.reveal_step)
+        assert 1 <= out.model_calls <= 9
+        assert sampler.mask_id not in out.token_ids
+        assert sampler.eos_id not in out.token_ids
+        assert out.text == sampler.tokenizer.decode(out.token_ids, skip_special_tokens=True).strip()
+
+
+def test_a_lone_prompt_or_conversation_is_a_list_of_one(sampler):
+    text = sampler.generate("Spell the word stone.", window=40, steps=4)
+    chat = sampler.generate([{"role": "user", "content": "Spell the word stone."}], window=40, steps=4)
+    assert len(text) == len(chat) == 1
+    assert text[0].token_ids == chat[0].token_ids
+
+
+def test_prompts_are_read_as_they_are_needed(sampler):
+    seen = []
+
+    def endless():
+        for i in range(10**9):
+            seen.append(i)
+            yield f"Count from {i % 40 + 5} to 50."
+
+    outs = sampler.iter_generate(endless(), decoder="llada", window=40, steps=2, batch_size=4)
+    for _ in range(6):
+        next(outs)
+    assert len(seen) == 8
+
+
+def test_a_mask_token_in_a_prompt_is_text(sampler):
+    out = sampler.generate(["what is <|mask|>?"], decoder="conv", window=48, steps=4)[0]
+    canvas = sampler._canvas([sampler._row("what is <|mask|>?", 48)], [0])
+    assert int(canvas.masked.sum()) == 48 - int(canvas.start[0])
+    assert out.text is not None
+
+
+def test_defaults_come_from_the_checkpoint(model, tokenizer):
+    model.config.generation = {"decoder": "llada", "window": 40, "steps": 5}
+    sampler = Sampler(model, tokenizer)
+    assert sampler.generate(["hello"])[0].steps == 5
+    model.config.generation = None
+
+
+def test_unknown_names_and_options_list_the_choices():
+    with pytest.raises(ValueError, match="'convv'. Did you mean 'conv'. Choices: categorical, conv"):
+        Decoder.named("convv")
+    with pytest.raises(
+        ValueError, match="'kernel_sise'. Did you mean 'kernel_size'. Choices: kernel_size, s"
+    ):
+        Decoder.named("conv", kernel_sise=3)
+    with pytest.raises(ConfigError, match="use 127 or 129"):
+        Decoder.named("conv", kernel_size=128)
+    assert {"categorical", "top-k", "semi-ar", "llada", "conv", "llada-conv"} <= set(list_decoders())
+
+
+def test_windows_that_cannot_be_are_refused(sampler):
+    with pytest.raises(ConfigError, match="between 1 and the model's 2048 positions, got 4096"):
+        sampler.generate(["x"], window=4096)
+    with pytest.raises(ConfigError, match="batch_size must be at least 1"):
+        sampler.generate(["x"], window=40, steps=2, batch_size=0)
+    with pytest.raises(ConfigError, match="'role' and a text 'content'"):
+        sampler.generate([[{"content": 3}]], window=40, steps=2)

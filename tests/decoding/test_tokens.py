@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from decoding.tokens import TokenRule, _invert
+from dlm.errors import ConfigError
+from dlm.noise import key_of, uniform
+
+VOCAB, MASK = 12, 11
+
+
+@pytest.fixture
+def logits():
+    out = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(3)) * 2
+    out[:, MASK] = float("-inf")
+    return out
+
+
+def frequencies(rule, logits, draws=40_000):
+    noise = uniform(key_of(5), torch.arange(draws))
+    tokens = rule.choose(logits.expand(draws, -1), noise).token
+    return torch.bincount(tokens, minlength=VOCAB).double() / draws
+
+
+def assert_law(rule, logits, expected):
+    got = frequencies(rule, logits)
+    sigma = (expected * (1 - expected) / 40_000).sqrt()
+    assert torch.all((got - expected).abs() < 4.5 * sigma + 1e-9), (got, expected)
+
+
+def test_categorical_top_k_top_p_and_temperature_follow_their_laws(logits):
+    p = logits[0].double().softmax(0)
+    assert_law(TokenRule(), logits, p)
+    order = p.argsort(descending=True)
+    top = torch.zeros_like(p)
+    top[order[:4]] = p[order[:4]]
+    assert_law(TokenRule(top_k=4), logits, top / top.sum())
+    tempered = (logits[0].double() / 0.5).softmax(0)
+    assert_law(TokenRule(temperature=0.5), logits, tempered)
+    cumulative, kept = 0.0, torch.zeros_like(p)
+    for i in order:
+        if cumulative < 0.8:
+            kept[i] = p[i]
+        cumulative += float(p[i])
+    assert_law(TokenRule(top_p=0.8), logits, kept / kept.sum())
+    both = torch.zeros_like(p)
+    both[order[:5]] = tempered[order[:5]]
+    assert_law(TokenRule(top_k=5, temperature=0.5), logits, both / both.sum())
+
+
+def test_greedy_takes_the_best_token_whatever_the_noise(logits):
+    choice = TokenRule(temperature=0).choose(logits.expand(50, -1), uniform(key_of(1), torch.arange(50)))
+    assert set(choice.token.tolist()) == {int(logits.argmax())}
+
+
+@pytest.mark.parametrize("k", [1, 3, 7, 11])
+def test_top_k_keeps_exactly_k_real_tokens(logits, k):
+    rule = TokenRule(top_k=k)
+    p = logits[0].softmax(0).sort(descending=True).values
+    assert float(rule.mass(logits)[0]) == pytest.approx(float(p[:k].sum()), abs=1e-6)
+    assert int((frequencies(rule, logits) > 0).sum()) == k
+
+
+def test_more_than_the_vocabulary_is_all_real_tokens(logits):
+    assert float(TokenRule(top_k=99).mass(logits)[0]) == pytest.approx(1.0, abs=1e-6)
+    assert frequencies(TokenRule(top_k=99), logits)[MASK] == 0
+
+
+def test_mass_and_confidence_are_the_models_own_probabilities(logits):
+    p = logits[0].softmax(0)
+    rule = TokenRule(top_k=3, temperature=0.3)
+    choice = rule.choose(logits, torch.tensor([0.5]))
+    assert float(choice.confidence[0]) == pytest.approx(float(p[choice.token[0]]), abs=1e-6)
+    assert torch.allclose(choice.mass, rule.mass(logits))
+    assert TokenRule().mass(logits).tolist() == [1.0]
+
+
+def test_a_token_of_weight_zero_never_comes_out_even_at_the_edges():
+    weight = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]])
+    edges = torch.tensor([2.0**-24, 0.3, 0.5, 1 - 2.0**-24])
+    assert set(_invert(weight.expand(4, -1), edges).tolist()) <= {1, 3}
+    tiny = torch.full((1, 50_000), 1e-9)
+    tiny[0, -1] = 0
+    assert int(_invert(tiny, torch.tensor([1 - 2.0**-24]))[0]) < 49_999
+
+
+def test_settings_out_of_range_are_refused():
+    for name, value in (("temperature", -1), ("top_k", -1), ("top_p", 0)):
+        with pytest.raises(ConfigError, match=name):
+            TokenRule(**{name: value})
