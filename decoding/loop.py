@@ -23,6 +23,10 @@ _REVEAL, _TOKEN, _REMASK = 0, 1, 2
 """Streams of noise within a step."""
 
 
+_CELLS = 1024
+"""Positions whose logits [cells, V] are in memory at once."""
+
+
 class Denoiser(Protocol):
     """What the loop needs of a model; `MaskedDiffusionModel` has it, and tests bring their own."""
 
@@ -242,7 +246,8 @@ class _Run:
         asked = missing.any(1)
         if bool(asked.any()):
             some, part = rows[asked], missing[asked]
-            mass = self.decoder.tokens.mass(self.model.logits(self._states(some)[part]))
+            cells = self._states(some)[part].split(_CELLS)
+            mass = torch.cat([self.decoder.tokens.mass(self.model.logits(h)) for h in cells])
             score = self.score[some]
             score[part] = self._checked(step, some, part, mass)
             self.score[some] = score
@@ -258,10 +263,14 @@ class _Run:
         asked = where.any(1)
         if bool(asked.any()):
             part, some = where[asked], rows[asked]
-            noise = self._noise(step, some, _TOKEN)[part]
-            choice = self.decoder.tokens.choose(self.model.logits(self._states(some)[part]), noise)
-            token[where] = choice.token
-            confidence[where] = self._checked(step, some, part, choice.confidence)
+            cells = self._states(some)[part].split(_CELLS)
+            noise = self._noise(step, some, _TOKEN)[part].split(_CELLS)
+            choices = [
+                self.decoder.tokens.choose(self.model.logits(h), u) for h, u in zip(cells, noise, strict=True)
+            ]
+            token[where] = torch.cat([choice.token for choice in choices])
+            confidences = torch.cat([choice.confidence for choice in choices])
+            confidence[where] = self._checked(step, some, part, confidences)
         return token, confidence
 
     def _states(self, rows: torch.Tensor) -> torch.Tensor:

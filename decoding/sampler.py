@@ -152,6 +152,10 @@ class Sampler:
                 ids = canvas.ids[0, start:].tolist()
                 yield Event(step, ids, self.show(ids))
 
+    def prompt_length(self, prompt: Prompt) -> int:
+        """Tokens of a prompt, template included; a window must be longer."""
+        return len(encode_prompt(self.tokenizer, as_messages(prompt)))
+
     def show(self, ids: list[int]) -> str:
         """Text of a partly written answer, up to its EOS, `BLANK` for each mask."""
         ids = ids[: ids.index(self.eos_id)] if self.eos_id in ids else ids

@@ -72,6 +72,8 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         self.lm_head = DenoisingHead(
             config.hidden_size, config.vocab_size, int(config.mask_token_id or 0), config.num_tokens
         )
+        if config.tie_word_embeddings:
+            self._keys_to_ignore_on_save = ["lm_head.weight"]  # it is the embedding, saved once
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -60,6 +60,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         self.ema = EMA(self.model, ema_decay) if ema_decay else None
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = False
+        self._parameters = sum(p.numel() for p in self.model.parameters())
         self._tokens, self._since = 0, time.perf_counter()
         self.remove_callback(ProgressCallback)
         if not args.disable_tqdm:
@@ -141,8 +142,8 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Batch) -> int:
-        """6 × parameters × tokens: the usual estimate for one training step, padding excluded."""
-        return int(6 * inputs["attention_mask"].sum() * self.model.num_parameters())
+        """6 × parameters × positions: the usual estimate for one training step."""
+        return int(6 * inputs["input_ids"].numel() * self._parameters)
 
     # ---- validation ----------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -25,6 +24,7 @@ from decoding.sampler import Output, Sampler
 from dlm.checkpoint import load_model
 from dlm.data.config import DataConfig
 from dlm.data.rules import Example, is_right, make_examples
+from examples.measures import repetition
 from finetune.config import ModelConfig, TrainConfig
 
 WINDOW = 72
@@ -82,14 +82,6 @@ class Score:
     """Answer tokens (EOS and padding excluded) per second of wall time."""
 
 
-def repetition(text: str, n: int = 4) -> float:
-    """Share of the n-grams of words that are repeats of an earlier one."""
-    words = text.split()
-    grams = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-    total = sum(grams.values())
-    return (total - len(grams)) / total if total else 0.0
-
-
 def score(
     sampler: Sampler, examples: list[Example], decoder: Decoder, seed: int
 ) -> tuple[Score, list[Output]]:
@@ -135,6 +127,22 @@ def compare(sampler: Sampler, examples: list[Example], seeds: list[int], console
     return scores
 
 
+SWEEP: dict[str, tuple[str, tuple[int, ...]]] = {
+    "conv": ("kernel_size", (5, 9, 13, 19, 31)),
+    "semi-ar": ("block_size", (8, 12, 20, 32)),
+}
+"""Sizes that `--sweep` tries, for the two decoders that have one."""
+
+
+def sweep(sampler: Sampler, examples: list[Example], seeds: list[int], console: Console) -> None:
+    """Share of right answers by kernel and block size, so that each decoder can be given its best."""
+    for name, (option, sizes) in SWEEP.items():
+        for size in sizes:
+            decoder = Decoder.named(name, top_k=20, **{option: size})
+            shares = [score(sampler, examples, decoder, seed)[0].right for seed in seeds]
+            console.print(f"{name:<8} {option} {size:>3}: right {_spread(shares)} %")
+
+
 def _spread(values: list[float], scale: float = 100, digits: int = 1) -> str:
     deviation = stdev(values) if len(values) > 1 else 0.0
     return f"{scale * mean(values):.{digits}f} ± {scale * deviation:.{digits}f}"
@@ -161,35 +169,33 @@ def table(scores: list[Score]) -> Table:
     return out
 
 
-def coloured(output: Output, sampler: Sampler) -> Text:
-    """An answer whose tokens are coloured by the step that revealed them, from dark blue to yellow."""
+def _style(step: int, steps: int) -> str:
+    """A background from dark blue (first step) to yellow (last), with ink that can be read on it."""
     from matplotlib import colormaps
 
+    red, green, blue = (int(255 * c) for c in colormaps["viridis"](step / max(1, steps))[:3])
+    ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else "black"
+    return f"{ink} on rgb({red},{green},{blue})"
+
+
+def coloured(output: Output, sampler: Sampler) -> Text:
+    """An answer whose tokens are coloured by the step that revealed them."""
     text = Text()
     for token, step in zip(output.token_ids, output.reveal_step, strict=True):
-        red, green, blue = (int(255 * c) for c in colormaps["viridis"](step / max(1, output.steps))[:3])
-        ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else "black"
-        text.append(sampler.tokenizer.decode([token]), style=f"{ink} on rgb({red},{green},{blue})")
+        text.append(sampler.tokenizer.decode([token]), style=_style(step, output.steps))
     return text
 
 
 def show(sampler: Sampler, console: Console) -> None:
     """One prompt answered by three presets, coloured by step."""
-    legend = Text("steps: ")
-    scale = Output("", list(range(STEPS + 1)), "", 0, list(range(STEPS + 1)), STEPS)
-    from matplotlib import colormaps
-
-    for step in scale.reveal_step:
-        red, green, blue = (int(255 * c) for c in colormaps["viridis"](step / STEPS)[:3])
-        legend.append(
-            f" {step} ", style=f"{'white' if step < STEPS * 0.6 else 'black'} on rgb({red},{green},{blue})"
-        )
+    legend = Text("step: ")
+    for step in range(STEPS + 1):
+        legend.append(f" {step} ", style=_style(step, STEPS))
     prompt = next(e.instruction for e in make_examples(8, HELD_OUT_SEED) if e.task == "meet")
     console.print(f"\n[bold]{prompt}[/bold]", legend, sep="\n")
     for name in ("top-k", "semi-ar", "conv"):
-        output = sampler.generate([prompt], decoder=Decoder.named(name), window=WINDOW, steps=STEPS, seed=0)[
-            0
-        ]
+        decoder = Decoder.named(name, **DECODERS[name])
+        output = sampler.generate([prompt], decoder=decoder, window=WINDOW, steps=STEPS, seed=0)[0]
         console.print(f"\n{name} ({output.model_calls} model calls)", coloured(output, sampler), sep="\n")
 
 
@@ -203,6 +209,7 @@ def main() -> None:
     parser.add_argument("--train-steps", type=int, default=3000)
     parser.add_argument("--prompts", type=int, default=128, help="held-out prompts")
     parser.add_argument("--seeds", type=int, default=3, help="decoding seeds")
+    parser.add_argument("--sweep", action="store_true", help="compare kernel and block sizes instead")
     options = parser.parse_args()
     console = Console()
     if not (options.folder / "model.safetensors").exists():
@@ -213,11 +220,16 @@ def main() -> None:
     sampler = Sampler(*load_model(options.folder, "cpu", "float32"))
     examples = make_examples(options.prompts, HELD_OUT_SEED)
     console.print(f"[bold]2. Decoding[/bold] {len(examples)} held-out prompts with each preset")
+    if options.sweep:
+        return sweep(sampler, examples, list(range(options.seeds)), console)
     scores = compare(sampler, examples, list(range(options.seeds)), console)
     console.print(table(scores))
     show(sampler, console)
     report: dict[str, Any] = {"window": WINDOW, "steps": STEPS, "scores": [asdict(s) for s in scores]}
     (options.folder / "demo.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    console.print(f"\nFigures: {options.folder / 'demo.json'}. Curve: {options.folder / 'curve.png'}. Try:")
+    console.print(f"  .venv/bin/dlm chat --model {options.folder}", highlight=False)
+    return None
 
 
 if __name__ == "__main__":

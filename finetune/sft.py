@@ -209,7 +209,6 @@ def training_arguments(config: TrainConfig, evaluate: bool) -> TrainingArguments
         "use_cpu": not torch.accelerator.is_available(),
         "label_names": ["input_ids"],
         "ddp_find_unused_parameters": False,
-        "include_num_input_tokens_seen": "non_padding",
         **_precision(config.precision),
     }
     return TrainingArguments(**(settings | config.trainer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 from decoding.config import DecodingConfig
 from dlm.cli import Command
+from dlm.data.records import SUFFIXES, read_records
 from dlm.errors import ConfigError, DataError
 
 
@@ -21,7 +23,9 @@ class GenerateConfig(DecodingConfig):
     Args:
         prompts: the prompts (the words that are no options); "-" or nothing reads lines from stdin.
         model: folder or hub id of a checkpoint.
-        file: file of prompts, one per line, or .jsonl with "instruction", "prompt", "text" or "messages".
+        file: file of prompts, one per line; or .json, .jsonl (also .gz) whose rows have "instruction" (and
+            "input"), "prompt", "text" or "messages".
+        limit: answer only the first so many prompts; 0 for all.
         json: write one JSON object per answer instead of its text.
         batch_size: prompts per model call.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
@@ -32,6 +36,7 @@ class GenerateConfig(DecodingConfig):
     prompts: list[str] = field(default_factory=list)
     model: str = ""
     file: str = ""
+    limit: int = 0
     json: bool = False
     batch_size: int = 8
     device: str = "auto"
@@ -49,6 +54,10 @@ class GenerateConfig(DecodingConfig):
             )
         if self.batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.file not in ("", "-") and not Path(self.file).is_file():
+            raise DataError(f"{self.file}: no such file")
+        if self.limit < 0:
+            raise ConfigError(f"limit must not be negative, got {self.limit}")
 
 
 def run(config: GenerateConfig) -> int:
@@ -64,11 +73,12 @@ def run(config: GenerateConfig) -> int:
 
     arguments = config.arguments()
     sampler = Sampler(*load_model(config.model, config.device, config.dtype))
-    prompts = list(config.prompts) if config.prompts not in ([], ["-"]) else None
-    source: Iterable[Any] = prompts if prompts is not None else read_prompts(config.file)
-    count = len(prompts) if prompts is not None else count_prompts(config.file)
-    outputs = sampler.iter_generate(source, batch_size=config.batch_size, **arguments)
-    for output in _with_progress(outputs, count):
+    words = config.prompts not in ([], ["-"])
+    prompts: Iterable[Any] = config.prompts if words else read_prompts(config.file)
+    if config.limit:
+        prompts = itertools.islice(prompts, config.limit)
+    outputs = sampler.iter_generate(prompts, batch_size=config.batch_size, **arguments)
+    for output in _with_progress(outputs, len(config.prompts) if words else None):
         print(json.dumps(asdict(output), ensure_ascii=False) if config.json else output.text, flush=True)
     return 0
 
@@ -80,50 +90,39 @@ def _with_progress(outputs: Iterable[Any], count: int | None) -> Any:
     return tqdm(outputs, total=count, unit="answer", disable=count == 1 or not sys.stderr.isatty())
 
 
-def count_prompts(file: str) -> int | None:
-    """How many prompts a file holds; None for stdin."""
-    if not file or file == "-":
-        return None
-    path = Path(file)
-    if not path.is_file():
-        raise DataError(f"{file}: no such file")
-    with path.open(encoding="utf-8") as lines:
-        return sum(1 for line in lines if line.strip())
-
-
 def read_prompts(file: str) -> Iterator[Any]:
     """Prompts of a file (or of stdin when the name is empty or "-"), one at a time.
 
     Raises:
-        DataError: naming the line that holds no prompt.
+        DataError: naming the row that holds no prompt.
     """
-    if not file or file == "-":
-        yield from _parse_lines(sys.stdin, "stdin", jsonl=False)
+    if file in ("", "-"):
+        yield from _lines(sys.stdin)
         return
-    with Path(file).open(encoding="utf-8") as lines:
-        yield from _parse_lines(lines, file, jsonl=file.endswith(".jsonl"))
+    path = Path(file)
+    if file.endswith(SUFFIXES):
+        for index, record in enumerate(read_records(path)):
+            yield _prompt(record, f"{file}, row {index}")
+        return
+    with path.open(encoding="utf-8") as lines:
+        yield from _lines(lines)
 
 
-def _parse_lines(lines: Iterable[str], name: str, *, jsonl: bool) -> Iterator[Any]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        yield _parse_json(line, f"{name}, line {number}") if jsonl else line.rstrip("\n")
+def _lines(lines: Iterable[str]) -> Iterator[str]:
+    """The lines that are not empty, without their ends."""
+    return (line.rstrip("\n") for line in lines if line.strip())
 
 
-def _parse_json(line: str, where: str) -> Any:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error})") from error
-    if isinstance(row, str):
-        return row
-    if isinstance(row, dict):
-        if isinstance(row.get("instruction"), str) and row.get("input"):
-            return f"{row['instruction']}\n\n{row['input']}"
+def _prompt(record: Any, where: str) -> Any:
+    """The prompt in a JSON record: a text, or chat messages."""
+    if isinstance(record, str):
+        return record
+    if isinstance(record, dict):
+        if isinstance(record.get("instruction"), str) and record.get("input"):
+            return f"{record['instruction']}\n\n{record['input']}"
         for key in ("messages", "instruction", "prompt", "text"):
-            if row.get(key):
-                return row[key]
+            if record.get(key):
+                return record[key]
     raise DataError(f"{where}: needs 'instruction', 'prompt', 'text' or 'messages'")
 
 

@@ -9,15 +9,14 @@ Three kinds of row are understood, whatever the file:
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Value, load_dataset
 from datasets import List as Sequence
 
+from dlm.data.records import SUFFIXES, read_records
 from dlm.errors import DataError
 
 Row = dict[str, Any]
@@ -29,8 +28,6 @@ FEATURES = Features(
     }
 )
 """`prompt`: chat messages before the answer, empty for plain text. `answer`: what is learnt."""
-
-_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 
 def load_rows(source: str, split: str = "train") -> Dataset:
@@ -47,7 +44,7 @@ def load_rows(source: str, split: str = "train") -> Dataset:
         DataError: naming the file and the row that cannot be used.
     """
     path = Path(source)
-    if source.endswith(_SUFFIXES) or path.exists():
+    if source.endswith(SUFFIXES) or path.exists():
         return _load_file(path)
     try:
         raw = load_dataset(source, split=split)
@@ -68,8 +65,8 @@ def load_rows(source: str, split: str = "train") -> Dataset:
 def _load_file(path: Path) -> Dataset:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    if not path.name.endswith(_SUFFIXES):
-        raise DataError(f"{path}: expected one of {', '.join(_SUFFIXES)}")
+    if not path.name.endswith(SUFFIXES):
+        raise DataError(f"{path}: expected one of {', '.join(SUFFIXES)}")
     stat = path.stat()
     identity = {"path": str(path.resolve()), "size": stat.st_size, "modified": stat.st_mtime_ns}
     try:
@@ -86,40 +83,6 @@ def _generate(path: str, size: int, modified: int) -> Iterator[Row]:
     del size, modified
     for index, row in enumerate(read_records(Path(path))):
         yield parse_row(row, path, index)
-
-
-def read_records(path: Path) -> Iterator[Any]:
-    """The records of a JSON array or of a JSON Lines file, gzipped or not.
-
-    Raises:
-        DataError: naming the line that is not JSON.
-    """
-    opener: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            if ".jsonl" in path.name:
-                yield from _read_lines(path, file)
-                return
-            records = json.load(file)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}: not valid JSON ({error}); one record per line needs the ending .jsonl"
-        ) from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(records, list):
-        raise DataError(f"{path}: expected a JSON array of rows, got {type(records).__name__}")
-    yield from records
-
-
-def _read_lines(path: Path, lines: Iterator[str]) -> Iterator[Any]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not valid JSON ({error})") from error
 
 
 def parse_row(row: Any, source: str, index: int) -> Row:
