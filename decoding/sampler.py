@@ -152,6 +152,11 @@ class Sampler:
                 ids = canvas.ids[0, start:].tolist()
                 yield Event(step, ids, self.show(ids))
 
+    @property
+    def window(self) -> int:
+        """The window of the checkpoint, used when none is given."""
+        return int(self.defaults.get("window", 256))
+
     def prompt_length(self, prompt: Prompt) -> int:
         """Tokens of a prompt, template included; a window must be longer."""
         return len(encode_prompt(self.tokenizer, as_messages(prompt)))
@@ -176,7 +181,7 @@ class Sampler:
         chosen = decoder if decoder is not None else self.defaults.get("decoder", "conv")
         if not isinstance(chosen, Decoder):
             chosen = Decoder.named(chosen)
-        window = int(self.defaults.get("window", 256)) if window is None else window
+        window = self.window if window is None else window
         limit = getattr(self.model.config, "max_positions", window)
         if not 1 <= window <= limit:
             raise ConfigError(f"window must lie between 1 and the model's {limit} positions, got {window}")

@@ -67,17 +67,26 @@ def run(config: ChatConfig) -> int:
 
 def _turn(console: Any, sampler: Any, messages: list[dict[str, str]], arguments: dict[str, Any]) -> list[Any]:
     """Answer the last message; returns the conversation to go on with."""
+    kept = _fitted(sampler, messages, arguments["window"] or sampler.window)
+    if len(kept) < len(messages):
+        console.print(
+            f"[dim](the window is full: {len(messages) - len(kept)} old messages are forgotten)[/dim]"
+        )
     try:
-        text = _watch(console, sampler, messages, arguments)
+        text = _watch(console, sampler, kept, arguments)
     except ConfigError as error:
-        if len(messages) > 1:
-            console.print(
-                "[dim](the conversation no longer fits the window; starting over with this message)[/dim]"
-            )
-            return _turn(console, sampler, messages[-1:], arguments)
         console.print(f"[red]{error}[/red]")
-        return []
-    return [*messages, {"role": "assistant", "content": text}]
+        return kept[:-1]
+    return [*kept, {"role": "assistant", "content": text}]
+
+
+def _fitted(sampler: Any, messages: list[dict[str, str]], window: int) -> list[dict[str, str]]:
+    """The conversation without its oldest turns, so that half the window is left for the answer."""
+    head = [m for m in messages[:1] if m["role"] == "system"]
+    rest = messages[len(head) :]
+    while len(rest) > 2 and sampler.prompt_length(head + rest) > window // 2:
+        rest = rest[2:]
+    return head + rest
 
 
 def _watch(console: Any, sampler: Any, messages: list[dict[str, str]], arguments: dict[str, Any]) -> str:

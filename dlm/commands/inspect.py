@@ -17,7 +17,7 @@ class InspectConfig:
 
     Args:
         checkpoints: folders or hub ids (the words that are no options).
-        json: write JSON instead of a table.
+        json: write JSON instead of YAML.
     """
 
     checkpoints: list[str] = field(default_factory=list)
@@ -31,13 +31,14 @@ class InspectConfig:
 
 def run(config: InspectConfig) -> int:
     """Describe each checkpoint."""
+    import yaml
+
     for path in config.checkpoints:
         facts = describe(path)
         if config.json:
             print(json.dumps(facts, ensure_ascii=False))
         else:
-            width = max(map(len, facts))
-            print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
+            print(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=100))
     return 0
 
 
