@@ -54,7 +54,7 @@ def load_rows(source: str, split: str = "train") -> Dataset:
             f"({type(error).__name__}: {error})"
         ) from error
     return raw.map(
-        lambda row, i: parse_row(row, f"{source}[{split}]", i),
+        lambda row, i: parse_row(dict(row), f"{source}[{split}]", i),
         with_indices=True,
         remove_columns=raw.column_names,
         features=FEATURES,

@@ -193,20 +193,14 @@ def test_unknown_places_and_dtypes_are_named():
 def test_push_to_hub_uploads_what_loads_again(model, tokenizer, tmp_path, monkeypatch):
     import shutil
 
-    import transformers.utils.hub as hub
     from huggingface_hub import HfApi
-
-    for name, value in {
-        "create_repo": lambda repo_id, **_: type("Url", (), {"repo_id": repo_id})(),
-        "create_branch": lambda *_, **__: None,
-    }.items():
-        monkeypatch.setattr(hub, name, value)
 
     def commit(*_, operations, **__):
         for item in operations:
             shutil.copyfile(item.path_or_fileobj, tmp_path / item.path_in_repo)
 
-    monkeypatch.setattr(hub, "create_commit", commit)
+    repo = type("Url", (), {"repo_id": "me/model"})()
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: repo)
     monkeypatch.setattr(HfApi, "create_commit", commit)
     model.push_to_hub("me/model")
     tokenizer.push_to_hub("me/model")
