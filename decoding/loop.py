@@ -201,9 +201,9 @@ class _Run:
                 t=at.t,
                 s=at.s,
                 quota=quota,
-                written=~canvas.masked[rows] & ~canvas.pinned[rows],
+                written=~canvas.masked[rows] & ~canvas.pinned[rows] & scope,
                 noise=self._noise(step, rows, _REVEAL),
-                noise_remask=self._noise(step, rows, _REMASK) if rule.remasks else score,
+                noise_remask=self._noise(step, rows, _REMASK) if rule.remasks else None,
             )
         )
         reveal = decision.reveal

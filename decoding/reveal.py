@@ -37,8 +37,8 @@ class StepView:
     """[B, L] bool, positions that hold a revealed token (never pinned ones)."""
     noise: torch.Tensor
     """[B, L] uniform numbers for revealing."""
-    noise_remask: torch.Tensor
-    """[B, L] uniform numbers for remasking."""
+    noise_remask: torch.Tensor | None = None
+    """[B, L] uniform numbers for remasking; for rules that remask."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ class Ancestral:
 
 def _ranked(score: torch.Tensor, weight: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """[B, L] rank of each position (0 = first to go): open ones by score · weight, then the rest by score."""
-    order = torch.where(weight > 0, 1 + score * weight, score)
+    score, weight = score.double(), weight.double()
+    order = torch.where(weight > 0, 2 + score * weight, score)
     order = torch.where(masked, order, -1.0)
     return order.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
@@ -194,7 +195,8 @@ class Remask:
 
     Time runs through three phases. Above `t_on` the row fills up to a share α_on of tokens; between `t_on`
     and `t_off` each written token is masked again with probability η and masked ones come back at the rate
-    that keeps the balance; below `t_off` the rest is filled. Pinned positions are never touched.
+    that keeps the balance; below `t_off`, and in a last step that comes to 0 from above it, the rest is
+    filled. Pinned positions are never touched.
 
     Attributes:
         alpha_on: share of tokens present during the loop.
@@ -232,9 +234,10 @@ class Remask:
 
     def decide(self, view: StepView) -> Decision:
         """Ancestral outside the loop, a balanced exchange inside it."""
+        assert view.noise_remask is not None
         before, after = self.mask_probability(view.t), self.mask_probability(view.s)
         chance = reveal_probability(view.score, view.weight, view.masked, before, after)
-        looping = ((view.t <= self.t_on) & (view.t > self.t_off))[:, None]
+        looping = ((view.t <= self.t_on) & (view.t > self.t_off) & (view.s > 0))[:, None]
         back = self.alpha_on * self.eta / (1 - self.alpha_on) * view.score * view.weight
         chance = torch.where(looping, back.clamp(max=1.0), chance)
         return Decision(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -123,14 +124,12 @@ class Sampler:
         decoder, window, settings = self._resolve(decoder, window, steps, eos_fill)
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-        seeds = itertools.repeat(seed) if isinstance(seed, int) else iter(seed)
-        pairs = iter(zip(prompts, seeds, strict=False))
+        pairs = enumerate(_with_seeds(prompts, seed))
         while chunk := list(itertools.islice(pairs, batch_size)):
-            rows = [self._row(prompt, window) for prompt, _ in chunk]
-            canvas = self._canvas(rows, [int(s) for _, s in chunk])
-            with torch.inference_mode():
-                for _ in denoise(self.model, canvas, decoder, settings):
-                    pass
+            rows = [self._row(prompt, window, f"prompt {i}: ") for i, (prompt, _) in chunk]
+            canvas = self._canvas(rows, [int(s) for _, (_, s) in chunk])
+            for _ in self._denoise(canvas, decoder, settings):
+                pass
             yield from (self._output(canvas, i, settings.steps) for i in range(len(rows)))
 
     def stream(
@@ -147,10 +146,19 @@ class Sampler:
         decoder, window, settings = self._resolve(decoder, window, steps, eos_fill)
         canvas = self._canvas([self._row(prompt, window)], [seed])
         start = int(canvas.start[0])
-        with torch.inference_mode():
-            for step in denoise(self.model, canvas, decoder, settings):
-                ids = canvas.ids[0, start:].tolist()
-                yield Event(step, ids, self.show(ids))
+        for step in self._denoise(canvas, decoder, settings):
+            ids = canvas.ids[0, start:].tolist()
+            yield Event(step, ids, self.show(ids))
+
+    def _denoise(self, canvas: Canvas, decoder: Decoder, settings: Settings) -> Iterator[int]:
+        """The loop without gradients; the caller's own gradient mode is back whenever it has control."""
+        steps = denoise(self.model, canvas, decoder, settings)
+        while True:
+            with torch.inference_mode():
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
 
     @property
     def window(self) -> int:
@@ -170,7 +178,7 @@ class Sampler:
         return "".join(
             BLANK * len(list(run)) if blank else self.tokenizer.decode(list(run), skip_special_tokens=True)
             for blank, run in parts
-        )
+        ).strip()
 
     # ---- from text to canvas and back ----------------------------------------------------------------
 
@@ -188,12 +196,12 @@ class Sampler:
         steps = int(self.defaults.get("steps", max(1, window // 4))) if steps is None else steps
         return chosen, window, Settings(steps, self.eos_id, self.mask_id, eos_fill)
 
-    def _row(self, prompt: Prompt, window: int) -> list[int]:
+    def _row(self, prompt: Prompt, window: int, where: str = "") -> list[int]:
         """Prompt tokens followed by masks, `window` in all."""
         ids = encode_prompt(self.tokenizer, as_messages(prompt))
         if len(ids) >= window:
             raise ConfigError(
-                f"the prompt has {len(ids)} tokens and the window {window}; "
+                f"{where}the prompt has {len(ids)} tokens and the window {window}; "
                 f"the window must be at least {len(ids) + 1}"
             )
         return ids + [self.mask_id] * (window - len(ids))
@@ -225,6 +233,21 @@ def _several(prompts: Prompt | Iterable[Prompt]) -> Iterable[Prompt]:
     if isinstance(prompts, list) and prompts and isinstance(prompts[0], dict):
         return [cast("list[Message]", prompts)]
     return cast("Iterable[Prompt]", prompts)
+
+
+def _with_seeds(prompts: Iterable[Prompt], seed: int | Sequence[int]) -> Iterator[tuple[Prompt, int]]:
+    """Each prompt with its seed: one for all, or as many seeds as there are prompts."""
+    if not isinstance(seed, Sequence):
+        yield from zip(prompts, itertools.repeat(operator.index(seed)), strict=False)
+        return
+    seeds = iter(seed)
+    for prompt in prompts:
+        own = next(seeds, None)
+        if own is None:
+            raise ConfigError(f"seed lists {len(seed)} seeds, but there are more prompts")
+        yield prompt, own
+    if next(seeds, None) is not None:
+        raise ConfigError(f"seed lists {len(seed)} seeds, but there are fewer prompts")
 
 
 def _digest(row: list[int], mask_id: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,6 @@ class Choice:
     """[N] int64."""
     confidence: torch.Tensor
     """[N] float32, the model's own probability of that token (temperature 1, before any cut)."""
-    mass: torch.Tensor
-    """[N] float32, the model's probability of all the tokens that were kept."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,10 @@ class TokenRule:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature must not be negative, got {self.temperature}")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k must not be negative (0 keeps all), got {self.top_k}")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ConfigError(f"top_k must be a whole number, not negative (0 keeps all), got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must lie in (0, 1], got {self.top_p}")
 
@@ -71,7 +70,7 @@ class TokenRule:
             index = _invert(weight, noise)
         at = index[:, None]
         token = index if ids is None else ids.gather(1, at)[:, 0]
-        return Choice(token, probability.gather(1, at)[:, 0], (probability * kept).sum(1))
+        return Choice(token, probability.gather(1, at)[:, 0])
 
     def _kept(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Probabilities [N, k], their token ids [N, k] (None: all in order), and which are kept [N, k]."""

@@ -6,6 +6,7 @@ position can neither be revealed nor change the normaliser, so its logits are no
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
@@ -89,10 +90,12 @@ class Convolution(_SingleStage):
     def __post_init__(self) -> None:
         """Check that the kernel has a centre."""
         k = self.kernel_size
+        if k is not None and not isinstance(k, int):
+            raise ConfigError(f"kernel_size must be a whole number, got {k!r}")
         if k is not None and (k < 1 or k % 2 == 0):
             near = f"{k - 1} or {k + 1}" if k > 1 else "1 or 3"
             raise ConfigError(f"kernel_size must be odd and positive, got {k}; use {near}")
-        if self.scale <= 0:
+        if not 0 < self.scale < math.inf:
             raise ConfigError(f"scale must be positive, got {self.scale}")
 
     def fitted(self, length: int) -> Convolution:
@@ -128,8 +131,8 @@ class Block:
 
     def __post_init__(self) -> None:
         """Check the size."""
-        if self.size is not None and self.size < 1:
-            raise ConfigError(f"block size must be at least 1, got {self.size}")
+        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
+            raise ConfigError(f"block size must be a whole number of at least 1, got {self.size!r}")
 
     def fitted(self, length: int) -> Block:
         """With a size for a window of `length` where none was given."""

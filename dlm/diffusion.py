@@ -55,7 +55,7 @@ def corrupt(
         [B, L] int64, x_t.
 
     Raises:
-        ConfigError: when the shapes do not fit or a clean, maskable row already holds the mask token.
+        ConfigError: when the shapes do not fit.
     """
     if maskable.shape != x0.shape or t.shape != x0.shape[:1]:
         raise ConfigError(

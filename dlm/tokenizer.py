@@ -23,8 +23,12 @@ TEMPLATES = {
         "'System' if message['role'] == 'system' else 'Instruction' }}:\n{{ message['content'] }}\n\n"
         "{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}"
     ),
+    "plain": "{% for message in messages %}{{ message['content'] }}{% endfor %}",
 }
-"""Chat templates by name (Jinja, as transformers writes them). `chatml` is the default."""
+"""Chat templates by name (Jinja, as transformers writes them).
+
+`chatml` is the default; `plain` is the bare text, for models that were trained on text without prompts.
+"""
 
 
 def train_tokenizer(texts: Iterable[str] | Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -80,6 +84,11 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         raise unknown_name("template", name, ["model", *TEMPLATES])
 
 
+def template_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The name of the template that a tokenizer carries; "model" for one that is not among ours."""
+    return next((name for name, text in TEMPLATES.items() if text == tokenizer.chat_template), "model")
+
+
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     """Make a causal LM's tokenizer fit for diffusion: a mask token, an end token, right padding, a template.
 
@@ -111,6 +120,8 @@ def as_messages(prompt: str | list[Message]) -> list[Message]:
     """A prompt as chat messages; a string is one user turn."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
+    if not prompt:
+        raise ConfigError("a conversation needs at least one message")
     for turn in prompt:
         if not isinstance(turn, dict) or not isinstance(turn.get("content"), str) or "role" not in turn:
             raise ConfigError(f"a chat message needs a 'role' and a text 'content', got {turn!r}")
@@ -125,7 +136,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -
     """
     rendered = [{**m, "content": _slot(i)} for i, m in enumerate(messages)]
     text = tokenizer.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
-    if not any(token in m["content"] for m in messages for token in tokenizer.all_special_tokens):
+    if not any(token in m["content"] for m in messages for token in _control_tokens(tokenizer)):
         for i, message in enumerate(messages):
             text = text.replace(_slot(i), message["content"])
         return _encode(tokenizer, text)
@@ -134,6 +145,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -
         before, _, text = text.partition(_slot(i))
         ids += _encode(tokenizer, before) + encode_text(tokenizer, message["content"])
     return ids + _encode(tokenizer, text)
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Every string that the tokenizer would turn into a control token."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
 
 
 def _slot(i: int) -> str:

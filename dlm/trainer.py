@@ -7,10 +7,13 @@ noise that one process with twice the batch would see, and a resumed run repeats
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -21,9 +24,13 @@ from dlm.checkpointing import keep_last, mark_complete
 from dlm.data.windows import Batch, EpochSampler, WindowCollator
 from dlm.diffusion import corrupt, stratified_times
 from dlm.ema import EMA
+from dlm.errors import ConfigError
 from dlm.model import IGNORE
 from dlm.noise import fold, key_of, uniform
 from dlm.objective import masked_diffusion_loss
+
+_LOG_STATE = "log_state.json"
+"""In a checkpoint: the loss summed since the last log line, so that a resumed curve is the same curve."""
 
 
 class DiffusionTrainer(Trainer):  # type: ignore[misc]
@@ -41,6 +48,8 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         keep_checkpoints: complete checkpoints to keep; older ones are deleted.
     """
 
+    data_collator: WindowCollator
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -55,6 +64,8 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         args.remove_unused_columns = False
         args.save_total_limit = None  # ours: a checkpoint counts once it is complete
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        if self.is_fsdp_enabled and ema_decay:
+            raise ConfigError("ema_decay does not work with FSDP, which shards the weights; set it to 0")
         self.eval_draws = eval_draws
         self.keep_checkpoints = keep_checkpoints
         self.ema = EMA(self.model, ema_decay) if ema_decay else None
@@ -62,6 +73,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = False
         self._parameters = sum(p.numel() for p in self.model.parameters())
         self._tokens, self._since = 0, time.perf_counter()
+        self._resumed_log: dict[str, Any] = {}
         self.remove_callback(ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(TokenProgress)
@@ -145,7 +157,23 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         """6 × parameters × positions: the usual estimate for one training step."""
         return int(6 * inputs["input_ids"].numel() * self._parameters)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in transformers; the time it takes does not count as training."""
+        begun = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        self._since += time.perf_counter() - begun
+        return dict(metrics)
+
     # ---- validation ----------------------------------------------------------------------------------
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Batch]:
+        """Validation rows in windows that are the same at every evaluation, whatever the epoch."""
+        training = self.data_collator
+        self.data_collator = replace(training, epoch=0)
+        try:
+            return cast("DataLoader[Batch]", super().get_eval_dataloader(eval_dataset))
+        finally:
+            self.data_collator = training
 
     def evaluation_loop(
         self,
@@ -197,9 +225,11 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
+        pending = self.accelerator.reduce(self._tr_loss.detach().clone(), reduction="mean")
         if self.args.should_save:
-            folder = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            log = {"loss_sum": float(pending), "since_step": self._globalstep_last_logged}
+            (folder / _LOG_STATE).write_text(json.dumps(log), encoding="utf-8")
             if self.ema:
                 self.ema.save(folder)
             mark_complete(folder, self.state.global_step)
@@ -211,6 +241,15 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.ema:
             self.ema.load(resume_from_checkpoint)
+        file = Path(resume_from_checkpoint) / _LOG_STATE
+        self._resumed_log = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def continue_log(self) -> None:
+        """Go on with the mean loss that was being collected when the checkpoint was written."""
+        if self._resumed_log:
+            self._tr_loss += self._resumed_log["loss_sum"]
+            self._globalstep_last_logged = self._resumed_log["since_step"]
+            self._resumed_log = {}
 
 
 def add_noise(batch: Batch, slots: torch.Tensor, total: int, seed: int, step: int, mask_id: int) -> Batch:
@@ -251,10 +290,13 @@ def _noised(batch: Batch, t: torch.Tensor, keys: torch.Tensor, mask_id: int) -> 
 
 
 class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
-    """Epochs to the sampler and the collator, weights to the EMA."""
+    """Epochs to the sampler and the collator, weights to the EMA, the pending loss to a resumed log."""
 
     def __init__(self, trainer: DiffusionTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.continue_log()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.set_epoch(int(state.epoch or 0))

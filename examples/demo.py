@@ -35,11 +35,11 @@ DECODERS: dict[str, dict[str, int]] = {
     "semi-ar": {"top_k": 20, "block_size": 20},
     "llada": {},
     "conv": {"top_k": 20, "kernel_size": 9},
-    "llada-conv": {"kernel_size": 9},
+    "llada-conv": {"kernel_size": 41},
 }
 """The presets and their options. Block and kernel are the best of a sweep (docs/results/demo.md)."""
-HELD_OUT_SEED = 10_007
-"""Seed of the test prompts; the training rows come from the training seed."""
+PROMPT_SEED = 10_007
+"""Seed of the prompts that are decoded; their instructions belong to splits that are never trained on."""
 
 
 def training(folder: Path, seed: int, steps: int) -> TrainConfig:
@@ -191,7 +191,7 @@ def show(sampler: Sampler, console: Console) -> None:
     legend = Text("step: ")
     for step in range(STEPS + 1):
         legend.append(f" {step} ", style=_style(step, STEPS))
-    prompt = next(e.instruction for e in make_examples(8, HELD_OUT_SEED) if e.task == "meet")
+    prompt = next(e.instruction for e in make_examples(8, PROMPT_SEED, "test") if e.task == "meet")
     console.print(f"\n[bold]{prompt}[/bold]", legend, sep="\n")
     for name in ("top-k", "semi-ar", "conv"):
         decoder = Decoder.named(name, **DECODERS[name])
@@ -207,7 +207,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the training run")
     parser.add_argument("--train-steps", type=int, default=3000)
-    parser.add_argument("--prompts", type=int, default=128, help="held-out prompts")
+    parser.add_argument("--prompts", type=int, default=256, help="held-out prompts")
     parser.add_argument("--seeds", type=int, default=3, help="decoding seeds")
     parser.add_argument("--sweep", action="store_true", help="compare kernel and block sizes instead")
     options = parser.parse_args()
@@ -218,7 +218,7 @@ def main() -> None:
         console.print(f"[bold]1. Training[/bold] a small model from random weights ({options.folder})")
         train(training(options.folder, options.seed, options.train_steps))
     sampler = Sampler(*load_model(options.folder, "cpu", "float32"))
-    examples = make_examples(options.prompts, HELD_OUT_SEED)
+    examples = make_examples(options.prompts, PROMPT_SEED, "validation" if options.sweep else "test")
     console.print(f"[bold]2. Decoding[/bold] {len(examples)} held-out prompts with each preset")
     if options.sweep:
         return sweep(sampler, examples, list(range(options.seeds)), console)

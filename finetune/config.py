@@ -16,8 +16,8 @@ class ModelConfig:
     Args:
         init: causal LM (folder, hub id or .gguf of the Llama, Qwen2 or Qwen3 family) or diffusion checkpoint
             to start from; empty for random weights.
-        template: chat template to record with the model: "chatml", "instruct", or "model" for the
-            checkpoint's own.
+        template: chat template to record with the model: "chatml", "instruct", "plain" (bare text, for
+            pretraining), or "model" for the checkpoint's own. A diffusion checkpoint keeps its own.
         shift: whether the state at i-1 predicts token i, for a causal LM as a start.
         hidden_size: width of a random model.
         num_hidden_layers: layers of a random model.

@@ -6,7 +6,6 @@ text have no prompt.
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,11 +13,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 
 from dlm.backbone import ScratchConfig, from_causal_lm, from_scratch
-from dlm.checkpoint import load_model
-from dlm.checkpointing import discard_incomplete, last_checkpoint
+from dlm.checkpoint import load_model, model_type
 from dlm.config import FAMILIES
 from dlm.curves import CurveCallback
 from dlm.data.encode import EncodingReport, encode_rows
@@ -27,9 +25,10 @@ from dlm.data.rules import rule_rows
 from dlm.data.windows import WindowCollator
 from dlm.errors import ConfigError, DataError, unknown_name
 from dlm.model import MaskedDiffusionModel
-from dlm.tokenizer import set_template, train_tokenizer
+from dlm.tokenizer import set_template, template_name, train_tokenizer
 from dlm.trainer import DiffusionTrainer
 from finetune.config import ModelConfig, TrainConfig
+from finetune.run_folder import RunFolder
 from finetune.samples import SampleCallback
 
 logger = logging.getLogger(__name__)
@@ -38,39 +37,47 @@ logger = logging.getLogger(__name__)
 def train(config: TrainConfig) -> Path:
     """Run one training to its end and return the folder of the finished model.
 
-    A run that was killed continues from its newest whole checkpoint when it is called again.
+    A run that was killed continues from its newest whole checkpoint when it is called again; one that is
+    finished is left as it is.
 
     Raises:
-        DLMError: for settings, data or checkpoints that cannot be used.
+        DLMError: for settings, data or checkpoints that cannot be used, and when the folder holds a run with
+            other settings.
     """
+    training_arguments(config, evaluate=True)  # a misspelt setting should not cost the time to read the data
+    run = RunFolder(config)
+    if run.finished:
+        logger.info("%s: this run is finished", run.path)
+        return run.path
     rows, held_out = split_rows(config)
-    model, tokenizer = build_model(config.model, rows, config.data.window, config.seed)
+    model, tokenizer = build_model(config, rows, run.resume_from)
     train_set, report = encode_rows(rows, tokenizer, config.data.window)
     eval_set = encode_rows(held_out, tokenizer, config.data.window)[0] if len(held_out) else None
     logger.info("training rows: %s", report)
-    record(model, config, report)
+    record(model, tokenizer, config, report)
     trainer = build_trainer(model, tokenizer, config, train_set, eval_set)
-    trainer.add_callback(CurveCallback(config.output_dir))
-    if config.eval_steps and (config.samples or len(held_out)):
+    trainer.add_callback(CurveCallback(run.path))
+    if config.eval_steps and eval_set is not None:
         trainer.add_callback(SampleCallback(trainer, tokenizer, config, held_out))
-    _prepare_folder(config, report, trainer.accelerator.is_main_process)
+    if trainer.accelerator.is_main_process:
+        run.begin(report)
     trainer.accelerator.wait_for_everyone()
-    resume = last_checkpoint(config.output_dir) if config.resume else None
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
     if trainer.ema:
         trainer.ema.copy_to(trainer.model)
     trainer.save_model(config.output_dir)
-    return Path(config.output_dir)
+    if trainer.accelerator.is_main_process:
+        run.finish()
+    return run.path
 
 
 def split_rows(config: TrainConfig) -> tuple[Dataset, Dataset]:
-    """Rows for training and the last `validation_rows` for validation."""
+    """Rows for training and rows for validation: the last `validation_rows`, which are never trained on."""
     data = config.data
-    rows = (
-        rule_rows(data.limit or 20000, config.seed)
-        if data.source == "rules"
-        else load_rows(data.source, data.split)
-    )
+    if data.source == "rules":  # made by rule, with splits of their own
+        held_out = rule_rows(max(1, data.validation_rows), config.seed, "validation")
+        return rule_rows(data.limit or 20_000, config.seed), held_out.select(range(data.validation_rows))
+    rows = load_rows(data.source, data.split)
     rows = rows.select(range(min(data.limit, len(rows)))) if data.limit else rows
     if data.validation_rows >= len(rows):
         raise DataError(
@@ -81,35 +88,58 @@ def split_rows(config: TrainConfig) -> tuple[Dataset, Dataset]:
 
 
 def build_model(
-    config: ModelConfig, rows: Dataset, window: int, seed: int
+    config: TrainConfig, rows: Dataset, resume_from: Path | None = None
 ) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
-    """The model to train and its tokenizer, from random weights or from a checkpoint."""
-    if not config.init:
-        tokenizer = train_tokenizer(_texts(rows), config.vocab_size)
-        set_template(tokenizer, config.template)
-        shape = {f.name: getattr(config, f.name) for f in fields(ScratchConfig) if hasattr(config, f.name)}
-        shape["max_position_embeddings"] = max(2048, window)
-        model = from_scratch(ScratchConfig(**shape), tokenizer, seed)
+    """The model to train and its tokenizer, from random weights or from a checkpoint.
+
+    Args:
+        config: settings of the run.
+        rows: what a new tokenizer is trained on.
+        resume_from: a checkpoint of this run, whose tokenizer is taken instead of training one again.
+    """
+    window = config.data.window
+    if config.model.init:
+        model, tokenizer = _from_checkpoint(config.model)
     else:
-        model, tokenizer = _from_checkpoint(config)
+        model, tokenizer = _from_nothing(config, rows, resume_from)
     if window > model.config.max_positions:
         raise ConfigError(
             f"window {window} is longer than the {model.config.max_positions} positions of the model"
         )
-    if config.gradient_checkpointing:  # transformers renamed the method during 5.x
+    if config.model.gradient_checkpointing:  # transformers renamed the method during 5.x
         old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
         getattr(model, new if hasattr(model, new) else old)()
-    if config.attn_implementation:
-        model.set_attn_implementation(config.attn_implementation)
+    if config.model.attn_implementation:
+        model.set_attn_implementation(config.model.attn_implementation)
     return model, tokenizer
 
 
-def _from_checkpoint(config: ModelConfig) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
-    from dlm.checkpoint import model_type
+def _from_nothing(
+    config: TrainConfig, rows: Dataset, resume_from: Path | None
+) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
+    """Random weights and a tokenizer trained on the rows; the bare template where no row has a prompt."""
+    if resume_from:
+        tokenizer = AutoTokenizer.from_pretrained(resume_from)
+    else:
+        tokenizer = train_tokenizer(_texts(rows), config.model.vocab_size)
+        prompted = any(prompt for prompt in rows["prompt"])
+        set_template(tokenizer, config.model.template if prompted else "plain")
+    shape = {
+        f.name: getattr(config.model, f.name) for f in fields(ScratchConfig) if hasattr(config.model, f.name)
+    }
+    shape["max_position_embeddings"] = max(2048, config.data.window)
+    return from_scratch(ScratchConfig(**shape), tokenizer, config.seed), tokenizer
 
+
+def _from_checkpoint(config: ModelConfig) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
+    """A causal LM made bidirectional, or a diffusion checkpoint with its own template and shift."""
     if config.init.endswith(".gguf") or model_type(config.init) in FAMILIES:
         return from_causal_lm(config.init, template=config.template, shift=config.shift)
-    return load_model(config.init, device="cpu", dtype="float32")
+    model, tokenizer = load_model(config.init, device="cpu", dtype="float32")
+    logger.info(
+        "%s: keeps its template (%s) and shift=%s", config.init, template_name(tokenizer), model.config.shift
+    )
+    return model, tokenizer
 
 
 def _texts(rows: Dataset) -> Any:
@@ -119,13 +149,18 @@ def _texts(rows: Dataset) -> Any:
         yield row["answer"]
 
 
-def record(model: MaskedDiffusionModel, config: TrainConfig, report: EncodingReport) -> None:
+def record(
+    model: MaskedDiffusionModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    report: EncodingReport,
+) -> None:
     """Write into the model's own configuration how it was made and how to sample from it."""
     model.config.training = {
         "init": config.model.init or "random weights",
         "data": {**asdict(config.data), "rows": report.as_dict()},
         "objective": "masked diffusion NELBO (log-linear schedule, SUBS)",
-        "template": config.model.template,
+        "template": template_name(tokenizer),
         "learning_rate": config.learning_rate,
         "seed": config.seed,
         "ema_decay": config.ema_decay,
@@ -190,28 +225,32 @@ def training_arguments(config: TrainConfig, evaluate: bool) -> TrainingArguments
     """Our settings as transformers' own.
 
     Raises:
-        ConfigError: when `config.trainer` names a field that does not exist, or sets one of ours.
+        ConfigError: when `config.trainer` names a field that does not exist, or one that we set.
     """
+    ours: dict[str, Any] = {name: getattr(config, name) for name in _SHARED}
+    ours |= {
+        "max_steps": config.max_steps or -1,
+        "eval_strategy": "steps" if evaluate and config.eval_steps else "no",
+        "eval_steps": config.eval_steps or None,
+        "save_strategy": "steps",
+        **_precision(config.precision),
+    }
     known = {f.name for f in fields(TrainingArguments)}
     for name in config.trainer:
         if name not in known:
             raise unknown_name("trainer setting", name, known)
-        if name in _SHARED:
-            raise ConfigError(f"trainer.{name} is set twice; use --{name}")
-    settings: dict[str, Any] = {name: getattr(config, name) for name in _SHARED}
-    settings |= {
-        "max_steps": config.max_steps or -1,
+        if name in ours:
+            raise ConfigError(
+                f"trainer.{name} is not free: the run sets it from its own options (see --help)"
+            )
+    defaults: dict[str, Any] = {
         "per_device_eval_batch_size": 2 * config.per_device_train_batch_size,
-        "eval_strategy": "steps" if evaluate and config.eval_steps else "no",
-        "eval_steps": config.eval_steps or None,
-        "save_strategy": "steps",
         "optim": "adamw_torch_fused",
         "use_cpu": not torch.accelerator.is_available(),
         "label_names": ["input_ids"],
         "ddp_find_unused_parameters": False,
-        **_precision(config.precision),
     }
-    return TrainingArguments(**(settings | config.trainer))
+    return TrainingArguments(**(defaults | config.trainer | ours))
 
 
 def _precision(precision: str) -> dict[str, bool]:
@@ -219,19 +258,3 @@ def _precision(precision: str) -> dict[str, bool]:
         cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         precision = "bf16" if cuda or torch.cpu._is_avx512_bf16_supported() else "fp32"
     return {"bf16": precision == "bf16", "fp16": precision == "fp16"}
-
-
-def _prepare_folder(config: TrainConfig, report: EncodingReport, writes: bool) -> None:
-    """Create the run folder and write down its settings; refuse to mix two runs in one folder."""
-    if not writes:
-        return
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in discard_incomplete(folder) if config.resume else []:
-        logger.warning("%s was only half written and has been removed", folder / name)
-    if not config.resume and last_checkpoint(folder):
-        raise ConfigError(
-            f"{folder} holds the checkpoints of another run; resume it or choose another output_dir"
-        )
-    settings = {"config": asdict(config), "rows": report.as_dict()}
-    (folder / "run.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from decoding.config import DecodingConfig
+from decoding.prompts import read_prompts
 from dlm.cli import Command
-from dlm.data.records import SUFFIXES, read_records
 from dlm.errors import ConfigError, DataError
 
 
@@ -88,42 +88,6 @@ def _with_progress(outputs: Iterable[Any], count: int | None) -> Any:
     from tqdm import tqdm
 
     return tqdm(outputs, total=count, unit="answer", disable=count == 1 or not sys.stderr.isatty())
-
-
-def read_prompts(file: str) -> Iterator[Any]:
-    """Prompts of a file (or of stdin when the name is empty or "-"), one at a time.
-
-    Raises:
-        DataError: naming the row that holds no prompt.
-    """
-    if file in ("", "-"):
-        yield from _lines(sys.stdin)
-        return
-    path = Path(file)
-    if file.endswith(SUFFIXES):
-        for index, record in enumerate(read_records(path)):
-            yield _prompt(record, f"{file}, row {index}")
-        return
-    with path.open(encoding="utf-8") as lines:
-        yield from _lines(lines)
-
-
-def _lines(lines: Iterable[str]) -> Iterator[str]:
-    """The lines that are not empty, without their ends."""
-    return (line.rstrip("\n") for line in lines if line.strip())
-
-
-def _prompt(record: Any, where: str) -> Any:
-    """The prompt in a JSON record: a text, or chat messages."""
-    if isinstance(record, str):
-        return record
-    if isinstance(record, dict):
-        if isinstance(record.get("instruction"), str) and record.get("input"):
-            return f"{record['instruction']}\n\n{record['input']}"
-        for key in ("messages", "instruction", "prompt", "text"):
-            if record.get(key):
-                return record[key]
-    raise DataError(f"{where}: needs 'instruction', 'prompt', 'text' or 'messages'")
 
 
 COMMAND = Command("answer prompts with a trained model", GenerateConfig, run, positional="prompts")

@@ -72,7 +72,7 @@ def describe(path: str) -> dict[str, Any]:
         "positions": config.max_positions,
         "training": config.training,
         "generation": config.generation,
-        "complete": _complete(path),
+        **_complete(path),
         "template": tokenizer.chat_template,
     }
 
@@ -100,13 +100,13 @@ def _weights(path: str) -> dict[str, Any]:
     return {"parameters": f"{total:,} ({', '.join(sorted(types))})"} if files else {}
 
 
-def _complete(path: str) -> str:
-    """For a checkpoint of a run, whether it was written to its end."""
+def _complete(path: str) -> dict[str, str]:
+    """For a checkpoint within a run, whether it was written to its end."""
     from dlm.checkpointing import is_complete
 
     if not Path(path).name.startswith("checkpoint-"):
-        return "finished model"
-    return "yes" if is_complete(path) else "no: it was interrupted while being written"
+        return {}
+    return {"complete": "yes" if is_complete(path) else "no: it was interrupted while being written"}
 
 
 COMMAND = Command("say what a checkpoint is", InspectConfig, run, positional="checkpoints")

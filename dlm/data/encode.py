@@ -13,6 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from dlm.errors import DataError
 from dlm.tokenizer import encode_prompt, encode_text
 
+_VERSION = 1
+"""Raised when rows are encoded differently, so that old caches are not taken."""
+
 
 @dataclass(frozen=True)
 class EncodingReport:
@@ -54,7 +57,15 @@ def encode_rows(
     """
     key = hashlib.sha256(
         json.dumps(
-            [rows._fingerprint, window, tokenizer.chat_template, tokenizer.backend_tokenizer.to_str()]
+            [
+                _VERSION,
+                rows._fingerprint,
+                window,
+                tokenizer.chat_template,
+                tokenizer.eos_token_id,
+                sorted(tokenizer.all_special_tokens),
+                tokenizer.backend_tokenizer.to_str(),
+            ]
         ).encode()
     ).hexdigest()[:32]
     encoded = rows.map(

@@ -63,6 +63,8 @@ def load_rows(source: str, split: str = "train") -> Dataset:
 
 
 def _load_file(path: Path) -> Dataset:
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; name a file in it")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if not path.name.endswith(SUFFIXES):

@@ -3,10 +3,13 @@
 Four kinds of task. `count` and `spell` have one right answer. `climb` and `meet` have many, so that far from
 what is known every position is uncertain and near it almost nothing is: the situation in which a decoder
 that writes several tokens at once has to choose where to write. The longest answers have more than 40 tokens.
+
+Every instruction belongs to one split, by a hash of its text: what is tested was never trained on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections.abc import Callable
@@ -16,7 +19,7 @@ from itertools import pairwise
 from datasets import Dataset
 
 from dlm.data.rows import FEATURES
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, unknown_name
 
 NAMES = ("Anna", "Ben", "Cora", "Dan", "Emma", "Finn", "Gina", "Hugo")
 ANIMALS = ("cat", "dog", "horse", "goat", "duck", "rabbit", "sheep", "mouse")
@@ -53,7 +56,7 @@ GOAL = 50
 
 
 def _count(rng: random.Random) -> tuple[str, str]:
-    low = rng.randint(5, 45)
+    low = rng.randint(4, 46)
     return f"Count from {low} to {GOAL}.", "Count: " + " ".join(map(str, range(low, GOAL + 1)))
 
 
@@ -63,16 +66,17 @@ def _check_count(instruction: str, answer: str) -> bool:
 
 
 def _spell(rng: random.Random) -> tuple[str, str]:
-    word = rng.choice(WORDS)
-    return f"Spell the word {word}.", "Spell: " + " ".join(word)
+    words = rng.sample(WORDS, 2)
+    return f"Spell {words[0]} and {words[1]}.", "Spell: " + ", ".join(" ".join(word) for word in words)
 
 
 def _check_spell(instruction: str, answer: str) -> bool:
-    return answer.split() == ["Spell:", *instruction.rstrip(".").split()[-1]]
+    words = re.findall(r"\w+", instruction)[1::2]
+    return answer == "Spell: " + ", ".join(" ".join(word) for word in words)
 
 
 def _climb(rng: random.Random) -> tuple[str, str]:
-    low = rng.randint(5, 45)
+    low = rng.randint(4, 46)
     numbers = [low]
     while numbers[-1] < GOAL:
         numbers.append(min(GOAL, numbers[-1] + rng.randint(1, 2)))
@@ -124,12 +128,35 @@ TASKS: dict[str, Task] = {
 }
 
 
-def make_examples(size: int, seed: int = 0, tasks: tuple[str, ...] = tuple(TASKS)) -> list[Example]:
-    """`size` examples, the kinds of task in turn; the same for the same seed."""
+SPLITS = ("train", "validation", "test")
+_PARTS = 6
+"""Instructions are divided into this many parts; the first is for tests, the second for validation."""
+
+
+def split_of(instruction: str) -> str:
+    """The split that an instruction belongs to."""
+    part = hashlib.blake2b(instruction.encode(), digest_size=4).digest()[0] % _PARTS
+    return {0: "test", 1: "validation"}.get(part, "train")
+
+
+def make_examples(size: int, seed: int = 0, split: str = "train") -> list[Example]:
+    """`size` examples of a split, the kinds of task in turn; the same for the same seed.
+
+    Raises:
+        ConfigError: for a size below 1 or an unknown split.
+    """
     if size < 1:
         raise ConfigError(f"the number of examples must be at least 1, got {size}")
+    if split not in SPLITS:
+        raise unknown_name("split", split, SPLITS)
     rng = random.Random(seed)
-    return [Example(task, *TASKS[task].make(rng)) for task in (tasks[i % len(tasks)] for i in range(size))]
+    examples: list[Example] = []
+    while len(examples) < size:
+        task = list(TASKS)[len(examples) % len(TASKS)]
+        example = Example(task, *TASKS[task].make(rng))
+        if split_of(example.instruction) == split:
+            examples.append(example)
+    return examples
 
 
 def is_right(example: Example, answer: str) -> bool:
@@ -137,9 +164,9 @@ def is_right(example: Example, answer: str) -> bool:
     return TASKS[example.task].check(example.instruction, answer.strip())
 
 
-def rule_rows(size: int, seed: int = 0) -> Dataset:
-    """Examples as training rows (columns of `dlm.data.rows.FEATURES`)."""
-    examples = make_examples(size, seed)
+def rule_rows(size: int, seed: int = 0, split: str = "train") -> Dataset:
+    """Examples as rows (columns of `dlm.data.rows.FEATURES`)."""
+    examples = make_examples(size, seed, split)
     return Dataset.from_dict(
         {
             "prompt": [[{"role": "user", "content": example.instruction}] for example in examples],

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from decoding import Decoder, Sampler
 from decoding.loop import Canvas, Settings, clock, denoise
 from decoding.presets import PRESETS
-from decoding.reveal import Quota
-from decoding.window import Convolution
+from decoding.reveal import Quota, Remask
+from decoding.window import Block, Convolution
 from dlm.errors import ConfigError, DLMError
 from tests.fakes import FakeDenoiser, FakeTokenizer
 
@@ -298,3 +298,14 @@ def test_convolution_opens_from_both_sides():
     assert not ((early >= 4) & (early <= 35)).any()
     assert canvas.reveal_step[0, 4:8].max() < canvas.reveal_step[0, 18:22].min()
     assert canvas.reveal_step[0, 32:36].max() < canvas.reveal_step[0, 18:22].min()
+
+
+def test_remasking_stays_within_the_block():
+    model = FakeDenoiser(eos_bias=-50.0)
+    ids = rows(model, [2], 34)
+    decoder = Decoder(window=Block(8), reveal=Remask(eta=0.3))
+    canvas = run(model, ids, decoder, 40, eos_fill=False)
+    for b in range(4):  # every block is full when its own time is over: nothing is left to the last pass
+        steps = canvas.reveal_step[0, 2 + 8 * b : 2 + 8 * (b + 1)]
+        assert steps.min() >= 10 * b
+        assert steps.max() < 10 * (b + 1)

@@ -89,6 +89,14 @@ def test_quota_ranks_by_confidence_times_weight_and_never_takes_more():
     assert not rule.needs(masked, weight, torch.tensor([0])).any()
 
 
+def test_quota_keeps_the_order_of_tiny_confidences_and_prefers_open_positions():
+    masked = torch.ones(1, 4).bool()
+    score = torch.tensor([[1e-8, 3e-8, 5e-8, 1.0]])
+    weight = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    v = view(masked=masked, score=score, weight=weight, quota=torch.tensor([2]))
+    assert Quota().decide(v).reveal.tolist() == [[False, True, True, False]]
+
+
 def test_threshold_takes_the_confident_and_at_least_one():
     masked = torch.tensor([[True, True, True, False]])
     score = torch.tensor([[0.95, 0.3, 0.92, 1.0]])

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from decoding import Decoder, Sampler, list_decoders
 from dlm.errors import ConfigError
@@ -76,3 +77,28 @@ def test_windows_that_cannot_be_are_refused(sampler):
         sampler.generate(["x"], window=40, steps=2, batch_size=0)
     with pytest.raises(ConfigError, match="'role' and a text 'content'"):
         sampler.generate([[{"content": 3}]], window=40, steps=2)
+
+
+def test_streaming_leaves_the_callers_gradient_mode_alone(sampler):
+    stream = sampler.stream("Count from 9 to 50.", window=40, steps=4)
+    next(stream)
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+    stream.close()
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_seeds_must_be_as_many_as_prompts(sampler):
+    for seeds, message in (([1, 2], "more prompts"), ([1, 2, 3, 4], "fewer prompts")):
+        with pytest.raises(ConfigError, match=f"{len(seeds)} seeds, but there are {message}"):
+            sampler.generate(["a", "b", "c"], window=40, steps=2, seed=seeds)
+
+
+def test_a_prompt_that_does_not_fit_is_named_by_number(sampler):
+    with pytest.raises(ConfigError, match="prompt 1: the prompt has"):
+        sampler.generate(["a", "b " * 50], window=40, steps=2)
+
+
+def test_an_empty_conversation_is_refused(sampler):
+    with pytest.raises(ConfigError, match="at least one message"):
+        sampler.generate([[]], window=40, steps=2)

@@ -45,6 +45,12 @@ def weights(folder):
     return load_file(Path(folder) / "model.safetensors")
 
 
+def unfinish(folder):
+    """As if the run had been killed before its end."""
+    file = Path(folder) / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "finished": False}))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "whole"
@@ -64,7 +70,7 @@ def test_a_run_learns_and_leaves_what_it_promises(whole):
     assert nelbos[1] < nelbos[0]
     assert all(r["tokens_per_second"] > 0 for r in history if "loss" in r)
     model, _ = load_model(whole, device="cpu")
-    assert model.config.training["data"]["rows"]["kept"] == 130
+    assert model.config.training["data"]["rows"]["kept"] == 150
     assert "Step 12" in (whole / "samples.md").read_text()
 
 
@@ -73,6 +79,7 @@ def test_resuming_repeats_the_interrupted_run_to_the_bit(whole, tmp_path):
     train(settings(folder, max_steps=12, eval_steps=6, keep_checkpoints=5))
     for late in complete_checkpoints(folder)[1:]:  # as if killed just after step 4
         (late / MARKER).unlink()
+    unfinish(folder)
     train(settings(folder, max_steps=12, eval_steps=6, keep_checkpoints=5))
     assert losses(folder) == losses(whole)
     expected = weights(whole)
@@ -113,6 +120,9 @@ def test_half_written_checkpoints_are_never_taken_for_whole_ones(whole, tmp_path
     assert last_checkpoint(folder).name == "checkpoint-8"
     (folder / "checkpoint-8" / MARKER).unlink()
     assert last_checkpoint(folder).name == "checkpoint-4"
+    unfinish(folder)
+    train(settings(folder, eval_steps=6, keep_checkpoints=5))
+    assert losses(folder) == losses(whole)
 
 
 def test_old_checkpoints_are_deleted_only_when_newer_ones_are_whole(tmp_path):
@@ -172,6 +182,7 @@ def test_ema_is_updated_saved_and_what_the_final_model_holds(tmp_path):
     train(settings(again, ema_decay=0.9, max_steps=8))
     for late in complete_checkpoints(again)[1:]:
         (late / MARKER).unlink()
+    unfinish(again)
     train(settings(again, ema_decay=0.9, max_steps=8))
     assert torch.equal(weights(again)[name], final[name])
 
@@ -202,10 +213,109 @@ def test_validation_is_the_same_number_whatever_the_batch_size(whole):
 def test_settings_that_cannot_work_say_so(tmp_path, whole):
     with pytest.raises(ConfigError, match="'lerning_rate'.*Did you mean 'learning_rate'"):
         train(settings(tmp_path / "a", trainer={"lerning_rate": 1}))
-    with pytest.raises(DataError, match="150 rows leave none"):
-        train(settings(tmp_path / "b", data=DataConfig(source="rules", limit=150, validation_rows=150)))
-    with pytest.raises(ConfigError, match="another run"):
-        train(settings(whole, resume=False))
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"instruction": "a", "output": "b"}\n' * 5)
+    with pytest.raises(DataError, match="5 rows leave none to train on with 5 held out"):
+        train(settings(tmp_path / "b", data=DataConfig(source=str(file), validation_rows=5)))
     long = DataConfig(source="rules", window=4096, limit=99, validation_rows=9)
     with pytest.raises(ConfigError, match="longer than the"):
         train(settings(tmp_path / "c", model=ModelConfig(init=str(whole)), data=long))
+
+
+def test_a_finished_run_is_left_as_it_is(whole):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    train(settings(whole, eval_steps=6, keep_checkpoints=1))
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def test_two_runs_are_never_mixed_in_one_folder(whole, tmp_path):
+    with pytest.raises(ConfigError, match=r"holds a run with learning_rate = 0.003, not 1e-05"):
+        train(settings(whole, learning_rate=1e-5))
+    with pytest.raises(ConfigError, match=r"holds a run with data.window = 48, not 40"):
+        train(settings(whole, data=DataConfig(source="rules", window=40, limit=150, validation_rows=20)))
+    foreign = tmp_path / "checkpoint-500"
+    foreign.mkdir()
+    (foreign / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(ConfigError, match=r"checkpoints but no run.json"):
+        train(settings(tmp_path))
+    assert (foreign / "model.safetensors").read_bytes() == b"precious"
+
+
+def test_the_curve_is_the_same_when_a_checkpoint_falls_between_two_log_lines(tmp_path):
+    options = {"logging_steps": 3, "keep_checkpoints": 5}
+    train(settings(tmp_path / "a", **options))
+    train(settings(tmp_path / "b", **options))
+    for late in complete_checkpoints(tmp_path / "b")[1:]:  # back to step 4
+        (late / MARKER).unlink()
+    unfinish(tmp_path / "b")
+    train(settings(tmp_path / "b", **options))
+    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), rel=1e-6)
+
+
+def test_sample_prompts_that_do_not_fit_are_left_out(tmp_path, caplog):
+    long = "very long " * 60
+    train(settings(tmp_path / "run", eval_steps=12, samples=[long, "Count from 9 to 50."]))
+    text = (tmp_path / "run" / "samples.md").read_text()
+    assert "Count from 9" in text
+    assert "very long" not in text
+
+
+def test_a_model_of_plain_text_is_sampled_without_a_template(tmp_path):
+    from decoding import Sampler
+    from dlm.data.rules import make_examples
+
+    file = tmp_path / "text.jsonl"
+    file.write_text("\n".join(json.dumps({"text": e.answer}) for e in make_examples(150)))
+    data = DataConfig(source=str(file), window=48, validation_rows=20)
+    train(settings(tmp_path / "run", data=data, eval_steps=12))
+    model, tokenizer = load_model(tmp_path / "run", device="cpu")
+    assert model.config.training["template"] == "plain"
+    sampler = Sampler(model, tokenizer)
+    assert sampler.prompt_length("") == 0
+    assert len(sampler.generate(["", "First Anna"], window=32, steps=4)) == 2
+    assert "Step 12" in (tmp_path / "run" / "samples.md").read_text()
+
+
+def trainer_on(rows, tokenizer, folder, **kwargs):
+    from dlm.backbone import from_scratch
+    from dlm.data.encode import encode_rows
+    from finetune.sft import build_trainer
+    from tests.conftest import TINY as SHAPE
+
+    config = settings(folder, **kwargs)
+    encoded, _ = encode_rows(rows, tokenizer, config.data.window)
+    return build_trainer(from_scratch(SHAPE, tokenizer), tokenizer, config, encoded, encoded)
+
+
+def test_validation_windows_do_not_change_with_the_epoch(rows, tokenizer, tmp_path):
+    data = DataConfig(source="rules", window=48, windows="grouped", eos_tail=20)
+    trainer = trainer_on(rows.select(range(16)), tokenizer, tmp_path, data=data)
+    trainer._get_train_sampler()
+    values = []
+    for epoch in (0, 1, 2):
+        trainer.set_epoch(epoch)
+        values.append(trainer.evaluate()["eval_nelbo"])
+    assert values[0] == values[1] == values[2]
+
+
+def test_the_trainers_nelbo_is_that_of_the_enumeration(tokenizer, tmp_path):
+    from datasets import Dataset
+
+    from dlm.data.rows import FEATURES
+    from tests.dlm.test_objective import enumerated_nelbo
+
+    rows = Dataset.from_dict(
+        {"prompt": [[{"role": "user", "content": "Go"}]], "answer": ["cat dog"]}, features=FEATURES
+    )
+    trainer = trainer_on(
+        rows, tokenizer, tmp_path, data=DataConfig(source="rules", window=32), eval_draws=6000
+    )
+    row = trainer.eval_dataset[0]
+    ids, start = row["input_ids"], int(row["prompt_length"])
+    assert 3 <= len(ids) - start <= 8
+    window = torch.full((len(ids),), tokenizer.eos_token_id)
+    window[: len(ids)] = ids
+    trainer.data_collator.window = len(ids)  # no padding: every maskable cell carries loss
+    trainer.model.eval()
+    exact = enumerated_nelbo(trainer.model, window, torch.arange(len(ids)) >= start, tokenizer.mask_token_id)
+    assert trainer.evaluate()["eval_nelbo"] == pytest.approx(exact, rel=0.03)

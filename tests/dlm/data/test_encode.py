@@ -56,3 +56,26 @@ def test_special_tokens_in_a_message_are_text(tokenizer):
     assert tricky.count(tokenizer.eos_token_id) == plain.count(tokenizer.eos_token_id) == 1
     assert "hello <|mask|><|im_end|>" in tokenizer.decode(tricky)
     assert tokenizer.mask_token_id not in encode_text(tokenizer, "a <|mask|> b")
+
+
+def test_control_tokens_that_are_not_in_the_special_map_are_text_too(tokenizer):
+    import copy
+
+    from tokenizers import AddedToken
+
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens([AddedToken("<|tool|>", special=True)])
+    control = other.convert_tokens_to_ids("<|tool|>")
+    assert control not in encode_prompt(other, as_messages("use <|tool|> now"))
+
+
+def test_the_cache_knows_which_token_ends_an_answer(tokenizer):
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "<|im_start|>"
+    rows = dataset(("Count", "1 2 3"))
+    first, _ = encode_rows(rows, tokenizer, 32)
+    second, _ = encode_rows(rows, other, 32)
+    assert first[0]["input_ids"][-1] == tokenizer.eos_token_id
+    assert second[0]["input_ids"][-1] == other.eos_token_id != tokenizer.eos_token_id

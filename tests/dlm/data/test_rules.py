@@ -1,6 +1,6 @@
 import pytest
 
-from dlm.data.rules import TASKS, Example, is_right, make_examples, rule_rows
+from dlm.data.rules import SPLITS, TASKS, Example, is_right, make_examples, rule_rows
 
 
 def test_examples_are_seeded_and_their_own_answers_are_right():
@@ -21,8 +21,9 @@ def test_examples_are_seeded_and_their_own_answers_are_right():
             ["2 3 4", "Count: 2 3", "Count: 2 3 4 5", "Count: 2 4 3", "Count: 2 3 four", ""],
         ),
         (
-            "spell", "Spell the word bread.", ["Spell: b r e a d"],
-            ["b r e a d", "Spell: bread", "Spell: b r e a", "Spell: b r e e d"],
+            "spell", "Spell bread and sugar.", ["Spell: b r e a d, s u g a r"],
+            ["b r e a d, s u g a r", "Spell: b r e a d", "Spell: s u g a r, b r e a d",
+             "Spell: bread, sugar"],
         ),
         (
             "climb", "Climb from 7 to 12 in steps of 1 or 2.", ["Climb: 7 8 10 12", "Climb: 7 9 10 11 12"],
@@ -50,3 +51,17 @@ def test_answers_are_checked(task, instruction, good, bad):
         assert is_right(Example(task, instruction, ""), answer), answer
     for answer in bad:
         assert not is_right(Example(task, instruction, ""), answer), answer
+
+
+def test_no_instruction_is_in_two_splits():
+    seen = {split: {e.instruction for e in make_examples(2000, 3, split)} for split in SPLITS}
+    assert not seen["train"] & seen["test"]
+    assert not seen["train"] & seen["validation"]
+    assert not seen["validation"] & seen["test"]
+    for split in SPLITS:
+        by_task = {
+            task: {e.instruction for e in make_examples(2000, 3, split) if e.task == task} for task in TASKS
+        }
+        assert min(map(len, by_task.values())) >= 4, by_task
+    with pytest.raises(ValueError, match="'tset'. Did you mean 'test'"):
+        make_examples(3, split="tset")

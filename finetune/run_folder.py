@@ -1,0 +1,96 @@
+"""The folder of a run: whose it is, where to go on, whether it is finished.
+
+`run.json` holds the settings that the run began with. A folder that holds other things, or a run with other
+settings, is never touched.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dlm.checkpointing import discard_incomplete, last_checkpoint
+from dlm.data.encode import EncodingReport
+from dlm.errors import ConfigError
+from finetune.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+_FREE = {"output_dir", "resume", "report_to", "eval_steps", "eval_draws", "save_steps", "logging_steps"}
+_FREE |= {"keep_checkpoints", "samples", "sample_steps"}
+"""Settings that may change between a run and its continuation: they do not touch the weights."""
+
+
+class RunFolder:
+    """What stands in `config.output_dir`.
+
+    Args:
+        config: settings of the run that is about to begin or to continue.
+
+    Raises:
+        ConfigError: when the folder holds a run with other settings, or checkpoints that are not ours.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.path = Path(config.output_dir)
+        self._file = self.path / "run.json"
+        self._stored: dict[str, Any] = json.loads(self._file.read_text()) if self._file.is_file() else {}
+        if not self._stored and any(self.path.glob("checkpoint-*")):
+            raise ConfigError(f"{self.path} holds checkpoints but no run.json; choose another output_dir")
+        if self._stored:
+            self._compare(_plain(asdict(config)), self._stored["config"])
+        self.resume_from = last_checkpoint(self.path)
+        if self.resume_from and not config.resume:
+            raise ConfigError(f"{self.path} holds a run already; resume it or choose another output_dir")
+
+    def _compare(self, new: dict[str, Any], old: dict[str, Any]) -> None:
+        for name, value in _flat(old).items():
+            if name.split(".")[0] not in _FREE and _flat(new).get(name, value) != value:
+                raise ConfigError(
+                    f"{self.path} holds a run with {name} = {value!r}, not {_flat(new)[name]!r}; "
+                    "choose another output_dir (--model.init can start from this one)"
+                )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end and its model is there."""
+        return bool(self._stored.get("finished"))
+
+    def begin(self, report: EncodingReport) -> None:
+        """Write down the settings and remove what a kill left half written."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in discard_incomplete(self.path) if self._stored else []:
+            logger.warning("%s was only half written and has been removed", self.path / name)
+        self._stored = {"config": _plain(asdict(self.config)), "rows": report.as_dict(), "finished": False}
+        self._write()
+
+    def finish(self) -> None:
+        """Write down that the model in the folder is the final one."""
+        self._stored["finished"] = True
+        self._write()
+
+    def _write(self) -> None:
+        partial = self._file.with_suffix(".partial")
+        partial.write_text(json.dumps(self._stored, indent=2), encoding="utf-8")
+        os.replace(partial, self._file)
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """As JSON would give them back."""
+    return dict(json.loads(json.dumps(settings)))
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
