@@ -56,13 +56,18 @@ GOAL = 50
 
 
 def _count(rng: random.Random) -> tuple[str, str]:
-    low = rng.randint(4, 46)
-    return f"Count from {low} to {GOAL}.", "Count: " + " ".join(map(str, range(low, GOAL + 1)))
+    name, low = rng.choice(NAMES), rng.randint(6, 46)
+    numbers = " ".join(map(str, range(low, GOAL + 1)))
+    return f"{name} counts from {low} to {GOAL}.", f"{name} counts: {numbers}"
 
 
 def _check_count(instruction: str, answer: str) -> bool:
     low, high = map(int, re.findall(r"\d+", instruction))
-    return answer.split() == ["Count:", *(str(n) for n in range(low, high + 1))]
+    return answer.split() == [
+        instruction.split(maxsplit=1)[0],
+        "counts:",
+        *(str(n) for n in range(low, high + 1)),
+    ]
 
 
 def _spell(rng: random.Random) -> tuple[str, str]:
@@ -76,18 +81,19 @@ def _check_spell(instruction: str, answer: str) -> bool:
 
 
 def _climb(rng: random.Random) -> tuple[str, str]:
-    low = rng.randint(4, 46)
+    name, low = rng.choice(NAMES), rng.randint(6, 46)
     numbers = [low]
     while numbers[-1] < GOAL:
         numbers.append(min(GOAL, numbers[-1] + rng.randint(1, 2)))
-    return f"Climb from {low} to {GOAL} in steps of 1 or 2.", "Climb: " + " ".join(map(str, numbers))
+    instruction = f"{name} climbs from {low} to {GOAL} in steps of 1 or 2."
+    return instruction, f"{name} climbs: " + " ".join(map(str, numbers))
 
 
 def _check_climb(instruction: str, answer: str) -> bool:
     low, high = map(int, re.findall(r"\d+", instruction)[:2])
-    if not re.fullmatch(r"Climb:( \d+)+", answer):
+    if not re.fullmatch(rf"{instruction.split(maxsplit=1)[0]} climbs:( \d+)+", answer):
         return False
-    numbers = list(map(int, answer.split()[1:]))
+    numbers = list(map(int, answer.split()[2:]))
     steps = {b - a for a, b in pairwise(numbers)}
     return numbers[0] == low and numbers[-1] == high and steps <= {1, 2}
 

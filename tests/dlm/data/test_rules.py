@@ -17,8 +17,9 @@ def test_examples_are_seeded_and_their_own_answers_are_right():
     ("task", "instruction", "good", "bad"),
     [
         (
-            "count", "Count from 2 to 4.", ["Count: 2 3 4"],
-            ["2 3 4", "Count: 2 3", "Count: 2 3 4 5", "Count: 2 4 3", "Count: 2 3 four", ""],
+            "count", "Anna counts from 2 to 4.", ["Anna counts: 2 3 4"],
+            ["2 3 4", "Ben counts: 2 3 4", "Anna counts: 2 3", "Anna counts: 2 3 4 5",
+             "Anna counts: 2 4 3", ""],
         ),
         (
             "spell", "Spell bread and sugar.", ["Spell: b r e a d, s u g a r"],
@@ -26,9 +27,12 @@ def test_examples_are_seeded_and_their_own_answers_are_right():
              "Spell: bread, sugar"],
         ),
         (
-            "climb", "Climb from 7 to 12 in steps of 1 or 2.", ["Climb: 7 8 10 12", "Climb: 7 9 10 11 12"],
-            ["7 8 10 12", "Climb: 7 8 10", "Climb: 8 10 12", "Climb: 7 7 8 10 12", "Climb: 7 10 12",
-             "Climb: 7 9 11 13", "Climb: 7 8 x 12", "Climb:", ""],
+            "climb", "Ben climbs from 7 to 12 in steps of 1 or 2.",
+            ["Ben climbs: 7 8 10 12", "Ben climbs: 7 9 10 11 12"],
+            ["7 8 10 12", "Anna climbs: 7 8 10 12", "Ben climbs: 7 8 10", "Ben climbs: 8 10 12",
+             "Ben climbs: 7 7 8 10 12", "Ben climbs: 7 10 12", "Ben climbs: 7 9 11 13",
+             "Ben climbs: 7 8 x 12",
+             "Ben climbs:", ""],
         ),
         (
             "meet", "Tell how Anna meets the cat.",
