@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from dlm.backbone import ScratchConfig, from_scratch
 from dlm.data.config import DataConfig
@@ -68,6 +68,7 @@ def ours(model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase, rows: 
         trainer = build_trainer(model, tokenizer, config, rows, None)
         watch = _Stopwatch()
         trainer.add_callback(watch)
+        trainer.remove_callback(PrinterCallback)
         setattr(trainer, "_save_checkpoint", lambda *_: None)  # noqa: B010 (the disk is not what is measured)
         trainer.train()
     return steps * BATCH * WINDOW / watch.seconds

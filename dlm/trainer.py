@@ -69,8 +69,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         self.eval_draws = eval_draws
         self.keep_checkpoints = keep_checkpoints
         self.ema = EMA(self.model, ema_decay) if ema_decay else None
-        self.loss_is_scaled_for_ga = True
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs = True  # our loss is already divided by the count of the whole step
         self._parameters = sum(p.numel() for p in self.model.parameters())
         self._tokens, self._since = 0, time.perf_counter()
         self._resumed_log: dict[str, Any] = {}
