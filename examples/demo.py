@@ -34,10 +34,10 @@ DECODERS: dict[str, dict[str, int]] = {
     "top-k": {"top_k": 20},
     "semi-ar": {"top_k": 20, "block_size": 20},
     "llada": {},
-    "conv": {"top_k": 20, "kernel_size": 9},
+    "conv": {"top_k": 20, "kernel_size": 13},
     "llada-conv": {"kernel_size": 41},
 }
-"""The presets and their options. Block and kernel are the best of a sweep (docs/results/demo.md)."""
+"""The presets and their options; sizes are the best of `--sweep`, on prompts of the validation split."""
 PROMPT_SEED = 10_007
 """Seed of the prompts that are decoded; their instructions belong to splits that are never trained on."""
 
@@ -130,15 +130,16 @@ def compare(sampler: Sampler, examples: list[Example], seeds: list[int], console
 SWEEP: dict[str, tuple[str, tuple[int, ...]]] = {
     "conv": ("kernel_size", (5, 9, 13, 19, 31)),
     "semi-ar": ("block_size", (8, 12, 20, 32)),
+    "llada-conv": ("kernel_size", (9, 19, 41)),
 }
-"""Sizes that `--sweep` tries, for the two decoders that have one."""
+"""Sizes that `--sweep` tries."""
 
 
 def sweep(sampler: Sampler, examples: list[Example], seeds: list[int], console: Console) -> None:
     """Share of right answers by kernel and block size, so that each decoder can be given its best."""
     for name, (option, sizes) in SWEEP.items():
         for size in sizes:
-            decoder = Decoder.named(name, top_k=20, **{option: size})
+            decoder = Decoder.named(name, **(DECODERS[name] | {option: size}))
             shares = [score(sampler, examples, decoder, seed)[0].right for seed in seeds]
             console.print(f"{name:<8} {option} {size:>3}: right {_spread(shares)} %")
 
