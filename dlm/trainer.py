@@ -243,6 +243,10 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         file = Path(resume_from_checkpoint) / _LOG_STATE
         self._resumed_log = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
+    def load_checkpoint(self, folder: str | Path) -> None:
+        """Take the weights (and the average) of a checkpoint, without training on."""
+        self._load_from_checkpoint(str(folder))
+
     def continue_log(self) -> None:
         """Go on with the mean loss that was being collected when the checkpoint was written."""
         if self._resumed_log:

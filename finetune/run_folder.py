@@ -61,6 +61,14 @@ class RunFolder:
         """Whether the run came to its end and its model is there."""
         return bool(self._stored.get("finished"))
 
+    @property
+    def trained(self) -> bool:
+        """Whether the newest checkpoint is that of the last step."""
+        if self.resume_from is None:
+            return False
+        state = json.loads((self.resume_from / "trainer_state.json").read_text(encoding="utf-8"))
+        return bool(state["global_step"] >= state["max_steps"])
+
     def begin(self, report: EncodingReport) -> None:
         """Write down the settings and remove what a kill left half written."""
         self.path.mkdir(parents=True, exist_ok=True)

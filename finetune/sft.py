@@ -62,7 +62,10 @@ def train(config: TrainConfig) -> Path:
     if trainer.accelerator.is_main_process:
         run.begin(report)
     trainer.accelerator.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
+    if run.resume_from and run.trained:  # killed between the last checkpoint and the final model
+        trainer.load_checkpoint(run.resume_from)
+    else:
+        trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
     if trainer.ema:
         trainer.ema.copy_to(trainer.model)
     trainer.save_model(config.output_dir)

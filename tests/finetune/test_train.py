@@ -228,6 +228,19 @@ def test_a_finished_run_is_left_as_it_is(whole):
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
+def test_a_run_killed_before_its_final_model_does_not_train_on(whole, tmp_path):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    unfinish(folder)
+    (folder / "model.safetensors").unlink()
+    train(settings(folder, eval_steps=6, keep_checkpoints=5))
+    assert [p.name for p in complete_checkpoints(folder)] == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(folder).items())
+
+
 def test_two_runs_are_never_mixed_in_one_folder(whole, tmp_path):
     with pytest.raises(ConfigError, match=r"holds a run with learning_rate = 0.003, not 1e-05"):
         train(settings(whole, learning_rate=1e-5))
