@@ -155,8 +155,11 @@ def table(scores: list[Score]) -> Table:
     out = Table(
         title=f"Held-out prompts, window {WINDOW}, {STEPS} steps (mean ± standard deviation over seeds)"
     )
-    for title in ("decoder", "right, %", *tasks, "repetition, %", "model calls", "tokens/s"):
-        out.add_column(title, justify="left" if title == "decoder" else "right")
+    for title in ("decoder", "right, %", *tasks, "repeated, %", "calls", "tokens/s"):
+        first = title == "decoder"
+        out.add_column(
+            title, justify="left" if first else "right", no_wrap=first, min_width=11 if first else None
+        )
     for name in dict.fromkeys(s.decoder for s in scores):
         rows = [s for s in scores if s.decoder == name]
         out.add_row(
