@@ -113,13 +113,16 @@ def score(
     return result, outputs
 
 
-def compare(sampler: Sampler, examples: list[Example], seeds: list[int], console: Console) -> list[Score]:
-    """Every preset under every seed, with a progress bar."""
+def compare(
+    sampler: Sampler, examples: list[Example], seeds: list[int], console: Console, top_k: int = 20
+) -> list[Score]:
+    """Every preset under every seed, with a progress bar; `top_k` for those that cut."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     scores = []
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("Decoding", total=len(DECODERS) * len(seeds))
-        for name, options in DECODERS.items():
+        for name, preset in DECODERS.items():
+            options = preset | ({"top_k": top_k} if "top_k" in preset else {})
             for seed in seeds:
                 progress.update(bar, description=f"Decoding: {name}, seed {seed}")
                 scores.append(score(sampler, examples, Decoder.named(name, **options), seed)[0])
@@ -213,6 +216,8 @@ def main() -> None:
     parser.add_argument("--train-steps", type=int, default=3000)
     parser.add_argument("--prompts", type=int, default=256, help="held-out prompts")
     parser.add_argument("--seeds", type=int, default=3, help="decoding seeds")
+    parser.add_argument("--top-k", type=int, default=20, help="k of the decoders that cut")
+    parser.add_argument("--split", choices=["test", "validation"], default="test", help="whose prompts")
     parser.add_argument("--sweep", action="store_true", help="compare kernel and block sizes instead")
     options = parser.parse_args()
     console = Console()
@@ -222,11 +227,11 @@ def main() -> None:
         console.print(f"[bold]1. Training[/bold] a small model from random weights ({options.folder})")
         train(training(options.folder, options.seed, options.train_steps))
     sampler = Sampler(*load_model(options.folder, "cpu", "float32"))
-    examples = make_examples(options.prompts, PROMPT_SEED, "validation" if options.sweep else "test")
+    examples = make_examples(options.prompts, PROMPT_SEED, "validation" if options.sweep else options.split)
     console.print(f"[bold]2. Decoding[/bold] {len(examples)} held-out prompts with each preset")
     if options.sweep:
         return sweep(sampler, examples, list(range(options.seeds)), console)
-    scores = compare(sampler, examples, list(range(options.seeds)), console)
+    scores = compare(sampler, examples, list(range(options.seeds)), console, options.top_k)
     console.print(table(scores))
     show(sampler, console)
     report: dict[str, Any] = {"window": WINDOW, "steps": STEPS, "scores": [asdict(s) for s in scores]}
