@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
+from dlm.adapter import base_of, is_adapter, load_adapter
 from dlm.backbone import from_causal_lm
 from dlm.config import FAMILIES, MaskedDiffusionConfig
 from dlm.errors import CheckpointError, unknown_name
@@ -31,7 +32,7 @@ def load_model(
     """Load a masked diffusion model for inference or further training.
 
     Args:
-        path: folder or hub id of a checkpoint of this toolkit; also a causal LM (folder, hub id or
+        path: folder or hub id of a checkpoint of this toolkit, or folder of an adapter; also a causal LM (folder, hub id or
             `.gguf` file), which is made bidirectional and has then still to be trained.
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
         dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 on a GPU, float32 on a CPU.
@@ -54,15 +55,22 @@ def load_model(
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     torch_dtype = DTYPES[dtype]
-    if path.endswith(".gguf") or model_type(path) in FAMILIES:
+    if is_causal_lm(path):
         logger.warning(
             "%s is an autoregressive model: made bidirectional, not yet trained to fill masks", path
         )
         model, tokenizer = from_causal_lm(path, dtype=torch_dtype)
+    elif is_adapter(path):
+        model, tokenizer = _load_with_adapter(path, torch_dtype)
     else:
         model, tokenizer = _load_diffusion(path, torch_dtype)
     model.set_attn_implementation(attn_implementation or _attention_for(device, torch_dtype))
     return model.to(device).eval(), tokenizer
+
+
+def is_causal_lm(path: str) -> bool:
+    """Whether a path is an autoregressive model, which has still to be trained to fill masks."""
+    return path.endswith(".gguf") or model_type(path) in FAMILIES
 
 
 def _attention_for(device: str, dtype: torch.dtype) -> str:
@@ -90,7 +98,26 @@ def model_type(path: str) -> str:
         raise CheckpointError(f"{path}: no such folder, and not a model that the hub could give") from error
 
 
-def _load_diffusion(path: str, dtype: torch.dtype) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
+def _load_with_adapter(
+    path: str, dtype: torch.dtype
+) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
+    """The adapter's base with the adapter merged in; configuration and tokenizer are the adapter's own."""
+    config, base = _diffusion_config(path), base_of(path)
+    try:
+        if is_causal_lm(base):
+            model, _ = from_causal_lm(base, shift=config.shift, dtype=torch.float32)
+        else:
+            model, _ = load_model(base, device="cpu", dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise CheckpointError(f"{path}: an adapter of {base}, which cannot be loaded ({error})") from error
+    model = load_adapter(model, path).to(dtype)
+    model.config.training, model.config.generation = config.training, config.generation
+    _check(path, model, tokenizer, {})
+    return model, tokenizer
+
+
+def _diffusion_config(path: str) -> MaskedDiffusionConfig:
     try:
         config = AutoConfig.from_pretrained(path)
     except Exception as error:
@@ -100,6 +127,11 @@ def _load_diffusion(path: str, dtype: torch.dtype) -> tuple[MaskedDiffusionModel
             f"{path}: model type {config.model_type!r} is neither a masked diffusion checkpoint "
             f"of this toolkit nor one of {', '.join(FAMILIES)}"
         )
+    return config
+
+
+def _load_diffusion(path: str, dtype: torch.dtype) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
+    _diffusion_config(path)
     try:
         model, info = MaskedDiffusionModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path)

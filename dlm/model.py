@@ -72,6 +72,8 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         self.lm_head = DenoisingHead(
             config.hidden_size, config.vocab_size, int(config.mask_token_id or 0), config.num_tokens
         )
+        self.mask_shift: nn.Module | None = None
+        """[B, L] bool -> [B, L, D]: added to the embeddings of masks, while an adapter is trained."""
         if config.tie_word_embeddings:
             self._keys_to_ignore_on_save = ["lm_head.weight"]  # it is the embedding, saved once
         self.post_init()
@@ -98,8 +100,11 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         Returns:
             [B, L, D]; state i predicts token i.
         """
+        embeds = self.get_input_embeddings()(input_ids)
+        if self.mask_shift is not None:
+            embeds = embeds + self.mask_shift(input_ids == self.config.mask_token_id)
         states = self.backbone(
-            input_ids=input_ids, attention_mask=attention_mask, is_causal=False, use_cache=False
+            inputs_embeds=embeds, attention_mask=attention_mask, is_causal=False, use_cache=False
         ).last_hidden_state
         if self.config.shift:
             states = torch.cat([states[:, :1], states[:, :-1]], dim=1)

@@ -234,6 +234,11 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             mark_complete(folder, self.state.global_step)
             keep_last(self.args.output_dir, self.keep_checkpoints, self.state.best_model_checkpoint)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As in transformers; beside an adapter, the configuration that says what it belongs to."""
+        super()._save(output_dir, state_dict)
+        self.accelerator.unwrap_model(self.model).config.save_pretrained(output_dir or self.args.output_dir)
+
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:

@@ -10,6 +10,34 @@ from dlm.errors import ConfigError
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """A low-rank adapter in place of training every weight.
+
+    Args:
+        r: rank; 0 trains all weights.
+        alpha: the update is scaled by alpha / r.
+        dropout: dropout before the update.
+        targets: "all" linear layers of the backbone, or "attention" (q, k, v).
+        merge: save the final model merged; otherwise the adapter alone, which needs its base to be loaded.
+    """
+
+    r: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: Literal["all", "attention"] = "all"
+    merge: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.r < 0:
+            raise ConfigError(f"lora.r must not be negative (0 trains all weights), got {self.r}")
+        if not self.alpha > 0 or not 0 <= self.dropout < 1:
+            raise ConfigError(
+                f"lora.alpha must be above 0 and lora.dropout lie in [0, 1), got {self.alpha}, {self.dropout}"
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Where the first weights come from.
 
@@ -24,6 +52,7 @@ class ModelConfig:
         num_attention_heads: heads of a random model.
         intermediate_size: feed-forward width of a random model.
         vocab_size: size of the tokenizer that is trained for a random model.
+        lora: low-rank adapter; needs `init`.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         attn_implementation: transformers' name of the attention kernel; empty for the best one there is.
     """
@@ -36,8 +65,14 @@ class ModelConfig:
     num_attention_heads: int = 8
     intermediate_size: int = 1408
     vocab_size: int = 16384
+    lora: LoraConfig = field(default_factory=LoraConfig)
     gradient_checkpointing: bool = False
     attn_implementation: str = ""
+
+    def __post_init__(self) -> None:
+        """Check that an adapter has something to stand on."""
+        if self.lora.r and not self.init:
+            raise ConfigError("lora needs model.init: random weights cannot be adapted, only trained")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 
+from dlm.adapter import add_adapter, merged
 from dlm.backbone import ScratchConfig, from_causal_lm, from_scratch
 from dlm.checkpoint import load_model, model_type
 from dlm.config import FAMILIES
@@ -55,6 +56,7 @@ def train(config: TrainConfig) -> Path:
     eval_set = encode_rows(held_out, tokenizer, config.data.window)[0] if len(held_out) else None
     logger.info("training rows: %s", report)
     record(model, tokenizer, config, report)
+    model = with_adapter(model, config.model)
     trainer = build_trainer(model, tokenizer, config, train_set, eval_set)
     trainer.add_callback(CurveCallback(run.path))
     if config.eval_steps and eval_set is not None:
@@ -68,7 +70,7 @@ def train(config: TrainConfig) -> Path:
         trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
     if trainer.ema:
         trainer.ema.copy_to(trainer.model)
-    trainer.save_model(config.output_dir)
+    save_final(trainer, config)
     if trainer.accelerator.is_main_process:
         run.finish()
     return run.path
@@ -145,6 +147,25 @@ def _from_checkpoint(config: ModelConfig) -> tuple[MaskedDiffusionModel, PreTrai
     return model, tokenizer
 
 
+def with_adapter(model: MaskedDiffusionModel, config: ModelConfig) -> Any:
+    """The model with a trainable adapter around it, if the settings ask for one."""
+    lora = config.lora
+    if not lora.r:
+        return model
+    return add_adapter(
+        model, config.init, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets
+    )
+
+
+def save_final(trainer: DiffusionTrainer, config: TrainConfig) -> None:
+    """Write the finished model: all its weights, or its adapter unless that is to be merged."""
+    if config.model.lora.merge and trainer.accelerator.is_main_process:
+        merged(trainer.accelerator.unwrap_model(trainer.model)).save_pretrained(config.output_dir)
+        trainer.processing_class.save_pretrained(config.output_dir)
+    elif not config.model.lora.merge:
+        trainer.save_model(config.output_dir)
+
+
 def _texts(rows: Dataset) -> Any:
     """What a new tokenizer is trained on: every message and answer."""
     for row in rows:
@@ -172,7 +193,7 @@ def record(
 
 
 def build_trainer(
-    model: MaskedDiffusionModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     config: TrainConfig,
     train_set: Dataset,
@@ -185,6 +206,7 @@ def build_trainer(
         window=data.window,
         grouped=data.windows == "grouped",
         eos_tail=data.eos_tail,
+        cut_share=data.cut_share,
         eos_loss_all=data.eos_loss == "all",
         seed=config.seed,
     )

@@ -22,6 +22,8 @@ class DataConfig:
         windows: "fixed" fills every row with EOS up to the window (the paper); "grouped" batches rows of
             similar length, each with a random EOS tail (much cheaper).
         eos_tail: longest random EOS tail of a grouped row, in tokens.
+        cut_share: share of instruction rows whose window ends somewhere inside the answer, as it does on a
+            canvas that grows.
         eos_loss: "first" puts the loss on the answer and its first EOS, "all" also on the EOS padding.
     """
 
@@ -32,6 +34,7 @@ class DataConfig:
     window: int = 256
     windows: Literal["fixed", "grouped"] = "fixed"
     eos_tail: int = 64
+    cut_share: float = 0.0
     eos_loss: Literal["first", "all"] = "first"
 
     def __post_init__(self) -> None:
@@ -41,6 +44,10 @@ class DataConfig:
         for name in ("limit", "validation_rows", "eos_tail"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.cut_share <= 1:
+            raise ConfigError(f"cut_share must lie in [0, 1], got {self.cut_share}")
+        if self.cut_share and self.windows == "fixed":
+            raise ConfigError("cut_share needs windows: grouped, whose rows have ends of their own")
         for name, choices in (("windows", ("fixed", "grouped")), ("eos_loss", ("first", "all"))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")

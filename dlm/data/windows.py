@@ -21,13 +21,15 @@ class WindowCollator:
 
     Every position after the prompt is maskable: the answer, its EOS and the EOS padding. `fixed` windows
     are all `window` long. A `grouped` row ends in a random EOS tail of 0 … `eos_tail` tokens, drawn from
-    (seed, epoch, row), and shorter rows of a batch are padded with positions nobody attends to.
+    (seed, epoch, row), and shorter rows of a batch are padded with positions nobody attends to. A share of
+    the grouped rows ends inside its answer instead.
 
     Attributes:
         eos_token_id: fills what stands behind the answer.
         window: longest window in tokens.
         grouped: whether windows follow the length of their rows.
         eos_tail: longest tail of a grouped row.
+        cut_share: share of grouped rows that end inside their answer, at a uniform place.
         eos_loss_all: whether EOS padding carries loss too.
         seed: seeds the tails.
         epoch: set by the trainer; a row's tail changes from epoch to epoch.
@@ -37,6 +39,7 @@ class WindowCollator:
     window: int
     grouped: bool = False
     eos_tail: int = 0
+    cut_share: float = 0.0
     eos_loss_all: bool = False
     seed: int = 0
     epoch: int = 0
@@ -54,15 +57,16 @@ class WindowCollator:
         """
         number = torch.tensor([row.get("row", i) for i, row in enumerate(rows)])
         length = torch.tensor([len(row["input_ids"]) for row in rows])
-        end = self._ends(length, number)
+        start = torch.tensor([row["prompt_length"] for row in rows])
+        end = self._ends(start, length, number)
         width = self.window if not self.grouped else min(self.window, -8 * (-int(end.max()) // 8))
         ids = torch.full((len(rows), width), self.eos_token_id)
         for i, row in enumerate(rows):
-            ids[i, : length[i]] = torch.as_tensor(row["input_ids"])
+            seen = min(int(length[i]), width)
+            ids[i, :seen] = torch.as_tensor(row["input_ids"][:seen])
         position = torch.arange(width)
-        start = torch.tensor([row["prompt_length"] for row in rows])[:, None]
         real = position < end[:, None]
-        maskable = real & (position >= start)
+        maskable = real & (position >= start[:, None])
         loss = maskable if self.eos_loss_all else maskable & (position < length[:, None])
         return {
             "input_ids": ids,
@@ -72,12 +76,15 @@ class WindowCollator:
             "row": number,
         }
 
-    def _ends(self, length: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-        """[B] where each row's real tokens end, its EOS tail included."""
+    def _ends(self, start: torch.Tensor, length: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+        """[B] where each row's real tokens end: behind its EOS tail, or inside its answer where it is cut."""
         if not self.grouped:
             return torch.full_like(length, self.window)
-        draw = uniform(fold(key_of(self.seed, "eos tail", self.epoch), number), 0)
-        return torch.clamp(length + (draw * (self.eos_tail + 1)).long(), max=self.window)
+        key = fold(key_of(self.seed, "eos tail", self.epoch), number)
+        tail, chance, place = (uniform(key, i) for i in range(3))
+        whole = torch.clamp(length + (tail * (self.eos_tail + 1)).long(), max=self.window)
+        cut = start + 1 + (place * (length - start - 1)).long()  # at least one token of the answer is left
+        return torch.where((chance < self.cut_share) & (start > 0), cut, whole)
 
 
 class EpochSampler(Sampler[int]):

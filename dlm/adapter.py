@@ -1,0 +1,118 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through `peft`: add one, find its base again, merge it.
+
+An adapter folder holds what `peft` writes (adapter_config.json, adapter_model.safetensors), the model's own
+config.json and its tokenizer. The base is named in adapter_config.json; it may be a causal LM, a diffusion
+checkpoint, or another adapter.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlm.errors import CheckpointError
+from dlm.model import MaskedDiffusionModel
+
+CONFIG = "adapter_config.json"
+
+TARGETS: dict[str, str | list[str]] = {"all": "all-linear", "attention": ["q_proj", "k_proj", "v_proj"]}
+"""Layers that get an adapter, by name: every linear layer of the backbone, or those of the attention."""
+
+
+class MaskShift(nn.Module):
+    """What is added to the mask token's embedding: the one row that a causal LM has never seen."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, masked: torch.Tensor) -> torch.Tensor:
+        """[B, L] bool -> [B, L, D]: the shift where the token is a mask, else 0."""
+        return masked[..., None] * self.weight
+
+
+def add_adapter(
+    model: MaskedDiffusionModel,
+    base: str,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: str = "all",
+) -> Any:
+    """Freeze `model` and give it a trainable adapter; norms and the mask token's row are trained whole.
+
+    Args:
+        model: the base.
+        base: folder, hub id or .gguf file that the base was loaded from; written into the adapter.
+        r: rank of the update.
+        alpha: the update is scaled by alpha / r.
+        dropout: dropout before the update.
+        targets: a key of `TARGETS`.
+
+    Returns:
+        A `peft.PeftModel` around `model`.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    model.mask_shift = MaskShift(model.config.hidden_size).to(model.device)
+    model.name_or_path = base
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=TARGETS[targets],
+        modules_to_save=["norm", "mask_shift"],
+    )
+    return get_peft_model(model, config)
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder holds an adapter."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def base_of(path: str | Path) -> str:
+    """The base that an adapter was trained on, as it was named then; found beside the adapter if relative.
+
+    Raises:
+        CheckpointError: when the adapter does not say.
+    """
+    try:
+        base = json.loads((Path(path) / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: {CONFIG} is damaged ({error})") from error
+    if not base:
+        raise CheckpointError(f"{path}: {CONFIG} does not name the model that the adapter belongs to")
+    return str(base)
+
+
+def merged(model: Any) -> MaskedDiffusionModel:
+    """A plain model with the adapter's update added to its weights; `model` itself when it has no adapter."""
+    if not hasattr(model, "merge_and_unload"):
+        return model  # type: ignore[no-any-return]
+    plain: MaskedDiffusionModel = model.merge_and_unload()
+    if plain.mask_shift is not None:
+        with torch.no_grad():
+            plain.get_input_embeddings().weight[plain.config.mask_token_id] += plain.mask_shift.weight
+        plain.mask_shift = None
+    return plain
+
+
+def load_adapter(base: MaskedDiffusionModel, path: str | Path) -> MaskedDiffusionModel:
+    """`base` with the adapter in `path` merged into it.
+
+    Raises:
+        CheckpointError: when the adapter's weights are missing, damaged, or of another shape.
+    """
+    from peft import PeftModel
+
+    base.mask_shift = MaskShift(base.config.hidden_size).to(base.device, base.dtype)
+    try:
+        return merged(PeftModel.from_pretrained(base, str(path)))
+    except Exception as error:
+        raise CheckpointError(f"{path}: the adapter does not fit its base ({error})") from error

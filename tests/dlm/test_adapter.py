@@ -1,0 +1,136 @@
+"""LoRA adapters: what is trained, what is saved, what comes back."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dlm import load_model
+from dlm.adapter import MaskShift, add_adapter, merged
+from dlm.backbone import from_scratch
+from dlm.errors import CheckpointError
+from tests.conftest import TINY
+
+
+@pytest.fixture()
+def base(tokenizer, tmp_path):
+    model = from_scratch(TINY, tokenizer)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def adapted(base, scale=0.3):
+    """A base with an adapter whose every trained number has been moved."""
+    model, tokenizer = load_model(base, device="cpu")
+    model = add_adapter(model, str(base), r=4, alpha=8)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += scale * torch.randn_like(parameter)
+    return model, tokenizer
+
+
+def noisy(model):
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+    ids[:, 3:6] = model.config.mask_token_id
+    return ids
+
+
+def test_a_new_adapter_changes_nothing(base):
+    plain, _ = load_model(base, device="cpu")
+    model = add_adapter(load_model(base, device="cpu")[0], str(base), r=4, alpha=8)
+    ids = noisy(plain)
+    torch.testing.assert_close(model.eval()(ids).logits, plain(ids).logits)
+
+
+def test_only_low_rank_updates_norms_and_the_mask_row_are_trained(base):
+    model, _ = adapted(base)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in n or "norm" in n or "mask_shift" in n for n in trained)
+    layers, linear = TINY.num_hidden_layers, 7
+    assert sum("lora_A" in n for n in trained) == layers * linear
+    assert sum("norm" in n for n in trained) == 2 * layers + 1
+    assert sum("mask_shift" in n for n in trained) == 1
+
+
+def test_the_update_is_the_product_of_two_thin_matrices(base):
+    plain, _ = load_model(base, device="cpu")
+    model, _ = adapted(base)
+    name = "backbone.layers.0.mlp.up_proj"
+    layer = model.get_submodule(f"base_model.model.{name}")
+    update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * (8 / 4)
+    whole = merged(model)
+    expected = plain.get_submodule(name).weight + update
+    torch.testing.assert_close(whole.get_submodule(name).weight, expected)
+    rows = whole.get_input_embeddings().weight - plain.get_input_embeddings().weight
+    assert rows.abs().sum(1).nonzero()[:, 0].tolist() == [plain.config.mask_token_id]
+
+
+def test_merging_gives_the_same_model(base):
+    model, _ = adapted(base)
+    ids = noisy(model)
+    expected = model.eval()(ids).logits.detach()
+    assert (expected - load_model(base, device="cpu")[0](ids).logits).nan_to_num().abs().max() > 0.1
+    whole = merged(model)
+    assert whole.mask_shift is None
+    torch.testing.assert_close(whole(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_saved_adapter_loads_with_its_base_and_stays_small(base, tmp_path):
+    model, tokenizer = adapted(base)
+    ids = noisy(model)
+    expected = model.eval()(ids).logits.detach()
+    folder = tmp_path / "adapter"
+    model.config.training = {"note": "mine"}
+    model.save_pretrained(folder)
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    stored = load_file(folder / "adapter_model.safetensors")
+    assert not any("embed_tokens" in name or "base_layer" in name for name in stored)
+    again, _ = load_model(folder, device="cpu")
+    torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert again.config.training == {"note": "mine"}
+
+
+def test_an_adapter_may_stand_on_an_adapter(base, tmp_path):
+    first, tokenizer = adapted(base)
+    first.save_pretrained(tmp_path / "one")
+    first.config.save_pretrained(tmp_path / "one")
+    tokenizer.save_pretrained(tmp_path / "one")
+    second, _ = adapted(tmp_path / "one", scale=0.2)
+    ids = noisy(second)
+    expected = second.eval()(ids).logits.detach()
+    second.save_pretrained(tmp_path / "two")
+    second.config.save_pretrained(tmp_path / "two")
+    tokenizer.save_pretrained(tmp_path / "two")
+    again, _ = load_model(tmp_path / "two", device="cpu")
+    torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_without_its_base_says_which_one_is_missing(base, tmp_path):
+    model, tokenizer = adapted(base)
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder)
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    shutil.move(base, tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"an adapter of .*base, which cannot be loaded"):
+        load_model(folder, device="cpu")
+    file = Path(folder) / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "base_model_name_or_path": None}))
+    with pytest.raises(CheckpointError, match="does not name the model"):
+        load_model(folder, device="cpu")
+
+
+def test_the_mask_shift_touches_masks_only():
+    shift = MaskShift(3)
+    with torch.no_grad():
+        shift.weight.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    out = shift(torch.tensor([[True, False]]))
+    assert out.tolist() == [[[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]]
