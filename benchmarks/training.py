@@ -30,7 +30,8 @@ from dlm.data.windows import Batch, WindowCollator
 from dlm.model import MaskedDiffusionModel
 from dlm.tokenizer import train_tokenizer
 from finetune.config import TrainConfig
-from finetune.sft import build_trainer
+from finetune.run import build_trainer
+from finetune.sft import SFT
 
 SHAPE = ScratchConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1024)
 BATCH, WINDOW, WARMUP, VOCAB = 8, 128, 4, 16_384
@@ -65,7 +66,7 @@ def ours(model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase, rows: 
             report_to="none",
             trainer={"disable_tqdm": True},
         )
-        trainer = build_trainer(model, tokenizer, config, rows, None)
+        trainer = build_trainer(SFT(config), model, tokenizer, rows, None)
         watch = _Stopwatch()
         trainer.add_callback(watch)
         trainer.remove_callback(PrinterCallback)

@@ -1,7 +1,7 @@
 """The `dlm` program: finds a subcommand, parses its settings, runs it, turns errors into exit codes.
 
-Each package offers its commands through the entry-point group `dlm.commands`; the one that is asked for is
-imported, the others are not. Options come from a frozen dataclass: `--name value`, dotted for nested ones,
+Each package offers its commands through the entry-point group `dlm.commands` (`inspect.ldw` is the subcommand
+`dlm inspect ldw`); the one that is asked for is imported, the others are not. Options come from a frozen dataclass: `--name value`, dotted for nested ones,
 or `--config file.yaml`. Exit status 2 is a usage error, 1 a failure, each with one line on stderr.
 """
 
@@ -74,25 +74,30 @@ def _dispatch(words: list[str]) -> int:
     if words[0] == "--version":
         print(f"dlm {__version__}")
         return 0
-    name = words[0]
+    nested = ".".join(words[:2])  # `dlm inspect ldw` is the entry point inspect.ldw
+    name, rest = (nested, words[2:]) if nested in known and len(words) > 1 else (words[0], words[1:])
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        return _fail(f"unknown command {name!r}.{hint} Commands: {', '.join(known)}", 2)
+        return _fail(f"unknown command {name!r}.{hint} Commands: {_listed(known)}", 2)
     command: Command = known[name].load()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "datasets", "filelock", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        config = parse(name, command, words[1:])
+        config = parse(name.replace(".", " "), command, rest)
     except SystemExit as stop:
         return int(stop.code or 0)
     return command.run(config)
 
 
+def _listed(known: dict[str, Any]) -> str:
+    return ", ".join(name.replace(".", " ") for name in known)
+
+
 def _overview(known: dict[str, Any]) -> str:
     width = max((len(name) for name in known), default=0)
-    lines = [f"  {name:<{width}}  {point.load().help}" for name, point in known.items()]
+    lines = [f"  {name.replace('.', ' '):<{width}}  {point.load().help}" for name, point in known.items()]
     return "\n".join(
         [
             "usage: dlm COMMAND [options]",

@@ -1,8 +1,9 @@
-"""The training curve of a run, as `curve.png` and `history.json` in its folder."""
+"""The training curves of a run, as pictures and `history.json` in its folder."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,24 @@ History = list[dict[str, float]]
 
 
 class CurveCallback(TrainerCallback):  # type: ignore[misc]
-    """Renews the plot at every evaluation and checkpoint, and at the end."""
+    """Renews a plot at every evaluation and checkpoint, and at the end.
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    Args:
+        folder: where it goes.
+        draw: from the history to a matplotlib figure; loss and NELBO by default.
+        name: file name of the picture.
+    """
+
+    def __init__(
+        self, folder: str | Path, draw: Callable[[History], Any] | None = None, name: str = "curve.png"
+    ) -> None:
+        self.folder, self.draw, self.name = Path(folder), draw or draw_curve, name
 
     def _renew(self, state: Any) -> None:
         if state.is_world_process_zero and state.log_history:
-            write_curve(self.folder, state.log_history)
+            text = json.dumps(state.log_history, indent=1)
+            (self.folder / "history.json").write_text(text, encoding="utf-8")
+            self.draw(state.log_history).savefig(self.folder / self.name, dpi=150)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After a validation."""
@@ -35,14 +46,8 @@ class CurveCallback(TrainerCallback):  # type: ignore[misc]
         self._renew(state)
 
 
-def write_curve(folder: Path, history: History) -> None:
-    """Write `history.json` and `curve.png` into `folder`."""
-    (folder / "history.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
-    figure = draw_curve(history)
-    figure.savefig(folder / "curve.png", dpi=150)
-
-
-def _series(history: History, key: str) -> tuple[list[float], list[float]]:
+def series(history: History, key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of the records that have `key`."""
     points = [(record["step"], record[key]) for record in history if key in record]
     return [x for x, _ in points], [y for _, y in points]
 
@@ -56,20 +61,25 @@ def draw_curve(history: History) -> Any:
 
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
-    steps, loss = _series(history, "loss")
+    steps, loss = series(history, "loss")
     axes.plot(steps, loss, color="#56B4E9", alpha=0.35, linewidth=1, label="training loss, one log interval")
-    axes.plot(steps, _smooth(loss), color="#0072B2", linewidth=1.8, label="training loss, smoothed")
-    at, nelbo = _series(history, "eval_nelbo")
+    axes.plot(steps, smooth(loss), color="#0072B2", linewidth=1.8, label="training loss, smoothed")
+    at, nelbo = series(history, "eval_nelbo")
     axes.plot(at, nelbo, color="#D55E00", marker="o", markersize=4, linestyle="--", label="validation NELBO")
     axes.set(xlabel="optimiser step", ylabel="nats per answer token (1/t-weighted)")
+    plain(axes)
+    return figure
+
+
+def plain(axes: Any) -> None:
+    """The look of all our plots: a light grid, a legend without a box, two spines."""
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    return figure
 
 
-def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
+def smooth(values: list[float], weight: float = 0.9) -> list[float]:
     """Exponential moving average without bias at the start."""
     out, mean, mass = [], 0.0, 0.0
     for value in values:

@@ -24,7 +24,7 @@ class MaskedDiffusionOutput(ModelOutput):  # type: ignore[misc]
     logits: torch.Tensor | None = None
     """[B, L, V], mask column -inf: when no targets were given."""
     token_logp: torch.Tensor | None = None
-    """[N] float32 log-probability of each target, in row-major order of the cells that have one."""
+    """[N] or [N, K] float32 log-probabilities of the targets, in row-major order of the cells that have one."""
 
 
 class DenoisingHead(nn.Linear):
@@ -125,13 +125,13 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         Args:
             input_ids: [B, L] int64, noisy rows x_t.
             attention_mask: [B, L] bool, False at padding.
-            targets: [B, L] int64 clean tokens at the cells to predict, -100 elsewhere. Only those cells
-                pass through the LM head.
+            targets: [B, L] int64 clean tokens at the cells to predict, -100 elsewhere; or [B, L, K], K
+                candidates for every cell. Only cells with a target pass through the LM head, and once.
         """
         hidden = self.hidden(input_ids, attention_mask)
         if targets is None:
             return MaskedDiffusionOutput(logits=self.logits(hidden))
-        cells = targets != IGNORE
+        cells = targets != IGNORE if targets.dim() == 2 else (targets != IGNORE).any(-1)
         return MaskedDiffusionOutput(
             token_logp=token_log_probabilities(hidden[cells], self.lm_head, targets[cells])
         )

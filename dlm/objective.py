@@ -37,7 +37,11 @@ def masked_diffusion_loss(
 
 
 def _token_logp(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
-    return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
+    logits = head(hidden).float()
+    if targets.dim() == 1:
+        return -F.cross_entropy(logits, targets, reduction="none")
+    chosen = logits.gather(1, targets.clamp(min=0)) - logits.logsumexp(1, keepdim=True)
+    return torch.where(targets < 0, 0.0, chosen)
 
 
 def token_log_probabilities(
@@ -51,11 +55,11 @@ def token_log_probabilities(
     Args:
         hidden: [N, D] states at the cells of interest.
         head: module from [n, D] to logits [n, V], the mask column -inf.
-        targets: [N] int64.
+        targets: [N] int64, or [N, K] for K candidates at every cell, negative where there is none.
         chunk: cells per piece.
 
     Returns:
-        [N] float32.
+        Float32 in the shape of `targets`; 0 for a candidate that is none.
     """
     if len(hidden) <= chunk:
         return _token_logp(hidden, head, targets)

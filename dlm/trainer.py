@@ -28,6 +28,7 @@ from dlm.errors import ConfigError
 from dlm.model import IGNORE
 from dlm.noise import fold, key_of, uniform
 from dlm.objective import masked_diffusion_loss
+from dlm.prior import TokenPrior
 
 _LOG_STATE = "log_state.json"
 """In a checkpoint: the loss summed since the last log line, so that a resumed curve is the same curve."""
@@ -46,6 +47,9 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             evaluations, samples and the final model use.
         eval_draws: noise levels at which each validation row is measured.
         keep_checkpoints: complete checkpoints to keep; older ones are deleted.
+
+    Attributes:
+        prior: token counts of the training answers, if they are to be stored with the model.
     """
 
     data_collator: WindowCollator
@@ -72,7 +76,10 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True  # our loss is already divided by the count of the whole step
         self._parameters = sum(p.numel() for p in self.model.parameters())
         self._tokens, self._since = 0, time.perf_counter()
+        self._watched: dict[str, torch.Tensor] = {}
+        self._watched_since = 0
         self._resumed_log: dict[str, Any] = {}
+        self.prior: TokenPrior | None = None
         self.remove_callback(ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(TokenProgress)
@@ -101,9 +108,9 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | None]:
-        """The micro-batches of one optimiser step, with their noise, and their number of loss cells.
+        """The micro-batches of one optimiser step, with their noise, and what their loss is divided by.
 
-        The count spans all processes, so that every token of the global batch weighs the same.
+        The divisor spans all processes, so that every token of the global batch weighs the same.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -114,14 +121,23 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         for i, batch in enumerate(batches):
             first = world * sum(rows[:i]) + rank * rows[i]
             slots = torch.arange(first, first + rows[i], device=batch["input_ids"].device)
-            noised.append(add_noise(batch, slots, total, self.args.seed, step, self._mask_id))
+            noised.append(self.with_noise(batch, slots, total, step))
         if not batches:
             return [], None
-        count = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum().to(device)
+        count = torch.stack([self.divisor(batch) for batch in batches]).sum().to(device)
         return noised, self.accelerator.reduce(count, reduction="sum")
 
+    def with_noise(self, batch: Batch, slots: torch.Tensor, total: int, step: int) -> Batch:
+        """A batch and everything random that its loss needs; see `add_noise` for the arguments."""
+        return add_noise(batch, slots, total, self.args.seed, step, self.mask_id)
+
+    def divisor(self, batch: Batch) -> torch.Tensor:
+        """Scalar, what a batch adds to the number that the global loss is divided by: its loss cells."""
+        return batch["loss_mask"].sum()
+
     @property
-    def _mask_id(self) -> int:
+    def mask_id(self) -> int:
+        """Id of the mask token."""
         return int(self.accelerator.unwrap_model(self.model).config.mask_token_id)
 
     def compute_loss(
@@ -134,23 +150,46 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         """Loss of a micro-batch, scaled so that micro-batches and processes add up to the global mean."""
         del return_outputs
         cells = inputs["targets"] != IGNORE
-        self._tokens += inputs["attention_mask"].sum() * self.accelerator.num_processes
+        self.count_tokens(inputs)
         out = model(
             input_ids=inputs["noisy_ids"], attention_mask=inputs["attention_mask"], targets=inputs["targets"]
         )
         times = inputs["t"][:, None].expand_as(cells)[cells]
-        count = num_items_in_batch if num_items_in_batch is not None else inputs["loss_mask"].sum()
+        count = num_items_in_batch if num_items_in_batch is not None else self.divisor(inputs)
         # DDP averages gradients over processes; the sum over them is what the global count divides.
         loss = masked_diffusion_loss(out.token_logp, times, count)
         return loss * int(self.accelerator.num_processes)
 
+    def count_tokens(self, inputs: Batch) -> None:
+        """Note a batch's tokens, for the speed that is logged."""
+        self._tokens += inputs["attention_mask"].sum() * self.accelerator.num_processes
+
+    def watch(self, name: str, total: torch.Tensor) -> None:
+        """Add to a figure that is logged with the loss, divided by the same number of steps.
+
+        Args:
+            name: key in the log.
+            total: scalar, this process's share; processes and micro-batches add up.
+        """
+        self._watched[name] = self._watched.get(name, torch.zeros_like(total)) + total.detach()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the training speed (tokens of all processes, padding excluded) to what is logged."""
+        """Add the training speed (tokens of all processes, padding excluded) and what was watched."""
         if "loss" in logs:
             now = time.perf_counter()
             logs["tokens_per_second"] = round(float(self._tokens) / (now - self._since), 1)
             self._tokens, self._since = 0, now
+            steps = max(1, self.state.global_step - self._watched_since)
+            logs |= {name: value / steps for name, value in self._watched_sums().items()}
+            self._watched, self._watched_since = {}, self.state.global_step
         super().log(logs, start_time)
+
+    def _watched_sums(self) -> dict[str, float]:
+        """What was watched since the last log line, over all processes."""
+        return {
+            name: float(self.accelerator.reduce(total.clone(), reduction="sum"))
+            for name, total in self._watched.items()
+        }
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """6 × parameters × positions: the usual estimate for one training step."""
@@ -186,28 +225,34 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         del description, prediction_loss_only, ignore_keys
         model = self.model_wrapped if self.is_in_train else self._wrap_model(self.model, training=False)
         model.eval()
-        nats, cells = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        rows = 0
+        sums, rows = torch.zeros(0), 0
         self.callback_handler.eval_dataloader = dataloader
         with torch.no_grad(), self.averaged_weights():
             for batch in dataloader:
                 batch = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
-                    draws = [self._row_nats(model, batch, draw) for draw in range(self.eval_draws)]
-                both = torch.stack([torch.stack(draws).mean(0), batch["loss_mask"].sum(1).float()])
-                both = self.accelerator.gather_for_metrics(both.T.contiguous())
-                nats += both[:, 0].double().sum().cpu()
-                cells += both[:, 1].double().sum().cpu()
-                rows += len(both)
+                    measured = self.accelerator.gather_for_metrics(self.measure(model, batch).contiguous())
+                total = measured.double().sum(0).cpu()
+                sums = sums + total if rows else total
+                rows += len(measured)
                 self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        nelbo = float(nats / cells)
-        metrics = {"loss": nelbo, "nelbo": nelbo, "perplexity_bound": math.exp(min(nelbo, 700.0))}
-        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        named = {f"{metric_key_prefix}_{name}": value for name, value in self.metrics(sums, rows).items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=rows)
+
+    def measure(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """[B, M] float, figures of each validation row that `metrics` makes sense of; here nats and cells."""
+        draws = torch.stack([self._row_nats(model, batch, draw) for draw in range(self.eval_draws)])
+        return torch.stack([draws.mean(0), batch["loss_mask"].sum(1).float()], dim=1)
+
+    def metrics(self, sums: torch.Tensor, rows: int) -> dict[str, float]:
+        """Validation figures from the sums [M] of `measure` over all rows."""
+        del rows
+        nelbo = float(sums[0] / sums[1])
+        return {"loss": nelbo, "nelbo": nelbo, "perplexity_bound": math.exp(min(nelbo, 700.0))}
 
     def _row_nats(self, model: torch.nn.Module, batch: Batch, draw: int) -> torch.Tensor:
         """[B] weighted negative log-likelihood of each row at its noise level number `draw`."""
-        noised = add_eval_noise(batch, draw, self.eval_draws, self._mask_id)
+        noised = add_eval_noise(batch, draw, self.eval_draws, self.mask_id)
         cells = noised["targets"] != IGNORE
         out = model(
             input_ids=noised["noisy_ids"], attention_mask=noised["attention_mask"], targets=noised["targets"]
@@ -225,9 +270,15 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         pending = self.accelerator.reduce(self._tr_loss.detach().clone(), reduction="mean")
+        watched = self._watched_sums()
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            log = {"loss_sum": float(pending), "since_step": self._globalstep_last_logged}
+            log = {
+                "loss_sum": float(pending),
+                "since_step": self._globalstep_last_logged,
+                "watched": watched,
+                "watched_since": self._watched_since,
+            }
             (folder / _LOG_STATE).write_text(json.dumps(log), encoding="utf-8")
             if self.ema:
                 self.ema.save(folder)
@@ -235,9 +286,12 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             keep_last(self.args.output_dir, self.keep_checkpoints, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As in transformers; beside an adapter, the configuration that says what it belongs to."""
+        """As in transformers, with the configuration (which an adapter lacks) and the token counts."""
         super()._save(output_dir, state_dict)
-        self.accelerator.unwrap_model(self.model).config.save_pretrained(output_dir or self.args.output_dir)
+        folder = output_dir or self.args.output_dir
+        self.accelerator.unwrap_model(self.model).config.save_pretrained(folder)
+        if self.prior is not None:
+            self.prior.save(folder)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
@@ -257,6 +311,12 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         if self._resumed_log:
             self._tr_loss += self._resumed_log["loss_sum"]
             self._globalstep_last_logged = self._resumed_log["since_step"]
+            share = 1 / self.accelerator.num_processes  # the stored sums are those of all processes
+            self._watched = {
+                name: torch.tensor(value * share, device=self.args.device)
+                for name, value in self._resumed_log.get("watched", {}).items()
+            }
+            self._watched_since = self._resumed_log.get("watched_since", self._globalstep_last_logged)
             self._resumed_log = {}
 
 

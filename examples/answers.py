@@ -14,11 +14,11 @@ from statistics import mean
 
 from tqdm import tqdm
 
+from decoding.measures import repetition
 from decoding.presets import Decoder
 from decoding.prompts import read_prompts
 from decoding.sampler import Output, Prompt, Sampler
 from dlm.checkpoint import load_model
-from examples.measures import repetition
 
 
 def answer(

@@ -19,12 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from decoding.measures import repetition
 from decoding.presets import Decoder
 from decoding.sampler import Output, Sampler
 from dlm.checkpoint import load_model
 from dlm.data.config import DataConfig
 from dlm.data.rules import Example, is_right, make_examples
-from examples.measures import repetition
 from finetune.config import ModelConfig, TrainConfig
 
 WINDOW = 72

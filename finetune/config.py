@@ -38,7 +38,29 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class StartConfig:
+    """The model that a run starts from.
+
+    Args:
+        init: the checkpoint to start from.
+        lora: low-rank adapter; needs `init`.
+        gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        attn_implementation: transformers' name of the attention kernel; empty for the best one there is.
+    """
+
+    init: str = ""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    gradient_checkpointing: bool = False
+    attn_implementation: str = ""
+
+    def __post_init__(self) -> None:
+        """Check that an adapter has something to stand on."""
+        if self.lora.r and not self.init:
+            raise ConfigError("lora needs model.init: random weights cannot be adapted, only trained")
+
+
+@dataclass(frozen=True)
+class ModelConfig(StartConfig):
     """Where the first weights come from.
 
     Args:
@@ -52,12 +74,8 @@ class ModelConfig:
         num_attention_heads: heads of a random model.
         intermediate_size: feed-forward width of a random model.
         vocab_size: size of the tokenizer that is trained for a random model.
-        lora: low-rank adapter; needs `init`.
-        gradient_checkpointing: recompute activations in the backward pass, to save memory.
-        attn_implementation: transformers' name of the attention kernel; empty for the best one there is.
     """
 
-    init: str = ""
     template: str = "chatml"
     shift: bool = True
     hidden_size: int = 512
@@ -65,23 +83,14 @@ class ModelConfig:
     num_attention_heads: int = 8
     intermediate_size: int = 1408
     vocab_size: int = 16384
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    gradient_checkpointing: bool = False
-    attn_implementation: str = ""
-
-    def __post_init__(self) -> None:
-        """Check that an adapter has something to stand on."""
-        if self.lora.r and not self.init:
-            raise ConfigError("lora needs model.init: random weights cannot be adapted, only trained")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One training run.
+class RunConfig:
+    """What every training run is told.
 
     Args:
         output_dir: folder of the run: checkpoints, logs, curve, samples, and the final model.
-        model: where the weights come from.
         data: where the rows come from.
         max_steps: optimiser steps; 0 to train for `num_train_epochs` instead.
         num_train_epochs: passes over the rows, when `max_steps` is 0.
@@ -108,7 +117,6 @@ class TrainConfig:
     """
 
     output_dir: str
-    model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     max_steps: int = 0
     num_train_epochs: float = 3.0
@@ -153,3 +161,132 @@ class TrainConfig:
             raise ConfigError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if self.max_steps == 0 and self.num_train_epochs <= 0:
             raise ConfigError("either max_steps or num_train_epochs must be above 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """A run of supervised fine-tuning or pretraining.
+
+    Args:
+        model: where the weights come from.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+@dataclass(frozen=True)
+class NegativeConfig:
+    """How negatives are made; a rule with weight 0 is off, weights need not add up to 1.
+
+    Args:
+        left: weight of the rule that repeats the tokens before the masked cells.
+        right: weight of the rule that repeats the tokens behind them, where there are any (text without prompt).
+        prior: weight of the rule that repeats a unit of high-prior tokens.
+        mixed: weight of the rule that repeats the tokens before, about half of them high-prior ones instead.
+        run: weight of the rule that repeats one single high-prior token.
+        unit_max: longest unit, in tokens.
+        span_min: shortest stretch of cells that the negative covers.
+        span_max: longest stretch.
+        eos_p: probability that an early EOS is put into the negative.
+        frequent: how many tokens count as high-prior: the most frequent ones of the training answers.
+        in_span: for text without a prompt, the share of rows masked inside a span; the rest outside it.
+    """
+
+    left: float = 0.5
+    right: float = 0.25
+    prior: float = 0.15
+    mixed: float = 0.2
+    run: float = 0.15
+    unit_max: int = 15
+    span_min: int = 30
+    span_max: int = 50
+    eos_p: float = 0.1
+    frequent: int = 100
+    in_span: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        weights = (self.left, self.right, self.prior, self.mixed, self.run)
+        if min(weights) < 0 or self.left + self.prior + self.mixed + self.run == 0:
+            raise ConfigError(
+                f"weights of the rules must not be negative, nor left, prior, mixed and run all 0; got {weights}"
+            )
+        if self.unit_max < 1 or self.frequent < 1:
+            raise ConfigError(
+                f"unit_max and frequent must be at least 1, got {self.unit_max} and {self.frequent}"
+            )
+        if not 1 <= self.span_min <= self.span_max:
+            raise ConfigError(f"need 1 <= span_min <= span_max, got {self.span_min} and {self.span_max}")
+        for name in ("eos_p", "in_span"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The R2FT loss: -logsigmoid(beta_w l_w/n_w - beta_l l_l/n_l - gamma) - beta_a l_w/n_w.
+
+    Args:
+        beta_w: factor of the true answer's mean log-probability.
+        beta_l: factor of the negative's.
+        gamma: margin that the difference has to exceed.
+        beta_a: weight of the anchor, which keeps the true answer likely.
+        reference: measure both against the frozen model that the run starts from (as DPO does). Costs one
+            more forward pass and, without an adapter, a second copy of the weights.
+        weighting: "none" counts all cells of a negative alike; "confidence" weights them by the probability
+            that the model gives them.
+    """
+
+    beta_w: float = 1.0
+    beta_l: float = 1.0
+    gamma: float = 0.0
+    beta_a: float = 0.1
+    reference: bool = False
+    weighting: Literal["none", "confidence"] = "none"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("beta_w", "beta_l", "beta_a"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class R2FTConfig(RunConfig):
+    """A run of rejecting rule-based fine-tuning (R2FT), after supervised fine-tuning on the same data.
+
+    Args:
+        model: the fine-tuned checkpoint to start from (`model.init`), and the adapter if there is to be one.
+        objective: the loss.
+        negatives: how negatives are made.
+        nelbo_tolerance: training stops at the first validation whose NELBO exceeds that of the start by more
+            than this share.
+        watch: held-out prompts that are answered with top-k sampling at each validation, to watch repetition
+            and token frequencies; 0 for none.
+    """
+
+    model: StartConfig = field(default_factory=StartConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    negatives: NegativeConfig = field(default_factory=NegativeConfig)
+    max_steps: int = 250
+    learning_rate: float = 5e-6
+    warmup_steps: int = 25
+    eval_steps: int = 50
+    save_steps: int = 50
+    nelbo_tolerance: float = 0.02
+    watch: int = 16
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and that the best checkpoint can be kept."""
+        super().__post_init__()
+        if not self.model.init:
+            raise ConfigError("model.init must name the fine-tuned checkpoint to start from")
+        if self.nelbo_tolerance < 0 or self.watch < 0:
+            raise ConfigError(
+                f"nelbo_tolerance and watch must not be negative, got {self.nelbo_tolerance}, {self.watch}"
+            )
+        if self.eval_steps and self.save_steps != self.eval_steps:
+            raise ConfigError(
+                f"every validated state is saved, so that the best one can be kept: save_steps must equal "
+                f"eval_steps, got {self.save_steps} and {self.eval_steps}"
+            )

@@ -16,12 +16,12 @@ from typing import Any
 from dlm.checkpointing import discard_incomplete, last_checkpoint
 from dlm.data.encode import EncodingReport
 from dlm.errors import ConfigError
-from finetune.config import TrainConfig
+from finetune.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
 _FREE = {"output_dir", "resume", "report_to", "eval_steps", "eval_draws", "save_steps", "logging_steps"}
-_FREE |= {"keep_checkpoints", "samples", "sample_steps"}
+_FREE |= {"keep_checkpoints", "samples", "sample_steps", "watch"}
 """Settings that may change between a run and its continuation: they do not touch the weights."""
 
 
@@ -35,7 +35,7 @@ class RunFolder:
         ConfigError: when the folder holds a run with other settings, or checkpoints that are not ours.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.path = Path(config.output_dir)
         self._file = self.path / "run.json"
@@ -64,17 +64,35 @@ class RunFolder:
     @property
     def trained(self) -> bool:
         """Whether the newest checkpoint is that of the last step."""
-        if self.resume_from is None:
-            return False
-        state = json.loads((self.resume_from / "trainer_state.json").read_text(encoding="utf-8"))
-        return bool(state["global_step"] >= state["max_steps"])
+        state = self._state
+        return bool(state) and (self._stored.get("stopped", False) or state["global_step"] >= state["max_steps"])
+
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint that validation found best, if the run chooses one."""
+        best = self._state.get("best_model_checkpoint")
+        return self.path / Path(best).name if best else None
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        """The trainer's state in the newest whole checkpoint."""
+        newest = last_checkpoint(self.path)
+        if newest is None:
+            return {}
+        return dict(json.loads((newest / "trainer_state.json").read_text(encoding="utf-8")))
+
+    def stop(self) -> None:
+        """Write down that the run ended before its last step, on purpose."""
+        self._stored["stopped"] = True
+        self._write()
 
     def begin(self, report: EncodingReport) -> None:
         """Write down the settings and remove what a kill left half written."""
         self.path.mkdir(parents=True, exist_ok=True)
         for name in discard_incomplete(self.path) if self._stored else []:
             logger.warning("%s was only half written and has been removed", self.path / name)
-        self._stored = {"config": _plain(asdict(self.config)), "rows": report.as_dict(), "finished": False}
+        settings = {"config": _plain(asdict(self.config)), "rows": report.as_dict(), "finished": False}
+        self._stored = self._stored | settings
         self._write()
 
     def finish(self) -> None:

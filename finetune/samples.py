@@ -11,11 +11,49 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from decoding.presets import Decoder
-from decoding.sampler import Prompt, Sampler
+from decoding.sampler import Output, Prompt, Sampler
 from dlm.trainer import DiffusionTrainer
-from finetune.config import TrainConfig
+from finetune.config import RunConfig
 
 _DEFAULT_COUNT = 4
+
+
+def held_out_prompts(
+    trainer: DiffusionTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    asked: Iterable[Prompt] | Dataset,
+    count: int,
+) -> list[Prompt]:
+    """The first `count` prompts that leave room for an answer; nothing for each row of plain text."""
+    sampler = Sampler(trainer.model, tokenizer)
+    if isinstance(asked, Dataset):
+        asked = (row["prompt"] or "" for row in asked)
+    fits = (prompt for prompt in asked if sampler.prompt_length(prompt) < config.data.window - 1)
+    return list(itertools.islice(fits, count))
+
+
+def answers(
+    trainer: DiffusionTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    prompts: list[Prompt],
+    decoder: Decoder,
+) -> list[Output]:
+    """Answers of the model in training (its averaged weights, if it has some), at the run's settings."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    training = model.training
+    model.eval()
+    with trainer.averaged_weights():
+        outputs = Sampler(model, tokenizer).generate(
+            prompts,
+            decoder=decoder,
+            window=config.data.window,
+            steps=config.sample_steps,
+            seed=config.seed,
+        )
+    model.train(training)
+    return outputs
 
 
 class SampleCallback(TrainerCallback):  # type: ignore[misc]
@@ -29,33 +67,18 @@ class SampleCallback(TrainerCallback):  # type: ignore[misc]
         self,
         trainer: DiffusionTrainer,
         tokenizer: PreTrainedTokenizerBase,
-        config: TrainConfig,
+        config: RunConfig,
         held_out: Dataset,
     ) -> None:
-        self.trainer = trainer
-        self.tokenizer = tokenizer
-        self.config = config
-        sampler = Sampler(trainer.model, tokenizer)
-        asked: Iterable[Prompt] = config.samples or (row["prompt"] or "" for row in held_out)
-        fits = (prompt for prompt in asked if sampler.prompt_length(prompt) < config.data.window - 1)
-        self.prompts = list(itertools.islice(fits, len(config.samples) or _DEFAULT_COUNT))
+        self.trainer, self.tokenizer, self.config = trainer, tokenizer, config
+        asked, count = config.samples or held_out, len(config.samples) or _DEFAULT_COUNT
+        self.prompts = held_out_prompts(trainer, tokenizer, config, asked, count)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Decode with `conv` at the run's settings; on the main process only."""
         if not state.is_world_process_zero or not self.prompts or self.trainer.is_fsdp_enabled:
             return  # a sharded model cannot be sampled by one process
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        training = model.training
-        model.eval()
-        with self.trainer.averaged_weights():
-            outputs = Sampler(model, self.tokenizer).generate(
-                self.prompts,
-                decoder=Decoder.named("conv"),
-                window=self.config.data.window,
-                steps=self.config.sample_steps,
-                seed=self.config.seed,
-            )
-        model.train(training)
+        outputs = answers(self.trainer, self.tokenizer, self.config, self.prompts, Decoder.named("conv"))
         parts = [
             f"- **{_last_turn(prompt)}**\n\n  {output.text!r} ({output.finish_reason})\n"
             for prompt, output in zip(self.prompts, outputs, strict=True)

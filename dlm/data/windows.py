@@ -53,7 +53,8 @@ class WindowCollator:
         Returns:
             `input_ids` [B, L] int64 clean tokens; `attention_mask` [B, L] bool, False at padding;
             `maskable` [B, L] bool; `loss_mask` [B, L] bool, the maskable cells that carry loss;
-            `row` [B] int64.
+            `row` [B] int64; `prompt_length` [B] int64; `length` [B] int64, tokens up to the first EOS, or up
+            to the window's end where it comes first.
         """
         number = torch.tensor([row.get("row", i) for i, row in enumerate(rows)])
         length = torch.tensor([len(row["input_ids"]) for row in rows])
@@ -74,6 +75,8 @@ class WindowCollator:
             "maskable": maskable,
             "loss_mask": loss,
             "row": number,
+            "prompt_length": start,
+            "length": torch.minimum(length, end),
         }
 
     def _ends(self, start: torch.Tensor, length: torch.Tensor, number: torch.Tensor) -> torch.Tensor:

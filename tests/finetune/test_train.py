@@ -17,7 +17,7 @@ from dlm.checkpointing import MARKER, complete_checkpoints, is_complete, last_ch
 from dlm.data.config import DataConfig
 from dlm.errors import ConfigError, DataError
 from finetune.config import ModelConfig, TrainConfig
-from finetune.sft import train
+from finetune.sft import SFT, train
 
 TINY = ModelConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=400
@@ -189,17 +189,17 @@ def test_ema_is_updated_saved_and_what_the_final_model_holds(tmp_path):
 
 def test_validation_is_the_same_number_whatever_the_batch_size(whole):
     from dlm.data.encode import encode_rows
-    from finetune.sft import build_trainer, split_rows
+    from finetune.run import build_trainer, split_rows
 
     model, tokenizer = load_model(whole, device="cpu")
     values = []
     for size in (4, 16):
         config = settings(whole / "x", per_device_train_batch_size=size)
-        rows, held_out = split_rows(config)
+        rows, held_out = split_rows(config.data, config.seed)
         trainer = build_trainer(
+            SFT(config),
             model,
             tokenizer,
-            config,
             encode_rows(rows, tokenizer, 48)[0],
             encode_rows(held_out, tokenizer, 48)[0],
         )
@@ -292,12 +292,12 @@ def test_a_model_of_plain_text_is_sampled_without_a_template(tmp_path):
 def trainer_on(rows, tokenizer, folder, **kwargs):
     from dlm.backbone import from_scratch
     from dlm.data.encode import encode_rows
-    from finetune.sft import build_trainer
+    from finetune.run import build_trainer
     from tests.conftest import TINY as SHAPE
 
     config = settings(folder, **kwargs)
     encoded, _ = encode_rows(rows, tokenizer, config.data.window)
-    return build_trainer(from_scratch(SHAPE, tokenizer), tokenizer, config, encoded, encoded)
+    return build_trainer(SFT(config), from_scratch(SHAPE, tokenizer), tokenizer, encoded, encoded)
 
 
 def test_validation_windows_do_not_change_with_the_epoch(rows, tokenizer, tmp_path):

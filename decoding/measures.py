@@ -1,4 +1,4 @@
-"""Measures of a text that need no judge, shared by the examples."""
+"""Measures of texts that need no judge."""
 
 from __future__ import annotations
 

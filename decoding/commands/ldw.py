@@ -1,0 +1,158 @@
+"""`dlm inspect ldw`: how a model's predictions decay with the distance from the context."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dlm.cli import Command
+from dlm.errors import ConfigError
+
+STYLES = {"prompt": "white on #b3261e", "frequent": "black on #e69f00", "end": "white on #5f6368", "other": ""}
+"""How the kinds of candidate look in the table."""
+
+
+@dataclass(frozen=True)
+class LDWConfig:
+    """Settings of `dlm inspect ldw`.
+
+    Args:
+        checkpoints: models to compare, for instance before and after R2FT (the words that are no options).
+        prompts: prompts to measure on.
+        file: or a file of prompts, as `dlm generate --file` reads it.
+        limit: use only the first so many prompts that fit the window; 0 for all.
+        window: L, prompt and answer together; 0 for the first checkpoint's own.
+        top: how many of the most frequent answer tokens count as frequent.
+        counts: rows (file or hub id) to count tokens in, where no checkpoint has its counts with it.
+        positions: positions behind the prompt in the table of candidates.
+        candidates: candidates per position.
+        output: picture of the curves; the figures go beside it as .json. Empty for none.
+    """
+
+    checkpoints: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    file: str = ""
+    limit: int = 100
+    window: int = 0
+    top: int = 100
+    counts: str = ""
+    positions: int = 24
+    candidates: int = 5
+    output: str = "ldw.png"
+
+    def __post_init__(self) -> None:
+        """Check that there is something to measure."""
+        if not self.checkpoints:
+            raise ConfigError("name one or more checkpoints: dlm inspect ldw runs/sft runs/r2ft")
+        if not self.prompts and not self.file:
+            raise ConfigError("give --prompts or --file")
+        for name in ("top", "positions", "candidates"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def run(config: LDWConfig) -> int:
+    """Measure, draw, and show the candidates of the first prompt."""
+    from rich.console import Console
+    from tqdm import tqdm
+
+    from decoding.ldw import candidates, decoding_window, draw_decoding_windows
+    from decoding.prompts import read_prompts
+    from decoding.sampler import Sampler
+    from dlm.checkpoint import load_model
+
+    console, measured = Console(), {}
+    models = {path: load_model(path) for path in config.checkpoints}
+    first = Sampler(*models[config.checkpoints[0]])
+    window, prior = config.window or first.window, token_prior(config, first.tokenizer)
+    asked = itertools.chain(config.prompts, read_prompts(config.file) if config.file else ())
+    fits = (prompt for prompt in asked if first.prompt_length(prompt) < window)
+    prompts = list(itertools.islice(fits, config.limit or None))
+    if not prompts:
+        raise ConfigError(f"no prompt leaves room for an answer in a window of {window} tokens")
+    for path, (model, tokenizer) in models.items():
+        shown = tqdm(prompts, desc=path, leave=False)
+        measured[path] = decoding_window(model, tokenizer, shown, prior, window=window, top=config.top)
+        zone = candidates(
+            model, tokenizer, prompts[0], prior,
+            window=window, top=config.top, positions=config.positions, k=config.candidates,
+        )  # fmt: skip
+        console.print(table(path, zone))
+    question = prompts[0] if isinstance(prompts[0], str) else prompts[0][-1]["content"]
+    console.print(f"The table shows a fresh canvas behind the prompt {question!r}.", legend(), sep="\n")
+    console.print(summary(measured))
+    if config.output:
+        picture = Path(config.output)
+        draw_decoding_windows(measured, config.top).savefig(picture, dpi=150)
+        facts = {path: figures.as_dict() for path, figures in measured.items()}
+        picture.with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
+        console.print(f"{picture}, {picture.with_suffix('.json')}: means over {len(prompts)} prompts")
+    return 0
+
+
+def token_prior(config: LDWConfig, tokenizer: Any) -> Any:
+    """The counts that the first checkpoint which has some brings, or counts of the given rows.
+
+    Raises:
+        ConfigError: when there are neither.
+    """
+    from dlm.data.encode import encode_rows
+    from dlm.data.rows import load_rows
+    from dlm.prior import FILE, TokenPrior
+
+    if config.counts:
+        rows, _ = encode_rows(load_rows(config.counts), tokenizer, 2048)
+        return TokenPrior.of(rows, len(tokenizer), tuple(tokenizer.all_special_ids))
+    for path in config.checkpoints:
+        prior = TokenPrior.load(path)
+        if prior is not None:
+            return prior
+    raise ConfigError(f"none of the checkpoints has its {FILE}; name the training rows with --counts")
+
+
+def table(title: str, zone: list[list[Any]]) -> Any:
+    """The candidate zone: a line per position, a coloured cell per candidate."""
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table("distance", *(f"{i + 1}." for i in range(len(zone[0]))), title=title, padding=(0, 1))
+    for distance, row in enumerate(zone):
+        cells = [Text(f"{c.text!r} {c.probability:.2f}", style=STYLES[c.kind]) for c in row]
+        out.add_row(str(distance), *cells)
+    return out
+
+
+def legend() -> Any:
+    """What the colours mean."""
+    from rich.text import Text
+
+    text = Text()
+    for kind, meaning in (("prompt", "in the prompt"), ("frequent", "frequent in all answers"), ("end", "end")):
+        text.append(f" {meaning} ", style=STYLES[kind]).append("  ")
+    return text
+
+
+def summary(measured: dict[str, Any]) -> Any:
+    """Masses next to the prompt, where the problem peaks, and far away."""
+    from rich.table import Table
+
+    out = Table("model", "distance", "frequent tokens", "prompt tokens", "end token")
+    for path, figures in measured.items():
+        last = len(figures.rows) - 1
+        for name, low, high in (("0", 0, 1), ("5 to 10", 5, 11), ("11 on", 11, last + 1)):
+            if low <= last:
+                part = slice(low, high)
+                values = (figures.frequent[part], figures.prompt[part], figures.end[part])
+                out.add_row(path, name, *(f"{float(value.mean()):.3f}" for value in values))
+    return out
+
+
+COMMAND = Command(
+    "measure the long decoding-window problem: frequent and repeated tokens by distance",
+    LDWConfig,
+    run,
+    positional="checkpoints",
+)

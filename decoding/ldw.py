@@ -1,0 +1,165 @@
+"""Diagnosis of the long decoding-window problem (arXiv 2509.15188, figures 3 and 11).
+
+Far from the context a masked diffusion model does not know what to write, and puts its probability on tokens
+that are frequent everywhere and on tokens that it has just seen. Both are measured here on a fresh canvas, the
+prompt followed by masks, as functions of the distance from the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from decoding.sampler import Prompt
+from dlm.curves import plain
+from dlm.errors import ConfigError
+from dlm.prior import TokenPrior
+from dlm.tokenizer import as_messages, encode_prompt, encode_text
+
+Kind = Literal["prompt", "frequent", "end", "other"]
+"""What a candidate is: a token of the prompt, one of the frequent ones, the end token, or neither."""
+
+
+@dataclass(frozen=True)
+class DecodingWindow:
+    """Where a model's probability lies on a fresh canvas, by distance from the prompt; all [L]."""
+
+    frequent: torch.Tensor
+    """Mean probability mass on the most frequent tokens of the training answers."""
+    prompt: torch.Tensor
+    """Mean mass on the tokens of the prompt's messages (some of them may be frequent ones too)."""
+    end: torch.Tensor
+    """Mean probability of the end token."""
+    rows: torch.Tensor
+    """int64, prompts that have a position at this distance."""
+
+    def as_dict(self) -> dict[str, list[float]]:
+        """Plain lists, for JSON."""
+        return {name: getattr(self, name).tolist() for name in ("frequent", "prompt", "end", "rows")}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the likeliest tokens at a position."""
+
+    text: str
+    probability: float
+    kind: Kind
+
+
+def decoding_window(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[Prompt],
+    prior: TokenPrior,
+    *,
+    window: int,
+    top: int = 100,
+) -> DecodingWindow:
+    """Mean probability mass on frequent tokens and on prompt tokens at each distance from the prompt.
+
+    Args:
+        model: a masked diffusion model.
+        tokenizer: its tokenizer.
+        prompts: texts or conversations; those that fill the window are an error.
+        prior: token counts of the training answers.
+        window: L, prompt and answer together.
+        top: how many tokens count as frequent.
+    """
+    frequent = prior.top(top)
+    sums, rows = torch.zeros(3, window, dtype=torch.float64), torch.zeros(window, dtype=torch.int64)
+    for prompt in prompts:
+        probability = _fresh(model, tokenizer, prompt, window).double()  # [n, V]
+        said = list(_said(tokenizer, prompt))
+        end = [int(model.config.eos_token_id)]
+        for i, group in enumerate((frequent.tolist(), said, end)):
+            sums[i, : len(probability)] += probability[:, group].sum(1).cpu()
+        rows[: len(probability)] += 1
+    reached = int((rows > 0).sum())
+    if reached == 0:
+        raise ConfigError("no prompt was given")
+    mean = (sums[:, :reached] / rows[:reached]).float()
+    return DecodingWindow(mean[0], mean[1], mean[2], rows[:reached])
+
+
+def candidates(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    prior: TokenPrior,
+    *,
+    window: int,
+    top: int = 100,
+    positions: int = 24,
+    k: int = 5,
+) -> list[list[Candidate]]:
+    """The k likeliest tokens at the first positions behind the prompt: the candidate zone.
+
+    Returns:
+        One list of k candidates, the likeliest first, for each of at most `positions` distances.
+    """
+    frequent, said = set(prior.top(top).tolist()), _said(tokenizer, prompt)
+    end = int(model.config.eos_token_id)
+    probability, ids = _fresh(model, tokenizer, prompt, window)[:positions].topk(k, dim=1)
+
+    def kind(token: int) -> Kind:
+        if token == end:
+            return "end"
+        return "prompt" if token in said else "frequent" if token in frequent else "other"
+
+    return [
+        [
+            Candidate(tokenizer.decode([token]), p, kind(token))
+            for token, p in zip(row, chances, strict=True)
+        ]
+        for row, chances in zip(ids.tolist(), probability.tolist(), strict=True)
+    ]
+
+
+def _fresh(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, window: int) -> torch.Tensor:
+    """[n, V] probabilities at the n masked positions of a canvas that holds the prompt only."""
+    ids = encode_prompt(tokenizer, as_messages(prompt))
+    if len(ids) >= window:
+        raise ConfigError(f"a prompt has {len(ids)} tokens; the window must be at least {len(ids) + 1}")
+    row = ids + [int(model.config.mask_token_id)] * (window - len(ids))
+    with torch.inference_mode():
+        hidden = model.hidden(torch.tensor([row], device=getattr(model, "device", "cpu")))
+        return model.logits(hidden[0, len(ids) :]).float().softmax(1)  # type: ignore[no-any-return]
+
+
+def _said(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> set[int]:
+    """Ids of the tokens in the messages of a prompt; the template's own are not counted."""
+    messages = as_messages(prompt)
+    return {token for message in messages for token in encode_text(tokenizer, message["content"])}
+
+
+_LINES: Sequence[tuple[str, Any]] = (
+    ("#0072B2", "-"),
+    ("#D55E00", "--"),
+    ("#009E73", "-."),
+    ("#CC79A7", ":"),
+    ("#E69F00", (0, (5, 1))),
+)
+"""Colours of Okabe and Ito with a line shape each, so that print and the colour-blind can tell them apart."""
+
+
+def draw_decoding_windows(measured: dict[str, DecodingWindow], top: int = 100) -> Any:
+    """Masses over distance, one line per model, as a matplotlib figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    panels = figure.subplots(1, 3, sharex=True)
+    titles = (f"mass on the {top} most frequent tokens", "mass on tokens of the prompt", "end token")
+    for axes, field, title in zip(panels, ("frequent", "prompt", "end"), titles, strict=True):
+        for i, (name, figures) in enumerate(measured.items()):
+            colour, line = _LINES[i % len(_LINES)]
+            axes.plot(getattr(figures, field).tolist(), linestyle=line, color=colour, linewidth=1.6, label=name)
+        axes.set(xlabel="distance from the prompt, tokens", title=title)
+        axes.set_ylim(bottom=0)
+        plain(axes)
+    panels[0].set(ylabel="mean probability")
+    return figure

@@ -1,0 +1,82 @@
+"""How frequent each token is in the training answers: the prior that a model falls back on far from context.
+
+The counts are stored beside the weights of every model that is trained, so that later stages and diagnoses
+speak of the same frequencies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dlm.errors import CheckpointError
+
+FILE = "token_counts.safetensors"
+
+
+@dataclass(frozen=True)
+class TokenPrior:
+    """Token frequencies of a set of answers.
+
+    Attributes:
+        counts: [V] int64, how often each token occurs.
+        special: ids of control tokens (end, mask, chat marks), which `top` leaves out.
+    """
+
+    counts: torch.Tensor
+    special: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, rows: Dataset, vocab_size: int, special: tuple[int, ...] = ()) -> TokenPrior:
+        """Count the answer tokens of encoded rows (`input_ids`, `prompt_length`)."""
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
+        for batch in rows.with_format("numpy").iter(batch_size=1000):
+            answers = (ids[n:] for ids, n in zip(batch["input_ids"], batch["prompt_length"], strict=True))
+            counts += torch.from_numpy(np.bincount(np.concatenate(list(answers)), minlength=vocab_size))
+        return cls(counts, special)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the counts into a model folder."""
+        special = torch.tensor(self.special, dtype=torch.int64)
+        save_file({"counts": self.counts, "special": special}, Path(folder) / FILE)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TokenPrior | None:
+        """The counts in a model folder; None when there are none.
+
+        Raises:
+            CheckpointError: when the file is damaged.
+        """
+        file = Path(folder) / FILE
+        if not file.is_file():
+            return None
+        try:
+            stored = load_file(file)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: truncated or damaged ({error})") from error
+        return cls(stored["counts"], tuple(stored["special"].tolist()))
+
+    def top(self, n: int) -> torch.Tensor:
+        """[≤ n] int64, the most frequent ordinary tokens that occur at all, the first of all first."""
+        counts = self.counts.clone()
+        counts[list(self.special)] = 0
+        order = counts.argsort(descending=True, stable=True)[:n]
+        return order[counts[order] > 0]
+
+    def log_prior(self) -> torch.Tensor:
+        """[V] float32 log relative frequency, one added to every count so that none is -inf."""
+        smoothed = self.counts.double() + 1
+        return (smoothed / smoothed.sum()).log().float()
+
+    def median_log_prior(self) -> float:
+        """Log prior of the median token of the answers: half of the tokens written are rarer."""
+        log_prior = self.log_prior()
+        order = log_prior.argsort()
+        seen = self.counts[order].cumsum(0)
+        return float(log_prior[order[int((seen * 2 < seen[-1]).sum())]])

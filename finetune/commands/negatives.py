@@ -1,0 +1,129 @@
+"""`dlm inspect negatives`: look at the negatives that R2FT would be given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dlm.cli import Command
+from dlm.data.config import DataConfig
+from dlm.errors import ConfigError
+from finetune.config import NegativeConfig
+
+CONTEXT, TRUE, WRONG, SAME, END = "dim", "black on #56b4e9", "black on #e69f00", "underline", "bold white on #b3261e"
+
+
+@dataclass(frozen=True)
+class NegativesConfig:
+    """Settings of `dlm inspect negatives`.
+
+    Args:
+        model: checkpoint whose tokenizer and template are used.
+        data: where the rows come from.
+        negatives: how negatives are made.
+        rows: how many examples to show.
+        seed: seed of the examples.
+    """
+
+    model: str
+    data: DataConfig = field(default_factory=DataConfig)
+    negatives: NegativeConfig = field(default_factory=NegativeConfig)
+    rows: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the number."""
+        if self.rows < 1:
+            raise ConfigError(f"rows must be at least 1, got {self.rows}")
+
+
+def run(config: NegativesConfig) -> int:
+    """Print examples, true and wrong tokens in colour."""
+    from rich.console import Console
+
+    from dlm.noise import fold, key_of
+    from finetune.negatives import RULES, make_negative
+
+    tokenizer, batch, prior = _material(config)
+    frequent = prior.top(config.negatives.frequent)
+    contrast = make_negative(
+        batch["input_ids"],
+        batch["prompt_length"],
+        batch["length"],
+        fold(key_of(config.seed, "negative", 0), batch["row"]),
+        mask_id=int(tokenizer.mask_token_id),
+        eos_id=int(tokenizer.eos_token_id),
+        frequent=frequent,
+        frequent_counts=prior.counts[frequent],
+        rules=config.negatives,
+        real=batch["attention_mask"],
+    )
+    console = Console(highlight=False)
+    for i in range(len(contrast.rule)):
+        console.print(f"\n[bold]{i + 1}. rule: {list(RULES)[int(contrast.rule[i])]}[/bold]")
+        console.print("true     ", _text(tokenizer, batch, contrast, i, wrong=False))
+        console.print("negative ", _text(tokenizer, batch, contrast, i, wrong=True))
+    console.print("\n", _legend())
+    return 0
+
+
+def _material(config: NegativesConfig) -> tuple[Any, Any, Any]:
+    """The checkpoint's tokenizer, a batch of rows in random order, and the token counts of all rows."""
+    from transformers import AutoTokenizer
+
+    from dlm.data.encode import encode_rows
+    from dlm.data.windows import WindowCollator
+    from dlm.errors import CheckpointError
+    from dlm.prior import TokenPrior
+    from finetune.run import split_rows
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+    except Exception as error:
+        raise CheckpointError(f"{config.model}: no tokenizer to be had ({error})") from error
+    if tokenizer.mask_token_id is None:
+        raise CheckpointError(f"{config.model}: its tokenizer has no mask token; train it first (dlm train)")
+    rows, _ = encode_rows(split_rows(config.data, config.seed)[0], tokenizer, config.data.window)
+    prior = TokenPrior.of(rows, len(tokenizer), tuple(tokenizer.all_special_ids))
+    chosen = rows.shuffle(seed=config.seed).select(range(min(config.rows, len(rows))))
+    collate = WindowCollator(eos_token_id=int(tokenizer.eos_token_id), window=config.data.window)
+    return tokenizer, collate(list(chosen)), prior
+
+
+def _text(tokenizer: Any, batch: Any, contrast: Any, i: int, *, wrong: bool) -> Any:
+    """A row as coloured text: the context, then the true or the wrong tokens of its masked cells."""
+    from rich.text import Text
+
+    from dlm.model import IGNORE
+
+    text = Text()
+    ids, end = batch["input_ids"][i].tolist(), int(batch["length"][i])
+    noisy, true, rejected = (
+        x[i].tolist() for x in (contrast.noisy_ids, contrast.targets, contrast.rejected)
+    )
+    for place, token in enumerate(ids):
+        if noisy[place] == token:
+            style = CONTEXT
+        elif not wrong:
+            style = TRUE if true[place] != IGNORE else None
+        elif rejected[place] != IGNORE:
+            token, style = rejected[place], WRONG
+        else:
+            style = SAME if place < end else None
+        if style is not None:
+            shown = "⏎" if token == tokenizer.eos_token_id else tokenizer.decode([token])
+            text.append(shown, style=END if token == tokenizer.eos_token_id and style is WRONG else style)
+    return text
+
+
+def _legend() -> Any:
+    from rich.text import Text
+
+    text = Text()
+    pairs = (("context", CONTEXT), ("true", TRUE), ("negative", WRONG), ("early end", END), ("not covered", SAME))
+    for name, style in pairs:
+        text.append(f" {name} ", style=style).append("  ")
+    return text
+
+
+COMMAND = Command("show the negatives of R2FT in colour", NegativesConfig, run)

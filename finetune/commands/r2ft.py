@@ -1,0 +1,20 @@
+"""`dlm r2ft`: reject repetition and high-prior tokens, after fine-tuning."""
+
+from __future__ import annotations
+
+from dlm.cli import Command
+from finetune.config import R2FTConfig
+
+
+def run(config: R2FTConfig) -> int:
+    """Train and say where the model is."""
+    from finetune.r2ft import r2ft
+
+    folder = r2ft(config)
+    print(
+        f"{folder}: model, tokenizer, r2ft.png, samples.md. See: dlm inspect ldw {config.model.init} {folder}"
+    )
+    return 0
+
+
+COMMAND = Command("reject repetition and high-prior tokens, after train (R2FT)", R2FTConfig, run)

@@ -1,0 +1,266 @@
+"""A run from settings to a finished model: rows → windows → trainer → checkpoint.
+
+Every kind of run (supervised fine-tuning, R2FT) is a `Stage`: what it starts from, what its trainer is, what
+is watched. What they share is here: the data, resuming, checkpoints, the final model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+
+from dlm.adapter import merged
+from dlm.curves import CurveCallback
+from dlm.data.config import DataConfig
+from dlm.data.encode import EncodingReport, encode_rows
+from dlm.data.rows import load_rows
+from dlm.data.rules import rule_rows
+from dlm.data.windows import WindowCollator
+from dlm.errors import ConfigError, DataError, unknown_name
+from dlm.model import MaskedDiffusionModel
+from dlm.prior import TokenPrior
+from dlm.tokenizer import template_name
+from dlm.trainer import DiffusionTrainer
+from finetune.config import RunConfig, StartConfig
+from finetune.run_folder import RunFolder
+from finetune.start import prepare
+
+logger = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+class Stage(Generic[Config]):
+    """One kind of run.
+
+    Args:
+        config: its settings.
+    """
+
+    objective: str
+    """What is optimised, in words; recorded with the model."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @property
+    def start(self) -> StartConfig:
+        """Settings of the model that the run starts from."""
+        raise NotImplementedError
+
+    def first(
+        self, rows: Dataset, resume_from: Path | None
+    ) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
+        """The model before the run, and its tokenizer."""
+        raise NotImplementedError
+
+    def record(self) -> dict[str, Any]:
+        """What is written into the model's configuration beside the data and the optimiser."""
+        return {"objective": self.objective, "init": self.start.init or "random weights"}
+
+    def trainer(self, model: Any, prior: TokenPrior, **common: Any) -> DiffusionTrainer:
+        """The trainer, from what every trainer is given."""
+        del prior
+        return DiffusionTrainer(model, **common)
+
+    def callbacks(
+        self, trainer: DiffusionTrainer, tokenizer: PreTrainedTokenizerBase, held_out: Dataset, run: RunFolder
+    ) -> Iterable[TrainerCallback]:
+        """What looks on at each validation."""
+        raise NotImplementedError
+
+
+def execute(stage: Stage[Any]) -> Path:
+    """Run a stage to its end and return the folder of the finished model.
+
+    A run that was killed continues from its newest whole checkpoint when it is called again; one that is
+    finished is left as it is.
+
+    Raises:
+        DLMError: for settings, data or checkpoints that cannot be used, and when the folder holds a run with
+            other settings.
+    """
+    config: RunConfig = stage.config
+    training_arguments(config, evaluate=True)  # a misspelt setting should not cost the time to read the data
+    run = RunFolder(config)
+    if run.finished:
+        logger.info("%s: this run is finished", run.path)
+        return run.path
+    rows, held_out = split_rows(config.data, config.seed)
+    model, tokenizer = stage.first(rows, run.resume_from)
+    train_set, report = encode_rows(rows, tokenizer, config.data.window)
+    eval_set = encode_rows(held_out, tokenizer, config.data.window)[0] if len(held_out) else None
+    logger.info("training rows: %s", report)
+    record(model, tokenizer, config, report, stage.record())
+    model = prepare(model, stage.start, config.data.window)
+    trainer = build_trainer(stage, model, tokenizer, train_set, eval_set)
+    if config.eval_steps and eval_set is not None:
+        for callback in stage.callbacks(trainer, tokenizer, held_out, run):
+            trainer.add_callback(callback)
+    trainer.add_callback(CurveCallback(run.path))  # last: it draws what the others measured
+    if trainer.accelerator.is_main_process:
+        run.begin(report)
+    trainer.accelerator.wait_for_everyone()
+    if run.resume_from and run.trained:  # killed between the last checkpoint and the final model
+        trainer.load_checkpoint(run.resume_from)
+    else:
+        trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
+    trainer.accelerator.wait_for_everyone()
+    if run.best:
+        trainer.load_checkpoint(run.best)
+    if trainer.ema:
+        trainer.ema.copy_to(trainer.model)
+    save_final(trainer, stage.start, run.path)
+    if trainer.accelerator.is_main_process:
+        run.finish()
+    return run.path
+
+
+def split_rows(data: DataConfig, seed: int) -> tuple[Dataset, Dataset]:
+    """Rows for training and rows for validation: the last `validation_rows`, which are never trained on."""
+    if data.source == "rules":  # made by rule, with splits of their own
+        held_out = rule_rows(max(1, data.validation_rows), seed, "validation")
+        return rule_rows(data.limit or 20_000, seed), held_out.select(range(data.validation_rows))
+    rows = load_rows(data.source, data.split)
+    rows = rows.select(range(min(data.limit, len(rows)))) if data.limit else rows
+    if data.validation_rows >= len(rows):
+        raise DataError(
+            f"{data.source}: {len(rows)} rows leave none to train on with {data.validation_rows} held out"
+        )
+    cut = len(rows) - data.validation_rows
+    return rows.select(range(cut)), rows.select(range(cut, len(rows)))
+
+
+def save_final(trainer: DiffusionTrainer, start: StartConfig, folder: Path) -> None:
+    """Write the finished model: all its weights, or its adapter unless that is to be merged."""
+    if not (start.lora.r and start.lora.merge):
+        trainer.save_model(str(folder))
+    elif trainer.accelerator.is_main_process:
+        merged(trainer.accelerator.unwrap_model(trainer.model)).save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+        if trainer.prior is not None:
+            trainer.prior.save(folder)
+
+
+def record(
+    model: MaskedDiffusionModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    report: EncodingReport,
+    stage: dict[str, Any],
+) -> None:
+    """Write into the model's own configuration how it was made and how to sample from it."""
+    model.config.training = {
+        **stage,
+        "data": {**asdict(config.data), "rows": report.as_dict()},
+        "template": template_name(tokenizer),
+        "learning_rate": config.learning_rate,
+        "seed": config.seed,
+        "ema_decay": config.ema_decay,
+    }
+    model.config.generation = {"decoder": "conv", "window": config.data.window, "steps": config.sample_steps}
+
+
+def build_trainer(
+    stage: Stage[Any],
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    train_set: Dataset,
+    eval_set: Dataset | None,
+) -> DiffusionTrainer:
+    """The trainer of a run."""
+    config: RunConfig = stage.config
+    data = config.data
+    prior = TokenPrior.of(train_set, model.config.vocab_size, tuple(tokenizer.all_special_ids))
+    collator = WindowCollator(
+        eos_token_id=int(tokenizer.eos_token_id),
+        window=data.window,
+        grouped=data.windows == "grouped",
+        eos_tail=data.eos_tail,
+        cut_share=data.cut_share,
+        eos_loss_all=data.eos_loss == "all",
+        seed=config.seed,
+    )
+    trainer = stage.trainer(
+        model,
+        prior,
+        args=training_arguments(config, evaluate=eval_set is not None),
+        data_collator=collator,
+        processing_class=tokenizer,
+        train_dataset=_numbered(train_set),
+        eval_dataset=_numbered(eval_set) if eval_set is not None else None,
+        ema_decay=config.ema_decay,
+        eval_draws=config.eval_draws,
+        keep_checkpoints=config.keep_checkpoints,
+    )
+    trainer.prior = prior
+    return trainer
+
+
+def _numbered(rows: Dataset) -> Dataset:
+    """Give every row its number, which seeds its noise in validation."""
+    return rows.add_column("row", list(range(len(rows)))).with_format("torch")
+
+
+_SHARED = (
+    "output_dir",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+    "logging_steps",
+    "save_steps",
+    "report_to",
+)
+"""Settings that transformers knows by the same name."""
+
+
+def training_arguments(config: RunConfig, evaluate: bool) -> TrainingArguments:
+    """Our settings as transformers' own.
+
+    Raises:
+        ConfigError: when `config.trainer` names a field that does not exist, or one that we set.
+    """
+    ours: dict[str, Any] = {name: getattr(config, name) for name in _SHARED}
+    ours |= {
+        "max_steps": config.max_steps or -1,
+        "eval_strategy": "steps" if evaluate and config.eval_steps else "no",
+        "eval_steps": config.eval_steps or None,
+        "save_strategy": "steps",
+        **_precision(config.precision),
+    }
+    known = {f.name for f in fields(TrainingArguments)}
+    for name in config.trainer:
+        if name not in known:
+            raise unknown_name("trainer setting", name, known)
+        if name in ours:
+            raise ConfigError(
+                f"trainer.{name} is not free: the run sets it from its own options (see --help)"
+            )
+    defaults: dict[str, Any] = {
+        "per_device_eval_batch_size": 2 * config.per_device_train_batch_size,
+        "optim": "adamw_torch_fused",
+        "use_cpu": not torch.accelerator.is_available(),
+        "label_names": ["input_ids"],
+        "ddp_find_unused_parameters": False,
+    }
+    return TrainingArguments(**(defaults | config.trainer | ours))
+
+
+def _precision(precision: str) -> dict[str, bool]:
+    if precision == "auto":
+        cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        precision = "bf16" if cuda or torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return {"bf16": precision == "bf16", "fp16": precision == "fp16"}

@@ -1,0 +1,112 @@
+"""The model that a run starts from: random weights, a causal LM made bidirectional, or a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dlm.adapter import add_adapter
+from dlm.backbone import ScratchConfig, from_causal_lm, from_scratch
+from dlm.checkpoint import is_causal_lm, load_model
+from dlm.errors import CheckpointError, ConfigError
+from dlm.model import MaskedDiffusionModel
+from dlm.tokenizer import set_template, template_name, train_tokenizer
+from finetune.config import ModelConfig, StartConfig, TrainConfig
+
+logger = logging.getLogger(__name__)
+
+Pair = tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]
+
+
+def first_model(config: TrainConfig, rows: Dataset, resume_from: Path | None = None) -> Pair:
+    """The model that supervised fine-tuning starts from, and its tokenizer.
+
+    Args:
+        config: settings of the run.
+        rows: what a new tokenizer is trained on.
+        resume_from: a checkpoint of this run, whose tokenizer is taken instead of training one again.
+    """
+    return _from_checkpoint(config.model) if config.model.init else _from_nothing(config, rows, resume_from)
+
+
+def fine_tuned_model(config: StartConfig, prompted: bool) -> Pair:
+    """A checkpoint that supervised fine-tuning has been through, and its tokenizer.
+
+    Args:
+        config: settings of the start.
+        prompted: whether the rows of the run have prompts.
+
+    Raises:
+        CheckpointError: for a model that was never fine-tuned, saying how to do it.
+    """
+    how = f"fine-tune it first: dlm train --model.init {config.init} --output_dir …"
+    if is_causal_lm(config.init):
+        raise CheckpointError(f"{config.init}: an autoregressive model, never trained to fill masks; {how}")
+    model, tokenizer = load_model(config.init, device="cpu", dtype="float32")
+    training = model.config.training
+    if not training:
+        raise CheckpointError(f"{config.init}: its config.json records no training; {how}")
+    if prompted and training.get("template") == "plain":
+        raise CheckpointError(f"{config.init}: trained on plain text, never on instructions; {how}")
+    return model, tokenizer
+
+
+def prepare(model: MaskedDiffusionModel, config: StartConfig, window: int) -> Any:
+    """Fit a model out for training: memory, attention kernel, and an adapter around it if asked for.
+
+    Raises:
+        ConfigError: when the window is longer than the model's positions.
+    """
+    if window > model.config.max_positions:
+        raise ConfigError(
+            f"window {window} is longer than the {model.config.max_positions} positions of the model"
+        )
+    if config.gradient_checkpointing:  # transformers renamed the method during 5.x
+        old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+        getattr(model, new if hasattr(model, new) else old)()
+    if config.attn_implementation:
+        model.set_attn_implementation(config.attn_implementation)
+    lora = config.lora
+    if not lora.r:
+        return model
+    return add_adapter(
+        model, config.init, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets
+    )
+
+
+def _from_nothing(config: TrainConfig, rows: Dataset, resume_from: Path | None) -> Pair:
+    """Random weights and a tokenizer trained on the rows; the bare template where no row has a prompt."""
+    if resume_from:
+        tokenizer = AutoTokenizer.from_pretrained(resume_from)
+    else:
+        tokenizer = train_tokenizer(_texts(rows), config.model.vocab_size)
+        prompted = any(prompt for prompt in rows["prompt"])
+        set_template(tokenizer, config.model.template if prompted else "plain")
+    shape = {
+        f.name: getattr(config.model, f.name) for f in fields(ScratchConfig) if hasattr(config.model, f.name)
+    }
+    shape["max_position_embeddings"] = max(2048, config.data.window)
+    return from_scratch(ScratchConfig(**shape), tokenizer, config.seed), tokenizer
+
+
+def _from_checkpoint(config: ModelConfig) -> Pair:
+    """A causal LM made bidirectional, or a diffusion checkpoint with its own template and shift."""
+    if is_causal_lm(config.init):
+        return from_causal_lm(config.init, template=config.template, shift=config.shift)
+    model, tokenizer = load_model(config.init, device="cpu", dtype="float32")
+    logger.info(
+        "%s: keeps its template (%s) and shift=%s", config.init, template_name(tokenizer), model.config.shift
+    )
+    return model, tokenizer
+
+
+def _texts(rows: Dataset) -> Any:
+    """What a new tokenizer is trained on: every message and answer."""
+    for row in rows:
+        yield from (turn["content"] for turn in row["prompt"])
+        yield row["answer"]
