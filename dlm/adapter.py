@@ -43,6 +43,7 @@ def add_adapter(
     alpha: float,
     dropout: float = 0.0,
     targets: str = "all",
+    seed: int = 0,
 ) -> Any:
     """Freeze `model` and give it a trainable adapter; norms and the mask token's row are trained whole.
 
@@ -53,6 +54,7 @@ def add_adapter(
         alpha: the update is scaled by alpha / r.
         dropout: dropout before the update.
         targets: a key of `TARGETS`.
+        seed: seed of the first weights.
 
     Returns:
         A `peft.PeftModel` around `model`.
@@ -68,7 +70,9 @@ def add_adapter(
         target_modules=TARGETS[targets],
         modules_to_save=["norm", "mask_shift"],
     )
-    return get_peft_model(model, config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
 
 
 def is_adapter(path: str | Path) -> bool:

@@ -12,26 +12,26 @@ from transformers import TrainerCallback
 History = list[dict[str, float]]
 """The trainer's log: one record per logged step or evaluation, each with its `step`."""
 
+Draw = Callable[[History], Any]
+
 
 class CurveCallback(TrainerCallback):  # type: ignore[misc]
-    """Renews a plot at every evaluation and checkpoint, and at the end.
+    """Renews plots at every evaluation and checkpoint, and at the end.
 
     Args:
-        folder: where it goes.
-        draw: from the history to a matplotlib figure; loss and NELBO by default.
-        name: file name of the picture.
+        folder: where they go.
+        drawings: file name of each picture, and how it is drawn from the history as a matplotlib figure.
     """
 
-    def __init__(
-        self, folder: str | Path, draw: Callable[[History], Any] | None = None, name: str = "curve.png"
-    ) -> None:
-        self.folder, self.draw, self.name = Path(folder), draw or draw_curve, name
+    def __init__(self, folder: str | Path, drawings: dict[str, Draw]) -> None:
+        self.folder, self.drawings = Path(folder), drawings
 
     def _renew(self, state: Any) -> None:
         if state.is_world_process_zero and state.log_history:
             text = json.dumps(state.log_history, indent=1)
             (self.folder / "history.json").write_text(text, encoding="utf-8")
-            self.draw(state.log_history).savefig(self.folder / self.name, dpi=150)
+            for name, draw in self.drawings.items():
+                draw(state.log_history).savefig(self.folder / name, dpi=150)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After a validation."""

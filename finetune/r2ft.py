@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from dlm.curves import CurveCallback
+from dlm.curves import Draw
 from dlm.data.windows import Batch
 from dlm.model import IGNORE, MaskedDiffusionModel
 from dlm.noise import fold, key_of
@@ -243,6 +243,12 @@ class R2FT(Stage[R2FTConfig]):
         """See `Stage`."""
         return self.config.model
 
+    @property
+    def drawings(self) -> dict[str, Draw]:
+        """See `Stage`."""
+        tolerance = self.config.nelbo_tolerance
+        return {**super().drawings, "r2ft.png": partial(draw_r2ft, tolerance=tolerance)}
+
     def first(
         self, rows: Dataset, resume_from: Path | None
     ) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
@@ -270,12 +276,11 @@ class R2FT(Stage[R2FTConfig]):
     def callbacks(
         self, trainer: DiffusionTrainer, tokenizer: PreTrainedTokenizerBase, held_out: Dataset, run: RunFolder
     ) -> Iterable[TrainerCallback]:
-        """The guard of the NELBO, samples to measure and samples to read, and the plot of it all."""
+        """The guard of the NELBO, samples to measure and samples to read."""
         return [
             BestWithinTolerance(trainer, run, self.config.nelbo_tolerance),
             WatchCallback(trainer, tokenizer, self.config, held_out),
             SampleCallback(trainer, tokenizer, self.config, held_out),
-            CurveCallback(run.path, partial(draw_r2ft, tolerance=self.config.nelbo_tolerance), "r2ft.png"),
         ]
 
 

@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from dlm.adapter import merged
-from dlm.curves import CurveCallback
+from dlm.curves import CurveCallback, Draw, draw_curve
 from dlm.data.config import DataConfig
 from dlm.data.encode import EncodingReport, encode_rows
 from dlm.data.rows import load_rows
@@ -54,6 +54,11 @@ class Stage(Generic[Config]):
     def start(self) -> StartConfig:
         """Settings of the model that the run starts from."""
         raise NotImplementedError
+
+    @property
+    def drawings(self) -> dict[str, Draw]:
+        """Plots of the run, by file name."""
+        return {"curve.png": draw_curve}
 
     def first(
         self, rows: Dataset, resume_from: Path | None
@@ -99,12 +104,12 @@ def execute(stage: Stage[Any]) -> Path:
     eval_set = encode_rows(held_out, tokenizer, config.data.window)[0] if len(held_out) else None
     logger.info("training rows: %s", report)
     record(model, tokenizer, config, report, stage.record())
-    model = prepare(model, stage.start, config.data.window)
+    model = prepare(model, stage.start, config.data.window, config.seed)
     trainer = build_trainer(stage, model, tokenizer, train_set, eval_set)
     if config.eval_steps and eval_set is not None:
         for callback in stage.callbacks(trainer, tokenizer, held_out, run):
             trainer.add_callback(callback)
-    trainer.add_callback(CurveCallback(run.path))  # last: it draws what the others measured
+    trainer.add_callback(CurveCallback(run.path, stage.drawings))  # last: it draws what the others measured
     if trainer.accelerator.is_main_process:
         run.begin(report)
     trainer.accelerator.wait_for_everyone()

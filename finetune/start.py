@@ -56,8 +56,14 @@ def fine_tuned_model(config: StartConfig, prompted: bool) -> Pair:
     return model, tokenizer
 
 
-def prepare(model: MaskedDiffusionModel, config: StartConfig, window: int) -> Any:
+def prepare(model: MaskedDiffusionModel, config: StartConfig, window: int, seed: int) -> Any:
     """Fit a model out for training: memory, attention kernel, and an adapter around it if asked for.
+
+    Args:
+        model: the model before the run.
+        config: settings of the start.
+        window: longest window of the run, in tokens.
+        seed: seed of the adapter's first weights.
 
     Raises:
         ConfigError: when the window is longer than the model's positions.
@@ -75,7 +81,13 @@ def prepare(model: MaskedDiffusionModel, config: StartConfig, window: int) -> An
     if not lora.r:
         return model
     return add_adapter(
-        model, config.init, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets
+        model,
+        config.init,
+        r=lora.r,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        targets=lora.targets,
+        seed=seed,
     )
 
 

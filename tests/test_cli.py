@@ -132,3 +132,27 @@ def test_inspect_says_what_a_checkpoint_is(checkpoint, capsys, tmp_path):
     broken.mkdir()
     assert main(["inspect", str(broken)]) == 1
     assert "no config.json" in capsys.readouterr().err
+
+
+def test_nested_commands_are_found_and_helped(checkpoint, capsys):
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    assert "inspect negatives" in overview
+    assert "inspect ldw" in overview
+    assert main(["inspect", "negatives", "--help"]) == 0
+    assert "--negatives.left" in capsys.readouterr().out
+    assert main(["inspect", "negatives"]) == 2
+    assert "model" in capsys.readouterr().err
+    assert main(["inspect", "negativs"]) == 1  # then it is the name of a checkpoint
+
+
+def test_inspect_negatives_shows_true_and_wrong_tokens(checkpoint, capsys):
+    words = ["inspect", "negatives", "--model", checkpoint, "--data.source", "rules", "--data.window", "64"]
+    rules = [f"--negatives.{name}=0" for name in ("right", "prior", "mixed", "run")]
+    assert main([*words, *rules, "--negatives.eos_p=1", "--rows", "3"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("rule: left") == 3
+    assert text.count("negative  ") >= 3
+    assert "⏎" in text
+    assert main([*words, "--model", "/nowhere"]) == 1
+    assert "no tokenizer to be had" in capsys.readouterr().err

@@ -134,3 +134,13 @@ def test_the_mask_shift_touches_masks_only():
         shift.weight.copy_(torch.tensor([1.0, 2.0, 3.0]))
     out = shift(torch.tensor([[True, False]]))
     assert out.tolist() == [[[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]]
+
+
+def test_equal_seeds_give_equal_first_weights(base):
+    def first(seed):
+        model = add_adapter(load_model(base, device="cpu")[0], str(base), r=4, alpha=8, seed=seed)
+        return model.get_submodule("base_model.model.backbone.layers.0.mlp.up_proj").lora_A["default"].weight
+
+    torch.rand(3)
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))

@@ -73,3 +73,36 @@ def test_chunked_log_probabilities_and_gradients_equal_the_plain_ones(model):
     assert torch.allclose(gradient, again, atol=1e-6)
     reference = model.logits(hidden).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     assert torch.allclose(plain, reference, atol=1e-5)
+
+
+def test_several_candidates_per_cell_share_one_pass_through_the_head(model):
+    torch.manual_seed(0)
+    hidden = torch.randn(50, 32, requires_grad=True)
+    targets = torch.randint(0, 100, (50, 3))
+    targets[torch.rand(50, 3) < 0.3] = IGNORE
+    calls = []
+    handle = model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    got = token_log_probabilities(hidden, model.lm_head, targets)
+    handle.remove()
+    assert len(calls) == 1
+    reference = model.logits(hidden).log_softmax(-1)
+    for i in range(50):
+        for j in range(3):
+            expected = 0.0 if targets[i, j] == IGNORE else float(reference[i, targets[i, j]])
+            assert abs(float(got[i, j]) - expected) < 1e-5
+    (gradient,) = torch.autograd.grad(got.sum(), hidden)
+    (again,) = torch.autograd.grad(
+        token_log_probabilities(hidden, model.lm_head, targets, chunk=7).sum(), hidden
+    )
+    assert torch.allclose(gradient, again, atol=1e-6)
+
+
+def test_the_model_takes_candidates_at_the_cells_that_have_any(model):
+    ids = torch.randint(5, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    targets = torch.full((2, 9, 2), IGNORE)
+    targets[0, 3] = torch.tensor([7, 8])
+    targets[1, 5, 1] = 9
+    got = model(input_ids=ids, targets=targets).token_logp
+    full = model(input_ids=ids).logits.log_softmax(-1)
+    expected = torch.tensor([[full[0, 3, 7], full[0, 3, 8]], [0.0, full[1, 5, 9]]])
+    torch.testing.assert_close(got, expected)

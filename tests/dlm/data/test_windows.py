@@ -64,3 +64,16 @@ def test_grouping_brings_similar_lengths_together():
         return sum(max(b) * len(b) for b in batches) / sum(lengths) - 1
 
     assert waste(8) < 0.1 < waste(1)
+
+
+def test_a_share_of_grouped_rows_ends_inside_the_answer():
+    rows = [{"input_ids": [5, 6, 7, *range(10, 30), 0], "prompt_length": 3, "row": i} for i in range(4000)]
+    collate = WindowCollator(eos_token_id=0, window=64, grouped=True, eos_tail=0, cut_share=0.25, seed=1)
+    batch = collate(rows)
+    end = batch["attention_mask"].sum(1)
+    cut = end < 24
+    assert abs(float(cut.float().mean()) - 0.25) < 0.03
+    assert set(end[cut].tolist()) == set(range(4, 24))  # at least one token of the answer, never its EOS
+    assert torch.equal(batch["length"], end)
+    assert torch.equal(batch["loss_mask"].sum(1), end - 3)
+    assert collate([{**rows[0], "prompt_length": 0}] * 50)["attention_mask"].sum(1).unique().tolist() == [24]

@@ -1,0 +1,103 @@
+"""The diagnosis against a brute-force sum over the vocabulary, and its command."""
+
+import json
+
+import pytest
+import torch
+
+from decoding.ldw import candidates, decoding_window, draw_decoding_windows
+from dlm.cli import main
+from dlm.errors import ConfigError
+from dlm.prior import TokenPrior
+from tests.fakes import FakeDenoiser, FakeTokenizer
+
+PRIOR = TokenPrior(torch.tensor([50] + list(range(22, 0, -1))), special=(0, 22))
+"""Of the fake vocabulary: ids 1, 2, 3 … in falling frequency."""
+
+
+def brute(model, tokenizer, prompt, window, tokens):
+    ids = tokenizer(prompt)["input_ids"]
+    row = ids + [model.mask_id] * (window - len(ids))
+    logits = model.logits(model.hidden(torch.tensor([row]))[0])
+    out = []
+    for place in range(len(ids), window):
+        weights = [float(x) for x in logits[place].double().exp()]
+        out.append(sum(weights[t] for t in tokens) / sum(weights))
+    return out
+
+
+def test_masses_are_sums_of_probabilities_at_each_distance():
+    model, tokenizer = FakeDenoiser(), FakeTokenizer()
+    prompts = ["abc", "defgh"]
+    got = decoding_window(model, tokenizer, prompts, PRIOR, window=12, top=4)
+    assert got.rows.tolist() == [2] * 7 + [1] * 2
+    for field, of in (
+        ("frequent", lambda p: [1, 2, 3, 4]),
+        ("prompt", lambda p: sorted(set(tokenizer(p)["input_ids"]))),
+        ("end", lambda p: [0]),
+    ):
+        sums = [brute(model, tokenizer, p, 12, of(p)) for p in prompts]
+        for distance in range(9):
+            values = [s[distance] for s in sums if distance < len(s)]
+            expected = sum(values) / len(values)
+            assert float(getattr(got, field)[distance]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_candidates_are_the_likeliest_tokens_and_know_what_they_are():
+    model, tokenizer = FakeDenoiser(), FakeTokenizer()
+    zone = candidates(model, tokenizer, "abc", PRIOR, window=12, top=4, positions=5, k=6)
+    assert len(zone) == 5
+    said = set(tokenizer("abc")["input_ids"])
+    for distance, row in enumerate(zone):
+        chances = [c.probability for c in row]
+        assert chances == sorted(chances, reverse=True)
+        for c in row:
+            token = 0 if c.kind == "end" else ord(c.text) - 97
+            expected = brute(model, tokenizer, "abc", 12, [token])[distance]
+            assert c.probability == pytest.approx(expected, rel=1e-5)
+            kind = "end" if token == 0 else "prompt" if token in said else "frequent" if token <= 4 else "other"
+            assert c.kind == kind
+
+
+def test_a_prompt_that_fills_the_window_is_an_error():
+    with pytest.raises(ConfigError, match="the window must be at least 4"):
+        decoding_window(FakeDenoiser(), FakeTokenizer(), ["abc"], PRIOR, window=3)
+    with pytest.raises(ConfigError, match="no prompt was given"):
+        decoding_window(FakeDenoiser(), FakeTokenizer(), [], PRIOR, window=3)
+
+
+def test_the_plot_has_a_line_for_each_model_in_each_panel():
+    got = decoding_window(FakeDenoiser(), FakeTokenizer(), ["abc"], PRIOR, window=12)
+    figure = draw_decoding_windows({"before": got, "after": got})
+    assert [len(axes.lines) for axes in figure.axes] == [2, 2, 2]
+    assert figure.axes[0].lines[0].get_ydata() == pytest.approx(got.frequent.tolist())
+
+
+@pytest.fixture
+def checkpoint(model, tokenizer, tmp_path):
+    folder = tmp_path / "model"
+    model.config.generation = {"window": 40}
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_command_compares_models_and_writes_picture_and_figures(checkpoint, tmp_path, capsys):
+    words = ["inspect", "ldw", str(checkpoint), "--prompts", '["Spell bread and cloud."]']
+    assert main([*words, "--output", str(tmp_path / "ldw.png")]) == 2
+    assert "token_counts.safetensors; name the training rows with --counts" in capsys.readouterr().err
+    TokenPrior(torch.arange(400), (0, 1, 2)).save(checkpoint)
+    assert main([*words, "--output", str(tmp_path / "ldw.png"), "--positions", "3"]) == 0
+    assert "frequent in all answers" in capsys.readouterr().out
+    assert (tmp_path / "ldw.png").stat().st_size > 10_000
+    facts = json.loads((tmp_path / "ldw.json").read_text())
+    assert set(facts[str(checkpoint)]) == {"frequent", "prompt", "end", "rows"}
+
+
+def test_tokens_are_counted_in_given_rows_where_no_model_has_its_counts(checkpoint, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"instruction": "Go.", "output": "Anna counts: 1 2 3"}\n' * 3)
+    words = ["inspect", "ldw", str(checkpoint), "--prompts", '["Spell bread and cloud."]', "--output", ""]
+    assert main([*words, "--counts", str(file)]) == 0
+    assert main(["inspect", "ldw", str(checkpoint)]) == 2
+    assert "give --prompts or --file" in capsys.readouterr().err
