@@ -1,8 +1,8 @@
 """Diagnosis of the long decoding-window problem (arXiv 2509.15188, figures 3 and 11).
 
-Far from the context a masked diffusion model does not know what to write, and puts its probability on tokens
-that are frequent everywhere and on tokens that it has just seen. Both are measured here on a fresh canvas, the
-prompt followed by masks, as functions of the distance from the prompt.
+Far from the context a masked diffusion model does not know what to write, and puts its probability on
+tokens that are frequent everywhere and on tokens that it has just seen. Both are measured here on a fresh
+canvas, the prompt followed by masks, as functions of the distance from the prompt.
 """
 
 from __future__ import annotations
@@ -112,10 +112,7 @@ def candidates(
         return "prompt" if token in said else "frequent" if token in frequent else "other"
 
     return [
-        [
-            Candidate(tokenizer.decode([token]), p, kind(token))
-            for token, p in zip(row, chances, strict=True)
-        ]
+        [Candidate(tokenizer.decode([token]), p, kind(token)) for token, p in zip(row, chances, strict=True)]
         for row, chances in zip(ids.tolist(), probability.tolist(), strict=True)
     ]
 
@@ -157,7 +154,9 @@ def draw_decoding_windows(measured: dict[str, DecodingWindow], top: int = 100) -
     for axes, field, title in zip(panels, ("frequent", "prompt", "end"), titles, strict=True):
         for i, (name, figures) in enumerate(measured.items()):
             colour, line = _LINES[i % len(_LINES)]
-            axes.plot(getattr(figures, field).tolist(), linestyle=line, color=colour, linewidth=1.6, label=name)
+            axes.plot(
+                getattr(figures, field).tolist(), linestyle=line, color=colour, linewidth=1.6, label=name
+            )
         axes.set(xlabel="distance from the prompt, tokens", title=title)
         axes.set_ylim(bottom=0)
         plain(axes)

@@ -100,9 +100,10 @@ def merged(model: Any) -> MaskedDiffusionModel:
     if not hasattr(model, "merge_and_unload"):
         return model  # type: ignore[no-any-return]
     plain: MaskedDiffusionModel = model.merge_and_unload()
-    if plain.mask_shift is not None:
+    if isinstance(plain.mask_shift, MaskShift):
         with torch.no_grad():
-            plain.get_input_embeddings().weight[plain.config.mask_token_id] += plain.mask_shift.weight
+            table: torch.Tensor = plain.get_parameter("backbone.embed_tokens.weight")
+            table[plain.config.mask_token_id] += plain.mask_shift.weight
         plain.mask_shift = None
     return plain
 

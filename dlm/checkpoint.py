@@ -32,8 +32,8 @@ def load_model(
     """Load a masked diffusion model for inference or further training.
 
     Args:
-        path: folder or hub id of a checkpoint of this toolkit, or folder of an adapter; also a causal LM (folder, hub id or
-            `.gguf` file), which is made bidirectional and has then still to be trained.
+        path: folder or hub id of a checkpoint of this toolkit, or folder of an adapter; also a causal LM
+            (folder, hub id or `.gguf` file), which is made bidirectional and has then still to be trained.
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
         dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 on a GPU, float32 on a CPU.
         attn_implementation: transformers' name of the attention kernel; by default flash-attn where it
@@ -98,9 +98,7 @@ def model_type(path: str) -> str:
         raise CheckpointError(f"{path}: no such folder, and not a model that the hub could give") from error
 
 
-def _load_with_adapter(
-    path: str, dtype: torch.dtype
-) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
+def _load_with_adapter(path: str, dtype: torch.dtype) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
     """The adapter's base with the adapter merged in; configuration and tokenizer are the adapter's own."""
     config, base = _diffusion_config(path), base_of(path)
     try:

@@ -1,8 +1,9 @@
 """The `dlm` program: finds a subcommand, parses its settings, runs it, turns errors into exit codes.
 
-Each package offers its commands through the entry-point group `dlm.commands` (`inspect.ldw` is the subcommand
-`dlm inspect ldw`); the one that is asked for is imported, the others are not. Options come from a frozen dataclass: `--name value`, dotted for nested ones,
-or `--config file.yaml`. Exit status 2 is a usage error, 1 a failure, each with one line on stderr.
+Each package offers its commands through the entry-point group `dlm.commands` (`inspect.ldw` is the
+subcommand `dlm inspect ldw`); the one that is asked for is imported, the others are not. Options come from a
+frozen dataclass: `--name value`, dotted for nested ones, or `--config file.yaml`. Exit status 2 is a usage
+error, 1 a failure, each with one line on stderr.
 """
 
 from __future__ import annotations

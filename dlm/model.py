@@ -24,7 +24,7 @@ class MaskedDiffusionOutput(ModelOutput):  # type: ignore[misc]
     logits: torch.Tensor | None = None
     """[B, L, V], mask column -inf: when no targets were given."""
     token_logp: torch.Tensor | None = None
-    """[N] or [N, K] float32 log-probabilities of the targets, in row-major order of the cells that have one."""
+    """[N] or [N, K] float32 log-probabilities of the targets, by cells that have one in row-major order."""
 
 
 class DenoisingHead(nn.Linear):

@@ -1,7 +1,7 @@
-"""`make demo`: train a small model on rule-made tasks and decode held-out prompts with every preset.
+"""`make demo`: train a small model on rule-made tasks, reject repetition, and compare every decoder.
 
 Everything is made here, nothing is fetched: instructions and their answers by a seeded generator, the
-tokenizer and the model from random weights. The answers are checked by program.
+tokenizer and the model from random weights. The answers to held-out prompts are checked by program.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from decoding.ldw import decoding_window, draw_decoding_windows
 from decoding.measures import repetition
 from decoding.presets import Decoder
 from decoding.sampler import Output, Sampler
 from dlm.checkpoint import load_model
 from dlm.data.config import DataConfig
 from dlm.data.rules import Example, is_right, make_examples
-from finetune.config import ModelConfig, TrainConfig
+from dlm.prior import TokenPrior
+from finetune.config import ModelConfig, ObjectiveConfig, R2FTConfig, StartConfig, TrainConfig
 
 WINDOW = 72
 STEPS = WINDOW // 8
@@ -65,10 +67,34 @@ def training(folder: Path, seed: int, steps: int) -> TrainConfig:
     )
 
 
+def rejecting(folder: Path, start: Path, seed: int, steps: int) -> R2FTConfig:
+    """The recipe of the R2FT stage."""
+    return R2FTConfig(
+        output_dir=str(folder),
+        model=StartConfig(init=str(start)),
+        data=DataConfig(source="rules", window=WINDOW, limit=60_000, validation_rows=256),
+        max_steps=steps,
+        per_device_train_batch_size=32,
+        learning_rate=2e-5,
+        objective=ObjectiveConfig(beta_w=0.3, beta_l=0.3),  # the margin is wide: with 1 the loss is flat
+        warmup_steps=10,
+        logging_steps=10,
+        eval_steps=50,
+        save_steps=50,
+        sample_steps=STEPS,
+        watch=64,
+        precision="fp32",
+        max_grad_norm=10.0,
+        seed=seed,
+    )
+
+
 @dataclass(frozen=True)
 class Score:
-    """How one decoder did over all prompts under one seed."""
+    """How one model and one decoder did over all prompts under one seed."""
 
+    model: str
+    """"SFT" or "SFT+R2FT"."""
     decoder: str
     seed: int
     right: float
@@ -82,9 +108,7 @@ class Score:
     """Answer tokens (EOS and padding excluded) per second of wall time."""
 
 
-def score(
-    sampler: Sampler, examples: list[Example], decoder: Decoder, seed: int
-) -> tuple[Score, list[Output]]:
+def score(model: str, sampler: Sampler, examples: list[Example], decoder: Decoder, seed: int) -> Score:
     """Decode every prompt once and check the answers."""
     begun = time.perf_counter()
     outputs = sampler.generate(
@@ -98,7 +122,8 @@ def score(
     seconds = time.perf_counter() - begun
     right = [is_right(example, output.text) for example, output in zip(examples, outputs, strict=True)]
     tasks = sorted({example.task for example in examples})
-    result = Score(
+    return Score(
+        model=model,
         decoder=decoder.name,
         seed=seed,
         right=mean(right),
@@ -110,23 +135,23 @@ def score(
         model_calls=mean(output.model_calls for output in outputs),
         tokens_per_second=sum(len(output.token_ids) for output in outputs) / seconds,
     )
-    return result, outputs
 
 
 def compare(
-    sampler: Sampler, examples: list[Example], seeds: list[int], console: Console, top_k: int = 20
+    samplers: dict[str, Sampler], examples: list[Example], seeds: list[int], console: Console, top_k: int = 20
 ) -> list[Score]:
-    """Every preset under every seed, with a progress bar; `top_k` for those that cut."""
+    """Every preset of every model under every seed, with a progress bar; `top_k` for those that cut."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     scores = []
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("Decoding", total=len(DECODERS) * len(seeds))
+        bar = progress.add_task("Decoding", total=len(DECODERS) * len(seeds) * len(samplers))
         for name, preset in DECODERS.items():
-            options = preset | ({"top_k": top_k} if "top_k" in preset else {})
-            for seed in seeds:
-                progress.update(bar, description=f"Decoding: {name}, seed {seed}")
-                scores.append(score(sampler, examples, Decoder.named(name, **options), seed)[0])
-                progress.advance(bar)
+            decoder = Decoder.named(name, **preset | ({"top_k": top_k} if "top_k" in preset else {}))
+            for model, sampler in samplers.items():
+                for seed in seeds:
+                    progress.update(bar, description=f"Decoding: {model}, {name}, seed {seed}")
+                    scores.append(score(model, sampler, examples, decoder, seed))
+                    progress.advance(bar)
     return scores
 
 
@@ -143,7 +168,7 @@ def sweep(sampler: Sampler, examples: list[Example], seeds: list[int], console: 
     for name, (option, sizes) in SWEEP.items():
         for size in sizes:
             decoder = Decoder.named(name, **(DECODERS[name] | {option: size}))
-            shares = [score(sampler, examples, decoder, seed)[0].right for seed in seeds]
+            shares = [score("SFT", sampler, examples, decoder, seed).right for seed in seeds]
             console.print(f"{name:<8} {option} {size:>3}: right {_spread(shares)} %")
 
 
@@ -153,26 +178,27 @@ def _spread(values: list[float], scale: float = 100, digits: int = 1) -> str:
 
 
 def table(scores: list[Score]) -> Table:
-    """One line per decoder, mean and standard deviation over the seeds."""
+    """One line per decoder and model, mean and standard deviation over the seeds."""
     tasks = list(scores[0].right_by_task)
     out = Table(
         title=f"Held-out prompts, window {WINDOW}, {STEPS} steps (mean ± standard deviation over seeds)"
     )
-    for title in ("decoder", "right, %", *tasks, "repeated, %", "calls", "tokens/s"):
-        first = title == "decoder"
-        out.add_column(
-            title, justify="left" if first else "right", no_wrap=first, min_width=11 if first else None
-        )
-    for name in dict.fromkeys(s.decoder for s in scores):
-        rows = [s for s in scores if s.decoder == name]
+    for title in ("decoder", "model", "right, %", *tasks, "repeated, %", "calls", "tokens/s"):
+        named = title in ("decoder", "model")
+        out.add_column(title, justify="left" if named else "right", no_wrap=named)
+    shown = ""
+    for name, model in dict.fromkeys((s.decoder, s.model) for s in scores):
+        rows = [s for s in scores if (s.decoder, s.model) == (name, model)]
         out.add_row(
-            name,
+            name if name != shown else "",
+            model,
             _spread([s.right for s in rows]),
             *(f"{100 * mean(s.right_by_task[task] for s in rows):.0f}" for task in tasks),
-            _spread([s.repetition for s in rows]),
-            _spread([s.model_calls for s in rows], 1),
+            _spread([s.repetition for s in rows], digits=2),
+            f"{mean(s.model_calls for s in rows):.1f}",
             f"{mean(s.tokens_per_second for s in rows):.0f}",
         )
+        shown = name
     return out
 
 
@@ -193,8 +219,8 @@ def coloured(output: Output, sampler: Sampler) -> Text:
     return text
 
 
-def show(sampler: Sampler, console: Console) -> None:
-    """One prompt answered by three presets, coloured by step."""
+def show(samplers: dict[str, Sampler], console: Console) -> None:
+    """One prompt answered by three presets of each model, coloured by step."""
     legend = Text("step: ")
     for step in range(STEPS + 1):
         legend.append(f" {step} ", style=_style(step, STEPS))
@@ -202,8 +228,22 @@ def show(sampler: Sampler, console: Console) -> None:
     console.print(f"\n[bold]{prompt}[/bold]", legend, sep="\n")
     for name in ("top-k", "semi-ar", "conv"):
         decoder = Decoder.named(name, **DECODERS[name])
-        output = sampler.generate([prompt], decoder=decoder, window=WINDOW, steps=STEPS, seed=0)[0]
-        console.print(f"\n{name} ({output.model_calls} model calls)", coloured(output, sampler), sep="\n")
+        for model, sampler in samplers.items():
+            output = sampler.generate([prompt], decoder=decoder, window=WINDOW, steps=STEPS, seed=0)[0]
+            heading = f"\n{name}, {model} ({output.model_calls} model calls)"
+            console.print(heading, coloured(output, sampler), sep="\n")
+
+
+def diagnose(samplers: dict[str, Sampler], examples: list[Example], folder: Path) -> None:
+    """Draw where each model's probability lies by distance from the prompt, into `ldw.png`."""
+    prior = TokenPrior.load(folder / "sft")
+    assert prior is not None
+    prompts = [example.instruction for example in examples]
+    measured = {
+        name: decoding_window(sampler.model, sampler.tokenizer, prompts, prior, window=WINDOW, top=20)
+        for name, sampler in samplers.items()
+    }
+    draw_decoding_windows(measured, 20).savefig(folder / "ldw.png", dpi=150)
 
 
 def main() -> None:
@@ -214,6 +254,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the training run")
     parser.add_argument("--train-steps", type=int, default=3000)
+    parser.add_argument("--r2ft-steps", type=int, default=100)
     parser.add_argument("--prompts", type=int, default=256, help="held-out prompts")
     parser.add_argument("--seeds", type=int, default=3, help="decoding seeds")
     parser.add_argument("--top-k", type=int, default=20, help="k of the decoders that cut")
@@ -221,24 +262,45 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="compare kernel and block sizes instead")
     options = parser.parse_args()
     console = Console()
-    if not (options.folder / "model.safetensors").exists():
-        from finetune.sft import train
-
-        console.print(f"[bold]1. Training[/bold] a small model from random weights ({options.folder})")
-        train(training(options.folder, options.seed, options.train_steps))
-    sampler = Sampler(*load_model(options.folder, "cpu", "float32"))
+    prepare(options, console)
+    samplers = {
+        name: Sampler(*load_model(options.folder / part, "cpu", "float32")) for name, part in MODELS.items()
+    }
     examples = make_examples(options.prompts, PROMPT_SEED, "validation" if options.sweep else options.split)
-    console.print(f"[bold]2. Decoding[/bold] {len(examples)} held-out prompts with each preset")
+    console.print(f"[bold]3. Decoding[/bold] {len(examples)} held-out prompts with each preset")
     if options.sweep:
-        return sweep(sampler, examples, list(range(options.seeds)), console)
-    scores = compare(sampler, examples, list(range(options.seeds)), console, options.top_k)
+        return sweep(samplers["SFT"], examples, list(range(options.seeds)), console)
+    scores = compare(samplers, examples, list(range(options.seeds)), console, options.top_k)
     console.print(table(scores))
-    show(sampler, console)
+    show(samplers, console)
+    diagnose(samplers, examples, options.folder)
     report: dict[str, Any] = {"window": WINDOW, "steps": STEPS, "scores": [asdict(s) for s in scores]}
     (options.folder / "demo.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    console.print(f"\nFigures: {options.folder / 'demo.json'}. Curve: {options.folder / 'curve.png'}. Try:")
-    console.print(f"  .venv/bin/dlm chat --model {options.folder}", highlight=False)
+    console.print(
+        f"\nIn {options.folder}: demo.json (the figures), sft/curve.png, r2ft/r2ft.png, ldw.png "
+        f"(probability by distance). Try:\n  .venv/bin/dlm chat --model {options.folder}/r2ft",
+        highlight=False,
+    )
     return None
+
+
+MODELS = {"SFT": "sft", "SFT+R2FT": "r2ft"}
+"""Models by name in the table, and their folders."""
+
+
+def prepare(options: argparse.Namespace, console: Console) -> None:
+    """Train both models, unless they are there."""
+    sft, rejected = (options.folder / part for part in MODELS.values())
+    if not (sft / "model.safetensors").exists():
+        from finetune.sft import train
+
+        console.print(f"[bold]1. Training[/bold] a small model from random weights ({sft})")
+        train(training(sft, options.seed, options.train_steps))
+    if not (rejected / "model.safetensors").exists():
+        from finetune.r2ft import r2ft
+
+        console.print(f"[bold]2. R2FT[/bold]: rejecting repetition and frequent tokens ({rejected})")
+        r2ft(rejecting(rejected, sft, options.seed, options.r2ft_steps))
 
 
 if __name__ == "__main__":

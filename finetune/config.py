@@ -180,7 +180,7 @@ class NegativeConfig:
 
     Args:
         left: weight of the rule that repeats the tokens before the masked cells.
-        right: weight of the rule that repeats the tokens behind them, where there are any (text without prompt).
+        right: weight of the rule that repeats the tokens behind them (in text without a prompt).
         prior: weight of the rule that repeats a unit of high-prior tokens.
         mixed: weight of the rule that repeats the tokens before, about half of them high-prior ones instead.
         run: weight of the rule that repeats one single high-prior token.
@@ -209,7 +209,7 @@ class NegativeConfig:
         weights = (self.left, self.right, self.prior, self.mixed, self.run)
         if min(weights) < 0 or self.left + self.prior + self.mixed + self.run == 0:
             raise ConfigError(
-                f"weights of the rules must not be negative, nor left, prior, mixed and run all 0; got {weights}"
+                f"weights of rules must not be negative, nor left, prior, mixed and run all 0; got {weights}"
             )
         if self.unit_max < 1 or self.frequent < 1:
             raise ConfigError(

@@ -1,10 +1,10 @@
 """Negatives by rule: what a model writes when it decodes far from its context (arXiv 2509.15188, section 5).
 
-A row is masked behind a cut, or around or inside a span. Beside the true tokens, every masked cell near the cut
-gets a wrong one: a unit of a few tokens, repeated. Units come from small rules (`RULES`): the tokens before
-the masked cells, the tokens behind them, tokens that are frequent everywhere, mixtures. All of it is tensor
-arithmetic over the batch, and every random number is counted, so that a row's negative depends on its key
-alone.
+A row is masked behind a cut, or around or inside a span. Beside the true tokens, every masked cell near the
+cut gets a wrong one: a unit of a few tokens, repeated. Units come from small rules (`RULES`): the tokens
+before the masked cells, the tokens behind them, tokens that are frequent everywhere, mixtures. All of it is
+tensor arithmetic over the batch, and every random number is counted, so that a row's negative depends on its
+key alone.
 """
 
 from __future__ import annotations
@@ -147,10 +147,10 @@ def make_negative(
 ) -> Contrast:
     """Mask rows and set a wrong continuation against the true one (arXiv 2509.15188, section 5).
 
-    A row with a prompt is cut at c ~ U{L_Q, …, L_Q+L_A-1} and masked from there to its end. The negative covers
-    z ~ U{span_min, …, span_max} cells from c, as far as the row goes, with a unit of g ~ U{1, …, unit_max}
-    tokens (never more than the context has) at a random phase. A row without a prompt is masked inside a
-    span, or outside it. With probability `eos_p` one covered cell before the true EOS becomes EOS.
+    A row with a prompt is cut at c ~ U{L_Q, …, L_Q+L_A-1} and masked from there to its end. The negative
+    covers z ~ U{span_min, …, span_max} cells from c, as far as the row goes, with a unit of
+    g ~ U{1, …, unit_max} tokens (never more than the context has) at a random phase. A row without a prompt
+    is masked inside a span, or outside it. With probability `eos_p` one covered cell before the true EOS becomes EOS.
 
     Args:
         ids: [B, L] int64, clean rows, EOS behind the answer.
@@ -193,7 +193,11 @@ def make_negative(
 
 
 def _layout(
-    prompt_length: torch.Tensor, length: torch.Tensor, real: torch.Tensor, draws: _Draws, rules: NegativeConfig
+    prompt_length: torch.Tensor,
+    length: torch.Tensor,
+    real: torch.Tensor,
+    draws: _Draws,
+    rules: NegativeConfig,
 ) -> Layout:
     """Behind a cut for rows with a prompt; inside or outside a span for the others."""
     position = torch.arange(real.shape[1], device=real.device)
@@ -227,7 +231,9 @@ def _layout(
 
 def _choose(u: torch.Tensor, layout: Layout, rules: NegativeConfig) -> torch.Tensor:
     """[B] a rule for each row, by weight among those for which the row has material."""
-    weight = torch.tensor([getattr(rules, name) for name in RULES], device=u.device).expand(len(u), -1).clone()
+    weight = (
+        torch.tensor([getattr(rules, name) for name in RULES], device=u.device).expand(len(u), -1).clone()
+    )
     for i, name in enumerate(RULES):
         if name in _NEEDS_LEFT:
             weight[:, i] *= layout.left_room > 0

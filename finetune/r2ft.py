@@ -33,6 +33,7 @@ from finetune.samples import SampleCallback
 from finetune.start import fine_tuned_model
 from finetune.watch import BestWithinTolerance, WatchCallback, draw_r2ft
 
+
 def r2ft_loss(
     logp_w: torch.Tensor,
     n_w: torch.Tensor,
@@ -190,7 +191,7 @@ class R2FTTrainer(DiffusionTrainer):
             attention_mask=inputs["attention_mask"],
             targets=inputs["candidates"],
         )
-        full = out.token_logp.new_zeros(cells.shape)
+        full = torch.zeros(cells.shape, device=cells.device)
         full[cells.any(-1)] = out.token_logp
         return full
 
@@ -226,7 +227,11 @@ class R2FTTrainer(DiffusionTrainer):
     def metrics(self, sums: torch.Tensor, rows: int) -> dict[str, float]:
         """NELBO as in SFT; beside it the R2FT loss and figures over the validation rows."""
         own = (sums[2:] / sums[-1]).tolist()
-        return {**super().metrics(sums[:2], rows), "r2ft": own[0], **dict(zip(FIGURES, own[1:], strict=False))}
+        return {
+            **super().metrics(sums[:2], rows),
+            "r2ft": own[0],
+            **dict(zip(FIGURES, own[1:], strict=False)),
+        }
 
 
 FIGURES = ("logp_true", "logp_negative", "margin", "accuracy")

@@ -65,7 +65,9 @@ class RunFolder:
     def trained(self) -> bool:
         """Whether the newest checkpoint is that of the last step."""
         state = self._state
-        return bool(state) and (self._stored.get("stopped", False) or state["global_step"] >= state["max_steps"])
+        return bool(state) and (
+            self._stored.get("stopped", False) or state["global_step"] >= state["max_steps"]
+        )
 
     @property
     def best(self) -> Path | None:

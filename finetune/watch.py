@@ -1,4 +1,4 @@
-"""What is watched during R2FT: whether the language suffers, and whether repetition and high priors recede."""
+"""What is watched during R2FT: whether the language suffers, whether repetition and high priors recede."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ def test_help_names_every_command_and_every_option_with_its_default(capsys):
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
     for name in commands():
-        assert name in overview
-        assert main([name, "--help"]) == 0
+        assert name.replace(".", " ") in overview
+        assert main([*name.split("."), "--help"]) == 0
         text = capsys.readouterr().out
         assert "--config" in text
         assert "default" in text

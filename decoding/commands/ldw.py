@@ -11,7 +11,12 @@ from typing import Any
 from dlm.cli import Command
 from dlm.errors import ConfigError
 
-STYLES = {"prompt": "white on #b3261e", "frequent": "black on #e69f00", "end": "white on #5f6368", "other": ""}
+STYLES = {
+    "prompt": "white on #b3261e",
+    "frequent": "black on #e69f00",
+    "end": "white on #5f6368",
+    "other": "",
+}
 """How the kinds of candidate look in the table."""
 
 
@@ -130,7 +135,11 @@ def legend() -> Any:
     from rich.text import Text
 
     text = Text()
-    for kind, meaning in (("prompt", "in the prompt"), ("frequent", "frequent in all answers"), ("end", "end")):
+    for kind, meaning in (
+        ("prompt", "in the prompt"),
+        ("frequent", "frequent in all answers"),
+        ("end", "end"),
+    ):
         text.append(f" {meaning} ", style=STYLES[kind]).append("  ")
     return text
 

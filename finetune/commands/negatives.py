@@ -10,7 +10,13 @@ from dlm.data.config import DataConfig
 from dlm.errors import ConfigError
 from finetune.config import NegativeConfig
 
-CONTEXT, TRUE, WRONG, SAME, END = "dim", "black on #56b4e9", "black on #e69f00", "underline", "bold white on #b3261e"
+CONTEXT, TRUE, WRONG, SAME, END = (
+    "dim",
+    "black on #56b4e9",
+    "black on #e69f00",
+    "underline",
+    "bold white on #b3261e",
+)
 
 
 @dataclass(frozen=True)
@@ -97,22 +103,20 @@ def _text(tokenizer: Any, batch: Any, contrast: Any, i: int, *, wrong: bool) -> 
     from dlm.model import IGNORE
 
     text = Text()
-    ids, end = batch["input_ids"][i].tolist(), int(batch["length"][i])
-    noisy, true, rejected = (
-        x[i].tolist() for x in (contrast.noisy_ids, contrast.targets, contrast.rejected)
-    )
+    ids = batch["input_ids"][i].tolist()
+    noisy, true, rejected = (x[i].tolist() for x in (contrast.noisy_ids, contrast.targets, contrast.rejected))
+    eos = tokenizer.eos_token_id
     for place, token in enumerate(ids):
+        style = ""
         if noisy[place] == token:
             style = CONTEXT
-        elif not wrong:
-            style = TRUE if true[place] != IGNORE else None
-        elif rejected[place] != IGNORE:
-            token, style = rejected[place], WRONG
-        else:
-            style = SAME if place < end else None
-        if style is not None:
-            shown = "⏎" if token == tokenizer.eos_token_id else tokenizer.decode([token])
-            text.append(shown, style=END if token == tokenizer.eos_token_id and style is WRONG else style)
+        elif wrong and rejected[place] != IGNORE:
+            token = rejected[place]
+            style = END if token == eos else WRONG
+        elif true[place] != IGNORE:
+            style = SAME if wrong else TRUE
+        if style:
+            text.append("⏎" if token == eos else tokenizer.decode([token]), style=style)
     return text
 
 
@@ -120,7 +124,13 @@ def _legend() -> Any:
     from rich.text import Text
 
     text = Text()
-    pairs = (("context", CONTEXT), ("true", TRUE), ("negative", WRONG), ("early end", END), ("not covered", SAME))
+    pairs = (
+        ("context", CONTEXT),
+        ("true", TRUE),
+        ("negative", WRONG),
+        ("early end", END),
+        ("not covered", SAME),
+    )
     for name, style in pairs:
         text.append(f" {name} ", style=style).append("  ")
     return text

@@ -11,7 +11,7 @@ from dlm.errors import ConfigError
 from dlm.prior import TokenPrior
 from tests.fakes import FakeDenoiser, FakeTokenizer
 
-PRIOR = TokenPrior(torch.tensor([50] + list(range(22, 0, -1))), special=(0, 22))
+PRIOR = TokenPrior(torch.tensor([50, *range(22, 0, -1)]), special=(0, 22))
 """Of the fake vocabulary: ids 1, 2, 3 … in falling frequency."""
 
 
@@ -55,7 +55,9 @@ def test_candidates_are_the_likeliest_tokens_and_know_what_they_are():
             token = 0 if c.kind == "end" else ord(c.text) - 97
             expected = brute(model, tokenizer, "abc", 12, [token])[distance]
             assert c.probability == pytest.approx(expected, rel=1e-5)
-            kind = "end" if token == 0 else "prompt" if token in said else "frequent" if token <= 4 else "other"
+            kind = (
+                "end" if token == 0 else "prompt" if token in said else "frequent" if token <= 4 else "other"
+            )
             assert c.kind == kind
 
 

@@ -15,7 +15,7 @@ from dlm.errors import CheckpointError
 from tests.conftest import TINY
 
 
-@pytest.fixture()
+@pytest.fixture
 def base(tokenizer, tmp_path):
     model = from_scratch(TINY, tokenizer)
     model.save_pretrained(tmp_path / "base")

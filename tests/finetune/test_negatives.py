@@ -1,6 +1,7 @@
 """Negatives against an independent, slow reading of the rules: one row, one token at a time."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_the_left_context_is_repeated_at_a_phase_over_a_span_that_ends_with_the_
 
 
 def test_a_unit_is_never_longer_than_its_context():
-    ids, made = contrast(left=1.0, prompt=2, answer=1, window=64)
+    _, made = contrast(left=1.0, prompt=2, answer=1, window=64)
     assert set(cuts(made)) == {2}
     for wrong in made.rejected.tolist():
         assert set(wrong) - {IGNORE} <= {100, 101}
@@ -91,7 +92,7 @@ def test_a_unit_is_never_longer_than_its_context():
 
 def test_the_law_of_unit_lengths_is_uniform():
     """The size is seen in how many different tokens a long negative has."""
-    ids, made = contrast(n=3000, left=1.0, prompt=20, answer=1, window=90)
+    _, made = contrast(n=3000, left=1.0, prompt=20, answer=1, window=90)
     sizes = torch.tensor([len(set(wrong) - {IGNORE}) for wrong in made.rejected.tolist()])
     counts = torch.bincount(sizes, minlength=16)[1:].float()
     assert counts.sum() == 3000
@@ -130,7 +131,7 @@ def test_an_early_eos_stands_before_the_true_one_once_and_as_often_as_asked():
     assert (early.nonzero()[:, 1] < 27).all()  # the true EOS is cell 27
     for i, cut in enumerate(cuts(made)):
         assert early[i].sum() == (1 if cut < 27 else 0)
-    ids, made = contrast(n=4000, left=1.0, prompt=8, eos_p=0.25)
+    _, made = contrast(n=4000, left=1.0, prompt=8, eos_p=0.25)
     share = float((made.rejected == EOS).any(1).float().mean())
     assert abs(share - 0.25 * 19 / 20) < 0.03  # one cut of twenty is the EOS itself
 
@@ -175,14 +176,16 @@ def test_text_is_masked_inside_or_outside_one_span(inside):
     ids, made = text(left=1.0, right=1.0, in_span=inside)
     for i in range(len(ids)):
         masked = (made.noisy_ids[i, :60] == MASK).tolist()
-        runs = sum(a != b for a, b in zip(masked, masked[1:], strict=False))
+        runs = sum(a != b for a, b in itertools.pairwise(masked))
         assert runs <= 2
         held = masked if inside else [not m for m in masked]
         where = [j for j, h in enumerate(held) if h]
         assert where == list(range(where[0], where[-1] + 1))
         assert 1 <= len(where) <= 30  # never more than half of the row
         a, b = where[0], where[-1] + 1
-        assert made.targets[i].tolist()[:60] == [int(x) if m else IGNORE for x, m in zip(ids[i, :60], masked, strict=True)]  # noqa: E501
+        assert made.targets[i].tolist()[:60] == [
+            int(x) if m else IGNORE for x, m in zip(ids[i, :60], masked, strict=True)
+        ]
         tokens = {w - 100 for w in made.rejected[i].tolist() if w not in (IGNORE, EOS)}
         name = NAMES[int(made.rule[i])]
         if inside and name == "left":
@@ -207,7 +210,7 @@ def test_a_side_without_context_is_never_repeated():
 
 
 def test_a_text_of_one_token_still_has_something_to_learn():
-    ids, made = text(length=1, left=1.0, prior=1.0)
+    _, made = text(length=1, left=1.0, prior=1.0)
     assert (made.targets[:, 0] == EOS).all()
     assert (made.rule == NAMES.index("prior")).all()
 
@@ -239,6 +242,6 @@ def test_bad_rules_say_what_is_wrong():
         NegativeConfig(span_min=9, span_max=3)
     with pytest.raises(ConfigError, match="eos_p must lie"):
         NegativeConfig(eos_p=1.5)
+    ids, start, length = rows(2, 6, 20, 64)
     with pytest.raises(ConfigError, match="at least one high-prior"):
-        ids, start, length = rows(2, 6, 20, 64)
         make_negative(ids, start, length, torch.arange(2), mask_id=2, eos_id=1, frequent=FREQUENT[:0])

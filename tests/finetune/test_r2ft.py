@@ -173,7 +173,9 @@ def test_one_forward_pass_gives_both_sides_over_masked_cells_only(sft, tmp_path)
     handle.remove()
     assert len(calls) == 1
     expected, sums = by_hand(trainer, noised)
-    torch.testing.assert_close(loss.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        loss.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-5
+    )
     for row, (w, n_w, l, n_l) in zip(figures.tolist(), sums, strict=True):
         assert row == pytest.approx([w / n_w, l / n_l, w / n_w - l / n_l, float(w / n_w > l / n_l)], rel=1e-4)
     total = trainer.compute_loss(trainer.model, noised)
