@@ -36,6 +36,7 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.r2ft
 	$(BIN)/python -m benchmarks.decoding
 
 gpu: $(STAMP)

@@ -150,7 +150,8 @@ def make_negative(
     A row with a prompt is cut at c ~ U{L_Q, …, L_Q+L_A-1} and masked from there to its end. The negative
     covers z ~ U{span_min, …, span_max} cells from c, as far as the row goes, with a unit of
     g ~ U{1, …, unit_max} tokens (never more than the context has) at a random phase. A row without a prompt
-    is masked inside a span, or outside it. With probability `eos_p` one covered cell before the true EOS becomes EOS.
+    is masked inside a span, or outside it. With probability `eos_p` one covered cell before the true EOS
+    becomes EOS.
 
     Args:
         ids: [B, L] int64, clean rows, EOS behind the answer.

@@ -40,11 +40,11 @@ def answers(
     prompts: list[Prompt],
     decoder: Decoder,
 ) -> list[Output]:
-    """Answers of the model in training (its averaged weights, if it has some), at the run's settings."""
+    """Answers of the model in training (its averaged weights, if any), at the run's precision and settings."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     training = model.training
     model.eval()
-    with trainer.averaged_weights():
+    with trainer.averaged_weights(), trainer.compute_loss_context_manager():
         outputs = Sampler(model, tokenizer).generate(
             prompts,
             decoder=decoder,

@@ -126,7 +126,7 @@ def test_negative_cells_are_masked_and_never_hold_the_true_token():
 
 
 def test_an_early_eos_stands_before_the_true_one_once_and_as_often_as_asked():
-    ids, made = contrast(n=4000, left=1.0, prompt=8, eos_p=1.0, window=40)
+    _, made = contrast(n=4000, left=1.0, prompt=8, eos_p=1.0, window=40)
     early = made.rejected == EOS
     assert (early.nonzero()[:, 1] < 27).all()  # the true EOS is cell 27
     for i, cut in enumerate(cuts(made)):
