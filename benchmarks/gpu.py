@@ -15,6 +15,7 @@ import torch
 JOBS = {
     "CUDA tests": ["-m", "pytest", "-m", "cuda", "-rs"],
     "Training": ["-m", "benchmarks.training", "--device", "cuda", "--steps", "60"],
+    "R2FT": ["-m", "benchmarks.r2ft", "--rounds", "20"],
     "Decoding, L=512, S=64": [
         "-m", "benchmarks.decoding", "--device", "cuda", "--dtype", "bfloat16", "--limit", "64",
     ],

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from statistics import median
 
 import torch
 from datasets import disable_progress_bars
 
-from benchmarks.training import BATCH, WINDOW, new_model
+from benchmarks.training import BATCH, WINDOW, new_model, now
 from dlm.data.config import DataConfig
 from dlm.data.encode import encode_rows
 from dlm.data.rules import rule_rows
@@ -42,17 +41,17 @@ def two_passes(trainer: R2FTTrainer, batch: Batch) -> torch.Tensor:
         out = trainer.model(
             input_ids=batch["noisy_ids"], attention_mask=batch["attention_mask"], targets=targets
         )
-        logp = torch.zeros(cells.shape).masked_scatter(cells, out.token_logp)
+        logp = torch.zeros(cells.shape, device=cells.device).masked_scatter(cells, out.token_logp)
         sums += [logp.sum(1), cells.sum(1)]
     return r2ft_loss(*sums)
 
 
 def step(trainer: R2FTTrainer, batch: Batch, loss: Callable[[R2FTTrainer, Batch], torch.Tensor]) -> float:
     """Seconds of a forward and backward pass."""
-    begun = time.perf_counter()
+    begun = now()
     loss(trainer, batch).backward()
     trainer.model.zero_grad()
-    return time.perf_counter() - begun
+    return now() - begun
 
 
 def main() -> None:
@@ -82,26 +81,27 @@ def main() -> None:
 def measure(trainer: R2FTTrainer, rounds: int) -> None:
     """Print medians and ratios of both comparisons."""
     assert trainer.train_dataset is not None
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(BATCH)])
-    slots = torch.arange(BATCH)
+    device = trainer.args.device
+    rows = trainer.data_collator([trainer.train_dataset[i] for i in range(BATCH)])
+    batch = {name: x.to(device) for name, x in rows.items()}
+    slots = torch.arange(BATCH, device=device)
     noised = trainer.with_noise(batch, slots, BATCH, 0)
     same = abs(float(one_pass(trainer, noised)) - float(two_passes(trainer, noised)))
     times: dict[str, list[float]] = {"one pass": [], "two passes": []}
     for _ in range(rounds):
         times["one pass"].append(step(trainer, noised, one_pass))
         times["two passes"].append(step(trainer, noised, two_passes))
-    print(
-        f"R2FT, batch {BATCH} × {WINDOW}, fp32, {torch.get_num_threads()} threads; losses differ by {same:.1e}"
-    )
+    threads = torch.get_num_threads()
+    print(f"R2FT, batch {BATCH} × {WINDOW}, fp32, {threads} threads; losses differ by {same:.1e}")
     for name, values in times.items():
         print(f"  {name:<11} {1000 * median(values):7.0f} ms per step, forward and backward")
     ratios = [b / a for a, b in zip(times["one pass"], times["two passes"], strict=True)]
     print(f"  ratio two passes / one pass: {median(ratios):.2f}")
     negatives = []
     for i in range(20 * rounds):
-        begun = time.perf_counter()
+        begun = now()
         trainer.with_noise(batch, slots, BATCH, i)
-        negatives.append(time.perf_counter() - begun)
+        negatives.append(now() - begun)
     share = median(negatives) / median(times["one pass"])
     print(
         f"  making the negatives: {1000 * median(negatives):.1f} ms per batch, {100 * share:.1f} % of a step"

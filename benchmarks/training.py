@@ -44,7 +44,7 @@ class _Stopwatch(TrainerCallback):  # type: ignore[misc]
         self.marks: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.marks.append(_now())
+        self.marks.append(now())
 
     @property
     def seconds(self) -> float:
@@ -82,7 +82,7 @@ def bare(model: MaskedDiffusionModel, batches: Iterator[Batch], mask_id: int, st
     begun = 0.0
     for step in range(steps + WARMUP):
         if step == WARMUP:
-            begun = _now()
+            begun = now()
         batch = next(batches)
         ids, maskable, loss_mask = batch["input_ids"], batch["maskable"], batch["loss_mask"]
         t = torch.rand(len(ids), 1, device=ids.device).clamp(min=1e-3)
@@ -94,10 +94,10 @@ def bare(model: MaskedDiffusionModel, batches: Iterator[Batch], mask_id: int, st
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return steps * BATCH * WINDOW / (_now() - begun)
+    return steps * BATCH * WINDOW / (now() - begun)
 
 
-def _now() -> float:
+def now() -> float:
     """The clock, after the GPU (if there is one) has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

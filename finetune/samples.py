@@ -40,7 +40,7 @@ def answers(
     prompts: list[Prompt],
     decoder: Decoder,
 ) -> list[Output]:
-    """Answers of the model in training (its averaged weights, if any), at the run's precision and settings."""
+    """Answers of the model in training (averaged weights, if any) at the run's precision and settings."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     training = model.training
     model.eval()

@@ -58,3 +58,20 @@ def test_a_small_model_decodes_the_same_text_as_on_the_cpu(model, tokenizer, nam
                 pass
         texts.append(canvas.ids.cpu())
     assert torch.equal(*texts)
+
+
+def test_negatives_are_the_same_on_cpu_and_gpu():
+    from finetune.negatives import make_negative
+
+    ids = torch.randint(5, 90, (64, 48), generator=torch.Generator().manual_seed(0))
+    rows = (ids, torch.arange(64) % 9, torch.arange(64) % 30 + 10, fold(key_of(1), torch.arange(64)))
+    frequent, counts = torch.arange(20, 40), torch.arange(1, 21)
+    made = [
+        make_negative(
+            *(x.to(device) for x in rows), mask_id=2, eos_id=1,
+            frequent=frequent.to(device), frequent_counts=counts.to(device),
+        )
+        for device in ("cpu", "cuda")
+    ]  # fmt: skip
+    for field in ("noisy_ids", "targets", "rejected", "rule"):
+        assert torch.equal(getattr(made[0], field), getattr(made[1], field).cpu())
