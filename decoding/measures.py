@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 
 def repetition(text: str, n: int = 4) -> float:
@@ -11,3 +12,10 @@ def repetition(text: str, n: int = 4) -> float:
     grams = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
     total = sum(grams.values())
     return (total - len(grams)) / total if total else 0.0
+
+
+def stutter(text: str) -> float:
+    """Share of words that repeat the word before them ("the the"); 0 for fewer than two words."""
+    words = text.split()
+    pairs = list(pairwise(words))
+    return sum(a == b for a, b in pairs) / len(pairs) if pairs else 0.0

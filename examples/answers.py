@@ -14,7 +14,7 @@ from statistics import mean
 
 from tqdm import tqdm
 
-from decoding.measures import repetition
+from decoding.measures import repetition, stutter
 from decoding.presets import Decoder
 from decoding.prompts import read_prompts
 from decoding.sampler import Output, Prompt, Sampler
@@ -36,15 +36,17 @@ def answer(
 
 
 def summary(results: dict[str, tuple[list[Output], float]]) -> Iterable[str]:
-    """A Markdown table of measures, one line per decoder."""
-    yield "| decoder | answer tokens | ended by itself, % | 4-gram repetition, % | model calls | tokens/s |"
-    yield "|---|---|---|---|---|---|"
+    """A Markdown table of measures, one line per decoder; stutter is the share of words equal to the last."""
+    titles = ("answer tokens", "ended by itself, %", "4-gram repetition, %", "stutter, %")
+    yield f"| decoder | {' | '.join(titles)} | model calls | tokens/s |"
+    yield "|---|---|---|---|---|---|---|"
     for name, (outputs, seconds) in results.items():
         tokens = [len(output.token_ids) for output in outputs]
         cells = (
             f"{mean(tokens):.1f}",
             f"{100 * mean(output.finish_reason == 'stop' for output in outputs):.0f}",
             f"{100 * mean(repetition(output.text) for output in outputs):.1f}",
+            f"{100 * mean(stutter(output.text) for output in outputs):.1f}",
             f"{mean(output.model_calls for output in outputs):.1f}",
             f"{sum(tokens) / seconds:.1f}",
         )

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from decoding.measures import repetition
+from decoding.measures import repetition, stutter
 from decoding.presets import Decoder
 from dlm.curves import History, plain, series, smooth
 from dlm.trainer import DiffusionTrainer
@@ -91,7 +91,10 @@ class WatchCallback(TrainerCallback):  # type: ignore[misc]
         assert self.trainer.prior is not None
         log_prior = self.trainer.prior.log_prior()
         tokens = [token for output in outputs for token in output.token_ids]
-        figures = {"sample_repetition": fmean(repetition(output.text) for output in outputs)}
+        figures = {
+            "sample_repetition": fmean(repetition(output.text) for output in outputs),
+            "sample_stutter": fmean(stutter(output.text) for output in outputs),
+        }
         if tokens:
             figures["sample_log_prior"] = float(log_prior[tokens].mean())
             figures["corpus_log_prior"] = self.trainer.prior.median_log_prior()
@@ -130,8 +133,9 @@ def draw_r2ft(history: History, tolerance: float) -> Any:
         bottom_right.axhline(value, color=GREY, linestyle=":", label="median of the training answers (left)")
     bottom_right.set(xlabel="optimiser step", ylabel="log prior, nats")
     repeated = bottom_right.twinx()
-    _points(repeated, history, "sample_repetition", RED, "4-gram repetition (right)", "s--")
-    repeated.set(ylabel="share of 4-grams that are repeats")
+    _points(repeated, history, "sample_repetition", RED, "repeated 4-grams (right)", "s--")
+    _points(repeated, history, "sample_stutter", GREEN, "words equal to the one before (right)", "^:")
+    repeated.set(ylabel="share of 4-grams, of words")
     repeated.set_ylim(bottom=0)
     repeated.spines["top"].set_visible(False)
     for axes, twin in ((top_left, None), (top_right, share), (bottom_left, None), (bottom_right, repeated)):
