@@ -119,8 +119,8 @@ def draw_r2ft(history: History, tolerance: float) -> Any:
     _points(top_right, history, "eval_margin", BLUE, "margin (left scale)")
     top_right.set(ylabel="margin, nats per token")
     share = top_right.twinx()
-    _points(share, history, "eval_accuracy", GREEN, "accuracy (right scale)", "s--")
-    share.set(ylabel="share of rows in which the true answer is likelier", ylim=(0, 1.05))
+    _points(share, history, "eval_accuracy", GREEN, "true answer likelier: accuracy (right scale)", "s--")
+    share.set(ylabel="share of rows", ylim=(0, 1.05))
     share.spines["top"].set_visible(False)
     _points(bottom_left, history, "eval_nelbo", BLUE, "validation NELBO")
     start = series(history, "eval_nelbo")[1][:1]
@@ -134,7 +134,7 @@ def draw_r2ft(history: History, tolerance: float) -> Any:
     bottom_right.set(xlabel="optimiser step", ylabel="log prior, nats")
     repeated = bottom_right.twinx()
     _points(repeated, history, "sample_repetition", RED, "repeated 4-grams (right)", "s--")
-    _points(repeated, history, "sample_stutter", GREEN, "words equal to the one before (right)", "^:")
+    _points(repeated, history, "sample_stutter", GREEN, "stuttered words (right)", "^:")
     repeated.set(ylabel="share of 4-grams, of words")
     repeated.set_ylim(bottom=0)
     repeated.spines["top"].set_visible(False)
@@ -150,9 +150,13 @@ def _points(axes: Any, history: History, key: str, colour: str, label: str, line
 
 
 def _legend(axes: Any, twin: Any) -> None:
-    """One legend for both scales of a panel."""
+    """One legend for both scales, above the panel, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
     if twin is not None:
         more, names = twin.get_legend_handles_labels()
         handles, labels = handles + more, labels + names
-    axes.legend(handles, labels, frameon=False, fontsize=8)
+    if axes.get_legend():
+        axes.get_legend().remove()
+    axes.legend(
+        handles, labels, frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0)
+    )

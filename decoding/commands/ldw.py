@@ -34,7 +34,7 @@ class LDWConfig:
         counts: rows (file or hub id) to count tokens in, where no checkpoint has its counts with it.
         positions: positions behind the prompt in the table of candidates.
         candidates: candidates per position.
-        output: picture of the curves; the figures go beside it as .json. Empty for none.
+        output: picture of the curves; beside it go the figures (.json) and the tables (.svg). Empty for none.
     """
 
     checkpoints: list[str] = field(default_factory=list)
@@ -69,7 +69,7 @@ def run(config: LDWConfig) -> int:
     from decoding.sampler import Sampler
     from dlm.checkpoint import load_model
 
-    console, measured = Console(), {}
+    console, measured = Console(record=True), {}
     models = {path: load_model(path) for path in config.checkpoints}
     first = Sampler(*models[config.checkpoints[0]])
     window, prior = config.window or first.window, token_prior(config, first.tokenizer)
@@ -94,7 +94,8 @@ def run(config: LDWConfig) -> int:
         draw_decoding_windows(measured, config.top).savefig(picture, dpi=150)
         facts = {path: figures.as_dict() for path, figures in measured.items()}
         picture.with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
-        console.print(f"{picture}, {picture.with_suffix('.json')}: means over {len(prompts)} prompts")
+        console.save_svg(str(picture.with_suffix(".svg")), title="dlm inspect ldw", clear=False)
+        console.print(f"{picture} (and .json, .svg): means over {len(prompts)} prompts")
     return 0
 
 
