@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -67,8 +68,8 @@ def training(folder: Path, seed: int, steps: int) -> TrainConfig:
     )
 
 
-def rejecting(folder: Path, start: Path, seed: int, steps: int) -> R2FTConfig:
-    """The recipe of the R2FT stage."""
+def rejecting(folder: Path, start: Path, seed: int, steps: int, beta: float) -> R2FTConfig:
+    """The recipe of the R2FT stage; with a beta of 0 the loss is its anchor alone, which is the control."""
     return R2FTConfig(
         output_dir=str(folder),
         model=StartConfig(init=str(start)),
@@ -76,7 +77,7 @@ def rejecting(folder: Path, start: Path, seed: int, steps: int) -> R2FTConfig:
         max_steps=steps,
         per_device_train_batch_size=32,
         learning_rate=2e-5,
-        objective=ObjectiveConfig(beta_w=0.3, beta_l=0.3),  # the margin is wide: with 1 the loss is flat
+        objective=ObjectiveConfig(beta_w=beta, beta_l=beta),
         warmup_steps=10,
         logging_steps=10,
         eval_steps=50,
@@ -172,29 +173,32 @@ def sweep(sampler: Sampler, examples: list[Example], seeds: list[int], console: 
             console.print(f"{name:<8} {option} {size:>3}: right {_spread(shares)} %")
 
 
-def _spread(values: list[float], scale: float = 100, digits: int = 1) -> str:
+def _spread(values: list[float]) -> str:
+    """Mean and standard deviation of shares, in per cent."""
     deviation = stdev(values) if len(values) > 1 else 0.0
-    return f"{scale * mean(values):.{digits}f} ± {scale * deviation:.{digits}f}"
+    return f"{100 * mean(values):.1f} ± {100 * deviation:.1f}"
 
 
 def table(scores: list[Score]) -> Table:
     """One line per decoder and model, mean and standard deviation over the seeds."""
     tasks = list(scores[0].right_by_task)
     out = Table(
-        title=f"Held-out prompts, window {WINDOW}, {STEPS} steps (mean ± standard deviation over seeds)"
+        title=f"Held-out prompts, window {WINDOW}, {STEPS} steps (mean ± deviation over seeds)",
+        box=SIMPLE_HEAD,
+        padding=0,
     )
-    for title in ("decoder", "model", "right, %", *tasks, "repeated, %", "calls", "tokens/s"):
-        named = title in ("decoder", "model")
-        out.add_column(title, justify="left" if named else "right", no_wrap=named)
+    for title in ("decoder", "model", "right, %", *tasks, "rep., %", "calls", "tok/s"):
+        left = title in ("decoder", "model")
+        out.add_column(title, justify="left" if left else "right", no_wrap=True)
     shown = ""
     for name, model in dict.fromkeys((s.decoder, s.model) for s in scores):
         rows = [s for s in scores if (s.decoder, s.model) == (name, model)]
         out.add_row(
             name if name != shown else "",
-            model,
+            model.removeprefix("SFT") or model,
             _spread([s.right for s in rows]),
             *(f"{100 * mean(s.right_by_task[task] for s in rows):.0f}" for task in tasks),
-            _spread([s.repetition for s in rows], digits=2),
+            f"{100 * mean(s.repetition for s in rows):.2f}",
             f"{mean(s.model_calls for s in rows):.1f}",
             f"{mean(s.tokens_per_second for s in rows):.0f}",
         )
@@ -255,6 +259,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the training run")
     parser.add_argument("--train-steps", type=int, default=3000)
     parser.add_argument("--r2ft-steps", type=int, default=100)
+    parser.add_argument(
+        "--beta",
+        type=float,
+        default=0.3,  # the margin is wide here: with 1 the loss is flat
+        help="factor of both sides in R2FT; 0 rejects nothing, as a control",
+    )
     parser.add_argument("--prompts", type=int, default=256, help="held-out prompts")
     parser.add_argument("--seeds", type=int, default=3, help="decoding seeds")
     parser.add_argument("--top-k", type=int, default=20, help="k of the decoders that cut")
@@ -300,7 +310,7 @@ def prepare(options: argparse.Namespace, console: Console) -> None:
         from finetune.r2ft import r2ft
 
         console.print(f"[bold]2. R2FT[/bold]: rejecting repetition and frequent tokens ({rejected})")
-        r2ft(rejecting(rejected, sft, options.seed, options.r2ft_steps))
+        r2ft(rejecting(rejected, sft, options.seed, options.r2ft_steps, options.beta))
 
 
 if __name__ == "__main__":

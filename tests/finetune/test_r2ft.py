@@ -253,7 +253,8 @@ def test_a_run_leaves_curves_counts_and_the_best_model(sft, tmp_path):
     assert int(counts.counts.sum()) > 150 * 10
 
 
-def test_the_best_state_is_kept_though_a_later_one_is_the_last(sft, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("r", "file"), [(0, "model.safetensors"), (4, "adapter_model.safetensors")])
+def test_the_best_state_is_kept_though_a_later_one_is_the_last(sft, tmp_path, monkeypatch, r, file):
     """Validation losses and NELBO are scripted: 0.5, 0.1, then 0.01 with a NELBO beyond the tolerance."""
     from finetune.r2ft import R2FTTrainer
 
@@ -265,18 +266,20 @@ def test_the_best_state_is_kept_though_a_later_one_is_the_last(sft, tmp_path, mo
         return {**plain(self, sums, rows), "nelbo": nelbo, "r2ft": loss}
 
     monkeypatch.setattr(R2FTTrainer, "metrics", metrics)
-    folder = r2ft(stage(tmp_path / "run", sft, keep_checkpoints=1, max_steps=16, watch=0))
+    start = StartConfig(init=str(sft), lora=LoraConfig(r=r))
+    config = stage(tmp_path / "run", sft, model=start, keep_checkpoints=1, max_steps=16, watch=0)
+    folder = r2ft(config)
     assert [r["step"] for r in history(folder) if "eval_r2ft" in r] == [0, 4, 8, 12]
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-8", "checkpoint-12"}
-    final = load_file(folder / "model.safetensors")
-    best, last = (load_file(folder / f"checkpoint-{n}" / "model.safetensors") for n in (8, 12))
+    final = load_file(folder / file)
+    best, last = (load_file(folder / f"checkpoint-{n}" / file) for n in (8, 12))
     assert all(torch.equal(value, final[name]) for name, value in best.items())
     assert not all(torch.equal(value, final[name]) for name, value in last.items())
     # killed after the stop, before the final model: the same model, and no step more
-    (folder / "model.safetensors").unlink()
+    (folder / file).unlink()
     unfinish(folder)
-    r2ft(stage(tmp_path / "run", sft, keep_checkpoints=1, max_steps=16, watch=0))
-    again = load_file(folder / "model.safetensors")
+    r2ft(config)
+    again = load_file(folder / file)
     assert all(torch.equal(value, final[name]) for name, value in again.items())
 
 
