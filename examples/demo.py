@@ -206,6 +206,23 @@ def table(scores: list[Score]) -> Table:
     return out
 
 
+def collect(folders: list[Path]) -> list[str]:
+    """Right answers and repetition by training seed and on the mean, as Markdown, from several demo folders."""
+    runs = [
+        [Score(**s) for s in json.loads((folder / "demo.json").read_text(encoding="utf-8"))["scores"]]
+        for folder in folders
+    ]
+    heads = [*(folder.name for folder in folders), "right, mean", "repeated, mean"]
+    lines = [f"| decoder | model | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
+    for name, model in dict.fromkeys((s.decoder, s.model) for s in runs[0]):
+        own = [[s for s in run if (s.decoder, s.model) == (name, model)] for run in runs]
+        right = [100 * mean(s.right for s in rows) for rows in own]
+        repeated = 100 * mean(s.repetition for rows in own for s in rows)
+        cells = [*(f"{share:.1f}" for share in right), f"{mean(right):.1f}", f"{repeated:.2f}"]
+        lines.append(f"| {name} | {model} | {' | '.join(cells)} |")
+    return lines
+
+
 def _style(step: int, steps: int) -> str:
     """A background from dark blue (first step) to yellow (last), with ink that can be read on it."""
     from matplotlib import colormaps
@@ -269,9 +286,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="decoding seeds")
     parser.add_argument("--top-k", type=int, default=20, help="k of the decoders that cut")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="whose prompts")
+    parser.add_argument(
+        "--collect", type=Path, nargs="+", metavar="FOLDER", help="only put together what several demos gave"
+    )
     parser.add_argument("--sweep", action="store_true", help="compare kernel and block sizes instead")
     options = parser.parse_args()
     console = Console()
+    if options.collect:
+        return print("\n".join(collect(options.collect)))
     prepare(options, console)
     samplers = {
         name: Sampler(*load_model(options.folder / part, "cpu", "float32")) for name, part in MODELS.items()
