@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from decoding.sampler import Prompt
-from dlm.curves import plain
+from dlm.curves import BLUE, GREEN, ORANGE, PINK, RED, plain
 from dlm.errors import ConfigError
 from dlm.prior import TokenPrior
 from dlm.tokenizer import as_messages, encode_prompt, encode_text
@@ -73,12 +73,14 @@ def decoding_window(
     frequent = prior.top(top)
     sums, rows = torch.zeros(3, window, dtype=torch.float64), torch.zeros(window, dtype=torch.int64)
     for prompt in prompts:
-        probability = _fresh(model, tokenizer, prompt, window).double()  # [n, V]
+        logits = _fresh(model, tokenizer, prompt, window)  # [n, V]
+        total = logits.logsumexp(1)
         said = list(_said(tokenizer, prompt))
         end = [int(model.config.eos_token_id)]
         for i, group in enumerate((frequent.tolist(), said, end)):
-            sums[i, : len(probability)] += probability[:, group].sum(1).cpu()
-        rows[: len(probability)] += 1
+            mass = (logits[:, group].logsumexp(1) - total).exp() if group else torch.zeros_like(total)
+            sums[i, : len(mass)] += mass.double().cpu()
+        rows[: len(total)] += 1
     reached = int((rows > 0).sum())
     if reached == 0:
         raise ConfigError("no prompt was given")
@@ -104,7 +106,8 @@ def candidates(
     """
     frequent, said = set(prior.top(top).tolist()), _said(tokenizer, prompt)
     end = int(model.config.eos_token_id)
-    probability, ids = _fresh(model, tokenizer, prompt, window)[:positions].topk(k, dim=1)
+    chance = _fresh(model, tokenizer, prompt, window)[:positions].softmax(1)
+    probability, ids = chance.topk(min(k, chance.shape[1]), dim=1)
 
     def kind(token: int) -> Kind:
         if token == end:
@@ -118,14 +121,17 @@ def candidates(
 
 
 def _fresh(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, window: int) -> torch.Tensor:
-    """[n, V] probabilities at the n masked positions of a canvas that holds the prompt only."""
+    """[n, V] float32 logits at the n masked positions of a canvas that holds the prompt only."""
     ids = encode_prompt(tokenizer, as_messages(prompt))
+    limit = getattr(model.config, "max_positions", window)
+    if window > limit:
+        raise ConfigError(f"window {window} is longer than the model's {limit} positions")
     if len(ids) >= window:
         raise ConfigError(f"a prompt has {len(ids)} tokens; the window must be at least {len(ids) + 1}")
     row = ids + [int(model.config.mask_token_id)] * (window - len(ids))
     with torch.inference_mode():
         hidden = model.hidden(torch.tensor([row], device=getattr(model, "device", "cpu")))
-        return model.logits(hidden[0, len(ids) :]).float().softmax(1)  # type: ignore[no-any-return]
+        return model.logits(hidden[0, len(ids) :]).float()  # type: ignore[no-any-return]
 
 
 def _said(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> set[int]:
@@ -135,13 +141,13 @@ def _said(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> set[int]:
 
 
 _LINES: Sequence[tuple[str, Any]] = (
-    ("#0072B2", "-"),
-    ("#D55E00", "--"),
-    ("#009E73", "-."),
-    ("#CC79A7", ":"),
-    ("#E69F00", (0, (5, 1))),
+    (BLUE, "-"),
+    (RED, "--"),
+    (GREEN, "-."),
+    (PINK, ":"),
+    (ORANGE, (0, (5, 1))),
 )
-"""Colours of Okabe and Ito with a line shape each, so that print and the colour-blind can tell them apart."""
+"""A colour and a line shape for each model, so that print and the colour-blind can tell them apart."""
 
 
 def draw_decoding_windows(measured: dict[str, DecodingWindow], top: int = 100) -> Any:
@@ -160,5 +166,8 @@ def draw_decoding_windows(measured: dict[str, DecodingWindow], top: int = 100) -
         axes.set(xlabel="distance from the prompt, tokens", title=title)
         axes.set_ylim(bottom=0)
         plain(axes)
+        axes.get_legend().remove()
     panels[0].set(ylabel="mean probability")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, ncols=len(measured), loc="outside upper center")
     return figure

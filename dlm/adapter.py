@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 from dlm.errors import CheckpointError
@@ -35,6 +36,19 @@ class MaskShift(nn.Module):
         return masked[..., None] * self.weight
 
 
+class AdaptedModel(PeftModel):  # type: ignore[misc]
+    """A base with an adapter around it; everything that the base can do is passed on to it."""
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write the adapter, and the model's configuration, which says what the adapter belongs to.
+
+        `peft` would guess from the base's config.json whether the embeddings have to be saved too; they
+        are never trained here.
+        """
+        super().save_pretrained(str(save_directory), **{"save_embedding_layers": False, **kwargs})
+        self.config.save_pretrained(save_directory)
+
+
 def add_adapter(
     model: MaskedDiffusionModel,
     base: str,
@@ -44,7 +58,7 @@ def add_adapter(
     dropout: float = 0.0,
     targets: str = "all",
     seed: int = 0,
-) -> Any:
+) -> AdaptedModel:
     """Freeze `model` and give it a trainable adapter; norms and the mask token's row are trained whole.
 
     Args:
@@ -57,13 +71,11 @@ def add_adapter(
         seed: seed of the first weights.
 
     Returns:
-        A `peft.PeftModel` around `model`.
+        An `AdaptedModel` around `model`.
     """
-    from peft import LoraConfig, get_peft_model
-
     model.mask_shift = MaskShift(model.config.hidden_size).to(model.device)
-    model.name_or_path = base
     config = LoraConfig(
+        base_model_name_or_path=str(Path(base).resolve()) if Path(base).exists() else base,
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
@@ -72,7 +84,7 @@ def add_adapter(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        return AdaptedModel(model, config)
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -81,7 +93,7 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def base_of(path: str | Path) -> str:
-    """The base that an adapter was trained on, as it was named then; found beside the adapter if relative.
+    """The base that an adapter was trained on: where it was then, or beside the adapter if both have moved.
 
     Raises:
         CheckpointError: when the adapter does not say.
@@ -92,7 +104,8 @@ def base_of(path: str | Path) -> str:
         raise CheckpointError(f"{path}: {CONFIG} is damaged ({error})") from error
     if not base:
         raise CheckpointError(f"{path}: {CONFIG} does not name the model that the adapter belongs to")
-    return str(base)
+    beside = Path(path).resolve().parent / Path(base).name
+    return str(beside if not Path(base).exists() and beside.exists() else base)
 
 
 def merged(model: Any) -> MaskedDiffusionModel:
@@ -100,6 +113,7 @@ def merged(model: Any) -> MaskedDiffusionModel:
     if not hasattr(model, "merge_and_unload"):
         return model  # type: ignore[no-any-return]
     plain: MaskedDiffusionModel = model.merge_and_unload()
+    plain.requires_grad_(True)  # the adapter froze it
     if isinstance(plain.mask_shift, MaskShift):
         with torch.no_grad():
             table: torch.Tensor = plain.get_parameter("backbone.embed_tokens.weight")
@@ -114,8 +128,6 @@ def load_adapter(base: MaskedDiffusionModel, path: str | Path) -> MaskedDiffusio
     Raises:
         CheckpointError: when the adapter's weights are missing, damaged, or of another shape.
     """
-    from peft import PeftModel
-
     base.mask_shift = MaskShift(base.config.hidden_size).to(base.device, base.dtype)
     try:
         return merged(PeftModel.from_pretrained(base, str(path)))

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from dlm.errors import ConfigError, DLMError
@@ -81,6 +82,8 @@ def _dispatch(words: list[str]) -> int:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return _fail(f"unknown command {name!r}.{hint} Commands: {_listed(known)}", 2)
+    if wrong := _misspelt_subcommand(words, known):
+        return _fail(wrong, 2)
     command: Command = known[name].load()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "datasets", "filelock", "matplotlib"):
@@ -90,6 +93,15 @@ def _dispatch(words: list[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     return command.run(config)
+
+
+def _misspelt_subcommand(words: list[str], known: dict[str, Any]) -> str:
+    """What to say of `dlm inspect lwd`: a word that is nearly a subcommand, and no file either."""
+    if len(words) < 2 or ".".join(words[:2]) in known or Path(words[1]).exists():
+        return ""
+    below = [name.split(".")[1] for name in known if name.startswith(f"{words[0]}.")]
+    near = difflib.get_close_matches(words[1], below, n=1, cutoff=0.6)
+    return f"unknown command '{words[0]} {words[1]}'. Did you mean '{words[0]} {near[0]}'?" if near else ""
 
 
 def _listed(known: dict[str, Any]) -> str:
@@ -139,7 +151,10 @@ def parse(name: str, command: Command, words: Sequence[str]) -> Any:
         namespace.pop("config", None)
         rest = namespace.pop("words", None)
         if command.positional and rest:
-            namespace[command.positional] = list(rest)
+            several = get_type_hints(command.config)[command.positional] is not str
+            if not several and len(rest) > 1:
+                raise _UsageError(f"one {command.positional} at a time, got {len(rest)}: {' '.join(rest)}")
+            namespace[command.positional] = list(rest) if several else rest[0]
         built = parser.instantiate(namespace)
         return command.config(**{k: v for k, v in vars(built).items() if k != "words"})
     except (_UsageError, ConfigError, TypeError, ValueError) as error:

@@ -14,6 +14,12 @@ History = list[dict[str, float]]
 
 Draw = Callable[[History], Any]
 
+BLUE, RED, GREEN, PINK, ORANGE, SKY, GREY = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    "#666666",
+)
+"""Colours of Okabe and Ito, which the colour-blind can tell apart, and a grey; lines differ in shape too."""
+
 
 class CurveCallback(TrainerCallback):  # type: ignore[misc]
     """Renews plots at every evaluation and checkpoint, and at the end.
@@ -53,19 +59,16 @@ def series(history: History, key: str) -> tuple[list[float], list[float]]:
 
 
 def draw_curve(history: History) -> Any:
-    """Loss, validation NELBO (left) and speed (right) over steps, as a matplotlib figure.
-
-    Colours are those of Okabe and Ito, which the colour-blind can tell apart; lines differ in shape too.
-    """
+    """Loss and validation NELBO over steps, as a matplotlib figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     steps, loss = series(history, "loss")
-    axes.plot(steps, loss, color="#56B4E9", alpha=0.35, linewidth=1, label="training loss, one log interval")
-    axes.plot(steps, smooth(loss), color="#0072B2", linewidth=1.8, label="training loss, smoothed")
+    axes.plot(steps, loss, color=SKY, alpha=0.35, linewidth=1, label="training loss, one log interval")
+    axes.plot(steps, smooth(loss), color=BLUE, linewidth=1.8, label="training loss, smoothed")
     at, nelbo = series(history, "eval_nelbo")
-    axes.plot(at, nelbo, color="#D55E00", marker="o", markersize=4, linestyle="--", label="validation NELBO")
+    axes.plot(at, nelbo, color=RED, marker="o", markersize=4, linestyle="--", label="validation NELBO")
     axes.set(xlabel="optimiser step", ylabel="nats per answer token (1/t-weighted)")
     plain(axes)
     return figure

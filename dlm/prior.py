@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers.utils import cached_file
 
 from dlm.errors import CheckpointError
 
@@ -48,13 +49,13 @@ class TokenPrior:
 
     @classmethod
     def load(cls, folder: str | Path) -> TokenPrior | None:
-        """The counts in a model folder; None when there are none.
+        """The counts in a model folder or hub repository; None when there are none.
 
         Raises:
             CheckpointError: when the file is damaged.
         """
-        file = Path(folder) / FILE
-        if not file.is_file():
+        file = _file(folder)
+        if file is None:
             return None
         try:
             stored = load_file(file)
@@ -80,3 +81,19 @@ class TokenPrior:
         order = log_prior.argsort()
         seen = self.counts[order].cumsum(0)
         return float(log_prior[order[int((seen * 2 < seen[-1]).sum())]])
+
+
+def _file(folder: str | Path) -> Path | None:
+    """The file of counts, fetched from the hub when `folder` is none."""
+    if Path(folder).is_dir():
+        file = Path(folder) / FILE
+        return file if file.is_file() else None
+    missing_is_fine = {
+        f"_raise_exceptions_for_{what}": False
+        for what in ("gated_repo", "missing_entries", "connection_errors")
+    }
+    try:
+        found = cached_file(str(folder), FILE, **missing_is_fine)
+    except OSError:  # no such repository
+        return None
+    return Path(found) if found else None

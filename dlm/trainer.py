@@ -164,6 +164,10 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         """Note a batch's tokens, for the speed that is logged."""
         self._tokens += inputs["attention_mask"].sum() * self.accelerator.num_processes
 
+    def start_clock(self) -> None:
+        """Measure the training speed from now on."""
+        self._tokens, self._since = 0, time.perf_counter()
+
     def watch(self, name: str, total: torch.Tensor) -> None:
         """Add to a figure that is logged with the loss, divided by the same number of steps.
 
@@ -178,7 +182,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         if "loss" in logs:
             now = time.perf_counter()
             logs["tokens_per_second"] = round(float(self._tokens) / (now - self._since), 1)
-            self._tokens, self._since = 0, now
+            self.start_clock()
             steps = max(1, self.state.global_step - self._watched_since)
             logs |= {name: value / steps for name, value in self._watched_sums().items()}
             self._watched, self._watched_since = {}, self.state.global_step
@@ -197,10 +201,15 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in transformers; the time it takes does not count as training."""
+        with self._apart():
+            return dict(super().evaluate(*args, **kwargs))
+
+    @contextlib.contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Time spent here does not count in the training speed."""
         begun = time.perf_counter()
-        metrics = super().evaluate(*args, **kwargs)
+        yield
         self._since += time.perf_counter() - begun
-        return dict(metrics)
 
     # ---- validation ----------------------------------------------------------------------------------
 
@@ -268,6 +277,10 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
     # ---- checkpoints ---------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        with self._apart():
+            self._write_checkpoint(model, trial)
+
+    def _write_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         pending = self.accelerator.reduce(self._tr_loss.detach().clone(), reduction="mean")
         watched = self._watched_sums()
@@ -286,12 +299,10 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             keep_last(self.args.output_dir, self.keep_checkpoints, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As in transformers, with the configuration (which an adapter lacks) and the token counts."""
+        """As in transformers, with the token counts."""
         super()._save(output_dir, state_dict)
-        folder = output_dir or self.args.output_dir
-        self.accelerator.unwrap_model(self.model).config.save_pretrained(folder)
-        if self.prior is not None:
-            self.prior.save(folder)
+        if self.prior is not None and self.args.should_save:
+            self.prior.save(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
@@ -365,6 +376,7 @@ class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.continue_log()
+        self.trainer.start_clock()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.set_epoch(int(state.epoch or 0))

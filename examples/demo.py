@@ -207,7 +207,7 @@ def table(scores: list[Score]) -> Table:
 
 
 def collect(folders: list[Path]) -> list[str]:
-    """Right answers and repetition by training seed and on the mean, as Markdown, from several demo folders."""
+    """Right answers and repetition by training seed and on the mean, as Markdown, from demo folders."""
     runs = [
         [Score(**s) for s in json.loads((folder / "demo.json").read_text(encoding="utf-8"))["scores"]]
         for folder in folders

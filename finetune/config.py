@@ -1,9 +1,9 @@
-"""The settings of a training run, as `dlm train` takes them; importable without torch."""
+"""The settings of training runs, as `dlm train` and `dlm r2ft` take them; importable without torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dlm.data.config import DataConfig
 from dlm.errors import ConfigError
@@ -116,6 +116,14 @@ class RunConfig:
         trainer: any other field of transformers' TrainingArguments, by name.
     """
 
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("output_dir", "resume", "report_to", "eval_steps", "eval_draws", "save_steps", "logging_steps"),
+            *("keep_checkpoints", "samples", "sample_steps"),
+        }
+    )
+    """Settings that may change between a run and its continuation: they do not touch the final weights."""
+
     output_dir: str
     data: DataConfig = field(default_factory=DataConfig)
     max_steps: int = 0
@@ -183,11 +191,12 @@ class NegativeConfig:
         right: weight of the rule that repeats the tokens behind them (in text without a prompt).
         prior: weight of the rule that repeats a unit of high-prior tokens.
         mixed: weight of the rule that repeats the tokens before, about half of them high-prior ones instead.
-        run: weight of the rule that repeats one single high-prior token.
+        run: weight of the rule that repeats one single high-prior token; also the rule of rows that have
+            nothing to repeat.
         unit_max: longest unit, in tokens.
         span_min: shortest stretch of cells that the negative covers.
         span_max: longest stretch.
-        eos_p: probability that an early EOS is put into the negative.
+        eos_p: probability that an early EOS is put into the negative (a repeated unit may bring one too).
         frequent: how many tokens count as high-prior: the most frequent ones of the training answers.
         in_span: for text without a prompt, the share of rows masked inside a span; the rest outside it.
     """
@@ -265,6 +274,9 @@ class R2FTConfig(RunConfig):
             and token frequencies; 0 for none.
     """
 
+    FREE: ClassVar[frozenset[str]] = RunConfig.FREE - {"eval_steps", "eval_draws", "save_steps"} | {"watch"}
+    """Validation decides which weights are kept here, so its settings are not free."""
+
     model: StartConfig = field(default_factory=StartConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     negatives: NegativeConfig = field(default_factory=NegativeConfig)
@@ -285,7 +297,12 @@ class R2FTConfig(RunConfig):
             raise ConfigError(
                 f"nelbo_tolerance and watch must not be negative, got {self.nelbo_tolerance}, {self.watch}"
             )
-        if self.eval_steps and self.save_steps != self.eval_steps:
+        if self.eval_steps == 0 or self.data.validation_rows == 0:
+            raise ConfigError("R2FT stops by validation: eval_steps and data.validation_rows must not be 0")
+        for name in ("load_best_model_at_end", "metric_for_best_model"):
+            if name in self.trainer:
+                raise ConfigError(f"trainer.{name} is not free: R2FT chooses the best checkpoint itself")
+        if self.save_steps != self.eval_steps:
             raise ConfigError(
                 f"every validated state is saved, so that the best one can be kept: save_steps must equal "
                 f"eval_steps, got {self.save_steps} and {self.eval_steps}"

@@ -216,7 +216,7 @@ def _layout(
     answered = position < length[:, None]
     masked = (position >= cut[:, None]) & real
     masked = torch.where(inside[:, None], held & answered, masked)
-    masked = torch.where(outside[:, None], ~held & answered, masked)
+    masked = torch.where(outside[:, None], ~held & real, masked)
     near = masked & (position < (cut + span)[:, None])
     nothing = torch.zeros_like(cut)
     return Layout(
@@ -231,7 +231,7 @@ def _layout(
 
 
 def _choose(u: torch.Tensor, layout: Layout, rules: NegativeConfig) -> torch.Tensor:
-    """[B] a rule for each row, by weight among those for which the row has material."""
+    """[B] a rule for each row, by weight among those for which the row has material; else `run`."""
     weight = (
         torch.tensor([getattr(rules, name) for name in RULES], device=u.device).expand(len(u), -1).clone()
     )
@@ -241,7 +241,8 @@ def _choose(u: torch.Tensor, layout: Layout, rules: NegativeConfig) -> torch.Ten
         if name in _NEEDS_RIGHT:
             weight[:, i] *= layout.right_room > 0
     share = weight.cumsum(1)
-    return (u[:, None] * share[:, -1:] >= share).sum(1).clamp(max=len(RULES) - 1)
+    chosen = (u[:, None] * share[:, -1:] >= share).sum(1).clamp(max=len(RULES) - 1)
+    return torch.where(share[:, -1] > 0, chosen, list(RULES).index("run"))
 
 
 def _units(

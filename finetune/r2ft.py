@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from dlm.curves import Draw
 from dlm.data.windows import Batch
+from dlm.errors import ConfigError, DLMError
 from dlm.model import IGNORE, MaskedDiffusionModel
 from dlm.noise import fold, key_of
 from dlm.prior import TokenPrior
@@ -30,7 +31,7 @@ from finetune.negatives import Contrast, make_negative
 from finetune.run import Stage, execute
 from finetune.run_folder import RunFolder
 from finetune.samples import SampleCallback
-from finetune.start import fine_tuned_model
+from finetune.start import fine_tuned_model, refuse_causal_lm
 from finetune.watch import BestWithinTolerance, WatchCallback, draw_r2ft
 
 
@@ -46,13 +47,12 @@ def r2ft_loss(
     beta_a: float = 0.1,
     reference_w: torch.Tensor | None = None,
     reference_l: torch.Tensor | None = None,
-    reduction: str = "mean",
 ) -> torch.Tensor:
     """-logsigmoid(β_w·ℓ_w/n_w - β_l·ℓ_l/n_l - γ) - β_a·ℓ_w/n_w, averaged over rows (arXiv 2509.15188).
 
     With a reference, both log-probabilities inside the logsigmoid are taken relative to it, as in DPO
     (arXiv 2305.18290). A row without a negative cell (n_l = 0) has nothing to contrast and keeps its anchor
-    only; one without a true cell (n_w = 0) is left out of the sum.
+    only.
 
     Args:
         logp_w: [B] ℓ_w, summed log-probability of the true tokens at masked cells, nats.
@@ -65,18 +65,41 @@ def r2ft_loss(
         beta_a: weight of the anchor.
         reference_w: [B] ℓ_w under the frozen reference model, if there is one.
         reference_l: [B] ℓ_l under it.
-        reduction: "mean" over rows, or "none" for [B].
 
     Returns:
-        Scalar float32, or [B].
+        Scalar float32.
+
+    Raises:
+        ConfigError: when one of the references is given without the other.
     """
+    return r2ft_row_loss(
+        logp_w, n_w, logp_l, n_l,
+        beta_w=beta_w, beta_l=beta_l, gamma=gamma, beta_a=beta_a,
+        reference_w=reference_w, reference_l=reference_l,
+    ).mean()  # fmt: skip
+
+
+def r2ft_row_loss(
+    logp_w: torch.Tensor,
+    n_w: torch.Tensor,
+    logp_l: torch.Tensor,
+    n_l: torch.Tensor,
+    *,
+    beta_w: float,
+    beta_l: float,
+    gamma: float,
+    beta_a: float,
+    reference_w: torch.Tensor | None = None,
+    reference_l: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[B] float32, what `r2ft_loss` averages; arguments as there."""
+    if (reference_w is None) != (reference_l is None):
+        raise ConfigError("a reference needs both its log-probabilities, reference_w and reference_l")
     true, wrong = mean_logp(logp_w, n_w), mean_logp(logp_l, n_l)
-    true_gain = true - (0 if reference_w is None else mean_logp(reference_w, n_w))
-    wrong_gain = wrong - (0 if reference_l is None else mean_logp(reference_l, n_l))
+    true_gain = true if reference_w is None else true - mean_logp(reference_w, n_w)
+    wrong_gain = wrong if reference_l is None else wrong - mean_logp(reference_l, n_l)
     contrast = -F.logsigmoid(beta_w * true_gain - beta_l * wrong_gain - gamma)
-    loss = torch.where(n_l > 0, contrast, 0.0) - beta_a * true
-    loss = torch.where(n_w > 0, loss, 0.0)
-    return loss if reduction == "none" else loss.mean()
+    return torch.where(n_l > 0, contrast, 0.0) - beta_a * true
 
 
 def mean_logp(total: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
@@ -175,10 +198,9 @@ class R2FTTrainer(DiffusionTrainer):
                 held = (self._logp(frozen, inputs, cells) * weight).sum(1)
             reference = {"reference_w": held[:, 0], "reference_l": held[:, 1]}
         own = self.objective
-        loss = r2ft_loss(
+        loss = r2ft_row_loss(
             total[:, 0], n[:, 0], total[:, 1], n[:, 1],
-            beta_w=own.beta_w, beta_l=own.beta_l, gamma=own.gamma, beta_a=own.beta_a,
-            **reference, reduction="none",
+            beta_w=own.beta_w, beta_l=own.beta_l, gamma=own.gamma, beta_a=own.beta_a, **reference,
         )  # fmt: skip
         true, wrong = mean_logp(logp.detach().sum(1), n).unbind(1)
         figures = torch.stack([true, wrong, true - wrong, (true > wrong).float()], dim=1)
@@ -199,9 +221,10 @@ class R2FTTrainer(DiffusionTrainer):
         """[B, L, 2] weight of each cell; a side's weights have mean 1 over its cells."""
         weight = cells.float()
         if self.objective.weighting == "confidence":
-            likely = logp[..., 1].exp() * weight[..., 1]
-            mean = likely.sum(1, keepdim=True) / weight[..., 1].sum(1, keepdim=True).clamp(min=1)
-            weight[..., 1] = likely / mean.clamp(min=torch.finfo(torch.float32).tiny)
+            negative = cells[..., 1]
+            lowest = torch.finfo(logp.dtype).min
+            share = torch.where(negative, logp[..., 1], lowest).softmax(1) * negative
+            weight[..., 1] = share * negative.sum(1, keepdim=True)
         return weight
 
     @contextlib.contextmanager
@@ -251,8 +274,7 @@ class R2FT(Stage[R2FTConfig]):
     @property
     def drawings(self) -> dict[str, Draw]:
         """See `Stage`."""
-        tolerance = self.config.nelbo_tolerance
-        return {**super().drawings, "r2ft.png": partial(draw_r2ft, tolerance=tolerance)}
+        return {"r2ft.png": partial(draw_r2ft, tolerance=self.config.nelbo_tolerance)}
 
     def first(
         self, rows: Dataset, resume_from: Path | None
@@ -277,6 +299,31 @@ class R2FT(Stage[R2FTConfig]):
         return R2FTTrainer(
             model, objective=self.config.objective, negatives=self.config.negatives, prior=prior, **common
         )
+
+    def check(self) -> None:
+        """See `Stage`; an autoregressive model is refused before the data are read."""
+        super().check()
+        refuse_causal_lm(self.config.model.init)
+
+    def settle(self, trainer: DiffusionTrainer, run: RunFolder) -> None:
+        """Take the weights of the best validated state.
+
+        Raises:
+            DLMError: when every validated state had harmed the language.
+        """
+        if run.best is None:
+            share = 100 * self.config.nelbo_tolerance
+            raise DLMError(
+                f"{run.path}: no validated state kept the NELBO within {share:g} % of the start, so there is "
+                "no model to keep (the checkpoints are still there). Try a lower learning_rate, or validate "
+                "more often (eval_steps and save_steps), in another output_dir"
+            )
+        trainer.load_checkpoint(run.best)
+
+    def prior(self, tokenizer: PreTrainedTokenizerBase, model: Any, rows: Dataset) -> TokenPrior:
+        """The counts that the checkpoint brings; those of `rows` if it has none."""
+        stored = TokenPrior.load(self.config.model.init)
+        return stored or super().prior(tokenizer, model, rows)
 
     def callbacks(
         self, trainer: DiffusionTrainer, tokenizer: PreTrainedTokenizerBase, held_out: Dataset, run: RunFolder

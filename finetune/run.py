@@ -17,6 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from dlm.adapter import merged
+from dlm.checkpoint import is_causal_lm
 from dlm.curves import CurveCallback, Draw, draw_curve
 from dlm.data.config import DataConfig
 from dlm.data.encode import EncodingReport, encode_rows
@@ -66,6 +67,18 @@ class Stage(Generic[Config]):
         """The model before the run, and its tokenizer."""
         raise NotImplementedError
 
+    def check(self) -> None:
+        """Refuse, before the data are read, a start that does not exist."""
+        if self.start.init:
+            is_causal_lm(self.start.init)
+
+    def prior(self, tokenizer: PreTrainedTokenizerBase, model: Any, rows: Dataset) -> TokenPrior:
+        """Token counts of the training answers, stored with the model."""
+        return TokenPrior.of(rows, model.config.vocab_size, tuple(tokenizer.all_special_ids))
+
+    def settle(self, trainer: DiffusionTrainer, run: RunFolder) -> None:
+        """Take the weights that the run is to end with; the last ones, if nothing is done."""
+
     def record(self) -> dict[str, Any]:
         """What is written into the model's configuration beside the data and the optimiser."""
         return {"objective": self.objective, "init": self.start.init or "random weights"}
@@ -98,6 +111,7 @@ def execute(stage: Stage[Any]) -> Path:
     if run.finished:
         logger.info("%s: this run is finished", run.path)
         return run.path
+    stage.check()
     rows, held_out = split_rows(config.data, config.seed)
     model, tokenizer = stage.first(rows, run.resume_from)
     train_set, report = encode_rows(rows, tokenizer, config.data.window)
@@ -118,8 +132,7 @@ def execute(stage: Stage[Any]) -> Path:
     else:
         trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
     trainer.accelerator.wait_for_everyone()
-    if run.best:
-        trainer.load_checkpoint(run.best)
+    stage.settle(trainer, run)
     if trainer.ema:
         trainer.ema.copy_to(trainer.model)
     save_final(trainer, stage.start, run.path)
@@ -182,22 +195,12 @@ def build_trainer(
 ) -> DiffusionTrainer:
     """The trainer of a run."""
     config: RunConfig = stage.config
-    data = config.data
-    prior = TokenPrior.of(train_set, model.config.vocab_size, tuple(tokenizer.all_special_ids))
-    collator = WindowCollator(
-        eos_token_id=int(tokenizer.eos_token_id),
-        window=data.window,
-        grouped=data.windows == "grouped",
-        eos_tail=data.eos_tail,
-        cut_share=data.cut_share,
-        eos_loss_all=data.eos_loss == "all",
-        seed=config.seed,
-    )
+    prior = stage.prior(tokenizer, model, train_set)
     trainer = stage.trainer(
         model,
         prior,
         args=training_arguments(config, evaluate=eval_set is not None),
-        data_collator=collator,
+        data_collator=collator(config.data, tokenizer, config.seed),
         processing_class=tokenizer,
         train_dataset=_numbered(train_set),
         eval_dataset=_numbered(eval_set) if eval_set is not None else None,
@@ -207,6 +210,19 @@ def build_trainer(
     )
     trainer.prior = prior
     return trainer
+
+
+def collator(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> WindowCollator:
+    """What makes windows of encoded rows."""
+    return WindowCollator(
+        eos_token_id=int(tokenizer.eos_token_id),
+        window=data.window,
+        grouped=data.windows == "grouped",
+        eos_tail=data.eos_tail,
+        cut_share=data.cut_share,
+        eos_loss_all=data.eos_loss == "all",
+        seed=seed,
+    )
 
 
 def _numbered(rows: Dataset) -> Dataset:

@@ -20,10 +20,6 @@ from finetune.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
-_FREE = {"output_dir", "resume", "report_to", "eval_steps", "eval_draws", "save_steps", "logging_steps"}
-_FREE |= {"keep_checkpoints", "samples", "sample_steps", "watch"}
-"""Settings that may change between a run and its continuation: they do not touch the weights."""
-
 
 class RunFolder:
     """What stands in `config.output_dir`.
@@ -50,7 +46,7 @@ class RunFolder:
 
     def _compare(self, new: dict[str, Any], old: dict[str, Any]) -> None:
         for name, value in _flat(old).items():
-            if name.split(".")[0] not in _FREE and _flat(new).get(name, value) != value:
+            if name.split(".")[0] not in self.config.FREE and _flat(new).get(name, value) != value:
                 raise ConfigError(
                     f"{self.path} holds a run with {name} = {value!r}, not {_flat(new)[name]!r}; "
                     "choose another output_dir (--model.init can start from this one)"

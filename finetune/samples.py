@@ -44,23 +44,24 @@ def answers(
     model = trainer.accelerator.unwrap_model(trainer.model)
     training = model.training
     model.eval()
-    with trainer.averaged_weights(), trainer.compute_loss_context_manager():
-        outputs = Sampler(model, tokenizer).generate(
-            prompts,
-            decoder=decoder,
-            window=config.data.window,
-            steps=config.sample_steps,
-            seed=config.seed,
-        )
-    model.train(training)
-    return outputs
+    try:
+        with trainer.averaged_weights(), trainer.compute_loss_context_manager():
+            return Sampler(model, tokenizer).generate(
+                prompts,
+                decoder=decoder,
+                window=config.data.window,
+                steps=config.sample_steps,
+                seed=config.seed,
+            )
+    finally:
+        model.train(training)
 
 
 class SampleCallback(TrainerCallback):  # type: ignore[misc]
     """Answers a few prompts at every evaluation and writes them to `samples.md`.
 
     Prompts that leave no room for an answer in the window are left out; rows of plain text are sampled from
-    nothing. Sampling never ends a run.
+    nothing.
     """
 
     def __init__(

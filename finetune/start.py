@@ -44,9 +44,8 @@ def fine_tuned_model(config: StartConfig, prompted: bool) -> Pair:
     Raises:
         CheckpointError: for a model that was never fine-tuned, saying how to do it.
     """
-    how = f"fine-tune it first: dlm train --model.init {config.init} --output_dir …"
-    if is_causal_lm(config.init):
-        raise CheckpointError(f"{config.init}: an autoregressive model, never trained to fill masks; {how}")
+    refuse_causal_lm(config.init)
+    how = _how(config.init)
     model, tokenizer = load_model(config.init, device="cpu", dtype="float32")
     training = model.config.training
     if not training:
@@ -54,6 +53,16 @@ def fine_tuned_model(config: StartConfig, prompted: bool) -> Pair:
     if prompted and training.get("template") == "plain":
         raise CheckpointError(f"{config.init}: trained on plain text, never on instructions; {how}")
     return model, tokenizer
+
+
+def refuse_causal_lm(path: str) -> None:
+    """Raise a CheckpointError for an autoregressive model, without loading its weights."""
+    if is_causal_lm(path):
+        raise CheckpointError(f"{path}: an autoregressive model, never trained to fill masks; {_how(path)}")
+
+
+def _how(path: str) -> str:
+    return f"fine-tune it first: dlm train --model.init {path} --output_dir …"
 
 
 def prepare(model: MaskedDiffusionModel, config: StartConfig, window: int, seed: int) -> Any:

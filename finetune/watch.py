@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from statistics import fmean
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from decoding.measures import repetition, stutter
 from decoding.presets import Decoder
-from dlm.curves import History, plain, series, smooth
+from dlm.curves import BLUE, GREEN, GREY, RED, History, plain, series, smooth
 from dlm.trainer import DiffusionTrainer
 from finetune.config import R2FTConfig
 from finetune.run_folder import RunFolder
@@ -49,7 +50,7 @@ class BestWithinTolerance(TrainerCallback):  # type: ignore[misc]
         start = series(state.log_history, "eval_nelbo")[1][0]
         limit = (1 + self.tolerance) * start
         nelbo, loss = metrics["eval_nelbo"], metrics["eval_r2ft"]
-        if nelbo > limit:
+        if not (nelbo <= limit and math.isfinite(loss)):  # NaN is not within the limit either
             logger.warning(
                 "validation NELBO %.4f is above %.4f (start %.4f and %.1f %%): R2FT ends at step %d",
                 *(nelbo, limit, start, 100 * self.tolerance, state.global_step),
@@ -59,15 +60,6 @@ class BestWithinTolerance(TrainerCallback):  # type: ignore[misc]
                 self.run.stop()
         elif state.best_metric is None or loss < state.best_metric:
             state.best_metric, state.best_global_step = loss, state.global_step
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say so when there is nothing to keep."""
-        if state.best_global_step is None or not state.best_global_step:
-            logger.warning(
-                "no validated step kept the NELBO within %.1f %% of the start; the last weights are saved. "
-                "Try a lower learning_rate, or validate more often (eval_steps, save_steps)",
-                100 * self.tolerance,
-            )
 
 
 class WatchCallback(TrainerCallback):  # type: ignore[misc]
@@ -101,47 +93,61 @@ class WatchCallback(TrainerCallback):  # type: ignore[misc]
         self.trainer.log(figures)
 
 
-BLUE, SKY, RED, GREEN, GREY = "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#666666"
-"""Colours of Okabe and Ito, which the colour-blind can tell apart."""
-
-
 def draw_r2ft(history: History, tolerance: float) -> Any:
-    """Four panels over steps, as a matplotlib figure: log-probabilities, margin, NELBO, samples."""
+    """Six panels over steps, as a matplotlib figure; a grey line marks the step whose weights are kept."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    (top_left, top_right), (bottom_left, bottom_right) = figure.subplots(2, 2, sharex=True)
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    (sides, margin, loss), (nelbo, prior, repeated) = figure.subplots(2, 3, sharex=True)
     for key, colour, name in (("logp_true", BLUE, "true answer"), ("logp_negative", RED, "negative")):
-        steps, values = series(history, key)
-        top_left.plot(steps, smooth(values), color=colour, linewidth=1.2, label=f"{name}, training")
-        _points(top_left, history, f"eval_{key}", colour, f"{name}, validation")
-    top_left.set(ylabel="log-probability per token, nats")
-    _points(top_right, history, "eval_margin", BLUE, "margin (left scale)")
-    top_right.set(ylabel="margin, nats per token")
-    share = top_right.twinx()
-    _points(share, history, "eval_accuracy", GREEN, "true answer likelier: accuracy (right scale)", "s--")
+        _line(sides, history, key, colour, f"{name}, training")
+        _points(sides, history, f"eval_{key}", colour, f"{name}, validation")
+    sides.set(title="log-probability", ylabel="nats per token")
+    _points(margin, history, "eval_margin", BLUE, "margin, validation (left)")
+    margin.set(title="true against negative", ylabel="nats per token")
+    share = margin.twinx()
+    _points(share, history, "eval_accuracy", GREEN, "accuracy (right)", "s--")
     share.set(ylabel="share of rows", ylim=(0, 1.05))
     share.spines["top"].set_visible(False)
-    _points(bottom_left, history, "eval_nelbo", BLUE, "validation NELBO")
-    start = series(history, "eval_nelbo")[1][:1]
-    for value in start:
-        limit = value * (1 + tolerance)
-        bottom_left.axhline(limit, color=GREY, linestyle=":", label=f"start + {100 * tolerance:g} %")
-    bottom_left.set(xlabel="optimiser step", ylabel="nats per answer token")
-    _points(bottom_right, history, "sample_log_prior", BLUE, "mean log prior of top-k samples (left)")
+    _line(loss, history, "loss", RED, "training")
+    _points(loss, history, "eval_r2ft", RED, "validation")
+    loss.set(title="R2FT loss")
+    _points(nelbo, history, "eval_nelbo", BLUE, "validation NELBO")
+    for value in series(history, "eval_nelbo")[1][:1]:
+        nelbo.axhline(
+            value * (1 + tolerance), color=RED, linestyle=":", label=f"start + {100 * tolerance:g} %"
+        )
+    nelbo.set(title="language", ylabel="nats per answer token")
+    _points(prior, history, "sample_log_prior", BLUE, "top-k samples, mean")
     for value in series(history, "corpus_log_prior")[1][-1:]:
-        bottom_right.axhline(value, color=GREY, linestyle=":", label="median of the training answers (left)")
-    bottom_right.set(xlabel="optimiser step", ylabel="log prior, nats")
-    repeated = bottom_right.twinx()
-    _points(repeated, history, "sample_repetition", RED, "repeated 4-grams (right)", "s--")
-    _points(repeated, history, "sample_stutter", GREEN, "stuttered words (right)", "^:")
-    repeated.set(ylabel="share of 4-grams, of words")
+        prior.axhline(value, color=RED, linestyle=":", label="training answers, median")
+    prior.set(title="log prior of tokens", ylabel="nats")
+    _points(repeated, history, "sample_repetition", RED, "repeated 4-grams")
+    _points(repeated, history, "sample_stutter", GREEN, "words equal to the last", "^:")
+    repeated.set(title="repetition in top-k samples", ylabel="share")
     repeated.set_ylim(bottom=0)
-    repeated.spines["top"].set_visible(False)
-    for axes, twin in ((top_left, None), (top_right, share), (bottom_left, None), (bottom_right, repeated)):
+    kept = kept_step(history, tolerance)
+    for axes in (sides, margin, loss, nelbo, prior, repeated):
+        if kept is not None:
+            axes.axvline(kept, color=GREY, linewidth=0.8)
         plain(axes)
-        _legend(axes, twin)
+        _legend(axes, share if axes is margin else None)
+    for axes in (nelbo, prior, repeated):
+        axes.set(xlabel="optimiser step")
     return figure
+
+
+def kept_step(history: History, tolerance: float) -> float | None:
+    """The validated step with the lowest R2FT loss within the tolerance; None if there is none."""
+    start = series(history, "eval_nelbo")[1][:1]
+    validated = [r for r in history if "eval_r2ft" in r and r["step"] > 0]
+    fit = [r for r in validated if r["eval_nelbo"] <= (1 + tolerance) * start[0]]
+    return min(fit, key=lambda r: r["eval_r2ft"])["step"] if fit else None
+
+
+def _line(axes: Any, history: History, key: str, colour: str, label: str) -> None:
+    steps, values = series(history, key)
+    axes.plot(steps, smooth(values), color=colour, linewidth=1.1, alpha=0.6, label=label)
 
 
 def _points(axes: Any, history: History, key: str, colour: str, label: str, line: str = "o-") -> None:
@@ -150,13 +156,12 @@ def _points(axes: Any, history: History, key: str, colour: str, label: str, line
 
 
 def _legend(axes: Any, twin: Any) -> None:
-    """One legend for both scales, above the panel, where it hides nothing."""
+    """One legend for both scales."""
     handles, labels = axes.get_legend_handles_labels()
     if twin is not None:
         more, names = twin.get_legend_handles_labels()
         handles, labels = handles + more, labels + names
-    if axes.get_legend():
+    box = (twin or axes).legend(handles, labels, fontsize=8, framealpha=0.85, edgecolor="none")
+    if twin is not None:
         axes.get_legend().remove()
-    axes.legend(
-        handles, labels, frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0)
-    )
+        box.set_loc("center right")

@@ -143,16 +143,18 @@ def test_nested_commands_are_found_and_helped(checkpoint, capsys):
     assert "--negatives.left" in capsys.readouterr().out
     assert main(["inspect", "negatives"]) == 2
     assert "model" in capsys.readouterr().err
-    assert main(["inspect", "negativs"]) == 1  # then it is the name of a checkpoint
+    assert main(["inspect", "negatives", "a", "b"]) == 2
+    assert "one model at a time, got 2: a b" in capsys.readouterr().err
+    assert main(["inspect", "something-else"]) == 1  # the name of a checkpoint
 
 
 def test_inspect_negatives_shows_true_and_wrong_tokens(checkpoint, capsys):
-    words = ["inspect", "negatives", "--model", checkpoint, "--data.source", "rules", "--data.window", "64"]
+    words = ["inspect", "negatives", "--data.source", "rules", "--data.window", "64", checkpoint]
     rules = [f"--negatives.{name}=0" for name in ("right", "prior", "mixed", "run")]
     assert main([*words, *rules, "--negatives.eos_p=1", "--rows", "3"]) == 0
     text = capsys.readouterr().out
     assert text.count("rule: left") == 3
     assert text.count("negative  ") >= 3
     assert "⏎" in text
-    assert main([*words, "--model", "/nowhere"]) == 1
+    assert main([*words[:-1], "/nowhere"]) == 1
     assert "no tokenizer to be had" in capsys.readouterr().err

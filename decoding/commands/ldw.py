@@ -26,19 +26,19 @@ class LDWConfig:
 
     Args:
         checkpoints: models to compare, for instance before and after R2FT (the words that are no options).
-        prompts: prompts to measure on.
-        file: or a file of prompts, as `dlm generate --file` reads it.
+        prompt: a prompt to measure on, and to show candidates for.
+        file: a file of more prompts, as `dlm generate --file` reads it.
         limit: use only the first so many prompts that fit the window; 0 for all.
         window: L, prompt and answer together; 0 for the first checkpoint's own.
         top: how many of the most frequent answer tokens count as frequent.
-        counts: rows (file or hub id) to count tokens in, where no checkpoint has its counts with it.
+        counts: rows (file, hub id or "rules") to count tokens in, where no checkpoint has its counts with it.
         positions: positions behind the prompt in the table of candidates.
         candidates: candidates per position.
         output: picture of the curves; beside it go the figures (.json) and the tables (.svg). Empty for none.
     """
 
     checkpoints: list[str] = field(default_factory=list)
-    prompts: list[str] = field(default_factory=list)
+    prompt: str = ""
     file: str = ""
     limit: int = 100
     window: int = 0
@@ -52,8 +52,12 @@ class LDWConfig:
         """Check that there is something to measure."""
         if not self.checkpoints:
             raise ConfigError("name one or more checkpoints: dlm inspect ldw runs/sft runs/r2ft")
-        if not self.prompts and not self.file:
-            raise ConfigError("give --prompts or --file")
+        if not self.prompt and not self.file:
+            raise ConfigError("give --prompt or --file")
+        if self.output and Path(self.output).suffix not in (".png", ".pdf"):
+            raise ConfigError(f"output must end in .png or .pdf, got {self.output}")
+        if self.output and not Path(self.output).absolute().parent.is_dir():
+            raise ConfigError(f"output: no such folder as {Path(self.output).absolute().parent}")
         for name in ("top", "positions", "candidates"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -70,10 +74,11 @@ def run(config: LDWConfig) -> int:
     from dlm.checkpoint import load_model
 
     console, measured = Console(record=True), {}
+    asked = [*([config.prompt] if config.prompt else []), *(read_prompts(config.file) if config.file else [])]
     models = {path: load_model(path) for path in config.checkpoints}
     first = Sampler(*models[config.checkpoints[0]])
+    check_comparable(models)
     window, prior = config.window or first.window, token_prior(config, first.tokenizer)
-    asked = itertools.chain(config.prompts, read_prompts(config.file) if config.file else ())
     fits = (prompt for prompt in asked if first.prompt_length(prompt) < window)
     prompts = list(itertools.islice(fits, config.limit or None))
     if not prompts:
@@ -99,6 +104,18 @@ def run(config: LDWConfig) -> int:
     return 0
 
 
+def check_comparable(models: dict[str, Any]) -> None:
+    """Refuse models whose token ids mean different things.
+
+    Raises:
+        ConfigError: naming the two.
+    """
+    (path, (_, tokenizer)), *others = models.items()
+    for other, (_, second) in others:
+        if second.get_vocab() != tokenizer.get_vocab():
+            raise ConfigError(f"{path} and {other} have different tokenizers and cannot be compared")
+
+
 def token_prior(config: LDWConfig, tokenizer: Any) -> Any:
     """The counts that the first checkpoint which has some brings, or counts of the given rows.
 
@@ -107,10 +124,12 @@ def token_prior(config: LDWConfig, tokenizer: Any) -> Any:
     """
     from dlm.data.encode import encode_rows
     from dlm.data.rows import load_rows
+    from dlm.data.rules import rule_rows
     from dlm.prior import FILE, TokenPrior
 
     if config.counts:
-        rows, _ = encode_rows(load_rows(config.counts), tokenizer, 2048)
+        source = rule_rows(20_000) if config.counts == "rules" else load_rows(config.counts)
+        rows, _ = encode_rows(source, tokenizer, 2048)
         return TokenPrior.of(rows, len(tokenizer), tuple(tokenizer.all_special_ids))
     for path in config.checkpoints:
         prior = TokenPrior.load(path)

@@ -24,21 +24,23 @@ class NegativesConfig:
     """Settings of `dlm inspect negatives`.
 
     Args:
-        model: checkpoint whose tokenizer and template are used.
+        model: checkpoint whose tokenizer, template and token counts are used (the word that is no option).
         data: where the rows come from.
         negatives: how negatives are made.
         rows: how many examples to show.
         seed: seed of the examples.
     """
 
-    model: str
+    model: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     negatives: NegativeConfig = field(default_factory=NegativeConfig)
     rows: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the number."""
+        """Check the model and the number."""
+        if not self.model:
+            raise ConfigError("name a checkpoint: dlm inspect negatives runs/my-model --data.source …")
         if self.rows < 1:
             raise ConfigError(f"rows must be at least 1, got {self.rows}")
 
@@ -78,10 +80,9 @@ def _material(config: NegativesConfig) -> tuple[Any, Any, Any]:
     from transformers import AutoTokenizer
 
     from dlm.data.encode import encode_rows
-    from dlm.data.windows import WindowCollator
     from dlm.errors import CheckpointError
     from dlm.prior import TokenPrior
-    from finetune.run import split_rows
+    from finetune.run import collator, split_rows
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
@@ -89,11 +90,15 @@ def _material(config: NegativesConfig) -> tuple[Any, Any, Any]:
         raise CheckpointError(f"{config.model}: no tokenizer to be had ({error})") from error
     if tokenizer.mask_token_id is None:
         raise CheckpointError(f"{config.model}: its tokenizer has no mask token; train it first (dlm train)")
-    rows, _ = encode_rows(split_rows(config.data, config.seed)[0], tokenizer, config.data.window)
-    prior = TokenPrior.of(rows, len(tokenizer), tuple(tokenizer.all_special_ids))
-    chosen = rows.shuffle(seed=config.seed).select(range(min(config.rows, len(rows))))
-    collate = WindowCollator(eos_token_id=int(tokenizer.eos_token_id), window=config.data.window)
-    return tokenizer, collate(list(chosen)), prior
+    rows, _ = split_rows(config.data, config.seed)
+    prior = TokenPrior.load(config.model)
+    if prior is None:  # then all rows have to be counted
+        everything, _ = encode_rows(rows, tokenizer, config.data.window)
+        prior = TokenPrior.of(everything, len(tokenizer), tuple(tokenizer.all_special_ids))
+    some = rows.shuffle(seed=config.seed).select(range(min(4 * config.rows, len(rows))))
+    shown = list(encode_rows(some, tokenizer, config.data.window)[0])[: config.rows]
+    numbered = [{**row, "row": i} for i, row in enumerate(shown)]
+    return tokenizer, collator(config.data, tokenizer, config.seed)(numbered), prior
 
 
 def _text(tokenizer: Any, batch: Any, contrast: Any, i: int, *, wrong: bool) -> Any:
@@ -136,4 +141,4 @@ def _legend() -> Any:
     return text
 
 
-COMMAND = Command("show the negatives of R2FT in colour", NegativesConfig, run)
+COMMAND = Command("show the negatives of R2FT in colour", NegativesConfig, run, positional="model")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from decoding.ldw import candidates, decoding_window, draw_decoding_windows
+from dlm import load_model
 from dlm.cli import main
 from dlm.errors import ConfigError
 from dlm.prior import TokenPrior
@@ -85,13 +86,14 @@ def checkpoint(model, tokenizer, tmp_path):
 
 
 def test_the_command_compares_models_and_writes_picture_and_figures(checkpoint, tmp_path, capsys):
-    words = ["inspect", "ldw", str(checkpoint), "--prompts", '["Spell bread and cloud."]']
+    words = ["inspect", "ldw", str(checkpoint), "--prompt", "Spell bread and cloud."]
     assert main([*words, "--output", str(tmp_path / "ldw.png")]) == 2
     assert "token_counts.safetensors; name the training rows with --counts" in capsys.readouterr().err
     TokenPrior(torch.arange(400), (0, 1, 2)).save(checkpoint)
     assert main([*words, "--output", str(tmp_path / "ldw.png"), "--positions", "3"]) == 0
     assert "frequent in all answers" in capsys.readouterr().out
     assert (tmp_path / "ldw.png").stat().st_size > 10_000
+    assert "distance" in (tmp_path / "ldw.svg").read_text()
     facts = json.loads((tmp_path / "ldw.json").read_text())
     assert set(facts[str(checkpoint)]) == {"frequent", "prompt", "end", "rows"}
 
@@ -99,7 +101,34 @@ def test_the_command_compares_models_and_writes_picture_and_figures(checkpoint, 
 def test_tokens_are_counted_in_given_rows_where_no_model_has_its_counts(checkpoint, tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"instruction": "Go.", "output": "Anna counts: 1 2 3"}\n' * 3)
-    words = ["inspect", "ldw", str(checkpoint), "--prompts", '["Spell bread and cloud."]', "--output", ""]
+    words = ["inspect", "ldw", str(checkpoint), "--prompt", "Spell bread and cloud.", "--output", ""]
     assert main([*words, "--counts", str(file)]) == 0
-    assert main(["inspect", "ldw", str(checkpoint)]) == 2
-    assert "give --prompts or --file" in capsys.readouterr().err
+    assert main([*words, "--counts", "rules", "--candidates", "9999"]) == 0
+
+
+def test_what_cannot_be_measured_is_said_before_anything_is_loaded(checkpoint, tmp_path, capsys, tokenizer):
+    words = ["inspect", "ldw", str(checkpoint)]
+
+    def fails(*more):
+        assert main([*words, *more]) in (1, 2)
+        return capsys.readouterr().err
+
+    assert "give --prompt or --file" in fails()
+    assert "must end in .png or .pdf" in fails("--prompt", "x", "--output", "x.json")
+    assert "no such folder" in fails("--prompt", "x", "--output", str(tmp_path / "none" / "x.png"))
+    assert "/nowhere.txt" in fails("--file", "/nowhere.txt")
+    TokenPrior(torch.arange(400), (0, 1, 2)).save(checkpoint)
+    assert "longer than the model's" in fails("--prompt", "x", "--window", "9999", "--output", "")
+    other = tmp_path / "other"
+    load_model(checkpoint, device="cpu")[0].save_pretrained(other)
+    from dlm.tokenizer import train_tokenizer
+
+    train_tokenizer(["some other words " * 50, "ab cd ef"], 400).save_pretrained(other)
+    config = json.loads((other / "config.json").read_text())
+    second = train_tokenizer(["some other words " * 50, "ab cd ef"], 400)
+    (other / "config.json").write_text(
+        json.dumps({**config, "num_tokens": len(second), "mask_token_id": second.mask_token_id})
+    )
+    assert "different tokenizers" in fails(str(other), "--prompt", "x", "--output", "")
+    assert main(["inspect", "lwd", "--prompt", "x"]) == 2
+    assert "Did you mean 'inspect ldw'?" in capsys.readouterr().err

@@ -88,11 +88,11 @@ def test_a_saved_adapter_loads_with_its_base_and_stays_small(base, tmp_path):
     folder = tmp_path / "adapter"
     model.config.training = {"note": "mine"}
     model.save_pretrained(folder)
-    model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     stored = load_file(folder / "adapter_model.safetensors")
     assert not any("embed_tokens" in name or "base_layer" in name for name in stored)
     again, _ = load_model(folder, device="cpu")
+    assert all(p.requires_grad for p in again.parameters())  # it can be trained on, all of it
     torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert again.config.training == {"note": "mine"}
 
@@ -100,13 +100,11 @@ def test_a_saved_adapter_loads_with_its_base_and_stays_small(base, tmp_path):
 def test_an_adapter_may_stand_on_an_adapter(base, tmp_path):
     first, tokenizer = adapted(base)
     first.save_pretrained(tmp_path / "one")
-    first.config.save_pretrained(tmp_path / "one")
     tokenizer.save_pretrained(tmp_path / "one")
     second, _ = adapted(tmp_path / "one", scale=0.2)
     ids = noisy(second)
     expected = second.eval()(ids).logits.detach()
     second.save_pretrained(tmp_path / "two")
-    second.config.save_pretrained(tmp_path / "two")
     tokenizer.save_pretrained(tmp_path / "two")
     again, _ = load_model(tmp_path / "two", device="cpu")
     torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-4)
@@ -116,7 +114,6 @@ def test_an_adapter_without_its_base_says_which_one_is_missing(base, tmp_path):
     model, tokenizer = adapted(base)
     folder = tmp_path / "adapter"
     model.save_pretrained(folder)
-    model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     shutil.move(base, tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match=r"an adapter of .*base, which cannot be loaded"):
@@ -144,3 +141,14 @@ def test_equal_seeds_give_equal_first_weights(base):
     torch.rand(3)
     assert torch.equal(first(1), first(1))
     assert not torch.equal(first(1), first(2))
+
+
+def test_adapter_and_base_may_move_together(base, tmp_path):
+    model, tokenizer = adapted(base)
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-moved")
+    shutil.rmtree(base)
+    ids = noisy(model)
+    again, _ = load_model(tmp_path.parent / f"{tmp_path.name}-moved" / "adapter", device="cpu")
+    torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)

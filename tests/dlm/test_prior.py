@@ -48,3 +48,7 @@ def test_counts_come_back_from_a_folder_and_damage_is_named(prior, tmp_path):
     (tmp_path / FILE).write_bytes(json.dumps({}).encode())
     with pytest.raises(CheckpointError, match="damaged"):
         TokenPrior.load(tmp_path)
+
+
+def test_a_hub_id_that_cannot_be_reached_has_no_counts():
+    assert TokenPrior.load("nobody/nothing") is None

@@ -131,6 +131,13 @@ def test_an_early_eos_stands_before_the_true_one_once_and_as_often_as_asked():
     assert (early.nonzero()[:, 1] < 27).all()  # the true EOS is cell 27
     for i, cut in enumerate(cuts(made)):
         assert early[i].sum() == (1 if cut < 27 else 0)
+    # where it stands is uniform over the cells from the cut to the EOS: the mean place is in the middle
+    places = [
+        (int(e.int().argmax()) - c + 0.5) / (27 - c) for e, c in zip(early, cuts(made), strict=True) if c < 27
+    ]
+    assert abs(sum(places) / len(places) - 0.5) < 0.02
+    _, made = contrast(n=500, left=1.0, prompt=8, eos_p=1.0, window=60, seed="behind")
+    assert ((made.rejected == EOS).nonzero()[:, 1] < 27).all()
     _, made = contrast(n=4000, left=1.0, prompt=8, eos_p=0.25)
     share = float((made.rejected == EOS).any(1).float().mean())
     assert abs(share - 0.25 * 19 / 20) < 0.03  # one cut of twenty is the EOS itself
@@ -175,13 +182,14 @@ def text(n=2000, length=60, window=64, **options):
 def test_text_is_masked_inside_or_outside_one_span(inside):
     ids, made = text(left=1.0, right=1.0, in_span=inside)
     for i in range(len(ids)):
+        assert (made.noisy_ids[i, 60:] == (EOS if inside else MASK)).all()
         masked = (made.noisy_ids[i, :60] == MASK).tolist()
         runs = sum(a != b for a, b in itertools.pairwise(masked))
         assert runs <= 2
         held = masked if inside else [not m for m in masked]
         where = [j for j, h in enumerate(held) if h]
         assert where == list(range(where[0], where[-1] + 1))
-        assert 1 <= len(where) <= 30  # never more than half of the row
+        assert len(where) == 30  # spans are 30 to 50, and never more than half of the row
         a, b = where[0], where[-1] + 1
         assert made.targets[i].tolist()[:60] == [
             int(x) if m else IGNORE for x, m in zip(ids[i, :60], masked, strict=True)
@@ -197,6 +205,25 @@ def test_text_is_masked_inside_or_outside_one_span(inside):
         else:
             assert all(a <= t < min(b, a + 15) for t in tokens)
     assert set(made.rule.tolist()) == {0, 1}
+
+
+def test_spans_of_text_have_every_length_and_place_and_the_two_are_independent():
+    _, made = text(n=6000, length=60, left=1.0, right=1.0, in_span=1.0, span_min=3, span_max=12)
+    masked = made.noisy_ids[:, :60] == MASK
+    width, start = masked.sum(1), masked.int().argmax(1)
+    assert set(width.tolist()) == set(range(3, 13))
+    assert set(start.tolist()) == set(range(58))
+    room = (60 - width).float()
+    assert abs(float((start / room).mean()) - 0.5) < 0.02
+    correlation = torch.corrcoef(torch.stack([start / room, width.float()]))[0, 1]
+    assert abs(float(correlation)) < 0.05
+
+
+def test_a_row_with_nothing_to_repeat_falls_back_on_runs_of_frequent_tokens():
+    ids, made = text(n=600, length=8, left=1.0, in_span=1.0, span_min=1, span_max=4)
+    for i in range(len(ids)):
+        first = int((made.noisy_ids[i] == MASK).int().argmax())
+        assert NAMES[int(made.rule[i])] == ("run" if first == 0 else "left")
 
 
 def test_a_side_without_context_is_never_repeated():

@@ -13,12 +13,19 @@ from safetensors.torch import load_file
 
 from dlm import load_model
 from dlm.data.config import DataConfig
-from dlm.errors import CheckpointError, ConfigError
+from dlm.errors import CheckpointError, ConfigError, DLMError
 from dlm.model import IGNORE
 from dlm.prior import TokenPrior
-from finetune.config import LoraConfig, NegativeConfig, ObjectiveConfig, R2FTConfig, StartConfig
+from finetune.config import (
+    LoraConfig,
+    ModelConfig,
+    NegativeConfig,
+    ObjectiveConfig,
+    R2FTConfig,
+    StartConfig,
+)
 from finetune.r2ft import R2FT, r2ft, r2ft_loss
-from finetune.run import build_trainer
+from finetune.run import build_trainer, split_rows
 from finetune.sft import train
 from tests.finetune.test_train import settings, unfinish
 
@@ -94,7 +101,12 @@ def test_a_row_without_a_negative_keeps_its_anchor_and_nothing_else():
     assert float(loss) == pytest.approx(0.2)
     loss.backward()
     assert float(logp_l.grad) == 0
-    assert float(r2ft_loss(*map(torch.tensor, ([0.0], [0], [-3.0], [2])))) == 0
+
+
+def test_half_a_reference_is_refused():
+    args = tuple(map(torch.tensor, ([-6.0], [3], [-20.0], [5])))
+    with pytest.raises(ConfigError, match="both"):
+        r2ft_loss(*args, reference_w=args[0])
 
 
 # ---- the trainer -------------------------------------------------------------------------------------
@@ -121,7 +133,6 @@ def stage(folder, sft, **kwargs):
 
 def trainer_of(config):
     from dlm.data.encode import encode_rows
-    from finetune.run import split_rows
     from finetune.start import prepare
 
     own = R2FT(config)
@@ -202,6 +213,11 @@ def test_confidence_weights_favour_likely_negatives_and_keep_their_mean(sft, tmp
     weight = trainer._weights(logp, cells)
     assert weight[..., 0].tolist() == [[1.0, 1.0, 1.0]]
     assert weight[0, :, 1].tolist() == pytest.approx([0.5, 1.5, 0.0])
+    unlikely = trainer._weights(torch.tensor([[[0.0, -110.0], [0.0, -120.0]]]), torch.ones(1, 2, 2).bool())
+    assert unlikely[0, :, 1].tolist() == pytest.approx([2.0, 2 * math.exp(-10)], rel=1e-3)  # no underflow
+    assert all(
+        trainer._weights(logp.requires_grad_().detach(), cells).sum((0, 1)) == torch.tensor([3.0, 2.0])
+    )
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(r=4)])
@@ -230,7 +246,7 @@ def test_the_reference_is_the_model_that_the_run_starts_from(sft, tmp_path, lora
 def test_a_run_leaves_curves_counts_and_the_best_model(sft, tmp_path):
     folder = r2ft(stage(tmp_path / "run", sft, keep_checkpoints=1))
     names = {path.name for path in folder.iterdir()}
-    assert {"model.safetensors", "r2ft.png", "curve.png", "samples.md", "token_counts.safetensors"} <= names
+    assert {"model.safetensors", "r2ft.png", "samples.md", "token_counts.safetensors"} <= names
     records = history(folder)
     evaluated = [r for r in records if "eval_nelbo" in r]
     assert [r["step"] for r in evaluated] == [0, 4, 8, 12]
@@ -304,18 +320,138 @@ def test_resuming_repeats_the_interrupted_run(sft, tmp_path):
 
 
 def test_a_run_that_harms_the_language_ends_and_says_so(sft, tmp_path, caplog):
-    folder = r2ft(stage(tmp_path / "run", sft, learning_rate=5e-2, max_steps=40))
-    steps = [r["step"] for r in history(folder) if "eval_nelbo" in r]
-    assert steps[-1] < 40
+    config = stage(tmp_path / "run", sft, learning_rate=5e-2, max_steps=40)
+    for _ in range(2):  # asking again changes nothing
+        with pytest.raises(DLMError, match="no validated state kept the NELBO.*Try a lower learning_rate"):
+            r2ft(config)
+    steps = [r["step"] for r in history(tmp_path / "run") if "eval_nelbo" in r]
+    assert steps == [0, 4]
     assert "is above" in caplog.text
-    assert "Try a lower learning_rate" in caplog.text
-    assert json.loads((folder / "run.json").read_text())["finished"]
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert not json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
+
+
+def test_a_validation_that_is_not_a_number_ends_the_run(sft, tmp_path, monkeypatch):
+    from finetune.r2ft import R2FTTrainer
+
+    plain, calls = R2FTTrainer.metrics, []
+
+    def metrics(self, sums, rows):
+        calls.append(1)
+        return plain(self, sums, rows) | ({"nelbo": math.nan} if len(calls) == 3 else {})
+
+    monkeypatch.setattr(R2FTTrainer, "metrics", metrics)
+    folder = r2ft(stage(tmp_path / "run", sft, max_steps=16, watch=0, nelbo_tolerance=9.0))
+    assert len(calls) == 3
+    final = load_file(folder / "model.safetensors")
+    best = load_file(folder / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(value, final[name]) for name, value in best.items())
+
+
+def test_settings_that_choose_the_kept_weights_cannot_change_on_the_way(sft, tmp_path):
+    r2ft(stage(tmp_path / "run", sft, max_steps=4))
+    with pytest.raises(ConfigError, match="holds a run with eval_draws = 4, not 8"):
+        r2ft(stage(tmp_path / "run", sft, max_steps=4, eval_draws=8))
+
+
+def test_r2ft_starts_from_an_adapter_and_trains_all_weights(sft, tmp_path):
+    lora = ModelConfig(init=str(sft), lora=LoraConfig(r=4))
+    adapter = train(settings(tmp_path / "sft", model=lora, max_steps=4))
+    before = TokenPrior.load(adapter)
+    more = DataConfig(source="rules", window=48, limit=60, validation_rows=20)
+    folder = r2ft(stage(tmp_path / "run", adapter, data=more, max_steps=4, nelbo_tolerance=9.0, watch=0))
+    assert load_model(folder, device="cpu")[0].config.training["after"]["init"] == str(sft)
+    after = TokenPrior.load(folder)
+    assert torch.equal(before.counts, after.counts)  # the counts of fine-tuning, not of these fewer rows
+
+
+def test_an_adapter_run_resumes_to_the_bit_and_starts_from_a_causal_model(tokenizer, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from dlm.checkpointing import MARKER, complete_checkpoints
+
+    torch.manual_seed(0)
+    shape = LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                        vocab_size=len(tokenizer), tie_word_embeddings=True)  # fmt: skip
+    LlamaForCausalLM(shape).save_pretrained(tmp_path / "causal")
+    tokenizer.save_pretrained(tmp_path / "causal")
+    model = ModelConfig(init=str(tmp_path / "causal"), lora=LoraConfig(r=4), template="model")
+    whole, cut = (
+        train(settings(tmp_path / name, model=model, keep_checkpoints=9)) for name in ("whole", "cut")
+    )
+    for late in complete_checkpoints(cut)[1:]:
+        (late / MARKER).unlink()
+    unfinish(cut)
+    train(settings(cut, model=model, keep_checkpoints=9))
+    expected = load_file(whole / "adapter_model.safetensors")
+    again = load_file(cut / "adapter_model.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in expected.items())
+    assert not any("embed_tokens" in name for name in expected)
+    assert load_model(whole, device="cpu")[0].config.shift
+
+
+def test_the_average_of_the_best_state_is_what_is_kept(sft, tmp_path, monkeypatch):
+    from finetune.r2ft import R2FTTrainer
+
+    scripted = iter([(2.0, 1.0), (2.0, 0.1), (2.0, 0.5)])
+    plain = R2FTTrainer.metrics
+
+    def metrics(self, sums, rows):
+        return plain(self, sums, rows) | dict(zip(("nelbo", "r2ft"), next(scripted), strict=True))
+
+    monkeypatch.setattr(R2FTTrainer, "metrics", metrics)
+    folder = r2ft(stage(tmp_path / "run", sft, max_steps=8, watch=0, ema_decay=0.9))
+    final = load_file(folder / "model.safetensors")
+    average = load_file(folder / "checkpoint-4" / "ema.safetensors")
+    raw = load_file(folder / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(final[name], value) for name, value in average.items())
+    assert not all(torch.equal(final[name], value) for name, value in raw.items())
+
+
+def test_watched_samples_are_measured(sft, tmp_path):
+    from transformers import TrainerState
+
+    from decoding import Decoder
+    from decoding.measures import repetition, stutter
+    from finetune.samples import answers, held_out_prompts
+    from finetune.watch import WatchCallback
+
+    config = stage(tmp_path / "x", sft)
+    trainer = trainer_of(config)
+    rows = split_rows(config.data, config.seed)[1]
+    watch = WatchCallback(trainer, trainer.processing_class, config, rows)
+    state = trainer.state = TrainerState(is_world_process_zero=True)
+    watch.on_evaluate(config, state, None)
+    (record,) = [r for r in state.log_history if "sample_stutter" in r]
+    prompts = held_out_prompts(trainer, trainer.processing_class, config, rows, 4)
+    outputs = answers(trainer, trainer.processing_class, config, prompts, Decoder.named("top-k"))
+    tokens = [t for o in outputs for t in o.token_ids]
+    assert record["sample_repetition"] == pytest.approx(sum(repetition(o.text) for o in outputs) / 4)
+    assert record["sample_stutter"] == pytest.approx(sum(stutter(o.text) for o in outputs) / 4)
+    log_prior = trainer.prior.log_prior()
+    assert record["sample_log_prior"] == pytest.approx(sum(float(log_prior[t]) for t in tokens) / len(tokens))
+
+
+def test_the_plot_marks_the_step_that_is_kept():
+    from finetune.watch import draw_r2ft, kept_step
+
+    records = [
+        {"step": step, "eval_nelbo": nelbo, "eval_r2ft": loss, "eval_margin": 1.0, "eval_accuracy": 0.5}
+        for step, nelbo, loss in ((0, 2.0, 0.1), (5, 2.0, 0.5), (10, 2.03, 0.2), (15, 2.1, 0.1))
+    ]
+    assert kept_step(records, 0.02) == 10
+    assert kept_step(records, 0.5) == 15
+    assert kept_step(records[:1], 0.02) is None
+    figure = draw_r2ft(records, 0.02)
+    assert len(figure.axes) == 7
+    assert any(list(line.get_xdata()) == [10, 10] for line in figure.axes[0].lines)
 
 
 def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(sft, tmp_path):
     options = {
         "max_steps": 2, "learning_rate": 0.5, "warmup_steps": 0, "lr_scheduler_type": "constant",
-        "max_grad_norm": 1e9, "weight_decay": 0.0, "eval_steps": 0, "save_steps": 100,
+        "max_grad_norm": 1e9, "weight_decay": 0.0, "eval_steps": 2, "save_steps": 2, "watch": 0,
+        "nelbo_tolerance": 1e9,
         "trainer": {"disable_tqdm": True, "optim": "sgd"},
     }  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
@@ -377,8 +513,6 @@ def test_an_adapter_can_be_kept_apart_or_merged(sft, tmp_path):
 
 
 def test_sft_takes_an_adapter_too(sft, tmp_path):
-    from finetune.config import ModelConfig
-
     model = ModelConfig(init=str(sft), lora=LoraConfig(r=4))
     folder = train(settings(tmp_path / "run", model=model, max_steps=4, eval_steps=4))
     assert (folder / "adapter_model.safetensors").stat().st_size < (sft / "model.safetensors").stat().st_size
@@ -403,6 +537,12 @@ def test_a_model_that_was_never_fine_tuned_is_refused(tokenizer, tmp_path):
         stage(tmp_path / "c", "")
     with pytest.raises(ConfigError, match="save_steps must equal eval_steps"):
         stage(tmp_path / "c", folder, save_steps=3)
+    with pytest.raises(ConfigError, match="must not be 0"):
+        stage(tmp_path / "c", folder, eval_steps=0)
+    with pytest.raises(ConfigError, match="chooses the best checkpoint itself"):
+        stage(tmp_path / "c", folder, trainer={"load_best_model_at_end": True})
+    with pytest.raises(CheckpointError, match="no such folder"):
+        r2ft(stage(tmp_path / "d", "/nowhere", data=DataConfig(source="/nor/this.json")))
 
 
 def test_text_without_prompts_is_rejected_in_and_out_of_spans(tmp_path):
