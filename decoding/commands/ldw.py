@@ -12,9 +12,9 @@ from dlm.cli import Command
 from dlm.errors import ConfigError
 
 STYLES = {
-    "prompt": "white on #b3261e",
-    "frequent": "black on #e69f00",
-    "end": "white on #5f6368",
+    "prompt": "#ffffff on #a3241c",
+    "frequent": "#000000 on #e69f00",
+    "end": "#ffffff on #5f6368",
     "other": "",
 }
 """How the kinds of candidate look in the table."""
@@ -143,11 +143,17 @@ def table(title: str, zone: list[list[Any]]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    out = Table("distance", *(f"{i + 1}." for i in range(len(zone[0]))), title=title, padding=(0, 1))
+    out = Table("distance", *(f"{i + 1}." for i in range(len(zone[0]))), title=title, padding=0)
     for distance, row in enumerate(zone):
-        cells = [Text(f"{c.text!r} {c.probability:.2f}", style=STYLES[c.kind]) for c in row]
+        cells = [Text(f"{_short(c.text)} {c.probability:.2f}", style=STYLES[c.kind]) for c in row]
         out.add_row(str(distance), *cells)
     return out
+
+
+def _short(token: str, width: int = 9) -> str:
+    """A token as Python would write it, cut so that five of them fit a terminal."""
+    shown = repr(token)
+    return shown if len(shown) <= width else shown[: width - 2] + "…" + shown[-1]
 
 
 def legend() -> Any:
