@@ -151,7 +151,11 @@ _LINES: Sequence[tuple[str, Any]] = (
 
 
 def draw_decoding_windows(measured: dict[str, DecodingWindow], top: int = 100) -> Any:
-    """Masses over distance, one line per model, as a matplotlib figure."""
+    """Masses over distance, one line per model, as a matplotlib figure.
+
+    A line ends where less than half of the prompts still have a position: prompts of different length leave
+    different room.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.8), layout="constrained")

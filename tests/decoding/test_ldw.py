@@ -76,6 +76,13 @@ def test_the_plot_has_a_line_for_each_model_in_each_panel():
     assert figure.axes[0].lines[0].get_ydata() == pytest.approx(got.frequent.tolist())
 
 
+def test_lines_end_where_most_prompts_have_no_position():
+    got = decoding_window(FakeDenoiser(), FakeTokenizer(), ["abc", "abcde", "abcdef"], PRIOR, window=12)
+    assert got.rows.tolist() == [3] * 6 + [2, 1, 1]
+    line = draw_decoding_windows({"model": got}).axes[0].lines[0]
+    assert list(line.get_xdata()) == list(range(7))
+
+
 @pytest.fixture
 def checkpoint(model, tokenizer, tmp_path):
     folder = tmp_path / "model"
