@@ -164,9 +164,8 @@ def draw_decoding_windows(measured: dict[str, DecodingWindow], top: int = 100) -
     for axes, field, title in zip(panels, ("frequent", "prompt", "end"), titles, strict=True):
         for i, (name, figures) in enumerate(measured.items()):
             colour, line = _LINES[i % len(_LINES)]
-            axes.plot(
-                getattr(figures, field).tolist(), linestyle=line, color=colour, linewidth=1.6, label=name
-            )
+            masses = getattr(figures, field)[2 * figures.rows >= figures.rows[0]].tolist()
+            axes.plot(masses, linestyle=line, color=colour, linewidth=1.6, label=name)
         axes.set(xlabel="distance from the prompt, tokens", title=title)
         axes.set_ylim(bottom=0)
         plain(axes)
