@@ -1,6 +1,6 @@
-"""Answer prompts with several decoders at the same steps and write them side by side as Markdown.
+"""Answer prompts with several models and decoders at the same steps, side by side as Markdown.
 
-python -m examples.answers --model runs/mine --file prompts.json --limit 20 --out answers.md
+python -m examples.answers --models runs/sft runs/r2ft --file prompts.json --limit 20 --out answers.md
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from dlm.checkpoint import load_model
 
 
 def answer(
-    sampler: Sampler, prompts: list[Prompt], names: list[str], window: int, steps: int, seed: int
+    samplers: dict[str, Sampler], prompts: list[Prompt], names: list[str], window: int, steps: int, seed: int
 ) -> dict[str, tuple[list[Output], float]]:
-    """Outputs of each decoder and the seconds they took."""
+    """Outputs of each decoder with each model, and the seconds they took."""
     results = {}
-    for name in names:
+    for name, (model, sampler) in itertools.product(names, samplers.items()):
         begun = time.perf_counter()
         outputs = sampler.iter_generate(
             prompts, decoder=Decoder.named(name), window=window, steps=steps, seed=seed, batch_size=4
         )
-        results[name] = (list(tqdm(outputs, total=len(prompts), desc=name)), time.perf_counter() - begun)
+        label = f"{name}, {model}" if len(samplers) > 1 else name
+        results[label] = (list(tqdm(outputs, total=len(prompts), desc=label)), time.perf_counter() - begun)
     return results
 
 
@@ -61,7 +62,7 @@ def quoted(text: str) -> str:
 def main() -> None:
     """Decode, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--models", nargs="+", required=True)
     parser.add_argument("--file", required=True, help="prompts, as `dlm generate --file` reads them")
     parser.add_argument("--limit", type=int, default=20)
     parser.add_argument("--decoders", nargs="+", default=["conv", "semi-ar", "top-k", "llada"])
@@ -71,10 +72,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    sampler = Sampler(*load_model(options.model, dtype=options.dtype))
-    fits = (p for p in read_prompts(options.file) if sampler.prompt_length(p) < options.window // 2)
+    samplers = {Path(m).name: Sampler(*load_model(m, dtype=options.dtype)) for m in options.models}
+    first = next(iter(samplers.values()))
+    fits = (p for p in read_prompts(options.file) if first.prompt_length(p) < options.window // 2)
     prompts = list(itertools.islice(fits, options.limit))
-    results = answer(sampler, prompts, options.decoders, options.window, options.steps, options.seed)
+    results = answer(samplers, prompts, options.decoders, options.window, options.steps, options.seed)
     lines = [
         f"Window {options.window}, {options.steps} steps, seed {options.seed}, {len(prompts)} prompts.",
         "",
