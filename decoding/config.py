@@ -17,6 +17,9 @@ class DecodingConfig:
         options: options of the decoder, such as --options.kernel_size 129 --options.top_k 20.
         window: tokens of prompt and answer together; 0 for the checkpoint's default.
         steps: denoising steps; 0 for the checkpoint's default.
+        max_tokens: longest answer, on a canvas that grows as it is written; 0 for a window instead.
+        rate: tokens written per model call on average (at least 1), instead of steps; 0 for steps in a
+            window and for 2 on a canvas that grows.
         seed: seed of the noise.
         eos_fill: once the end is written, everything to its right becomes the end token.
     """
@@ -25,12 +28,14 @@ class DecodingConfig:
     options: dict[str, Any] = field(default_factory=dict)
     window: int = 0
     steps: int = 0
+    max_tokens: int = 0
+    rate: float = 0.0
     seed: int = 0
     eos_fill: bool = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("window", "steps"):
+        for name in ("window", "steps", "max_tokens", "rate"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.options and not self.decoder:
@@ -45,6 +50,8 @@ class DecodingConfig:
             "decoder": decoder,
             "window": self.window or None,
             "steps": self.steps or None,
+            "max_tokens": self.max_tokens or None,
+            "rate": self.rate or None,
             "seed": self.seed,
             "eos_fill": self.eos_fill,
         }

@@ -7,6 +7,8 @@ row that did not change since its last model call is not computed again, and a f
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,6 +24,9 @@ from dlm.noise import fold, uniform
 _REVEAL, _TOKEN, _REMASK = 0, 1, 2
 """Streams of noise within a step."""
 
+
+GROWING_WINDOW = 256
+"""Length for which kernels and blocks of open size are chosen on a canvas that has no length of its own."""
 
 _CELLS = 1024
 """Positions whose logits [cells, V] are in memory at once."""
@@ -55,6 +60,8 @@ class Canvas:
     """[B] int64, the first position to be written."""
     key: torch.Tensor
     """[B] int64, key of the row's noise stream."""
+    end: torch.Tensor
+    """[B] int64, where a row may not grow beyond; everything valid lies before it."""
     reveal_step: torch.Tensor = field(init=False)
     """[B, L] int64, step at which each token appeared; -1 for given ones."""
     model_calls: torch.Tensor = field(init=False)
@@ -70,7 +77,12 @@ class Canvas:
 
     @classmethod
     def of(
-        cls, ids: torch.Tensor, mask_id: int, key: torch.Tensor, valid: torch.Tensor | None = None
+        cls,
+        ids: torch.Tensor,
+        mask_id: int,
+        key: torch.Tensor,
+        valid: torch.Tensor | None = None,
+        ahead: int | None = None,
     ) -> Canvas:
         """A canvas from rows [B, L] in which the mask token marks what is to be written.
 
@@ -79,36 +91,70 @@ class Canvas:
             mask_id: id of the mask token.
             key: [B] int64 noise keys.
             valid: [B, L] bool, False at right padding.
+            ahead: for a canvas that grows, how many of the masks are there at first; None for all.
         """
         valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+        start = ((ids == mask_id) & valid).int().argmax(1)
+        end = valid.sum(1)
+        if ahead is not None:
+            valid = valid & (torch.arange(ids.shape[1], device=ids.device) < (start + ahead)[:, None])
         masked = (ids == mask_id) & valid
-        start = masked.int().argmax(1)
-        return cls(ids.clone(), masked, ~masked, valid, start, key)
+        return cls(ids.clone(), masked, ~masked, valid, start, key, end)
+
+    @property
+    def width(self) -> int:
+        """Positions that at least one unfinished row has."""
+        reached = self.valid[~self.done].any(0)
+        return int(reached.nonzero()[-1]) + 1 if bool(reached.any()) else self.ids.shape[1]
+
+    def grow(self, rows: torch.Tensor, ahead: int, eos_id: int) -> None:
+        """Give the rows [b] new masks on the right until they have `ahead`; none once an EOS is written."""
+        position = torch.arange(self.ids.shape[1], device=self.ids.device)
+        valid, masked = self.valid[rows], self.masked[rows]
+        ended = (~masked & ~self.pinned[rows] & (self.ids[rows] == eos_id)).any(1)
+        reach = torch.minimum(valid.sum(1) + ahead - masked.sum(1), self.end[rows])
+        new = (position < torch.where(ended, 0, reach)[:, None]) & ~valid
+        self.valid[rows] |= new
+        self.masked[rows] |= new
+        self.pinned[rows] &= ~new
+        self.done[rows] &= ~new.any(1)
 
 
 @dataclass(frozen=True)
 class Settings:
     """How one request is decoded.
 
+    The pace is either a number of steps or a rate.
+
     Attributes:
-        steps: S, denoising steps; the final pass that fills what is left comes on top.
+        steps: S, denoising steps; the final pass that fills what is left comes on top. None with a rate.
         eos_id: id that ends an answer.
         mask_id: id of the mask token.
         eos_fill: once an EOS is written, everything to its right becomes EOS.
         early_exit: stop a row when everything before its first EOS is written (exact: no later step could
             change the answer). Not used by rules that remask.
+        rate: tokens to write per model call on average; as many calls are made as that takes.
+        grow: whether the canvas begins with a few masks and grows as they are written.
     """
 
-    steps: int
+    steps: int | None
     eos_id: int
     mask_id: int
     eos_fill: bool = True
     early_exit: bool = True
+    rate: float | None = None
+    grow: bool = False
 
     def __post_init__(self) -> None:
-        """Check the number of steps."""
-        if self.steps < 1:
+        """Check the pace."""
+        if (self.steps is None) == (self.rate is None):
+            raise ConfigError(f"give either steps or a rate, got steps={self.steps} and rate={self.rate}")
+        if self.steps is not None and self.steps < 1:
             raise ConfigError(f"steps must be at least 1, got {self.steps}")
+        if self.rate is not None and not 1 <= self.rate < math.inf:
+            raise ConfigError(f"rate must be at least 1 token per model call, got {self.rate}")
+        if self.grow and self.rate is None:
+            raise ConfigError("a canvas that grows has no number of steps; give a rate")
 
 
 @dataclass(frozen=True)
@@ -139,14 +185,16 @@ def denoise(model: Denoiser, canvas: Canvas, decoder: Decoder, settings: Setting
     """Write the canvas, in place; yields the number of each step after it has been taken.
 
     After `settings.steps` steps a last pass fills every position that is still masked, so that no mask
-    token ever comes out; it is yielded as step number `settings.steps`.
+    token ever comes out; it is yielded as step number `settings.steps`. With a rate, steps are taken until
+    nothing is masked.
 
     Raises:
-        ConfigError: when there are fewer steps than stages (blocks).
+        ConfigError: when there are fewer steps than stages (blocks), and for a rate with a rule that remasks.
         DLMError: when the model returns NaN, naming the step and the row.
     """
     run = _Run(model, canvas, decoder, settings)
-    for step in range(settings.steps):
+    steps = itertools.count() if settings.steps is None else range(settings.steps)
+    for step in steps:
         rows = (~canvas.done).nonzero()[:, 0]
         if len(rows) == 0:
             return
@@ -154,8 +202,8 @@ def denoise(model: Denoiser, canvas: Canvas, decoder: Decoder, settings: Setting
         yield step
     rows = (~canvas.done).nonzero()[:, 0]
     if len(rows):
-        run.finish(settings.steps, rows)
-        yield settings.steps
+        run.finish(len(steps), rows)  # type: ignore[arg-type]
+        yield len(steps)  # type: ignore[arg-type]
 
 
 class _Run:
@@ -163,16 +211,19 @@ class _Run:
 
     def __init__(self, model: Denoiser, canvas: Canvas, decoder: Decoder, settings: Settings) -> None:
         length = canvas.ids.shape[1]
+        if settings.rate is not None and decoder.reveal.remasks:
+            raise ConfigError(f"decoder {decoder.name!r} remasks by time: it needs steps, not a rate")
         self.model, self.canvas, self.decoder, self.settings = model, canvas, decoder, settings
-        self.window: Window = decoder.window.fitted(length)
+        self.window: Window = decoder.window.fitted(GROWING_WINDOW if settings.grow else length)
         self.stages = self.window.stages(canvas.start, length)
+        self.width = canvas.width
         self.initial = canvas.masked.clone()
         self.fresh = torch.zeros_like(canvas.done)  # [B] whether `hidden` still holds
         self.score = torch.zeros(canvas.ids.shape, device=canvas.ids.device)  # [B, L]
         self.scored = torch.zeros_like(canvas.masked)  # [B, L] whether `score` still holds
         self.hidden: torch.Tensor | None = None  # [B, L, D]
         most = int(self.stages.max())
-        if settings.steps < most:
+        if settings.steps is not None and settings.steps < most:
             raise ConfigError(
                 f"{settings.steps} steps are too few for {most} blocks; each block needs at least one"
             )
@@ -182,11 +233,13 @@ class _Run:
     def step(self, step: int, rows: torch.Tensor) -> None:
         """Take one step of the rows [b] given by number."""
         canvas, rule = self.canvas, self.decoder.reveal
-        at = clock(step, self.settings.steps, self.stages[rows])
-        scope = self.window.scope(canvas.start[rows], at.stage, canvas.ids.shape[1])
-        masked = canvas.masked[rows] & scope
+        self.width = canvas.width if self.settings.grow else self.width
+        unwritten = self._cut(canvas.masked, rows)
+        at = self._clock(step, rows, unwritten)
+        scope = self.window.scope(canvas.start[rows], at.stage, self.width)
+        masked = unwritten & scope
         weight = self._weights(rows, masked, at)
-        quota = self._quota(rows, scope, at)
+        quota = self._quota(step, rows, scope, at)
         needs = rule.needs(masked, weight, quota)
         token = None
         if rule.kind == "mass":
@@ -201,19 +254,34 @@ class _Run:
                 t=at.t,
                 s=at.s,
                 quota=quota,
-                written=~canvas.masked[rows] & ~canvas.pinned[rows] & scope,
+                written=~unwritten & ~self._cut(canvas.pinned, rows) & scope,
                 noise=self._noise(step, rows, _REVEAL),
                 noise_remask=self._noise(step, rows, _REMASK) if rule.remasks else None,
+                rate=self.settings.rate,
             )
         )
         reveal = decision.reveal
         if token is None:
             token, _ = self._tokens(step, rows, reveal)
         self._write(step, rows, reveal, token, decision.remask)
+        if self.settings.grow:
+            canvas.grow(rows, self.window.ahead, self.settings.eos_id)
+
+    def _cut(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """[B, L] -> [b, W]: some rows, as far as the canvas reaches now."""
+        return x[rows, : self.width]
+
+    def _clock(self, step: int, rows: torch.Tensor, masked: torch.Tensor) -> Clock:
+        """Stage and times of the rows; with a rate only the stage means something."""
+        if self.settings.steps is not None:
+            return clock(step, self.settings.steps, self.stages[rows])
+        stage = self.window.current(masked, self.canvas.start[rows])
+        one = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
+        return Clock(stage, one, 0 * one, torch.zeros_like(stage), torch.ones_like(stage))
 
     def finish(self, step: int, rows: torch.Tensor) -> None:
         """The last denoising pass: every position that is still masked gets its token."""
-        masked = self.canvas.masked[rows]
+        masked = self._cut(self.canvas.masked, rows)
         token, _ = self._tokens(step, rows, masked)
         self._write(step, rows, masked, token, None)
         self.canvas.done[rows] = True
@@ -221,19 +289,22 @@ class _Run:
     def _weights(self, rows: torch.Tensor, masked: torch.Tensor, at: Clock) -> torch.Tensor:
         """[b, L] window weights; all ones in a row whose masked positions are all shut (METHOD: w = 1)."""
         canvas = self.canvas
-        unmasked = ~canvas.masked[rows] & canvas.valid[rows]
+        unmasked = ~self._cut(canvas.masked, rows) & self._cut(canvas.valid, rows)
         weight = self.window.weights(unmasked, start=canvas.start[rows], stage=at.stage)
         open_somewhere = (masked & (weight > 0)).any(1, keepdim=True)
         return torch.where(open_somewhere, weight, 1.0)
 
-    def _quota(self, rows: torch.Tensor, scope: torch.Tensor, at: Clock) -> torch.Tensor:
-        """[b] this step's even share of the positions that the stage had at first."""
-        total = (self.initial[rows] & scope).sum(1)
+    def _quota(self, step: int, rows: torch.Tensor, scope: torch.Tensor, at: Clock) -> torch.Tensor:
+        """[b] this step's even share of the positions that the stage had at first, or of the rate."""
+        if self.settings.rate is not None:
+            share = math.floor((step + 1) * self.settings.rate) - math.floor(step * self.settings.rate)
+            return torch.full_like(at.stage, share)
+        total = (self._cut(self.initial, rows) & scope).sum(1)
         return total // at.count + (at.index < total % at.count)
 
     def _noise(self, step: int, rows: torch.Tensor, stream: int) -> torch.Tensor:
         """[b, L] uniform numbers: a function of (row key, step, stream, position) alone."""
-        position = torch.arange(self.canvas.ids.shape[1], device=rows.device)
+        position = torch.arange(self.width, device=rows.device)
         return uniform(fold(fold(self.canvas.key[rows], step), stream)[:, None], position)
 
     # ---- the model -----------------------------------------------------------------------------------
@@ -242,17 +313,17 @@ class _Run:
         """[b, L] mass kept by the token rule; 1 without asking the model if the rule cuts nothing."""
         if self.decoder.tokens.keeps_all:
             return torch.ones(needs.shape, device=needs.device)
-        missing = needs & ~self.scored[rows]
+        missing = needs & ~self._cut(self.scored, rows)
         asked = missing.any(1)
         if bool(asked.any()):
             some, part = rows[asked], missing[asked]
             cells = self._states(some)[part].split(_CELLS)
             mass = torch.cat([self.decoder.tokens.mass(self.model.logits(h)) for h in cells])
-            score = self.score[some]
+            score = self._cut(self.score, some)
             score[part] = self._checked(step, some, part, mass)
-            self.score[some] = score
-            self.scored[some] |= part
-        return self.score[rows]
+            self.score[some, : self.width] = score
+            self.scored[some, : self.width] |= part
+        return self._cut(self.score, rows)
 
     def _tokens(
         self, step: int, rows: torch.Tensor, where: torch.Tensor
@@ -274,22 +345,23 @@ class _Run:
         return token, confidence
 
     def _states(self, rows: torch.Tensor) -> torch.Tensor:
-        """[b, L, D] hidden states, from the model for rows that have changed since their last call."""
+        """[b, W, D] hidden states, from the model for rows that have changed since their last call."""
         canvas = self.canvas
         stale = rows[~self.fresh[rows]]
         if len(stale):
-            valid = canvas.valid[stale]
-            states = self.model.hidden(canvas.ids[stale], None if bool(valid.all()) else valid)
+            valid = self._cut(canvas.valid, stale)
+            states = self.model.hidden(self._cut(canvas.ids, stale), None if bool(valid.all()) else valid)
             canvas.model_calls[stale] += 1
             self.fresh[stale] = True
-            if len(stale) == len(canvas.ids):
+            if states.shape[:2] == canvas.ids.shape:
                 self.hidden = states
             else:
                 if self.hidden is None:
-                    self.hidden = states.new_zeros(len(canvas.ids), *states.shape[1:])
-                self.hidden[stale] = states
+                    self.hidden = states.new_zeros(*canvas.ids.shape, states.shape[-1])
+                self.hidden[stale, : self.width] = states
         assert self.hidden is not None
-        return self.hidden if len(rows) == len(canvas.ids) else self.hidden[rows]
+        whole = len(rows) == len(canvas.ids) and self.width == canvas.ids.shape[1]
+        return self.hidden if whole else self.hidden[rows, : self.width]
 
     def _checked(
         self, step: int, rows: torch.Tensor, where: torch.Tensor, value: torch.Tensor
@@ -313,14 +385,14 @@ class _Run:
     ) -> None:
         """Put tokens on the canvas, fill behind an EOS, and see which rows are finished."""
         canvas, eos = self.canvas, self.settings.eos_id
-        ids, masked = canvas.ids[rows], canvas.masked[rows]
-        born = canvas.reveal_step[rows]
+        ids, masked = self._cut(canvas.ids, rows), self._cut(canvas.masked, rows)
+        born = self._cut(canvas.reveal_step, rows)
         ids = torch.where(reveal, token, ids)
         after = masked & ~reveal
         if remask is not None:
             ids = torch.where(remask, self.settings.mask_id, ids)
             after = after | remask
-        free = ~canvas.pinned[rows]
+        free = ~self._cut(canvas.pinned, rows)
         ended = (ids == eos) & free & ~after
         behind = (ended.cumsum(1) - ended.int() > 0) & free  # strictly right of the first EOS
         if self.settings.eos_fill:
@@ -335,10 +407,10 @@ class _Run:
             closed = finished[:, None] & after
             ids, after = torch.where(closed, eos, ids), after & ~closed
         appeared = masked & ~after
-        canvas.reveal_step[rows] = torch.where(after, -1, torch.where(appeared, step, born))
-        same = (ids == canvas.ids[rows]).all(1)
+        canvas.reveal_step[rows, : self.width] = torch.where(after, -1, torch.where(appeared, step, born))
+        same = (ids == self._cut(canvas.ids, rows)).all(1)
         self.fresh[rows] &= same
         self.scored[rows] &= same[:, None]
-        canvas.ids[rows], canvas.masked[rows] = ids, after
+        canvas.ids[rows, : self.width], canvas.masked[rows, : self.width] = ids, after
         if not self.decoder.reveal.remasks:
             canvas.done[rows] = finished

@@ -7,6 +7,7 @@ the probability of the token that was drawn there.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -39,6 +40,8 @@ class StepView:
     """[B, L] uniform numbers for revealing."""
     noise_remask: torch.Tensor | None = None
     """[B, L] uniform numbers for remasking; for rules that remask."""
+    rate: float | None = None
+    """Tokens to write in this step on average, where the pace is a rate; `t` and `s` mean nothing then."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,43 @@ def reveal_probability(
     return torch.where(a > 0, a / (a + s), 0.0).float()
 
 
+def first_arrivals(
+    mass: torch.Tensor, weight: torch.Tensor, masked: torch.Tensor, noise: torch.Tensor, rate: float
+) -> torch.Tensor:
+    """The positions that are written in a step in which `rate` of them are expected: a race of clocks.
+
+    Position i rings after an exponential time of rate v_i ∝ w_i q_i. The first to ring is written: the law of
+    the next event of the ancestral process when its steps become infinitely fine (first-hitting sampler,
+    arXiv 2409.02908). So is every other that rings within the time τ after it in which rate - 1 more are
+    expected: Σ_{j≠first} (1 - exp(-v_j τ)) = rate - 1, solved by Newton's method, which rises to the root.
+
+    Args:
+        mass: [B, L] q_i, the probability that the token rule keeps.
+        weight: [B, L] w_i in [0, 1].
+        masked: [B, L] bool, M.
+        noise: [B, L] uniform numbers of (0, 1).
+        rate: expected number of positions, at least 1.
+
+    Returns:
+        [B, L] bool; at least one in each row that has a mask, all open ones where `rate` is not below their
+        number.
+    """
+    speed = torch.where(masked, weight.double() * mass.double(), 0.0)
+    plain = torch.where(masked, mass.double(), 0.0)
+    speed = torch.where(speed.sum(1, keepdim=True) > 0, speed, plain)
+    speed = speed / speed.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    time = torch.where(speed > 0, -noise.double().log() / speed, math.inf)
+    first = time.amin(1, keepdim=True)
+    others = torch.where(time == first, 0.0, speed)
+    further = torch.zeros_like(first)
+    for _ in range(8):
+        left = torch.exp(-others * further)
+        missing = rate - 1 - (1 - left).sum(1, keepdim=True)
+        further = further + missing / (others * left).sum(1, keepdim=True).clamp(min=1e-12)
+    everything = (speed > 0).sum(1, keepdim=True) <= rate
+    return (speed > 0) & ((time <= first + further) | everything)
+
+
 def _open(masked: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return masked & (weight > 0)
 
@@ -114,7 +154,9 @@ class Ancestral:
         return _open(masked, weight)
 
     def decide(self, view: StepView) -> Decision:
-        """Independent coin flips."""
+        """Independent coin flips; where the pace is a rate, the next arrivals."""
+        if view.rate is not None:
+            return Decision(first_arrivals(view.score, view.weight, view.masked, view.noise, view.rate))
         chance = reveal_probability(view.score, view.weight, view.masked, view.t, view.s)
         return Decision(view.masked & (view.noise < chance))
 

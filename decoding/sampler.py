@@ -7,12 +7,12 @@ import itertools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from decoding.loop import Canvas, Settings, denoise
+from decoding.loop import GROWING_WINDOW, Canvas, Settings, denoise
 from decoding.presets import Decoder
 from dlm.errors import ConfigError
 from dlm.noise import key_of
@@ -39,7 +39,7 @@ class Output:
     reveal_step: list[int]
     """For each of `token_ids`, the step at which it appeared (0 = first)."""
     steps: int
-    """Denoising steps that were allowed."""
+    """Denoising steps: those that were allowed, or at a rate those that the row took."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,47 @@ class Event:
 
     step: int
     token_ids: list[int]
-    """Every position after the prompt; the mask token where nothing is written."""
+    """Every position after the prompt that there is now; the mask token where nothing is written."""
     text: str
     """The answer so far, `BLANK` where nothing is written; what follows the last token is left out."""
+
+
+RATE = 2.0
+"""Tokens per model call on a canvas that grows, when no rate is given."""
+
+
+class How(TypedDict, total=False):
+    """How an answer is decoded.
+
+    Either a fixed canvas, `window` tokens of prompt and answer together, filled in `steps` steps (the setting
+    of the papers) or at a `rate`; or a canvas that grows, with `max_tokens` as a limit: text and cost then do
+    not depend on the limit, unless it cuts the answer off.
+    """
+
+    decoder: Decoder | str | None
+    """A `Decoder` or the name of one; the checkpoint's default if not given."""
+    window: int | None
+    """L; the checkpoint's default if neither it nor `max_tokens` is given."""
+    steps: int | None
+    """S, denoising steps."""
+    max_tokens: int | None
+    """Longest answer, in tokens."""
+    rate: float | None
+    """Tokens that are written per model call on average, at least 1; `RATE` on a canvas that grows."""
+    eos_fill: bool
+    """Once an EOS is written, everything to its right becomes EOS; True by default."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request with everything filled in."""
+
+    decoder: Decoder
+    settings: Settings
+    positions: int
+    """Longest row, prompt included."""
+    tokens: int
+    """Longest answer."""
 
 
 class Sampler:
@@ -72,87 +110,59 @@ class Sampler:
         self,
         prompts: Prompt | Iterable[Prompt],
         *,
-        decoder: Decoder | str | None = None,
-        window: int | None = None,
-        steps: int | None = None,
         seed: int | Sequence[int] = 0,
-        eos_fill: bool = True,
         batch_size: int = 16,
+        **how: Unpack[How],
     ) -> list[Output]:
         """Answer prompts; see `iter_generate` for the arguments. A single prompt gives a list of one."""
-        return list(
-            self.iter_generate(
-                _several(prompts),
-                decoder=decoder,
-                window=window,
-                steps=steps,
-                seed=seed,
-                eos_fill=eos_fill,
-                batch_size=batch_size,
-            )
-        )
+        return list(self.iter_generate(_several(prompts), seed=seed, batch_size=batch_size, **how))
 
     def iter_generate(
         self,
         prompts: Iterable[Prompt],
         *,
-        decoder: Decoder | str | None = None,
-        window: int | None = None,
-        steps: int | None = None,
         seed: int | Sequence[int] = 0,
-        eos_fill: bool = True,
         batch_size: int = 16,
+        **how: Unpack[How],
     ) -> Iterator[Output]:
         """Answer prompts batch by batch, without reading them all first.
 
         Args:
             prompts: texts or chat message lists.
-            decoder: a `Decoder` or the name of one; the checkpoint's default if not given.
-            window: L, tokens of prompt and answer together.
-            steps: S, denoising steps.
             seed: one seed for all rows, or one per prompt. A row's noise depends on its seed and its own
                 prompt, never on its batch-mates, so equal prompts under one seed give equal texts.
-            eos_fill: once an EOS is written, everything to its right becomes EOS.
             batch_size: rows per model call.
+            **how: see `How`.
 
         Yields:
             One `Output` per prompt, in order.
 
         Raises:
-            ConfigError: for a prompt that does not fit the window, and for settings out of range.
+            ConfigError: for a prompt that does not fit, and for settings out of range.
         """
-        decoder, window, settings = self._resolve(decoder, window, steps, eos_fill)
+        plan = self._plan(**how)
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         pairs = enumerate(_with_seeds(prompts, seed))
         while chunk := list(itertools.islice(pairs, batch_size)):
-            rows = [self._row(prompt, window, f"prompt {i}: ") for i, (prompt, _) in chunk]
-            canvas = self._canvas(rows, [int(s) for _, (_, s) in chunk])
-            for _ in self._denoise(canvas, decoder, settings):
+            rows = [self._row(prompt, plan, f"prompt {i}: ") for i, (prompt, _) in chunk]
+            canvas = self._canvas(rows, [int(s) for _, (_, s) in chunk], plan)
+            for _ in self._denoise(canvas, plan):
                 pass
-            yield from (self._output(canvas, i, settings.steps) for i in range(len(rows)))
+            yield from (self._output(canvas, i, plan) for i in range(len(rows)))
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        decoder: Decoder | str | None = None,
-        window: int | None = None,
-        steps: int | None = None,
-        seed: int = 0,
-        eos_fill: bool = True,
-    ) -> Iterator[Event]:
+    def stream(self, prompt: Prompt, *, seed: int = 0, **how: Unpack[How]) -> Iterator[Event]:
         """Answer one prompt and show the canvas after every step; arguments as in `iter_generate`."""
-        decoder, window, settings = self._resolve(decoder, window, steps, eos_fill)
-        canvas = self._canvas([self._row(prompt, window)], [seed])
+        plan = self._plan(**how)
+        canvas = self._canvas([self._row(prompt, plan)], [seed], plan)
         start = int(canvas.start[0])
-        for step in self._denoise(canvas, decoder, settings):
-            ids = canvas.ids[0, start:].tolist()
+        for step in self._denoise(canvas, plan):
+            ids = canvas.ids[0, start : int(canvas.valid[0].sum())].tolist()
             yield Event(step, ids, self.show(ids))
 
-    def _denoise(self, canvas: Canvas, decoder: Decoder, settings: Settings) -> Iterator[int]:
+    def _denoise(self, canvas: Canvas, plan: Plan) -> Iterator[int]:
         """The loop without gradients; the caller's own gradient mode is back whenever it has control."""
-        steps = denoise(self.model, canvas, decoder, settings)
+        steps = denoise(self.model, canvas, plan.decoder, plan.settings)
         while True:
             with torch.inference_mode():
                 step = next(steps, None)
@@ -182,47 +192,69 @@ class Sampler:
 
     # ---- from text to canvas and back ----------------------------------------------------------------
 
-    def _resolve(
-        self, decoder: Decoder | str | None, window: int | None, steps: int | None, eos_fill: bool
-    ) -> tuple[Decoder, int, Settings]:
+    def _plan(
+        self,
+        decoder: Decoder | str | None = None,
+        window: int | None = None,
+        steps: int | None = None,
+        max_tokens: int | None = None,
+        rate: float | None = None,
+        eos_fill: bool = True,
+    ) -> Plan:
         """Fill in what the caller left open from the checkpoint's defaults."""
         chosen = decoder if decoder is not None else self.defaults.get("decoder", "conv")
         if not isinstance(chosen, Decoder):
             chosen = Decoder.named(chosen)
+        limit = int(getattr(self.model.config, "max_positions", 2**31))
+        if max_tokens is not None and (window is not None or steps is not None):
+            raise ConfigError("max_tokens is a limit for a canvas that grows; it has no window and no steps")
+        if rate is not None and steps is not None:
+            raise ConfigError("give either steps or a rate, not both")
+        if max_tokens is not None:
+            if max_tokens < 1:
+                raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
+            pace = Settings(None, self.eos_id, self.mask_id, eos_fill, rate=rate or RATE, grow=True)
+            return Plan(chosen, pace, limit, max_tokens)
         window = self.window if window is None else window
-        limit = getattr(self.model.config, "max_positions", window)
         if not 1 <= window <= limit:
             raise ConfigError(f"window must lie between 1 and the model's {limit} positions, got {window}")
-        steps = int(self.defaults.get("steps", max(1, window // 4))) if steps is None else steps
-        return chosen, window, Settings(steps, self.eos_id, self.mask_id, eos_fill)
+        if rate is None and steps is None:
+            steps = int(self.defaults.get("steps", max(1, window // 4)))
+        return Plan(chosen, Settings(steps, self.eos_id, self.mask_id, eos_fill, rate=rate), window, window)
 
-    def _row(self, prompt: Prompt, window: int, where: str = "") -> list[int]:
-        """Prompt tokens followed by masks, `window` in all."""
+    def _row(self, prompt: Prompt, plan: Plan, where: str = "") -> list[int]:
+        """Prompt tokens followed by the masks that the answer may need."""
         ids = encode_prompt(self.tokenizer, as_messages(prompt))
-        if len(ids) >= window:
+        if len(ids) >= plan.positions:
             raise ConfigError(
-                f"{where}the prompt has {len(ids)} tokens and the window {window}; "
+                f"{where}the prompt has {len(ids)} tokens and the window {plan.positions}; "
                 f"the window must be at least {len(ids) + 1}"
             )
-        return ids + [self.mask_id] * (window - len(ids))
+        return ids + [self.mask_id] * min(plan.tokens, plan.positions - len(ids))
 
-    def _canvas(self, rows: list[list[int]], seeds: list[int]) -> Canvas:
+    def _canvas(self, rows: list[list[int]], seeds: list[int], plan: Plan) -> Canvas:
         device = getattr(self.model, "device", "cpu")
         keys = [key_of(seed, _digest(row, self.mask_id)) for row, seed in zip(rows, seeds, strict=True)]
-        return Canvas.of(torch.tensor(rows, device=device), self.mask_id, torch.stack(keys).to(device))
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [self.mask_id] * (width - len(row)) for row in rows], device=device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        valid = torch.arange(width, device=device) < lengths[:, None]
+        ahead = plan.decoder.window.fitted(GROWING_WINDOW).ahead if plan.settings.grow else None
+        return Canvas.of(ids, self.mask_id, torch.stack(keys).to(device), valid, ahead)
 
-    def _output(self, canvas: Canvas, i: int, steps: int) -> Output:
+    def _output(self, canvas: Canvas, i: int, plan: Plan) -> Output:
         start = int(canvas.start[i])
-        ids = canvas.ids[i, start:].tolist()
+        ids = canvas.ids[i, start : int(canvas.end[i])].tolist()
         stopped = self.eos_id in ids
         end = ids.index(self.eos_id) if stopped else len(ids)
+        born = canvas.reveal_step[i, start : start + end].tolist()
         return Output(
             text=self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip(),
             token_ids=ids[:end],
             finish_reason="stop" if stopped else "length",
             model_calls=int(canvas.model_calls[i]),
-            reveal_step=canvas.reveal_step[i, start : start + end].tolist(),
-            steps=steps,
+            reveal_step=born,
+            steps=plan.settings.steps or 1 + max(born, default=0),
         )
 
 

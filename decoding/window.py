@@ -37,6 +37,15 @@ class Window(Protocol):
         """
         ...
 
+    @property
+    def ahead(self) -> int:
+        """How many masks a growing canvas holds: a little more than what opens beside a known token."""
+        ...
+
+    def current(self, masked: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """[B] int64, the stage that a row with the masks [B, L] is in."""
+        ...
+
     def stages(self, start: torch.Tensor, length: int) -> torch.Tensor:
         """[B] int64, how many stages, each with its own time from 1 to 0, a row goes through."""
         ...
@@ -46,8 +55,16 @@ class Window(Protocol):
         ...
 
 
+MARGIN = 8
+"""Masks that a growing canvas holds beyond those that can open, so that their state sees what is behind."""
+
+
 class _SingleStage:
     """A window over the whole row, in one stage."""
+
+    def current(self, masked: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        del masked
+        return torch.zeros_like(start)
 
     def fitted(self, length: int) -> Self:
         del length
@@ -65,6 +82,11 @@ class _SingleStage:
 @dataclass(frozen=True)
 class Full(_SingleStage):
     """Every position is open: w = 1."""
+
+    @property
+    def ahead(self) -> int:
+        """See `Window`."""
+        return 64
 
     def weights(
         self, unmasked: torch.Tensor, *, start: torch.Tensor | None = None, stage: torch.Tensor | None = None
@@ -97,6 +119,11 @@ class Convolution(_SingleStage):
             raise ConfigError(f"kernel_size must be odd and positive, got {k}; use {near}")
         if not 0 < self.scale < math.inf:
             raise ConfigError(f"scale must be positive, got {self.scale}")
+
+    @property
+    def ahead(self) -> int:
+        """See `Window`: the reach and a margin."""
+        return ((self.kernel_size or 1) - 1) // 2 + MARGIN
 
     def fitted(self, length: int) -> Convolution:
         """With K for a window of `length` where none was given."""
@@ -138,6 +165,17 @@ class Block:
         """With a size for a window of `length` where none was given."""
         return self if self.size is not None else replace(self, size=max(1, length // 4))
 
+    @property
+    def ahead(self) -> int:
+        """See `Window`: a block and a margin."""
+        return (self.size or 1) + MARGIN
+
+    def current(self, masked: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """[B] number of the block that holds the first mask."""
+        length = masked.shape[1]
+        first = torch.where(masked, torch.arange(length, device=masked.device), length).amin(1)
+        return torch.clamp((first - start) // self._size(length), min=0)
+
     def _size(self, length: int) -> int:
         return self.fitted(length).size or 1
 
@@ -159,6 +197,5 @@ class Block:
         if start is None:
             start = torch.zeros(len(unmasked), dtype=torch.int64, device=unmasked.device)
         if stage is None:
-            first = torch.where(unmasked, length, torch.arange(length, device=unmasked.device)).amin(1)
-            stage = torch.clamp((first - start) // self._size(length), min=0)
+            stage = self.current(~unmasked, start)
         return self.scope(start, stage, length).float()

@@ -34,8 +34,9 @@ class FakeDenoiser:
         self.calls += 1
         self.rows += len(input_ids)
         out = []
-        for row in input_ids.tolist():
-            known = key_of("row", repr(row) if self.context else "")
+        real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
+        for row, seen in zip(input_ids, real, strict=True):
+            known = key_of("row", repr(row[seen].tolist()) if self.context else "")
             key = fold(known, torch.arange(input_ids.shape[1]))  # [L]
             out.append(key)
         return torch.stack(out)[..., None]  # [B, L, 1] int64

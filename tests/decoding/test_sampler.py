@@ -46,7 +46,8 @@ def test_prompts_are_read_as_they_are_needed(sampler):
 
 def test_a_mask_token_in_a_prompt_is_text(sampler):
     out = sampler.generate(["what is <|mask|>?"], decoder="conv", window=48, steps=4)[0]
-    canvas = sampler._canvas([sampler._row("what is <|mask|>?", 48)], [0])
+    plan = sampler._plan(window=48)
+    canvas = sampler._canvas([sampler._row("what is <|mask|>?", plan)], [0], plan)
     assert int(canvas.masked.sum()) == 48 - int(canvas.start[0])
     assert out.text is not None
 
