@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from decoding.reveal import Ancestral, Quota, Remask, RevealRule, Threshold
@@ -28,6 +28,11 @@ class Decoder:
     reveal: RevealRule = field(default_factory=Ancestral)
     tokens: TokenRule = field(default_factory=TokenRule)
     name: str = "custom"
+
+    def without(self, *tokens: int) -> Decoder:
+        """This decoder with some token ids forbidden."""
+        forbidden = (*self.tokens.forbidden, *tokens)
+        return replace(self, tokens=replace(self.tokens, forbidden=forbidden))
 
     @classmethod
     def named(cls, name: str, **options: Any) -> Decoder:
@@ -67,18 +72,22 @@ class Preset:
         return {name: p.default for name, p in inspect.signature(self.build).parameters.items()}
 
 
-def _categorical(temperature: float = 1.0, top_p: float = 1.0) -> Axes:
-    return Full(), Ancestral(), TokenRule(temperature, 0, top_p)
+def _categorical(temperature: float = 1.0, top_p: float = 1.0, min_p: float = 0.0) -> Axes:
+    return Full(), Ancestral(), TokenRule(temperature, 0, top_p, min_p)
 
 
-def _top_k(top_k: int = 20, temperature: float = 1.0, top_p: float = 1.0) -> Axes:
-    return Full(), Ancestral(), TokenRule(temperature, top_k, top_p)
+def _top_k(top_k: int = 20, temperature: float = 1.0, top_p: float = 1.0, min_p: float = 0.0) -> Axes:
+    return Full(), Ancestral(), TokenRule(temperature, top_k, top_p, min_p)
 
 
 def _semi_ar(
-    block_size: int | None = None, top_k: int = 20, temperature: float = 1.0, top_p: float = 1.0
+    block_size: int | None = None,
+    top_k: int = 20,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> Axes:
-    return Block(block_size), Ancestral(), TokenRule(temperature, top_k, top_p)
+    return Block(block_size), Ancestral(), TokenRule(temperature, top_k, top_p, min_p)
 
 
 def _llada(
@@ -93,9 +102,10 @@ def _conv(
     top_k: int = 20,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     scale: float = 1.0,
 ) -> Axes:
-    return Convolution(kernel_size, scale), Ancestral(), TokenRule(temperature, top_k, top_p)
+    return Convolution(kernel_size, scale), Ancestral(), TokenRule(temperature, top_k, top_p, min_p)
 
 
 def _llada_conv(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import operator
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack, cast
 
 import torch
@@ -16,7 +17,7 @@ from decoding.loop import GROWING_WINDOW, Canvas, Settings, denoise
 from decoding.presets import Decoder
 from dlm.errors import ConfigError
 from dlm.noise import key_of
-from dlm.tokenizer import Message, as_messages, encode_prompt
+from dlm.tokenizer import Message, as_messages, encode_prompt, encode_text
 
 Prompt = str | list[Message]
 """A text (one user turn) or chat messages."""
@@ -40,6 +41,24 @@ class Output:
     """For each of `token_ids`, the step at which it appeared (0 = first)."""
     steps: int
     """Denoising steps: those that were allowed, or at a rate those that the row took."""
+
+
+@dataclass(frozen=True)
+class Infilled:
+    """A text whose gaps have been filled."""
+
+    text: str
+    """All of it."""
+    gaps: list[str]
+    """What was written into each gap; neighbouring gaps count as one."""
+    token_ids: list[int]
+    model_calls: int
+    reveal_step: list[int]
+    """For each of `token_ids`, the step at which it appeared; -1 for given ones."""
+
+
+GAP = re.compile(r"<mask:(\d+)>")
+"""A gap in a text that is to be filled, and its number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +178,85 @@ class Sampler:
         for step in self._denoise(canvas, plan):
             ids = canvas.ids[0, start : int(canvas.valid[0].sum())].tolist()
             yield Event(step, ids, self.show(ids))
+
+    def infill(
+        self,
+        texts: str | Iterable[str],
+        *,
+        prompt: Prompt | None = None,
+        seed: int | Sequence[int] = 0,
+        batch_size: int = 16,
+        **how: Unpack[How],
+    ) -> list[Infilled]:
+        """Fill the gaps of texts: `<mask:3>` stands for three tokens, as often as needed.
+
+        What is written around the gaps is never changed, and everything before and behind them is seen; a
+        convolutional window opens each gap from both of its sides. The end token cannot come out.
+
+        Args:
+            texts: one or more texts with gaps.
+            prompt: what the texts are the answer to; by default they stand alone, without a template.
+            seed: one seed for all texts, or one per text.
+            batch_size: texts per model call.
+            **how: see `How`; a text has the length it has, so `window` and `max_tokens` are not for it, and
+                without `steps` it is decoded at a `rate`, 1 by default.
+
+        Raises:
+            ConfigError: for a text without a gap, an empty gap, or a text that is too long for the model.
+        """
+        plan = self._infill_plan(**how)
+        before = encode_prompt(self.tokenizer, as_messages(prompt)) if prompt is not None else []
+        done: list[Infilled] = []
+        pairs = enumerate(_with_seeds([texts] if isinstance(texts, str) else texts, seed))
+        while chunk := list(itertools.islice(pairs, batch_size)):
+            rows = [before + self._gapped(str(text), plan, len(before), i) for i, (text, _) in chunk]
+            canvas = self._canvas(rows, [int(s) for _, (_, s) in chunk], plan)
+            for _ in self._denoise(canvas, plan):
+                pass
+            done += [self._infilled(canvas, i, len(before)) for i in range(len(rows))]
+        return done
+
+    def _infill_plan(self, **how: Unpack[How]) -> Plan:
+        """A plan without a window: the row is as long as its text."""
+        for name in ("window", "max_tokens"):
+            if how.get(name) is not None:
+                raise ConfigError(f"{name} means nothing here: a text with gaps has the length it has")
+        if how.get("steps") is None and how.get("rate") is None:
+            how["rate"] = 1.0
+        limit = int(getattr(self.model.config, "max_positions", 2**31))
+        fixed: How = {**how, "eos_fill": False, "window": limit}
+        plan = self._plan(**fixed)
+        settings = replace(plan.settings, early_exit=False)
+        return replace(plan, decoder=plan.decoder.without(self.eos_id), settings=settings)
+
+    def _gapped(self, text: str, plan: Plan, taken: int, number: int) -> list[int]:
+        """Token ids of a text, mask ids in its gaps."""
+        ids: list[int] = []
+        parts = GAP.split(text)
+        if len(parts) == 1:
+            raise ConfigError(f"text {number} has no gap; write one as <mask:3> (three tokens)")
+        for i, part in enumerate(parts):
+            if i % 2 and int(part) < 1:
+                raise ConfigError(f"text {number}: a gap needs at least one token, got <mask:{part}>")
+            ids += [self.mask_id] * int(part) if i % 2 else encode_text(self.tokenizer, part)
+        if taken + len(ids) > plan.positions:
+            raise ConfigError(
+                f"text {number} has {taken + len(ids)} tokens, the model {plan.positions} positions"
+            )
+        return ids
+
+    def _infilled(self, canvas: Canvas, i: int, taken: int) -> Infilled:
+        end = int(canvas.end[i])
+        ids, born = canvas.ids[i, taken:end].tolist(), canvas.reveal_step[i, taken:end].tolist()
+        runs = itertools.groupby(zip(ids, born, strict=True), key=lambda pair: pair[1] >= 0)
+        gaps = [[token for token, _ in run] for written, run in runs if written]
+        return Infilled(
+            text=self.tokenizer.decode(ids),
+            gaps=[self.tokenizer.decode(gap) for gap in gaps],
+            token_ids=ids,
+            model_calls=int(canvas.model_calls[i]),
+            reveal_step=born,
+        )
 
     def _denoise(self, canvas: Canvas, plan: Plan) -> Iterator[int]:
         """The loop without gradients; the caller's own gradient mode is back whenever it has control."""

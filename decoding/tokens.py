@@ -28,11 +28,16 @@ class TokenRule:
         temperature: 1 leaves the distribution as it is, 0 takes the most likely token.
         top_k: keep exactly this many of the most likely real tokens; 0 for all.
         top_p: of those, keep the smallest set whose (renormalised) probability reaches this; 1 for all.
+        min_p: of those, keep what has at least this share of the likeliest token's probability; 0 for all
+            (arXiv 2407.01082).
+        forbidden: ids that never come out; they are shut before anything is cut.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    forbidden: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -42,11 +47,15 @@ class TokenRule:
             raise ConfigError(f"top_k must be a whole number, not negative (0 keeps all), got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p must lie in [0, 1], got {self.min_p}")
+        if any(token < 0 for token in self.forbidden):
+            raise ConfigError(f"forbidden must hold token ids, got {self.forbidden}")
 
     @property
     def keeps_all(self) -> bool:
         """Whether no token is cut, so that the mass is 1 whatever the logits."""
-        return self.top_k == 0 and self.top_p == 1
+        return self.top_k == 0 and self.top_p == 1 and self.min_p == 0
 
     def mass(self, logits: torch.Tensor) -> torch.Tensor:
         """[N, V] -> [N]: the probability that the rule keeps."""
@@ -74,7 +83,7 @@ class TokenRule:
 
     def _kept(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Probabilities [N, k], their token ids [N, k] (None: all in order), and which are kept [N, k]."""
-        logits = logits.float()
+        logits = self._allowed(logits.float())
         if self.keeps_all:
             probability = logits.softmax(1)
             return probability, None, torch.ones((), device=logits.device)
@@ -84,6 +93,13 @@ class TokenRule:
         probability = (values - logits.logsumexp(1, keepdim=True)).exp()
         return probability, ids, self._nucleus(probability)
 
+    def _allowed(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits with the forbidden tokens shut."""
+        if not self.forbidden:
+            return logits
+        shut = torch.tensor(self.forbidden, device=logits.device)
+        return logits.index_fill(1, shut[shut < logits.shape[1]], -math.inf)
+
     def _tempered(self, probability: torch.Tensor) -> torch.Tensor:
         """The distribution at this temperature, unnormalised."""
         if self.temperature in (0.0, 1.0):
@@ -91,12 +107,13 @@ class TokenRule:
         return (probability.log() / self.temperature).softmax(1)
 
     def _nucleus(self, probability: torch.Tensor) -> torch.Tensor:
-        """[N, k] float, 1 where a token (in falling order) belongs to the top-p set."""
-        if self.top_p == 1:
-            return (probability > 0).float()
-        share = self._tempered(probability)
-        share = share / share.sum(1, keepdim=True)
-        return ((share.cumsum(1) - share < self.top_p) & (probability > 0)).float()
+        """[N, k] float, 1 where a token (in falling order) belongs to the top-p and the min-p set."""
+        kept = (probability > 0) & (probability >= self.min_p * probability[:, :1])
+        if self.top_p < 1:
+            share = self._tempered(probability)
+            share = share / share.sum(1, keepdim=True)
+            kept &= share.cumsum(1) - share < self.top_p
+        return kept.float()
 
 
 def _invert(weight: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

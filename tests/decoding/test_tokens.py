@@ -5,6 +5,11 @@ from decoding.tokens import TokenRule, _invert
 from dlm.errors import ConfigError
 from dlm.noise import key_of, uniform
 
+
+def noise(n):
+    return uniform(key_of("draws"), torch.arange(n))
+
+
 VOCAB, MASK = 12, 11
 
 
@@ -88,3 +93,31 @@ def test_settings_out_of_range_are_refused():
     for name, value in bad:
         with pytest.raises(ConfigError, match=name):
             TokenRule(**{name: value})
+
+
+def test_min_p_keeps_what_has_a_share_of_the_likeliest():
+    probability = torch.tensor([[0.5, 0.3, 0.06, 0.04, 0.1]])
+    rule = TokenRule(min_p=0.15)  # 0.075 and more
+    assert float(rule.mass(probability.log())) == pytest.approx(0.9)
+    draws = rule.choose(probability.log().expand(4000, -1), noise(4000)).token
+    share = torch.bincount(draws, minlength=5) / 4000
+    torch.testing.assert_close(share, torch.tensor([5 / 9, 3 / 9, 0, 0, 1 / 9]), atol=0.03, rtol=0)
+    both = TokenRule(min_p=0.15, top_p=0.7)
+    assert float(both.mass(probability.log())) == pytest.approx(0.8)
+    with pytest.raises(ConfigError, match="min_p must lie"):
+        TokenRule(min_p=1.5)
+
+
+def test_forbidden_tokens_are_shut_before_anything_is_cut():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    for rule in (
+        TokenRule(forbidden=(0, 99)),
+        TokenRule(top_k=2, forbidden=(0,)),
+        TokenRule(0.0, forbidden=(0,)),
+    ):
+        tokens = rule.choose(logits.expand(500, -1), noise(500)).token
+        assert 0 not in tokens.tolist()
+    left = logits[:, 1:].softmax(1)
+    assert float(TokenRule(top_k=2, forbidden=(0,)).mass(logits)) == pytest.approx(float(left[0, :2].sum()))
+    with pytest.raises(ConfigError, match="token ids"):
+        TokenRule(forbidden=(-1,))

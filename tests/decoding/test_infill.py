@@ -1,0 +1,100 @@
+"""Texts with gaps: what is given stays, what is written lies in the gaps."""
+
+import pytest
+import torch
+
+from decoding import Decoder, Sampler
+from decoding.presets import PRESETS
+from dlm.cli import main
+from dlm.errors import ConfigError
+from tests.fakes import FakeDenoiser, FakeTokenizer
+
+
+def sampler(**kwargs):
+    return Sampler(FakeDenoiser(**kwargs), FakeTokenizer())
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_given_tokens_stay_and_gaps_are_filled_with_as_many_as_asked(name):
+    text = "abc<mask:4>defg<mask:1>h"
+    pace = {"steps": 6}
+    for seed in range(5):
+        got = sampler(eos_bias=5.0).infill(text, decoder=name, seed=seed, **pace)[0]
+        known = [FakeTokenizer()(part)["input_ids"] for part in ("abc", "defg", "h")]
+        assert got.token_ids[:3] == known[0]
+        assert got.token_ids[7:11] == known[1]
+        assert got.token_ids[12:] == known[2]
+        assert len(got.token_ids) == 13
+        written = [3, 4, 5, 6, 11]
+        assert [i for i, step in enumerate(got.reveal_step) if step >= 0] == written
+        assert all(got.token_ids[i] not in (0, 22) for i in written)  # neither the end nor a mask
+        assert [len(gap) for gap in got.gaps] == [4, 1]
+        assert got.text == "".join(chr(97 + i) for i in got.token_ids)
+
+
+def test_without_steps_one_token_is_written_per_call():
+    got = sampler().infill("ab<mask:5>cd", decoder="conv")[0]
+    assert got.model_calls == 5
+    assert sorted(step for step in got.reveal_step if step >= 0) == list(range(5))
+
+
+def test_a_convolution_opens_a_gap_from_both_sides():
+    decoder = Decoder.named("conv", kernel_size=3)
+    first = []
+    for seed in range(60):
+        got = sampler().infill("abcdef<mask:9>ghijkl", decoder=decoder, seed=seed)[0]
+        first.append(got.reveal_step.index(0))
+    assert set(first) == {6, 14}  # the ends of the gap, and nothing between
+
+
+def test_a_text_may_be_the_answer_to_a_prompt_and_batches_do_not_interfere():
+    texts = ["ab<mask:3>", "<mask:2>abcdefgh<mask:6>z", "x<mask:12>y"]
+    how = {"prompt": "question", "decoder": Decoder.named("conv", kernel_size=5), "rate": 2.0, "seed": 3}
+    together = sampler().infill(texts, **how)
+    assert together == [sampler().infill(text, **how)[0] for text in texts]
+    alone = sampler().infill(texts[0], **{**how, "prompt": None})[0]
+    assert len(alone.token_ids) == len(together[0].token_ids) == 5
+    assert alone.token_ids != together[0].token_ids
+
+
+def test_mask_tokens_written_in_a_text_are_text(model, tokenizer):
+    real = Sampler(model, tokenizer)
+    got = real.infill("a <|mask|> b <mask:2> c", steps=3)[0]
+    assert sum(step >= 0 for step in got.reveal_step) == 2
+    assert "<|mask|>" in got.text
+
+
+@pytest.mark.parametrize(
+    ("text", "how", "message"),
+    [
+        ("no gap", {}, "text 0 has no gap; write one as <mask:3>"),
+        ("a<mask:0>b", {}, "a gap needs at least one token"),
+        ("a<mask:50>b", {}, "text 0 has 52 tokens, the model 40 positions"),
+        ("a<mask:2>b", {"window": 9}, "window means nothing here"),
+        ("a<mask:2>b", {"steps": 2, "rate": 2.0}, "either steps or a rate"),
+    ],
+)
+def test_texts_that_cannot_be_filled_say_why(text, how, message):
+    own = sampler()
+    own.model.config.max_positions = 40
+    with pytest.raises(ConfigError, match=message):
+        own.infill(text, **how)
+
+
+def test_the_command_fills_words_and_lines(model, tokenizer, tmp_path, capsys, monkeypatch):
+    import io
+
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    words = ["infill", "--model", str(tmp_path)]
+    assert main([*words, "Anna counts: <mask:3> 50"]) == 0
+    one = capsys.readouterr().out
+    assert one.startswith("Anna counts:")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Anna counts: <mask:3> 50\n\nb <mask:1> c\n"))
+    assert main([*words, "--json", "--decoder", "llada", "--steps", "2"]) == 0
+    assert capsys.readouterr().out.count('"gaps"') == 2
+    assert main([*words, "no gap"]) == 2
+    assert "has no gap" in capsys.readouterr().err
+    assert main(["infill", "x <mask:2>"]) == 2
+    assert "--model is missing" in capsys.readouterr().err
+    assert torch.is_grad_enabled()
