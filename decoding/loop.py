@@ -17,6 +17,7 @@ import torch
 
 from decoding.presets import Decoder
 from decoding.reveal import StepView
+from decoding.tokens import Certainty
 from decoding.window import Window
 from dlm.errors import ConfigError, DLMError
 from dlm.noise import fold, uniform
@@ -317,8 +318,7 @@ class _Run:
         asked = missing.any(1)
         if bool(asked.any()):
             some, part = rows[asked], missing[asked]
-            cells = self._states(some)[part].split(_CELLS)
-            mass = torch.cat([self.decoder.tokens.mass(self.model.logits(h)) for h in cells])
+            mass = torch.cat([self.decoder.tokens.mass(logits) for logits in self._logits(some, part)])
             score = self._cut(self.score, some)
             score[part] = self._checked(step, some, part, mass)
             self.score[some, : self.width] = score
@@ -334,15 +334,37 @@ class _Run:
         asked = where.any(1)
         if bool(asked.any()):
             part, some = where[asked], rows[asked]
-            cells = self._states(some)[part].split(_CELLS)
+            kind = self.decoder.reveal.kind
+            by: Certainty = "confidence" if kind == "mass" else kind
             noise = self._noise(step, some, _TOKEN)[part].split(_CELLS)
             choices = [
-                self.decoder.tokens.choose(self.model.logits(h), u) for h, u in zip(cells, noise, strict=True)
+                self.decoder.tokens.choose(logits, u, by)
+                for logits, u in zip(self._logits(some, part), noise, strict=True)
             ]
             token[where] = torch.cat([choice.token for choice in choices])
-            confidences = torch.cat([choice.confidence for choice in choices])
+            confidences = torch.cat([choice.score for choice in choices])
             confidence[where] = self._checked(step, some, part, confidences)
         return token, confidence
+
+    def _logits(self, rows: torch.Tensor, where: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Logits [≤ _CELLS, V] of the positions `where` [b, W], in row-major order, a piece at a time."""
+        cells = self._states(rows)[where].split(_CELLS)
+        if self.decoder.tokens.repetition_penalty == 1:
+            yield from (self.model.logits(h) for h in cells)
+            return
+        owner = where.nonzero()[:, 0].split(_CELLS)  # which of the rows each cell belongs to
+        for h, row in zip(cells, owner, strict=True):
+            logits = self.model.logits(h)
+            yield self.decoder.tokens.penalised(logits, self._seen(rows, logits.shape[1])[row])
+
+    def _seen(self, rows: torch.Tensor, vocab: int) -> torch.Tensor:
+        """[b, V] bool, the tokens that a row holds; never the end token, which templates hold too."""
+        known = self._cut(self.canvas.valid & ~self.canvas.masked, rows)
+        ids = torch.where(known, self._cut(self.canvas.ids, rows), self.settings.mask_id)
+        seen = torch.zeros(len(rows), vocab, dtype=torch.bool, device=rows.device)
+        seen.scatter_(1, ids, True)
+        seen[:, self.settings.eos_id] = False
+        return seen
 
     def _states(self, rows: torch.Tensor) -> torch.Tensor:
         """[b, W, D] hidden states, from the model for rows that have changed since their last call."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
-from decoding.reveal import Ancestral, Quota, Remask, RevealRule, Threshold
+from decoding.reveal import Ancestral, EntropyBound, Quota, Remask, RevealRule, Threshold
 from decoding.tokens import TokenRule
 from decoding.window import Block, Convolution, Full, Window
 from dlm.errors import ConfigError, unknown_name
@@ -48,14 +48,18 @@ class Decoder:
         for option in options:
             if option not in preset.options:
                 raise unknown_name(f"option of decoder {name!r}:", option, preset.options)
+        common = {option: options.pop(option) for option in COMMON if option in options}
         try:
             window, reveal, tokens = preset.build(**options)
+            return cls(window, reveal, replace(tokens, **common), name)
         except TypeError as error:
             raise ConfigError(f"decoder {name!r}: {error}") from error
-        return cls(window, reveal, tokens, name)
 
 
 Axes = tuple[Window, RevealRule, TokenRule]
+
+COMMON: dict[str, Any] = {"repetition_penalty": 1.0}
+"""Options that every preset has: fields of its token rule, and their defaults."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class Preset:
     @property
     def options(self) -> dict[str, Any]:
         """Option names and their defaults."""
-        return {name: p.default for name, p in inspect.signature(self.build).parameters.items()}
+        own = {name: p.default for name, p in inspect.signature(self.build).parameters.items()}
+        return own | COMMON
 
 
 def _categorical(temperature: float = 1.0, top_p: float = 1.0, min_p: float = 0.0) -> Axes:
@@ -91,10 +96,14 @@ def _semi_ar(
 
 
 def _llada(
-    block_size: int = 0, temperature: float = 0.0, top_k: int = 0, per_step: int | None = None
+    block_size: int = 0,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    per_step: int | None = None,
+    order: Literal["confidence", "margin", "entropy"] = "confidence",
 ) -> Axes:
     window = Block(block_size) if block_size else Full()
-    return window, Quota(per_step), TokenRule(temperature, top_k)
+    return window, Quota(per_step, order), TokenRule(temperature, top_k)
 
 
 def _conv(
@@ -123,6 +132,11 @@ def _threshold(tau: float = 0.9, temperature: float = 0.0, kernel_size: int | No
     return window, Threshold(tau), TokenRule(temperature)
 
 
+def _entropy_bound(gamma: float = 0.1, temperature: float = 0.0, kernel_size: int | None = 0) -> Axes:
+    window: Window = Full() if kernel_size == 0 else Convolution(kernel_size)
+    return window, EntropyBound(gamma), TokenRule(temperature)
+
+
 def _remdm(
     top_p: float = 0.9, eta: float = 0.04, alpha_on: float = 0.9, t_on: float = 0.55, t_off: float = 0.05
 ) -> Axes:
@@ -140,6 +154,9 @@ PRESETS: dict[str, Preset] = {
     "llada-conv": Preset("the most confident tokens under a convolutional window", "2509.15188", _llada_conv),
     "threshold": Preset(
         "all tokens above a confidence, at least one a step", "Fast-dLLM, 2505.22618", _threshold
+    ),
+    "entropy-bound": Preset(
+        "as many tokens as their entropies allow, at least one a step", "2505.24857", _entropy_bound
     ),
     "remdm": Preset("ancestral, with a loop that remasks written tokens", "ReMDM, 2503.00307", _remdm),
 }

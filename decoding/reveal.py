@@ -1,8 +1,8 @@
 """Axis 2 of a decoder, the reveal rule: which masked positions get their token in this step.
 
 A rule sees a `StepView` and returns a `Decision`. Rules of the kind "mass" decide before any token is
-drawn, from how much probability the token rule keeps at a position. Rules of the kind "confidence" look at
-the probability of the token that was drawn there.
+drawn, from how much probability the token rule keeps at a position. The others look at how sure the model is
+there.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import ClassVar, Literal, Protocol
 
 import torch
 
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, unknown_name
 
-Kind = Literal["mass", "confidence"]
+Kind = Literal["mass", "confidence", "margin", "entropy"]
+"""What a rule decides by: the mass that the token rule keeps, or a certainty (`decoding.tokens`)."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,11 @@ class Decision:
 class RevealRule(Protocol):
     """What the loop asks of a reveal rule."""
 
-    kind: ClassVar[Kind]
-    """What the rule decides by."""
+    @property
+    def kind(self) -> Kind:
+        """What the rule decides by."""
+        ...
+
     remasks: ClassVar[bool]
     """Whether written tokens can become masks again."""
 
@@ -175,14 +179,23 @@ class Quota:
 
     Attributes:
         per_step: tokens per step; None to spread the stage evenly over its steps.
+        order: what makes a position sure: "confidence" (LLaDA), "margin" of the two likeliest tokens, or
+            "entropy".
     """
 
     per_step: int | None = None
-    kind: ClassVar[Kind] = "confidence"
+    order: Literal["confidence", "margin", "entropy"] = "confidence"
     remasks: ClassVar[bool] = False
 
+    @property
+    def kind(self) -> Kind:
+        """See `RevealRule`."""
+        return self.order
+
     def __post_init__(self) -> None:
-        """Check the number."""
+        """Check the number and the name."""
+        if self.order not in ("confidence", "margin", "entropy"):
+            raise unknown_name("order", self.order, ("confidence", "margin", "entropy"))
         if self.per_step is not None and self.per_step < 1:
             raise ConfigError(f"per_step must be at least 1, got {self.per_step}")
 
@@ -229,6 +242,41 @@ class Threshold:
         reachable = _open(view.masked, view.weight)
         best = _ranked(view.score, view.weight, view.masked) == 0
         return Decision(reachable & ((view.score >= self.tau) | best))
+
+
+@dataclass(frozen=True)
+class EntropyBound:
+    """As many positions as their entropies allow (EB-sampler, arXiv 2505.24857).
+
+    Open positions are taken from the least entropy up, the first always, while the sum of the entropies of
+    those before stays within γ: a bound on what is lost by drawing them independently.
+
+    Attributes:
+        gamma: γ, in nats.
+    """
+
+    gamma: float = 0.1
+    kind: ClassVar[Kind] = "entropy"
+    remasks: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the range of gamma."""
+        if not 0 <= self.gamma < math.inf:
+            raise ConfigError(f"gamma must not be negative, got {self.gamma}")
+
+    def needs(self, masked: torch.Tensor, weight: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+        """The open positions."""
+        del quota
+        return _open(masked, weight)
+
+    def decide(self, view: StepView) -> Decision:
+        """The longest admissible prefix of the positions, ordered by certainty · weight."""
+        reachable = _open(view.masked, view.weight)
+        rank = _ranked(view.score, view.weight, reachable)
+        entropy = torch.where(reachable, -view.score.double().clamp(min=1e-300).log(), math.inf)
+        ordered = torch.zeros_like(entropy).scatter(1, rank, entropy)  # [B, L] by rank
+        before = ordered.cumsum(1) - ordered  # inf - inf is NaN behind the open ones, and not within γ
+        return Decision(reachable & (before <= self.gamma).gather(1, rank))
 
 
 @dataclass(frozen=True)

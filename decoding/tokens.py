@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -16,8 +17,24 @@ class Choice:
 
     token: torch.Tensor
     """[N] int64."""
-    confidence: torch.Tensor
-    """[N] float32, the model's own probability of that token (temperature 1, before any cut)."""
+    score: torch.Tensor
+    """[N] float32 in [0, 1], how sure the model is there (see `certainty`)."""
+
+
+Certainty = Literal["confidence", "margin", "entropy"]
+"""Ways to say how sure a model is at a position, from its own distribution (temperature 1, before any cut):
+the probability of the token that was drawn; the probability of the likeliest token less that of the second;
+exp(-H), H the entropy in nats."""
+
+
+def certainty(logits: torch.Tensor, kind: Certainty) -> torch.Tensor:
+    """[N, V] -> [N] in [0, 1], for the kinds that do not look at the drawn token."""
+    log_probability = logits.float().log_softmax(1)
+    if kind == "margin":
+        best = log_probability.topk(2, dim=1).values.exp()
+        return best[:, 0] - best[:, 1]
+    plogp = torch.where(log_probability > -math.inf, log_probability.exp() * log_probability, 0.0)
+    return plogp.sum(1).exp()
 
 
 @dataclass(frozen=True)
@@ -31,6 +48,8 @@ class TokenRule:
         min_p: of those, keep what has at least this share of the likeliest token's probability; 0 for all
             (arXiv 2407.01082).
         forbidden: ids that never come out; they are shut before anything is cut.
+        repetition_penalty: θ of CTRL (arXiv 1909.05858): the logit of a token that is in the row already is
+            divided by θ where it is positive, and multiplied by θ where it is not; 1 for none.
     """
 
     temperature: float = 1.0
@@ -38,6 +57,7 @@ class TokenRule:
     top_p: float = 1.0
     min_p: float = 0.0
     forbidden: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -49,6 +69,8 @@ class TokenRule:
             raise ConfigError(f"top_p must lie in (0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p must lie in [0, 1], got {self.min_p}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ConfigError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
         if any(token < 0 for token in self.forbidden):
             raise ConfigError(f"forbidden must hold token ids, got {self.forbidden}")
 
@@ -57,6 +79,12 @@ class TokenRule:
         """Whether no token is cut, so that the mass is 1 whatever the logits."""
         return self.top_k == 0 and self.top_p == 1 and self.min_p == 0
 
+    def penalised(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] after the repetition penalty; `seen` [N, V] says which tokens the row holds."""
+        logits = logits.float()
+        lower = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+        return torch.where(seen, lower, logits)
+
     def mass(self, logits: torch.Tensor) -> torch.Tensor:
         """[N, V] -> [N]: the probability that the rule keeps."""
         if self.keeps_all:
@@ -64,12 +92,13 @@ class TokenRule:
         probability, _, kept = self._kept(logits)
         return (probability * kept).sum(1)
 
-    def choose(self, logits: torch.Tensor, noise: torch.Tensor) -> Choice:
+    def choose(self, logits: torch.Tensor, noise: torch.Tensor, kind: Certainty = "confidence") -> Choice:
         """Draw one token per position by inverting the cumulative distribution.
 
         Args:
             logits: [N, V], -inf at tokens that must not come out.
             noise: [N] uniform numbers of (0, 1); the only randomness.
+            kind: what the score is.
         """
         probability, ids, kept = self._kept(logits)
         if self.temperature == 0:
@@ -79,7 +108,9 @@ class TokenRule:
             index = _invert(weight, noise)
         at = index[:, None]
         token = index if ids is None else ids.gather(1, at)[:, 0]
-        return Choice(token, probability.gather(1, at)[:, 0])
+        if kind == "confidence":
+            return Choice(token, probability.gather(1, at)[:, 0])
+        return Choice(token, certainty(self._allowed(logits.float()), kind))
 
     def _kept(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Probabilities [N, k], their token ids [N, k] (None: all in order), and which are kept [N, k]."""

@@ -309,3 +309,27 @@ def test_remasking_stays_within_the_block():
         steps = canvas.reveal_step[0, 2 + 8 * b : 2 + 8 * (b + 1)]
         assert steps.min() >= 10 * b
         assert steps.max() < 10 * (b + 1)
+
+
+def test_the_repetition_penalty_sees_what_the_row_holds_and_spares_the_end_token():
+    """Rank by hand: a token that stands in the row loses by the penalty, elsewhere nothing changes."""
+    base = torch.zeros(23)
+    base[5], base[6], base[0] = 2.0, 1.9, 1.8
+
+    class Constant(FakeDenoiser):
+        def logits(self, hidden):
+            out = base.expand(len(hidden), -1).clone()
+            out[:, self.mask_id] = float("-inf")
+            return out
+
+    ids = torch.full((2, 6), 22)
+    ids[0, :2], ids[1, :2] = torch.tensor([5, 0]), torch.tensor([9, 0])  # one row holds 5, both the end token
+    decoder = Decoder.named("llada", repetition_penalty=1.5)
+    canvas = Canvas.of(ids, 22, torch.arange(2))
+    steps = denoise(Constant(), canvas, decoder, Settings(4, 0, 22, eos_fill=False, early_exit=False))
+    next(steps)
+    first = [int(canvas.ids[i][canvas.reveal_step[i] == 0][0]) for i in (0, 1)]
+    assert first == [6, 5]  # 2/1.5 < 1.9 in the first row
+    next(steps)
+    second = [int(canvas.ids[i][canvas.reveal_step[i] == 1][0]) for i in (0, 1)]
+    assert second == [0, 6]  # 5 and 6 are both penalised now in the first row, the end token never is

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decoding.reveal import Ancestral, Quota, Remask, StepView, Threshold, reveal_probability
+from decoding.reveal import Ancestral, EntropyBound, Quota, Remask, StepView, Threshold, reveal_probability
 from dlm.errors import ConfigError
 from dlm.noise import fold, key_of, uniform
 
@@ -137,3 +137,31 @@ def test_remdm_follows_its_three_phases():
 def test_settings_out_of_range_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_the_entropy_bound_takes_the_longest_prefix_that_fits():
+    torch.manual_seed(3)
+    for gamma in (0.0, 0.3, 1.0, 50.0):
+        entropy = torch.rand(200, 9) * 0.8
+        weight = (torch.rand(200, 9) < 0.8).float()
+        masked = torch.rand(200, 9) < 0.9
+        given_view = view(masked=masked, score=(-entropy).exp(), weight=weight)
+        got = EntropyBound(gamma).decide(given_view).reveal
+        for i in range(200):
+            opened = [j for j in range(9) if masked[i, j] and weight[i, j] > 0]
+            expected, before = set(), 0.0
+            for j in sorted(opened, key=lambda j: float(entropy[i, j])):
+                if before > gamma:
+                    break
+                expected.add(j)
+                before += float(entropy[i, j])
+            assert set(got[i].nonzero()[:, 0].tolist()) == expected
+    with pytest.raises(ConfigError, match="gamma must not be negative"):
+        EntropyBound(-1)
+
+
+def test_a_quota_can_be_ordered_by_another_certainty():
+    assert Quota().kind == "confidence"
+    assert Quota(order="margin").kind == "margin"
+    with pytest.raises(ConfigError, match="Did you mean 'margin'"):
+        Quota(order="margn")

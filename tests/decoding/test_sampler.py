@@ -63,7 +63,8 @@ def test_unknown_names_and_options_list_the_choices():
     with pytest.raises(ValueError, match="'convv'. Did you mean 'conv'. Choices: categorical, conv"):
         Decoder.named("convv")
     with pytest.raises(
-        ValueError, match="'kernel_sise'. Did you mean 'kernel_size'. Choices: kernel_size, min_p, s"
+        ValueError,
+        match="'kernel_sise'. Did you mean 'kernel_size'. Choices: kernel_size, min_p, repetition_penalty, s",
     ):
         Decoder.named("conv", kernel_sise=3)
     with pytest.raises(ConfigError, match="use 127 or 129"):

@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from decoding.tokens import TokenRule, _invert
+from decoding.tokens import TokenRule, _invert, certainty
 from dlm.errors import ConfigError
 from dlm.noise import key_of, uniform
 
@@ -74,7 +76,7 @@ def test_mass_and_confidence_are_the_models_own_probabilities(logits):
     p = logits[0].softmax(0)
     rule = TokenRule(top_k=3, temperature=0.3)
     choice = rule.choose(logits, torch.tensor([0.5]))
-    assert float(choice.confidence[0]) == pytest.approx(float(p[choice.token[0]]), abs=1e-6)
+    assert float(choice.score[0]) == pytest.approx(float(p[choice.token[0]]), abs=1e-6)
     assert float(rule.mass(logits)[0]) == pytest.approx(float(p.sort().values[-3:].sum()), abs=1e-6)
     assert TokenRule().mass(logits).tolist() == [1.0]
 
@@ -121,3 +123,27 @@ def test_forbidden_tokens_are_shut_before_anything_is_cut():
     assert float(TokenRule(top_k=2, forbidden=(0,)).mass(logits)) == pytest.approx(float(left[0, :2].sum()))
     with pytest.raises(ConfigError, match="token ids"):
         TokenRule(forbidden=(-1,))
+
+
+def test_certainties_are_those_of_the_definition():
+    torch.manual_seed(0)
+    logits = torch.randn(7, 12) * 3
+    logits[:, 4] = -math.inf
+    for i, row in enumerate(logits.double()):
+        p = sorted((math.exp(float(x)) for x in row), reverse=True)
+        p = [x / sum(p) for x in p]
+        entropy = -sum(x * math.log(x) for x in p if x > 0)
+        assert float(certainty(logits, "entropy")[i]) == pytest.approx(math.exp(-entropy), rel=1e-5)
+        assert float(certainty(logits, "margin")[i]) == pytest.approx(p[0] - p[1], abs=1e-6)
+        choice = TokenRule(0.0).choose(logits, noise(7), "entropy")
+        assert float(choice.score[i]) == pytest.approx(math.exp(-entropy), rel=1e-5)
+        assert int(choice.token[i]) == int(row.argmax())
+
+
+def test_the_repetition_penalty_divides_positive_logits_and_multiplies_negative_ones():
+    logits = torch.tensor([[2.0, -2.0, 3.0, -1.0, -math.inf]])
+    seen = torch.tensor([[True, True, False, False, True]])
+    got = TokenRule(repetition_penalty=1.25).penalised(logits, seen)
+    assert got[0].tolist() == pytest.approx([1.6, -2.5, 3.0, -1.0, -math.inf])
+    with pytest.raises(ConfigError, match="repetition_penalty must be above 0"):
+        TokenRule(repetition_penalty=0)
