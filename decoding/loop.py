@@ -207,6 +207,44 @@ def denoise(model: Denoiser, canvas: Canvas, decoder: Decoder, settings: Setting
         yield len(steps)  # type: ignore[arg-type]
 
 
+def guided(logits: torch.Tensor, blind: torch.Tensor, guidance: float) -> torch.Tensor:
+    """Classifier-free guidance: log p + g · (log p - log p without the prompt), [N, V] float32, unnormalised.
+
+    g = 0 is the model itself; larger values favour what the prompt makes likelier (arXiv 2207.12598).
+    """
+    with_prompt, without = logits.float().log_softmax(1), blind.float().log_softmax(1)
+    mixed = with_prompt + guidance * (with_prompt - without)
+    return torch.where(with_prompt > -math.inf, mixed, -math.inf)
+
+
+class _States:
+    """Hidden states of the rows of a canvas, computed again for those that have changed since."""
+
+    def __init__(self, model: Denoiser, canvas: Canvas) -> None:
+        self.model, self.canvas = model, canvas
+        self.hidden: torch.Tensor | None = None  # [B, L, D]
+        self.fresh = torch.zeros_like(canvas.done)  # [B] whether `hidden` still holds
+
+    def of(self, rows: torch.Tensor, ids: torch.Tensor, width: int) -> torch.Tensor:
+        """[b, W, D] of the rows [b]; `ids` [B, L] are what the model is shown, as far as `width`."""
+        canvas = self.canvas
+        stale = rows[~self.fresh[rows]]
+        if len(stale):
+            valid = canvas.valid[stale, :width]
+            states = self.model.hidden(ids[stale, :width], None if bool(valid.all()) else valid)
+            canvas.model_calls[stale] += 1
+            self.fresh[stale] = True
+            if states.shape[:2] == canvas.ids.shape:
+                self.hidden = states
+            else:
+                if self.hidden is None:
+                    self.hidden = states.new_zeros(*canvas.ids.shape, states.shape[-1])
+                self.hidden[stale, :width] = states
+        assert self.hidden is not None
+        whole = len(rows) == len(canvas.ids) and width == canvas.ids.shape[1]
+        return self.hidden if whole else self.hidden[rows, :width]
+
+
 class _Run:
     """One pass over a canvas: the loop's caches and its arithmetic."""
 
@@ -219,10 +257,9 @@ class _Run:
         self.stages = self.window.stages(canvas.start, length)
         self.width = canvas.width
         self.initial = canvas.masked.clone()
-        self.fresh = torch.zeros_like(canvas.done)  # [B] whether `hidden` still holds
+        self.seeing, self.blind = _States(model, canvas), _States(model, canvas)
         self.score = torch.zeros(canvas.ids.shape, device=canvas.ids.device)  # [B, L]
         self.scored = torch.zeros_like(canvas.masked)  # [B, L] whether `score` still holds
-        self.hidden: torch.Tensor | None = None  # [B, L, D]
         most = int(self.stages.max())
         if settings.steps is not None and settings.steps < most:
             raise ConfigError(
@@ -348,14 +385,17 @@ class _Run:
 
     def _logits(self, rows: torch.Tensor, where: torch.Tensor) -> Iterator[torch.Tensor]:
         """Logits [≤ _CELLS, V] of the positions `where` [b, W], in row-major order, a piece at a time."""
+        tokens, guidance = self.decoder.tokens, self.decoder.guidance
         cells = self._states(rows)[where].split(_CELLS)
-        if self.decoder.tokens.repetition_penalty == 1:
-            yield from (self.model.logits(h) for h in cells)
-            return
+        blind = self._blind_states(rows)[where].split(_CELLS) if guidance else [None] * len(cells)
         owner = where.nonzero()[:, 0].split(_CELLS)  # which of the rows each cell belongs to
-        for h, row in zip(cells, owner, strict=True):
-            logits = self.model.logits(h)
-            yield self.decoder.tokens.penalised(logits, self._seen(rows, logits.shape[1])[row])
+        for hidden, unseen, row in zip(cells, blind, owner, strict=True):
+            logits = self.model.logits(hidden)
+            if unseen is not None:
+                logits = guided(logits, self.model.logits(unseen), guidance)
+            if tokens.repetition_penalty != 1:
+                logits = tokens.penalised(logits, self._seen(rows, logits.shape[1])[row])
+            yield logits
 
     def _seen(self, rows: torch.Tensor, vocab: int) -> torch.Tensor:
         """[b, V] bool, the tokens that a row holds; never the end token, which templates hold too."""
@@ -367,23 +407,15 @@ class _Run:
         return seen
 
     def _states(self, rows: torch.Tensor) -> torch.Tensor:
-        """[b, W, D] hidden states, from the model for rows that have changed since their last call."""
-        canvas = self.canvas
-        stale = rows[~self.fresh[rows]]
-        if len(stale):
-            valid = self._cut(canvas.valid, stale)
-            states = self.model.hidden(self._cut(canvas.ids, stale), None if bool(valid.all()) else valid)
-            canvas.model_calls[stale] += 1
-            self.fresh[stale] = True
-            if states.shape[:2] == canvas.ids.shape:
-                self.hidden = states
-            else:
-                if self.hidden is None:
-                    self.hidden = states.new_zeros(*canvas.ids.shape, states.shape[-1])
-                self.hidden[stale, : self.width] = states
-        assert self.hidden is not None
-        whole = len(rows) == len(canvas.ids) and self.width == canvas.ids.shape[1]
-        return self.hidden if whole else self.hidden[rows, : self.width]
+        """[b, W, D] hidden states of the rows as they are."""
+        return self.seeing.of(rows, self.canvas.ids, self.width)
+
+    def _blind_states(self, rows: torch.Tensor) -> torch.Tensor:
+        """[b, W, D] hidden states of the rows with their prompts masked."""
+        position = torch.arange(self.canvas.ids.shape[1], device=rows.device)
+        prompt = position < self.canvas.start[:, None]
+        ids = torch.where(prompt & self.canvas.valid, self.settings.mask_id, self.canvas.ids)
+        return self.blind.of(rows, ids, self.width)
 
     def _checked(
         self, step: int, rows: torch.Tensor, where: torch.Tensor, value: torch.Tensor
@@ -431,7 +463,8 @@ class _Run:
         appeared = masked & ~after
         canvas.reveal_step[rows, : self.width] = torch.where(after, -1, torch.where(appeared, step, born))
         same = (ids == self._cut(canvas.ids, rows)).all(1)
-        self.fresh[rows] &= same
+        self.seeing.fresh[rows] &= same
+        self.blind.fresh[rows] &= same
         self.scored[rows] &= same[:, None]
         canvas.ids[rows, : self.width], canvas.masked[rows, : self.width] = ids, after
         if not self.decoder.reveal.remasks:

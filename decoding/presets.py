@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -22,12 +23,20 @@ class Decoder:
         reveal: which of them are written in a step.
         tokens: what is written.
         name: for reports.
+        guidance: weight g of classifier-free guidance, 0 for none; costs a second model call without the
+            prompt (see `decoding.loop.guided`).
     """
 
     window: Window = field(default_factory=Full)
     reveal: RevealRule = field(default_factory=Ancestral)
     tokens: TokenRule = field(default_factory=TokenRule)
     name: str = "custom"
+    guidance: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the range of the guidance."""
+        if not 0 <= self.guidance < math.inf:
+            raise ConfigError(f"guidance must not be negative, got {self.guidance}")
 
     def without(self, *tokens: int) -> Decoder:
         """This decoder with some token ids forbidden."""
@@ -48,18 +57,19 @@ class Decoder:
         for option in options:
             if option not in preset.options:
                 raise unknown_name(f"option of decoder {name!r}:", option, preset.options)
-        common = {option: options.pop(option) for option in COMMON if option in options}
+        common = {option: options.pop(option, default) for option, default in COMMON.items()}
         try:
             window, reveal, tokens = preset.build(**options)
-            return cls(window, reveal, replace(tokens, **common), name)
+            tokens = replace(tokens, repetition_penalty=common["repetition_penalty"])
+            return cls(window, reveal, tokens, name, common["guidance"])
         except TypeError as error:
             raise ConfigError(f"decoder {name!r}: {error}") from error
 
 
 Axes = tuple[Window, RevealRule, TokenRule]
 
-COMMON: dict[str, Any] = {"repetition_penalty": 1.0}
-"""Options that every preset has: fields of its token rule, and their defaults."""
+COMMON: dict[str, Any] = {"repetition_penalty": 1.0, "guidance": 0.0}
+"""Options that every preset has, and their defaults."""
 
 
 @dataclass(frozen=True)

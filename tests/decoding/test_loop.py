@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding import Decoder, Sampler
-from decoding.loop import Canvas, Settings, clock, denoise
+from decoding.loop import Canvas, Settings, clock, denoise, guided
 from decoding.presets import PRESETS
 from decoding.reveal import Quota, Remask
 from decoding.window import Block, Convolution
@@ -333,3 +333,30 @@ def test_the_repetition_penalty_sees_what_the_row_holds_and_spares_the_end_token
     next(steps)
     second = [int(canvas.ids[i][canvas.reveal_step[i] == 1][0]) for i in (0, 1)]
     assert second == [0, 6]  # 5 and 6 are both penalised now in the first row, the end token never is
+
+
+def test_guidance_mixes_the_distributions_with_and_without_the_prompt():
+    model = FakeDenoiser()
+    ids = torch.full((1, 9), 22)
+    ids[0, :4] = torch.tensor([3, 4, 5, 6])
+    blind = ids.clone()
+    blind[0, :4] = 22
+    decoder = Decoder.named("llada", guidance=1.5)
+    canvas = Canvas.of(ids, 22, torch.arange(1))
+    next(denoise(model, canvas, decoder, Settings(5, 0, 22, eos_fill=False, early_exit=False)))
+    with_prompt = model.logits(model.hidden(ids)[0]).double().log_softmax(1)
+    without = model.logits(model.hidden(blind)[0]).double().log_softmax(1)
+    mixed = (2.5 * with_prompt - 1.5 * without)[4:, :22].softmax(1)
+    best = int(mixed.amax(1).argmax())
+    assert canvas.reveal_step[0].tolist().index(0) == 4 + best
+    assert int(canvas.ids[0, 4 + best]) == int(mixed[best].argmax())
+    assert int(canvas.model_calls[0]) == 2  # one with the prompt, one without
+
+
+def test_no_guidance_is_the_model_itself_and_costs_nothing():
+    logits = torch.randn(4, 9)
+    logits[:, 2] = float("-inf")
+    got = guided(logits, torch.randn(4, 9), 0.0).softmax(1)
+    torch.testing.assert_close(got, logits.softmax(1))
+    with pytest.raises(ConfigError, match="guidance must not be negative"):
+        Decoder.named("conv", guidance=-1.0)

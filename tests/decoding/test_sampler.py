@@ -64,7 +64,7 @@ def test_unknown_names_and_options_list_the_choices():
         Decoder.named("convv")
     with pytest.raises(
         ValueError,
-        match="'kernel_sise'. Did you mean 'kernel_size'. Choices: kernel_size, min_p, repetition_penalty, s",
+        match="'kernel_sise'. Did you mean 'kernel_size'. Choices: guidance, kernel_size, min_p",
     ):
         Decoder.named("conv", kernel_sise=3)
     with pytest.raises(ConfigError, match="use 127 or 129"):
