@@ -136,6 +136,8 @@ class Settings:
             change the answer). Not used by rules that remask.
         rate: tokens to write per model call on average; as many calls are made as that takes.
         grow: whether the canvas begins with a few masks and grows as they are written.
+        fit: the length for which kernels and blocks of open size are chosen; the canvas's own by default,
+            or `GROWING_WINDOW` for one that grows.
     """
 
     steps: int | None
@@ -145,6 +147,7 @@ class Settings:
     early_exit: bool = True
     rate: float | None = None
     grow: bool = False
+    fit: int | None = None
 
     def __post_init__(self) -> None:
         """Check the pace."""
@@ -222,7 +225,7 @@ class _States:
 
     def __init__(self, model: Denoiser, canvas: Canvas) -> None:
         self.model, self.canvas = model, canvas
-        self.hidden: torch.Tensor | None = None  # [B, L, D]
+        self.hidden: torch.Tensor | None = None  # [B, ≤ L, D]
         self.fresh = torch.zeros_like(canvas.done)  # [B] whether `hidden` still holds
 
     def of(self, rows: torch.Tensor, ids: torch.Tensor, width: int) -> torch.Tensor:
@@ -234,15 +237,22 @@ class _States:
             states = self.model.hidden(ids[stale, :width], None if bool(valid.all()) else valid)
             canvas.model_calls[stale] += 1
             self.fresh[stale] = True
-            if states.shape[:2] == canvas.ids.shape:
+            if len(stale) == len(canvas.ids):
                 self.hidden = states
             else:
-                if self.hidden is None:
-                    self.hidden = states.new_zeros(*canvas.ids.shape, states.shape[-1])
-                self.hidden[stale, :width] = states
+                self._room(states, width)[stale, :width] = states
         assert self.hidden is not None
-        whole = len(rows) == len(canvas.ids) and width == canvas.ids.shape[1]
-        return self.hidden if whole else self.hidden[rows, :width]
+        whole = len(rows) == len(canvas.ids) and width == self.hidden.shape[1]
+        return self.hidden if whole else self._room(self.hidden, width)[rows, :width]
+
+    def _room(self, like: torch.Tensor, width: int) -> torch.Tensor:
+        """The kept states [B, ≥ W, D], made wider when the canvas has grown."""
+        if self.hidden is None or self.hidden.shape[1] < width:
+            wide = like.new_zeros(len(self.canvas.ids), width, like.shape[-1])
+            if self.hidden is not None:
+                wide[:, : self.hidden.shape[1]] = self.hidden
+            self.hidden = wide
+        return self.hidden
 
 
 class _Run:
@@ -253,8 +263,10 @@ class _Run:
         if settings.rate is not None and decoder.reveal.remasks:
             raise ConfigError(f"decoder {decoder.name!r} remasks by time: it needs steps, not a rate")
         self.model, self.canvas, self.decoder, self.settings = model, canvas, decoder, settings
-        self.window: Window = decoder.window.fitted(GROWING_WINDOW if settings.grow else length)
-        self.stages = self.window.stages(canvas.start, length)
+        self.window: Window = decoder.window.fitted(
+            settings.fit or (GROWING_WINDOW if settings.grow else length)
+        )
+        self.stages = self.window.stages(canvas.start, canvas.end)
         self.width = canvas.width
         self.initial = canvas.masked.clone()
         self.seeing, self.blind = _States(model, canvas), _States(model, canvas)
@@ -389,12 +401,14 @@ class _Run:
         cells = self._states(rows)[where].split(_CELLS)
         blind = self._blind_states(rows)[where].split(_CELLS) if guidance else [None] * len(cells)
         owner = where.nonzero()[:, 0].split(_CELLS)  # which of the rows each cell belongs to
+        seen: torch.Tensor | None = None
         for hidden, unseen, row in zip(cells, blind, owner, strict=True):
             logits = self.model.logits(hidden)
             if unseen is not None:
                 logits = guided(logits, self.model.logits(unseen), guidance)
             if tokens.repetition_penalty != 1:
-                logits = tokens.penalised(logits, self._seen(rows, logits.shape[1])[row])
+                seen = self._seen(rows, logits.shape[1]) if seen is None else seen
+                logits = tokens.penalised(logits, seen[row])
             yield logits
 
     def _seen(self, rows: torch.Tensor, vocab: int) -> torch.Tensor:

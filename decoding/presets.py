@@ -57,6 +57,10 @@ class Decoder:
         for option in options:
             if option not in preset.options:
                 raise unknown_name(f"option of decoder {name!r}:", option, preset.options)
+        for option, value in options.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number and not (value is None or isinstance(preset.options[option], str)):
+                raise ConfigError(f"option {option} of decoder {name!r} must be a number, got {value!r}")
         common = {option: options.pop(option, default) for option, default in COMMON.items()}
         try:
             window, reveal, tokens = preset.build(**options)

@@ -66,6 +66,11 @@ class RevealRule(Protocol):
     remasks: ClassVar[bool]
     """Whether written tokens can become masks again."""
 
+    @property
+    def paced(self) -> bool:
+        """Whether it follows a given pace; others say themselves how many tokens a step writes."""
+        ...
+
     def needs(self, masked: torch.Tensor, weight: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
         """[B, L] bool, the positions whose score can change the decision; no others are computed."""
         ...
@@ -151,6 +156,7 @@ class Ancestral:
 
     kind: ClassVar[Kind] = "mass"
     remasks: ClassVar[bool] = False
+    paced: ClassVar[bool] = True
 
     def needs(self, masked: torch.Tensor, weight: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
         """The open positions."""
@@ -192,12 +198,17 @@ class Quota:
         """See `RevealRule`."""
         return self.order
 
+    @property
+    def paced(self) -> bool:
+        """See `RevealRule`."""
+        return self.per_step is None
+
     def __post_init__(self) -> None:
         """Check the number and the name."""
         if self.order not in ("confidence", "margin", "entropy"):
             raise unknown_name("order", self.order, ("confidence", "margin", "entropy"))
-        if self.per_step is not None and self.per_step < 1:
-            raise ConfigError(f"per_step must be at least 1, got {self.per_step}")
+        if self.per_step is not None and (not isinstance(self.per_step, int) or self.per_step < 1):
+            raise ConfigError(f"per_step must be a whole number of at least 1, got {self.per_step!r}")
 
     def _number(self, quota: torch.Tensor) -> torch.Tensor:
         return quota if self.per_step is None else torch.full_like(quota, self.per_step)
@@ -226,6 +237,7 @@ class Threshold:
     tau: float = 0.9
     kind: ClassVar[Kind] = "confidence"
     remasks: ClassVar[bool] = False
+    paced: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the range of tau."""
@@ -248,8 +260,9 @@ class Threshold:
 class EntropyBound:
     """As many positions as their entropies allow (EB-sampler, arXiv 2505.24857).
 
-    Open positions are taken from the least entropy up, the first always, while the sum of the entropies of
-    those before stays within γ: a bound on what is lost by drawing them independently.
+    Open positions are taken in order of certainty · weight (without a convolution: from the least entropy
+    up), the first always, while the sum of the entropies of those before stays within γ: a bound on what is
+    lost by drawing them independently.
 
     Attributes:
         gamma: γ, in nats.
@@ -258,6 +271,7 @@ class EntropyBound:
     gamma: float = 0.1
     kind: ClassVar[Kind] = "entropy"
     remasks: ClassVar[bool] = False
+    paced: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the range of gamma."""
@@ -301,6 +315,7 @@ class Remask:
     eta: float = 0.04
     kind: ClassVar[Kind] = "mass"
     remasks: ClassVar[bool] = True
+    paced: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the order of the times and the ranges."""

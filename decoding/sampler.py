@@ -57,7 +57,7 @@ class Infilled:
     """For each of `token_ids`, the step at which it appeared; -1 for given ones."""
 
 
-GAP = re.compile(r"<mask:(\d+)>")
+GAP = re.compile(r"<mask:(\d{1,7})>")
 """A gap in a text that is to be filled, and its number of tokens."""
 
 
@@ -80,8 +80,9 @@ class How(TypedDict, total=False):
     """How an answer is decoded.
 
     Either a fixed canvas, `window` tokens of prompt and answer together, filled in `steps` steps (the setting
-    of the papers) or at a `rate`; or a canvas that grows, with `max_tokens` as a limit: text and cost then do
-    not depend on the limit, unless it cuts the answer off.
+    of the papers) or at a `rate`; or a canvas that grows, with `max_tokens` as a limit. Text and cost do not
+    depend on the limit, as long as the canvas does not meet it: it holds some masks more than the answer has
+    tokens (`Window.ahead`: 40 for `conv` with its own kernel).
     """
 
     decoder: Decoder | str | None
@@ -93,7 +94,9 @@ class How(TypedDict, total=False):
     max_tokens: int | None
     """Longest answer, in tokens."""
     rate: float | None
-    """Tokens that are written per model call on average, at least 1; `RATE` on a canvas that grows."""
+    """Tokens that are written per model call on average, at least 1; `RATE` on a canvas that grows. A step
+    writes no more than is open, and never crosses the end of a block. Not for rules that have a pace of their
+    own (threshold, entropy bound, a fixed number per step)."""
     eos_fill: bool
     """Once an EOS is written, everything to its right becomes EOS; True by default."""
 
@@ -188,62 +191,78 @@ class Sampler:
         batch_size: int = 16,
         **how: Unpack[How],
     ) -> list[Infilled]:
+        """Fill the gaps of texts; see `iter_infill` for the arguments. A single text gives a list of one."""
+        several = [texts] if isinstance(texts, str) else texts
+        return list(self.iter_infill(several, prompt=prompt, seed=seed, batch_size=batch_size, **how))
+
+    def iter_infill(
+        self,
+        texts: Iterable[str],
+        *,
+        prompt: Prompt | None = None,
+        seed: int | Sequence[int] = 0,
+        batch_size: int = 16,
+        **how: Unpack[How],
+    ) -> Iterator[Infilled]:
         """Fill the gaps of texts: `<mask:3>` stands for three tokens, as often as needed.
 
         What is written around the gaps is never changed, and everything before and behind them is seen; a
-        convolutional window opens each gap from both of its sides. The end token cannot come out.
+        convolutional window opens each gap from both of its sides. Control tokens cannot come out. A space
+        before a gap belongs to the gap, since tokens carry the space before them.
 
         Args:
-            texts: one or more texts with gaps.
+            texts: texts with gaps.
             prompt: what the texts are the answer to; by default they stand alone, without a template.
             seed: one seed for all texts, or one per text.
             batch_size: texts per model call.
-            **how: see `How`; a text has the length it has, so `window` and `max_tokens` are not for it, and
-                without `steps` it is decoded at a `rate`, 1 by default.
+            **how: see `How`; a text has the length it has, so `window`, `max_tokens` and `eos_fill` are not
+                for it, and without `steps` it is decoded at a `rate`, 1 by default.
 
         Raises:
             ConfigError: for a text without a gap, an empty gap, or a text that is too long for the model.
         """
         plan = self._infill_plan(**how)
         before = encode_prompt(self.tokenizer, as_messages(prompt)) if prompt is not None else []
-        done: list[Infilled] = []
-        pairs = enumerate(_with_seeds([texts] if isinstance(texts, str) else texts, seed))
+        pairs = enumerate(_with_seeds(texts, seed))
         while chunk := list(itertools.islice(pairs, batch_size)):
-            rows = [before + self._gapped(str(text), plan, len(before), i) for i, (text, _) in chunk]
-            canvas = self._canvas(rows, [int(s) for _, (_, s) in chunk], plan)
+            rows = [self._gapped(str(text), plan, before, i) for i, (text, _) in chunk]
+            canvas = self._canvas([ids for ids, _ in rows], [int(s) for _, (_, s) in chunk], plan)
             for _ in self._denoise(canvas, plan):
                 pass
-            done += [self._infilled(canvas, i, len(before)) for i in range(len(rows))]
-        return done
+            yield from (self._infilled(canvas, i, taken) for i, (_, taken) in enumerate(rows))
 
     def _infill_plan(self, **how: Unpack[How]) -> Plan:
         """A plan without a window: the row is as long as its text."""
-        for name in ("window", "max_tokens"):
+        for name in ("window", "max_tokens", "eos_fill"):
             if how.get(name) is not None:
                 raise ConfigError(f"{name} means nothing here: a text with gaps has the length it has")
-        if how.get("steps") is None and how.get("rate") is None:
-            how["rate"] = 1.0
         limit = int(getattr(self.model.config, "max_positions", 2**31))
         fixed: How = {**how, "eos_fill": False, "window": limit}
         plan = self._plan(**fixed)
-        settings = replace(plan.settings, early_exit=False)
-        return replace(plan, decoder=plan.decoder.without(self.eos_id), settings=settings)
+        steps, rate = how.get("steps"), how.get("rate")
+        rate = 1.0 if steps is None and rate is None else rate
+        settings = replace(plan.settings, steps=steps, rate=rate, early_exit=False, fit=GROWING_WINDOW)
+        special = getattr(self.tokenizer, "all_special_ids", ())
+        return replace(plan, decoder=plan.decoder.without(self.eos_id, *special), settings=settings)
 
-    def _gapped(self, text: str, plan: Plan, taken: int, number: int) -> list[int]:
-        """Token ids of a text, mask ids in its gaps."""
+    def _gapped(self, text: str, plan: Plan, before: list[int], number: int) -> tuple[list[int], int]:
+        """Token ids of a row, mask ids in the text's gaps; and how many of them come before the text."""
         ids: list[int] = []
         parts = GAP.split(text)
         if len(parts) == 1:
             raise ConfigError(f"text {number} has no gap; write one as <mask:3> (three tokens)")
         for i, part in enumerate(parts):
-            if i % 2 and int(part) < 1:
+            size = int(part) if i % 2 else 0
+            if i % 2 and size < 1:
                 raise ConfigError(f"text {number}: a gap needs at least one token, got <mask:{part}>")
-            ids += [self.mask_id] * int(part) if i % 2 else encode_text(self.tokenizer, part)
-        if taken + len(ids) > plan.positions:
-            raise ConfigError(
-                f"text {number} has {taken + len(ids)} tokens, the model {plan.positions} positions"
-            )
-        return ids
+            if i % 2 == 0:
+                ids += encode_text(self.tokenizer, part if i == len(parts) - 1 else part.removesuffix(" "))
+            if len(before) + len(ids) + size > plan.positions:
+                raise ConfigError(f"text {number} is longer than the model's {plan.positions} positions")
+            ids += [self.mask_id] * size
+        if not before and ids[0] == self.mask_id and getattr(self.model.config, "shift", False):
+            before = [self.eos_id]  # the state before the first token has to come from somewhere
+        return before + ids, len(before)
 
     def _infilled(self, canvas: Canvas, i: int, taken: int) -> Infilled:
         end = int(canvas.end[i])
@@ -308,10 +327,13 @@ class Sampler:
             raise ConfigError("max_tokens is a limit for a canvas that grows; it has no window and no steps")
         if rate is not None and steps is not None:
             raise ConfigError("give either steps or a rate, not both")
+        if rate is not None and not chosen.reveal.paced:
+            raise ConfigError(f"decoder {chosen.name!r} says itself how many tokens it writes; give no rate")
         if max_tokens is not None:
             if max_tokens < 1:
                 raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
-            pace = Settings(None, self.eos_id, self.mask_id, eos_fill, rate=rate or RATE, grow=True)
+            own = RATE if rate is None else rate
+            pace = Settings(None, self.eos_id, self.mask_id, eos_fill, rate=own, grow=True)
             return Plan(chosen, pace, limit, max_tokens)
         window = self.window if window is None else window
         if not 1 <= window <= limit:
@@ -352,7 +374,7 @@ class Sampler:
             finish_reason="stop" if stopped else "length",
             model_calls=int(canvas.model_calls[i]),
             reveal_step=born,
-            steps=plan.settings.steps or 1 + max(born, default=0),
+            steps=plan.settings.steps or 1 + int(canvas.reveal_step[i].max()),
         )
 
 

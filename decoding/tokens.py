@@ -33,8 +33,7 @@ def certainty(logits: torch.Tensor, kind: Certainty) -> torch.Tensor:
     if kind == "margin":
         best = log_probability.topk(2, dim=1).values.exp()
         return best[:, 0] - best[:, 1]
-    plogp = torch.where(log_probability > -math.inf, log_probability.exp() * log_probability, 0.0)
-    return plogp.sum(1).exp()
+    return torch.exp(-torch.special.entr(log_probability.exp()).sum(1))
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,7 @@ class TokenRule:
             raise ConfigError(f"min_p must lie in [0, 1], got {self.min_p}")
         if not 0 < self.repetition_penalty < math.inf:
             raise ConfigError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        object.__setattr__(self, "forbidden", tuple(self.forbidden))
         if any(token < 0 for token in self.forbidden):
             raise ConfigError(f"forbidden must hold token ids, got {self.forbidden}")
 

@@ -46,7 +46,7 @@ class Window(Protocol):
         """[B] int64, the stage that a row with the masks [B, L] is in."""
         ...
 
-    def stages(self, start: torch.Tensor, length: int) -> torch.Tensor:
+    def stages(self, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         """[B] int64, how many stages, each with its own time from 1 to 0, a row goes through."""
         ...
 
@@ -70,8 +70,8 @@ class _SingleStage:
         del length
         return self
 
-    def stages(self, start: torch.Tensor, length: int) -> torch.Tensor:
-        del length
+    def stages(self, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        del end
         return torch.ones_like(start)
 
     def scope(self, start: torch.Tensor, stage: torch.Tensor, length: int) -> torch.Tensor:
@@ -179,9 +179,9 @@ class Block:
     def _size(self, length: int) -> int:
         return self.fitted(length).size or 1
 
-    def stages(self, start: torch.Tensor, length: int) -> torch.Tensor:
-        """[B] number of blocks between the prompt's end and the window's."""
-        return torch.clamp(-((start - length) // self._size(length)), min=1)
+    def stages(self, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        """[B] number of blocks between the prompt's end and the row's; of a block whose size is known."""
+        return torch.clamp(-((start - end) // self._size(int(end.max()))), min=1)
 
     def scope(self, start: torch.Tensor, stage: torch.Tensor, length: int) -> torch.Tensor:
         """[B, L] bool, the positions of block number `stage`."""

@@ -67,7 +67,7 @@ def run(config: ChatConfig) -> int:
 
 def _turn(console: Any, sampler: Any, messages: list[dict[str, str]], arguments: dict[str, Any]) -> list[Any]:
     """Answer the last message; returns the conversation to go on with."""
-    kept = _fitted(sampler, messages, arguments["window"] or sampler.window)
+    kept = _fitted(sampler, messages, _room(sampler, arguments))
     if len(kept) < len(messages):
         console.print(
             f"[dim](the window is full: {len(messages) - len(kept)} old messages are forgotten)[/dim]"
@@ -80,11 +80,18 @@ def _turn(console: Any, sampler: Any, messages: list[dict[str, str]], arguments:
     return [*kept, {"role": "assistant", "content": text}]
 
 
-def _fitted(sampler: Any, messages: list[dict[str, str]], window: int) -> list[dict[str, str]]:
-    """The conversation without its oldest turns, so that half the window is left for the answer."""
+def _room(sampler: Any, arguments: dict[str, Any]) -> int:
+    """Tokens that the conversation may have: half a window, or what a limit leaves of the positions."""
+    if arguments["max_tokens"]:
+        return max(1, int(sampler.model.config.max_positions) - int(arguments["max_tokens"]))
+    return int(arguments["window"] or sampler.window) // 2
+
+
+def _fitted(sampler: Any, messages: list[dict[str, str]], room: int) -> list[dict[str, str]]:
+    """The conversation without its oldest turns, so that it fits and leaves room for the answer."""
     head = [m for m in messages[:1] if m["role"] == "system"]
     rest = messages[len(head) :]
-    while len(rest) > 2 and sampler.prompt_length(head + rest) > window // 2:
+    while len(rest) > 2 and sampler.prompt_length(head + rest) > room:
         rest = rest[2:]
     return head + rest
 

@@ -24,7 +24,7 @@ class InfillConfig:
         decoder: name of the decoder (see `dlm generate --list-decoders`); the checkpoint's default if empty.
         options: options of the decoder, such as --options.kernel_size 9.
         steps: denoising steps; 0 for a rate.
-        rate: tokens written per model call on average, at least 1.
+        rate: tokens written per model call on average, at least 1; 0 for 1, or for steps.
         seed: seed of the noise.
         batch_size: texts per model call.
         json: write one JSON object per text instead of the text.
@@ -38,7 +38,7 @@ class InfillConfig:
     decoder: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
-    rate: float = 1.0
+    rate: float = 0.0
     seed: int = 0
     batch_size: int = 8
     json: bool = False
@@ -68,14 +68,14 @@ def run(config: InfillConfig) -> int:
     decoder = Decoder.named(config.decoder, **config.options) if config.decoder else None
     sampler = Sampler(*load_model(config.model, config.device, config.dtype))
     texts: Iterable[str] = read_prompts("-") if config.texts in ([], ["-"]) else config.texts
-    pace: dict[str, Any] = {"steps": config.steps} if config.steps else {"rate": config.rate}
-    outputs = sampler.infill(
+    outputs = sampler.iter_infill(
         texts,
         prompt=config.prompt or None,
         decoder=decoder,
         seed=config.seed,
         batch_size=config.batch_size,
-        **pace,
+        steps=config.steps or None,
+        rate=config.rate or None,
     )
     for output in outputs:
         print(json.dumps(asdict(output), ensure_ascii=False) if config.json else output.text, flush=True)

@@ -69,7 +69,9 @@ def test_mask_tokens_written_in_a_text_are_text(model, tokenizer):
     [
         ("no gap", {}, "text 0 has no gap; write one as <mask:3>"),
         ("a<mask:0>b", {}, "a gap needs at least one token"),
-        ("a<mask:50>b", {}, "text 0 has 52 tokens, the model 40 positions"),
+        ("a<mask:50>b", {}, "text 0 is longer than the model's 40 positions"),
+        ("a<mask:5000000>b", {}, "text 0 is longer"),
+        ("a<mask:2>b", {"eos_fill": True}, "eos_fill means nothing here"),
         ("a<mask:2>b", {"window": 9}, "window means nothing here"),
         ("a<mask:2>b", {"steps": 2, "rate": 2.0}, "either steps or a rate"),
     ],
@@ -93,8 +95,46 @@ def test_the_command_fills_words_and_lines(model, tokenizer, tmp_path, capsys, m
     monkeypatch.setattr("sys.stdin", io.StringIO("Anna counts: <mask:3> 50\n\nb <mask:1> c\n"))
     assert main([*words, "--json", "--decoder", "llada", "--steps", "2"]) == 0
     assert capsys.readouterr().out.count('"gaps"') == 2
+    assert main([*words, "a <mask:1>", "--steps", "2", "--rate", "2"]) == 2
+    assert "either steps or a rate" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.StringIO("b <mask:1> c\nno gap\n"))
+    assert main([*words, "--batch-size", "1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.startswith("b")  # what was finished is not lost
+    assert "text 1 has no gap" in captured.err
     assert main([*words, "no gap"]) == 2
     assert "has no gap" in capsys.readouterr().err
     assert main(["infill", "x <mask:2>"]) == 2
     assert "--model is missing" in capsys.readouterr().err
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+@pytest.mark.parametrize("pace", [{}, {"steps": 40}])
+def test_a_filled_text_is_the_same_alone_and_beside_a_longer_one(name, pace):
+    if name == "remdm" and not pace:
+        pytest.skip("it needs steps")
+    texts = ["ab<mask:6>cd", "x<mask:60>y", "<mask:2>z"]
+    for seed in range(3):
+        together = sampler().infill(texts, decoder=name, seed=seed, **pace)
+        assert together == [sampler().infill(text, decoder=name, seed=seed, **pace)[0] for text in texts]
+
+
+def test_a_space_before_a_gap_is_the_gaps(model, tokenizer):
+    real = Sampler(model, tokenizer)
+    got = real.infill("Anna <mask:2> counts", steps=2)[0]
+    before = tokenizer("Anna")["input_ids"]
+    after = tokenizer(" counts")["input_ids"]
+    assert got.token_ids[: len(before)] == before
+    assert got.token_ids[len(before) + 2 :] == after
+    assert not set(got.token_ids) & set(tokenizer.all_special_ids)
+
+
+def test_a_shifted_model_is_given_something_to_look_at_before_a_first_gap(model, tokenizer):
+    model.config.shift = True
+    seen = []
+    hidden = model.hidden
+    model.hidden = lambda ids, mask=None: seen.append(ids.clone()) or hidden(ids, mask)
+    got = Sampler(model, tokenizer).infill("<mask:2> counts", steps=1)[0]
+    assert seen[0][0, 0] == tokenizer.eos_token_id
+    assert len(got.token_ids) == 2 + len(tokenizer(" counts")["input_ids"])

@@ -251,6 +251,21 @@ def test_nan_logits_name_the_step_and_the_row():
         run(model, rows(model, [2, 3], 40), Decoder.named("top-k"), 4)
 
 
+@pytest.mark.parametrize("decoder", [*PRESETS, "margin", "entropy"])
+def test_nan_logits_are_noticed_by_every_decoder(decoder):
+    class Broken(FakeDenoiser):
+        def logits(self, hidden):
+            out = super().logits(hidden)
+            out[:, 3] = float("nan")
+            return out
+
+    orders = {name: Decoder.named("llada", order=name) for name in ("margin", "entropy")}
+    model = Broken(eos_bias=-50.0)
+    chosen = orders.get(decoder) or Decoder.named(decoder)
+    with pytest.raises(DLMError, match="returned NaN in step 0"):
+        run(model, rows(model, [2, 3], 40), chosen, 8)
+
+
 def test_bad_settings_say_what_would_be_right():
     model = FakeDenoiser()
     with pytest.raises(ConfigError, match="steps must be at least 1, got 0"):

@@ -129,7 +129,7 @@ def test_remdm_follows_its_three_phases():
     ("make", "message"),
     [
         (lambda: Threshold(0), "tau must lie in"),
-        (lambda: Quota(0), "per_step must be at least 1"),
+        (lambda: Quota(0), "per_step must be a whole number of at least 1"),
         (lambda: Remask(t_on=0.05, t_off=0.5), "t_off < t_on"),
         (lambda: Remask(eta=1.0), "eta in"),
     ],

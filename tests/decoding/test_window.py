@@ -46,7 +46,8 @@ def test_blocks_count_from_the_prompt_and_the_first_open_one_is_current():
     unmasked[1, :8] = True
     start = torch.tensor([3, 4])
     block = Block(4)
-    assert block.stages(start, 12).tolist() == [3, 2]
+    assert block.stages(start, torch.tensor([12, 12])).tolist() == [3, 2]
+    assert block.stages(start, torch.tensor([12, 8])).tolist() == [3, 1]
     weights = block.weights(unmasked, start=start)
     assert weights[0].nonzero()[:, 0].tolist() == [3, 4, 5, 6]
     assert weights[1].nonzero()[:, 0].tolist() == [8, 9, 10, 11]
