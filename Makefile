@@ -38,6 +38,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.r2ft
 	$(BIN)/python -m benchmarks.decoding
+	$(BIN)/python -m benchmarks.length_free
 
 gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu --report runs/gpu.md
