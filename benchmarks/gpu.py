@@ -16,7 +16,9 @@ JOBS = {
     "CUDA tests": ["-m", "pytest", "-m", "cuda", "-rs"],
     "Training": ["-m", "benchmarks.training", "--device", "cuda", "--steps", "60"],
     "R2FT": ["-m", "benchmarks.r2ft", "--rounds", "20"],
-    "Length-free": ["-m", "benchmarks.length_free", "--device", "cuda", "--dtype", "bfloat16", "--rounds", "5"],
+    "Length-free": [
+        "-m", "benchmarks.length_free", "--device", "cuda", "--dtype", "bfloat16", "--rounds", "5",
+    ],
     "Decoding, L=512, S=64": [
         "-m", "benchmarks.decoding", "--device", "cuda", "--dtype", "bfloat16", "--limit", "64",
     ],

@@ -1,10 +1,10 @@
 """Length-free decoding against a fixed window and against autoregressive decoding, on the same backbone.
 
 A model of SmolLM2-135M's shape with random weights answers a prompt of 40 tokens with 64 tokens (speed does
-not depend on the weights; the end token is forbidden, so that every answer has that length). Baselines: a fixed
-window of L = 512 with S = 64, of which such an answer is a part and which is filled to its end; and `generate`
-of transformers with its key/value cache, one token per call. All are measured in turn in one run; medians and
-ratios are printed.
+not depend on the weights; the end token is forbidden, so that every answer has that length). Baselines: a
+fixed window of L = 512 with S = 64, of which such an answer is a part and which is filled to its end; and
+`generate` of transformers with its key/value cache, one token per call. All are measured in turn in one run;
+medians and ratios are printed.
 
     python -m benchmarks.length_free [--rounds 3] [--dtype float32]
 """
