@@ -337,7 +337,7 @@ class _Run:
         self.canvas.done[rows] = True
 
     def _weights(self, rows: torch.Tensor, masked: torch.Tensor, at: Clock) -> torch.Tensor:
-        """[b, L] window weights; all ones in a row whose masked positions are all shut (METHOD: w = 1)."""
+        """[b, L] window weights; all ones in a row whose masked positions are all shut."""
         canvas = self.canvas
         unmasked = ~self._cut(canvas.masked, rows) & self._cut(canvas.valid, rows)
         weight = self.window.weights(unmasked, start=canvas.start[rows], stage=at.stage)
