@@ -150,18 +150,22 @@ def _open(masked: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return masked & (weight > 0)
 
 
-@dataclass(frozen=True)
-class Ancestral:
-    """The reverse process of MDLM: every position decides for itself, with `reveal_probability`."""
-
-    kind: ClassVar[Kind] = "mass"
-    remasks: ClassVar[bool] = False
-    paced: ClassVar[bool] = True
+class _OpenOnly:
+    """A rule that only open positions can change."""
 
     def needs(self, masked: torch.Tensor, weight: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
         """The open positions."""
         del quota
         return _open(masked, weight)
+
+
+@dataclass(frozen=True)
+class Ancestral(_OpenOnly):
+    """The reverse process of MDLM: every position decides for itself, with `reveal_probability`."""
+
+    kind: ClassVar[Kind] = "mass"
+    remasks: ClassVar[bool] = False
+    paced: ClassVar[bool] = True
 
     def decide(self, view: StepView) -> Decision:
         """Independent coin flips; where the pace is a rate, the next arrivals."""
@@ -227,7 +231,7 @@ class Quota:
 
 
 @dataclass(frozen=True)
-class Threshold:
+class Threshold(_OpenOnly):
     """Everything whose confidence reaches τ, and at least the most confident one (Fast-dLLM, 2505.22618).
 
     Attributes:
@@ -244,11 +248,6 @@ class Threshold:
         if not 0 < self.tau <= 1:
             raise ConfigError(f"tau must lie in (0, 1], got {self.tau}")
 
-    def needs(self, masked: torch.Tensor, weight: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
-        """The open positions."""
-        del quota
-        return _open(masked, weight)
-
     def decide(self, view: StepView) -> Decision:
         """Confident positions among the open ones, and the best one in any case."""
         reachable = _open(view.masked, view.weight)
@@ -257,7 +256,7 @@ class Threshold:
 
 
 @dataclass(frozen=True)
-class EntropyBound:
+class EntropyBound(_OpenOnly):
     """As many positions as their entropies allow (EB-sampler, arXiv 2505.24857).
 
     Open positions are taken in order of certainty · weight (without a convolution: from the least entropy
@@ -278,11 +277,6 @@ class EntropyBound:
         if not 0 <= self.gamma < math.inf:
             raise ConfigError(f"gamma must not be negative, got {self.gamma}")
 
-    def needs(self, masked: torch.Tensor, weight: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
-        """The open positions."""
-        del quota
-        return _open(masked, weight)
-
     def decide(self, view: StepView) -> Decision:
         """The longest admissible prefix of the positions, ordered by certainty · weight."""
         reachable = _open(view.masked, view.weight)
@@ -294,7 +288,7 @@ class EntropyBound:
 
 
 @dataclass(frozen=True)
-class Remask:
+class Remask(_OpenOnly):
     """ReMDM-loop (arXiv 2503.00307): reveal, then for a while trade tokens for masks, then finish.
 
     Time runs through three phases. Above `t_on` the row fills up to a share α_on of tokens; between `t_on`
@@ -331,11 +325,6 @@ class Remask:
         fill = 1 - (1 - t) * self.alpha_on / (1 - self.t_on)
         finish = t * (1 - self.alpha_on) / self.t_off
         return torch.where(t > self.t_on, fill, torch.where(t > self.t_off, 1 - self.alpha_on, finish))
-
-    def needs(self, masked: torch.Tensor, weight: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
-        """The open positions."""
-        del quota
-        return _open(masked, weight)
 
     def decide(self, view: StepView) -> Decision:
         """Ancestral outside the loop, a balanced exchange inside it."""

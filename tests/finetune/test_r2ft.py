@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +24,7 @@ from finetune.config import (
 from finetune.r2ft import R2FT, r2ft, r2ft_loss
 from finetune.run import build_trainer, split_rows
 from finetune.sft import train
-from tests.finetune.test_train import settings, unfinish
+from tests.finetune.test_train import on_two_processes, settings, unfinish
 
 # ---- the pure loss -----------------------------------------------------------------------------------
 
@@ -465,12 +462,7 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(sft, tmp_p
         "torch.set_num_threads(1)\n"
         f"r2ft(stage({str(two)!r}, {str(sft)!r}, per_device_train_batch_size=4, **{options!r}))\n"
     )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-              "--main_process_port", "0", str(script)]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(script)
     expected = load_file(one / "model.safetensors")
     for other in (tmp_path / "half", two):
         got = load_file(other / "model.safetensors")

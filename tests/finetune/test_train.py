@@ -131,6 +131,16 @@ def test_old_checkpoints_are_deleted_only_when_newer_ones_are_whole(tmp_path):
     assert [p.name for p in complete_checkpoints(folder)] == ["checkpoint-9", "checkpoint-12"]
 
 
+def on_two_processes(script):
+    """Run a script under accelerate on two CPU processes."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port", "0", str(script)]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def gradient_step(folder, **kwargs):
     """Weights after one step of plain SGD: the gradient, up to the learning rate."""
     return settings(
@@ -154,12 +164,7 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path, 
         f"data = DataConfig(**{vars(data)!r})\n"
         f"train(gradient_step({str(two)!r}, per_device_train_batch_size=4, data=data))\n"
     )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-              "--main_process_port", "0", str(script)]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(script)
     expected = weights(one)
     start_scale = max(float(v.abs().max()) for v in expected.values())
     for other in (accumulated, two):
