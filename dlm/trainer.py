@@ -149,20 +149,19 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
     ) -> torch.Tensor:
         """Loss of a micro-batch, scaled so that micro-batches and processes add up to the global mean."""
         del return_outputs
+        self._tokens += inputs["attention_mask"].sum() * self.accelerator.num_processes
+        count = num_items_in_batch if num_items_in_batch is not None else self.divisor(inputs)
+        # DDP averages gradients over processes; the sum over them is what the global count divides.
+        return self.loss(model, inputs, count) * int(self.accelerator.num_processes)
+
+    def loss(self, model: torch.nn.Module, inputs: Batch, count: torch.Tensor) -> torch.Tensor:
+        """The summed loss of a micro-batch over the global `count` (see `divisor`)."""
         cells = inputs["targets"] != IGNORE
-        self.count_tokens(inputs)
         out = model(
             input_ids=inputs["noisy_ids"], attention_mask=inputs["attention_mask"], targets=inputs["targets"]
         )
         times = inputs["t"][:, None].expand_as(cells)[cells]
-        count = num_items_in_batch if num_items_in_batch is not None else self.divisor(inputs)
-        # DDP averages gradients over processes; the sum over them is what the global count divides.
-        loss = masked_diffusion_loss(out.token_logp, times, count)
-        return loss * int(self.accelerator.num_processes)
-
-    def count_tokens(self, inputs: Batch) -> None:
-        """Note a batch's tokens, for the speed that is logged."""
-        self._tokens += inputs["attention_mask"].sum() * self.accelerator.num_processes
+        return masked_diffusion_loss(out.token_logp, times, count)
 
     def start_clock(self) -> None:
         """Measure the training speed from now on."""

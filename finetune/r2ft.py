@@ -170,21 +170,12 @@ class R2FTTrainer(DiffusionTrainer):
 
     # ---- loss ----------------------------------------------------------------------------------------
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Loss of a micro-batch, scaled so that micro-batches and processes add up to the global mean."""
-        del return_outputs
-        self.count_tokens(inputs)
-        loss, figures = self.rows(model, inputs)
-        count = num_items_in_batch if num_items_in_batch is not None else self.divisor(inputs)
+    def loss(self, model: torch.nn.Module, inputs: Batch, count: torch.Tensor) -> torch.Tensor:
+        """The summed R2FT loss of a micro-batch over the global number of rows."""
+        losses, figures = self.rows(model, inputs)
         for i, name in enumerate(FIGURES):
             self.watch(name, figures[:, i].sum() / count)
-        return loss.sum() / count * int(self.accelerator.num_processes)
+        return losses.sum() / count
 
     def rows(self, model: torch.nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """[B] loss of each row, and [B, 4] its `FIGURES`, without gradient."""

@@ -12,10 +12,10 @@ from finetune.config import NegativeConfig
 
 CONTEXT, TRUE, WRONG, SAME, END = (
     "dim",
-    "black on #56b4e9",
-    "black on #e69f00",
+    "#000000 on #56b4e9",
+    "#000000 on #e69f00",
     "underline",
-    "bold white on #b3261e",
+    "bold #ffffff on #a3241c",
 )
 
 
@@ -134,7 +134,7 @@ def _legend() -> Any:
         ("true", TRUE),
         ("negative", WRONG),
         ("early end", END),
-        ("not covered", SAME),
+        ("true, not rejected", SAME),
     )
     for name, style in pairs:
         text.append(f" {name} ", style=style).append("  ")
