@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from decoding.loop import Canvas, Settings, denoise
+from decoding.canvas import Canvas
+from decoding.loop import Settings, denoise
 from decoding.presets import Decoder
 from dlm.config import MaskedDiffusionConfig
 from dlm.model import MaskedDiffusionModel

@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.decoding import PROMPT, SMOLLM2, VOCAB
 from benchmarks.training import now
-from decoding.loop import GROWING_WINDOW, Canvas, Settings, denoise
+from decoding.canvas import Canvas
+from decoding.loop import Settings, denoise
 from decoding.presets import Decoder
 from dlm.checkpoint import DTYPES
 from dlm.config import MaskedDiffusionConfig
@@ -34,9 +35,9 @@ def diffusion(model: MaskedDiffusionModel, prompt: torch.Tensor, seed: int, rate
     decoder = Decoder.named("conv").without(EOS)
     room = ANSWER if rate else 512 - PROMPT
     ids = torch.cat([prompt, torch.full((1, room), MASK, device=prompt.device)], dim=1)
-    ahead = decoder.window.fitted(GROWING_WINDOW).ahead if rate else None
-    canvas = Canvas.of(ids, MASK, torch.tensor([seed], device=prompt.device), ahead=ahead)
     settings = Settings(None if rate else 64, EOS, MASK, rate=rate, grow=rate is not None)
+    key = torch.tensor([seed], device=prompt.device)
+    canvas = Canvas.of(ids, MASK, key, ahead=settings.ahead(decoder))
     with torch.inference_mode():
         for _ in denoise(model, canvas, decoder, settings):
             pass

@@ -1,4 +1,4 @@
-"""The settings that `dlm generate` and `dlm chat` share; importable without torch."""
+"""The settings of decoding that commands share; importable without torch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ class DecodingConfig:
     Args:
         decoder: name of the decoder (see `dlm generate --list-decoders`); the checkpoint's default if empty.
         options: options of the decoder, such as --options.kernel_size 129 --options.top_k 20.
-        window: tokens of prompt and answer together; 0 for the checkpoint's default.
-        steps: denoising steps; 0 for the checkpoint's default.
-        max_tokens: longest answer, on a canvas that grows as it is written; 0 for a window instead.
-        rate: tokens written per model call on average (at least 1), instead of steps; 0 for steps in a
-            window and for 2 on a canvas that grows.
+        max_tokens: longest answer, on a canvas that grows as it is written; 0 for the default (256), or for a
+            window, if that or steps are given.
+        rate: tokens written per model call on average (at least 1), instead of steps; 0 for 2 on a canvas
+            that grows, and for steps in a window.
+        window: tokens of prompt and answer together, on a fixed canvas; 0 for the checkpoint's default.
+        steps: denoising steps on a fixed canvas; 0 for a quarter of the window.
+        stop: texts that end an answer; it is cut before the first of them.
         seed: seed of the noise.
         eos_fill: once the end is written, everything to its right becomes the end token.
+        canvas: "growing" with a window and steps shows the model no more than can open soon (approximate).
+        margin: masks that a growing canvas holds beyond those that can open; -1 for 8.
+        reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate); nothing for exact decoding.
+        refresh: with reuse, every so many calls everything is computed; 0 for 8.
     """
 
     decoder: str = ""
@@ -30,8 +36,13 @@ class DecodingConfig:
     steps: int = 0
     max_tokens: int = 0
     rate: float = 0.0
+    stop: list[str] = field(default_factory=list)
     seed: int = 0
     eos_fill: bool = True
+    canvas: str = ""
+    margin: int = -1
+    reuse: str = ""
+    refresh: int = 0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -52,6 +63,11 @@ class DecodingConfig:
             "steps": self.steps or None,
             "max_tokens": self.max_tokens or None,
             "rate": self.rate or None,
+            "stop": self.stop or None,
             "seed": self.seed,
             "eos_fill": self.eos_fill,
+            "canvas": self.canvas or None,
+            "margin": self.margin if self.margin >= 0 else None,
+            "reuse": self.reuse or None,
+            "refresh": self.refresh or None,
         }

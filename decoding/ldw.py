@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from decoding.sampler import Prompt
+from decoding.rows import Prompt
 from dlm.curves import BLUE, GREEN, ORANGE, PINK, RED, plain
 from dlm.errors import ConfigError
 from dlm.prior import TokenPrior

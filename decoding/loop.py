@@ -1,30 +1,31 @@
 """The denoising loop: the one place where masks become tokens.
 
-Every row has its own time, normaliser, noise stream and stopping point; rows share nothing but the model
-call. Savings taken here never change the result: the LM head sees only positions whose score can matter, a
-row that did not change since its last model call is not computed again, and a finished row leaves the batch.
+Every row has its own step, time, normaliser, noise stream and stopping point; rows share nothing but the
+model call. Savings taken here never change the result: the LM head sees only positions whose score can
+matter, what it found is kept until the row changes, a row that did not change is not computed again, and a
+finished row leaves the batch. (What `Reuse` and a growing canvas with steps save does change it.)
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from decoding.canvas import Canvas
+from decoding.memo import Memo
 from decoding.presets import Decoder
 from decoding.reveal import StepView
-from decoding.tokens import Certainty
-from decoding.window import Window
+from decoding.states import Ask, Denoiser, Reuse, States, refresh
+from decoding.tokens import Candidates, Choice
+from decoding.window import MARGIN, Window
 from dlm.errors import ConfigError, DLMError
 from dlm.noise import fold, uniform
 
 _REVEAL, _TOKEN, _REMASK = 0, 1, 2
 """Streams of noise within a step."""
-
 
 GROWING_WINDOW = 256
 """Length for which kernels and blocks of open size are chosen on a canvas that has no length of its own."""
@@ -32,93 +33,8 @@ GROWING_WINDOW = 256
 _CELLS = 1024
 """Positions whose logits [cells, V] are in memory at once."""
 
-
-class Denoiser(Protocol):
-    """What the loop needs of a model; `MaskedDiffusionModel` has it, and tests bring their own."""
-
-    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """[B, L] -> [B, L, D]."""
-        ...
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, D] -> [N, V], the mask column -inf."""
-        ...
-
-
-@dataclass
-class Canvas:
-    """Rows that are being written, with all the state that decoding keeps. One tensor row per text."""
-
-    ids: torch.Tensor
-    """[B, L] int64; the mask token where nothing is written yet."""
-    masked: torch.Tensor
-    """[B, L] bool, positions to be written."""
-    pinned: torch.Tensor
-    """[B, L] bool, given positions, which no rule ever changes; padding counts as pinned."""
-    valid: torch.Tensor
-    """[B, L] bool, False at padding (right)."""
-    start: torch.Tensor
-    """[B] int64, the first position to be written."""
-    key: torch.Tensor
-    """[B] int64, key of the row's noise stream."""
-    end: torch.Tensor
-    """[B] int64, where a row may not grow beyond; everything valid lies before it."""
-    reveal_step: torch.Tensor = field(init=False)
-    """[B, L] int64, step at which each token appeared; -1 for given ones."""
-    model_calls: torch.Tensor = field(init=False)
-    """[B] int64, model calls that ran the row."""
-    done: torch.Tensor = field(init=False)
-    """[B] bool."""
-
-    def __post_init__(self) -> None:
-        """Start with nothing revealed."""
-        self.reveal_step = torch.full_like(self.ids, -1)
-        self.model_calls = torch.zeros_like(self.start)
-        self.done = ~self.masked.any(1)
-
-    @classmethod
-    def of(
-        cls,
-        ids: torch.Tensor,
-        mask_id: int,
-        key: torch.Tensor,
-        valid: torch.Tensor | None = None,
-        ahead: int | None = None,
-    ) -> Canvas:
-        """A canvas from rows [B, L] in which the mask token marks what is to be written.
-
-        Args:
-            ids: [B, L] int64.
-            mask_id: id of the mask token.
-            key: [B] int64 noise keys.
-            valid: [B, L] bool, False at right padding.
-            ahead: for a canvas that grows, how many of the masks are there at first; None for all.
-        """
-        valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
-        start = ((ids == mask_id) & valid).int().argmax(1)
-        end = valid.sum(1)
-        if ahead is not None:
-            valid = valid & (torch.arange(ids.shape[1], device=ids.device) < (start + ahead)[:, None])
-        masked = (ids == mask_id) & valid
-        return cls(ids.clone(), masked, ~masked, valid, start, key, end)
-
-    @property
-    def width(self) -> int:
-        """Positions that at least one unfinished row has."""
-        reached = self.valid[~self.done].any(0)
-        return int(reached.nonzero()[-1]) + 1 if bool(reached.any()) else self.ids.shape[1]
-
-    def grow(self, rows: torch.Tensor, ahead: int, eos_id: int) -> None:
-        """Give the rows [b] new masks on the right until they have `ahead`; none once an EOS is written."""
-        position = torch.arange(self.ids.shape[1], device=self.ids.device)
-        valid, masked = self.valid[rows], self.masked[rows]
-        ended = (~masked & ~self.pinned[rows] & (self.ids[rows] == eos_id)).any(1)
-        reach = torch.minimum(valid.sum(1) + ahead - masked.sum(1), self.end[rows])
-        new = (position < torch.where(ended, 0, reach)[:, None]) & ~valid
-        self.valid[rows] |= new
-        self.masked[rows] |= new
-        self.pinned[rows] &= ~new
-        self.done[rows] &= ~new.any(1)
+Asking = Generator[list[Ask], None, None]
+"""Work that stops where it needs hidden states, and goes on when `refresh` has seen to them."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +51,11 @@ class Settings:
         early_exit: stop a row when everything before its first EOS is written (exact: no later step could
             change the answer). Not used by rules that remask.
         rate: tokens to write per model call on average; as many calls are made as that takes.
-        grow: whether the canvas begins with a few masks and grows as they are written.
+        grow: whether the canvas begins with a few masks and grows as they are written. With a rate this is
+            how length-free decoding works; with steps it is an approximation of a whole window, whose far
+            masks count in the normaliser and are not shown to the model.
+        margin: masks that a growing canvas holds beyond those that can open.
+        reuse: which keys and values are reused (approximate); None for none.
         fit: the length for which kernels and blocks of open size are chosen; the canvas's own by default,
             or `GROWING_WINDOW` for one that grows.
     """
@@ -147,6 +67,8 @@ class Settings:
     early_exit: bool = True
     rate: float | None = None
     grow: bool = False
+    margin: int = MARGIN
+    reuse: Reuse | None = None
     fit: int | None = None
 
     def __post_init__(self) -> None:
@@ -157,13 +79,23 @@ class Settings:
             raise ConfigError(f"steps must be at least 1, got {self.steps}")
         if self.rate is not None and not 1 <= self.rate < math.inf:
             raise ConfigError(f"rate must be at least 1 token per model call, got {self.rate}")
-        if self.grow and self.rate is None:
-            raise ConfigError("a canvas that grows has no number of steps; give a rate")
+        if not isinstance(self.margin, int) or self.margin < 0:
+            raise ConfigError(f"margin must be a whole number, not negative, got {self.margin!r}")
+
+    def length(self, own: int) -> int:
+        """The length for which sizes are chosen, on a canvas whose `own` length this is."""
+        return self.fit or (GROWING_WINDOW if self.grow else own)
+
+    def ahead(self, decoder: Decoder) -> int | None:
+        """How many masks a canvas that grows begins with; None if it does not grow."""
+        if not self.grow:
+            return None
+        return decoder.window.fitted(self.length(GROWING_WINDOW)).ahead + self.margin
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Where a row stands in time; all [B]."""
+    """Where rows stand in time; all [B]."""
 
     stage: torch.Tensor
     t: torch.Tensor
@@ -174,10 +106,10 @@ class Clock:
     """Steps of the stage."""
 
 
-def clock(step: int, steps: int, stages: torch.Tensor) -> Clock:
-    """The stage and times of step number `step`, for rows with `stages` [B] stages sharing `steps`.
+def clock(step: torch.Tensor | int, steps: int, stages: torch.Tensor) -> Clock:
+    """The stage and times of step number `step` ([B] or one for all), for rows with `stages` [B] stages.
 
-    Stage j runs from step ⌊jS/b⌋ to ⌊(j+1)S/b⌋ and its own time from 1 to 0.
+    Stage j of b runs from step ⌊jS/b⌋ to ⌊(j+1)S/b⌋ and its own time from 1 to 0.
     """
     stage = ((step + 1) * stages - 1) // steps
     first, last = stage * steps // stages, (stage + 1) * steps // stages
@@ -193,21 +125,25 @@ def denoise(model: Denoiser, canvas: Canvas, decoder: Decoder, settings: Setting
     nothing is masked.
 
     Raises:
-        ConfigError: when there are fewer steps than stages (blocks), and for a rate with a rule that remasks.
+        ConfigError: when there are fewer steps than stages (blocks), and for a rate with a rule that needs
+            times.
         DLMError: when the model returns NaN, naming the step and the row.
     """
-    run = _Run(model, canvas, decoder, settings)
-    steps = itertools.count() if settings.steps is None else range(settings.steps)
-    for step in steps:
-        rows = (~canvas.done).nonzero()[:, 0]
-        if len(rows) == 0:
-            return
-        run.step(step, rows)
+    lane = Lane(model, canvas, decoder, settings)
+    step = 0
+    while not lane.finished:
+        work_through(model, lane.work())
         yield step
-    rows = (~canvas.done).nonzero()[:, 0]
-    if len(rows):
-        run.finish(len(steps), rows)  # type: ignore[arg-type]
-        yield len(steps)  # type: ignore[arg-type]
+        step += 1
+
+
+def work_through(model: Denoiser, work: Sequence[Asking]) -> None:
+    """Do several pieces of work side by side, so that those who wait for the model share its calls."""
+    waiting = list(work)
+    while waiting:
+        going = [(piece, next(piece, None)) for piece in waiting]
+        waiting = [piece for piece, asks in going if asks is not None]
+        refresh(model, [ask for _, asks in going if asks for ask in asks])
 
 
 def guided(logits: torch.Tensor, blind: torch.Tensor, guidance: float) -> torch.Tensor:
@@ -220,186 +156,255 @@ def guided(logits: torch.Tensor, blind: torch.Tensor, guidance: float) -> torch.
     return torch.where(with_prompt > -math.inf, mixed, -math.inf)
 
 
-class _States:
-    """Hidden states of the rows of a canvas, computed again for those that have changed since."""
+class Lane:
+    """Rows that are decoded in the same way: the loop's arithmetic, and what it remembers.
 
-    def __init__(self, model: Denoiser, canvas: Canvas) -> None:
-        self.model, self.canvas = model, canvas
-        self.hidden: torch.Tensor | None = None  # [B, ≤ L, D]
-        self.fresh = torch.zeros_like(canvas.done)  # [B] whether `hidden` still holds
-
-    def of(self, rows: torch.Tensor, ids: torch.Tensor, width: int) -> torch.Tensor:
-        """[b, W, D] of the rows [b]; `ids` [B, L] are what the model is shown, as far as `width`."""
-        canvas = self.canvas
-        stale = rows[~self.fresh[rows]]
-        if len(stale):
-            valid = canvas.valid[stale, :width]
-            states = self.model.hidden(ids[stale, :width], None if bool(valid.all()) else valid)
-            canvas.model_calls[stale] += 1
-            self.fresh[stale] = True
-            if len(stale) == len(canvas.ids):
-                self.hidden = states
-            else:
-                self._room(states, width)[stale, :width] = states
-        assert self.hidden is not None
-        whole = len(rows) == len(canvas.ids) and width == self.hidden.shape[1]
-        return self.hidden if whole else self._room(self.hidden, width)[rows, :width]
-
-    def _room(self, like: torch.Tensor, width: int) -> torch.Tensor:
-        """The kept states [B, ≥ W, D], made wider when the canvas has grown."""
-        if self.hidden is None or self.hidden.shape[1] < width:
-            wide = like.new_zeros(len(self.canvas.ids), width, like.shape[-1])
-            if self.hidden is not None:
-                wide[:, : self.hidden.shape[1]] = self.hidden
-            self.hidden = wide
-        return self.hidden
-
-
-class _Run:
-    """One pass over a canvas: the loop's caches and its arithmetic."""
+    Args:
+        model: computes the logits; hidden states come from whoever does the lane's work.
+        canvas: the rows; those of later canvases can join.
+        decoder: how they are decoded.
+        settings: at what pace, and so on.
+    """
 
     def __init__(self, model: Denoiser, canvas: Canvas, decoder: Decoder, settings: Settings) -> None:
-        length = canvas.ids.shape[1]
-        if settings.rate is not None and decoder.reveal.remasks:
-            raise ConfigError(f"decoder {decoder.name!r} remasks by time: it needs steps, not a rate")
+        if settings.rate is not None and decoder.timed:
+            raise ConfigError(f"decoder {decoder.name!r} goes by time: it needs steps, not a rate")
         self.model, self.canvas, self.decoder, self.settings = model, canvas, decoder, settings
-        self.window: Window = decoder.window.fitted(
-            settings.fit or (GROWING_WINDOW if settings.grow else length)
-        )
-        self.stages = self.window.stages(canvas.start, canvas.end)
+        self.window: Window = decoder.window.fitted(settings.length(canvas.ids.shape[1]))
+        self._check(canvas)
         self.width = canvas.width
-        self.initial = canvas.masked.clone()
-        self.seeing, self.blind = _States(model, canvas), _States(model, canvas)
-        self.score = torch.zeros(canvas.ids.shape, device=canvas.ids.device)  # [B, L]
-        self.scored = torch.zeros_like(canvas.masked)  # [B, L] whether `score` still holds
-        most = int(self.stages.max())
-        if settings.steps is not None and settings.steps < most:
+        self.seeing = States(canvas, settings.mask_id, reuse=settings.reuse)
+        self.blind = States(canvas, settings.mask_id, blind=True, reuse=settings.reuse)
+        self.memo = Memo(canvas)
+
+    def _check(self, canvas: Canvas) -> None:
+        """Whether there are enough steps for the rows' stages."""
+        most = int(self.window.stages(canvas.start, canvas.end).max())
+        if self.settings.steps is not None and self.settings.steps < most:
             raise ConfigError(
-                f"{settings.steps} steps are too few for {most} blocks; each block needs at least one"
+                f"{self.settings.steps} steps are too few for {most} blocks; each block needs at least one"
             )
+
+    def join(self, canvas: Canvas) -> None:
+        """More rows, behind those that are there."""
+        self._check(canvas)
+        self._follow(Canvas.join([self.canvas, canvas]))
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Keep the rows [b], in this order."""
+        self._follow(self.canvas.take(rows), rows)
+
+    def _follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
+        self.canvas, self.width = canvas, canvas.width
+        for kept in (self.seeing, self.blind, self.memo):
+            kept.follow(canvas, rows)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rows are done."""
+        return bool(self.canvas.done.all())
 
     # ---- one step ------------------------------------------------------------------------------------
 
-    def step(self, step: int, rows: torch.Tensor) -> None:
-        """Take one step of the rows [b] given by number."""
+    def work(self) -> list[Asking]:
+        """The next step of every row that is not done, as work that can be done beside that of other
+        lanes.
+        """
+        canvas, steps = self.canvas, self.settings.steps
+        rows = (~canvas.done).nonzero()[:, 0]
+        if len(rows) == 0:
+            return []
+        late = torch.zeros_like(rows, dtype=torch.bool) if steps is None else canvas.step[rows] >= steps
+        if self.settings.grow:
+            if bool(late.any()):
+                self._grow(rows[late], int(canvas.end.max()))
+            self.width = canvas.width
+        pieces = []
+        if not bool(late.all()):
+            pieces.append(self._step(rows[~late]))
+        if bool(late.any()):
+            pieces.append(self._finish(rows[late]))
+        return pieces
+
+    def _step(self, rows: torch.Tensor) -> Asking:
+        """Take one step of the rows [b]."""
         canvas, rule = self.canvas, self.decoder.reveal
-        self.width = canvas.width if self.settings.grow else self.width
         unwritten = self._cut(canvas.masked, rows)
-        at = self._clock(step, rows, unwritten)
+        at = self._clock(rows, unwritten)
         scope = self.window.scope(canvas.start[rows], at.stage, self.width)
-        masked = unwritten & scope
+        t, s, inside = self.window.times(at.t, at.s, canvas.start[rows], canvas.end[rows], self.width)
+        masked = unwritten & scope & inside
         weight = self._weights(rows, masked, at)
-        quota = self._quota(step, rows, scope, at)
+        quota = self._quota(rows, scope, at)
         needs = rule.needs(masked, weight, quota)
-        token = None
+        choice = None
         if rule.kind == "mass":
-            score = self._mass(step, rows, needs)
+            score = yield from self._mass(rows, needs)
         else:
-            token, score = self._tokens(step, rows, needs)
+            choice = yield from self._draw(rows, needs)
+            score = choice.probability if rule.kind == "confidence" else self._cut(self.memo.score, rows)
+        step = canvas.step[rows]
         decision = rule.decide(
             StepView(
                 masked=masked,
                 weight=weight,
                 score=score,
-                t=at.t,
-                s=at.s,
+                t=t,
+                s=s,
                 quota=quota,
                 written=~unwritten & ~self._cut(canvas.pinned, rows) & scope,
-                noise=self._noise(step, rows, _REVEAL),
-                noise_remask=self._noise(step, rows, _REMASK) if rule.remasks else None,
+                beyond=self._beyond(rows),
+                noise=self._noise(rows, _REVEAL),
+                noise_remask=self._noise(rows, _REMASK) if rule.remasks else None,
                 rate=self.settings.rate,
             )
         )
-        reveal = decision.reveal
-        if token is None:
-            token, _ = self._tokens(step, rows, reveal)
-        self._write(step, rows, reveal, token, decision.remask)
+        if choice is None:
+            choice = yield from self._draw(rows, decision.reveal)
+        self._write(rows, step, decision.reveal, choice, decision.remask)
+        canvas.step[rows] = step + 1
         if self.settings.grow:
-            canvas.grow(rows, self.window.ahead, self.settings.eos_id)
+            self._grow(rows, self.window.ahead + self.settings.margin)
+
+    def _finish(self, rows: torch.Tensor) -> Asking:
+        """The last denoising pass: every position that is still masked gets its token."""
+        masked = self._cut(self.canvas.masked, rows)
+        choice = yield from self._draw(rows, masked)
+        self._write(rows, self.canvas.step[rows], masked, choice, None)
+        self.canvas.step[rows] += 1
+        self.canvas.done[rows] = True
+
+    def _grow(self, rows: torch.Tensor, ahead: int) -> None:
+        """Give the rows [b] masks on the right; none where an EOS has closed them."""
+        ended = self.canvas.ended(rows, self.settings.eos_id)
+        closes = self.settings.rate is not None or self.settings.eos_fill
+        self.canvas.grow(rows, ahead, closed=ended & closes)
 
     def _cut(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """[B, L] -> [b, W]: some rows, as far as the canvas reaches now."""
         return x[rows, : self.width]
 
-    def _clock(self, step: int, rows: torch.Tensor, masked: torch.Tensor) -> Clock:
+    def _clock(self, rows: torch.Tensor, masked: torch.Tensor) -> Clock:
         """Stage and times of the rows; with a rate only the stage means something."""
+        canvas = self.canvas
         if self.settings.steps is not None:
-            return clock(step, self.settings.steps, self.stages[rows])
-        stage = self.window.current(masked, self.canvas.start[rows])
+            stages = self.window.stages(canvas.start[rows], canvas.end[rows])
+            return clock(canvas.step[rows], self.settings.steps, stages)
+        stage = self.window.current(masked, canvas.start[rows])
         one = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
         return Clock(stage, one, 0 * one, torch.zeros_like(stage), torch.ones_like(stage))
 
-    def finish(self, step: int, rows: torch.Tensor) -> None:
-        """The last denoising pass: every position that is still masked gets its token."""
-        masked = self._cut(self.canvas.masked, rows)
-        token, _ = self._tokens(step, rows, masked)
-        self._write(step, rows, masked, token, None)
-        self.canvas.done[rows] = True
-
     def _weights(self, rows: torch.Tensor, masked: torch.Tensor, at: Clock) -> torch.Tensor:
-        """[b, L] window weights; all ones in a row whose masked positions are all shut."""
+        """[b, W] window weights; all ones in a row whose masked positions are all shut."""
         canvas = self.canvas
         unmasked = ~self._cut(canvas.masked, rows) & self._cut(canvas.valid, rows)
         weight = self.window.weights(unmasked, start=canvas.start[rows], stage=at.stage)
         open_somewhere = (masked & (weight > 0)).any(1, keepdim=True)
         return torch.where(open_somewhere, weight, 1.0)
 
-    def _quota(self, step: int, rows: torch.Tensor, scope: torch.Tensor, at: Clock) -> torch.Tensor:
+    def _quota(self, rows: torch.Tensor, scope: torch.Tensor, at: Clock) -> torch.Tensor:
         """[b] this step's even share of the positions that the stage had at first, or of the rate."""
+        canvas = self.canvas
         if self.settings.rate is not None:
-            share = math.floor((step + 1) * self.settings.rate) - math.floor(step * self.settings.rate)
-            return torch.full_like(at.stage, share)
-        total = (self._cut(self.initial, rows) & scope).sum(1)
+            step = canvas.step[rows].double()
+            return (((step + 1) * self.settings.rate).floor() - (step * self.settings.rate).floor()).long()
+        if self.settings.grow:  # positions that have yet to grow belong to the stage as well
+            scope = self.window.scope(canvas.start[rows], at.stage, canvas.ids.shape[1])
+        total = (canvas.initial[rows, : scope.shape[1]] & scope).sum(1)
         return total // at.count + (at.index < total % at.count)
 
-    def _noise(self, step: int, rows: torch.Tensor, stream: int) -> torch.Tensor:
-        """[b, L] uniform numbers: a function of (row key, step, stream, position) alone."""
+    def _beyond(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """[b] masks of the process that a growing canvas does not hold yet; None where there are none."""
+        if not self.settings.grow or self.settings.rate is not None:
+            return None
+        canvas = self.canvas
+        closed = canvas.ended(rows, self.settings.eos_id) & self.settings.eos_fill
+        return torch.where(closed, 0, canvas.end[rows] - canvas.valid[rows].sum(1))
+
+    def _noise(self, rows: torch.Tensor, stream: int) -> torch.Tensor:
+        """[b, W] uniform numbers: a function of (row key, step, stream, position) alone."""
         position = torch.arange(self.width, device=rows.device)
-        return uniform(fold(fold(self.canvas.key[rows], step), stream)[:, None], position)
+        key = fold(fold(self.canvas.key[rows], self.canvas.step[rows]), stream)
+        return uniform(key[:, None], position)
 
     # ---- the model -----------------------------------------------------------------------------------
 
-    def _mass(self, step: int, rows: torch.Tensor, needs: torch.Tensor) -> torch.Tensor:
-        """[b, L] mass kept by the token rule; 1 without asking the model if the rule cuts nothing."""
+    def _mass(self, rows: torch.Tensor, needs: torch.Tensor) -> Generator[list[Ask], None, torch.Tensor]:
+        """[b, W] mass kept by the token rule; 1 without asking the model if the rule cuts nothing."""
         if self.decoder.tokens.keeps_all:
             return torch.ones(needs.shape, device=needs.device)
-        missing = needs & ~self._cut(self.scored, rows)
-        asked = missing.any(1)
-        if bool(asked.any()):
-            some, part = rows[asked], missing[asked]
-            mass = torch.cat([self.decoder.tokens.mass(logits) for logits in self._logits(some, part)])
-            score = self._cut(self.score, some)
-            score[part] = self._checked(step, some, part, mass)
-            self.score[some, : self.width] = score
-            self.scored[some, : self.width] |= part
-        return self._cut(self.score, rows)
+        yield from self._learn(rows, needs)
+        return self._cut(self.memo.score, rows)
 
-    def _tokens(
-        self, step: int, rows: torch.Tensor, where: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw a token at the positions `where` [b, L]; returns tokens and confidences, both [b, L]."""
+    def _draw(self, rows: torch.Tensor, where: torch.Tensor) -> Generator[list[Ask], None, Choice]:
+        """A token and its probability at the positions `where`, both [b, W]; the mask token and 0
+        elsewhere.
+        """
         token = torch.full(where.shape, self.settings.mask_id, device=where.device)
-        confidence = torch.zeros(where.shape, device=where.device)
+        probability = torch.zeros(where.shape, device=where.device)
         asked = where.any(1)
         if bool(asked.any()):
-            part, some = where[asked], rows[asked]
-            kind = self.decoder.reveal.kind
-            by: Certainty = "confidence" if kind == "mass" else kind
-            noise = self._noise(step, some, _TOKEN)[part].split(_CELLS)
-            choices = [
-                self.decoder.tokens.choose(logits, u, by)
-                for logits, u in zip(self._logits(some, part), noise, strict=True)
-            ]
-            token[where] = torch.cat([choice.token for choice in choices])
-            confidences = torch.cat([choice.score for choice in choices])
-            confidence[where] = self._checked(step, some, part, confidences)
-        return token, confidence
+            some, part = rows[asked], where[asked]
+            noise = self._noise(some, _TOKEN)[part]
+            if self.decoder.tokens.width is not None:
+                yield from self._learn(some, part)
+                choice = self.decoder.tokens.draw(self._candidates(some, part), noise)
+            else:
+                yield self._asks(some, part)
+                choice = self._draw_at_once(some, part, noise)
+            token[where] = choice.token
+            probability[where] = choice.probability
+        return Choice(token, probability)
+
+    def _draw_at_once(self, rows: torch.Tensor, where: torch.Tensor, noise: torch.Tensor) -> Choice:
+        """A token [N] at the positions `where` [b, W], from the whole vocabulary, which is too much to
+        keep.
+        """
+        tokens, kind = self.decoder.tokens, self.decoder.reveal.kind
+        drawn, certain = [], []
+        for logits, u in zip(self._logits(rows, where), noise.split(_CELLS), strict=True):
+            drawn.append(tokens.choose(logits, u))
+            if kind in ("margin", "entropy"):
+                certain.append(tokens.certainty(logits, kind))
+        if certain:
+            self.memo.put_score(rows, where, torch.cat(certain))
+        probability = torch.cat([choice.probability for choice in drawn])
+        return Choice(torch.cat([choice.token for choice in drawn]), self._checked(rows, where, probability))
+
+    def _learn(self, rows: torch.Tensor, where: torch.Tensor) -> Asking:
+        """Find out, where it is not known, what may come out at `where` [b, W] and how sure the model is."""
+        missing = where & ~self._cut(self.memo.known, rows)
+        asked = missing.any(1)
+        if not bool(asked.any()):
+            return
+        some, part = rows[asked], missing[asked]
+        yield self._asks(some, part)
+        tokens, kind = self.decoder.tokens, self.decoder.reveal.kind
+        found, scores = [], []
+        for logits in self._logits(some, part):
+            candidates = tokens.candidates(logits)
+            certain = kind in ("margin", "entropy")
+            scores.append(tokens.certainty(logits, kind) if certain else candidates.mass)  # type: ignore[arg-type]
+            found.append(candidates)
+        self.memo.put_score(some, part, self._checked(some, part, torch.cat(scores)))
+        if tokens.width is not None:
+            self.memo.put_candidates(some, part, found)
+        self.memo.known[some, : self.width] |= part
+
+    def _candidates(self, rows: torch.Tensor, where: torch.Tensor) -> Candidates:
+        """What was learnt about the positions `where` [b, W], as N cells."""
+        probability, ids = self.memo.candidates(rows, where)
+        return Candidates(probability, ids, self.decoder.tokens.kept(probability))
+
+    def _asks(self, rows: torch.Tensor, where: torch.Tensor) -> list[Ask]:
+        asks = [Ask(self.seeing, rows, where)]
+        return [*asks, Ask(self.blind, rows, where)] if self.decoder.guidance else asks
 
     def _logits(self, rows: torch.Tensor, where: torch.Tensor) -> Iterator[torch.Tensor]:
         """Logits [≤ _CELLS, V] of the positions `where` [b, W], in row-major order, a piece at a time."""
         tokens, guidance = self.decoder.tokens, self.decoder.guidance
-        cells = self._states(rows)[where].split(_CELLS)
-        blind = self._blind_states(rows)[where].split(_CELLS) if guidance else [None] * len(cells)
+        cells = self.seeing.of(rows, self.width)[where].split(_CELLS)
+        blind = self.blind.of(rows, self.width)[where].split(_CELLS) if guidance else [None] * len(cells)
         owner = where.nonzero()[:, 0].split(_CELLS)  # which of the rows each cell belongs to
         seen: torch.Tensor | None = None
         for hidden, unseen, row in zip(cells, blind, owner, strict=True):
@@ -420,42 +425,28 @@ class _Run:
         seen[:, self.settings.eos_id] = False
         return seen
 
-    def _states(self, rows: torch.Tensor) -> torch.Tensor:
-        """[b, W, D] hidden states of the rows as they are."""
-        return self.seeing.of(rows, self.canvas.ids, self.width)
-
-    def _blind_states(self, rows: torch.Tensor) -> torch.Tensor:
-        """[b, W, D] hidden states of the rows with their prompts masked."""
-        position = torch.arange(self.canvas.ids.shape[1], device=rows.device)
-        prompt = position < self.canvas.start[:, None]
-        ids = torch.where(prompt & self.canvas.valid, self.settings.mask_id, self.canvas.ids)
-        return self.blind.of(rows, ids, self.width)
-
-    def _checked(
-        self, step: int, rows: torch.Tensor, where: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
+    def _checked(self, rows: torch.Tensor, where: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """`value` [N] unless it holds NaN."""
         bad = value.isnan()
         if bool(bad.any()):
             row = int(rows[where.nonzero()[bad.nonzero()[0, 0], 0]])
-            raise DLMError(f"the model returned NaN in step {step}, row {row}")
+            raise DLMError(f"the model returned NaN in step {int(self.canvas.step[row])}, row {row}")
         return value
 
     # ---- writing -------------------------------------------------------------------------------------
 
     def _write(
         self,
-        step: int,
         rows: torch.Tensor,
+        step: torch.Tensor,
         reveal: torch.Tensor,
-        token: torch.Tensor,
+        choice: Choice,
         remask: torch.Tensor | None,
     ) -> None:
         """Put tokens on the canvas, fill behind an EOS, and see which rows are finished."""
         canvas, eos = self.canvas, self.settings.eos_id
         ids, masked = self._cut(canvas.ids, rows), self._cut(canvas.masked, rows)
-        born = self._cut(canvas.reveal_step, rows)
-        ids = torch.where(reveal, token, ids)
+        ids = torch.where(reveal, choice.token, ids)
         after = masked & ~reveal
         if remask is not None:
             ids = torch.where(remask, self.settings.mask_id, ids)
@@ -474,12 +465,29 @@ class _Run:
             finished |= (first >= 0) & ~waiting
             closed = finished[:, None] & after
             ids, after = torch.where(closed, eos, ids), after & ~closed
-        appeared = masked & ~after
-        canvas.reveal_step[rows, : self.width] = torch.where(after, -1, torch.where(appeared, step, born))
+        self._note(
+            rows, step, masked & ~after, after, torch.where(reveal & ~after, choice.probability, torch.nan)
+        )
         same = (ids == self._cut(canvas.ids, rows)).all(1)
-        self.seeing.fresh[rows] &= same
-        self.blind.fresh[rows] &= same
-        self.scored[rows] &= same[:, None]
+        for kept in (self.seeing, self.blind, self.memo):
+            kept.forget(rows, same)
         canvas.ids[rows, : self.width], canvas.masked[rows, : self.width] = ids, after
         if not self.decoder.reveal.remasks:
             canvas.done[rows] = finished
+
+    def _note(
+        self,
+        rows: torch.Tensor,
+        step: torch.Tensor,
+        appeared: torch.Tensor,
+        masked: torch.Tensor,
+        probability: torch.Tensor,
+    ) -> None:
+        """Record when tokens appeared and how probable they were; forget those that are masked again."""
+        canvas = self.canvas
+        for field, new, none in (
+            (canvas.reveal_step, step[:, None], -1),
+            (canvas.confidence, probability, torch.nan),
+        ):
+            old = self._cut(field, rows)
+            field[rows, : self.width] = torch.where(masked, none, torch.where(appeared, new, old))

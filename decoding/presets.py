@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from decoding.reveal import Ancestral, EntropyBound, Quota, Remask, RevealRule, Threshold
 from decoding.tokens import TokenRule
-from decoding.window import Block, Convolution, Full, Window
+from decoding.window import Block, Convolution, Full, Sliding, Window
 from dlm.errors import ConfigError, unknown_name
 
 
@@ -37,6 +37,13 @@ class Decoder:
         """Check the range of the guidance."""
         if not 0 <= self.guidance < math.inf:
             raise ConfigError(f"guidance must not be negative, got {self.guidance}")
+        if self.window.timed and self.reveal.remasks:
+            raise ConfigError("a sliding window has no phases: it cannot go with a rule that remasks")
+
+    @property
+    def timed(self) -> bool:
+        """Whether it goes by time, so that the pace must be a number of steps and not a rate."""
+        return self.window.timed or self.reveal.remasks
 
     def without(self, *tokens: int) -> Decoder:
         """This decoder with some token ids forbidden."""
@@ -141,20 +148,39 @@ def _llada_conv(
     return Convolution(kernel_size, scale), Quota(per_step), TokenRule(temperature, top_k)
 
 
-def _threshold(tau: float = 0.9, temperature: float = 0.0, kernel_size: int | None = 0) -> Axes:
-    window: Window = Full() if kernel_size == 0 else Convolution(kernel_size)
-    return window, Threshold(tau), TokenRule(temperature)
+def _sliding(
+    size: int | None = None, top_k: int = 20, temperature: float = 1.0, top_p: float = 1.0, min_p: float = 0.0
+) -> Axes:
+    return Sliding(size), Ancestral(), TokenRule(temperature, top_k, top_p, min_p)
 
 
-def _entropy_bound(gamma: float = 0.1, temperature: float = 0.0, kernel_size: int | None = 0) -> Axes:
-    window: Window = Full() if kernel_size == 0 else Convolution(kernel_size)
-    return window, EntropyBound(gamma), TokenRule(temperature)
+def _maybe(kernel_size: int | None) -> Window:
+    """A convolution, or with kernel size 0 none."""
+    return Full() if kernel_size == 0 else Convolution(kernel_size)
+
+
+def _threshold(
+    tau: float = 0.9, temperature: float = 0.0, top_k: int = 0, kernel_size: int | None = 0
+) -> Axes:
+    return _maybe(kernel_size), Threshold(tau), TokenRule(temperature, top_k)
+
+
+def _entropy_bound(
+    gamma: float = 0.1, temperature: float = 0.0, top_k: int = 0, kernel_size: int | None = 0
+) -> Axes:
+    return _maybe(kernel_size), EntropyBound(gamma), TokenRule(temperature, top_k)
 
 
 def _remdm(
-    top_p: float = 0.9, eta: float = 0.04, alpha_on: float = 0.9, t_on: float = 0.55, t_off: float = 0.05
+    top_p: float = 0.9,
+    eta: float = 0.04,
+    alpha_on: float = 0.9,
+    t_on: float = 0.55,
+    t_off: float = 0.05,
+    top_k: int = 0,
+    kernel_size: int | None = 0,
 ) -> Axes:
-    return Full(), Remask(alpha_on, t_on, t_off, eta), TokenRule(top_p=top_p)
+    return _maybe(kernel_size), Remask(alpha_on, t_on, t_off, eta), TokenRule(top_k=top_k, top_p=top_p)
 
 
 PRESETS: dict[str, Preset] = {
@@ -166,6 +192,9 @@ PRESETS: dict[str, Preset] = {
     "llada": Preset("the most confident tokens first, a fixed number a step", "LLaDA, 2502.09992", _llada),
     "conv": Preset("ancestral and top-k under a convolutional window", "2509.15188", _conv),
     "llada-conv": Preset("the most confident tokens under a convolutional window", "2509.15188", _llada_conv),
+    "sliding": Preset(
+        "ancestral and top-k in a window that slides over the row", "2509.15188, appendix E", _sliding
+    ),
     "threshold": Preset(
         "all tokens above a confidence, at least one a step", "Fast-dLLM, 2505.22618", _threshold
     ),

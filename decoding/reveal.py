@@ -30,9 +30,9 @@ class StepView:
     score: torch.Tensor
     """[B, L] mass or confidence, whichever the rule asked for; 0 where it was not computed."""
     t: torch.Tensor
-    """[B] time before the step."""
+    """[B] time before the step; [B, L] under a window whose positions have their own (`Sliding`)."""
     s: torch.Tensor
-    """[B] time after the step."""
+    """[B] or [B, L], time after the step."""
     quota: torch.Tensor
     """[B] int64, even share of the stage's positions that falls to this step."""
     written: torch.Tensor
@@ -41,6 +41,8 @@ class StepView:
     """[B, L] uniform numbers for revealing."""
     noise_remask: torch.Tensor | None = None
     """[B, L] uniform numbers for remasking; for rules that remask."""
+    beyond: torch.Tensor | None = None
+    """[B] masks of the process that are not on the canvas yet and count in |M| all the same; None for 0."""
     rate: float | None = None
     """Tokens to write in this step on average, where the pace is a rate; `t` and `s` mean nothing then."""
 
@@ -81,7 +83,12 @@ class RevealRule(Protocol):
 
 
 def reveal_probability(
-    mass: torch.Tensor, weight: torch.Tensor, masked: torch.Tensor, t: torch.Tensor, s: torch.Tensor
+    mass: torch.Tensor,
+    weight: torch.Tensor,
+    masked: torch.Tensor,
+    t: torch.Tensor,
+    s: torch.Tensor,
+    beyond: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Probability that each position is revealed between times t and s.
 
@@ -92,8 +99,9 @@ def reveal_probability(
         mass: [B, L] q_i, the probability that the token rule keeps.
         weight: [B, L] w_i in [0, 1].
         masked: [B, L] bool, M.
-        t: [B] time before the step.
-        s: [B] time after the step, 0 ≤ s < t.
+        t: [B] time before the step; or [B, L], one for each position.
+        s: [B] or [B, L] time after the step, 0 ≤ s ≤ t.
+        beyond: [B] elements of M that have no column here, weight 0; None for none.
 
     Returns:
         [B, L] float32; 0 outside M.
@@ -103,8 +111,9 @@ def reveal_probability(
     plain = torch.where(masked, mass.double(), 0.0)
     open_mass = torch.where(total > 0, open_mass, plain)
     total = torch.where(total > 0, total, plain.sum(1, keepdim=True))
-    normaliser = masked.sum(1, keepdim=True) / total.clamp(min=torch.finfo(torch.float64).tiny)
-    t, s = t.double()[:, None], s.double()[:, None]
+    count = masked.sum(1, keepdim=True) + (0 if beyond is None else beyond[:, None])
+    normaliser = count / total.clamp(min=torch.finfo(torch.float64).tiny)
+    t, s = (x.double() if x.dim() == 2 else x.double()[:, None] for x in (t, s))
     a = (t - s) * open_mass * normaliser
     return torch.where(a > 0, a / (a + s), 0.0).float()
 
@@ -171,7 +180,7 @@ class Ancestral(_OpenOnly):
         """Independent coin flips; where the pace is a rate, the next arrivals."""
         if view.rate is not None:
             return Decision(first_arrivals(view.score, view.weight, view.masked, view.noise, view.rate))
-        chance = reveal_probability(view.score, view.weight, view.masked, view.t, view.s)
+        chance = reveal_probability(view.score, view.weight, view.masked, view.t, view.s, view.beyond)
         return Decision(view.masked & (view.noise < chance))
 
 
@@ -330,7 +339,7 @@ class Remask(_OpenOnly):
         """Ancestral outside the loop, a balanced exchange inside it."""
         assert view.noise_remask is not None
         before, after = self.mask_probability(view.t), self.mask_probability(view.s)
-        chance = reveal_probability(view.score, view.weight, view.masked, before, after)
+        chance = reveal_probability(view.score, view.weight, view.masked, before, after, view.beyond)
         looping = ((view.t <= self.t_on) & (view.t > self.t_off) & (view.s > 0))[:, None]
         back = self.alpha_on * self.eta / (1 - self.alpha_on) * view.score * view.weight
         chance = torch.where(looping, back.clamp(max=1.0), chance)

@@ -1,29 +1,33 @@
-"""Text in, text out: prompts become canvases, the loop writes them, answers are cut at their EOS."""
+"""Text in, text out: texts become rows, the engine writes them, answers are cut where they end."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
+import math
 import operator
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict, Unpack, cast
+from typing import Any, TypeVar, Unpack, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from decoding.loop import GROWING_WINDOW, Canvas, Settings, denoise
-from decoding.presets import Decoder
+from decoding.canvas import Canvas
+from decoding.engine import Engine
+from decoding.loop import GROWING_WINDOW
+from decoding.request import How, Plan, Planner
+from decoding.rows import Gap, Piece, Prompt, Row, RowMaker, pieces_of, without_span
 from dlm.errors import ConfigError
 from dlm.noise import key_of
-from dlm.tokenizer import Message, as_messages, encode_prompt, encode_text
-
-Prompt = str | list[Message]
-"""A text (one user turn) or chat messages."""
+from dlm.tokenizer import Message
 
 BLANK = "░"
 """Stands for a position that is not yet written, in the text of events."""
+
+NEIGHBOURS = 4
+"""Given tokens on each side of a gap that have their say on its length."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,15 +36,18 @@ class Output:
 
     text: str
     token_ids: list[int]
-    """The answer's tokens, without its EOS and what stands behind."""
+    """The answer's tokens, without its EOS, its stop text and what stands behind."""
     finish_reason: str
-    """"stop" when the model ended the answer itself, "length" when the window did."""
+    """"stop" when the model ended the answer itself or wrote a stop text, "length" when the window did."""
     model_calls: int
     """Model calls that ran this row."""
     reveal_step: list[int]
-    """For each of `token_ids`, the step at which it appeared (0 = first)."""
+    """For each of `token_ids`, the step at which it appeared (0 = first); -1 for given ones."""
     steps: int
     """Denoising steps: those that were allowed, or at a rate those that the row took."""
+    confidence: list[float | None]
+    """For each of `token_ids`, the model's probability of it when it was written (temperature 1, before any
+    cut); None for given ones."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +60,12 @@ class Infilled:
     """What was written into each gap; neighbouring gaps count as one."""
     token_ids: list[int]
     model_calls: int
+    """Model calls, those for other lengths of the gaps included."""
     reveal_step: list[int]
     """For each of `token_ids`, the step at which it appeared; -1 for given ones."""
-
-
-GAP = re.compile(r"<mask:(\d{1,7})>")
-"""A gap in a text that is to be filled, and its number of tokens."""
+    score: float
+    """Mean log-probability, in nats, of the tokens in the gaps (each when it was written) and, if lengths
+    had to be compared, of the given tokens beside them."""
 
 
 @dataclass(frozen=True)
@@ -72,45 +79,15 @@ class Event:
     """The answer so far, `BLANK` where nothing is written; what follows the last token is left out."""
 
 
-RATE = 2.0
-"""Tokens per model call on a canvas that grows, when no rate is given."""
-
-
-class How(TypedDict, total=False):
-    """How an answer is decoded.
-
-    Either a fixed canvas, `window` tokens of prompt and answer together, filled in `steps` steps (the setting
-    of the papers) or at a `rate`; or a canvas that grows, with `max_tokens` as a limit. Text and cost do not
-    depend on the limit, as long as the canvas does not meet it: it holds some masks more than the answer has
-    tokens (`Window.ahead`: 40 for `conv` with its own kernel).
-    """
-
-    decoder: Decoder | str | None
-    """A `Decoder` or the name of one; the checkpoint's default if not given."""
-    window: int | None
-    """L; the checkpoint's default if neither it nor `max_tokens` is given."""
-    steps: int | None
-    """S, denoising steps."""
-    max_tokens: int | None
-    """Longest answer, in tokens."""
-    rate: float | None
-    """Tokens that are written per model call on average, at least 1; `RATE` on a canvas that grows. A step
-    writes no more than is open, and never crosses the end of a block. Not for rules that have a pace of their
-    own (threshold, entropy bound, a fixed number per step)."""
-    eos_fill: bool
-    """Once an EOS is written, everything to its right becomes EOS; True by default."""
-
-
 @dataclass(frozen=True)
-class Plan:
-    """A request with everything filled in."""
+class _Task:
+    """A row to be decoded, and what it is part of."""
 
-    decoder: Decoder
-    settings: Settings
-    positions: int
-    """Longest row, prompt included."""
-    tokens: int
-    """Longest answer."""
+    row: Row
+    seed: int
+    plan: Plan
+    tries: int = 1
+    """How many rows its text has, one for each combination of lengths."""
 
 
 class Sampler:
@@ -124,9 +101,14 @@ class Sampler:
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.mask_id = int(model.config.mask_token_id)
-        self.eos_id = int(model.config.eos_token_id)
-        self.defaults: dict[str, Any] = dict(getattr(model.config, "generation", None) or {})
+        config = model.config
+        self.mask_id = int(config.mask_token_id)
+        self.eos_id = int(config.eos_token_id)
+        limit = int(getattr(config, "max_positions", 2**31))
+        self.planner = Planner(
+            self.mask_id, self.eos_id, limit, dict(getattr(config, "generation", None) or {})
+        )
+        self.rows = RowMaker(tokenizer, self.mask_id, self.eos_id, bool(getattr(config, "shift", False)))
 
     def generate(
         self,
@@ -134,10 +116,14 @@ class Sampler:
         *,
         seed: int | Sequence[int] = 0,
         batch_size: int = 16,
+        begin: str = "",
+        ending: str = "",
+        forced: Mapping[int, str] | None = None,
         **how: Unpack[How],
     ) -> list[Output]:
         """Answer prompts; see `iter_generate` for the arguments. A single prompt gives a list of one."""
-        return list(self.iter_generate(_several(prompts), seed=seed, batch_size=batch_size, **how))
+        given: dict[str, Any] = {"begin": begin, "ending": ending, "forced": forced}
+        return list(self.iter_generate(_several(prompts), seed=seed, batch_size=batch_size, **given, **how))
 
     def iter_generate(
         self,
@@ -145,15 +131,23 @@ class Sampler:
         *,
         seed: int | Sequence[int] = 0,
         batch_size: int = 16,
+        begin: str = "",
+        ending: str = "",
+        forced: Mapping[int, str] | None = None,
         **how: Unpack[How],
     ) -> Iterator[Output]:
-        """Answer prompts batch by batch, without reading them all first.
+        """Answer prompts, without reading them all first; where one is finished, the next takes its place.
 
         Args:
             prompts: texts or chat message lists.
             seed: one seed for all rows, or one per prompt. A row's noise depends on its seed and its own
                 prompt, never on its batch-mates, so equal prompts under one seed give equal texts.
             batch_size: rows per model call.
+            begin: what every answer begins with.
+            ending: what every answer ends with (a goal), at the last positions of the window or of
+                `max_tokens`; a text as it stands, so that it usually begins with a space.
+            forced: texts at given places of the answer, counted in tokens from 0. With these or an ending the
+                answer has the length that is given, and no EOS but the last is written.
             **how: see `How`.
 
         Yields:
@@ -162,25 +156,41 @@ class Sampler:
         Raises:
             ConfigError: for a prompt that does not fit, and for settings out of range.
         """
-        plan = self._plan(**how)
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-        pairs = enumerate(_with_seeds(prompts, seed))
-        while chunk := list(itertools.islice(pairs, batch_size)):
-            rows = [self._row(prompt, plan, f"prompt {i}: ") for i, (prompt, _) in chunk]
-            canvas = self._canvas(rows, [int(s) for _, (_, s) in chunk], plan)
-            for _ in self._denoise(canvas, plan):
-                pass
-            yield from (self._output(canvas, i, plan) for i in range(len(rows)))
+        plan = self.planner.plan(**how)
+        if ending or forced:
+            plan = _whole(plan, self.eos_id)
+        given: dict[str, Any] = {"begin": begin, "ending": ending, "forced": forced}
 
-    def stream(self, prompt: Prompt, *, seed: int = 0, **how: Unpack[How]) -> Iterator[Event]:
+        def tasks() -> Iterator[_Task]:
+            for i, (prompt, own) in enumerate(_with_seeds(prompts, seed)):
+                row = self.rows.answer(prompt, plan.tokens, plan.positions, f"prompt {i}", **given)
+                yield _Task(row, own, plan)
+
+        for task, canvas in self._finished(tasks(), batch_size):
+            yield self._output(canvas, task)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        seed: int = 0,
+        begin: str = "",
+        **how: Unpack[How],
+    ) -> Iterator[Event]:
         """Answer one prompt and show the canvas after every step; arguments as in `iter_generate`."""
-        plan = self._plan(**how)
-        canvas = self._canvas([self._row(prompt, plan)], [seed], plan)
-        start = int(canvas.start[0])
-        for step in self._denoise(canvas, plan):
-            ids = canvas.ids[0, start : int(canvas.valid[0].sum())].tolist()
-            yield Event(step, ids, self.show(ids))
+        plan = self.planner.plan(**how)
+        row = self.rows.answer(prompt, plan.tokens, plan.positions, "prompt 0", begin=begin)
+        engine = Engine(self.model)
+        (ticket,) = engine.add(self._canvas([_Task(row, seed, plan)]), plan.decoder, plan.settings)
+        going = True
+        while going:
+            going = ticket not in engine.step()
+            canvas = engine.row(ticket)
+            ids = canvas.ids[0, row.answer : int(canvas.valid[0].sum())].tolist()
+            found = self._stop(canvas, row, plan.stop)
+            if found is not None:
+                ids, going = ids[: found[0]], False
+            yield Event(int(canvas.step[0]) - 1, ids, self.show(ids) if found is None else found[1])
 
     def infill(
         self,
@@ -204,97 +214,126 @@ class Sampler:
         batch_size: int = 16,
         **how: Unpack[How],
     ) -> Iterator[Infilled]:
-        """Fill the gaps of texts: `<mask:3>` stands for three tokens, as often as needed.
+        """Fill the gaps of texts: `<mask:3>` stands for three tokens, `<mask:2-6>` for two to six.
 
         What is written around the gaps is never changed, and everything before and behind them is seen; a
         convolutional window opens each gap from both of its sides. Control tokens cannot come out. A space
         before a gap belongs to the gap, since tokens carry the space before them.
 
+        Where a gap's length is open, the text is filled with every length, and the one with the best mean
+        log-probability is taken, over the tokens in the gaps (each when it was written) and the given tokens
+        beside them (`NEIGHBOURS` on each side, one more model call).
+
         Args:
             texts: texts with gaps.
             prompt: what the texts are the answer to; by default they stand alone, without a template.
             seed: one seed for all texts, or one per text.
-            batch_size: texts per model call.
-            **how: see `How`; a text has the length it has, so `window`, `max_tokens` and `eos_fill` are not
-                for it, and without `steps` it is decoded at a `rate`, 1 by default.
+            batch_size: rows per model call.
+            **how: see `How`; a text has the length it has, so `window`, `max_tokens`, `eos_fill`, `canvas`,
+                `margin` and `stop` are not for it, and without `steps` it is decoded at a `rate`, 1 by
+                default.
 
         Raises:
             ConfigError: for a text without a gap, an empty gap, or a text that is too long for the model.
         """
+        named = ((f"text {i}", *pair) for i, pair in enumerate(_with_seeds(texts, seed)))
+        pieces = ((name, _named(name, pieces_of, text), own) for name, text, own in named)
+        yield from self._fill(pieces, prompt, batch_size, **how)
+
+    def edit(
+        self,
+        text: str,
+        span: str | tuple[int, int],
+        *,
+        length: int | tuple[int, int] | None = None,
+        prompt: Prompt | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
+        **how: Unpack[How],
+    ) -> Infilled:
+        """Write a span of a text again, seeing what stands on both sides of it.
+
+        Args:
+            text: the text; nothing in it is taken for a gap.
+            span: the words to write again (which must occur once), or where they begin and end in characters.
+            length: tokens that come in their place, or the least and the greatest number; by default as many
+                as they have.
+            prompt: what the text is the answer to; by default it stands alone.
+            seed: seed of the noise.
+            batch_size: rows per model call.
+            **how: as in `iter_infill`.
+
+        Raises:
+            ConfigError: for a span that is not in the text or not clear.
+        """
+        bounds = (length, length) if isinstance(length, int) else length
+        gap = None if bounds is None else Gap(*bounds)
+        pieces = without_span(text, span, gap, lambda words: len(self.rows.text(words)))
+        return next(self._fill(iter([("the text", pieces, seed)]), prompt, batch_size, **how))
+
+    def _fill(
+        self,
+        texts: Iterator[tuple[str, list[Piece], int]],
+        prompt: Prompt | None,
+        batch_size: int,
+        **how: Unpack[How],
+    ) -> Iterator[Infilled]:
+        """Fill texts that have been cut at their gaps."""
         plan = self._infill_plan(**how)
-        before = encode_prompt(self.tokenizer, as_messages(prompt)) if prompt is not None else []
-        pairs = enumerate(_with_seeds(texts, seed))
-        while chunk := list(itertools.islice(pairs, batch_size)):
-            rows = [self._gapped(str(text), plan, before, i) for i, (text, _) in chunk]
-            canvas = self._canvas([ids for ids, _ in rows], [int(s) for _, (_, s) in chunk], plan)
-            for _ in self._denoise(canvas, plan):
-                pass
-            yield from (self._infilled(canvas, i, taken) for i, (_, taken) in enumerate(rows))
+
+        def tasks() -> Iterator[_Task]:
+            for name, pieces, own in texts:
+                rows = self.rows.filled(pieces, prompt, plan.positions, name)
+                yield from (_Task(row, own, plan, len(rows)) for row in rows)
+
+        filled = self._finished(tasks(), batch_size)
+        for first in filled:
+            tries = [first, *itertools.islice(filled, first[0].tries - 1)]
+            scores = [self._score(canvas, several=len(tries) > 1) for _, canvas in tries]
+            best = max(range(len(tries)), key=scores.__getitem__)
+            calls = sum(int(canvas.model_calls[0]) for _, canvas in tries) + len(tries) * (len(tries) > 1)
+            yield self._infilled(*tries[best], calls, scores[best])
 
     def _infill_plan(self, **how: Unpack[How]) -> Plan:
         """A plan without a window: the row is as long as its text."""
-        for name in ("window", "max_tokens", "eos_fill"):
+        for name in ("window", "max_tokens", "eos_fill", "canvas", "margin", "stop"):
             if how.get(name) is not None:
                 raise ConfigError(f"{name} means nothing here: a text with gaps has the length it has")
-        limit = int(getattr(self.model.config, "max_positions", 2**31))
-        fixed: How = {**how, "eos_fill": False, "window": limit}
-        plan = self._plan(**fixed)
+        fixed: How = {**how, "window": self.planner.limit}
+        plan = _whole(self.planner.plan(**fixed), self.eos_id)
         steps, rate = how.get("steps"), how.get("rate")
         rate = 1.0 if steps is None and rate is None else rate
-        settings = replace(plan.settings, steps=steps, rate=rate, early_exit=False, fit=GROWING_WINDOW)
+        settings = replace(plan.settings, steps=steps, rate=rate, fit=GROWING_WINDOW)
         special = getattr(self.tokenizer, "all_special_ids", ())
-        return replace(plan, decoder=plan.decoder.without(self.eos_id, *special), settings=settings)
+        return replace(plan, decoder=plan.decoder.without(*special), settings=settings)
 
-    def _gapped(self, text: str, plan: Plan, before: list[int], number: int) -> tuple[list[int], int]:
-        """Token ids of a row, mask ids in the text's gaps; and how many of them come before the text."""
-        ids: list[int] = []
-        parts = GAP.split(text)
-        if len(parts) == 1:
-            raise ConfigError(f"text {number} has no gap; write one as <mask:3> (three tokens)")
-        for i, part in enumerate(parts):
-            size = int(part) if i % 2 else 0
-            if i % 2 and size < 1:
-                raise ConfigError(f"text {number}: a gap needs at least one token, got <mask:{part}>")
-            if i % 2 == 0:
-                ids += encode_text(self.tokenizer, part if i == len(parts) - 1 else part.removesuffix(" "))
-            if len(before) + len(ids) + size > plan.positions:
-                raise ConfigError(f"text {number} is longer than the model's {plan.positions} positions")
-            ids += [self.mask_id] * size
-        if not before and ids[0] == self.mask_id and getattr(self.model.config, "shift", False):
-            before = [self.eos_id]  # the state before the first token has to come from somewhere
-        return before + ids, len(before)
-
-    def _infilled(self, canvas: Canvas, i: int, taken: int) -> Infilled:
-        end = int(canvas.end[i])
-        ids, born = canvas.ids[i, taken:end].tolist(), canvas.reveal_step[i, taken:end].tolist()
-        runs = itertools.groupby(zip(ids, born, strict=True), key=lambda pair: pair[1] >= 0)
-        gaps = [[token for token, _ in run] for written, run in runs if written]
-        return Infilled(
-            text=self.tokenizer.decode(ids),
-            gaps=[self.tokenizer.decode(gap) for gap in gaps],
-            token_ids=ids,
-            model_calls=int(canvas.model_calls[i]),
-            reveal_step=born,
-        )
-
-    def _denoise(self, canvas: Canvas, plan: Plan) -> Iterator[int]:
-        """The loop without gradients; the caller's own gradient mode is back whenever it has control."""
-        steps = denoise(self.model, canvas, plan.decoder, plan.settings)
-        while True:
-            with torch.inference_mode():
-                step = next(steps, None)
-            if step is None:
-                return
-            yield step
+    @torch.inference_mode()
+    def _score(self, canvas: Canvas, several: bool) -> float:
+        """How well the gaps are filled; see `Infilled.score`. With one try only, the neighbours are left
+        out.
+        """
+        written = canvas.confidence[0][canvas.initial[0]].log()
+        if not several:
+            return float(written.mean())
+        gap, position = canvas.initial[0], torch.arange(canvas.ids.shape[1], device=canvas.ids.device)
+        near = (position[:, None] - position[gap]).abs().amin(1) <= NEIGHBOURS
+        near &= ~gap & canvas.valid[0] & (position > 0)
+        if not bool(near.any()):
+            return float(written.mean())
+        ids = canvas.ids[:, : int(canvas.end[0])]
+        near = near[: ids.shape[1]]
+        hidden = self.model.hidden(torch.where(near, self.mask_id, ids))
+        likely = self.model.logits(hidden[0, near]).float().log_softmax(1)
+        return float(torch.cat([written, likely.gather(1, ids[0, near, None])[:, 0]]).mean())
 
     @property
     def window(self) -> int:
-        """The window of the checkpoint, used when none is given."""
-        return int(self.defaults.get("window", 256))
+        """The window of the checkpoint."""
+        return self.planner.window
 
     def prompt_length(self, prompt: Prompt) -> int:
         """Tokens of a prompt, template included; a window must be longer."""
-        return len(encode_prompt(self.tokenizer, as_messages(prompt)))
+        return len(self.rows.prompt(prompt))
 
     def show(self, ids: list[int]) -> str:
         """Text of a partly written answer, up to its EOS, `BLANK` for each mask."""
@@ -303,79 +342,119 @@ class Sampler:
             ids = ids[:-1]
         parts = itertools.groupby(ids, key=lambda token: token == self.mask_id)
         return "".join(
-            BLANK * len(list(run)) if blank else self.tokenizer.decode(list(run), skip_special_tokens=True)
-            for blank, run in parts
+            BLANK * len(list(run)) if blank else self._decode(list(run)) for blank, run in parts
         ).strip()
 
-    # ---- from text to canvas and back ----------------------------------------------------------------
+    # ---- from rows to canvases and back --------------------------------------------------------------
 
-    def _plan(
-        self,
-        decoder: Decoder | str | None = None,
-        window: int | None = None,
-        steps: int | None = None,
-        max_tokens: int | None = None,
-        rate: float | None = None,
-        eos_fill: bool = True,
-    ) -> Plan:
-        """Fill in what the caller left open from the checkpoint's defaults."""
-        chosen = decoder if decoder is not None else self.defaults.get("decoder", "conv")
-        if not isinstance(chosen, Decoder):
-            chosen = Decoder.named(chosen)
-        limit = int(getattr(self.model.config, "max_positions", 2**31))
-        if max_tokens is not None and (window is not None or steps is not None):
-            raise ConfigError("max_tokens is a limit for a canvas that grows; it has no window and no steps")
-        if rate is not None and steps is not None:
-            raise ConfigError("give either steps or a rate, not both")
-        if rate is not None and not chosen.reveal.paced:
-            raise ConfigError(f"decoder {chosen.name!r} says itself how many tokens it writes; give no rate")
-        if max_tokens is not None:
-            if max_tokens < 1:
-                raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
-            own = RATE if rate is None else rate
-            pace = Settings(None, self.eos_id, self.mask_id, eos_fill, rate=own, grow=True)
-            return Plan(chosen, pace, limit, max_tokens)
-        window = self.window if window is None else window
-        if not 1 <= window <= limit:
-            raise ConfigError(f"window must lie between 1 and the model's {limit} positions, got {window}")
-        if rate is None and steps is None:
-            steps = int(self.defaults.get("steps", max(1, window // 4)))
-        return Plan(chosen, Settings(steps, self.eos_id, self.mask_id, eos_fill, rate=rate), window, window)
+    def _finished(self, tasks: Iterator[_Task], batch_size: int) -> Iterator[tuple[_Task, Canvas]]:
+        """Decode rows, so many at a time; yields them in order."""
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        engine = Engine(self.model)
+        numbered = enumerate(tasks)
+        at_work: dict[int, tuple[int, _Task]] = {}
+        done: dict[int, tuple[_Task, Canvas]] = {}
+        following = 0
+        while True:
+            new = list(itertools.islice(numbered, batch_size - len(engine)))
+            if new:
+                plan = new[0][1].plan
+                tickets = engine.add(self._canvas([task for _, task in new]), plan.decoder, plan.settings)
+                at_work.update(zip(tickets, new, strict=True))
+            if not at_work:
+                return
+            over = set(engine.step())
+            over |= {ticket for ticket, (_, task) in at_work.items() if self._stopped(engine, ticket, task)}
+            for ticket, canvas in zip(over, engine.remove(*over), strict=True):
+                number, task = at_work.pop(ticket)
+                done[number] = (task, canvas)
+            while following in done:
+                yield done.pop(following)
+                following += 1
 
-    def _row(self, prompt: Prompt, plan: Plan, where: str = "") -> list[int]:
-        """Prompt tokens followed by the masks that the answer may need."""
-        ids = encode_prompt(self.tokenizer, as_messages(prompt))
-        if len(ids) >= plan.positions:
-            raise ConfigError(
-                f"{where}the prompt has {len(ids)} tokens and the window {plan.positions}; "
-                f"the window must be at least {len(ids) + 1}"
-            )
-        return ids + [self.mask_id] * min(plan.tokens, plan.positions - len(ids))
+    def _stopped(self, engine: Engine, ticket: int, task: _Task) -> bool:
+        """Whether a stop text has been written."""
+        return bool(task.plan.stop) and self._stop(engine.row(ticket), task.row, task.plan.stop) is not None
 
-    def _canvas(self, rows: list[list[int]], seeds: list[int], plan: Plan) -> Canvas:
+    def _stop(self, canvas: Canvas, row: Row, stops: Sequence[str]) -> tuple[int, str] | None:
+        """Tokens and text before the first stop text, once everything before it is written."""
+        if not stops:
+            return None
+        ids = canvas.ids[0, row.answer : int(canvas.valid[0].sum())].tolist()
+        for end in (self.mask_id, self.eos_id):
+            ids = ids[: ids.index(end)] if end in ids else ids
+        text = self._decode(ids)
+        places = [text.find(stop) for stop in stops if stop in text]
+        if not places:
+            return None
+        size = len(ids)
+        while size and len(self._decode(ids[:size])) > min(places):
+            size -= 1
+        return size, text[: min(places)].strip()
+
+    def _canvas(self, tasks: Sequence[_Task]) -> Canvas:
         device = getattr(self.model, "device", "cpu")
-        keys = [key_of(seed, _digest(row, self.mask_id)) for row, seed in zip(rows, seeds, strict=True)]
+        keys = [key_of(task.seed, task.row.digest(self.mask_id)) for task in tasks]
+        rows, plan = [task.row.ids for task in tasks], tasks[0].plan
         width = max(map(len, rows))
         ids = torch.tensor([row + [self.mask_id] * (width - len(row)) for row in rows], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         valid = torch.arange(width, device=device) < lengths[:, None]
-        ahead = plan.decoder.window.fitted(GROWING_WINDOW).ahead if plan.settings.grow else None
-        return Canvas.of(ids, self.mask_id, torch.stack(keys).to(device), valid, ahead)
+        return Canvas.of(
+            ids, self.mask_id, torch.stack(keys).to(device), valid, plan.settings.ahead(plan.decoder)
+        )
 
-    def _output(self, canvas: Canvas, i: int, plan: Plan) -> Output:
-        start = int(canvas.start[i])
-        ids = canvas.ids[i, start : int(canvas.end[i])].tolist()
+    def _output(self, canvas: Canvas, task: _Task) -> Output:
+        start = task.row.answer
+        ids = canvas.ids[0, start : int(canvas.end[0])].tolist()
         stopped = self.eos_id in ids
         end = ids.index(self.eos_id) if stopped else len(ids)
-        born = canvas.reveal_step[i, start : start + end].tolist()
+        text = self._decode(ids[:end]).strip()
+        found = self._stop(canvas, task.row, task.plan.stop)
+        if found is not None:
+            (end, text), stopped = found, True
+        confidence = canvas.confidence[0, start : start + end].tolist()
         return Output(
-            text=self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip(),
+            text=text,
             token_ids=ids[:end],
             finish_reason="stop" if stopped else "length",
-            model_calls=int(canvas.model_calls[i]),
-            reveal_step=born,
-            steps=plan.settings.steps or 1 + int(canvas.reveal_step[i].max()),
+            model_calls=int(canvas.model_calls[0]),
+            reveal_step=canvas.reveal_step[0, start : start + end].tolist(),
+            steps=task.plan.settings.steps or int(canvas.step[0]),
+            confidence=[None if math.isnan(p) else p for p in confidence],
         )
+
+    def _infilled(self, task: _Task, canvas: Canvas, calls: int, score: float) -> Infilled:
+        start, end = task.row.answer, int(canvas.end[0])
+        ids, born = canvas.ids[0, start:end].tolist(), canvas.reveal_step[0, start:end].tolist()
+        runs = itertools.groupby(zip(ids, born, strict=True), key=lambda pair: pair[1] >= 0)
+        gaps = [[token for token, _ in run] for written, run in runs if written]
+        return Infilled(
+            text=self.tokenizer.decode(ids),
+            gaps=[self.tokenizer.decode(gap) for gap in gaps],
+            token_ids=ids,
+            model_calls=calls,
+            reveal_step=born,
+            score=score,
+        )
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _whole(plan: Plan, eos_id: int) -> Plan:
+    """The plan for rows that have the length they have: nothing grows, and no EOS is written."""
+    settings = replace(plan.settings, eos_fill=False, early_exit=False, grow=False)
+    return replace(plan, decoder=plan.decoder.without(eos_id), settings=settings)
+
+
+def _named(name: str, call: Callable[[str], T], text: str) -> T:
+    """`call(text)`, its errors beginning with a name."""
+    try:
+        return call(str(text))
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
 
 
 def _several(prompts: Prompt | Iterable[Prompt]) -> Iterable[Prompt]:
@@ -387,7 +466,7 @@ def _several(prompts: Prompt | Iterable[Prompt]) -> Iterable[Prompt]:
     return cast("Iterable[Prompt]", prompts)
 
 
-def _with_seeds(prompts: Iterable[Prompt], seed: int | Sequence[int]) -> Iterator[tuple[Prompt, int]]:
+def _with_seeds(prompts: Iterable[T], seed: int | Sequence[int]) -> Iterator[tuple[T, int]]:
     """Each prompt with its seed: one for all, or as many seeds as there are prompts."""
     if not isinstance(seed, Sequence):
         yield from zip(prompts, itertools.repeat(operator.index(seed)), strict=False)
@@ -397,12 +476,6 @@ def _with_seeds(prompts: Iterable[Prompt], seed: int | Sequence[int]) -> Iterato
         own = next(seeds, None)
         if own is None:
             raise ConfigError(f"seed lists {len(seed)} seeds, but there are more prompts")
-        yield prompt, own
+        yield prompt, int(own)
     if next(seeds, None) is not None:
         raise ConfigError(f"seed lists {len(seed)} seeds, but there are fewer prompts")
-
-
-def _digest(row: list[int], mask_id: int) -> bytes:
-    """Identifies the given tokens of a row, whatever the length of the window."""
-    known = [token for token in row if token != mask_id]
-    return hashlib.blake2b(repr(known).encode(), digest_size=8).digest()

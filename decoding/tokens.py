@@ -17,18 +17,35 @@ class Choice:
 
     token: torch.Tensor
     """[N] int64."""
-    score: torch.Tensor
-    """[N] float32 in [0, 1], how sure the model is there (see `certainty`)."""
+    probability: torch.Tensor
+    """[N] float32, what the model gives to the token (temperature 1, before any cut)."""
 
 
-Certainty = Literal["confidence", "margin", "entropy"]
-"""Ways to say how sure a model is at a position, from its own distribution (temperature 1, before any cut):
-the probability of the token that was drawn; the probability of the likeliest token less that of the second;
-exp(-H), H the entropy in nats."""
+@dataclass(frozen=True)
+class Candidates:
+    """The tokens that may come out at N positions; k of them, or the whole vocabulary."""
+
+    probability: torch.Tensor
+    """[N, k] float32, what the model gives to each (temperature 1, before any cut), falling if k < V."""
+    ids: torch.Tensor | None
+    """[N, k] int64, which tokens they are; None for all in order."""
+    kept: torch.Tensor
+    """[N, k] float32, 1 for those that the rule keeps and 0 for the others."""
+
+    @property
+    def mass(self) -> torch.Tensor:
+        """[N], the probability that the rule keeps."""
+        return (self.probability * self.kept).sum(1)
+
+
+Certainty = Literal["margin", "entropy"]
+"""Ways to say how sure a model is at a position, whatever token is drawn, from its own distribution
+(temperature 1, before any cut): the probability of the likeliest token less that of the second; exp(-H), H
+the entropy in nats."""
 
 
 def certainty(logits: torch.Tensor, kind: Certainty) -> torch.Tensor:
-    """[N, V] -> [N] in [0, 1], for the kinds that do not look at the drawn token."""
+    """[N, V] -> [N] in [0, 1]."""
     log_probability = logits.float().log_softmax(1)
     if kind == "margin":
         best = log_probability.topk(2, dim=1).values.exp()
@@ -85,44 +102,65 @@ class TokenRule:
         lower = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
         return torch.where(seen, lower, logits)
 
+    @property
+    def width(self) -> int | None:
+        """How many candidates are enough to draw a token and to know the mass; None for the vocabulary."""
+        if self.top_k:
+            return self.top_k
+        return 1 if self.temperature == 0 and self.keeps_all else None
+
     def mass(self, logits: torch.Tensor) -> torch.Tensor:
         """[N, V] -> [N]: the probability that the rule keeps."""
         if self.keeps_all:
             return torch.ones(len(logits), device=logits.device)
-        probability, _, kept = self._kept(logits)
-        return (probability * kept).sum(1)
+        return self.candidates(logits).mass
 
-    def choose(self, logits: torch.Tensor, noise: torch.Tensor, kind: Certainty = "confidence") -> Choice:
-        """Draw one token per position by inverting the cumulative distribution.
+    def candidates(self, logits: torch.Tensor) -> Candidates:
+        """The tokens that may come out.
 
         Args:
             logits: [N, V], -inf at tokens that must not come out.
-            noise: [N] uniform numbers of (0, 1); the only randomness.
-            kind: what the score is.
         """
-        probability, ids, kept = self._kept(logits)
+        logits = self._allowed(logits.float())
+        if self.width is None and self.keeps_all:
+            return Candidates(logits.softmax(1), None, torch.ones(1, 1, device=logits.device))
+        real = logits.shape[1]
+        values, ids = logits.topk(min(self.width or real, real), dim=1)
+        probability = (values - logits.logsumexp(1, keepdim=True)).exp()
+        return Candidates(probability, ids, self.kept(probability))
+
+    def kept(self, probability: torch.Tensor) -> torch.Tensor:
+        """[N, k] float32, 1 where a token (in falling order) belongs to the top-p and the min-p set."""
+        kept = (probability > 0) & (probability >= self.min_p * probability[:, :1])
+        if self.top_p < 1:
+            share = self._tempered(probability)
+            share = share / share.sum(1, keepdim=True)
+            kept &= share.cumsum(1) - share < self.top_p
+        return kept.float()
+
+    def draw(self, candidates: Candidates, noise: torch.Tensor) -> Choice:
+        """Draw one token per position by inverting the cumulative distribution.
+
+        Args:
+            candidates: of N positions.
+            noise: [N] uniform numbers of (0, 1); the only randomness.
+        """
+        probability, ids = candidates.probability, candidates.ids
         if self.temperature == 0:
             index = probability.argmax(1)
         else:
-            weight = self._tempered(probability) * kept
-            index = _invert(weight, noise)
+            index = _invert(self._tempered(probability) * candidates.kept, noise)
         at = index[:, None]
         token = index if ids is None else ids.gather(1, at)[:, 0]
-        if kind == "confidence":
-            return Choice(token, probability.gather(1, at)[:, 0])
-        return Choice(token, certainty(self._allowed(logits.float()), kind))
+        return Choice(token, probability.gather(1, at)[:, 0])
 
-    def _kept(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Probabilities [N, k], their token ids [N, k] (None: all in order), and which are kept [N, k]."""
-        logits = self._allowed(logits.float())
-        if self.keeps_all:
-            probability = logits.softmax(1)
-            return probability, None, torch.ones((), device=logits.device)
-        real = logits.shape[1]
-        width = min(self.top_k, real) if self.top_k else real
-        values, ids = logits.topk(width, dim=1)
-        probability = (values - logits.logsumexp(1, keepdim=True)).exp()
-        return probability, ids, self._nucleus(probability)
+    def choose(self, logits: torch.Tensor, noise: torch.Tensor) -> Choice:
+        """Draw one token per position from its logits [N, V]; see `draw`."""
+        return self.draw(self.candidates(logits), noise)
+
+    def certainty(self, logits: torch.Tensor, kind: Certainty) -> torch.Tensor:
+        """[N, V] -> [N], how sure the model is there, forbidden tokens apart."""
+        return certainty(self._allowed(logits.float()), kind)
 
     def _allowed(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits with the forbidden tokens shut."""
@@ -136,15 +174,6 @@ class TokenRule:
         if self.temperature in (0.0, 1.0):
             return probability
         return (probability.log() / self.temperature).softmax(1)
-
-    def _nucleus(self, probability: torch.Tensor) -> torch.Tensor:
-        """[N, k] float, 1 where a token (in falling order) belongs to the top-p and the min-p set."""
-        kept = (probability > 0) & (probability >= self.min_p * probability[:, :1])
-        if self.top_p < 1:
-            share = self._tempered(probability)
-            share = share / share.sum(1, keepdim=True)
-            kept &= share.cumsum(1) - share < self.top_p
-        return kept.float()
 
 
 def _invert(weight: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 
@@ -39,7 +39,27 @@ class Window(Protocol):
 
     @property
     def ahead(self) -> int:
-        """How many masks a growing canvas holds: a little more than what opens beside a known token."""
+        """How far beyond a known token masks can open; a growing canvas holds a few more."""
+        ...
+
+    timed: ClassVar[bool]
+    """Whether positions have times of their own, so that the pace must be a number of steps."""
+
+    def times(
+        self, t: torch.Tensor, s: torch.Tensor, start: torch.Tensor, end: torch.Tensor, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the row's times t and s [B] are at each position.
+
+        Args:
+            t: [B] time of the row before the step.
+            s: [B] time after it.
+            start: [B] int64, where each row's answer begins.
+            end: [B] int64, where it ends at the latest.
+            length: L.
+
+        Returns:
+            Times before and after, [B] or [B, L]; and [B, L] or [B, 1] bool, where the process is under way.
+        """
         ...
 
     def current(self, masked: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
@@ -57,6 +77,18 @@ class Window(Protocol):
 
 MARGIN = 8
 """Masks that a growing canvas holds beyond those that can open, so that their state sees what is behind."""
+
+
+class _OneTime:
+    """A window in which all positions share the row's time."""
+
+    timed: ClassVar[bool] = False
+
+    def times(
+        self, t: torch.Tensor, s: torch.Tensor, start: torch.Tensor, end: torch.Tensor, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        del start, end, length
+        return t, s, torch.ones(len(t), 1, dtype=torch.bool, device=t.device)
 
 
 class _SingleStage:
@@ -80,13 +112,13 @@ class _SingleStage:
 
 
 @dataclass(frozen=True)
-class Full(_SingleStage):
+class Full(_SingleStage, _OneTime):
     """Every position is open: w = 1."""
 
     @property
     def ahead(self) -> int:
-        """See `Window`."""
-        return 64
+        """See `Window`; a choice, since everything is open."""
+        return 56
 
     def weights(
         self, unmasked: torch.Tensor, *, start: torch.Tensor | None = None, stage: torch.Tensor | None = None
@@ -97,7 +129,7 @@ class Full(_SingleStage):
 
 
 @dataclass(frozen=True)
-class Convolution(_SingleStage):
+class Convolution(_SingleStage, _OneTime):
     """Convolutional window (arXiv 2509.15188): w_i = tanh(c · u_i), u_i the tokens within reach of i.
 
     Attributes:
@@ -122,8 +154,8 @@ class Convolution(_SingleStage):
 
     @property
     def ahead(self) -> int:
-        """See `Window`: the reach and a margin."""
-        return ((self.kernel_size or 1) - 1) // 2 + MARGIN
+        """See `Window`: the reach."""
+        return ((self.kernel_size or 1) - 1) // 2
 
     def fitted(self, length: int) -> Convolution:
         """With K for a window of `length` where none was given."""
@@ -145,7 +177,7 @@ class Convolution(_SingleStage):
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(_OneTime):
     """Semi-autoregressive blocks, left to right: w = 1 inside the current block, 0 outside.
 
     Blocks are counted from the end of the prompt. Each is a stage of its own, with its share of the steps.
@@ -167,8 +199,8 @@ class Block:
 
     @property
     def ahead(self) -> int:
-        """See `Window`: a block and a margin."""
-        return (self.size or 1) + MARGIN
+        """See `Window`: a block."""
+        return self.size or 1
 
     def current(self, masked: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """[B] number of the block that holds the first mask."""
@@ -199,3 +231,52 @@ class Block:
         if stage is None:
             stage = self.current(~unmasked, start)
         return self.scope(start, stage, length).float()
+
+
+@dataclass(frozen=True)
+class Sliding(_SingleStage):
+    """A window that slides over the row, in which later positions have later times (sliding annealing).
+
+    Its left edge e moves by N/S positions a step, N being those that are to be written. Position number o
+    (from 0) has the time clip((o + 1 - e) / size, 0, 1): it begins to be written when the window reaches
+    it, and whatever the left edge has passed is written. Described, and found wanting at many tokens a
+    step, in appendix E of arXiv 2509.15188.
+
+    Attributes:
+        size: positions in the window; None for a quarter of the canvas.
+    """
+
+    size: int | None = None
+    timed: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the size."""
+        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
+            raise ConfigError(f"window size must be a whole number of at least 1, got {self.size!r}")
+
+    def fitted(self, length: int) -> Sliding:
+        """With a size for a window of `length` where none was given."""
+        return self if self.size is not None else replace(self, size=max(1, length // 4))
+
+    @property
+    def ahead(self) -> int:
+        """See `Window`: the whole of it."""
+        return self.size or 1
+
+    def times(
+        self, t: torch.Tensor, s: torch.Tensor, start: torch.Tensor, end: torch.Tensor, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Times of their own for the positions in the window; see `Window.times`."""
+        size, count = self.fitted(length).size or 1, (end - start)[:, None]
+        place = torch.arange(length, device=t.device) + 1 - start[:, None]
+        before, after = (
+            ((place - (1 - time.double()[:, None]) * count) / size).clamp(0, 1) for time in (t, s)
+        )
+        return before, after, after < 1
+
+    def weights(
+        self, unmasked: torch.Tensor, *, start: torch.Tensor | None = None, stage: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """All ones: the times say what can be written; see `Window.weights`."""
+        del start, stage
+        return torch.ones(unmasked.shape, device=unmasked.device)

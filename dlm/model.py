@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from dlm.attention import KeyValues, Packed, Partial, decoding_attention
 from dlm.config import MaskedDiffusionConfig
 from dlm.objective import token_log_probabilities
 
@@ -100,15 +102,87 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         Returns:
             [B, L, D]; state i predicts token i.
         """
+        states = self.backbone(
+            inputs_embeds=self._embed(input_ids),
+            attention_mask=attention_mask,
+            is_causal=False,
+            use_cache=False,
+        ).last_hidden_state
+        return _shifted(states) if self.config.shift else states
+
+    def packed_hidden(self, input_ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """`hidden` of rows of different lengths, packed end to end so that nothing is spent on padding.
+
+        Args:
+            input_ids: [N] int64, the rows one after the other.
+            lengths: of the rows; their sum is N.
+
+        Returns:
+            [N, D], equal to `hidden` of each row alone up to the order of floating-point sums.
+        """
+        each = [torch.arange(n, device=input_ids.device) for n in lengths]
+        with decoding_attention(self.backbone):
+            states = self.backbone(
+                inputs_embeds=self._embed(input_ids[None]),
+                position_ids=torch.cat(each)[None],
+                use_cache=False,
+                layout=Packed(lengths),
+            ).last_hidden_state[0]
+        if self.config.shift:
+            position = torch.arange(len(input_ids), device=input_ids.device)
+            states = states[torch.where(torch.cat(each) > 0, position - 1, position)]
+        return states  # type: ignore[no-any-return]
+
+    def new_memory(self) -> KeyValues:
+        """Room for the keys and values of `partial_hidden`."""
+        return KeyValues()
+
+    def partial_hidden(
+        self,
+        input_ids: torch.Tensor,
+        active: torch.Tensor,
+        valid: torch.Tensor,
+        memory: KeyValues,
+        rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """States of some positions, which attend to kept keys and values at all others.
+
+        Args:
+            input_ids: [B, L] int64.
+            active: [B, L] bool, the positions to compute; in a row's first call all of them.
+            valid: [B, L] bool, False at padding.
+            memory: keys and values of earlier calls, written to.
+            rows: [B] int64, the rows' numbers in the memory.
+
+        Returns:
+            [N, D] of the active positions in row-major order. With all positions active, `hidden`; otherwise
+            an approximation: the kept keys and values were computed when the rows looked different.
+        """
+        computed = active.clone()
+        if self.config.shift:
+            computed[:, :-1] |= active[:, 1:]
+        count = computed.sum(1, keepdim=True)
+        order = computed.int().argsort(dim=1, descending=True, stable=True)[:, : int(count.max())]
+        last = order.gather(1, count - 1)
+        place = torch.arange(order.shape[1], device=order.device)
+        positions = torch.where(place < count, order, last)
+        with decoding_attention(self.backbone):
+            found = self.backbone(
+                inputs_embeds=self._embed(input_ids.gather(1, positions)),
+                position_ids=positions,
+                use_cache=False,
+                layout=Partial(memory, rows, positions, valid),
+            ).last_hidden_state
+        states = found.new_zeros(*input_ids.shape, found.shape[-1])
+        states[torch.arange(len(positions), device=positions.device)[:, None], positions] = found
+        return (_shifted(states) if self.config.shift else states)[active]
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[B, L] -> [B, L, D]."""
         embeds = self.get_input_embeddings()(input_ids)
         if self.mask_shift is not None:
             embeds = embeds + self.mask_shift(input_ids == self.config.mask_token_id)
-        states = self.backbone(
-            inputs_embeds=embeds, attention_mask=attention_mask, is_causal=False, use_cache=False
-        ).last_hidden_state
-        if self.config.shift:
-            states = torch.cat([states[:, :1], states[:, :-1]], dim=1)
-        return states  # type: ignore[no-any-return]
+        return embeds  # type: ignore[no-any-return]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., V]; -inf at the mask token and at ids that the tokenizer does not know."""
@@ -135,6 +209,11 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         return MaskedDiffusionOutput(
             token_logp=token_log_probabilities(hidden[cells], self.lm_head, targets[cells])
         )
+
+
+def _shifted(states: torch.Tensor) -> torch.Tensor:
+    """[B, L, D], state i becoming that of i-1; the first has none before it and stays."""
+    return torch.cat([states[:, :1], states[:, :-1]], dim=1)
 
 
 AutoConfig.register(MaskedDiffusionConfig.model_type, MaskedDiffusionConfig, exist_ok=True)

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from decoding.measures import repetition, stutter
 from decoding.presets import Decoder
 from decoding.prompts import read_prompts
-from decoding.sampler import Output, Prompt, Sampler
+from decoding.rows import Prompt
+from decoding.sampler import Output, Sampler
 from dlm.checkpoint import load_model
 
 

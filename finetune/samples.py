@@ -11,7 +11,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from decoding.presets import Decoder
-from decoding.sampler import Output, Prompt, Sampler
+from decoding.rows import Prompt
+from decoding.sampler import Output, Sampler
 from dlm.trainer import DiffusionTrainer
 from finetune.config import RunConfig
 

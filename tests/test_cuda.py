@@ -7,7 +7,8 @@ import torch
 from transformers.utils import is_flash_attn_2_available
 
 from decoding import Decoder
-from decoding.loop import Canvas, Settings, denoise
+from decoding.canvas import Canvas
+from decoding.loop import Settings, denoise
 from dlm.noise import fold, key_of, uniform
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from decoding.config import DecodingConfig
 from dlm.cli import Command
 from dlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from decoding.request import Plan
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,10 @@ def _turn(console: Any, sampler: Any, messages: list[dict[str, str]], arguments:
 
 
 def _room(sampler: Any, arguments: dict[str, Any]) -> int:
-    """Tokens that the conversation may have: half a window, or what a limit leaves of the positions."""
-    if arguments["max_tokens"]:
-        return max(1, int(sampler.model.config.max_positions) - int(arguments["max_tokens"]))
-    return int(arguments["window"] or sampler.window) // 2
+    """Tokens that the conversation may have: half a window, or what the answer's limit leaves."""
+    given = {key: value for key, value in arguments.items() if key != "seed"}
+    plan: Plan = sampler.planner.plan(**given)
+    return plan.positions // 2 if plan.tokens == plan.positions else max(1, plan.positions - plan.tokens)
 
 
 def _fitted(sampler: Any, messages: list[dict[str, str]], room: int) -> list[dict[str, str]]:

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding import Decoder, Sampler
-from decoding.loop import Canvas, Settings, clock, denoise, guided
+from decoding.canvas import Canvas
+from decoding.loop import Settings, clock, denoise, guided
 from decoding.presets import PRESETS
 from decoding.reveal import Quota, Remask
 from decoding.window import Block, Convolution

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from decoding import Decoder, Sampler
-from decoding.loop import Canvas, Settings, denoise
+from decoding.canvas import Canvas
+from decoding.loop import Settings, denoise
 from decoding.presets import PRESETS
 from decoding.reveal import first_arrivals
 from decoding.window import MARGIN
@@ -14,7 +15,7 @@ from dlm.errors import ConfigError
 from dlm.noise import fold, key_of, uniform
 from tests.fakes import FakeDenoiser, FakeTokenizer
 
-RATED = [name for name in PRESETS if name != "remdm"]
+RATED = [name for name in PRESETS if not Decoder.named(name).timed]
 SMALL = {"conv": {"kernel_size": 9}, "llada-conv": {"kernel_size": 9}, "semi-ar": {"block_size": 8}}
 
 
@@ -187,13 +188,13 @@ def test_an_end_closes_the_canvas():
     canvas = Canvas.of(ids, 22, torch.tensor([1]), ahead=10)
     assert canvas.valid.sum() == 13
     canvas.ids[0, 6], canvas.masked[0, 6] = 0, False
-    canvas.grow(torch.tensor([0]), 10, 0)
+    canvas.grow(torch.tensor([0]), 10, canvas.ended(torch.tensor([0]), 0))
     assert canvas.valid.sum() == 13
     canvas.ids[0, 6] = 7
-    canvas.grow(torch.tensor([0]), 10, 0)
+    canvas.grow(torch.tensor([0]), 10, canvas.ended(torch.tensor([0]), 0))
     assert canvas.valid.sum() == 14
     assert canvas.masked.sum() == 10
-    canvas.grow(torch.tensor([0]), 100, 0)
+    canvas.grow(torch.tensor([0]), 100, canvas.ended(torch.tensor([0]), 0))
     assert canvas.valid.sum() == 30
     assert not canvas.pinned[0, 3:].any()
     for _ in denoise(model, canvas, named("conv"), Settings(None, 0, 22, rate=4.0, grow=True)):
@@ -229,7 +230,7 @@ def test_the_models_positions_limit_a_growing_canvas():
         ({"max_tokens": 9, "rate": 2.0, "decoder": "threshold"}, "says itself how many tokens it writes"),
         ({"max_tokens": 9, "rate": 0.5}, "rate must be at least 1 token per model call, got 0.5"),
         ({"rate": math.nan, "window": 30}, "rate must be at least 1"),
-        ({"max_tokens": 9, "decoder": "remdm"}, "remasks by time: it needs steps"),
+        ({"max_tokens": 9, "decoder": "remdm"}, "goes by time: it needs steps"),
     ],
 )
 def test_bad_paces_say_what_would_be_right(how, message):

@@ -46,16 +46,20 @@ def test_prompts_are_read_as_they_are_needed(sampler):
 
 def test_a_mask_token_in_a_prompt_is_text(sampler):
     out = sampler.generate(["what is <|mask|>?"], decoder="conv", window=48, steps=4)[0]
-    plan = sampler._plan(window=48)
-    canvas = sampler._canvas([sampler._row("what is <|mask|>?", plan)], [0], plan)
-    assert int(canvas.masked.sum()) == 48 - int(canvas.start[0])
+    row = sampler.rows.answer("what is <|mask|>?", 48, 48, "prompt 0")
+    assert row.ids.count(sampler.mask_id) == 48 - row.answer
     assert out.text is not None
 
 
 def test_defaults_come_from_the_checkpoint(model, tokenizer):
-    model.config.generation = {"decoder": "llada", "window": 40, "steps": 5}
+    model.config.generation = {"decoder": "llada", "window": 40, "steps": 5, "max_tokens": 7}
     sampler = Sampler(model, tokenizer)
-    assert sampler.generate(["hello"])[0].steps == 5
+    assert sampler.generate(["hello"], window=30)[0].steps == 5
+    assert sampler.generate(["hello"], decoder="remdm")[0].steps == 5  # what goes by time has a window
+    free = sampler.generate(["hello"])[0]
+    assert len(free.token_ids) <= 7
+    assert free == sampler.generate(["hello"], decoder="llada", max_tokens=7)[0]
+    assert free.steps == -(-len(free.reveal_step) // 2)  # llada at the default rate, 2 tokens a step
     model.config.generation = None
 
 

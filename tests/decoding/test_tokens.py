@@ -76,7 +76,7 @@ def test_mass_and_confidence_are_the_models_own_probabilities(logits):
     p = logits[0].softmax(0)
     rule = TokenRule(top_k=3, temperature=0.3)
     choice = rule.choose(logits, torch.tensor([0.5]))
-    assert float(choice.score[0]) == pytest.approx(float(p[choice.token[0]]), abs=1e-6)
+    assert float(choice.probability[0]) == pytest.approx(float(p[choice.token[0]]), abs=1e-6)
     assert float(rule.mass(logits)[0]) == pytest.approx(float(p.sort().values[-3:].sum()), abs=1e-6)
     assert TokenRule().mass(logits).tolist() == [1.0]
 
@@ -135,8 +135,9 @@ def test_certainties_are_those_of_the_definition():
         entropy = -sum(x * math.log(x) for x in p if x > 0)
         assert float(certainty(logits, "entropy")[i]) == pytest.approx(math.exp(-entropy), rel=1e-5)
         assert float(certainty(logits, "margin")[i]) == pytest.approx(p[0] - p[1], abs=1e-6)
-        choice = TokenRule(0.0).choose(logits, noise(7), "entropy")
-        assert float(choice.score[i]) == pytest.approx(math.exp(-entropy), rel=1e-5)
+        certain = TokenRule(0.0).certainty(logits, "entropy")
+        assert float(certain[i]) == pytest.approx(math.exp(-entropy), rel=1e-5)
+        choice = TokenRule(0.0).choose(logits, noise(7))
         assert int(choice.token[i]) == int(row.argmax())
 
 

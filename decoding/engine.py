@@ -1,0 +1,106 @@
+"""The batch engine: rows of different requests, each at its own step, behind one model.
+
+Rows can be added and taken away between steps. A row's text never depends on its batch-mates: its noise is
+counted from its own key, and everything else that belongs to it stands in its row of a `Canvas`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import torch
+
+from decoding.canvas import Canvas
+from decoding.loop import Lane, Settings, work_through
+from decoding.presets import Decoder
+from decoding.states import Denoiser
+
+
+class Engine:
+    """Decodes whatever rows it holds, one step at a time.
+
+    Rows with the same decoder and settings share a `Lane`; all lanes share the model calls.
+
+    Args:
+        model: see `Denoiser`.
+    """
+
+    def __init__(self, model: Denoiser) -> None:
+        self.model = model
+        self.lanes: dict[tuple[Decoder, Settings], Lane] = {}
+        self.tickets: dict[tuple[Decoder, Settings], list[int]] = {}
+        self.where: dict[int, tuple[Decoder, Settings]] = {}
+        self._numbers = itertools.count()
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return len(self.where)
+
+    @torch.inference_mode()
+    def add(self, canvas: Canvas, decoder: Decoder, settings: Settings) -> list[int]:
+        """Take up rows.
+
+        Args:
+            canvas: the rows [B, L]; it is copied.
+            decoder: how they are decoded.
+            settings: at what pace, and so on.
+
+        Returns:
+            A ticket for each row.
+
+        Raises:
+            ConfigError: for settings that do not fit the decoder or the rows; nothing is added then.
+        """
+        own = (decoder, replace(settings, fit=settings.length(canvas.ids.shape[1])))
+        if own in self.lanes:
+            self.lanes[own].join(canvas)
+        else:
+            rows = torch.arange(len(canvas.ids), device=canvas.ids.device)
+            self.lanes[own] = Lane(self.model, canvas.take(rows), *own)
+        tickets = list(itertools.islice(self._numbers, len(canvas.ids)))
+        self.tickets.setdefault(own, []).extend(tickets)
+        self.where.update(dict.fromkeys(tickets, own))
+        return tickets
+
+    @torch.inference_mode()
+    def step(self) -> list[int]:
+        """Take the next step of every row that is not done; returns the tickets of those that are now.
+
+        Raises:
+            DLMError: when the model returns NaN.
+        """
+        work_through(self.model, [piece for lane in self.lanes.values() for piece in lane.work()])
+        return [
+            ticket
+            for own, lane in self.lanes.items()
+            for ticket, done in zip(self.tickets[own], lane.canvas.done.tolist(), strict=True)
+            if done
+        ]
+
+    @torch.inference_mode()
+    def row(self, ticket: int) -> Canvas:
+        """The row as it is now, a canvas of its own [1, L]."""
+        lane, index = self._find(ticket)
+        return lane.canvas.take(torch.tensor([index], device=lane.canvas.ids.device))
+
+    @torch.inference_mode()
+    def remove(self, *tickets: int) -> list[Canvas]:
+        """Give rows away, finished or not; returns each as a canvas of its own."""
+        rows = [self.row(ticket) for ticket in tickets]
+        for own in {self.where.pop(ticket): None for ticket in tickets}:
+            staying = [i for i, ticket in enumerate(self.tickets[own]) if ticket in self.where]
+            self.tickets[own] = [self.tickets[own][i] for i in staying]
+            if staying:
+                lane = self.lanes[own]
+                lane.keep(torch.tensor(staying, device=lane.canvas.ids.device))
+            else:
+                del self.lanes[own], self.tickets[own]
+        return rows
+
+    def _find(self, ticket: int) -> tuple[Lane, int]:
+        """The lane that holds a row, and its number there."""
+        if ticket not in self.where:
+            raise KeyError(f"no row has the ticket {ticket}")
+        own = self.where[ticket]
+        return self.lanes[own], self.tickets[own].index(ticket)

@@ -1,0 +1,168 @@
+"""How an answer is decoded: what a caller may say, and the plan that comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+from decoding.loop import Settings
+from decoding.presets import Decoder
+from decoding.states import Reuse
+from decoding.window import MARGIN
+from dlm.errors import ConfigError, unknown_name
+
+RATE = 2.0
+"""Tokens per model call on a canvas that grows, when no rate is given."""
+
+MAX_TOKENS = 256
+"""Longest answer, when neither it nor a window is given."""
+
+
+class How(TypedDict, total=False):
+    """How an answer is decoded.
+
+    Either a canvas that grows, with `max_tokens` as a limit: text and cost do not depend on the limit, as
+    long as the canvas does not meet it (it holds some masks more than the answer has tokens: `Window.ahead`
+    and the margin, 40 for `conv` with its own kernel). Or a fixed canvas, `window` tokens of prompt and
+    answer together, filled in `steps` steps (the setting of the papers) or at a `rate`. The first is the
+    default, except for decoders that go by time.
+    """
+
+    decoder: Decoder | str | None
+    """A `Decoder` or the name of one; the checkpoint's default if not given."""
+    window: int | None
+    """L; the checkpoint's default if only `steps` is given."""
+    steps: int | None
+    """S, denoising steps; a quarter of the window by default."""
+    max_tokens: int | None
+    """Longest answer, in tokens; `MAX_TOKENS` by default."""
+    rate: float | None
+    """Tokens that are written per model call on average, at least 1; `RATE` on a canvas that grows. A step
+    writes no more than is open, and never crosses the end of a block. Not for rules that have a pace of their
+    own: threshold and entropy bound (adaptive rates), a fixed number per step."""
+    eos_fill: bool
+    """Once an EOS is written, everything to its right becomes EOS; True by default."""
+    stop: str | Sequence[str] | None
+    """Texts that end the answer; it is cut before the first of them."""
+    canvas: Literal["full", "growing"] | None
+    """With `window` and `steps`: "growing" is approximate; the model is shown no more of the window than can
+    open soon, while the normaliser counts all of it."""
+    margin: int | None
+    """Masks that a growing canvas holds beyond those that can open; 8 by default."""
+    reuse: Literal["prompt", "prefix", "dual"] | None
+    """Approximate: which keys and values are reused (see `Reuse`)."""
+    refresh: int | None
+    """With `reuse`: every so many calls everything is computed; 8 by default."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request with everything filled in."""
+
+    decoder: Decoder
+    settings: Settings
+    positions: int
+    """Longest row, prompt included."""
+    tokens: int
+    """Longest answer."""
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Fills in what a caller left open.
+
+    Attributes:
+        mask_id: id of the mask token.
+        eos_id: id of the end token.
+        limit: the model's positions.
+        defaults: the checkpoint's own settings (`decoder`, `window`, `steps`, `max_tokens`).
+    """
+
+    mask_id: int
+    eos_id: int
+    limit: int
+    defaults: Mapping[str, Any]
+
+    @property
+    def window(self) -> int:
+        """The checkpoint's window."""
+        return int(self.defaults.get("window", 256))
+
+    def plan(
+        self,
+        decoder: Decoder | str | None = None,
+        window: int | None = None,
+        steps: int | None = None,
+        max_tokens: int | None = None,
+        rate: float | None = None,
+        eos_fill: bool = True,
+        stop: str | Sequence[str] | None = None,
+        canvas: str | None = None,
+        margin: int | None = None,
+        reuse: str | None = None,
+        refresh: int | None = None,
+    ) -> Plan:
+        """A plan; see `How` for the arguments.
+
+        Raises:
+            ConfigError: for settings that are out of range or do not go together.
+        """
+        chosen = decoder if decoder is not None else self.defaults.get("decoder", "conv")
+        if not isinstance(chosen, Decoder):
+            chosen = Decoder.named(chosen)
+        if max_tokens is not None and (window is not None or steps is not None):
+            raise ConfigError("max_tokens is a limit for a canvas that grows; it has no window and no steps")
+        if rate is not None and steps is not None:
+            raise ConfigError("give either steps or a rate, not both")
+        if rate is not None and not chosen.reveal.paced:
+            raise ConfigError(f"decoder {chosen.name!r} says itself how many tokens it writes; give no rate")
+        if canvas not in (None, "full", "growing"):
+            raise unknown_name("canvas", canvas, ("full", "growing"))
+        kept = _reuse(reuse, refresh)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        if "" in stops:
+            raise ConfigError("a stop text must not be empty")
+        free = window is None and steps is None and not (chosen.timed and rate is None)
+        common: dict[str, Any] = {"eos_fill": eos_fill, "reuse": kept, "margin": _margin(margin)}
+        if max_tokens is not None or free:
+            if canvas == "full":
+                raise ConfigError('canvas "full" needs a window; with max_tokens the canvas grows')
+            tokens = self._tokens(max_tokens)
+            own = RATE if rate is None else rate
+            settings = Settings(None, self.eos_id, self.mask_id, rate=own, grow=True, **common)
+            return Plan(chosen, settings, self.limit, tokens, stops)
+        window = self.window if window is None else window
+        if not 1 <= window <= self.limit:
+            raise ConfigError(
+                f"window must lie between 1 and the model's {self.limit} positions, got {window}"
+            )
+        if rate is None and steps is None:
+            steps = int(self.defaults.get("steps", max(1, window // 4)))
+        grows = canvas == "growing"
+        if grows and steps is None:
+            raise ConfigError('canvas "growing" with a rate is what max_tokens gives; give it, or steps')
+        if margin is not None and not grows:
+            raise ConfigError('a margin is for a canvas that grows; give max_tokens, or canvas="growing"')
+        settings = Settings(steps, self.eos_id, self.mask_id, rate=rate, grow=grows, fit=window, **common)
+        return Plan(chosen, settings, window, window, stops)
+
+    def _tokens(self, max_tokens: int | None) -> int:
+        """The limit of an answer."""
+        if max_tokens is not None and max_tokens < 1:
+            raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
+        return int(self.defaults.get("max_tokens", MAX_TOKENS)) if max_tokens is None else max_tokens
+
+
+def _margin(margin: int | None) -> int:
+    return MARGIN if margin is None else margin
+
+
+def _reuse(scope: str | None, refresh: int | None) -> Reuse | None:
+    """Which keys and values are reused."""
+    if scope is None:
+        if refresh is not None:
+            raise ConfigError("refresh says how often reused keys and values are computed; give reuse")
+        return None
+    return Reuse(scope) if refresh is None else Reuse(scope, refresh)  # type: ignore[arg-type]

@@ -1,0 +1,197 @@
+"""Attention for decoding: rows packed end to end, and rows of which only some positions are computed.
+
+Both go through one attention function of transformers' interface (`attend`), which the model uses while it
+decodes; training and plain forward passes keep the implementation that was chosen for the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.utils import is_flash_attn_2_available
+
+NAME = "dlm_decoding"
+
+
+class Layout(Protocol):
+    """Who attends to whom in one forward pass."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        """Queries [B, H, A, D] and this pass's keys and values [B, G, A, D] -> [B, A, H, D]."""
+        ...
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    *,
+    layout: Layout,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention in a layout; the signature is that of `transformers.AttentionInterface`."""
+    del attention_mask, kwargs
+    return layout.attend(module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register(NAME, attend)
+
+
+@contextmanager
+def decoding_attention(backbone: Any) -> Iterator[None]:
+    """While it lasts, the backbone attends by `attend` and needs a `layout`."""
+    config = backbone.config
+    usual = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
+
+
+@dataclass
+class Packed:
+    """Rows end to end, [1, N]; every token attends to all tokens of its row.
+
+    Three backends, one choice: flash-attn's kernel for rows of different lengths where it is installed, else
+    that of torch (both CUDA, half precision), else one call of SDPA per row, which wastes nothing either.
+
+    Attributes:
+        lengths: of the rows.
+    """
+
+    lengths: Sequence[int]
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        """Where rows begin, and the end of the last."""
+        return [0, *accumulate(self.lengths)]
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        """See `Layout`; here B = 1 and A = N."""
+        del layer
+        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+            flat = [x[0].transpose(0, 1) for x in (query, key, value)]  # [N, H, D]
+            return self._varlen(flat[0], flat[1], flat[2], scale)[None]
+        rows = [
+            F.scaled_dot_product_attention(
+                query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scale=scale, enable_gqa=True
+            )
+            for a, b in zip(self.bounds, self.bounds[1:], strict=False)
+        ]
+        return torch.cat(rows, dim=2).transpose(1, 2)
+
+    def _varlen(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        """[N, H, D], with [N, G, D] keys and values, in one kernel."""
+        bounds = torch.tensor(self.bounds, dtype=torch.int32, device=query.device)
+        longest = max(self.lengths)
+        if is_flash_attn_2_available():
+            from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+            return flash_attn_varlen_func(  # type: ignore[no-any-return]
+                query, key, value, bounds, bounds, longest, longest, softmax_scale=scale, causal=False
+            )
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(  # type: ignore[return-value]
+            query, key, value, bounds, bounds, longest, longest, scale=scale, enable_gqa=True
+        )
+
+
+@dataclass
+class KeyValues:
+    """Keys and values of all layers, for rows that are computed piece by piece.
+
+    Attributes:
+        keys: for each layer [B, W, G, D]; they grow as they are written to.
+        values: likewise.
+    """
+
+    keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def take(self, rows: torch.Tensor) -> KeyValues:
+        """Those of some rows [b]; rows that were never written are left out."""
+        known = {i: rows[rows < len(x)] for i, x in self.keys.items()}
+        return KeyValues(
+            {i: x[known[i]] for i, x in self.keys.items()}, {i: x[known[i]] for i, x in self.values.items()}
+        )
+
+    def update(
+        self, layer: int, rows: torch.Tensor, positions: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write keys and values [b, A, G, D] at `positions` [b, A] of `rows` [b]; gives all [B, W, G, D]."""
+        for kept, new in ((self.keys, key), (self.values, value)):
+            kept[layer] = _roomy(kept.get(layer), int(rows.max()) + 1, int(positions.max()) + 1, new)
+            kept[layer][rows[:, None], positions] = new
+        return self.keys[layer], self.values[layer]
+
+
+def _roomy(kept: torch.Tensor | None, rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    """What is kept [B, W, G, D], with room for so many rows and positions."""
+    if kept is not None and kept.shape[0] >= rows and kept.shape[1] >= width:
+        return kept
+    old = (0, 0) if kept is None else kept.shape[:2]
+    size = max(rows, old[0]), max(-(-width // 64) * 64, old[1])
+    out = like.new_zeros(*size, *like.shape[2:])
+    if kept is not None:
+        out[: old[0], : old[1]] = kept
+    return out
+
+
+@dataclass
+class Partial:
+    """Some positions of each row, which attend to the kept keys and values of all of it.
+
+    Attributes:
+        memory: keys and values; those of this pass are written to it first.
+        rows: [b] int64, the rows' numbers in the memory.
+        positions: [b, A] int64; a position may stand there twice, with the same token.
+        valid: [b, W] bool, positions that a row has.
+    """
+
+    memory: KeyValues
+    rows: torch.Tensor
+    positions: torch.Tensor
+    valid: torch.Tensor
+
+    @cached_property
+    def mask(self) -> torch.Tensor | None:
+        """[b, 1, 1, W] bool, or None where all is valid."""
+        return None if bool(self.valid.all()) else self.valid[:, None, None]
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        """See `Layout`."""
+        kept = self.memory.update(
+            layer, self.rows, self.positions, key.transpose(1, 2), value.transpose(1, 2)
+        )
+        width = self.valid.shape[1]
+        keys, values = (
+            (x[:, :width] if len(self.rows) == len(x) else x[self.rows, :width]).transpose(1, 2) for x in kept
+        )
+        if self.mask is not None:  # masked attention has fast kernels only without groups
+            groups = query.shape[1] // keys.shape[1]
+            keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
+        out = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=self.mask, scale=scale, enable_gqa=self.mask is None
+        )
+        return out.transpose(1, 2)
