@@ -1,124 +1,73 @@
-"""Decoding: the time that a step spends outside the model, and model calls per answer.
+"""Decoding speed against the loop of the published code and against autoregressive decoding.
 
-A model of SmolLM2-135M's shape with random weights (speed does not depend on their values) decodes one row
-of L = 512, V = 49,153 with S = 64. The model's share is its forward pass and LM head; the rest is window
-weights, normaliser, top-k, sampling and bookkeeping.
+A model of SmolLM2-135M's shape with random weights answers prompts of 40 tokens with 60 tokens, about the mean
+Alpaca answer; L = 512, S = 64, K = 129, k = 20. All ways are measured in turn in one run; medians and ratios of
+tokens per second are printed. "exact" ways follow the law of the plain loop; the others say what they
+approximate.
 
-    python -m benchmarks.decoding [--window 512] [--steps 64] [--dtype float32]
+    python -m benchmarks.decoding [--rounds 3] [--rows 1] [--dtype float32] [--answer 60] [--padding]
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from decoding.canvas import Canvas
-from decoding.loop import Settings, denoise
+from benchmarks.models import EOS, MASK, VOCAB, Ending, smollm2
+from decoding.bench import Problem, Way, as_causal, measure, table
 from decoding.presets import Decoder
-from dlm.config import MaskedDiffusionConfig
-from dlm.model import MaskedDiffusionModel
+from decoding.states import Reuse
+from dlm.checkpoint import DTYPES
 
-SMOLLM2 = {
-    "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}  # fmt: skip
-VOCAB = 49_153
 PROMPT = 40
 
 
-def _now() -> float:
-    """The clock, after the GPU (if there is one) has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-@dataclass
-class Timed:
-    """A model whose two calls are timed."""
-
-    model: Any
-    seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "head": 0.0})
-    calls: int = 0
-
-    def _time(self, name: str, call: Callable[[], torch.Tensor]) -> torch.Tensor:
-        begun = _now()
-        out = call()
-        self.seconds[name] += _now() - begun
-        return out
-
-    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """[B, L] -> [B, L, D]."""
-        self.calls += 1
-        return self._time("forward", lambda: self.model.hidden(input_ids, attention_mask))
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, D] -> [N, V]."""
-        return self._time("head", lambda: self.model.logits(hidden))
-
-
-def measure(
-    model: MaskedDiffusionModel, decoder: Decoder, window: int, steps: int, limit: int
-) -> dict[str, float]:
-    """Seconds per model call in the forward pass, the head and elsewhere, over the first `limit` steps."""
-    timed = Timed(model)
-    ids = torch.full((1, window), VOCAB - 1, device=model.device)
-    ids[0, :PROMPT] = torch.arange(100, 100 + PROMPT)
-    canvas = Canvas.of(ids, VOCAB - 1, torch.tensor([1], device=model.device))
-    settings = Settings(steps, eos_id=2, mask_id=VOCAB - 1, eos_fill=False, early_exit=False)
-    taken = 0
-    begun = _now()
-    with torch.inference_mode():
-        for taken, _ in enumerate(denoise(timed, canvas, decoder, settings), start=1):
-            if taken == limit:
-                break
-    total = _now() - begun
-    model_seconds = sum(timed.seconds.values())
-    return {
-        "step": total / taken,
-        "forward": timed.seconds["forward"] / taken,
-        "head": timed.seconds["head"] / taken,
-        "rest": (total - model_seconds) / taken,
-        "share": (total - model_seconds) / total,
-    }
+def ways(problem: Problem, tokens: int, causal: object) -> list[Way]:
+    """Everything that is compared."""
+    quarter = problem.window // 4 // 2 * 2 + 1
+    conv = Decoder.named("conv", kernel_size=quarter)
+    near = Decoder.named("conv", kernel_size=33)
+    steps = [
+        problem.plain(quarter),
+        problem.autoregressive(causal, tokens),
+        problem.ours("steps, exact", conv),
+        problem.ours("steps, canvas growing", conv, grow=True),
+        problem.ours("steps, canvas growing, reuse dual", conv, grow=True, reuse=Reuse("dual")),
+    ]
+    free = [
+        problem.ours(f"length-free, rate {rate:g}{more}", near, rate=rate, **how)
+        for rate in (1.0, 2.0, 4.0)
+        for more, how in (("", {}), (", reuse dual", {"reuse": Reuse("dual")}))
+    ]
+    return steps + free
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--answer", type=int, default=60, help="tokens of an answer")
+    parser.add_argument("--padding", action="store_true", help="every position behind the end is an end too")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--limit", type=int, default=12, help="steps to measure")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    config = MaskedDiffusionConfig(
-        backbone=SMOLLM2,
-        vocab_size=VOCAB,
-        num_tokens=VOCAB,
-        mask_token_id=VOCAB - 1,
-        eos_token_id=2,
-        shift=True,
-    )
-    model = MaskedDiffusionModel(config).to(options.device, getattr(torch, options.dtype)).eval()
+    model = smollm2(options.device, DTYPES[options.dtype])
+    causal = as_causal(model)
+    ending = Ending(model, PROMPT + options.answer, options.padding)
+    prompts = torch.randint(5, VOCAB - 5, (options.rows, PROMPT), device=options.device)
+    problem = Problem(ending, prompts, MASK, EOS, options.window, options.steps)
+    runs = measure(ways(problem, options.answer, causal), options.rounds, options.device)
     print(
-        f"decoding, 135M parameters, L={options.window}, S={options.steps}, V={VOCAB}, {options.dtype}, "
-        f"{torch.get_num_threads()} threads; milliseconds per step"
+        f"{options.rows} answers of {options.answer} tokens behind prompts of {PROMPT}, 135M parameters, "
+        f"{options.dtype}, {torch.get_num_threads()} threads, {options.device}"
+        f"{', the end token everywhere behind' if options.padding else ''}\n"
     )
-    print(f"  {'decoder':<12}{'step':>8}{'forward':>9}{'LM head':>9}{'rest':>7}   outside the model")
-    for name in ("categorical", "top-k", "semi-ar", "llada", "conv", "llada-conv"):
-        measure(model, Decoder.named(name), options.window, options.steps, 2)
-        r = measure(model, Decoder.named(name), options.window, options.steps, options.limit)
-        times = "".join(
-            f"{1000 * r[k]:>{w}.0f}" for k, w in (("step", 8), ("forward", 9), ("head", 9), ("rest", 7))
-        )
-        print(f"  {name:<12}{times}   {100 * r['share']:.1f} %")
+    first = next(iter(runs))
+    print(table(runs, [first, "autoregressive, cache"]))
 
 
 if __name__ == "__main__":

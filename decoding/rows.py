@@ -152,11 +152,10 @@ class RowMaker:
             )
         answer = [self.mask_id] * min(tokens, positions - len(before))
         last = [*self.text(ending), self.eos_id] if ending else []
-        given = {0: self.text(begin), **{at: self.text(text) for at, text in (forced or {}).items()}}
         if begin and forced and 0 in forced:
             raise ConfigError("begin and forced both name place 0")
-        given[len(answer) - len(last)] = last if last else given.get(len(answer), [])
-        for at, ids in given.items():
+        given = [(0, self.text(begin)), *((at, self.text(text)) for at, text in (forced or {}).items())]
+        for at, ids in [*given, (len(answer) - len(last), last)]:
             if at < 0 or at + len(ids) > len(answer):
                 raise ConfigError(
                     f"{name}: {len(ids)} given tokens at place {at} do not fit in an answer of {len(answer)}"

@@ -1,0 +1,257 @@
+"""Measuring decoding: ways to write the same answers, timed in turn, against named baselines.
+
+Two baselines. `plain` does what the published decoders do, as far as speed goes: logits of the whole window, a
+softmax over the whole vocabulary, and a model call in each of the S steps. `Autoregressive` is `generate` of
+transformers with its key/value cache, on the same backbone made causal again.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+
+from decoding.canvas import Canvas
+from decoding.loop import Settings, denoise
+from decoding.presets import Decoder
+from decoding.window import Convolution
+
+
+def now(device: torch.device | str = "cpu") -> float:
+    """Seconds of a clock, after a GPU has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@dataclass
+class Timed:
+    """A model whose forward passes and LM head are timed and counted."""
+
+    model: Any
+    seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "head": 0.0})
+    calls: int = 0
+    positions: int = 0
+    """Positions that went through the forward pass."""
+
+    def __post_init__(self) -> None:
+        """Stand in for the model."""
+        self.config, self.device = self.model.config, self.model.device
+
+    def _time(self, name: str, call: Callable[[], torch.Tensor], positions: int = 0) -> torch.Tensor:
+        begun = now(self.device)
+        out = call()
+        self.seconds[name] += now(self.device) - begun
+        self.calls += name == "forward"
+        self.positions += positions
+        return out
+
+    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, L] -> [B, L, D]."""
+        return self._time("forward", lambda: self.model.hidden(input_ids, attention_mask), input_ids.numel())
+
+    def packed_hidden(self, input_ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """[N] -> [N, D]."""
+        return self._time("forward", lambda: self.model.packed_hidden(input_ids, lengths), len(input_ids))
+
+    def new_memory(self) -> Any:
+        """See `MaskedDiffusionModel`."""
+        return self.model.new_memory()
+
+    def partial_hidden(
+        self, input_ids: torch.Tensor, active: torch.Tensor, *rest: Any
+    ) -> torch.Tensor:
+        """[B, L] -> [N, D]."""
+        count = int(active.sum())
+        return self._time("forward", lambda: self.model.partial_hidden(input_ids, active, *rest), count)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, D] -> [N, V]."""
+        return self._time("head", lambda: self.model.logits(hidden))
+
+
+@torch.inference_mode()
+def plain(
+    model: Any, ids: torch.Tensor, mask_id: int, steps: int, kernel_size: int, top_k: int, seed: int = 0
+) -> torch.Tensor:
+    """Convolutional ancestral sampling without any saving; the baseline, and not a part of the product.
+
+    Args:
+        model: with `hidden` and `logits`.
+        ids: [B, L] int64, the mask token where something is to be written.
+        mask_id: id of the mask token.
+        steps: S.
+        kernel_size: K.
+        top_k: k.
+        seed: of torch's own generator.
+
+    Returns:
+        [B, L] int64.
+    """
+    generator = torch.Generator(ids.device).manual_seed(seed)
+    window, ids = Convolution(kernel_size), ids.clone()
+    for step in range(steps + 1):
+        t, s = 1 - step / steps, max(0.0, 1 - (step + 1) / steps)
+        masked = ids == mask_id
+        probability = model.logits(model.hidden(ids)).float().softmax(-1)  # [B, L, V]
+        best = probability.topk(top_k, dim=-1)
+        mass = best.values.sum(-1)
+        share = torch.where(masked, window.weights(~masked) * mass, 0.0)
+        a = (t - s) * share * masked.sum(1, keepdim=True) / share.sum(1, keepdim=True).clamp(min=1e-30)
+        chance = torch.where(a > 0, a / (a + s), 0.0) if step < steps else masked.float()
+        reveal = masked & (torch.rand(ids.shape, generator=generator, device=ids.device) < chance)
+        index = torch.multinomial(best.values.flatten(0, 1), 1, generator=generator).view(ids.shape)
+        token = best.indices.gather(-1, index[..., None])[..., 0]
+        ids = torch.where(reveal, token, ids)
+    return ids
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one way of writing did."""
+
+    seconds: float
+    tokens: int
+    """Tokens of the answers, without their ends and what stands behind."""
+    calls: float
+    """Model calls, the mean of the rows."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to write answers to given prompts."""
+
+    name: str
+    write: Callable[[int], tuple[int, float]]
+    """Seed -> tokens and calls."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be written: answers to prompts of one length.
+
+    Attributes:
+        model: a masked diffusion model.
+        prompts: [B, n] int64.
+        mask_id: id of the mask token.
+        eos_id: id of the end token.
+        window: L, for ways that have a window.
+        steps: S, for ways that have steps.
+        limit: longest answer, for ways that have a limit.
+    """
+
+    model: Any
+    prompts: torch.Tensor
+    mask_id: int
+    eos_id: int
+    window: int = 512
+    steps: int = 64
+    limit: int = 256
+
+    def rows(self, room: int) -> torch.Tensor:
+        """[B, n + room] the prompts and masks."""
+        masks = torch.full((len(self.prompts), room), self.mask_id, device=self.prompts.device)
+        return torch.cat([self.prompts, masks], dim=1)
+
+    def length(self, ids: torch.Tensor) -> int:
+        """Tokens of the answers [B, L], up to their ends."""
+        answers = ids[:, self.prompts.shape[1] :]
+        ended = (answers == self.eos_id).int()
+        first = torch.where(ended.any(1), ended.argmax(1), answers.shape[1])
+        return int(first.sum())
+
+    def plain(self, kernel_size: int, top_k: int = 20) -> Way:
+        """The published loop, see `plain`."""
+
+        def write(seed: int) -> tuple[int, float]:
+            ids = self.rows(self.window - self.prompts.shape[1])
+            out = plain(self.model, ids, self.mask_id, self.steps, kernel_size, top_k, seed)
+            return self.length(out), self.steps + 1
+
+        return Way(f"plain, L={self.window}, S={self.steps}", write)
+
+    def ours(self, name: str, decoder: Decoder, **settings: Any) -> Way:
+        """The loop of `decoding.loop`, with `Settings` of that kind; with a rate, the canvas grows."""
+
+        @torch.inference_mode()
+        def write(seed: int) -> tuple[int, float]:
+            free = settings.get("rate") is not None
+            chosen = Settings(
+                **{"steps": None if free else self.steps, "eos_id": self.eos_id, "mask_id": self.mask_id,
+                   "grow": free, **({} if free else {"fit": self.window}), **settings}
+            )  # fmt: skip
+            ids = self.rows(self.limit if free else self.window - self.prompts.shape[1])
+            key = torch.arange(len(ids), device=ids.device) + 1000 * seed
+            canvas = Canvas.of(ids, self.mask_id, key, ahead=chosen.ahead(decoder))
+            for _ in denoise(self.model, canvas, decoder, chosen):
+                pass
+            return self.length(canvas.ids), float(canvas.model_calls.float().mean())
+
+        return Way(name, write)
+
+    def autoregressive(self, causal: Any, tokens: int) -> Way:
+        """`generate` of transformers: so many tokens, one a call, with a key/value cache."""
+
+        @torch.inference_mode()
+        def write(seed: int) -> tuple[int, float]:
+            del seed
+            causal.generate(
+                self.prompts, attention_mask=torch.ones_like(self.prompts), do_sample=False,
+                max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=self.eos_id,
+            )  # fmt: skip
+            return tokens * len(self.prompts), tokens
+
+        return Way("autoregressive, cache", write)
+
+
+def as_causal(model: Any) -> Any:
+    """The model's backbone as a causal language model of transformers, with weights of its own."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {k: v for k, v in model.config.backbone.items() if k not in ("is_causal", "vocab_size")}
+    config = AutoConfig.for_model(**shape, vocab_size=model.config.vocab_size)
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(config)
+    causal = causal.to_empty(device=model.device).to(model.dtype)
+    causal.model.load_state_dict(model.backbone.state_dict())
+    causal.lm_head.weight = torch.nn.Parameter(copy.deepcopy(model.lm_head.weight.detach()))
+    causal.model.rotary_emb = copy.deepcopy(model.backbone.rotary_emb)  # its buffers are not in the state
+    return causal.eval()
+
+
+def measure(ways: Sequence[Way], rounds: int, device: torch.device | str = "cpu") -> dict[str, list[Run]]:
+    """Let all ways write, in turn, so many rounds, after one round to warm up."""
+    runs: dict[str, list[Run]] = {way.name: [] for way in ways}
+    for seed in range(rounds + 1):
+        for way in ways:
+            begun = now(device)
+            tokens, calls = way.write(seed)
+            runs[way.name].append(Run(now(device) - begun, tokens, calls))
+    return {name: each[1:] for name, each in runs.items()}
+
+
+def table(runs: dict[str, list[Run]], baselines: Sequence[str]) -> str:
+    """Medians and, for each baseline, the median of the ratios of tokens per second, as a Markdown table."""
+    heads = ["", "seconds", "tokens", "calls", "tokens/s", *(f"× {name}" for name in baselines)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, each in runs.items():
+        speed = [run.tokens / run.seconds for run in each]
+        ratios = [
+            median(a / (b.tokens / b.seconds) for a, b in zip(speed, runs[base], strict=True) if b.tokens)
+            for base in baselines
+        ]
+        cells = [
+            name,
+            f"{median(run.seconds for run in each):.2f}",
+            f"{median(run.tokens for run in each):.0f}",
+            f"{median(run.calls for run in each):.1f}",
+            f"{median(speed):.1f}",
+            *(f"{ratio:.2f}" for ratio in ratios),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,219 @@
+"""Given tokens, texts that end an answer, gaps of open length, and spans that are written again."""
+
+import math
+
+import pytest
+import torch
+
+from decoding import Decoder, Sampler
+from decoding.rows import MOST_LENGTHS, Gap, pieces_of, without_span
+from dlm.errors import ConfigError
+from tests.fakes import FakeDenoiser, FakeTokenizer
+
+
+class Letters(FakeTokenizer):
+    """One letter, one token, there and back."""
+
+    def __call__(self, text, add_special_tokens=False, **kwargs):
+        return {"input_ids": [ord(c) - 96 for c in text]}
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(chr(96 + i) for i in ids if i != 0)
+
+
+def sampler(positions=4096, **kwargs):
+    model = FakeDenoiser(**kwargs)
+    model.config.max_positions = positions
+    return Sampler(model, Letters())
+
+
+# ---- stop texts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{"max_tokens": 60, "rate": 3.0}, {"window": 60, "steps": 20}])
+@pytest.mark.parametrize("name", ["conv", "top-k", "llada", "semi-ar"])
+def test_an_answer_is_cut_before_the_first_stop_text_and_ends_early(name, how):
+    saved = 0
+    for seed in range(12):
+        whole = sampler(eos_bias=-50).generate(["abc"], decoder=name, seed=seed, **how)[0]
+        stop = whole.text[10:12]
+        out = sampler(eos_bias=-50).generate(["abc"], decoder=name, seed=seed, stop=["nope", stop], **how)[0]
+        assert out.text == whole.text[: whole.text.index(stop)]
+        assert out.finish_reason == "stop"
+        assert out.token_ids == whole.token_ids[: len(out.text)]
+        assert len(out.reveal_step) == len(out.confidence) == len(out.token_ids)
+        assert out.model_calls <= whole.model_calls
+        saved += out.model_calls < whole.model_calls
+        last = list(sampler(eos_bias=-50).stream("abc", decoder=name, seed=seed, stop=stop, **how))[-1]
+        assert last.text == out.text
+        assert last.token_ids == out.token_ids
+    assert saved > 2 or name in ("llada", "top-k")  # these write the beginning late
+
+
+def test_a_stop_text_that_never_comes_changes_nothing():
+    how = {"decoder": "conv", "max_tokens": 40, "seed": 5}
+    one, two = (sampler(eos_bias=-50).generate(["ab"], stop=s, **how)[0] for s in (None, "zzzzzz"))
+    assert one == two
+    with pytest.raises(ConfigError, match="stop text must not be empty"):
+        sampler().generate(["ab"], stop=["a", ""])
+
+
+# ---- given tokens -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{"max_tokens": 30}, {"window": 40, "steps": 8}])
+@pytest.mark.parametrize("name", ["conv", "llada", "top-k", "semi-ar"])
+def test_given_tokens_stand_where_they_were_put(name, how):
+    own = sampler(eos_bias=3.0)
+    out = own.generate(
+        ["prompt"], decoder=name, begin="ab", forced={7: "cde", 12: "f"}, ending="st", **how
+    )[0]
+    size = 30 if "max_tokens" in how else 40 - len("prompt")
+    assert len(out.token_ids) == size - 1  # the last is the end token
+    assert out.finish_reason == "stop"
+    assert out.text[:2] == "ab"
+    assert out.text[7:10] == "cde"
+    assert out.text[12] == "f"
+    assert out.text.endswith("st")
+    given = [i for i, step in enumerate(out.reveal_step) if step == -1]
+    assert given == [0, 1, 7, 8, 9, 12, size - 3, size - 2]
+    assert [i for i, p in enumerate(out.confidence) if p is None] == given
+    assert all(0 < p <= 1 for p in out.confidence if p is not None)
+
+
+def test_a_beginning_is_part_of_the_answer_and_the_answer_ends_by_itself():
+    own = sampler(eos_bias=1.0)
+    outs = [own.generate(["q"], begin="hello", max_tokens=40, seed=s)[0] for s in range(8)]
+    assert all(out.text.startswith("hello") for out in outs)
+    assert any(out.finish_reason == "stop" for out in outs)
+    events = list(own.stream("q", begin="hello", max_tokens=40, seed=3))
+    assert events[0].text.startswith("hello")
+    assert events[-1].text == outs[3].text
+
+
+def test_what_was_given_is_seen_from_the_left():
+    """The tokens before a goal depend on it."""
+    texts = {
+        goal: sampler(eos_bias=-50).generate(["q"], decoder="llada", ending=goal, max_tokens=12)[0].text[:9]
+        for goal in ("ab", "cd")
+    }
+    assert texts["ab"] != texts["cd"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ending": "abcdefghij"}, "11 given tokens at place -1 do not fit in an answer of 10"),
+        ({"forced": {9: "abc"}}, "3 given tokens at place 9 do not fit"),
+        ({"forced": {-1: "a"}}, "at place -1 do not fit"),
+        ({"begin": "abc", "forced": {2: "x"}}, "at place 2 overlap"),
+        ({"begin": "abc", "forced": {0: "x"}}, "both name place 0"),
+        ({"forced": {8: "xy"}, "ending": "z"}, "overlap"),
+        ({"begin": "abcdefghij"}, "leave nothing to write"),
+    ],
+)
+def test_given_tokens_that_do_not_fit_say_so(given, message):
+    with pytest.raises(ConfigError, match=message):
+        sampler().generate(["q"], max_tokens=10, **given)
+
+
+def test_confidences_are_the_models_probabilities():
+    class Flat(FakeDenoiser):
+        def logits(self, hidden):
+            logits = torch.zeros(len(hidden), self.vocab)
+            logits[:, 3] = math.log(20)
+            logits[:, self.eos_id] = logits[:, self.mask_id] = -math.inf
+            return logits
+
+    model = Flat()
+    out = Sampler(model, Letters()).generate(["ab"], decoder="conv", window=30, steps=5)[0]
+    for token, p in zip(out.token_ids, out.confidence, strict=True):
+        assert p == pytest.approx((20 if token == 3 else 1) / 40, rel=1e-5)
+
+
+# ---- gaps of open length ------------------------------------------------------------------------------
+
+
+def test_gaps_are_read_from_the_text():
+    assert pieces_of("a<mask:3>b<mask:2-6>") == ["a", Gap(3, 3), "b", Gap(2, 6), ""]
+    for text, message in (
+        ("<mask:0-2>", "at least one token, got 0"),
+        ("<mask:4-2>", "4 to 2 tokens has no length"),
+        ("<mask:x>", "there is no gap"),
+        ("<mask:3-7>" * 4, f"625 combinations of lengths; at most {MOST_LENGTHS}"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            sampler().infill(text)
+
+
+def test_the_length_with_the_best_mean_log_probability_is_taken():
+    lengths = set()
+    for seed in range(6):
+        own = sampler(positions=300)
+        best = own.infill("abcdef<mask:1-5>ghijkl", seed=seed)[0]
+        size = len(best.token_ids) - 12
+        lengths.add(size)
+        each = []
+        for n in range(1, 6):
+            out = own.infill(f"abcdef<mask:{n}>ghijkl", seed=seed)[0]
+            ids = torch.tensor([out.token_ids])
+            near = [i for i in range(len(out.token_ids)) if 2 <= i < 6 or 6 + n <= i < 10 + n]
+            shown = ids.clone()
+            shown[0, near] = 22
+            p = own.model.logits(own.model.hidden(shown)[0]).log_softmax(-1)
+            beside = [float(p[i, out.token_ids[i]]) for i in near]
+            each.append((sum(beside) + out.score * n) / (len(beside) + n))
+            if n == size:
+                assert best.token_ids == out.token_ids
+        assert best.score == pytest.approx(max(each), abs=1e-5)
+        assert size == 1 + each.index(max(each))
+        assert best.model_calls > 5
+    assert len(lengths) > 1
+
+
+def test_several_open_gaps_are_filled_in_all_combinations_and_answers_stay_in_order():
+    own = sampler()
+    texts = ["ab<mask:1-3>cd<mask:2-3>ef", "t<mask:2>u", "<mask:1-4>s"]
+    outs = own.infill(texts, batch_size=3, seed=1)
+    assert [len(out.gaps) for out in outs] == [2, 1, 1]
+    assert outs == [own.infill(text, seed=1)[0] for text in texts]
+
+
+# ---- editing ------------------------------------------------------------------------------------------
+
+
+def test_a_span_is_written_again_and_the_rest_stays():
+    own = sampler(eos_bias=4.0)
+    out = own.edit("abcdefgh", "cde", seed=2)
+    assert len(out.token_ids) == 8
+    assert (out.text[:2], out.text[5:]) == ("ab", "fgh")
+    assert out.reveal_step[:2] + out.reveal_step[5:] == [-1] * 5
+    assert out.gaps == [out.text[2:5]]
+    assert len(own.edit("abcdefgh", (0, 2), length=5).token_ids) == 11
+    assert len(own.edit("abcdefgh", (6, 8), length=(1, 3)).token_ids) in (7, 8, 9)
+    for span, message in (
+        ("zz", "does not occur"),
+        ("", "does not occur"),
+        ((3, 3), "does not lie in a text of 8"),
+        ((5, 99), "does not lie"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            own.edit("abcdefgh", span)
+    with pytest.raises(ConfigError, match="several times"):
+        own.edit("abab", "ab")
+
+
+def test_a_mark_of_a_gap_in_an_edited_text_is_text():
+    pieces = without_span("a<mask:3>b", (9, 10), None, len)
+    assert pieces == ["a<mask:3>", Gap(1, 1), ""]
+
+
+def test_convolution_opens_a_gap_from_both_sides():
+    own = sampler()
+    out = own.infill("abc<mask:20>def", decoder=Decoder.named("conv", kernel_size=3), rate=1.0)[0]
+    born = out.reveal_step[3:23]
+    known = {-1, 20}
+    for _, place in sorted((step, i) for i, step in enumerate(born)):
+        assert place - 1 in known or place + 1 in known
+        known.add(place)
+    assert born[0] < born[10] or born[19] < born[10]

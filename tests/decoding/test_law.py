@@ -1,0 +1,179 @@
+"""The law of decoding against independent references: slow, one row, no caches, torch's own random numbers.
+
+The references call the model at every step for every position, and draw from `torch.rand` and
+`torch.multinomial`. What the loop saves (logits of shut positions, calls for rows that did not change, steps
+after the answer is complete, the second pass through the head) must not show in the distribution of texts.
+"""
+
+import math
+
+import pytest
+import torch
+
+from decoding import Decoder
+from decoding.canvas import Canvas
+from decoding.loop import Settings, denoise
+from tests.fakes import FakeDenoiser
+
+VOCAB, MASK, EOS, LENGTH, PROMPT, STEPS = 6, 5, 0, 9, 2, 4
+TRIALS, FAST, SEED = 1000, 8_000, 1
+
+
+def fake(eos_bias=0.0):
+    return FakeDenoiser(vocab=VOCAB, mask_id=MASK, eos_id=EOS, eos_bias=eos_bias)
+
+
+def start():
+    row = torch.full((LENGTH,), MASK)
+    row[:PROMPT] = torch.tensor([1, 2])
+    return row
+
+
+def best(model, row, top_k, cache):
+    """Probabilities [L, V] with all but the top k set to 0; what was computed for a row is looked up."""
+    key = tuple(row.tolist())
+    if key not in cache:
+        p = model.logits(model.hidden(row[None])[0]).double().softmax(-1)
+        kept = p.topk(min(top_k or VOCAB, VOCAB - 1), dim=-1)
+        cache[key] = torch.zeros_like(p).scatter(-1, kept.indices, kept.values)
+    return cache[key]
+
+
+def conv(row, i, kernel):
+    near = [j for j in range(LENGTH) if abs(i - j) <= (kernel - 1) // 2 and row[j] != MASK]
+    return math.tanh(len(near))
+
+
+def fill(row):
+    """Everything behind the first EOS of the answer becomes EOS."""
+    ends = [i for i in range(PROMPT, LENGTH) if row[i] == EOS]
+    if ends:
+        row[ends[0] :] = EOS
+    return row
+
+
+def chances(name, row, p, step):
+    """Reveal probability of each masked position, by the definition of the method."""
+    masked = [i for i in range(LENGTH) if row[i] == MASK]
+    t, s = 1 - step / STEPS, 1 - (step + 1) / STEPS
+    times = dict.fromkeys(masked, (t, s))
+    w = dict.fromkeys(masked, 1.0)
+    if name == "conv":
+        w = {i: conv(row, i, 5) for i in masked}
+    if name == "semi-ar":  # blocks of 4 and 3 positions, two steps each
+        block = step // 2
+        masked = [i for i in masked if (i - PROMPT) // 4 == block]
+        times = dict.fromkeys(masked, (1 - (step % 2) / 2, 1 - (step % 2 + 1) / 2))
+    if name == "sliding":
+        count, size = LENGTH - PROMPT, 3
+        times = {
+            i: tuple(
+                min(1.0, max(0.0, (i - PROMPT + 1 - n * count / STEPS) / size)) for n in (step, step + 1)
+            )
+            for i in masked
+        }
+        masked = [i for i in masked if times[i][1] < 1]
+    q = {i: float(p[i].sum()) for i in masked}
+    if sum(w[i] * q[i] for i in masked) == 0:
+        w = dict.fromkeys(masked, 1.0)
+    total = sum(w[i] * q[i] for i in masked)
+    out = {}
+    for i in masked:
+        a = (times[i][0] - times[i][1]) * w[i] * q[i] * len(masked) / total
+        out[i] = a / (a + times[i][1]) if a > 0 else 0.0
+    return out
+
+
+def slow(name, top_k, eos_bias):
+    """Texts [TRIALS, L] by the definition; the row is filled to its end in any case."""
+    generator = torch.Generator().manual_seed(SEED)
+    model, cache, texts = fake(eos_bias), {}, []
+    for _ in range(TRIALS):
+        row = start()
+        for step in range(STEPS):
+            if not (row == MASK).any():
+                break
+            p = best(model, row, top_k, cache)
+            new = row.clone()
+            for i, chance in chances(name, row, p, step).items():
+                if torch.rand((), generator=generator) < chance:
+                    new[i] = int(torch.multinomial(p[i], 1, generator=generator))
+            row = fill(new)
+        p = best(model, row, top_k, cache)
+        for i in range(LENGTH):
+            if row[i] == MASK:
+                row[i] = int(torch.multinomial(p[i], 1, generator=generator))
+        texts.append(fill(row))
+    return torch.stack(texts)
+
+
+def slow_events(top_k, eos_bias):
+    """One token per event, position i next with probability proportional to w_i q_i (first-hitting)."""
+    generator = torch.Generator().manual_seed(SEED)
+    model, cache, texts = fake(eos_bias), {}, []
+    for _ in range(TRIALS):
+        row = start()
+        while (row == MASK).any():
+            p = best(model, row, top_k, cache)
+            speed = torch.tensor(
+                [conv(row, i, 5) * float(p[i].sum()) if row[i] == MASK else 0.0 for i in range(LENGTH)]
+            )
+            i = int(torch.multinomial(speed, 1, generator=generator))
+            row[i] = int(torch.multinomial(p[i], 1, generator=generator))
+            row = fill(row)
+        texts.append(row)
+    return torch.stack(texts)
+
+
+def fast(decoder, eos_bias, **how):
+    canvas = Canvas.of(start().repeat(FAST, 1), MASK, torch.arange(FAST) * 7919)
+    for _ in denoise(fake(eos_bias), canvas, decoder, Settings(eos_id=EOS, mask_id=MASK, **how)):
+        pass
+    return canvas.ids
+
+
+def answers(texts):
+    """Up to its first EOS, everything behind it being the same."""
+    return torch.stack([fill(row.clone()) for row in texts])
+
+
+def agree(slowly, quickly):
+    """Every pair of neighbouring tokens is as frequent in both, within 4.5 deviations and two texts."""
+    slowly, quickly = answers(slowly), answers(quickly)
+    for i in range(PROMPT, LENGTH - 1):
+        for a in range(VOCAB):
+            for b in range(VOCAB):
+                x, y = (
+                    ((texts[:, i] == a) & (texts[:, i + 1] == b)).double().mean().item()
+                    for texts in (slowly, quickly)
+                )
+                pooled = (x * len(slowly) + y * len(quickly)) / (len(slowly) + len(quickly))
+                deviation = (pooled * (1 - pooled) * (1 / len(slowly) + 1 / len(quickly))) ** 0.5
+                assert abs(x - y) <= 4.5 * deviation + 2 / len(slowly), (i, a, b, x, y)
+
+
+@pytest.mark.parametrize("eos_bias", [-9.0, 1.0])
+@pytest.mark.parametrize(
+    ("name", "top_k", "options"),
+    [
+        ("categorical", 0, {}),
+        ("top-k", 3, {"top_k": 3}),
+        ("conv", 3, {"top_k": 3, "kernel_size": 5}),
+        ("semi-ar", 3, {"top_k": 3, "block_size": 4}),
+        ("sliding", 3, {"top_k": 3, "size": 3}),
+    ],
+)
+def test_texts_have_the_law_of_the_definition(name, top_k, options, eos_bias):
+    agree(slow(name, top_k, eos_bias), fast(Decoder.named(name, **options), eos_bias, steps=STEPS))
+
+
+def test_at_rate_one_texts_have_the_law_of_infinitely_fine_steps():
+    decoder = Decoder.named("conv", top_k=3, kernel_size=5)
+    agree(slow_events(3, 0.5), fast(decoder, 0.5, steps=None, rate=1.0))
+
+
+def test_the_references_can_tell_laws_apart():
+    """The comparison would notice another kernel; so it can fail."""
+    other = fast(Decoder.named("conv", top_k=3, kernel_size=3), -9.0, steps=STEPS)
+    with pytest.raises(AssertionError):
+        agree(slow("conv", 3, -9.0), other)

@@ -1,0 +1,171 @@
+"""What is computed, and what is kept: exact where it says so."""
+
+import pytest
+import torch
+
+from decoding import Decoder
+from decoding.canvas import Canvas
+from decoding.loop import Settings, denoise
+from decoding.states import Reuse, run_rows
+from dlm.errors import ConfigError
+from tests.decoding.test_loop import rows
+from tests.dlm.test_attention import MASK as TINY_MASK
+from tests.dlm.test_attention import tiny
+from tests.fakes import FakeDenoiser
+
+
+class Watched:
+    """A model that records which positions its partial calls compute."""
+
+    def __init__(self, model):
+        self.model, self.config, self.device = model, model.config, model.device
+        self.logits, self.hidden, self.new_memory = model.logits, model.hidden, model.new_memory
+        self.active = []
+
+    def partial_hidden(self, input_ids, active, *rest):
+        self.active.append(active[0].clone())
+        return self.model.partial_hidden(input_ids, active, *rest)
+
+
+def write(model, decoder, settings, batch=1, length=30, prompt=5):
+    ids = torch.full((batch, length), TINY_MASK)
+    for i in range(batch):
+        ids[i, : prompt + i] = torch.arange(prompt + i) + 3
+    canvas = Canvas.of(ids, TINY_MASK, torch.arange(batch), ahead=settings.ahead(decoder))
+    with torch.no_grad():
+        for _ in denoise(model, canvas, decoder, settings):
+            pass
+    return canvas
+
+
+def pace(rate=2.0, **more):
+    return Settings(None, 0, TINY_MASK, rate=rate, grow=True, **more)
+
+
+CONV = Decoder.named("conv", kernel_size=9, top_k=5)
+
+
+@pytest.mark.parametrize("scope", ["prompt", "prefix", "dual"])
+@pytest.mark.parametrize("shift", [False, True])
+def test_reuse_is_exact_when_everything_is_refreshed_in_every_call(scope, shift):
+    model = tiny(shift=shift)
+    exact = write(model, CONV, pace(), batch=3)
+    kept = write(model, CONV, pace(reuse=Reuse(scope, refresh=1)), batch=3)
+    assert torch.equal(exact.ids, kept.ids)
+    assert torch.equal(exact.model_calls, kept.model_calls)
+
+
+@pytest.mark.parametrize("scope", ["prompt", "prefix", "dual"])
+@pytest.mark.parametrize("name", ["conv", "llada", "categorical", "semi-ar"])
+def test_reuse_is_exact_in_a_model_of_one_layer(scope, name):
+    """Keys and values of the only layer depend on nothing but their own token."""
+    model = tiny(layers=1, shift=True)
+    decoder = Decoder.named(name, **({"block_size": 6} if name == "semi-ar" else {}))
+    exact = write(model, decoder, pace(), batch=3)
+    kept = write(model, decoder, pace(reuse=Reuse(scope, refresh=100)), batch=3)
+    assert torch.equal(exact.ids, kept.ids)
+    assert torch.equal(exact.reveal_step, kept.reveal_step)
+
+
+def test_reuse_is_approximate_in_deeper_models():
+    model = tiny()
+    exact = write(model, CONV, pace(), length=60)
+    kept = write(model, CONV, pace(reuse=Reuse("dual", refresh=50)), length=60)
+    assert not torch.equal(exact.ids, kept.ids)
+
+
+def test_each_scope_computes_what_it_says():
+    counts = {}
+    for scope in ("prompt", "prefix", "dual"):
+        model = Watched(tiny())
+        write(model, CONV, pace(rate=1.0, reuse=Reuse(scope, refresh=10)))
+        assert model.active[0].sum() == 5 + 4 + 8  # everything: the prompt, the reach and the margin
+        assert model.active[10][: len(model.active[10])].sum() > model.active[9].sum()  # again everything
+        counts[scope] = [int(a.sum()) for a in model.active[1:6]]
+        if scope == "prompt":
+            assert not any(a[:5].any() for a in model.active[1:10])
+            assert counts[scope] == [13, 14, 15, 16, 17]  # one token more in each call
+        if scope == "prefix":
+            assert counts[scope] == [13] * 5  # 12 masks and the token that was just written
+    assert all(dual <= prefix for dual, prefix in zip(counts["dual"], counts["prefix"], strict=True))
+    assert sum(counts["dual"]) < sum(counts["prefix"])
+
+
+def test_a_model_without_partial_calls_says_so():
+    ids = rows(FakeDenoiser(), [3], 20)
+    canvas = Canvas.of(ids, 22, torch.arange(1))
+    settings = Settings(4, 0, 22, reuse=Reuse())
+    with pytest.raises(ConfigError, match="partial_hidden"):
+        next(denoise(FakeDenoiser(), canvas, Decoder.named("conv"), settings))
+    for bad in ({"refresh": 0}, {"scope": "duel"}):
+        with pytest.raises(ConfigError, match=r"refresh must be|dual"):
+            Reuse(**bad)
+
+
+def test_rows_of_different_lengths_are_packed_or_padded_to_the_same_states():
+    model = tiny()
+    lengths = [4, 9, 2]
+    ids = torch.randint(0, 59, (sum(lengths),))
+
+    class Padded:
+        hidden = staticmethod(model.hidden)
+
+    with torch.no_grad():
+        torch.testing.assert_close(run_rows(model, ids, lengths), run_rows(Padded(), ids, lengths))
+
+
+# ---- a window that is shown no further than it can open -----------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["conv", "llada-conv"])
+@pytest.mark.parametrize("eos_bias", [-50.0, 1.0])
+def test_a_growing_canvas_has_the_same_law_where_the_model_looks_at_nothing_else(name, eos_bias):
+    """With logits of the position alone the approximation is none: same noise, same texts.
+
+    (A quota that is larger than what is open would reach for masks that are not there yet.)
+    """
+    model = FakeDenoiser(context=False, eos_bias=eos_bias)
+    decoder = Decoder.named(name, kernel_size=9)
+    ids = rows(model, [3, 6, 1], 60)
+    texts = []
+    for grow in (False, True):
+        settings = Settings(20, 0, 22, grow=grow, fit=60)
+        canvas = Canvas.of(ids, 22, torch.arange(3), ahead=settings.ahead(decoder))
+        assert bool(canvas.valid.all()) is not grow
+        for _ in denoise(model, canvas, decoder, settings):
+            pass
+        assert not canvas.masked.any()
+        texts.append(canvas)
+    for i in range(3):
+        answer = texts[0].ids[i].tolist()
+        end = answer.index(0) + 1 if 0 in answer else 60
+        assert torch.equal(texts[0].ids[i, :end], texts[1].ids[i, :end])
+        assert torch.equal(texts[0].reveal_step[i, :end], texts[1].reveal_step[i, :end])
+
+
+def test_a_growing_canvas_shows_the_model_less_and_fills_the_window_all_the_same():
+    seen = []
+
+    class Wide(FakeDenoiser):
+        def hidden(self, input_ids, attention_mask=None):
+            seen.append(input_ids.shape[1])
+            return super().hidden(input_ids, attention_mask)
+
+    model = Wide(eos_bias=-50.0)
+    decoder = Decoder.named("conv", kernel_size=9)
+    settings = Settings(30, 0, 22, grow=True, margin=3, fit=80)
+    canvas = Canvas.of(rows(model, [4], 80), 22, torch.arange(1), ahead=settings.ahead(decoder))
+    for _ in denoise(model, canvas, decoder, settings):
+        pass
+    assert seen[0] == 4 + 4 + 3
+    assert sorted(seen) == seen
+    assert seen[len(seen) // 2] < 80
+    assert not canvas.masked.any()
+    assert canvas.valid.all()
+
+
+def test_known_tokens_far_ahead_are_on_a_growing_canvas_from_the_start():
+    ids = rows(FakeDenoiser(), [2], 50)
+    ids[0, 30] = 9
+    canvas = Canvas.of(ids, 22, torch.arange(1), ahead=6)
+    assert int(canvas.valid.sum()) == 31 + 6
