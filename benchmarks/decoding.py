@@ -1,9 +1,9 @@
 """Decoding speed against the loop of the published code and against autoregressive decoding.
 
-A model of SmolLM2-135M's shape with random weights answers prompts of 40 tokens with 60 tokens, about the mean
-Alpaca answer; L = 512, S = 64, K = 129, k = 20. All ways are measured in turn in one run; medians and ratios of
-tokens per second are printed. "exact" ways follow the law of the plain loop; the others say what they
-approximate.
+A model of SmolLM2-135M's shape with random weights answers prompts of 40 tokens with 60 tokens, about the
+mean Alpaca answer; L = 512, S = 64, K = 129, k = 20. All ways are measured in turn in one run; medians and
+ratios of tokens per second are printed. "exact" ways follow the law of the plain loop; the others say what
+they approximate.
 
     python -m benchmarks.decoding [--rounds 3] [--rows 1] [--dtype float32] [--answer 60] [--padding]
 """
@@ -15,32 +15,10 @@ import argparse
 import torch
 
 from benchmarks.models import EOS, MASK, VOCAB, Ending, smollm2
-from decoding.bench import Problem, Way, as_causal, measure, table
-from decoding.presets import Decoder
-from decoding.states import Reuse
+from decoding.bench import Problem, as_causal, measure, standard_ways, table
 from dlm.checkpoint import DTYPES
 
 PROMPT = 40
-
-
-def ways(problem: Problem, tokens: int, causal: object) -> list[Way]:
-    """Everything that is compared."""
-    quarter = problem.window // 4 // 2 * 2 + 1
-    conv = Decoder.named("conv", kernel_size=quarter)
-    near = Decoder.named("conv", kernel_size=33)
-    steps = [
-        problem.plain(quarter),
-        problem.autoregressive(causal, tokens),
-        problem.ours("steps, exact", conv),
-        problem.ours("steps, canvas growing", conv, grow=True),
-        problem.ours("steps, canvas growing, reuse dual", conv, grow=True, reuse=Reuse("dual")),
-    ]
-    free = [
-        problem.ours(f"length-free, rate {rate:g}{more}", near, rate=rate, **how)
-        for rate in (1.0, 2.0, 4.0)
-        for more, how in (("", {}), (", reuse dual", {"reuse": Reuse("dual")}))
-    ]
-    return steps + free
 
 
 def main() -> None:
@@ -60,7 +38,7 @@ def main() -> None:
     ending = Ending(model, PROMPT + options.answer, options.padding)
     prompts = torch.randint(5, VOCAB - 5, (options.rows, PROMPT), device=options.device)
     problem = Problem(ending, prompts, MASK, EOS, options.window, options.steps)
-    runs = measure(ways(problem, options.answer, causal), options.rounds, options.device)
+    runs = measure(standard_ways(problem, causal, options.answer), options.rounds, options.device)
     print(
         f"{options.rows} answers of {options.answer} tokens behind prompts of {PROMPT}, 135M parameters, "
         f"{options.dtype}, {torch.get_num_threads()} threads, {options.device}"

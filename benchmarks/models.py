@@ -34,7 +34,9 @@ def smollm2(device: str, dtype: torch.dtype) -> MaskedDiffusionModel:
         eos_token_id=EOS,
         shift=True,
     )
-    return MaskedDiffusionModel(config).to(device, dtype).eval()
+    model = MaskedDiffusionModel(config)
+    model.to(device, dtype).eval()
+    return model
 
 
 class Ending:

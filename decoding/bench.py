@@ -1,8 +1,8 @@
 """Measuring decoding: ways to write the same answers, timed in turn, against named baselines.
 
-Two baselines. `plain` does what the published decoders do, as far as speed goes: logits of the whole window, a
-softmax over the whole vocabulary, and a model call in each of the S steps. `Autoregressive` is `generate` of
-transformers with its key/value cache, on the same backbone made causal again.
+Two baselines. `plain` does what the published decoders do, as far as speed goes: logits of the whole
+window, a softmax over the whole vocabulary, and a model call in each of the S steps. `Autoregressive` is
+`generate` of transformers with its key/value cache, on the same backbone made causal again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from decoding.canvas import Canvas
 from decoding.loop import Settings, denoise
 from decoding.presets import Decoder
+from decoding.states import Reuse
 from decoding.window import Convolution
 
 
@@ -63,9 +64,7 @@ class Timed:
         """See `MaskedDiffusionModel`."""
         return self.model.new_memory()
 
-    def partial_hidden(
-        self, input_ids: torch.Tensor, active: torch.Tensor, *rest: Any
-    ) -> torch.Tensor:
+    def partial_hidden(self, input_ids: torch.Tensor, active: torch.Tensor, *rest: Any) -> torch.Tensor:
         """[B, L] -> [N, D]."""
         count = int(active.sum())
         return self._time("forward", lambda: self.model.partial_hidden(input_ids, active, *rest), count)
@@ -207,6 +206,33 @@ class Problem:
             return tokens * len(self.prompts), tokens
 
         return Way("autoregressive, cache", write)
+
+
+def standard_ways(problem: Problem, causal: Any, tokens: int) -> list[Way]:
+    """The baselines, and ours from exact to fast.
+
+    With steps, `conv` has the paper's kernel, a quarter of the window; length-free, one of 33.
+
+    Args:
+        problem: what is written.
+        causal: the autoregressive model.
+        tokens: that it writes in each answer.
+    """
+    quarter = problem.window // 4 // 2 * 2 + 1
+    conv, near = (Decoder.named("conv", kernel_size=k) for k in (quarter, 33))
+    dual = Reuse("dual")
+    return [
+        problem.plain(quarter),
+        problem.autoregressive(causal, tokens),
+        problem.ours("steps, exact", conv),
+        problem.ours("steps, canvas growing", conv, grow=True),
+        problem.ours("steps, canvas growing, reuse", conv, grow=True, reuse=dual),
+        *(
+            problem.ours(f"length-free, rate {rate:g}{more}", near, rate=rate, **how)
+            for rate in (1.0, 2.0, 4.0)
+            for more, how in (("", {}), (", reuse", {"reuse": dual}))
+        ),
+    ]
 
 
 def as_causal(model: Any) -> Any:

@@ -5,7 +5,47 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, unknown_name
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """Which model, where, and how its calls are made.
+
+    Args:
+        model: folder or hub id of a checkpoint.
+        device: "cpu", "cuda", or "auto" for a GPU if there is one.
+        dtype: "float32", "bfloat16", "float16", or "auto".
+        accelerate: "compile" compiles the model with torch.compile (minutes, once), "graphs" records its
+            calls as CUDA graphs; empty for neither.
+    """
+
+    model: str = ""
+    device: str = "auto"
+    dtype: str = "auto"
+    accelerate: str = ""
+
+    def __post_init__(self) -> None:
+        """Check that there is a model."""
+        if not self.model:
+            raise ConfigError(
+                "--model is missing: the folder or hub id of a checkpoint (dlm train makes one)"
+            )
+        if self.accelerate not in ("", "compile", "graphs"):
+            raise unknown_name("accelerate", self.accelerate, ("compile", "graphs"))
+
+    def load(self) -> tuple[Any, Any]:
+        """The model and its tokenizer."""
+        from dlm.checkpoint import load_model
+
+        model, tokenizer = load_model(self.model, self.device, self.dtype)
+        if self.accelerate == "compile":
+            model.backbone.compile(dynamic=True)
+        if self.accelerate == "graphs":
+            from dlm.graphs import GraphedModel
+
+            return GraphedModel(model), tokenizer
+        return model, tokenizer
 
 
 @dataclass(frozen=True)

@@ -85,11 +85,20 @@ COMMON: dict[str, Any] = {"repetition_penalty": 1.0, "guidance": 0.0}
 
 @dataclass(frozen=True)
 class Preset:
-    """A named decoder and what `--list-decoders` says about it."""
+    """A named decoder and what `--list-decoders` says about it.
+
+    Attributes:
+        summary: what it does, in a few words.
+        paper: where it comes from.
+        build: options -> the three axes.
+        exact: whether texts follow the model's own distribution as steps become finer; the others change the
+            order in which positions are written, or cut what tokens may come out, on purpose.
+    """
 
     summary: str
     paper: str
     build: Callable[..., Axes]
+    exact: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -184,7 +193,9 @@ def _remdm(
 
 
 PRESETS: dict[str, Preset] = {
-    "categorical": Preset("ancestral sampling over the whole window", "MDLM, 2406.07524", _categorical),
+    "categorical": Preset(
+        "ancestral sampling over the whole window", "MDLM, 2406.07524", _categorical, exact=True
+    ),
     "top-k": Preset("ancestral, each position's k best tokens", "2509.15188, section 4", _top_k),
     "semi-ar": Preset(
         "ancestral and top-k, block after block from the left", "2503.09573; 2509.15188", _semi_ar
@@ -206,9 +217,10 @@ PRESETS: dict[str, Preset] = {
 
 
 def list_decoders() -> dict[str, str]:
-    """One line for each named decoder: what it does, where it comes from, its options and defaults."""
+    """One line for each decoder: what it does, its paper, whether it is exact, its options."""
     lines = {}
     for name, preset in PRESETS.items():
         options = ", ".join(f"{k}={v}" for k, v in preset.options.items())
-        lines[name] = f"{preset.summary} ({preset.paper}). Options: {options}"
+        law = "exact" if preset.exact else "approximate"
+        lines[name] = f"{preset.summary} ({preset.paper}; {law}). Options: {options}"
     return lines

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from decoding.kernels import top_probabilities
 from dlm.errors import ConfigError
 
 
@@ -125,8 +126,7 @@ class TokenRule:
         if self.width is None and self.keeps_all:
             return Candidates(logits.softmax(1), None, torch.ones(1, 1, device=logits.device))
         real = logits.shape[1]
-        values, ids = logits.topk(min(self.width or real, real), dim=1)
-        probability = (values - logits.logsumexp(1, keepdim=True)).exp()
+        probability, ids = top_probabilities(logits, min(self.width or real, real))
         return Candidates(probability, ids, self.kept(probability))
 
     def kept(self, probability: torch.Tensor) -> torch.Tensor:

@@ -103,7 +103,7 @@ class Packed:
         bounds = torch.tensor(self.bounds, dtype=torch.int32, device=query.device)
         longest = max(self.lengths)
         if is_flash_attn_2_available():
-            from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+            from flash_attn import flash_attn_varlen_func
 
             return flash_attn_varlen_func(  # type: ignore[no-any-return]
                 query, key, value, bounds, bounds, longest, longest, softmax_scale=scale, causal=False

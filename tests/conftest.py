@@ -8,9 +8,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; set before triton loads
+
 import datasets
 import pytest
-import torch
 
 from dlm.backbone import ScratchConfig, from_scratch
 from dlm.data.rules import rule_rows

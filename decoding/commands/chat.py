@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from decoding.config import DecodingConfig
+from decoding.config import DecodingConfig, LoadConfig
 from dlm.cli import Command
 from dlm.errors import ConfigError
 
@@ -16,28 +16,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ChatConfig(DecodingConfig):
+class ChatConfig(DecodingConfig, LoadConfig):
     """Settings of `dlm chat`.
 
     Args:
-        model: folder or hub id of a checkpoint.
         system: system message, if any.
-        device: "cpu", "cuda", or "auto" for a GPU if there is one.
-        dtype: "float32", "bfloat16", "float16", or "auto".
     """
 
-    model: str = ""
     system: str = ""
-    device: str = "auto"
-    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         """Check that there is a model."""
-        super().__post_init__()
-        if not self.model:
-            raise ConfigError(
-                "--model is missing: the folder or hub id of a checkpoint (dlm train makes one)"
-            )
+        DecodingConfig.__post_init__(self)
+        LoadConfig.__post_init__(self)
 
 
 def run(config: ChatConfig) -> int:
@@ -45,11 +36,10 @@ def run(config: ChatConfig) -> int:
     from rich.console import Console
 
     from decoding.sampler import Sampler
-    from dlm.checkpoint import load_model
 
     console = Console()
     arguments = config.arguments()
-    sampler = Sampler(*load_model(config.model, config.device, config.dtype))
+    sampler = Sampler(*config.load())
     console.print("[dim]/new starts over, /quit leaves. Shaded cells are not yet written.[/dim]")
     system = [{"role": "system", "content": config.system}] if config.system else []
     messages = list(system)

@@ -1,85 +1,102 @@
-"""`dlm infill`: fill the gaps of texts."""
+"""`dlm infill`: fill the gaps of texts, or write some of their words again."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from decoding.config import LoadConfig
 from decoding.prompts import read_prompts
 from dlm.cli import Command
 from dlm.errors import ConfigError
 
+LENGTH = re.compile(r"(\d{1,7})(?:-(\d{1,7}))?")
+
 
 @dataclass(frozen=True)
-class InfillConfig:
+class InfillConfig(LoadConfig):
     """Settings of `dlm infill`.
 
     Args:
-        texts: texts with gaps such as "The capital of <mask:3> is Paris." (the words that are no options);
-            "-" or nothing reads lines from stdin.
-        model: folder or hub id of a checkpoint.
+        texts: texts with gaps such as "The capital of <mask:3> is Paris." (the words that are no options), or
+            <mask:2-6> for two to six tokens; "-" or nothing reads lines from stdin.
+        edit: words that are written again, in texts without gaps.
+        length: tokens that come in their place, such as 4 or 2-6; as many as they have if empty.
         prompt: what the texts are the answer to; empty for texts that stand alone.
         decoder: name of the decoder (see `dlm generate --list-decoders`); the checkpoint's default if empty.
         options: options of the decoder, such as --options.kernel_size 9.
         steps: denoising steps; 0 for a rate.
         rate: tokens written per model call on average, at least 1; 0 for 1, or for steps.
+        reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate); nothing for exact decoding.
+        refresh: with reuse, every so many calls everything is computed; 0 for 8.
         seed: seed of the noise.
-        batch_size: texts per model call.
+        batch_size: rows per model call.
         json: write one JSON object per text instead of the text.
-        device: "cpu", "cuda", or "auto" for a GPU if there is one.
-        dtype: "float32", "bfloat16", "float16", or "auto".
     """
 
     texts: list[str] = field(default_factory=list)
-    model: str = ""
+    edit: str = ""
+    length: str = ""
     prompt: str = ""
     decoder: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
     rate: float = 0.0
+    reuse: str = ""
+    refresh: int = 0
     seed: int = 0
     batch_size: int = 8
     json: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         """Check that the settings fit together."""
-        if not self.model:
-            raise ConfigError(
-                "--model is missing: the folder or hub id of a checkpoint (dlm train makes one)"
-            )
+        super().__post_init__()
         if self.steps < 0 or self.batch_size < 1:
             raise ConfigError(
                 f"steps must not be negative and batch_size at least 1, got {self.steps}, {self.batch_size}"
             )
         if self.options and not self.decoder:
             raise ConfigError("options need --decoder, so that it is clear whose options they are")
+        if self.length and not self.edit:
+            raise ConfigError("length says how many tokens come in place of --edit; give both")
+        if self.length and not LENGTH.fullmatch(self.length):
+            raise ConfigError(f"length must be a number of tokens or two such as 2-6, got {self.length!r}")
 
 
 def run(config: InfillConfig) -> int:
     """Fill the texts, in order."""
     from decoding.presets import Decoder
-    from decoding.sampler import Sampler
-    from dlm.checkpoint import load_model
+    from decoding.sampler import Infilled, Sampler
 
     decoder = Decoder.named(config.decoder, **config.options) if config.decoder else None
-    sampler = Sampler(*load_model(config.model, config.device, config.dtype))
+    sampler = Sampler(*config.load())
     texts: Iterable[str] = read_prompts("-") if config.texts in ([], ["-"]) else config.texts
-    outputs = sampler.iter_infill(
-        texts,
-        prompt=config.prompt or None,
-        decoder=decoder,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        steps=config.steps or None,
-        rate=config.rate or None,
-    )
+    how: dict[str, Any] = {
+        "prompt": config.prompt or None,
+        "decoder": decoder,
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "steps": config.steps or None,
+        "rate": config.rate or None,
+        "reuse": config.reuse or None,
+        "refresh": config.refresh or None,
+    }
+    outputs: Iterable[Infilled] = sampler.iter_infill(texts, **how)
+    if config.edit:
+        length = _length(config.length)
+        outputs = (sampler.edit(text, config.edit, length=length, **how) for text in texts)
     for output in outputs:
         print(json.dumps(asdict(output), ensure_ascii=False) if config.json else output.text, flush=True)
     return 0
 
 
-COMMAND = Command("fill the gaps of texts", InfillConfig, run, positional="texts")
+def _length(text: str) -> tuple[int, int] | None:
+    """Bounds of a gap: "4" -> (4, 4), "2-6" -> (2, 6), nothing -> None."""
+    found = LENGTH.fullmatch(text)
+    return None if found is None else (int(found[1]), int(found[2] or found[1]))
+
+
+COMMAND = Command("fill the gaps of texts, or write words again", InfillConfig, run, positional="texts")

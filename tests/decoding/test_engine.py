@@ -24,7 +24,12 @@ def request(number):
     decoder = Decoder.named(name, **small.get(name, {}))
     free = number % 3 == 1 and not decoder.timed
     settings = Settings(
-        None if free else 6 + number % 5, EOS, MASK, rate=1.5 + number % 2 if free else None, grow=free, fit=40
+        None if free else 6 + number % 5,
+        EOS,
+        MASK,
+        rate=1.5 + number % 2 if free else None,
+        grow=free,
+        fit=40,
     )
     ids = rows(FakeDenoiser(), [number % 6 + 1], 20 + number % 17)
     return Canvas.of(ids, MASK, torch.tensor([number]), ahead=settings.ahead(decoder)), decoder, settings
@@ -126,7 +131,8 @@ def test_a_real_model_gives_the_same_texts_packed_or_alone(model, tokenizer):
     canvases = []
     for number in range(6):
         ids = torch.full((1, 24 + 5 * number), mask)
-        ids[0, : 4 + number] = torch.randint(5, 90, (4 + number,), generator=torch.Generator().manual_seed(number))
+        generator = torch.Generator().manual_seed(number)
+        ids[0, : 4 + number] = torch.randint(5, 90, (4 + number,), generator=generator)
         canvases.append(Canvas.of(ids, mask, torch.tensor([number])))
     engine = Engine(exact)
     tickets = engine.add(Canvas.join(canvases), decoder, settings)

@@ -65,9 +65,9 @@ def test_a_stop_text_that_never_comes_changes_nothing():
 @pytest.mark.parametrize("name", ["conv", "llada", "top-k", "semi-ar"])
 def test_given_tokens_stand_where_they_were_put(name, how):
     own = sampler(eos_bias=3.0)
-    out = own.generate(
-        ["prompt"], decoder=name, begin="ab", forced={7: "cde", 12: "f"}, ending="st", **how
-    )[0]
+    out = own.generate(["prompt"], decoder=name, begin="ab", forced={7: "cde", 12: "f"}, ending="st", **how)[
+        0
+    ]
     size = 30 if "max_tokens" in how else 40 - len("prompt")
     assert len(out.token_ids) == size - 1  # the last is the end token
     assert out.finish_reason == "stop"

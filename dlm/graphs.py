@@ -1,0 +1,96 @@
+"""CUDA graphs for decoding: a model call without the cost of launching its kernels one by one.
+
+A graph repeats a recorded call on the same memory, so its shape is fixed. Calls are therefore padded to a few
+shapes (`bucket`), each of which is recorded when it first occurs. On a device without graphs the recorded
+call is simply made again, which is how the padding is tested; on a GPU it has not been run yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+STEP = 64
+"""Lengths are padded to a multiple of this."""
+
+
+def bucket(rows: int, length: int) -> tuple[int, int]:
+    """The shape that a call [rows, length] is padded to: a power of two, and a multiple of `STEP`."""
+    return 1 << (rows - 1).bit_length(), -(-length // STEP) * STEP
+
+
+@dataclass
+class Recorded:
+    """A call of one shape [b, l]: its inputs and its output lie where they lay when it was recorded."""
+
+    ids: torch.Tensor
+    """[b, l] int64."""
+    mask: torch.Tensor
+    """[b, 1, 1, l] bool."""
+    states: torch.Tensor
+    """[b, l, D]."""
+    replay: Callable[[], None]
+    """Computes the states from the inputs."""
+
+
+class GraphedModel:
+    """A masked diffusion model whose forward pass is a CUDA graph; everything else is the model's own.
+
+    Packed rows and reused keys and values have shapes of their own in every call, and are not recorded: with
+    this model rows of different lengths are padded, and `reuse` runs as usual.
+
+    Args:
+        model: in evaluation mode, on its device; its weights must stay where they are.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.recorded: dict[tuple[int, int], Recorded] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model has, except for packing."""
+        if name in ("model", "packed_hidden"):
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    @torch.inference_mode()
+    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, L] -> [B, L, D]; see `MaskedDiffusionModel.hidden`."""
+        rows, length = input_ids.shape
+        shape = bucket(rows, length)
+        if shape not in self.recorded:
+            self.recorded[shape] = self._record(*shape)
+        call = self.recorded[shape]
+        call.ids.zero_()
+        call.ids[:rows, :length] = input_ids
+        call.mask.zero_()
+        call.mask[rows:, 0, 0, 0] = True  # rows that are not there still attend to something
+        call.mask[:rows, 0, 0, :length] = True if attention_mask is None else attention_mask
+        call.replay()
+        return call.states[:rows, :length].clone()
+
+    def _record(self, rows: int, length: int) -> Recorded:
+        """Make the call once to warm up, and record it."""
+        device = self.model.device
+        ids = torch.zeros(rows, length, dtype=torch.int64, device=device)
+        mask = torch.ones(rows, 1, 1, length, dtype=torch.bool, device=device)
+        if device.type != "cuda":
+            states = self.model.hidden(ids, mask)
+            return Recorded(ids, mask, states, lambda: _again(self.model, ids, mask, states))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.model.hidden(ids, mask)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            states = self.model.hidden(ids, mask)
+        return Recorded(ids, mask, states, graph.replay)
+
+
+def _again(model: Any, ids: torch.Tensor, mask: torch.Tensor, states: torch.Tensor) -> None:
+    """The call itself, into the memory of its output."""
+    states.copy_(model.hidden(ids, mask))

@@ -1,0 +1,46 @@
+"""Padding to recorded shapes; the recording itself needs a GPU."""
+
+import torch
+
+from decoding import Decoder
+from decoding.canvas import Canvas
+from decoding.loop import Settings, denoise
+from dlm.graphs import STEP, GraphedModel, bucket
+from tests.dlm.test_attention import MASK, tiny
+
+
+def test_shapes_are_few():
+    assert bucket(1, 1) == (1, STEP)
+    assert bucket(3, STEP) == (4, STEP)
+    assert bucket(8, STEP + 1) == (8, 2 * STEP)
+    assert len({bucket(b, n) for b in range(1, 33) for n in range(1, 513)}) == 6 * 8
+
+
+def test_padding_and_earlier_calls_leave_no_trace():
+    model = tiny(shift=True)
+    graphed = GraphedModel(model)
+    for rows, length in ((2, 30), (1, 7), (3, 64), (2, 70), (1, 5)):
+        ids = torch.randint(0, 60, (rows, length))
+        mask = torch.arange(length) < torch.randint(3, length + 1, (rows, 1))
+        with torch.no_grad():
+            torch.testing.assert_close(graphed.hidden(ids), model.hidden(ids))
+            torch.testing.assert_close(graphed.hidden(ids, mask)[mask], model.hidden(ids, mask)[mask])
+    assert set(graphed.recorded) == {(2, STEP), (1, STEP), (4, STEP), (2, 2 * STEP)}
+    assert graphed.config is model.config
+    assert not hasattr(graphed, "packed_hidden")
+
+
+def test_texts_are_those_of_the_model():
+    model = tiny()
+    ids = torch.full((3, 40), MASK)
+    for i in range(3):
+        ids[i, : 3 + i] = 7
+    lengths = torch.tensor([[40], [31], [22]])
+    texts = []
+    for each in (model, GraphedModel(model)):
+        canvas = Canvas.of(ids, MASK, torch.arange(3), torch.arange(40) < lengths)
+        with torch.inference_mode():
+            for _ in denoise(each, canvas, Decoder.named("conv"), Settings(8, 0, MASK)):
+                pass
+        texts.append(canvas.ids)
+    assert torch.equal(*texts)
