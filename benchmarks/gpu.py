@@ -16,16 +16,15 @@ JOBS = {
     "CUDA tests": ["-m", "pytest", "-m", "cuda", "-rs"],
     "Training": ["-m", "benchmarks.training", "--device", "cuda", "--steps", "60"],
     "R2FT": ["-m", "benchmarks.r2ft", "--rounds", "20"],
-    "Length-free": [
-        "-m", "benchmarks.length_free", "--device", "cuda", "--dtype", "bfloat16", "--rounds", "5",
-    ],
-    "Decoding, L=512, S=64": [
-        "-m", "benchmarks.decoding", "--device", "cuda", "--dtype", "bfloat16", "--limit", "64",
+    "Decoding": ["-m", "benchmarks.decoding", "--device", "cuda", "--dtype", "bfloat16"],
+    "Decoding, 32 rows": [
+        "-m", "benchmarks.decoding", "--device", "cuda", "--dtype", "bfloat16", "--rows", "32",
     ],
     "Decoding, L=1024, S=128": [
         "-m", "benchmarks.decoding", "--device", "cuda", "--dtype", "bfloat16",
-        "--window", "1024", "--steps", "128", "--limit", "128",
+        "--window", "1024", "--steps", "128",
     ],
+    "Cost of a step": ["-m", "benchmarks.cost", "--device", "cuda", "--dtype", "bfloat16"],
 }  # fmt: skip
 
 

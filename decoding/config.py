@@ -37,15 +37,14 @@ class LoadConfig:
     def load(self) -> tuple[Any, Any]:
         """The model and its tokenizer."""
         from dlm.checkpoint import load_model
+        from dlm.graphs import BucketedModel
 
         model, tokenizer = load_model(self.model, self.device, self.dtype)
+        if not self.accelerate:
+            return model, tokenizer
         if self.accelerate == "compile":
-            model.backbone.compile(dynamic=True)
-        if self.accelerate == "graphs":
-            from dlm.graphs import GraphedModel
-
-            return GraphedModel(model), tokenizer
-        return model, tokenizer
+            model.backbone.compile(dynamic=False)
+        return BucketedModel(model, graphs=self.accelerate == "graphs"), tokenizer
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""CUDA graphs for decoding: a model call without the cost of launching its kernels one by one.
+"""CUDA graphs and compilation for decoding: few shapes, so that what was made for a shape is used again.
 
-A graph repeats a recorded call on the same memory, so its shape is fixed. Calls are therefore padded to a few
-shapes (`bucket`), each of which is recorded when it first occurs. On a device without graphs the recorded
-call is simply made again, which is how the padding is tested; on a GPU it has not been run yet.
+A graph repeats a recorded call on the same memory, without launching its kernels one by one; so its shape is
+fixed, and compiled code is best for the shapes that it was compiled for. Calls are therefore padded to a few
+shapes (`bucket`). Graphs have not run on a GPU yet; without them the call is simply made again in the padded
+shape, which is how the padding is tested.
 """
 
 from __future__ import annotations
@@ -36,18 +37,19 @@ class Recorded:
     """Computes the states from the inputs."""
 
 
-class GraphedModel:
-    """A masked diffusion model whose forward pass is a CUDA graph; everything else is the model's own.
+class BucketedModel:
+    """A masked diffusion model whose forward passes have few shapes; everything else is the model's own.
 
-    Packed rows and reused keys and values have shapes of their own in every call, and are not recorded: with
-    this model rows of different lengths are padded, and `reuse` runs as usual.
+    Packed rows and reused keys and values have shapes of their own in every call: with this model rows of
+    different lengths are padded, and `reuse` runs as usual.
 
     Args:
         model: in evaluation mode, on its device; its weights must stay where they are.
+        graphs: whether each shape becomes a CUDA graph; else the call is made as it is, compiled or not.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, graphs: bool = True) -> None:
+        self.model, self.graphs = model, graphs
         self.recorded: dict[tuple[int, int], Recorded] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -77,7 +79,7 @@ class GraphedModel:
         device = self.model.device
         ids = torch.zeros(rows, length, dtype=torch.int64, device=device)
         mask = torch.ones(rows, 1, 1, length, dtype=torch.bool, device=device)
-        if device.type != "cuda":
+        if not self.graphs or device.type != "cuda":
             states = self.model.hidden(ids, mask)
             return Recorded(ids, mask, states, lambda: _again(self.model, ids, mask, states))
         side = torch.cuda.Stream()

@@ -76,3 +76,32 @@ def test_negatives_are_the_same_on_cpu_and_gpu():
     ]  # fmt: skip
     for field in ("noisy_ids", "targets", "rejected", "rule"):
         assert torch.equal(getattr(made[0], field), getattr(made[1], field).cpu())
+
+
+def test_packed_rows_have_the_states_of_padded_ones(model):
+    half = copy.deepcopy(model).cuda().to(torch.bfloat16)
+    lengths = [20, 7, 13]
+    ids = torch.randint(0, 100, (sum(lengths),), device="cuda")
+    with torch.no_grad():
+        packed = half.packed_hidden(ids, lengths).split(lengths)
+        for row, got in zip(ids.split(lengths), packed, strict=True):
+            assert torch.allclose(got, half.hidden(row[None])[0], atol=0.05)
+
+
+def test_graphs_repeat_the_call(model):
+    from dlm.graphs import BucketedModel
+
+    gpu = copy.deepcopy(model).cuda()
+    graphed = BucketedModel(gpu)
+    for rows, length in ((2, 30), (1, 7), (3, 64), (2, 30)):
+        ids = torch.randint(0, 100, (rows, length), device="cuda")
+        with torch.no_grad():
+            assert torch.allclose(graphed.hidden(ids), gpu.hidden(ids), atol=1e-3)
+
+
+def test_the_kernel_is_taken_on_the_gpu_and_finds_what_pytorch_finds():
+    from decoding.kernels import by_torch, top_probabilities
+
+    logits = torch.randn(100, 49_153, device="cuda")
+    for got, expected in zip(top_probabilities(logits, 20), by_torch(logits, 20), strict=True):
+        assert torch.allclose(got.float(), expected.float(), rtol=1e-4)

@@ -1,11 +1,12 @@
 """Padding to recorded shapes; the recording itself needs a GPU."""
 
 import torch
+import torch._dynamo.testing
 
 from decoding import Decoder
 from decoding.canvas import Canvas
 from decoding.loop import Settings, denoise
-from dlm.graphs import STEP, GraphedModel, bucket
+from dlm.graphs import STEP, BucketedModel, bucket
 from tests.dlm.test_attention import MASK, tiny
 
 
@@ -18,7 +19,7 @@ def test_shapes_are_few():
 
 def test_padding_and_earlier_calls_leave_no_trace():
     model = tiny(shift=True)
-    graphed = GraphedModel(model)
+    graphed = BucketedModel(model)
     for rows, length in ((2, 30), (1, 7), (3, 64), (2, 70), (1, 5)):
         ids = torch.randint(0, 60, (rows, length))
         mask = torch.arange(length) < torch.randint(3, length + 1, (rows, 1))
@@ -37,10 +38,26 @@ def test_texts_are_those_of_the_model():
         ids[i, : 3 + i] = 7
     lengths = torch.tensor([[40], [31], [22]])
     texts = []
-    for each in (model, GraphedModel(model)):
+    for each in (model, BucketedModel(model)):
         canvas = Canvas.of(ids, MASK, torch.arange(3), torch.arange(40) < lengths)
         with torch.inference_mode():
             for _ in denoise(each, canvas, Decoder.named("conv"), Settings(8, 0, MASK)):
                 pass
         texts.append(canvas.ids)
     assert torch.equal(*texts)
+
+
+def test_a_compiled_model_is_compiled_once_for_a_shape():
+    model = tiny()
+    plain = tiny()
+    counted = torch._dynamo.testing.CompileCounter()
+    model.backbone.compile(backend=counted, dynamic=False)
+    bucketed = BucketedModel(model, graphs=False)
+    with torch.no_grad():
+        for length in (9, 30, 64, 5, 41):
+            ids = torch.randint(0, 60, (2, length))
+            torch.testing.assert_close(bucketed.hidden(ids), plain.hidden(ids))
+        first = counted.frame_count
+        bucketed.hidden(torch.randint(0, 60, (2, 65)))
+    assert first >= 1
+    assert counted.frame_count <= 2 * first
