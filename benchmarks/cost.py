@@ -7,7 +7,7 @@ and length-free; plotted. Then, with a backbone of SmolLM2-135M's shape, L = 512
 share of a step's time that is spent outside the model (window weights, normaliser, top-k, sampling,
 bookkeeping), for every decoder.
 
-    python -m benchmarks.cost [--rounds 2] [--plot runs/cost.svg]
+    python -m benchmarks.cost [--rounds 2] [--plot runs/cost.svg] [--model DIR]
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from statistics import median
 
 import torch
 
-from benchmarks.models import EOS, MASK, SMOLLM2, VOCAB, Ending, smollm2
+from benchmarks.models import EOS, SMOLLM2, VOCAB, Ending, smollm2
 from decoding.bench import Problem, Timed, measure, now
 from decoding.canvas import Canvas
 from decoding.loop import Settings, denoise
 from decoding.presets import PRESETS, Decoder
-from dlm.checkpoint import DTYPES
+from dlm.checkpoint import DTYPES, load_model
 from dlm.config import MaskedDiffusionConfig
 from dlm.curves import BLUE, GREEN, ORANGE, PINK, plain
 from dlm.model import MaskedDiffusionModel
@@ -91,18 +91,20 @@ def draw(found: dict[str, dict[int, dict[str, float]]], path: Path, title: str) 
     """One panel for each axis."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes = figure.subplots(1, len(found), sharey=True)
     for panel, (axis, points) in zip(axes, found.items(), strict=True):
-        for way, colour in COLOURS.items():
-            panel.plot(list(points), [p[way] for p in points.values()], "o-", color=colour, label=way)
+        for (way, colour), mark in zip(COLOURS.items(), "os^D", strict=True):
+            panel.plot(list(points), [p[way] for p in points.values()], f"{mark}-", color=colour, label=way)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xticks(list(points), [f"{x:,}" for x in points])
         panel.minorticks_off()
         panel.set_xlabel(LABELS[axis])
         plain(panel)
+        panel.get_legend().remove()
     axes[0].set_ylabel("seconds per answer")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -111,10 +113,11 @@ def draw(found: dict[str, dict[int, dict[str, float]]], path: Path, title: str) 
 def outside(name: str, model: MaskedDiffusionModel, limit: int) -> tuple[float, float]:
     """Seconds per step, and the share of them outside the model, over the first `limit` steps."""
     timed = Timed(model)
-    ids = torch.full((1, 512), MASK, device=model.device)
+    mask, eos = int(model.config.mask_token_id or 0), int(model.config.eos_token_id or 0)
+    ids = torch.full((1, 512), mask, device=model.device)
     ids[0, :PROMPT] = torch.arange(100, 100 + PROMPT)
-    canvas = Canvas.of(ids, MASK, torch.tensor([1], device=model.device))
-    settings = Settings(64, eos_id=EOS, mask_id=MASK, eos_fill=False, early_exit=False)
+    canvas = Canvas.of(ids, mask, torch.tensor([1], device=model.device))
+    settings = Settings(64, eos_id=eos, mask_id=mask, eos_fill=False, early_exit=False)
     taken, begun = 0, now(model.device)
     with torch.inference_mode():
         for taken, _ in enumerate(denoise(timed, canvas, Decoder.named(name), settings), start=1):
@@ -130,6 +133,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--limit", type=int, default=8, help="steps to measure for the share outside")
     parser.add_argument("--plot", type=Path, default=Path("runs/cost.svg"))
+    parser.add_argument("--model", default="", help="trained weights for the share outside")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
@@ -145,12 +149,19 @@ def main() -> None:
             cells = " | ".join(f"{cost[way]:.2f}" for way in COLOURS)
             print(f"| {axis} {value:,} | {cells} |", flush=True)
     draw(found, options.plot, f"{ANSWER} tokens behind a prompt of {PROMPT}, 11M parameters, {where}")
-    print(f"\nplot: {options.plot}\n\nshare of a step outside the model, 135M parameters, L=512, V={VOCAB}\n")
-    model = smollm2(options.device, dtype)
+    print(f"\nplot: {options.plot}\n")
+    shares(options.model, options.device, options.dtype, options.limit)
+
+
+def shares(path: str, device: str, dtype: str, limit: int) -> None:
+    """What a step spends outside the model, for every decoder."""
+    weights = path or "random weights"
+    print(f"share of a step outside the model, 135M parameters ({weights}), L=512, V={VOCAB}\n")
+    model = load_model(path, device, dtype)[0] if path else smollm2(device, DTYPES[dtype])
     print("| decoder | ms per step | outside the model |\n|---|---|---|")
     for name in PRESETS:
         outside(name, model, 2)
-        step, share = outside(name, model, options.limit)
+        step, share = outside(name, model, limit)
         print(f"| {name} | {1000 * step:.0f} | {100 * share:.1f} % |", flush=True)
 
 

@@ -40,7 +40,7 @@ def top_probabilities(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch
 def by_torch(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See `top_probabilities`; two passes over the logits."""
     logits = logits.float()
-    values, ids = logits.topk(k, dim=1)
+    values, ids = logits.max(1, keepdim=True) if k == 1 else logits.topk(k, dim=1)
     return (values - logits.logsumexp(1, keepdim=True)).exp(), ids
 
 

@@ -39,6 +39,9 @@ class Candidates:
         return (self.probability * self.kept).sum(1)
 
 
+NUCLEUS = 256
+"""So many tokens are sorted first in search of a top-p or min-p set."""
+
 Certainty = Literal["margin", "entropy"]
 """Ways to say how sure a model is at a position, whatever token is drawn, from its own distribution
 (temperature 1, before any cut): the probability of the likeliest token less that of the second; exp(-H), H
@@ -47,11 +50,14 @@ the entropy in nats."""
 
 def certainty(logits: torch.Tensor, kind: Certainty) -> torch.Tensor:
     """[N, V] -> [N] in [0, 1]."""
-    log_probability = logits.float().log_softmax(1)
+    logits = logits.float()
+    total = logits.logsumexp(1, keepdim=True)
     if kind == "margin":
-        best = log_probability.topk(2, dim=1).values.exp()
+        best = (logits.topk(2, dim=1).values - total).exp()
         return best[:, 0] - best[:, 1]
-    return torch.exp(-torch.special.entr(log_probability.exp()).sum(1))
+    probability = (logits - total).exp_()
+    expected = probability.mul_(logits.clamp(min=-1e30)).sum(1)  # 0 · -inf would be NaN
+    return torch.exp(expected - total[:, 0]).clamp(max=1.0)  # exp(-H), H = log Σ exp x - E x
 
 
 @dataclass(frozen=True)
@@ -123,20 +129,63 @@ class TokenRule:
             logits: [N, V], -inf at tokens that must not come out.
         """
         logits = self._allowed(logits.float())
-        if self.width is None and self.keeps_all:
+        if self.width is not None:
+            probability, ids = top_probabilities(logits, min(self.width, logits.shape[1]))
+            return Candidates(probability, ids, self.kept(probability))
+        if self.keeps_all:
             return Candidates(logits.softmax(1), None, torch.ones(1, 1, device=logits.device))
-        real = logits.shape[1]
-        probability, ids = top_probabilities(logits, min(self.width or real, real))
-        return Candidates(probability, ids, self.kept(probability))
+        return self._nucleus(logits)
 
     def kept(self, probability: torch.Tensor) -> torch.Tensor:
-        """[N, k] float32, 1 where a token (in falling order) belongs to the top-p and the min-p set."""
+        """Which of the k best tokens belong to the top-p and the min-p set.
+
+        Args:
+            probability: [N, k] in falling order; top-p counts in shares of their sum.
+
+        Returns:
+            [N, k] float32, 1 or 0.
+        """
+        share = self._tempered(probability)
+        return self._within(probability, share / share.sum(1, keepdim=True))
+
+    def _within(self, probability: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        """[N, k] float32, 1 where min-p admits the probability and top-p the share, both in falling order."""
         kept = (probability > 0) & (probability >= self.min_p * probability[:, :1])
         if self.top_p < 1:
-            share = self._tempered(probability)
-            share = share / share.sum(1, keepdim=True)
             kept &= share.cumsum(1) - share < self.top_p
         return kept.float()
+
+    def _nucleus(self, logits: torch.Tensor) -> Candidates:
+        """The top-p and min-p set of the whole vocabulary [N, V], sorted only as far as it reaches.
+
+        Where the `NUCLEUS` best tokens hold the set, the others need no order; only rows in which they do not
+        are sorted whole. The result is the same.
+        """
+        heat = self.temperature or 1.0
+        total = logits.logsumexp(1, keepdim=True)
+        heated = total if heat == 1 else (logits / heat).logsumexp(1, keepdim=True)
+
+        def best(rows: torch.Tensor, width: int) -> Candidates:
+            values, ids = logits[rows].topk(width, dim=1)
+            probability = (values - total[rows]).exp()
+            share = (values / heat - heated[rows]).exp()
+            return Candidates(probability, ids, self._within(probability, share))
+
+        vocab = logits.shape[1]
+        found = best(torch.arange(len(logits), device=logits.device), min(NUCLEUS, vocab))
+        wide = found.kept[:, -1] > 0
+        if vocab <= NUCLEUS or not bool(wide.any()):
+            return found
+        assert found.ids is not None
+        whole = best(wide.nonzero()[:, 0], vocab)
+        fields = [
+            torch.nn.functional.pad(x, (0, vocab - NUCLEUS))
+            for x in (found.probability, found.ids, found.kept)
+        ]
+        for field, sorted_whole in zip(fields, (whole.probability, whole.ids, whole.kept), strict=True):
+            assert sorted_whole is not None
+            field[wide] = sorted_whole
+        return Candidates(fields[0], fields[1], fields[2])
 
     def draw(self, candidates: Candidates, noise: torch.Tensor) -> Choice:
         """Draw one token per position by inverting the cumulative distribution.

@@ -148,3 +148,38 @@ def test_the_repetition_penalty_divides_positive_logits_and_multiplies_negative_
     assert got[0].tolist() == pytest.approx([1.6, -2.5, 3.0, -1.0, -math.inf])
     with pytest.raises(ConfigError, match="repetition_penalty must be above 0"):
         TokenRule(repetition_penalty=0)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        TokenRule(top_p=0.6),
+        TokenRule(min_p=0.05),
+        TokenRule(0.7, 0, 0.8, 0.001),
+        TokenRule(0.0, 0, 0.5),
+        TokenRule(1.6, top_p=0.95),
+    ],
+)
+def test_a_nucleus_is_found_without_sorting_what_lies_outside(rule, monkeypatch):
+    """Rows whose set is small, large, or everything: as if all were sorted."""
+    torch.manual_seed(0)
+    logits = torch.randn(60, 400) * torch.linspace(0.01, 6, 60)[:, None]
+    logits[7] = 0.0
+    logits[8, 5:] = -math.inf
+    u = noise(60)
+    quick, drawn = rule.candidates(logits), rule.choose(logits, u)
+    monkeypatch.setattr("decoding.tokens.NUCLEUS", 400)
+    whole, expected = rule.candidates(logits), rule.choose(logits, u)
+    torch.testing.assert_close(quick.mass, whole.mass)
+    unequal = torch.arange(60) != 7  # among equal logits the order is nobody's
+    assert torch.equal(drawn.token[unequal], expected.token[unequal])
+    for row, p in enumerate(logits.double().softmax(1)):
+        heat = rule.temperature or 1.0
+        shares = (logits[row].double() / heat).softmax(0)
+        order = p.argsort(descending=True).tolist()
+        kept, total = set(), 0.0
+        for i in order:
+            if p[i] > 0 and p[i] >= rule.min_p * p[order[0]] and total < rule.top_p - 1e-6:
+                kept.add(i)
+            total += float(shares[i])
+        assert float(quick.mass[row]) == pytest.approx(sum(float(p[i]) for i in kept), abs=0.004)
