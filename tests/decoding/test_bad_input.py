@@ -1,0 +1,137 @@
+"""What users get wrong, and what they are told; and inputs that look wrong and are not."""
+
+import math
+import tracemalloc
+
+import pytest
+import torch
+
+from decoding import Decoder, Sampler
+from dlm.errors import ConfigError, DLMError
+from tests.decoding.test_given import Letters
+from tests.fakes import FakeDenoiser, FakeTokenizer
+
+
+def sampler(positions=4096, tokenizer=FakeTokenizer, **kwargs):
+    model = FakeDenoiser(**kwargs)
+    model.config.max_positions = positions
+    return Sampler(model, tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"window": 3}, "prompt 0: the prompt has 5 tokens and the window 3; the window must be at least 6"),
+        ({"window": 30, "steps": 0}, "steps must be at least 1, got 0"),
+        ({"window": 5000}, "window must lie between 1 and the model's 4096 positions, got 5000"),
+        ({"window": 30, "canvas": "grow"}, "'grow'. Did you mean 'growing'. Choices: full, growing"),
+        ({"max_tokens": 30, "canvas": "full"}, 'canvas "full" needs a window'),
+        ({"window": 30, "margin": 4}, "a margin is for a canvas that grows"),
+        ({"max_tokens": 30, "margin": -1}, "margin must be a whole number, not negative, got -1"),
+        ({"window": 30, "rate": 2.0, "canvas": "growing"}, "what max_tokens gives"),
+        ({"reuse": "all"}, "'all'"),
+        ({"refresh": 3}, "refresh says how often .* give reuse"),
+        ({"decoder": "sliding", "rate": 2.0, "window": 30}, "goes by time: it needs steps, not a rate"),
+        ({"decoder": "conf"}, "'conf'. Did you mean 'conv'"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"seed": [1, 2]}, "seed lists 2 seeds, but there are fewer prompts"),
+    ],
+)
+def test_settings_that_cannot_be_say_what_would_be_right(how, message):
+    with pytest.raises(ConfigError, match=message):
+        sampler().generate(["abcde"], **how)
+
+
+def test_an_even_kernel_names_both_odd_neighbours():
+    with pytest.raises(ValueError, match="kernel_size must be odd and positive, got 64; use 63 or 65"):
+        Decoder.named("conv", kernel_size=64)
+    with pytest.raises(ValueError, match="got 0; use 1 or 3"):
+        Decoder.named("llada-conv", kernel_size=0)
+
+
+def test_a_kernel_larger_than_the_window_is_a_window_that_is_open_everywhere():
+    wide = sampler(eos_bias=-50).generate(
+        ["abc"], decoder=Decoder.named("conv", kernel_size=999), window=30, steps=6
+    )[0]
+    assert len(wide.token_ids) == 27
+    assert 22 not in wide.token_ids
+
+
+def test_an_empty_prompt_is_answered(model, tokenizer):
+    for how in ({"window": 30, "steps": 5}, {"max_tokens": 12}):
+        assert Sampler(model, tokenizer).generate([""], **how)[0].steps > 0
+        assert sampler().generate([""], decoder="conv", **how)[0].steps > 0  # not even a template
+    assert sampler().generate([]) == []
+
+
+def test_top_k_beyond_the_vocabulary_keeps_everything():
+    how = {"window": 30, "steps": 6, "seed": 4}
+    everything = sampler().generate(["ab"], decoder=Decoder.named("top-k", top_k=10**6), **how)[0]
+    assert everything == sampler().generate(["ab"], decoder=Decoder.named("top-k", top_k=23), **how)[0]
+    assert len(everything.token_ids) > 0
+
+
+@pytest.mark.parametrize("name", ["conv", "categorical", "llada", "threshold", "remdm"])
+def test_nan_names_the_step_and_the_row(name):
+    class Broken(FakeDenoiser):
+        def logits(self, hidden):
+            logits = super().logits(hidden)
+            if self.calls == 3:
+                logits[-1] = math.nan
+            return logits
+
+    model = Broken(eos_bias=-50)
+    with pytest.raises(DLMError, match=r"the model returned NaN in step \d+, row 1"):
+        Sampler(model, FakeTokenizer()).generate(
+            ["a", "b"], decoder=Decoder.named(name), window=40, steps=10
+        )
+
+
+def test_ten_thousand_prompts_are_streamed():
+    """They are read as they are answered, and what is finished is let go of."""
+    read = 0
+
+    def prompts():
+        nonlocal read
+        for number in range(10_000):
+            read += 1
+            yield "ab" if number % 2 else "abc"
+
+    own = sampler(eos_bias=60.0, tokenizer=Letters)  # every answer ends at once
+    answered = 0
+    tracemalloc.start()
+    for out in own.iter_generate(prompts(), decoder="llada", window=6, steps=1, batch_size=64):
+        answered += 1
+        assert read - answered < 2 * 64
+        assert out.finish_reason == "stop"
+        if answered == 1000:
+            early = tracemalloc.get_traced_memory()[0]
+    assert answered == 10_000
+    assert tracemalloc.get_traced_memory()[0] < early + 200_000
+    tracemalloc.stop()
+
+
+def test_given_mask_tokens_in_a_prompt_are_text_except_in_a_gap(model, tokenizer):
+    own = Sampler(model, tokenizer)
+    for text in ("say <|mask|> twice <|mask|>", "<mask:3>"):
+        row = own.rows.answer(text, 10, 200, "prompt 0")
+        assert row.ids.count(tokenizer.mask_token_id) == 10
+        assert own.generate([text], max_tokens=8)[0].steps > 0
+    assert own.rows.filled(["a", "<|mask|>"], None, 100, "x")[0].ids.count(tokenizer.mask_token_id) == 0
+
+
+def test_a_model_out_of_range_is_not_asked_for_positions_that_it_does_not_have():
+    seen = []
+
+    class Wide(FakeDenoiser):
+        def hidden(self, input_ids, attention_mask=None):
+            seen.append(input_ids.shape[1])
+            return super().hidden(input_ids, attention_mask)
+
+    model = Wide(eos_bias=-50)
+    model.config.max_positions = 25
+    out = Sampler(model, FakeTokenizer()).generate(["abcde"], max_tokens=1000)[0]
+    assert len(out.token_ids) == 20
+    assert out.finish_reason == "length"
+    assert max(seen) == 25
+    assert torch.is_grad_enabled()
