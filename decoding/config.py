@@ -60,7 +60,7 @@ class DecodingConfig:
             that grows, and for steps in a window.
         window: tokens of prompt and answer together, on a fixed canvas; 0 for the checkpoint's default.
         steps: denoising steps on a fixed canvas; 0 for a quarter of the window.
-        stop: texts that end an answer; it is cut before the first of them.
+        stop: a text that ends an answer, which is cut before it; several as '["one", "two"]'.
         seed: seed of the noise.
         eos_fill: once the end is written, everything to its right becomes the end token.
         canvas: "growing" with a window and steps shows the model no more than can open soon (approximate).
@@ -75,7 +75,7 @@ class DecodingConfig:
     steps: int = 0
     max_tokens: int = 0
     rate: float = 0.0
-    stop: list[str] = field(default_factory=list)
+    stop: str | list[str] = ""
     seed: int = 0
     eos_fill: bool = True
     canvas: str = ""

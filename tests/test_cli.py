@@ -158,3 +158,29 @@ def test_inspect_negatives_shows_true_and_wrong_tokens(checkpoint, capsys):
     assert "⏎" in text
     assert main([*words[:-1], "/nowhere"]) == 1
     assert "no tokenizer to be had" in capsys.readouterr().err
+
+
+def test_given_tokens_stop_texts_and_edits_on_the_command_line(model, tokenizer, tmp_path, capsys):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    words = ["generate", "--model", str(tmp_path), "--max-tokens", "24", "Count from 2 to 5."]
+    assert main([*words, "--begin", "One", "--ending", " end.", "--forced.9", "nine"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("One")
+    assert out.rstrip().endswith("end.")
+    assert "nine" in out
+    assert main([*words, "--forced.x", "nine"]) == 2
+    assert "forced must name places by number, got x" in capsys.readouterr().err
+    for stop in ("two", '["never", "two"]'):
+        assert main([*words, "--begin", "One two", "--stop", stop]) == 0
+        assert capsys.readouterr().out.strip() == "One"
+    assert main([*words, "--reuse", "dual", "--refresh", "3", "--margin", "2", "--accelerate", "graphs"]) == 0
+    edit = ["infill", "--model", str(tmp_path), "--json", "Count from 2 to 5.", "--edit", "from"]
+    assert main([*edit, "--length", "1-3"]) == 0
+    assert '"text": "Count' in capsys.readouterr().out.splitlines()[-1]
+    assert main([*edit, "--length", "x"]) == 2
+    assert "length must be a number of tokens or two such as 2-6" in capsys.readouterr().err
+    assert main(["generate", "--list-decoders"]) == 0
+    listed = capsys.readouterr().out
+    assert "MDLM, 2406.07524; exact" in listed
+    assert "2509.15188; approximate" in listed

@@ -16,9 +16,9 @@ from dlm.cli import Command
 from dlm.errors import ConfigError, DataError
 
 LAWS = """\
-exact: texts follow the model's own distribution as steps become finer; approximate: tokens are cut or
-    positions ordered, on purpose. Whatever the decoder, --canvas growing (with a window) and --reuse
-    approximate it further.
+exact: texts follow the model's own distribution as steps become finer; at --rate 1 they do at once (first-hitting
+sampler, 2409.02908). approximate: tokens are cut or positions ordered, on purpose.
+Whatever the decoder, --canvas growing (with a window) and --reuse (2505.22618) approximate it further.
 """
 
 
@@ -33,6 +33,7 @@ class GenerateConfig(DecodingConfig, LoadConfig):
         limit: answer only the first so many prompts; 0 for all.
         begin: what every answer begins with.
         ending: what every answer ends with, at the last positions of the window or of max_tokens.
+        forced: texts at places of the answer, counted in tokens from 0, such as --forced.7 " Paris".
         json: write one JSON object per answer instead of its text.
         batch_size: prompts per model call.
         list_decoders: print the decoders with their options and leave.
@@ -43,6 +44,7 @@ class GenerateConfig(DecodingConfig, LoadConfig):
     limit: int = 0
     begin: str = ""
     ending: str = ""
+    forced: dict[str, str] = field(default_factory=dict)
     json: bool = False
     batch_size: int = 8
     list_decoders: bool = False
@@ -58,6 +60,8 @@ class GenerateConfig(DecodingConfig, LoadConfig):
             raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.file not in ("", "-") and not Path(self.file).is_file():
             raise DataError(f"{self.file}: no such file")
+        if not all(place.isdecimal() for place in self.forced):
+            raise ConfigError(f"forced must name places by number, got {', '.join(self.forced)}")
         if self.limit < 0:
             raise ConfigError(f"limit must not be negative, got {self.limit}")
 
@@ -80,7 +84,12 @@ def run(config: GenerateConfig) -> int:
     if config.limit:
         prompts = itertools.islice(prompts, config.limit)
     outputs = sampler.iter_generate(
-        prompts, batch_size=config.batch_size, begin=config.begin, ending=config.ending, **arguments
+        prompts,
+        batch_size=config.batch_size,
+        begin=config.begin,
+        ending=config.ending,
+        forced={int(place): text for place, text in config.forced.items()},
+        **arguments,
     )
     for output in _with_progress(outputs, len(config.prompts) if words else None):
         print(json.dumps(asdict(output), ensure_ascii=False) if config.json else output.text, flush=True)

@@ -82,9 +82,7 @@ def test_nan_names_the_step_and_the_row(name):
 
     model = Broken(eos_bias=-50)
     with pytest.raises(DLMError, match=r"the model returned NaN in step \d+, row 1"):
-        Sampler(model, FakeTokenizer()).generate(
-            ["a", "b"], decoder=Decoder.named(name), window=40, steps=10
-        )
+        Sampler(model, FakeTokenizer()).generate(["a", "b"], decoder=Decoder.named(name), window=40, steps=10)
 
 
 def test_ten_thousand_prompts_are_streamed():
