@@ -16,8 +16,8 @@ from dlm.cli import Command
 from dlm.errors import ConfigError, DataError
 
 LAWS = """\
-exact: texts follow the model's own distribution as steps become finer; at --rate 1 they do at once (first-hitting
-sampler, 2409.02908). approximate: tokens are cut or positions ordered, on purpose.
+exact: texts follow the model's own distribution as steps become finer; at --rate 1 they do at once (the
+first-hitting sampler, 2409.02908). approximate: tokens are cut or positions ordered, on purpose.
 Whatever the decoder, --canvas growing (with a window) and --reuse (2505.22618) approximate it further.
 """
 
