@@ -71,8 +71,8 @@ def _kernel() -> Any:
     def kernel(logits, probability, ids, vocab, k, ROOM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         row = tl.program_id(0).to(tl.int64)
         best = tl.full([1, ROOM], -0x7FFFFFFFFFFFFFFF, tl.int64)
-        highest = -float("inf")
-        total = 0.0
+        highest = tl.full((), -float("inf"), tl.float32)
+        total = tl.full((), 0.0, tl.float32)
         for begin in range(0, vocab, BLOCK):
             token = begin + tl.arange(0, BLOCK)
             x = tl.load(logits + row * vocab + token, mask=token < vocab, other=-float("inf")).to(tl.float32)

@@ -134,7 +134,7 @@ def test_padded_vocabularies_never_produce_unknown_ids(causal, tokenizer):
     assert torch.isinf(logits[..., len(tokenizer) :]).all()
 
 
-def test_save_and_load_are_the_same_model(model, tokenizer, tmp_path):
+def test_save_and_load_are_the_same_model(model, tokenizer, tmp_path, monkeypatch):
     model.config.generation = {"decoder": "conv", "window": 64, "steps": 8}
     model.config.training = {"init": "random weights"}
     model.save_pretrained(tmp_path)
@@ -148,6 +148,10 @@ def test_save_and_load_are_the_same_model(model, tokenizer, tmp_path):
     assert tokens.mask_token_id == again.config.mask_token_id
     assert AutoModel.from_pretrained(tmp_path).config.model_type == "masked_diffusion"
     assert load_model(tmp_path, device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
+    assert load_model(tmp_path, device="cpu")[0].dtype == torch.float32
+    for can, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("dlm.checkpoint.computes_bfloat16", lambda can=can: can)
+        assert load_model(tmp_path, device="cpu", dtype="fastest")[0].dtype == expected
 
 
 @pytest.mark.parametrize(
