@@ -38,7 +38,8 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.r2ft
 	$(BIN)/python -m benchmarks.decoding
-	$(BIN)/python -m benchmarks.length_free
+	$(BIN)/python -m benchmarks.batching
+	$(BIN)/python -m benchmarks.cost
 
 gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu --report runs/gpu.md

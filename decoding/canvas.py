@@ -28,6 +28,10 @@ class Canvas:
     """[B] int64, key of the row's noise stream."""
     end: torch.Tensor
     """[B] int64, where a row may not grow beyond; everything valid lies before it."""
+    answer: torch.Tensor
+    """[B] int64, where the answer begins, which may begin with given tokens; the prompt lies before it."""
+    ends_from: torch.Tensor
+    """[B] int64, the first position at which an end token may be written."""
     reveal_step: torch.Tensor = field(init=False)
     """[B, L] int64, step at which each token appeared; -1 for given ones."""
     confidence: torch.Tensor = field(init=False)
@@ -56,6 +60,8 @@ class Canvas:
         key: torch.Tensor,
         valid: torch.Tensor | None = None,
         ahead: int | None = None,
+        answer: torch.Tensor | None = None,
+        ends_from: torch.Tensor | None = None,
     ) -> Canvas:
         """A canvas from rows [B, L] in which the mask token marks what is to be written.
 
@@ -66,6 +72,8 @@ class Canvas:
             valid: [B, L] bool, False at right padding.
             ahead: for a canvas that grows, how many of the masks behind the last given token are there at
                 first; None for all.
+            answer: [B] int64, where answers begin; by default with the first mask.
+            ends_from: [B] int64, the first position at which an end token may be written; by default any.
         """
         valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
         initial = (ids == mask_id) & valid
@@ -76,7 +84,9 @@ class Canvas:
             reach = torch.maximum(start, last) + ahead
             valid = valid & (position < reach[:, None])
         masked = initial & valid
-        return cls(ids.clone(), masked, ~masked, valid, initial, start, key, end)
+        answer = start if answer is None else answer
+        ends_from = torch.zeros_like(start) if ends_from is None else ends_from
+        return cls(ids.clone(), masked, ~masked, valid, initial, start, key, end, answer, ends_from)
 
     @property
     def width(self) -> int:

@@ -34,6 +34,17 @@ class LoadConfig:
         if self.accelerate not in ("", "compile", "graphs"):
             raise unknown_name("accelerate", self.accelerate, ("compile", "graphs"))
 
+    def check(self, reuse: str) -> None:
+        """Refuse what does not go together.
+
+        Raises:
+            ConfigError: for `reuse` with an accelerated model.
+        """
+        if self.accelerate and reuse:
+            raise ConfigError(
+                "--accelerate makes few shapes fast, and --reuse has another in every call: give one of them"
+            )
+
     def load(self) -> tuple[Any, Any]:
         """The model and its tokenizer."""
         from dlm.checkpoint import load_model

@@ -12,15 +12,30 @@ from dataclasses import replace
 import torch
 
 from decoding.canvas import Canvas
-from decoding.loop import Lane, Settings, work_through
+from decoding.loop import BrokenRowError, Lane, Settings, work_through
 from decoding.presets import Decoder
 from decoding.states import Denoiser
+from dlm.errors import DLMError
+
+
+class BrokenTicketError(DLMError):
+    """The model returned NaN for a row of the engine.
+
+    Attributes:
+        ticket: the row's.
+        step: the step that it was to take.
+    """
+
+    def __init__(self, ticket: int, step: int) -> None:
+        super().__init__(f"the model returned NaN in step {step} of the row with the ticket {ticket}")
+        self.ticket, self.step = ticket, step
 
 
 class Engine:
     """Decodes whatever rows it holds, one step at a time.
 
-    Rows with the same decoder and settings share a `Lane`; all lanes share the model calls.
+    Rows with the same decoder and settings share a `Lane`; all lanes share the model calls, except those that
+    reuse keys and values, which have calls of their own.
 
     Args:
         model: see `Denoiser`.
@@ -67,10 +82,16 @@ class Engine:
     def step(self) -> list[int]:
         """Take the next step of every row that is not done; returns the tickets of those that are now.
 
+        Those that were done before are among them, until they are removed.
+
         Raises:
-            DLMError: when the model returns NaN.
+            BrokenTicketError: when the model returns NaN for a row. Without that row the others go on.
         """
-        work_through(self.model, [piece for lane in self.lanes.values() for piece in lane.work()])
+        try:
+            work_through(self.model, [piece for lane in self.lanes.values() for piece in lane.work()])
+        except BrokenRowError as error:
+            owner = next(own for own, lane in self.lanes.items() if lane is error.lane)
+            raise BrokenTicketError(self.tickets[owner][error.row], error.step) from error
         return [
             ticket
             for own, lane in self.lanes.items()
@@ -86,9 +107,13 @@ class Engine:
 
     @torch.inference_mode()
     def remove(self, *tickets: int) -> list[Canvas]:
-        """Give rows away, finished or not; returns each as a canvas of its own."""
+        """Give rows away, finished or not; returns each as a canvas of its own.
+
+        Raises:
+            KeyError: for a ticket that is not there; nothing is removed then.
+        """
         rows = [self.row(ticket) for ticket in tickets]
-        for own in {self.where.pop(ticket): None for ticket in tickets}:
+        for own in {self.where.pop(ticket): None for ticket in dict.fromkeys(tickets)}:
             staying = [i for i, ticket in enumerate(self.tickets[own]) if ticket in self.where]
             self.tickets[own] = [self.tickets[own][i] for i in staying]
             if staying:

@@ -156,6 +156,20 @@ def guided(logits: torch.Tensor, blind: torch.Tensor, guidance: float) -> torch.
     return torch.where(with_prompt > -math.inf, mixed, -math.inf)
 
 
+class BrokenRowError(DLMError):
+    """The model returned NaN for a row.
+
+    Attributes:
+        lane: that holds the row.
+        row: its number there.
+        step: the step that it was to take.
+    """
+
+    def __init__(self, lane: Lane, row: int, step: int) -> None:
+        super().__init__(f"the model returned NaN in step {step}, row {row}")
+        self.lane, self.row, self.step = lane, row, step
+
+
 class Lane:
     """Rows that are decoded in the same way: the loop's arithmetic, and what it remembers.
 
@@ -173,6 +187,7 @@ class Lane:
         self.window: Window = decoder.window.fitted(settings.length(canvas.ids.shape[1]))
         self._check(canvas)
         self.width = canvas.width
+        self.endless = bool((canvas.ends_from > 0).any())  # whether there are places for no end token
         self.seeing = States(canvas, settings.mask_id, reuse=settings.reuse)
         self.blind = States(canvas, settings.mask_id, blind=True, reuse=settings.reuse)
         self.memo = Memo(canvas)
@@ -191,11 +206,12 @@ class Lane:
         self._follow(Canvas.join([self.canvas, canvas]))
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Keep the rows [b], in this order."""
+        """Keep the rows [b], given in rising order."""
         self._follow(self.canvas.take(rows), rows)
 
     def _follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
         self.canvas, self.width = canvas, canvas.width
+        self.endless = bool((canvas.ends_from > 0).any())
         for kept in (self.seeing, self.blind, self.memo):
             kept.follow(canvas, rows)
 
@@ -277,8 +293,10 @@ class Lane:
     def _grow(self, rows: torch.Tensor, ahead: int) -> None:
         """Give the rows [b] masks on the right; none where an EOS has closed them."""
         ended = self.canvas.ended(rows, self.settings.eos_id)
-        closes = self.settings.rate is not None or self.settings.eos_fill
-        self.canvas.grow(rows, ahead, closed=ended & closes)
+        if self.settings.rate is None and not self.settings.eos_fill:
+            over = self.canvas.done[rows] & self.settings.early_exit
+            ended = ended & over if not self.decoder.reveal.remasks else torch.zeros_like(ended)
+        self.canvas.grow(rows, ahead, closed=ended)
 
     def _cut(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """[B, L] -> [b, W]: some rows, as far as the canvas reaches now."""
@@ -405,10 +423,13 @@ class Lane:
         tokens, guidance = self.decoder.tokens, self.decoder.guidance
         cells = self.seeing.of(rows, self.width)[where].split(_CELLS)
         blind = self.blind.of(rows, self.width)[where].split(_CELLS) if guidance else [None] * len(cells)
-        owner = where.nonzero()[:, 0].split(_CELLS)  # which of the rows each cell belongs to
+        owner, position = where.nonzero().unbind(1)  # which of the rows each cell belongs to, and where
+        endless = (position < self.canvas.ends_from[rows][owner]).split(_CELLS)
         seen: torch.Tensor | None = None
-        for hidden, unseen, row in zip(cells, blind, owner, strict=True):
+        for hidden, unseen, row, shut in zip(cells, blind, owner.split(_CELLS), endless, strict=True):
             logits = self.model.logits(hidden)
+            if self.endless:
+                logits[:, self.settings.eos_id].masked_fill_(shut, -math.inf)
             if unseen is not None:
                 logits = guided(logits, self.model.logits(unseen), guidance)
             if tokens.repetition_penalty != 1:
@@ -430,7 +451,7 @@ class Lane:
         bad = value.isnan()
         if bool(bad.any()):
             row = int(rows[where.nonzero()[bad.nonzero()[0, 0], 0]])
-            raise DLMError(f"the model returned NaN in step {int(self.canvas.step[row])}, row {row}")
+            raise BrokenRowError(self, row, int(self.canvas.step[row]))
         return value
 
     # ---- writing -------------------------------------------------------------------------------------

@@ -129,11 +129,25 @@ def _llada(
     block_size: int = 0,
     temperature: float = 0.0,
     top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     per_step: int | None = None,
     order: Literal["confidence", "margin", "entropy"] = "confidence",
 ) -> Axes:
     window = Block(block_size) if block_size else Full()
-    return window, Quota(per_step, order), TokenRule(temperature, top_k)
+    return window, Quota(per_step, order), TokenRule(temperature, top_k, top_p, min_p)
+
+
+def _margin(
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    per_step: int | None = None,
+    kernel_size: int | None = 0,
+) -> Axes:
+    tokens = TokenRule(temperature, top_k, top_p, min_p)
+    return _maybe(kernel_size), Quota(per_step, "margin"), tokens
 
 
 def _conv(
@@ -169,15 +183,25 @@ def _maybe(kernel_size: int | None) -> Window:
 
 
 def _threshold(
-    tau: float = 0.9, temperature: float = 0.0, top_k: int = 0, kernel_size: int | None = 0
+    tau: float = 0.9,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    kernel_size: int | None = 0,
 ) -> Axes:
-    return _maybe(kernel_size), Threshold(tau), TokenRule(temperature, top_k)
+    return _maybe(kernel_size), Threshold(tau), TokenRule(temperature, top_k, top_p, min_p)
 
 
 def _entropy_bound(
-    gamma: float = 0.1, temperature: float = 0.0, top_k: int = 0, kernel_size: int | None = 0
+    gamma: float = 0.1,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    kernel_size: int | None = 0,
 ) -> Axes:
-    return _maybe(kernel_size), EntropyBound(gamma), TokenRule(temperature, top_k)
+    return _maybe(kernel_size), EntropyBound(gamma), TokenRule(temperature, top_k, top_p, min_p)
 
 
 def _remdm(
@@ -186,10 +210,13 @@ def _remdm(
     alpha_on: float = 0.9,
     t_on: float = 0.55,
     t_off: float = 0.05,
+    temperature: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
     kernel_size: int | None = 0,
 ) -> Axes:
-    return _maybe(kernel_size), Remask(alpha_on, t_on, t_off, eta), TokenRule(top_k=top_k, top_p=top_p)
+    tokens = TokenRule(temperature, top_k, top_p, min_p)
+    return _maybe(kernel_size), Remask(alpha_on, t_on, t_off, eta), tokens
 
 
 PRESETS: dict[str, Preset] = {
@@ -201,6 +228,7 @@ PRESETS: dict[str, Preset] = {
         "ancestral and top-k, block after block from the left", "2503.09573; 2509.15188", _semi_ar
     ),
     "llada": Preset("the most confident tokens first, a fixed number a step", "LLaDA, 2502.09992", _llada),
+    "margin": Preset("the tokens first whose lead over the second best is widest", "2502.06768", _margin),
     "conv": Preset("ancestral and top-k under a convolutional window", "2509.15188", _conv),
     "llada-conv": Preset("the most confident tokens under a convolutional window", "2509.15188", _llada_conv),
     "sliding": Preset(

@@ -22,9 +22,9 @@ MAX_TOKENS = 256
 class How(TypedDict, total=False):
     """How an answer is decoded.
 
-    Either a canvas that grows, with `max_tokens` as a limit: text and cost do not depend on the limit, as
-    long as the canvas does not meet it (it holds some masks more than the answer has tokens: `Window.ahead`
-    and the margin, 40 for `conv` with its own kernel). Or a fixed canvas, `window` tokens of prompt and
+    Either a canvas that grows, with `max_tokens` as a limit: text and cost do not depend on the limit unless
+    the canvas meets it. (It holds what is written and a constant number of masks: `Window.ahead` and the
+    margin, 40 for `conv` with its own kernel.) Or a fixed canvas, `window` tokens of prompt and
     answer together, filled in `steps` steps (the setting of the papers) or at a `rate`. The first is the
     default, except for decoders that go by time.
     """
@@ -68,6 +68,11 @@ class Plan:
     """Longest answer."""
     stop: tuple[str, ...] = ()
 
+    @property
+    def settles(self) -> bool:
+        """Whether what is written stays, so that a stop text ends the answer as soon as it is there."""
+        return not self.decoder.reveal.remasks
+
 
 @dataclass(frozen=True)
 class Planner:
@@ -89,6 +94,10 @@ class Planner:
     def window(self) -> int:
         """The checkpoint's window."""
         return int(self.defaults.get("window", 256))
+
+    def steps(self, window: int) -> int:
+        """Denoising steps, when neither they nor a rate are given."""
+        return int(self.defaults.get("steps", max(1, window // 4)))
 
     def plan(
         self,
@@ -139,7 +148,7 @@ class Planner:
                 f"window must lie between 1 and the model's {self.limit} positions, got {window}"
             )
         if rate is None and steps is None:
-            steps = int(self.defaults.get("steps", max(1, window // 4)))
+            steps = self.steps(window)
         grows = canvas == "growing"
         if grows and steps is None:
             raise ConfigError('canvas "growing" with a rate is what max_tokens gives; give it, or steps')

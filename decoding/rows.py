@@ -33,6 +33,8 @@ class Row:
     """Where the answer begins; what stands before it is the prompt."""
     name: str
     """For errors: "prompt 3", "text 0"."""
+    ends_from: int = 0
+    """The first position at which an end token may be written."""
 
     def digest(self, mask_id: int) -> bytes:
         """Identifies the given tokens of the row, whatever the length of the window."""
@@ -95,7 +97,8 @@ def without_span(
     begin, end = span
     if not 0 <= begin < end <= len(text):
         raise ConfigError(f"the span ({begin}, {end}) does not lie in a text of {len(text)} characters")
-    size = count(text[begin:end])
+    before = 1 if text[max(begin - 1, 0) : begin] == " " else 0  # the space before a gap belongs to it
+    size = count(text[begin - before : end])
     return [text[:begin], gap or Gap(size, size), text[end:]]
 
 
@@ -139,7 +142,8 @@ class RowMaker:
             name: for errors.
             begin: what the answer begins with.
             ending: what it ends with, at its last positions and followed by the end token.
-            forced: texts at places of the answer, which are counted in tokens from 0.
+            forced: texts at places of the answer, which are counted in tokens from 0; no end token is written
+                before the last of them.
 
         Raises:
             ConfigError: for a prompt that does not fit, and for given tokens that do not fit or overlap.
@@ -167,7 +171,9 @@ class RowMaker:
             raise ConfigError(
                 f"{name}: the given tokens leave nothing to write in an answer of {len(answer)}"
             )
-        return Row(before + answer, len(before), name)
+        places = [at + len(ids) for at, ids in given[1:] if ids]
+        until = len(answer) if last else max(places, default=0)
+        return Row(before + answer, len(before), name, len(before) + until if until else 0)
 
     def filled(self, pieces: Sequence[Piece], prompt: Prompt | None, positions: int, name: str) -> list[Row]:
         """The rows of a text with gaps: one for each combination of lengths that the gaps can have.

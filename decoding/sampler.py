@@ -13,11 +13,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from decoding.canvas import Canvas
-from decoding.engine import Engine
+from decoding.engine import BrokenTicketError, Engine
 from decoding.loop import GROWING_WINDOW
 from decoding.request import How, Plan, Planner
 from decoding.rows import Gap, Piece, Prompt, Row, RowMaker, pieces_of, without_span
-from dlm.errors import ConfigError
+from decoding.states import run_rows
+from dlm.errors import ConfigError, DLMError
 from dlm.noise import key_of
 from dlm.tokenizer import Message
 
@@ -145,20 +146,21 @@ class Sampler:
             batch_size: rows per model call.
             begin: what every answer begins with.
             ending: what every answer ends with (a goal), at the last positions of the window or of
-                `max_tokens`; a text as it stands, so that it usually begins with a space.
-            forced: texts at given places of the answer, counted in tokens from 0. With these or an ending the
-                answer has the length that is given, and no EOS but the last is written.
+                `max_tokens`, so that the answer has that length; a text as it stands, which usually begins
+                with a space.
+            forced: texts at given places of the answer, counted in tokens from 0; the answer does not end
+                before the last of them.
             **how: see `How`.
 
         Yields:
             One `Output` per prompt, in order.
 
         Raises:
-            ConfigError: for a prompt that does not fit, and for settings out of range.
+            ConfigError: for settings out of range; and for a prompt that does not fit, after the answers to
+                those before it.
+            DLMError: when the model returns NaN, naming the step and the prompt.
         """
-        plan = self.planner.plan(**how)
-        if ending or forced:
-            plan = _whole(plan, self.eos_id)
+        plan = self._plan(ending, **how)
         given: dict[str, Any] = {"begin": begin, "ending": ending, "forced": forced}
 
         def tasks() -> Iterator[_Task]:
@@ -175,11 +177,15 @@ class Sampler:
         *,
         seed: int = 0,
         begin: str = "",
+        ending: str = "",
+        forced: Mapping[int, str] | None = None,
         **how: Unpack[How],
     ) -> Iterator[Event]:
         """Answer one prompt and show the canvas after every step; arguments as in `iter_generate`."""
-        plan = self.planner.plan(**how)
-        row = self.rows.answer(prompt, plan.tokens, plan.positions, "prompt 0", begin=begin)
+        plan = self._plan(ending, **how)
+        row = self.rows.answer(
+            prompt, plan.tokens, plan.positions, "prompt 0", begin=begin, ending=ending, forced=forced
+        )
         engine = Engine(self.model)
         (ticket,) = engine.add(self._canvas([_Task(row, seed, plan)]), plan.decoder, plan.settings)
         going = True
@@ -187,10 +193,17 @@ class Sampler:
             going = ticket not in engine.step()
             canvas = engine.row(ticket)
             ids = canvas.ids[0, row.answer : int(canvas.valid[0].sum())].tolist()
-            found = self._stop(canvas, row, plan.stop)
+            found = self._stop(canvas, row, plan.stop) if plan.settles or not going else None
             if found is not None:
                 ids, going = ids[: found[0]], False
             yield Event(int(canvas.step[0]) - 1, ids, self.show(ids) if found is None else found[1])
+
+    def _plan(self, ending: str, **how: Unpack[How]) -> Plan:
+        """A plan; with an ending, for a canvas that has its whole length."""
+        plan = self.planner.plan(**how)
+        if ending and (how.get("canvas") == "growing" or how.get("margin") is not None):
+            raise ConfigError("an ending stands at the end of the canvas, which therefore cannot grow")
+        return _whole(plan) if ending else plan
 
     def infill(
         self,
@@ -289,7 +302,7 @@ class Sampler:
         filled = self._finished(tasks(), batch_size)
         for first in filled:
             tries = [first, *itertools.islice(filled, first[0].tries - 1)]
-            scores = [self._score(canvas, several=len(tries) > 1) for _, canvas in tries]
+            scores = self._scores([canvas for _, canvas in tries])
             best = max(range(len(tries)), key=scores.__getitem__)
             calls = sum(int(canvas.model_calls[0]) for _, canvas in tries) + len(tries) * (len(tries) > 1)
             yield self._infilled(*tries[best], calls, scores[best])
@@ -300,31 +313,28 @@ class Sampler:
             if how.get(name) is not None:
                 raise ConfigError(f"{name} means nothing here: a text with gaps has the length it has")
         fixed: How = {**how, "window": self.planner.limit}
-        plan = _whole(self.planner.plan(**fixed), self.eos_id)
+        plan = _whole(self.planner.plan(**fixed))
         steps, rate = how.get("steps"), how.get("rate")
-        rate = 1.0 if steps is None and rate is None else rate
+        if steps is None and rate is None:
+            steps, rate = (self.planner.steps(GROWING_WINDOW), None) if plan.decoder.timed else (None, 1.0)
         settings = replace(plan.settings, steps=steps, rate=rate, fit=GROWING_WINDOW)
         special = getattr(self.tokenizer, "all_special_ids", ())
-        return replace(plan, decoder=plan.decoder.without(*special), settings=settings)
+        return replace(plan, decoder=plan.decoder.without(self.eos_id, *special), settings=settings)
 
     @torch.inference_mode()
-    def _score(self, canvas: Canvas, several: bool) -> float:
-        """How well the gaps are filled; see `Infilled.score`. With one try only, the neighbours are left
-        out.
-        """
-        written = canvas.confidence[0][canvas.initial[0]].log()
-        if not several:
-            return float(written.mean())
-        gap, position = canvas.initial[0], torch.arange(canvas.ids.shape[1], device=canvas.ids.device)
-        near = (position[:, None] - position[gap]).abs().amin(1) <= NEIGHBOURS
-        near &= ~gap & canvas.valid[0] & (position > 0)
-        if not bool(near.any()):
-            return float(written.mean())
-        ids = canvas.ids[:, : int(canvas.end[0])]
-        near = near[: ids.shape[1]]
-        hidden = self.model.hidden(torch.where(near, self.mask_id, ids))
-        likely = self.model.logits(hidden[0, near]).float().log_softmax(1)
-        return float(torch.cat([written, likely.gather(1, ids[0, near, None])[:, 0]]).mean())
+    def _scores(self, tries: Sequence[Canvas]) -> list[float]:
+        """How well the gaps are filled, for each try (see `Infilled.score`); one model call for all."""
+        written = [canvas.confidence[0][canvas.initial[0]].log() for canvas in tries]
+        if len(tries) == 1:
+            return [float(written[0].mean())]
+        rows = [canvas.ids[0, : int(canvas.end[0])] for canvas in tries]
+        near = [_beside(canvas.initial[0, : len(row)]) for canvas, row in zip(tries, rows, strict=True)]
+        shown = [torch.where(where, self.mask_id, row) for where, row in zip(near, rows, strict=True)]
+        states = run_rows(self.model, torch.cat(shown), [len(row) for row in rows])
+        asked = torch.cat(near)
+        likely = self.model.logits(states[asked]).float().log_softmax(1)
+        given = likely.gather(1, torch.cat(rows)[asked, None])[:, 0].split([int(x.sum()) for x in near])
+        return [float(torch.cat(pair).mean()) for pair in zip(written, given, strict=True)]
 
     @property
     def window(self) -> int:
@@ -352,19 +362,25 @@ class Sampler:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         engine = Engine(self.model)
-        numbered = enumerate(tasks)
+        numbered: Iterator[tuple[int, _Task]] = enumerate(tasks)
         at_work: dict[int, tuple[int, _Task]] = {}
         done: dict[int, tuple[_Task, Canvas]] = {}
         following = 0
+        failure: Exception | None = None
         while True:
-            new = list(itertools.islice(numbered, batch_size - len(engine)))
+            new: list[tuple[int, _Task]] = []
+            try:
+                for item in itertools.islice(numbered, batch_size - len(engine)):
+                    new.append(item)
+            except Exception as error:  # first let what is at work be finished
+                failure, numbered = error, iter(())
             if new:
                 plan = new[0][1].plan
                 tickets = engine.add(self._canvas([task for _, task in new]), plan.decoder, plan.settings)
                 at_work.update(zip(tickets, new, strict=True))
             if not at_work:
-                return
-            over = set(engine.step())
+                break
+            over = set(self._step(engine, at_work))
             over |= {ticket for ticket, (_, task) in at_work.items() if self._stopped(engine, ticket, task)}
             for ticket, canvas in zip(over, engine.remove(*over), strict=True):
                 number, task = at_work.pop(ticket)
@@ -372,10 +388,27 @@ class Sampler:
             while following in done:
                 yield done.pop(following)
                 following += 1
+        if failure is not None:
+            raise failure
+
+    def _step(self, engine: Engine, at_work: Mapping[int, tuple[int, _Task]]) -> list[int]:
+        """One step of all rows; returns those that are done."""
+        try:
+            return engine.step()
+        except BrokenTicketError as error:
+            number, task = at_work[error.ticket]
+            raise DLMError(
+                f"the model returned NaN in step {error.step}, row {number} ({task.row.name})"
+            ) from error
 
     def _stopped(self, engine: Engine, ticket: int, task: _Task) -> bool:
         """Whether a stop text has been written."""
-        return bool(task.plan.stop) and self._stop(engine.row(ticket), task.row, task.plan.stop) is not None
+        plan = task.plan
+        return (
+            bool(plan.stop)
+            and plan.settles
+            and self._stop(engine.row(ticket), task.row, plan.stop) is not None
+        )
 
     def _stop(self, canvas: Canvas, row: Row, stops: Sequence[str]) -> tuple[int, str] | None:
         """Tokens and text before the first stop text, once everything before it is written."""
@@ -385,7 +418,10 @@ class Sampler:
         for end in (self.mask_id, self.eos_id):
             ids = ids[: ids.index(end)] if end in ids else ids
         text = self._decode(ids)
-        places = [text.find(stop) for stop in stops if stop in text]
+        given = int((~canvas.initial[0, row.answer :]).int().cumprod(0).sum())  # what the answer begins with
+        known = len(self._decode(ids[:given])) if given else 0
+        found = (text.find(stop, max(0, known - len(stop) + 1)) for stop in stops)
+        places = [place for place in found if place >= 0]
         if not places:
             return None
         size = len(ids)
@@ -402,7 +438,13 @@ class Sampler:
         lengths = torch.tensor([len(row) for row in rows], device=device)
         valid = torch.arange(width, device=device) < lengths[:, None]
         return Canvas.of(
-            ids, self.mask_id, torch.stack(keys).to(device), valid, plan.settings.ahead(plan.decoder)
+            ids,
+            self.mask_id,
+            torch.stack(keys).to(device),
+            valid,
+            ahead=plan.settings.ahead(plan.decoder),
+            answer=torch.tensor([task.row.answer for task in tasks], device=device),
+            ends_from=torch.tensor([task.row.ends_from for task in tasks], device=device),
         )
 
     def _output(self, canvas: Canvas, task: _Task) -> Output:
@@ -443,10 +485,19 @@ class Sampler:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def _whole(plan: Plan, eos_id: int) -> Plan:
-    """The plan for rows that have the length they have: nothing grows, and no EOS is written."""
-    settings = replace(plan.settings, eos_fill=False, early_exit=False, grow=False)
-    return replace(plan, decoder=plan.decoder.without(eos_id), settings=settings)
+def _whole(plan: Plan) -> Plan:
+    """The plan for rows that have the length they have: nothing grows, and nothing ends them early."""
+    fit = plan.settings.fit or GROWING_WINDOW
+    return replace(
+        plan, settings=replace(plan.settings, eos_fill=False, early_exit=False, grow=False, fit=fit)
+    )
+
+
+def _beside(gap: torch.Tensor) -> torch.Tensor:
+    """[L] bool, the `NEIGHBOURS` given positions on each side of gaps [L]; never the first of the row."""
+    position = torch.arange(len(gap), device=gap.device)
+    near = (position[:, None] - position[gap]).abs().amin(1) <= NEIGHBOURS
+    return near & ~gap & (position > 0)
 
 
 def _named(name: str, call: Callable[[str], T], text: str) -> T:

@@ -7,6 +7,7 @@ padded where it cannot.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -90,7 +91,10 @@ class States:
         self.current[rows] &= same[:, None]
 
     def follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
-        """The canvas has become another: `rows` of the old one, or the old one with more rows behind it."""
+        """The canvas has become another: `rows` of the old one, or the old one with more rows behind it.
+
+        The rows stay in order.
+        """
         self.canvas = canvas
         if rows is not None:
             self.current, self.kept, self.calls = self.current[rows], self.kept[rows], self.calls[rows]
@@ -109,7 +113,7 @@ class States:
         if not self.blind:
             return ids
         position = torch.arange(ids.shape[1], device=ids.device)
-        prompt = (position < self.canvas.start[rows, None]) & self.canvas.valid[rows]
+        prompt = (position < self.canvas.answer[rows, None]) & self.canvas.valid[rows]
         return torch.where(prompt, self.mask_id, ids)
 
     def stale(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
@@ -164,7 +168,10 @@ class Ask:
 
 
 def refresh(model: Denoiser, asks: Sequence[Ask]) -> None:
-    """See to it that all states asked for hold. Rows that hold already cost nothing."""
+    """See to it that all states asked for hold; rows that hold already cost nothing.
+
+    One model call for all, except for canvases that reuse keys and values, which have one each.
+    """
     due = []
     for ask in asks:
         stale = ask.states.stale(ask.rows, ask.where)
@@ -178,7 +185,9 @@ def refresh(model: Denoiser, asks: Sequence[Ask]) -> None:
         return
     ids = torch.cat([states.shown(rows)[valid] for states, rows, valid in due])
     lengths = torch.cat([valid.sum(1) for _, _, valid in due]).tolist()
-    found = run_rows(model, ids, lengths).split([int(valid.sum()) for _, _, valid in due])
+    each = iter(lengths)
+    sizes = [sum(itertools.islice(each, len(rows))) for _, rows, _ in due]
+    found = run_rows(model, ids, lengths).split(sizes)
     for (states, rows, valid), part in zip(due, found, strict=True):
         states.put(rows, valid, part)
 

@@ -171,10 +171,13 @@ def test_given_tokens_stop_texts_and_edits_on_the_command_line(model, tokenizer,
     assert "nine" in out
     assert main([*words, "--forced.x", "nine"]) == 2
     assert "forced must name places by number, got x" in capsys.readouterr().err
-    for stop in ("two", '["never", "two"]'):
-        assert main([*words, "--begin", "One two", "--stop", stop]) == 0
-        assert capsys.readouterr().out.strip() == "One"
-    assert main([*words, "--reuse", "dual", "--refresh", "3", "--margin", "2", "--accelerate", "graphs"]) == 0
+    for stop in ("nine", '["never", "nine"]'):
+        assert main([*words, "--forced.9", "nine", "--stop", stop]) == 0
+        assert "nine" not in capsys.readouterr().out
+    assert main([*words, "--reuse", "dual", "--refresh", "3", "--margin", "2"]) == 0
+    assert main([*words, "--accelerate", "graphs"]) == 0
+    assert main([*words, "--reuse", "dual", "--accelerate", "compile"]) == 2
+    assert "give one of them" in capsys.readouterr().err
     edit = ["infill", "--model", str(tmp_path), "--json", "Count from 2 to 5.", "--edit", "from"]
     assert main([*edit, "--length", "1-3"]) == 0
     assert '"text": "Count' in capsys.readouterr().out.splitlines()[-1]

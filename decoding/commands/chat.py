@@ -29,6 +29,7 @@ class ChatConfig(DecodingConfig, LoadConfig):
         """Check that there is a model."""
         DecodingConfig.__post_init__(self)
         LoadConfig.__post_init__(self)
+        self.check(self.reuse)
 
 
 def run(config: ChatConfig) -> int:

@@ -56,6 +56,7 @@ class GenerateConfig(DecodingConfig, LoadConfig):
             raise ConfigError("give prompts as words or as --file, not both")
         if not self.list_decoders:
             LoadConfig.__post_init__(self)
+        self.check(self.reuse)
         if self.batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.file not in ("", "-") and not Path(self.file).is_file():

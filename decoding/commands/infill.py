@@ -54,6 +54,7 @@ class InfillConfig(LoadConfig):
     def __post_init__(self) -> None:
         """Check that the settings fit together."""
         super().__post_init__()
+        self.check(self.reuse)
         if self.steps < 0 or self.batch_size < 1:
             raise ConfigError(
                 f"steps must not be negative and batch_size at least 1, got {self.steps}, {self.batch_size}"

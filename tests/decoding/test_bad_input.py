@@ -133,3 +133,32 @@ def test_a_model_out_of_range_is_not_asked_for_positions_that_it_does_not_have()
     assert out.finish_reason == "length"
     assert max(seen) == 25
     assert torch.is_grad_enabled()
+
+
+def test_a_prompt_that_does_not_fit_loses_none_of_the_others():
+    own = sampler(positions=40, eos_bias=-50)
+    outs = own.iter_generate(["ab", "abc", "x" * 50, "abcd"], max_tokens=10)
+    texts = [next(outs).text, next(outs).text]
+    assert texts == [out.text for out in own.generate(["ab", "abc"], max_tokens=10)]
+    with pytest.raises(ConfigError, match="prompt 2: the prompt has 50 tokens"):
+        next(outs)
+
+
+def test_the_modules_that_make_and_the_docs_run_are_there():
+    import importlib.util
+    import re
+    from pathlib import Path
+
+    root = Path(__file__).parents[2]
+    files = [
+        root / "Makefile",
+        root / "README.md",
+        *root.glob("docs/results/*.md"),
+        *root.glob("benchmarks/*.py"),
+    ]
+    named = {
+        m for f in files for m in re.findall(r"-m\W+((?:benchmarks|examples)\.\w+)", f.read_text("utf-8"))
+    }
+    assert len(named) > 5
+    for module in named:
+        assert importlib.util.find_spec(module), module

@@ -1,5 +1,9 @@
 """Rows that come and go: nobody's text depends on who else is there."""
 
+import copy
+import itertools
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,11 +11,14 @@ from hypothesis import strategies as st
 
 from decoding import Decoder
 from decoding.canvas import Canvas
-from decoding.engine import Engine
+from decoding.engine import BrokenTicketError, Engine
 from decoding.loop import Settings, denoise
 from decoding.presets import PRESETS
+from decoding.states import Reuse
 from dlm.errors import ConfigError
 from tests.decoding.test_loop import rows
+from tests.dlm.test_attention import MASK as TINY_MASK
+from tests.dlm.test_attention import tiny
 from tests.fakes import FakeDenoiser
 
 MASK, EOS = 22, 0
@@ -125,7 +132,7 @@ def test_what_does_not_fit_leaves_the_engine_as_it_was():
 
 def test_a_real_model_gives_the_same_texts_packed_or_alone(model, tokenizer):
     """In double precision the order of sums does not matter; in single it may, rarely (see benchmarks)."""
-    exact = model.double()
+    exact = copy.deepcopy(model).double()
     mask, eos = tokenizer.mask_token_id, tokenizer.eos_token_id
     decoder, settings = Decoder.named("conv", kernel_size=9), Settings(8, eos, mask, fit=40)
     canvases = []
@@ -145,4 +152,81 @@ def test_a_real_model_gives_the_same_texts_packed_or_alone(model, tokenizer):
             for _ in denoise(exact, canvas, decoder, settings):
                 pass
         assert torch.equal(found[ticket].ids[0, : canvas.ids.shape[1]], canvas.ids[0])
-    model.float()
+
+
+def test_tickets_given_twice_and_tickets_that_are_not_there():
+    engine = Engine(FakeDenoiser())
+    one, two = engine.add(*request(0))[0], engine.add(*request(0))[0]
+    with pytest.raises(KeyError, match="ticket 99"):
+        engine.remove(one, 99)
+    assert len(engine) == 2
+    assert len(engine.remove(one, one)) == 2
+    assert len(engine) == 1
+    while not engine.step():
+        pass
+    assert engine.step() == [two]
+    engine.remove(two)
+    assert not engine.lanes
+
+
+def test_a_broken_row_is_named_and_the_others_go_on():
+    class Broken(FakeDenoiser):
+        def logits(self, hidden):
+            logits = super().logits(hidden)
+            logits[(hidden[:, 0] == self.bad).nonzero()[:, 0]] = float("nan")
+            return logits
+
+    model = Broken(eos_bias=-50.0)
+    engine = Engine(model)
+    tickets = [engine.add(*request(number))[0] for number in range(5)]
+    bad = tickets[3]
+    row = request(3)[0]
+    model.bad = model.hidden(row.ids[:, : int(row.valid.sum())])[0, int(row.start[0]), 0]
+    with pytest.raises(BrokenTicketError, match=f"in step 0 of the row with the ticket {bad}") as caught:
+        engine.step()
+    engine.remove(caught.value.ticket)
+    done = set()
+    while len(engine):
+        over = engine.step()
+        done |= set(over)
+        engine.remove(*over)
+    assert done == set(tickets) - {bad}
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_nothing_that_rows_carry_is_mixed_up(seed):
+    """Kept states, keys and values, candidates and growing canvases, in a real model: as if alone."""
+    model, draw = tiny(shift=True), random.Random(seed)
+
+    def row(number):
+        draw = random.Random(number)
+        kernel, guidance, penalty = draw.choice([5, 9]), draw.choice([0, 0, 1.5]), draw.choice([1, 1.3])
+        decoder = Decoder.named(
+            draw.choice(["conv", "llada-conv", "conv"]), kernel_size=kernel, top_k=4, guidance=guidance,
+            repetition_penalty=penalty,
+        )  # fmt: skip
+        free, reuse = draw.random() < 0.5, draw.choice([None, Reuse("dual", 3), Reuse("prefix", 4)])
+        pace = {"steps": None, "rate": 2.0} if free else {"steps": 6}
+        grow = free or draw.random() < 0.5
+        how = Settings(eos_id=0, mask_id=TINY_MASK, grow=grow, reuse=reuse, fit=30, **pace)
+        ids = torch.full((1, draw.randint(12, 30)), TINY_MASK)
+        ids[0, : draw.randint(1, 6)] = number % 50 + 3
+        return Canvas.of(ids, TINY_MASK, torch.tensor([number]), ahead=how.ahead(decoder)), decoder, how
+
+    engine, numbers, found = Engine(model), iter(range(seed, seed + 9)), {}
+    at_work = {}
+    while len(found) < 9:
+        for number in itertools.islice(numbers, draw.randint(0, 3) if at_work else 2):
+            at_work[engine.add(*row(number))[0]] = number
+        over = engine.step()
+        for ticket, canvas in zip(over, engine.remove(*over), strict=True):
+            found[at_work.pop(ticket)] = canvas
+    for number, canvas in found.items():
+        alone_, decoder, how = row(number)
+        with torch.no_grad():
+            for _ in denoise(model, alone_, decoder, how):
+                pass
+        size = min(alone_.ids.shape[1], canvas.ids.shape[1])
+        assert torch.equal(canvas.ids[0, :size], alone_.ids[0, :size])
+        assert int(canvas.model_calls[0]) == int(alone_.model_calls[0])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from decoding import Decoder, Sampler
+from decoding.presets import PRESETS
 from decoding.rows import MOST_LENGTHS, Gap, pieces_of, without_span
 from dlm.errors import ConfigError
 from tests.fakes import FakeDenoiser, FakeTokenizer
@@ -58,6 +59,25 @@ def test_a_stop_text_that_never_comes_changes_nothing():
         sampler().generate(["ab"], stop=["a", ""])
 
 
+@pytest.mark.parametrize("name", [n for n in PRESETS if n != "semi-ar"])
+def test_a_stopped_text_is_the_whole_text_cut(name):
+    """Also where what is written may be masked again, which no stop text may rely on."""
+    how = {"decoder": name, "window": 24, "steps": 30}
+    for seed in range(8):
+        whole = sampler(eos_bias=-50).generate(["abc"], seed=seed, **how)[0].text
+        out = sampler(eos_bias=-50).generate(["abc"], seed=seed, stop=[whole[9:11], "a"], **how)[0]
+        places = [whole.find(stop) for stop in (whole[9:11], "a") if stop in whole]
+        assert out.text == whole[: min(places)]
+
+
+def test_a_stop_text_within_what_was_given_is_none():
+    own = sampler(eos_bias=-50)
+    whole = own.generate(["q"], begin="ab", max_tokens=20)[0]
+    assert own.generate(["q"], begin="ab", stop="ab", max_tokens=20)[0].text == whole.text
+    across = "b" + whole.text[2]
+    assert own.generate(["q"], begin="ab", stop=across, max_tokens=20)[0].text == "a"
+
+
 # ---- given tokens -------------------------------------------------------------------------------------
 
 
@@ -89,6 +109,44 @@ def test_a_beginning_is_part_of_the_answer_and_the_answer_ends_by_itself():
     events = list(own.stream("q", begin="hello", max_tokens=40, seed=3))
     assert events[0].text.startswith("hello")
     assert events[-1].text == outs[3].text
+
+
+def test_an_answer_with_forced_tokens_ends_by_itself_behind_them():
+    own = sampler(eos_bias=3.0)
+    outs = [own.generate(["q"], forced={6: "st"}, max_tokens=300, seed=s)[0] for s in range(10)]
+    assert all(out.text[6:8] == "st" for out in outs)
+    assert all(out.finish_reason == "stop" for out in outs)
+    assert all(8 <= len(out.token_ids) < 60 for out in outs)
+
+
+@pytest.mark.parametrize("name", ["conv", "semi-ar", "llada-conv"])
+@pytest.mark.parametrize("given", [{"ending": "st"}, {"forced": {3: "st"}}, {"begin": "st"}])
+def test_given_tokens_do_not_let_rows_meet(name, given):
+    prompts = ["ab", "c" * 150, "d" * 40, "e"]
+    together = sampler().generate(prompts, decoder=name, max_tokens=40, **given)
+    for prompt, out in zip(prompts, together, strict=True):
+        assert out == sampler().generate([prompt], decoder=name, max_tokens=40, **given)[0]
+
+
+def test_an_ending_does_not_go_with_a_canvas_that_grows():
+    for how in ({"canvas": "growing", "window": 40, "steps": 4}, {"margin": 3}):
+        with pytest.raises(ConfigError, match="an ending stands at the end"):
+            sampler().generate(["q"], ending="st", **how)
+
+
+def test_guidance_masks_the_prompt_and_nothing_else():
+    seen = []
+
+    class Watched(FakeDenoiser):
+        def hidden(self, input_ids, attention_mask=None):
+            seen.extend(input_ids.tolist())
+            return super().hidden(input_ids, attention_mask)
+
+    own = Sampler(Watched(), Letters())
+    own.generate(["abc"], begin="de", decoder=Decoder.named("conv", guidance=1.0), window=12, steps=2)
+    blind = [row for row in seen if row[0] == 22]
+    assert blind
+    assert all(row[:5] == [22, 22, 22, 4, 5] for row in blind)
 
 
 def test_what_was_given_is_seen_from_the_left():
@@ -201,6 +259,14 @@ def test_a_span_is_written_again_and_the_rest_stays():
             own.edit("abcdefgh", span)
     with pytest.raises(ConfigError, match="several times"):
         own.edit("abab", "ab")
+
+
+def test_by_default_as_many_tokens_are_written_as_the_words_have_in_their_place(model, tokenizer):
+    own = Sampler(model, tokenizer)
+    text = "Count from 2 to 5."
+    for word in ("from", "to", "Count"):
+        out = own.edit(text, word)
+        assert len(out.token_ids) == len(own.rows.text(text)), word
 
 
 def test_a_mark_of_a_gap_in_an_edited_text_is_text():

@@ -250,3 +250,19 @@ def test_the_command_line_takes_a_limit_and_a_rate(model, tokenizer, tmp_path, c
     assert '"reveal_step"' in capsys.readouterr().out
     assert main([*words, "--max-tokens", "20", "--steps", "3"]) == 2
     assert "no window and no steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["conv", "top-k", "semi-ar"])
+@pytest.mark.parametrize("rate", [1.0, 2.0, 4.0])
+def test_a_limit_that_the_canvas_does_not_meet_changes_nothing(name, rate):
+    """The farthest that the canvas ever reaches is a limit that is as good as none."""
+    for seed in range(10):
+        own = sampler(eos_bias=2.0)
+        reach = []
+        free = own.generate(["abc"], decoder=named(name), max_tokens=500, rate=rate, seed=seed)[0]
+        for event in own.stream("abc", decoder=named(name), max_tokens=500, rate=rate, seed=seed):
+            reach.append(len(event.token_ids))
+        if free.finish_reason == "stop" and max(reach) < 490:
+            limit = max(reach) + 1
+            tight = own.generate(["abc"], decoder=named(name), max_tokens=limit, rate=rate, seed=seed)[0]
+            assert tight == free

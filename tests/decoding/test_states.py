@@ -169,3 +169,18 @@ def test_known_tokens_far_ahead_are_on_a_growing_canvas_from_the_start():
     ids[0, 30] = 9
     canvas = Canvas.of(ids, 22, torch.arange(1), ahead=6)
     assert int(canvas.valid.sum()) == 31 + 6
+
+
+def test_an_answer_that_is_complete_costs_nothing_more_on_a_growing_canvas():
+    """Without EOS-fill too: nobody reads what would be written behind the end."""
+    decoder = Decoder.named("conv", kernel_size=9)
+    calls = {}
+    for fill in (True, False):
+        for grow in (True, False):
+            model = FakeDenoiser(eos_bias=3.0)
+            settings = Settings(60, 0, 22, grow=grow, eos_fill=fill, fit=120)
+            canvas = Canvas.of(rows(model, [3], 120), 22, torch.arange(1), ahead=settings.ahead(decoder))
+            for _ in denoise(model, canvas, decoder, settings):
+                pass
+            calls[fill, grow] = int(canvas.model_calls[0])
+    assert calls[False, True] <= calls[False, False] + 3
