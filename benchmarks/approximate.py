@@ -1,11 +1,12 @@
 """What each way of decoding costs, and what it does to the texts: exact and approximate modes side by side.
 
-Every mode answers the same prompts under the same seeds. Speed: model calls and tokens per second, and the
-ratio to the first mode. Texts: negative log-likelihood of the answers under an autoregressive model (the
-base that the diffusion model came from; nats per token, given the prompt; the lower, the more fluent,
-though loops are "fluent" too), share of words that repeat the one before, 4-gram repetition, share of
-answers that end by themselves, tokens. With `--demo`, a model of `make demo`: share of right answers on its
-held-out instructions, which a program checks.
+Every mode answers the same prompts under the same seeds, one at a time. Speed: model calls and tokens per
+second, and the ratio to the first mode. Texts: negative log-likelihood in nats per token, once under an
+autoregressive model given the prompt (the base that the diffusion model came from; lower is more fluent,
+though loops are fluent too), once by the diffusion model's own word when each token was written (the chain
+rule's likelihood at rate 1, a bound's integrand else); share of words that repeat the one before, 4-gram
+repetition, share of answers that end by themselves, tokens. With `--demo`, a model of `make demo`: share of
+right answers on its held-out instructions, which a program checks.
 
     python -m benchmarks.approximate --model DIR --judge BASE --file PROMPTS [--limit 24] [--demo DIR]
 """
@@ -13,6 +14,7 @@ held-out instructions, which a program checks.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from statistics import mean
 from typing import Any
@@ -85,8 +87,10 @@ def write(sampler: Sampler, prompts: Sequence[Any], how: dict[str, Any]) -> tupl
 
 def compare(sampler: Sampler, judge: Judge, prompts: Sequence[Any], chosen: Modes) -> None:
     """Print a line for every mode."""
-    print("| mode | tokens/s | × first | calls | tokens | ended | NLL | stutter | repetition |")
-    print("|---" * 9 + "|")
+    print(
+        "| mode | tokens/s | × first | calls | tokens | ended | NLL, judge | NLL, own | stutter | repetition |"
+    )
+    print("|---" * 10 + "|")
     first = 0.0
     for name, how in chosen.items():
         outs, seconds = write(sampler, prompts, how)
@@ -101,10 +105,15 @@ def compare(sampler: Sampler, judge: Judge, prompts: Sequence[Any], chosen: Mode
         cells = [
             name, f"{speed:.1f}", f"{speed / first:.2f}", f"{mean(out.model_calls for out in outs):.1f}",
             f"{tokens / len(outs):.0f}", f"{100 * mean(out.finish_reason == 'stop' for out in outs):.0f} %",
-            f"{sum(nats) / tokens:.2f}", f"{100 * mean(stutter(out.text) for out in outs):.1f} %",
+            f"{sum(nats) / tokens:.2f}", f"{_own(outs):.2f}", f"{100 * mean(stutter(out.text) for out in outs):.1f} %",
             f"{100 * mean(repetition(out.text) for out in outs):.1f} %",
         ]  # fmt: skip
         print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def _own(outs: Sequence[Output]) -> float:
+    """Mean of -log p of the written tokens, each by the model's own word when it was written."""
+    return -mean(math.log(max(p, 1e-9)) for out in outs for p in out.confidence if p is not None)
 
 
 def tasks(sampler: Sampler, size: int, chosen: Modes) -> None:
