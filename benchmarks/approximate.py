@@ -87,28 +87,32 @@ def write(sampler: Sampler, prompts: Sequence[Any], how: dict[str, Any]) -> tupl
 
 def compare(sampler: Sampler, judge: Judge, prompts: Sequence[Any], chosen: Modes) -> None:
     """Print a line for every mode."""
-    print(
-        "| mode | tokens/s | × first | calls | tokens | ended | NLL, judge | NLL, own | stutter | repetition |"
-    )
-    print("|---" * 10 + "|")
     first = 0.0
     for name, how in chosen.items():
         outs, seconds = write(sampler, prompts, how)
         tokens = sum(len(out.token_ids) for out in outs)
-        speed = tokens / seconds
-        first = first or speed
-        nats = [
+        if not first:
+            first = tokens / seconds
+        nats = sum(
             judge.nats(sampler.rows.prompt(prompt), out.token_ids)
             for prompt, out in zip(prompts, outs, strict=True)
             if out.token_ids
-        ]
-        cells = [
-            name, f"{speed:.1f}", f"{speed / first:.2f}", f"{mean(out.model_calls for out in outs):.1f}",
-            f"{tokens / len(outs):.0f}", f"{100 * mean(out.finish_reason == 'stop' for out in outs):.0f} %",
-            f"{sum(nats) / tokens:.2f}", f"{_own(outs):.2f}", f"{100 * mean(stutter(out.text) for out in outs):.1f} %",
-            f"{100 * mean(repetition(out.text) for out in outs):.1f} %",
-        ]  # fmt: skip
-        print("| " + " | ".join(cells) + " |", flush=True)
+        )
+        cells = {
+            "mode": name,
+            "tokens/s": f"{tokens / seconds:.1f}",
+            "× first": f"{tokens / seconds / first:.2f}",
+            "calls": f"{mean(out.model_calls for out in outs):.1f}",
+            "tokens": f"{tokens / len(outs):.0f}",
+            "ended": f"{100 * mean(out.finish_reason == 'stop' for out in outs):.0f} %",
+            "NLL, judge": f"{nats / tokens:.2f}",
+            "NLL, own": f"{_own(outs):.2f}",
+            "stutter": f"{100 * mean(stutter(out.text) for out in outs):.1f} %",
+            "repetition": f"{100 * mean(repetition(out.text) for out in outs):.1f} %",
+        }
+        if name == next(iter(chosen)):
+            print("| " + " | ".join(cells) + " |\n" + "|---" * len(cells) + "|")
+        print("| " + " | ".join(cells.values()) + " |", flush=True)
 
 
 def _own(outs: Sequence[Output]) -> float:
