@@ -17,6 +17,9 @@ import torch
 MOST = 64
 """Largest k that the kernel takes: it keeps the k best in registers."""
 
+ROWS = 32
+"""Positions that a CPU takes at a time."""
+
 BLOCK = 1024
 """Logits that the kernel reads at a time."""
 
@@ -41,7 +44,14 @@ def by_torch(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See `top_probabilities`; two passes over the logits."""
     logits = logits.float()
     values, ids = logits.max(1, keepdim=True) if k == 1 else logits.topk(k, dim=1)
-    return (values - logits.logsumexp(1, keepdim=True)).exp(), ids
+    return (values - log_normaliser(logits)).exp(), ids
+
+
+def log_normaliser(logits: torch.Tensor) -> torch.Tensor:
+    """[N, V] -> [N, 1], log Σ exp; on a CPU a few rows at a time, which then stay in its cache."""
+    if logits.is_cuda:
+        return logits.logsumexp(1, keepdim=True)
+    return torch.cat([rows.logsumexp(1, keepdim=True) for rows in logits.split(ROWS)])
 
 
 def by_triton(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

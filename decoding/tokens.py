@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from decoding.kernels import top_probabilities
+from decoding.kernels import ROWS, log_normaliser, top_probabilities
 from dlm.errors import ConfigError
 
 
@@ -51,13 +51,18 @@ the entropy in nats."""
 def certainty(logits: torch.Tensor, kind: Certainty) -> torch.Tensor:
     """[N, V] -> [N] in [0, 1]."""
     logits = logits.float()
-    total = logits.logsumexp(1, keepdim=True)
     if kind == "margin":
-        best = (logits.topk(2, dim=1).values - total).exp()
+        best = (logits.topk(2, dim=1).values - log_normaliser(logits)).exp()
         return best[:, 0] - best[:, 1]
+    return torch.cat([_exp_entropy(rows) for rows in logits.split(ROWS)])
+
+
+def _exp_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """[N, V] -> [N], exp(-H), H = log Σ exp x - E x."""
+    total = logits.logsumexp(1, keepdim=True)
     probability = (logits - total).exp_()
     expected = probability.mul_(logits.clamp(min=-1e30)).sum(1)  # 0 · -inf would be NaN
-    return torch.exp(expected - total[:, 0]).clamp(max=1.0)  # exp(-H), H = log Σ exp x - E x
+    return torch.exp(expected - total[:, 0]).clamp(max=1.0)
 
 
 @dataclass(frozen=True)
@@ -158,34 +163,31 @@ class TokenRule:
     def _nucleus(self, logits: torch.Tensor) -> Candidates:
         """The top-p and min-p set of the whole vocabulary [N, V], sorted only as far as it reaches.
 
-        Where the `NUCLEUS` best tokens hold the set, the others need no order; only rows in which they do not
-        are sorted whole. The result is the same.
+        Where the `NUCLEUS` best tokens hold the set, the others need no order; rows in which they do not are
+        sorted 16 times as far, and so on. The result is the same.
         """
         heat = self.temperature or 1.0
-        total = logits.logsumexp(1, keepdim=True)
-        heated = total if heat == 1 else (logits / heat).logsumexp(1, keepdim=True)
+        total = log_normaliser(logits)
+        heated = total if heat == 1 else log_normaliser(logits / heat)
 
-        def best(rows: torch.Tensor, width: int) -> Candidates:
+        def best(rows: torch.Tensor, width: int) -> list[torch.Tensor]:
             values, ids = logits[rows].topk(width, dim=1)
             probability = (values - total[rows]).exp()
             share = (values / heat - heated[rows]).exp()
-            return Candidates(probability, ids, self._within(probability, share))
+            return [probability, ids, self._within(probability, share)]
 
-        vocab = logits.shape[1]
-        found = best(torch.arange(len(logits), device=logits.device), min(NUCLEUS, vocab))
-        wide = found.kept[:, -1] > 0
-        if vocab <= NUCLEUS or not bool(wide.any()):
-            return found
-        assert found.ids is not None
-        whole = best(wide.nonzero()[:, 0], vocab)
-        fields = [
-            torch.nn.functional.pad(x, (0, vocab - NUCLEUS))
-            for x in (found.probability, found.ids, found.kept)
-        ]
-        for field, sorted_whole in zip(fields, (whole.probability, whole.ids, whole.kept), strict=True):
-            assert sorted_whole is not None
-            field[wide] = sorted_whole
-        return Candidates(fields[0], fields[1], fields[2])
+        width, vocab = min(NUCLEUS, logits.shape[1]), logits.shape[1]
+        found = best(torch.arange(len(logits), device=logits.device), width)
+        while width < vocab:
+            wide = (found[2][:, -1] > 0).nonzero()[:, 0]
+            if len(wide) == 0:
+                break
+            further = min(16 * width, vocab)
+            found = [torch.nn.functional.pad(x, (0, further - width)) for x in found]
+            for field, wider in zip(found, best(wide, further), strict=True):
+                field[wide] = wider
+            width = further
+        return Candidates(found[0], found[1], found[2])
 
     def draw(self, candidates: Candidates, noise: torch.Tensor) -> Choice:
         """Draw one token per position by inverting the cumulative distribution.

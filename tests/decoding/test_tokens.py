@@ -168,11 +168,14 @@ def test_a_nucleus_is_found_without_sorting_what_lies_outside(rule, monkeypatch)
     logits[8, 5:] = -math.inf
     u = noise(60)
     quick, drawn = rule.candidates(logits), rule.choose(logits, u)
+    monkeypatch.setattr("decoding.tokens.NUCLEUS", 8)
+    stepwise = rule.choose(logits, u)
     monkeypatch.setattr("decoding.tokens.NUCLEUS", 400)
     whole, expected = rule.candidates(logits), rule.choose(logits, u)
     torch.testing.assert_close(quick.mass, whole.mass)
     unequal = torch.arange(60) != 7  # among equal logits the order is nobody's
     assert torch.equal(drawn.token[unequal], expected.token[unequal])
+    assert torch.equal(stepwise.token[unequal], expected.token[unequal])
     for row, p in enumerate(logits.double().softmax(1)):
         heat = rule.temperature or 1.0
         shares = (logits[row].double() / heat).softmax(0)
