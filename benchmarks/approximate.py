@@ -34,29 +34,31 @@ Modes = dict[str, dict[str, Any]]
 
 
 def modes(kernel: int, near: int, window: int, steps: int) -> Modes:
-    """The modes by name; the first is what the others are compared with."""
+    """The modes by name, margins being 8 if not named; the first is what the others are compared with."""
     conv, close = Decoder.named("conv", kernel_size=kernel), Decoder.named("conv", kernel_size=near)
     fixed = {"decoder": conv, "window": window, "steps": steps}
-    free = {"decoder": close, "max_tokens": window}
+    growing = {**fixed, "canvas": "growing", "margin": 8}
+    free = {"decoder": close, "max_tokens": window, "margin": 8}
     out: Modes = {
         "steps, exact": fixed,
-        "steps, canvas growing": {**fixed, "canvas": "growing"},
-        "steps, growing, margin 32": {**fixed, "canvas": "growing", "margin": 32},
+        "steps, growing": growing,
+        "steps, growing, margin 32": {**growing, "margin": 32},
         "steps, reuse prompt": {**fixed, "reuse": "prompt"},
-        "steps, growing, reuse dual": {**fixed, "canvas": "growing", "reuse": "dual"},
+        "steps, growing, reuse dual": {**growing, "reuse": "dual"},
     }
     for rate in (1.0, 2.0, 4.0):
         out[f"free, rate {rate:g}"] = {**free, "rate": rate}
         for scope in ("prompt", "prefix", "dual") if rate == 2.0 else ("dual",):
             out[f"free, rate {rate:g}, reuse {scope}"] = {**free, "rate": rate, "reuse": scope}
     out["free, rate 2, reuse dual, refresh 32"] = {**free, "rate": 2.0, "reuse": "dual", "refresh": 32}
+    for margin in (16, 32):
+        out[f"free, rate 2, margin {margin}"] = {**free, "rate": 2.0, "margin": margin}
     for tau in (0.9, 0.6):
         decoder = Decoder.named("threshold", tau=tau, kernel_size=near)
-        out[f"free, threshold {tau}"] = {"decoder": decoder, "max_tokens": window}
-    out["free, entropy bound 0.5"] = {
-        "decoder": Decoder.named("entropy-bound", gamma=0.5, temperature=1.0, top_k=20, kernel_size=near),
-        "max_tokens": window,
-    }
+        out[f"free, threshold {tau}"] = {**free, "decoder": decoder}
+    bound = Decoder.named("entropy-bound", gamma=0.5, temperature=1.0, top_k=20, kernel_size=near)
+    for margin in (8, 16):
+        out[f"free, entropy bound 0.5, margin {margin}"] = {**free, "decoder": bound, "margin": margin}
     return out
 
 

@@ -75,7 +75,7 @@ class DecodingConfig:
         seed: seed of the noise.
         eos_fill: once the end is written, everything to its right becomes the end token.
         canvas: "growing" with a window and steps shows the model no more than can open soon (approximate).
-        margin: masks that a growing canvas holds beyond those that can open; -1 for 8.
+        margin: masks that a growing canvas holds beyond those that can open; -1 for 16.
         reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate); nothing for exact decoding.
         refresh: with reuse, every so many calls everything is computed; 0 for 8.
     """

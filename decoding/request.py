@@ -24,7 +24,7 @@ class How(TypedDict, total=False):
 
     Either a canvas that grows, with `max_tokens` as a limit: text and cost do not depend on the limit unless
     the canvas meets it. (It holds what is written and a constant number of masks: `Window.ahead` and the
-    margin, 40 for `conv` with its own kernel.) Or a fixed canvas, `window` tokens of prompt and
+    margin, 48 for `conv` with its own kernel.) Or a fixed canvas, `window` tokens of prompt and
     answer together, filled in `steps` steps (the setting of the papers) or at a `rate`. The first is the
     default, except for decoders that go by time.
     """
@@ -49,7 +49,7 @@ class How(TypedDict, total=False):
     """With `window` and `steps`: "growing" is approximate; the model is shown no more of the window than can
     open soon, while the normaliser counts all of it."""
     margin: int | None
-    """Masks that a growing canvas holds beyond those that can open; 8 by default."""
+    """Masks that a growing canvas holds beyond those that can open; 16 by default."""
     reuse: Literal["prompt", "prefix", "dual"] | None
     """Approximate: which keys and values are reused (see `Reuse`)."""
     refresh: int | None

@@ -75,7 +75,7 @@ class Window(Protocol):
         ...
 
 
-MARGIN = 8
+MARGIN = 16
 """Masks that a growing canvas holds beyond those that can open, so that their state sees what is behind."""
 
 

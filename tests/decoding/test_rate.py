@@ -175,7 +175,7 @@ def test_the_canvas_is_never_wider_than_what_can_open_and_a_margin():
     model.hidden = watched
     model.config.max_positions = 4096
     Sampler(model, FakeTokenizer()).generate(["abcde"], decoder=named("conv"), max_tokens=100, rate=2.0)
-    for width, _, masks in seen[:-10]:
+    for width, _, masks in seen[: -MARGIN - 2]:
         assert masks == 4 + MARGIN  # the reach of a kernel of 9, and the margin
         assert width <= 105
     assert seen[0][0] == 5 + 4 + MARGIN

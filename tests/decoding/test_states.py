@@ -7,6 +7,7 @@ from decoding import Decoder
 from decoding.canvas import Canvas
 from decoding.loop import Settings, denoise
 from decoding.states import Reuse, run_rows
+from decoding.window import MARGIN
 from dlm.errors import ConfigError
 from tests.decoding.test_loop import rows
 from tests.dlm.test_attention import MASK as TINY_MASK
@@ -79,14 +80,14 @@ def test_each_scope_computes_what_it_says():
     for scope in ("prompt", "prefix", "dual"):
         model = Watched(tiny())
         write(model, CONV, pace(rate=1.0, reuse=Reuse(scope, refresh=10)))
-        assert model.active[0].sum() == 5 + 4 + 8  # everything: the prompt, the reach and the margin
+        assert model.active[0].sum() == 5 + 4 + MARGIN  # everything: the prompt, the reach and the margin
         assert model.active[10][: len(model.active[10])].sum() > model.active[9].sum()  # again everything
         counts[scope] = [int(a.sum()) for a in model.active[1:6]]
         if scope == "prompt":
             assert not any(a[:5].any() for a in model.active[1:10])
-            assert counts[scope] == [13, 14, 15, 16, 17]  # one token more in each call
+            assert counts[scope] == [MARGIN + 5 + i for i in range(5)]  # one token more in each call
         if scope == "prefix":
-            assert counts[scope] == [13] * 5  # 12 masks and the token that was just written
+            assert counts[scope] == [MARGIN + 5] * 5  # all masks and the token that was just written
     assert all(dual <= prefix for dual, prefix in zip(counts["dual"], counts["prefix"], strict=True))
     assert sum(counts["dual"]) < sum(counts["prefix"])
 
