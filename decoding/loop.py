@@ -223,9 +223,7 @@ class Lane:
     # ---- one step ------------------------------------------------------------------------------------
 
     def work(self) -> list[Asking]:
-        """The next step of every row that is not done, as work that can be done beside that of other
-        lanes.
-        """
+        """The next step of every row that is not done, as work to be done beside that of other lanes."""
         canvas, steps = self.canvas, self.settings.steps
         rows = (~canvas.done).nonzero()[:, 0]
         if len(rows) == 0:
@@ -355,9 +353,7 @@ class Lane:
         return self._cut(self.memo.score, rows)
 
     def _draw(self, rows: torch.Tensor, where: torch.Tensor) -> Generator[list[Ask], None, Choice]:
-        """A token and its probability at the positions `where`, both [b, W]; the mask token and 0
-        elsewhere.
-        """
+        """A token and its probability at the positions `where` [b, W]; the mask token and 0 elsewhere."""
         token = torch.full(where.shape, self.settings.mask_id, device=where.device)
         probability = torch.zeros(where.shape, device=where.device)
         asked = where.any(1)
@@ -375,9 +371,7 @@ class Lane:
         return Choice(token, probability)
 
     def _draw_at_once(self, rows: torch.Tensor, where: torch.Tensor, noise: torch.Tensor) -> Choice:
-        """A token [N] at the positions `where` [b, W], from the whole vocabulary, which is too much to
-        keep.
-        """
+        """A token [N] at the positions `where` [b, W], from the whole vocabulary, too much to keep."""
         tokens, kind = self.decoder.tokens, self.decoder.reveal.kind
         drawn, certain = [], []
         for logits, u in zip(self._logits(rows, where), noise.split(_CELLS), strict=True):

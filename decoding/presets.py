@@ -68,19 +68,19 @@ class Decoder:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number and not (value is None or isinstance(preset.options[option], str)):
                 raise ConfigError(f"option {option} of decoder {name!r} must be a number, got {value!r}")
-        common = {option: options.pop(option, default) for option, default in COMMON.items()}
+        chosen = {option: options.pop(option, default) for option, default in preset.common.items()}
+        guidance = chosen.pop("guidance")
         try:
-            window, reveal, tokens = preset.build(**options)
-            tokens = replace(tokens, repetition_penalty=common["repetition_penalty"])
-            return cls(window, reveal, tokens, name, common["guidance"])
+            window, reveal = preset.build(**options)
+            return cls(window, reveal, replace(preset.tokens, **chosen), name, guidance)
         except TypeError as error:
             raise ConfigError(f"decoder {name!r}: {error}") from error
 
 
-Axes = tuple[Window, RevealRule, TokenRule]
+Axes = tuple[Window, RevealRule]
 
-COMMON: dict[str, Any] = {"repetition_penalty": 1.0, "guidance": 0.0}
-"""Options that every preset has, and their defaults."""
+TOKENS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""Options of the token rule, which every preset has."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ class Preset:
     Attributes:
         summary: what it does, in a few words.
         paper: where it comes from.
-        build: options -> the three axes.
+        build: options -> window and reveal rule.
+        tokens: the token rule, whose `TOKENS` are options as well.
         exact: whether texts follow the model's own distribution as steps become finer; the others change the
             order in which positions are written, or cut what tokens may come out, on purpose.
     """
@@ -98,83 +99,69 @@ class Preset:
     summary: str
     paper: str
     build: Callable[..., Axes]
+    tokens: TokenRule = field(default_factory=TokenRule)
     exact: bool = False
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Options that every preset has, and their defaults here."""
+        return {option: getattr(self.tokens, option) for option in TOKENS} | {"guidance": 0.0}
 
     @property
     def options(self) -> dict[str, Any]:
         """Option names and their defaults."""
         own = {name: p.default for name, p in inspect.signature(self.build).parameters.items()}
-        return own | COMMON
+        return own | self.common
 
 
-def _categorical(temperature: float = 1.0, top_p: float = 1.0, min_p: float = 0.0) -> Axes:
-    return Full(), Ancestral(), TokenRule(temperature, 0, top_p, min_p)
+def _ancestral() -> Axes:
+    return Full(), Ancestral()
 
 
-def _top_k(top_k: int = 20, temperature: float = 1.0, top_p: float = 1.0, min_p: float = 0.0) -> Axes:
-    return Full(), Ancestral(), TokenRule(temperature, top_k, top_p, min_p)
-
-
-def _semi_ar(
-    block_size: int | None = None,
-    top_k: int = 20,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-) -> Axes:
-    return Block(block_size), Ancestral(), TokenRule(temperature, top_k, top_p, min_p)
+def _semi_ar(block_size: int | None = None) -> Axes:
+    return Block(block_size), Ancestral()
 
 
 def _llada(
     block_size: int = 0,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
     per_step: int | None = None,
     order: Literal["confidence", "margin", "entropy"] = "confidence",
 ) -> Axes:
-    window = Block(block_size) if block_size else Full()
-    return window, Quota(per_step, order), TokenRule(temperature, top_k, top_p, min_p)
+    return Block(block_size) if block_size else Full(), Quota(per_step, order)
 
 
-def _margin(
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    per_step: int | None = None,
+def _margin(per_step: int | None = None, kernel_size: int | None = 0) -> Axes:
+    return _maybe(kernel_size), Quota(per_step, "margin")
+
+
+def _conv(kernel_size: int | None = None, scale: float = 1.0) -> Axes:
+    return Convolution(kernel_size, scale), Ancestral()
+
+
+def _llada_conv(kernel_size: int | None = None, scale: float = 1.0, per_step: int | None = None) -> Axes:
+    return Convolution(kernel_size, scale), Quota(per_step)
+
+
+def _sliding(size: int | None = None) -> Axes:
+    return Sliding(size), Ancestral()
+
+
+def _threshold(tau: float = 0.9, kernel_size: int | None = 0) -> Axes:
+    return _maybe(kernel_size), Threshold(tau)
+
+
+def _entropy_bound(gamma: float = 0.1, kernel_size: int | None = 0) -> Axes:
+    return _maybe(kernel_size), EntropyBound(gamma)
+
+
+def _remdm(
+    eta: float = 0.04,
+    alpha_on: float = 0.9,
+    t_on: float = 0.55,
+    t_off: float = 0.05,
     kernel_size: int | None = 0,
 ) -> Axes:
-    tokens = TokenRule(temperature, top_k, top_p, min_p)
-    return _maybe(kernel_size), Quota(per_step, "margin"), tokens
-
-
-def _conv(
-    kernel_size: int | None = None,
-    top_k: int = 20,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    scale: float = 1.0,
-) -> Axes:
-    return Convolution(kernel_size, scale), Ancestral(), TokenRule(temperature, top_k, top_p, min_p)
-
-
-def _llada_conv(
-    kernel_size: int | None = None,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    scale: float = 1.0,
-    per_step: int | None = None,
-) -> Axes:
-    return Convolution(kernel_size, scale), Quota(per_step), TokenRule(temperature, top_k)
-
-
-def _sliding(
-    size: int | None = None, top_k: int = 20, temperature: float = 1.0, top_p: float = 1.0, min_p: float = 0.0
-) -> Axes:
-    return Sliding(size), Ancestral(), TokenRule(temperature, top_k, top_p, min_p)
+    return _maybe(kernel_size), Remask(alpha_on, t_on, t_off, eta)
 
 
 def _maybe(kernel_size: int | None) -> Window:
@@ -182,65 +169,41 @@ def _maybe(kernel_size: int | None) -> Window:
     return Full() if kernel_size == 0 else Convolution(kernel_size)
 
 
-def _threshold(
-    tau: float = 0.9,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    kernel_size: int | None = 0,
-) -> Axes:
-    return _maybe(kernel_size), Threshold(tau), TokenRule(temperature, top_k, top_p, min_p)
-
-
-def _entropy_bound(
-    gamma: float = 0.1,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    kernel_size: int | None = 0,
-) -> Axes:
-    return _maybe(kernel_size), EntropyBound(gamma), TokenRule(temperature, top_k, top_p, min_p)
-
-
-def _remdm(
-    top_p: float = 0.9,
-    eta: float = 0.04,
-    alpha_on: float = 0.9,
-    t_on: float = 0.55,
-    t_off: float = 0.05,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    kernel_size: int | None = 0,
-) -> Axes:
-    tokens = TokenRule(temperature, top_k, top_p, min_p)
-    return _maybe(kernel_size), Remask(alpha_on, t_on, t_off, eta), tokens
-
+_GREEDY, _TOP_20, _NUCLEUS = TokenRule(temperature=0.0), TokenRule(top_k=20), TokenRule(top_p=0.9)
 
 PRESETS: dict[str, Preset] = {
     "categorical": Preset(
-        "ancestral sampling over the whole window", "MDLM, 2406.07524", _categorical, exact=True
+        "ancestral sampling over the whole window", "MDLM, 2406.07524", _ancestral, exact=True
     ),
-    "top-k": Preset("ancestral, each position's k best tokens", "2509.15188, section 4", _top_k),
+    "top-k": Preset("ancestral, each position's k best tokens", "2509.15188, section 4", _ancestral, _TOP_20),
     "semi-ar": Preset(
-        "ancestral and top-k, block after block from the left", "2503.09573; 2509.15188", _semi_ar
+        "ancestral and top-k, block after block from the left", "2503.09573; 2509.15188", _semi_ar, _TOP_20
     ),
-    "llada": Preset("the most confident tokens first, a fixed number a step", "LLaDA, 2502.09992", _llada),
-    "margin": Preset("the tokens first whose lead over the second best is widest", "2502.06768", _margin),
-    "conv": Preset("ancestral and top-k under a convolutional window", "2509.15188", _conv),
-    "llada-conv": Preset("the most confident tokens under a convolutional window", "2509.15188", _llada_conv),
+    "llada": Preset(
+        "the most confident tokens first, a fixed number a step", "LLaDA, 2502.09992", _llada, _GREEDY
+    ),
+    "margin": Preset(
+        "the tokens first whose lead over the second best is widest", "2502.06768", _margin, _GREEDY
+    ),
+    "conv": Preset("ancestral and top-k under a convolutional window", "2509.15188", _conv, _TOP_20),
+    "llada-conv": Preset(
+        "the most confident tokens under a convolutional window", "2509.15188", _llada_conv, _GREEDY
+    ),
     "sliding": Preset(
-        "ancestral and top-k in a window that slides over the row", "2509.15188, appendix E", _sliding
+        "ancestral and top-k in a window that slides over the row",
+        "2509.15188, appendix E",
+        _sliding,
+        _TOP_20,
     ),
     "threshold": Preset(
-        "all tokens above a confidence, at least one a step", "Fast-dLLM, 2505.22618", _threshold
+        "all tokens above a confidence, at least one a step", "Fast-dLLM, 2505.22618", _threshold, _GREEDY
     ),
     "entropy-bound": Preset(
-        "as many tokens as their entropies allow, at least one a step", "2505.24857", _entropy_bound
+        "as many tokens as their entropies allow, at least one a step", "2505.24857", _entropy_bound, _GREEDY
     ),
-    "remdm": Preset("ancestral, with a loop that remasks written tokens", "ReMDM, 2503.00307", _remdm),
+    "remdm": Preset(
+        "ancestral, with a loop that remasks written tokens", "ReMDM, 2503.00307", _remdm, _NUCLEUS
+    ),
 }
 
 

@@ -111,14 +111,8 @@ class _SingleStage:
         return torch.ones(len(start), length, dtype=torch.bool, device=start.device)
 
 
-@dataclass(frozen=True)
-class Full(_SingleStage, _OneTime):
-    """Every position is open: w = 1."""
-
-    @property
-    def ahead(self) -> int:
-        """See `Window`; a choice, since everything is open."""
-        return 56
+class _AllOpen(_SingleStage):
+    """A window whose weights are all 1."""
 
     def weights(
         self, unmasked: torch.Tensor, *, start: torch.Tensor | None = None, stage: torch.Tensor | None = None
@@ -126,6 +120,41 @@ class Full(_SingleStage, _OneTime):
         """All ones; see `Window.weights`."""
         del start, stage
         return torch.ones(unmasked.shape, device=unmasked.device)
+
+
+@dataclass(frozen=True)
+class _Sized:
+    """A window that is so many positions wide."""
+
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the size."""
+        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
+            name = type(self).__name__.lower()
+            raise ConfigError(f"{name} size must be a whole number of at least 1, got {self.size!r}")
+
+    def fitted(self, length: int) -> Self:
+        """With a size for a canvas of `length` where none was given: a quarter of it."""
+        return self if self.size is not None else replace(self, size=max(1, length // 4))
+
+    @property
+    def ahead(self) -> int:
+        """See `Window`: the whole of it."""
+        return self.size or 1
+
+    def _size(self, length: int) -> int:
+        return self.fitted(length).size or 1
+
+
+@dataclass(frozen=True)
+class Full(_AllOpen, _OneTime):
+    """Every position is open: w = 1."""
+
+    @property
+    def ahead(self) -> int:
+        """See `Window`; a choice, since everything is open."""
+        return 56
 
 
 @dataclass(frozen=True)
@@ -177,7 +206,7 @@ class Convolution(_SingleStage, _OneTime):
 
 
 @dataclass(frozen=True)
-class Block(_OneTime):
+class Block(_Sized, _OneTime):
     """Semi-autoregressive blocks, left to right: w = 1 inside the current block, 0 outside.
 
     Blocks are counted from the end of the prompt. Each is a stage of its own, with its share of the steps.
@@ -186,30 +215,11 @@ class Block(_OneTime):
         size: positions per block; None for a quarter of the window.
     """
 
-    size: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check the size."""
-        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
-            raise ConfigError(f"block size must be a whole number of at least 1, got {self.size!r}")
-
-    def fitted(self, length: int) -> Block:
-        """With a size for a window of `length` where none was given."""
-        return self if self.size is not None else replace(self, size=max(1, length // 4))
-
-    @property
-    def ahead(self) -> int:
-        """See `Window`: a block."""
-        return self.size or 1
-
     def current(self, masked: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """[B] number of the block that holds the first mask."""
         length = masked.shape[1]
         first = torch.where(masked, torch.arange(length, device=masked.device), length).amin(1)
         return torch.clamp((first - start) // self._size(length), min=0)
-
-    def _size(self, length: int) -> int:
-        return self.fitted(length).size or 1
 
     def stages(self, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         """[B] number of blocks between the prompt's end and the row's; of a block whose size is known."""
@@ -234,7 +244,7 @@ class Block(_OneTime):
 
 
 @dataclass(frozen=True)
-class Sliding(_SingleStage):
+class Sliding(_Sized, _AllOpen):
     """A window that slides over the row, in which later positions have later times (sliding annealing).
 
     Its left edge e moves by N/S positions a step, N being those that are to be written. Position number o
@@ -246,37 +256,15 @@ class Sliding(_SingleStage):
         size: positions in the window; None for a quarter of the canvas.
     """
 
-    size: int | None = None
     timed: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Check the size."""
-        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
-            raise ConfigError(f"window size must be a whole number of at least 1, got {self.size!r}")
-
-    def fitted(self, length: int) -> Sliding:
-        """With a size for a window of `length` where none was given."""
-        return self if self.size is not None else replace(self, size=max(1, length // 4))
-
-    @property
-    def ahead(self) -> int:
-        """See `Window`: the whole of it."""
-        return self.size or 1
 
     def times(
         self, t: torch.Tensor, s: torch.Tensor, start: torch.Tensor, end: torch.Tensor, length: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Times of their own for the positions in the window; see `Window.times`."""
-        size, count = self.fitted(length).size or 1, (end - start)[:, None]
+        size, count = self._size(length), (end - start)[:, None]
         place = torch.arange(length, device=t.device) + 1 - start[:, None]
         before, after = (
             ((place - (1 - time.double()[:, None]) * count) / size).clamp(0, 1) for time in (t, s)
         )
         return before, after, after < 1
-
-    def weights(
-        self, unmasked: torch.Tensor, *, start: torch.Tensor | None = None, stage: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """All ones: the times say what can be written; see `Window.weights`."""
-        del start, stage
-        return torch.ones(unmasked.shape, device=unmasked.device)

@@ -74,6 +74,7 @@ class Packed:
     """
 
     lengths: Sequence[int]
+    _copied: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     @cached_property
     def bounds(self) -> list[int]:
@@ -96,11 +97,17 @@ class Packed:
         ]
         return torch.cat(rows, dim=2).transpose(1, 2)
 
+    def on_device(self, device: torch.device) -> torch.Tensor:
+        """The bounds as kernels want them, int32; copied once for all layers."""
+        if self._copied is None:
+            self._copied = torch.tensor(self.bounds, dtype=torch.int32, device=device)
+        return self._copied
+
     def _varlen(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
         """[N, H, D], with [N, G, D] keys and values, in one kernel."""
-        bounds = torch.tensor(self.bounds, dtype=torch.int32, device=query.device)
+        bounds = self.on_device(query.device)
         longest = max(self.lengths)
         if is_flash_attn_2_available():
             from flash_attn import flash_attn_varlen_func
@@ -135,11 +142,20 @@ class KeyValues:
         )
 
     def update(
-        self, layer: int, rows: torch.Tensor, positions: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self,
+        layer: int,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        room: tuple[int, int],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values [b, A, G, D] at `positions` [b, A] of `rows` [b]; gives all [B, W, G, D]."""
+        """Write keys and values [b, A, G, D] at `positions` [b, A] of `rows` [b]; gives all [B, W, G, D].
+
+        `room` is how many rows and positions there must be.
+        """
         for kept, new in ((self.keys, key), (self.values, value)):
-            kept[layer] = _roomy(kept.get(layer), int(rows.max()) + 1, int(positions.max()) + 1, new)
+            kept[layer] = _roomy(kept.get(layer), *room, new)
             kept[layer][rows[:, None], positions] = new
         return self.keys[layer], self.values[layer]
 
@@ -177,12 +193,17 @@ class Partial:
         """[b, 1, 1, W] bool, or None where all is valid."""
         return None if bool(self.valid.all()) else self.valid[:, None, None]
 
+    @cached_property
+    def room(self) -> tuple[int, int]:
+        """Rows and positions that the memory needs; asked of the device once for all layers."""
+        return int(self.rows.max()) + 1, self.valid.shape[1]
+
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
         """See `Layout`."""
         kept = self.memory.update(
-            layer, self.rows, self.positions, key.transpose(1, 2), value.transpose(1, 2)
+            layer, self.rows, self.positions, key.transpose(1, 2), value.transpose(1, 2), self.room
         )
         width = self.valid.shape[1]
         keys, values = (

@@ -75,10 +75,10 @@ def _turn(console: Any, sampler: Any, messages: list[dict[str, str]], arguments:
 
 
 def _room(sampler: Any, arguments: dict[str, Any]) -> int:
-    """Tokens that the conversation may have: half a window, or what the answer's limit leaves."""
+    """Tokens that the conversation may have: what the longest answer leaves, and half of all at least."""
     given = {key: value for key, value in arguments.items() if key != "seed"}
     plan: Plan = sampler.planner.plan(**given)
-    return plan.positions // 2 if plan.tokens == plan.positions else max(1, plan.positions - plan.tokens)
+    return plan.positions - min(plan.tokens, plan.positions // 2)
 
 
 def _fitted(sampler: Any, messages: list[dict[str, str]], room: int) -> list[dict[str, str]]:
