@@ -114,9 +114,9 @@ def outside(name: str, model: MaskedDiffusionModel, limit: int) -> tuple[float, 
     """Seconds per step, and the share of them outside the model, over the first `limit` steps."""
     timed = Timed(model)
     mask, eos = int(model.config.mask_token_id or 0), int(model.config.eos_token_id or 0)
-    ids = torch.full((1, 512), mask, device=model.device)
+    ids = torch.full((1, 512), mask)
     ids[0, :PROMPT] = torch.arange(100, 100 + PROMPT)
-    canvas = Canvas.of(ids, mask, torch.tensor([1], device=model.device))
+    canvas = Canvas.of(ids, mask, torch.tensor([1]))
     settings = Settings(64, eos_id=eos, mask_id=mask, eos_fill=False, early_exit=False)
     taken, begun = 0, now(model.device)
     with torch.inference_mode():

@@ -184,8 +184,8 @@ class Problem:
                 **{"steps": None if free else self.steps, "eos_id": self.eos_id, "mask_id": self.mask_id,
                    "grow": free, **({} if free else {"fit": self.window}), **settings}
             )  # fmt: skip
-            ids = self.rows(self.limit if free else self.window - self.prompts.shape[1])
-            key = torch.arange(len(ids), device=ids.device) + 1000 * seed
+            ids = self.rows(self.limit if free else self.window - self.prompts.shape[1]).cpu()
+            key = torch.arange(len(ids)) + 1000 * seed
             canvas = Canvas.of(ids, self.mask_id, key, ahead=chosen.ahead(decoder))
             for _ in denoise(self.model, canvas, decoder, chosen):
                 pass

@@ -4,10 +4,15 @@ Every row has its own step, time, normaliser, noise stream and stopping point; r
 model call. Savings taken here never change the result: the LM head sees only positions whose score can
 matter, what it found is kept until the row changes, a row that did not change is not computed again, and a
 finished row leaves the batch. (What `Reuse` and a growing canvas with steps save does change it.)
+
+The canvas, and all arithmetic on it, lie on the host, whichever device the model is on: they are small, and
+what happens next depends on them. Ids go to the device, and three numbers for each position looked at come
+back, once in a step.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +24,8 @@ from decoding.memo import Memo
 from decoding.presets import Decoder
 from decoding.reveal import StepView
 from decoding.states import Ask, Denoiser, Reuse, States, refresh
-from decoding.tokens import Candidates, Choice
 from decoding.window import MARGIN, Window
+from dlm.device import sent
 from dlm.errors import ConfigError, DLMError
 from dlm.noise import fold, uniform
 
@@ -251,12 +256,11 @@ class Lane:
         weight = self._weights(rows, masked, at)
         quota = self._quota(rows, scope, at)
         needs = rule.needs(masked, weight, quota)
-        choice = None
-        if rule.kind == "mass":
-            score = yield from self._mass(rows, needs)
+        if rule.kind == "mass" and self.decoder.tokens.keeps_all:
+            score = torch.ones(needs.shape, device=needs.device)  # without asking the model
         else:
-            choice = yield from self._draw(rows, needs)
-            score = choice.probability if rule.kind == "confidence" else self._cut(self.memo.score, rows)
+            yield from self._learn(rows, needs)
+            score = torch.where(needs, self._cut(self.memo.score, rows), 0.0)
         step = canvas.step[rows]
         decision = rule.decide(
             StepView(
@@ -273,9 +277,8 @@ class Lane:
                 rate=self.settings.rate,
             )
         )
-        if choice is None:
-            choice = yield from self._draw(rows, decision.reveal)
-        self._write(rows, step, decision.reveal, choice, decision.remask)
+        yield from self._learn(rows, decision.reveal)
+        self._write(rows, step, decision.reveal, decision.remask)
         canvas.step[rows] = step + 1
         if self.settings.grow:
             self._grow(rows, self.window.ahead + self.settings.margin)
@@ -283,8 +286,8 @@ class Lane:
     def _finish(self, rows: torch.Tensor) -> Asking:
         """The last denoising pass: every position that is still masked gets its token."""
         masked = self._cut(self.canvas.masked, rows)
-        choice = yield from self._draw(rows, masked)
-        self._write(rows, self.canvas.step[rows], masked, choice, None)
+        yield from self._learn(rows, masked)
+        self._write(rows, self.canvas.step[rows], masked, None)
         self.canvas.step[rows] += 1
         self.canvas.done[rows] = True
 
@@ -345,68 +348,33 @@ class Lane:
 
     # ---- the model -----------------------------------------------------------------------------------
 
-    def _mass(self, rows: torch.Tensor, needs: torch.Tensor) -> Generator[list[Ask], None, torch.Tensor]:
-        """[b, W] mass kept by the token rule; 1 without asking the model if the rule cuts nothing."""
-        if self.decoder.tokens.keeps_all:
-            return torch.ones(needs.shape, device=needs.device)
-        yield from self._learn(rows, needs)
-        return self._cut(self.memo.score, rows)
-
-    def _draw(self, rows: torch.Tensor, where: torch.Tensor) -> Generator[list[Ask], None, Choice]:
-        """A token and its probability at the positions `where` [b, W]; the mask token and 0 elsewhere."""
-        token = torch.full(where.shape, self.settings.mask_id, device=where.device)
-        probability = torch.zeros(where.shape, device=where.device)
-        asked = where.any(1)
-        if bool(asked.any()):
-            some, part = rows[asked], where[asked]
-            noise = self._noise(some, _TOKEN)[part]
-            if self.decoder.tokens.width is not None:
-                yield from self._learn(some, part)
-                choice = self.decoder.tokens.draw(self._candidates(some, part), noise)
-            else:
-                yield self._asks(some, part)
-                choice = self._draw_at_once(some, part, noise)
-            token[where] = choice.token
-            probability[where] = choice.probability
-        return Choice(token, probability)
-
-    def _draw_at_once(self, rows: torch.Tensor, where: torch.Tensor, noise: torch.Tensor) -> Choice:
-        """A token [N] at the positions `where` [b, W], from the whole vocabulary, too much to keep."""
-        tokens, kind = self.decoder.tokens, self.decoder.reveal.kind
-        drawn, certain = [], []
-        for logits, u in zip(self._logits(rows, where), noise.split(_CELLS), strict=True):
-            drawn.append(tokens.choose(logits, u))
-            if kind in ("margin", "entropy"):
-                certain.append(tokens.certainty(logits, kind))
-        if certain:
-            self.memo.put_score(rows, where, torch.cat(certain))
-        probability = torch.cat([choice.probability for choice in drawn])
-        return Choice(torch.cat([choice.token for choice in drawn]), self._checked(rows, where, probability))
-
     def _learn(self, rows: torch.Tensor, where: torch.Tensor) -> Asking:
-        """Find out, where it is not known, what may come out at `where` [b, W] and how sure the model is."""
+        """Find out, where it is not known, which token `where` [b, W] receives and how sure the model is.
+
+        What was found on the model's device comes back in one piece: the one time in a step that the host
+        waits for it.
+        """
         missing = where & ~self._cut(self.memo.known, rows)
         asked = missing.any(1)
         if not bool(asked.any()):
             return
         some, part = rows[asked], missing[asked]
         yield self._asks(some, part)
-        tokens, kind = self.decoder.tokens, self.decoder.reveal.kind
-        found, scores = [], []
-        for logits in self._logits(some, part):
-            candidates = tokens.candidates(logits)
-            certain = kind in ("margin", "entropy")
-            scores.append(tokens.certainty(logits, kind) if certain else candidates.mass)  # type: ignore[arg-type]
-            found.append(candidates)
-        self.memo.put_score(some, part, self._checked(some, part, torch.cat(scores)))
-        if tokens.width is not None:
-            self.memo.put_candidates(some, part, found)
-        self.memo.known[some, : self.width] |= part
+        noise = self._noise(some, _TOKEN)[part].split(_CELLS)
+        found = [self._looked_at(*each) for each in zip(self._logits(some, part), noise, strict=True)]
+        score, token, probability = torch.cat(found, dim=1).to(part.device)
+        self._check_numbers(some, part, score + probability)
+        self.memo.put(some, part, score.float(), token.long(), probability.float())
 
-    def _candidates(self, rows: torch.Tensor, where: torch.Tensor) -> Candidates:
-        """What was learnt about the positions `where` [b, W], as N cells."""
-        probability, ids = self.memo.candidates(rows, where)
-        return Candidates(probability, ids, self.decoder.tokens.kept(probability))
+    def _looked_at(self, logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """[N, V] and [N] -> [3, N] float64: score, token, and the token's probability."""
+        tokens, kind = self.decoder.tokens, self.decoder.reveal.kind
+        choice = tokens.choose(logits, sent(noise, logits.device))
+        if kind == "mass":
+            score = choice.mass
+        else:
+            score = choice.probability if kind == "confidence" else tokens.certainty(logits, kind)
+        return torch.stack([score.double(), choice.token.double(), choice.probability.double()])
 
     def _asks(self, rows: torch.Tensor, where: torch.Tensor) -> list[Ask]:
         asks = [Ask(self.seeing, rows, where)]
@@ -415,38 +383,39 @@ class Lane:
     def _logits(self, rows: torch.Tensor, where: torch.Tensor) -> Iterator[torch.Tensor]:
         """Logits [≤ _CELLS, V] of the positions `where` [b, W], in row-major order, a piece at a time."""
         tokens, guidance = self.decoder.tokens, self.decoder.guidance
-        cells = self.seeing.of(rows, self.width)[where].split(_CELLS)
-        blind = self.blind.of(rows, self.width)[where].split(_CELLS) if guidance else [None] * len(cells)
         owner, position = where.nonzero().unbind(1)  # which of the rows each cell belongs to, and where
-        endless = (position < self.canvas.ends_from[rows][owner]).split(_CELLS)
+        cells = self.seeing.of(rows[owner], position)
+        blind = self.blind.of(rows[owner], position).split(_CELLS) if guidance else itertools.repeat(None)
+        owner = sent(owner, cells.device)
+        endless = sent(position < self.canvas.ends_from[rows][owner], cells.device)
         seen: torch.Tensor | None = None
-        for hidden, unseen, row, shut in zip(cells, blind, owner.split(_CELLS), endless, strict=True):
+        each = zip(cells.split(_CELLS), blind, owner.split(_CELLS), endless.split(_CELLS), strict=False)
+        for hidden, unseen, row, shut in each:
             logits = self.model.logits(hidden)
             if self.endless:
                 logits[:, self.settings.eos_id].masked_fill_(shut, -math.inf)
             if unseen is not None:
                 logits = guided(logits, self.model.logits(unseen), guidance)
             if tokens.repetition_penalty != 1:
-                seen = self._seen(rows, logits.shape[1]) if seen is None else seen
+                seen = self._seen(rows, logits) if seen is None else seen
                 logits = tokens.penalised(logits, seen[row])
             yield logits
 
-    def _seen(self, rows: torch.Tensor, vocab: int) -> torch.Tensor:
+    def _seen(self, rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """[b, V] bool, the tokens that a row holds; never the end token, which templates hold too."""
         known = self._cut(self.canvas.valid & ~self.canvas.masked, rows)
         ids = torch.where(known, self._cut(self.canvas.ids, rows), self.settings.mask_id)
-        seen = torch.zeros(len(rows), vocab, dtype=torch.bool, device=rows.device)
-        seen.scatter_(1, ids, True)
+        seen = torch.zeros(len(rows), logits.shape[1], dtype=torch.bool, device=logits.device)
+        seen.scatter_(1, sent(ids, logits.device), True)
         seen[:, self.settings.eos_id] = False
         return seen
 
-    def _checked(self, rows: torch.Tensor, where: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """`value` [N] unless it holds NaN."""
+    def _check_numbers(self, rows: torch.Tensor, where: torch.Tensor, value: torch.Tensor) -> None:
+        """Whether `value` [N], found at the positions `where` [b, W], holds NaN."""
         bad = value.isnan()
         if bool(bad.any()):
             row = int(rows[where.nonzero()[bad.nonzero()[0, 0], 0]])
             raise BrokenRowError(self, row, int(self.canvas.step[row]))
-        return value
 
     # ---- writing -------------------------------------------------------------------------------------
 
@@ -455,13 +424,12 @@ class Lane:
         rows: torch.Tensor,
         step: torch.Tensor,
         reveal: torch.Tensor,
-        choice: Choice,
         remask: torch.Tensor | None,
     ) -> None:
         """Put tokens on the canvas, fill behind an EOS, and see which rows are finished."""
         canvas, eos = self.canvas, self.settings.eos_id
         ids, masked = self._cut(canvas.ids, rows), self._cut(canvas.masked, rows)
-        ids = torch.where(reveal, choice.token, ids)
+        ids = torch.where(reveal, self._cut(self.memo.token, rows), ids)
         after = masked & ~reveal
         if remask is not None:
             ids = torch.where(remask, self.settings.mask_id, ids)
@@ -480,9 +448,8 @@ class Lane:
             finished |= (first >= 0) & ~waiting
             closed = finished[:, None] & after
             ids, after = torch.where(closed, eos, ids), after & ~closed
-        self._note(
-            rows, step, masked & ~after, after, torch.where(reveal & ~after, choice.probability, torch.nan)
-        )
+        probability = torch.where(reveal & ~after, self._cut(self.memo.probability, rows), torch.nan)
+        self._note(rows, step, masked & ~after, after, probability)
         same = (ids == self._cut(canvas.ids, rows)).all(1)
         for kept in (self.seeing, self.blind, self.memo):
             kept.forget(rows, same)

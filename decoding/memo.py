@@ -2,45 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from decoding.canvas import Canvas, resized
-from decoding.tokens import Candidates
 
 
 class Memo:
-    """Scores, and the few candidates of rules that have few, for the rows of one canvas."""
+    """For each position of a canvas: how sure the model is there, and the token that it would receive.
+
+    The token is drawn when the position is looked at, and stays while the row stays as it is. That is the
+    same law as a new draw in every step: nothing that happens before the token is written depends on which
+    one it is, or else the row changes in the same step.
+    """
 
     def __init__(self, canvas: Canvas) -> None:
         self.known = torch.zeros_like(canvas.masked)  # [B, L]
         self.score = torch.zeros(canvas.ids.shape, device=canvas.ids.device)  # [B, L] mass or certainty
-        self.probability: torch.Tensor | None = None  # [B, L, k]
-        self.ids: torch.Tensor | None = None  # [B, L, k]
+        self.token = torch.zeros_like(canvas.ids)  # [B, L]
+        self.probability = torch.zeros_like(self.score)  # [B, L] of the token
 
-    def put_score(self, rows: torch.Tensor, where: torch.Tensor, score: torch.Tensor) -> None:
-        """Keep the scores [N] of the positions `where` [b, W] of the rows [b]."""
+    def put(
+        self,
+        rows: torch.Tensor,
+        where: torch.Tensor,
+        score: torch.Tensor,
+        token: torch.Tensor,
+        probability: torch.Tensor,
+    ) -> None:
+        """Keep what was found, [N] each, at the positions `where` [b, W] of the rows [b]."""
         row, position = where.nonzero().unbind(1)
-        self.score[rows[row], position] = score
-
-    def put_candidates(self, rows: torch.Tensor, where: torch.Tensor, found: Sequence[Candidates]) -> None:
-        """Keep the candidates, N in all, of the positions `where` [b, W] of the rows [b]."""
-        probability = torch.cat([c.probability for c in found])
-        ids = torch.cat([c.ids for c in found if c.ids is not None])
-        if self.probability is None or self.ids is None:
-            shape = (*self.known.shape, probability.shape[1])
-            self.probability, self.ids = probability.new_zeros(shape), ids.new_zeros(shape)
-        row, position = where.nonzero().unbind(1)
-        self.probability[rows[row], position] = probability
-        self.ids[rows[row], position] = ids
-
-    def candidates(self, rows: torch.Tensor, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Probabilities and ids, both [N, k], at the positions `where` [b, W] of the rows [b]."""
-        assert self.probability is not None
-        assert self.ids is not None
-        row, position = where.nonzero().unbind(1)
-        return self.probability[rows[row], position], self.ids[rows[row], position]
+        at = rows[row], position
+        self.known[at] = True
+        self.score[at], self.token[at], self.probability[at] = score, token, probability
 
     def forget(self, rows: torch.Tensor, same: torch.Tensor) -> None:
         """The rows [b] have been written to, all but those that are the `same` [b]."""
@@ -48,8 +41,7 @@ class Memo:
 
     def follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
         """The canvas has become another: `rows` of the old one, or the old one with more rows behind it."""
-        for name in ("known", "score", "probability", "ids"):
+        for name in ("known", "score", "token", "probability"):
             kept = getattr(self, name)
-            if kept is not None:
-                kept = kept if rows is None else kept[rows]
-                setattr(self, name, resized(kept, *canvas.ids.shape))
+            kept = kept if rows is None else kept[rows]
+            setattr(self, name, resized(kept, *canvas.ids.shape))

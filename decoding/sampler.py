@@ -430,21 +430,20 @@ class Sampler:
         return size, text[: min(places)].strip()
 
     def _canvas(self, tasks: Sequence[_Task]) -> Canvas:
-        device = getattr(self.model, "device", "cpu")
         keys = [key_of(task.seed, task.row.digest(self.mask_id)) for task in tasks]
         rows, plan = [task.row.ids for task in tasks], tasks[0].plan
         width = max(map(len, rows))
-        ids = torch.tensor([row + [self.mask_id] * (width - len(row)) for row in rows], device=device)
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        valid = torch.arange(width, device=device) < lengths[:, None]
+        ids = torch.tensor([row + [self.mask_id] * (width - len(row)) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        valid = torch.arange(width) < lengths[:, None]
         return Canvas.of(
             ids,
             self.mask_id,
-            torch.stack(keys).to(device),
+            torch.stack(keys),
             valid,
             ahead=plan.settings.ahead(plan.decoder),
-            answer=torch.tensor([task.row.answer for task in tasks], device=device),
-            ends_from=torch.tensor([task.row.ends_from for task in tasks], device=device),
+            answer=torch.tensor([task.row.answer for task in tasks]),
+            ends_from=torch.tensor([task.row.ends_from for task in tasks]),
         )
 
     def _output(self, canvas: Canvas, task: _Task) -> Output:

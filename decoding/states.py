@@ -15,11 +15,14 @@ from typing import Any, Literal, Protocol
 import torch
 
 from decoding.canvas import Canvas, resized
+from dlm.device import sent
 from dlm.errors import ConfigError, unknown_name
 
 
 class Denoiser(Protocol):
     """What decoding needs of a model; `MaskedDiffusionModel` has it, and tests bring their own.
+
+    Ids and masks come from the host, whatever device the model is on.
 
     A model may also have `packed_hidden` and `partial_hidden` (see `dlm.model`); without the second, keys and
     values cannot be reused.
@@ -78,13 +81,10 @@ class States:
         self.calls = torch.zeros_like(canvas.start)  # [B] since everything was computed
         self.memory: Any = None
 
-    def of(self, rows: torch.Tensor, width: int) -> torch.Tensor:
-        """[b, W, D] of the rows [b], as far as they were asked for."""
+    def of(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """[N, D] at the positions [N] of the rows [N], which were asked for."""
         assert self.hidden is not None
-        if len(rows) == len(self.canvas.ids) and width == self.hidden.shape[1]:
-            return self.hidden
-        self.hidden = resized(self.hidden, len(self.hidden), max(width, self.hidden.shape[1]))
-        return self.hidden[rows, :width]
+        return self.hidden[sent(rows, self.hidden.device), sent(positions, self.hidden.device)]
 
     def forget(self, rows: torch.Tensor, same: torch.Tensor) -> None:
         """The rows [b] have been written to, all but those that are the `same` [b]."""
@@ -98,7 +98,7 @@ class States:
         self.canvas = canvas
         if rows is not None:
             self.current, self.kept, self.calls = self.current[rows], self.kept[rows], self.calls[rows]
-            self.hidden = None if self.hidden is None else self.hidden[rows]
+            self.hidden = None if self.hidden is None else self.hidden[sent(rows, self.hidden.device)]
             self.memory = None if self.memory is None else self.memory.take(rows)
         size, width = canvas.ids.shape
         self.current = resized(self.current, size, width)
@@ -128,7 +128,7 @@ class States:
         if self.hidden is None:
             self.hidden = states.new_zeros(size, width, states.shape[-1])
         self.hidden = resized(self.hidden, size, max(width, self.hidden.shape[1]))
-        self.hidden[rows[row], position] = states
+        self.hidden[sent(rows[row], states.device), sent(position, states.device)] = states
         self.current[rows] |= where
         self.canvas.model_calls[rows] += 1
 
@@ -211,4 +211,6 @@ def run_rows(model: Any, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Ten
     valid = torch.arange(int(max(lengths)), device=ids.device) < size[:, None]
     padded = ids.new_zeros(valid.shape)
     padded[valid] = ids
-    return model.hidden(padded, valid)[valid]  # type: ignore[no-any-return]
+    states = model.hidden(padded, valid)
+    row, position = (sent(x, states.device) for x in valid.nonzero().unbind(1))
+    return states[row, position]  # type: ignore[no-any-return]

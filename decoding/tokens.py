@@ -8,7 +8,8 @@ from typing import Literal
 
 import torch
 
-from decoding.kernels import ROWS, log_normaliser, top_probabilities
+from decoding import kernels
+from dlm.device import sent
 from dlm.errors import ConfigError
 
 
@@ -20,6 +21,8 @@ class Choice:
     """[N] int64."""
     probability: torch.Tensor
     """[N] float32, what the model gives to the token (temperature 1, before any cut)."""
+    mass: torch.Tensor
+    """[N] float32, what it gives to all tokens that the rule keeps."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class Candidates:
         return (self.probability * self.kept).sum(1)
 
 
+ROWS = 32
+"""Positions whose logits a CPU sums at a time: they stay in its cache."""
+
 NUCLEUS = 256
 """So many tokens are sorted first in search of a top-p or min-p set."""
 
@@ -46,6 +52,22 @@ Certainty = Literal["margin", "entropy"]
 """Ways to say how sure a model is at a position, whatever token is drawn, from its own distribution
 (temperature 1, before any cut): the probability of the likeliest token less that of the second; exp(-H), H
 the entropy in nats."""
+
+
+def log_normaliser(logits: torch.Tensor) -> torch.Tensor:
+    """[N, V] -> [N, 1], log Σ exp."""
+    if logits.is_cuda:
+        return logits.logsumexp(1, keepdim=True)
+    return torch.cat([rows.logsumexp(1, keepdim=True) for rows in logits.split(ROWS)])
+
+
+def top_probabilities(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k most probable tokens: [N, V] float32 -> [N, k] probabilities, falling, and [N, k] ids.
+
+    Probabilities are over the whole vocabulary. Which of several equal logits comes first is not defined.
+    """
+    values, ids = logits.max(1, keepdim=True) if k == 1 else logits.topk(k, dim=1)
+    return (values - log_normaliser(logits)).exp(), ids
 
 
 def certainty(logits: torch.Tensor, kind: Certainty) -> torch.Tensor:
@@ -121,11 +143,20 @@ class TokenRule:
             return self.top_k
         return 1 if self.temperature == 0 and self.keeps_all else None
 
-    def mass(self, logits: torch.Tensor) -> torch.Tensor:
-        """[N, V] -> [N]: the probability that the rule keeps."""
-        if self.keeps_all:
-            return torch.ones(len(logits), device=logits.device)
-        return self.candidates(logits).mass
+    def choose(self, logits: torch.Tensor, noise: torch.Tensor) -> Choice:
+        """Draw one token per position by inverting the cumulative distribution of those kept.
+
+        Args:
+            logits: [N, V], -inf at tokens that must not come out.
+            noise: [N] uniform numbers of (0, 1); the only randomness.
+        """
+        logits = self._allowed(logits)
+        if self.width is not None:
+            k = min(self.width, logits.shape[1])
+            if kernels.applies(logits, k):
+                cuts = {"temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p}
+                return Choice(*kernels.choose(logits, noise, k, **cuts))
+        return self.draw(self.candidates(logits), noise)
 
     def candidates(self, logits: torch.Tensor) -> Candidates:
         """The tokens that may come out.
@@ -190,11 +221,11 @@ class TokenRule:
         return Candidates(found[0], found[1], found[2])
 
     def draw(self, candidates: Candidates, noise: torch.Tensor) -> Choice:
-        """Draw one token per position by inverting the cumulative distribution.
+        """See `choose`.
 
         Args:
             candidates: of N positions.
-            noise: [N] uniform numbers of (0, 1); the only randomness.
+            noise: [N] uniform numbers of (0, 1).
         """
         probability, ids = candidates.probability, candidates.ids
         if self.temperature == 0:
@@ -203,11 +234,7 @@ class TokenRule:
             index = _invert(self._tempered(probability) * candidates.kept, noise)
         at = index[:, None]
         token = index if ids is None else ids.gather(1, at)[:, 0]
-        return Choice(token, probability.gather(1, at)[:, 0])
-
-    def choose(self, logits: torch.Tensor, noise: torch.Tensor) -> Choice:
-        """Draw one token per position from its logits [N, V]; see `draw`."""
-        return self.draw(self.candidates(logits), noise)
+        return Choice(token, probability.gather(1, at)[:, 0], candidates.mass)
 
     def certainty(self, logits: torch.Tensor, kind: Certainty) -> torch.Tensor:
         """[N, V] -> [N], how sure the model is there, forbidden tokens apart."""
@@ -217,8 +244,8 @@ class TokenRule:
         """Logits with the forbidden tokens shut."""
         if not self.forbidden:
             return logits
-        shut = torch.tensor(self.forbidden, device=logits.device)
-        return logits.index_fill(1, shut[shut < logits.shape[1]], -math.inf)
+        shut = torch.tensor([token for token in self.forbidden if token < logits.shape[1]], dtype=torch.int64)
+        return logits.index_fill(1, sent(shut, logits.device), -math.inf)
 
     def _tempered(self, probability: torch.Tensor) -> torch.Tensor:
         """The distribution at this temperature, unnormalised."""

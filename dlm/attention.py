@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.utils import is_flash_attn_2_available
 
+from dlm.device import sent
+
 NAME = "dlm_decoding"
 
 
@@ -100,7 +102,7 @@ class Packed:
     def on_device(self, device: torch.device) -> torch.Tensor:
         """The bounds as kernels want them, int32; copied once for all layers."""
         if self._copied is None:
-            self._copied = torch.tensor(self.bounds, dtype=torch.int32, device=device)
+            self._copied = sent(torch.tensor(self.bounds, dtype=torch.int32), device)
         return self._copied
 
     def _varlen(
@@ -136,7 +138,7 @@ class KeyValues:
 
     def take(self, rows: torch.Tensor) -> KeyValues:
         """Those of some rows [b]; rows that were never written are left out."""
-        known = {i: rows[rows < len(x)] for i, x in self.keys.items()}
+        known = {i: sent(rows[rows < len(x)], x.device) for i, x in self.keys.items()}
         return KeyValues(
             {i: x[known[i]] for i, x in self.keys.items()}, {i: x[known[i]] for i, x in self.values.items()}
         )
@@ -180,23 +182,29 @@ class Partial:
         memory: keys and values; those of this pass are written to it first.
         rows: [b] int64, the rows' numbers in the memory.
         positions: [b, A] int64; a position may stand there twice, with the same token.
-        valid: [b, W] bool, positions that a row has.
+        mask: [b, 1, 1, W] bool, positions that a row has; None where every row has all.
+        room: rows and positions that the memory needs.
     """
 
     memory: KeyValues
     rows: torch.Tensor
     positions: torch.Tensor
-    valid: torch.Tensor
+    mask: torch.Tensor | None
+    room: tuple[int, int]
 
-    @cached_property
-    def mask(self) -> torch.Tensor | None:
-        """[b, 1, 1, W] bool, or None where all is valid."""
-        return None if bool(self.valid.all()) else self.valid[:, None, None]
-
-    @cached_property
-    def room(self) -> tuple[int, int]:
-        """Rows and positions that the memory needs; asked of the device once for all layers."""
-        return int(self.rows.max()) + 1, self.valid.shape[1]
+    @classmethod
+    def of(
+        cls,
+        memory: KeyValues,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        valid: torch.Tensor,
+        device: torch.device,
+    ) -> Partial:
+        """The layout on a device, from tensors that are best on the host; `valid` is [b, W] bool."""
+        mask = None if bool(valid.all()) else sent(valid[:, None, None], device)
+        room = int(rows.max()) + 1, valid.shape[1]
+        return cls(memory, sent(rows, device), sent(positions, device), mask, room)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
@@ -205,7 +213,7 @@ class Partial:
         kept = self.memory.update(
             layer, self.rows, self.positions, key.transpose(1, 2), value.transpose(1, 2), self.room
         )
-        width = self.valid.shape[1]
+        width = self.room[1]
         keys, values = (
             (x[:, :width] if len(self.rows) == len(x) else x[self.rows, :width]).transpose(1, 2) for x in kept
         )

@@ -67,10 +67,13 @@ class BucketedModel:
             self.recorded[shape] = self._record(*shape)
         call = self.recorded[shape]
         call.ids.zero_()
-        call.ids[:rows, :length] = input_ids
+        call.ids[:rows, :length].copy_(input_ids, non_blocking=True)
         call.mask.zero_()
         call.mask[rows:, 0, 0, 0] = True  # rows that are not there still attend to something
-        call.mask[:rows, 0, 0, :length] = True if attention_mask is None else attention_mask
+        if attention_mask is None:
+            call.mask[:rows, 0, 0, :length] = True
+        else:
+            call.mask[:rows, 0, 0, :length].copy_(attention_mask, non_blocking=True)
         call.replay()
         return call.states[:rows, :length].clone()
 

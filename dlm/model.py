@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from dlm.attention import KeyValues, Packed, Partial, decoding_attention
 from dlm.config import MaskedDiffusionConfig
+from dlm.device import sent
 from dlm.objective import token_log_probabilities
 
 IGNORE = -100
@@ -104,7 +105,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         """
         states = self.backbone(
             inputs_embeds=self._embed(input_ids),
-            attention_mask=attention_mask,
+            attention_mask=None if attention_mask is None else sent(attention_mask, self.device),
             is_causal=False,
             use_cache=False,
         ).last_hidden_state
@@ -114,23 +115,23 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         """`hidden` of rows of different lengths, packed end to end so that nothing is spent on padding.
 
         Args:
-            input_ids: [N] int64, the rows one after the other.
+            input_ids: [N] int64, the rows one after the other, best on the host.
             lengths: of the rows; their sum is N.
 
         Returns:
             [N, D], equal to `hidden` of each row alone up to the order of floating-point sums.
         """
-        each = [torch.arange(n, device=input_ids.device) for n in lengths]
+        place = torch.cat([torch.arange(n, device=input_ids.device) for n in lengths])
         with decoding_attention(self.backbone):
             states = self.backbone(
                 inputs_embeds=self._embed(input_ids[None]),
-                position_ids=torch.cat(each)[None],
+                position_ids=sent(place[None], self.device),
                 use_cache=False,
                 layout=Packed(lengths),
             ).last_hidden_state[0]
         if self.config.shift:
             position = torch.arange(len(input_ids), device=input_ids.device)
-            states = states[torch.where(torch.cat(each) > 0, position - 1, position)]
+            states = states[sent(torch.where(place > 0, position - 1, position), self.device)]
         return states  # type: ignore[no-any-return]
 
     def new_memory(self) -> KeyValues:
@@ -148,7 +149,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         """States of some positions, which attend to kept keys and values at all others.
 
         Args:
-            input_ids: [B, L] int64.
+            input_ids: [B, L] int64; like the others best on the host, where it is decided what to compute.
             active: [B, L] bool, the positions to compute; in a row's first call all of them.
             valid: [B, L] bool, False at padding.
             memory: keys and values of earlier calls, written to.
@@ -166,19 +167,22 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         last = order.gather(1, count - 1)
         place = torch.arange(order.shape[1], device=order.device)
         positions = torch.where(place < count, order, last)
+        layout = Partial.of(memory, rows, positions, valid, self.device)
         with decoding_attention(self.backbone):
             found = self.backbone(
                 inputs_embeds=self._embed(input_ids.gather(1, positions)),
-                position_ids=positions,
+                position_ids=layout.positions,
                 use_cache=False,
-                layout=Partial(memory, rows, positions, valid),
+                layout=layout,
             ).last_hidden_state
         states = found.new_zeros(*input_ids.shape, found.shape[-1])
-        states[torch.arange(len(positions), device=positions.device)[:, None], positions] = found
-        return (_shifted(states) if self.config.shift else states)[active]
+        states[torch.arange(len(positions), device=self.device)[:, None], layout.positions] = found
+        row, position = (sent(x, self.device) for x in active.nonzero().unbind(1))
+        return (_shifted(states) if self.config.shift else states)[row, position]
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[B, L] -> [B, L, D]."""
+        input_ids = sent(input_ids, self.device)
         embeds = self.get_input_embeddings()(input_ids)
         if self.mask_shift is not None:
             embeds = embeds + self.mask_shift(input_ids == self.config.mask_token_id)

@@ -12,6 +12,10 @@ def noise(n):
     return uniform(key_of("draws"), torch.arange(n))
 
 
+def mass(rule, logits):
+    return rule.choose(logits, noise(len(logits))).mass
+
+
 VOCAB, MASK = 12, 11
 
 
@@ -63,12 +67,12 @@ def test_greedy_takes_the_best_token_whatever_the_noise(logits):
 def test_top_k_keeps_exactly_k_real_tokens(logits, k):
     rule = TokenRule(top_k=k)
     p = logits[0].softmax(0).sort(descending=True).values
-    assert float(rule.mass(logits)[0]) == pytest.approx(float(p[:k].sum()), abs=1e-6)
+    assert float(mass(rule, logits)[0]) == pytest.approx(float(p[:k].sum()), abs=1e-6)
     assert int((frequencies(rule, logits) > 0).sum()) == k
 
 
 def test_more_than_the_vocabulary_is_all_real_tokens(logits):
-    assert float(TokenRule(top_k=99).mass(logits)[0]) == pytest.approx(1.0, abs=1e-6)
+    assert float(mass(TokenRule(top_k=99), logits)[0]) == pytest.approx(1.0, abs=1e-6)
     assert frequencies(TokenRule(top_k=99), logits)[MASK] == 0
 
 
@@ -77,8 +81,8 @@ def test_mass_and_confidence_are_the_models_own_probabilities(logits):
     rule = TokenRule(top_k=3, temperature=0.3)
     choice = rule.choose(logits, torch.tensor([0.5]))
     assert float(choice.probability[0]) == pytest.approx(float(p[choice.token[0]]), abs=1e-6)
-    assert float(rule.mass(logits)[0]) == pytest.approx(float(p.sort().values[-3:].sum()), abs=1e-6)
-    assert TokenRule().mass(logits).tolist() == [1.0]
+    assert float(mass(rule, logits)[0]) == pytest.approx(float(p.sort().values[-3:].sum()), abs=1e-6)
+    assert mass(TokenRule(), logits).tolist() == [1.0]
 
 
 def test_a_token_of_weight_zero_never_comes_out_even_at_the_edges():
@@ -100,12 +104,12 @@ def test_settings_out_of_range_are_refused():
 def test_min_p_keeps_what_has_a_share_of_the_likeliest():
     probability = torch.tensor([[0.5, 0.3, 0.06, 0.04, 0.1]])
     rule = TokenRule(min_p=0.15)  # 0.075 and more
-    assert float(rule.mass(probability.log())) == pytest.approx(0.9)
+    assert float(mass(rule, probability.log())) == pytest.approx(0.9)
     draws = rule.choose(probability.log().expand(4000, -1), noise(4000)).token
     share = torch.bincount(draws, minlength=5) / 4000
     torch.testing.assert_close(share, torch.tensor([5 / 9, 3 / 9, 0, 0, 1 / 9]), atol=0.03, rtol=0)
     both = TokenRule(min_p=0.15, top_p=0.7)
-    assert float(both.mass(probability.log())) == pytest.approx(0.8)
+    assert float(mass(both, probability.log())) == pytest.approx(0.8)
     with pytest.raises(ConfigError, match="min_p must lie"):
         TokenRule(min_p=1.5)
 
@@ -120,7 +124,7 @@ def test_forbidden_tokens_are_shut_before_anything_is_cut():
         tokens = rule.choose(logits.expand(500, -1), noise(500)).token
         assert 0 not in tokens.tolist()
     left = logits[:, 1:].softmax(1)
-    assert float(TokenRule(top_k=2, forbidden=(0,)).mass(logits)) == pytest.approx(float(left[0, :2].sum()))
+    assert float(mass(TokenRule(top_k=2, forbidden=(0,)), logits)) == pytest.approx(float(left[0, :2].sum()))
     with pytest.raises(ConfigError, match="token ids"):
         TokenRule(forbidden=(-1,))
 
