@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -42,7 +42,7 @@ class Candidates:
         return (self.probability * self.kept).sum(1)
 
 
-ROWS = 32
+ROWS = 4
 """Positions whose logits a CPU sums at a time: they stay in its cache."""
 
 NUCLEUS = 256
@@ -55,28 +55,27 @@ the entropy in nats."""
 
 
 def log_normaliser(logits: torch.Tensor) -> torch.Tensor:
-    """[N, V] -> [N, 1], log Σ exp."""
+    """[N, V] -> [N, 1] float32, log Σ exp."""
     if logits.is_cuda:
-        return logits.logsumexp(1, keepdim=True)
-    return torch.cat([rows.logsumexp(1, keepdim=True) for rows in logits.split(ROWS)])
+        return logits.float().logsumexp(1, keepdim=True)
+    return torch.cat([rows.float().logsumexp(1, keepdim=True) for rows in logits.split(ROWS)])
 
 
 def top_probabilities(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k most probable tokens: [N, V] float32 -> [N, k] probabilities, falling, and [N, k] ids.
+    """The k most probable tokens: [N, V] -> [N, k] float32 probabilities, falling, and [N, k] ids.
 
     Probabilities are over the whole vocabulary. Which of several equal logits comes first is not defined.
     """
     values, ids = logits.max(1, keepdim=True) if k == 1 else logits.topk(k, dim=1)
-    return (values - log_normaliser(logits)).exp(), ids
+    return (values.float() - log_normaliser(logits)).exp(), ids
 
 
 def certainty(logits: torch.Tensor, kind: Certainty) -> torch.Tensor:
-    """[N, V] -> [N] in [0, 1]."""
-    logits = logits.float()
+    """[N, V] -> [N] float32 in [0, 1]."""
     if kind == "margin":
-        best = (logits.topk(2, dim=1).values - log_normaliser(logits)).exp()
+        best = top_probabilities(logits, 2)[0]
         return best[:, 0] - best[:, 1]
-    return torch.cat([_exp_entropy(rows) for rows in logits.split(ROWS)])
+    return torch.cat([_exp_entropy(rows.float()) for rows in logits.split(ROWS)])
 
 
 def _exp_entropy(logits: torch.Tensor) -> torch.Tensor:
@@ -148,7 +147,7 @@ class TokenRule:
 
         Args:
             logits: [N, V], -inf at tokens that must not come out.
-            noise: [N] uniform numbers of (0, 1); the only randomness.
+            noise: [N] float32 uniform numbers of (0, 1); the only randomness.
         """
         logits = self._allowed(logits)
         if self.width is not None:
@@ -156,21 +155,24 @@ class TokenRule:
             if kernels.applies(logits, k):
                 cuts = {"temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p}
                 return Choice(*kernels.choose(logits, noise, k, **cuts))
+        elif not self.keeps_all:
+            return self._choose_of_nucleus(logits.float(), noise)
         return self.draw(self.candidates(logits), noise)
 
-    def candidates(self, logits: torch.Tensor) -> Candidates:
-        """The tokens that may come out.
+    def candidates(self, logits: torch.Tensor, width: int | None = None) -> Candidates:
+        """The tokens that may come out, of those allowed.
 
         Args:
             logits: [N, V], -inf at tokens that must not come out.
+            width: how many at most, the best; by default `width`.
         """
-        logits = self._allowed(logits.float())
-        if self.width is not None:
-            probability, ids = top_probabilities(logits, min(self.width, logits.shape[1]))
-            return Candidates(probability, ids, self.kept(probability))
-        if self.keeps_all:
-            return Candidates(logits.softmax(1), None, torch.ones(1, 1, device=logits.device))
-        return self._nucleus(logits)
+        width = self.width if width is None else width
+        if width is None and self.keeps_all:
+            return Candidates(
+                logits.softmax(1, dtype=torch.float32), None, torch.ones(1, 1, device=logits.device)
+            )
+        probability, ids = top_probabilities(logits, min(width or logits.shape[1], logits.shape[1]))
+        return Candidates(probability, ids, self.kept(probability))
 
     def kept(self, probability: torch.Tensor) -> torch.Tensor:
         """Which of the k best tokens belong to the top-p and the min-p set.
@@ -191,34 +193,28 @@ class TokenRule:
             kept &= share.cumsum(1) - share < self.top_p
         return kept.float()
 
-    def _nucleus(self, logits: torch.Tensor) -> Candidates:
-        """The top-p and min-p set of the whole vocabulary [N, V], sorted only as far as it reaches.
+    def _choose_of_nucleus(self, logits: torch.Tensor, noise: torch.Tensor) -> Choice:
+        """See `choose`, for the top-p and min-p set of the whole vocabulary [N, V].
 
-        Where the `NUCLEUS` best tokens hold the set, the others need no order; rows in which they do not are
-        sorted 16 times as far, and so on. The result is the same.
+        Tokens are sorted only as far as the set reaches: where the `NUCLEUS` best do not hold it, 16 times as
+        many are looked at, and so on. The result is the same.
         """
         heat = self.temperature or 1.0
         total = log_normaliser(logits)
         heated = total if heat == 1 else log_normaliser(logits / heat)
-
-        def best(rows: torch.Tensor, width: int) -> list[torch.Tensor]:
-            values, ids = logits[rows].topk(width, dim=1)
+        token = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        out = Choice(token, torch.zeros_like(noise), torch.zeros_like(noise))
+        rows, width, vocab = torch.arange(len(logits), device=logits.device), NUCLEUS, logits.shape[1]
+        while len(rows):
+            values, ids = logits[rows].topk(min(width, vocab), dim=1)
             probability = (values - total[rows]).exp()
-            share = (values / heat - heated[rows]).exp()
-            return [probability, ids, self._within(probability, share)]
-
-        width, vocab = min(NUCLEUS, logits.shape[1]), logits.shape[1]
-        found = best(torch.arange(len(logits), device=logits.device), width)
-        while width < vocab:
-            wide = (found[2][:, -1] > 0).nonzero()[:, 0]
-            if len(wide) == 0:
-                break
-            further = min(16 * width, vocab)
-            found = [torch.nn.functional.pad(x, (0, further - width)) for x in found]
-            for field, wider in zip(found, best(wide, further), strict=True):
-                field[wide] = wider
-            width = further
-        return Candidates(found[0], found[1], found[2])
+            kept = self._within(probability, (values / heat - heated[rows]).exp())
+            held = (kept[:, -1] == 0) | (width >= vocab)
+            found = self.draw(Candidates(probability[held], ids[held], kept[held]), noise[rows[held]])
+            for name in (x.name for x in fields(Choice)):
+                getattr(out, name)[rows[held]] = getattr(found, name)
+            rows, width = rows[~held], 16 * width
+        return out
 
     def draw(self, candidates: Candidates, noise: torch.Tensor) -> Choice:
         """See `choose`.
@@ -238,7 +234,7 @@ class TokenRule:
 
     def certainty(self, logits: torch.Tensor, kind: Certainty) -> torch.Tensor:
         """[N, V] -> [N], how sure the model is there, forbidden tokens apart."""
-        return certainty(self._allowed(logits.float()), kind)
+        return certainty(self._allowed(logits), kind)
 
     def _allowed(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits with the forbidden tokens shut."""

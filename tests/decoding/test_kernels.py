@@ -119,7 +119,9 @@ def test_no_positions_at_all():
 def test_a_rule_uses_the_kernel_where_it_applies(monkeypatch):
     logits, rule = torch.randn(4, 40, device=DEVICE), TokenRule(0.8, top_k=5, top_p=0.9, forbidden=(3,))
     assert applies(logits, 5) is (DEVICE == "cuda")
-    expected = rule.draw(rule.candidates(logits), noise(4))
+    expected = rule.draw(
+        rule.candidates(logits.index_fill(1, torch.tensor([3], device=DEVICE), -math.inf)), noise(4)
+    )
     called = []
     monkeypatch.setattr("decoding.kernels.applies", lambda *_: called.append(1) or True)
     got = rule.choose(logits, noise(4))
