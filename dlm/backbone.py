@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,23 +75,39 @@ def from_causal_lm(
     Raises:
         CheckpointError: when the checkpoint cannot be read or is of another family.
     """
+    causal, tokenizer = load_causal_lm(path, dtype, FAMILIES)
+    new_mask = prepare_tokenizer(tokenizer, template)
+    return _wrap(causal, tokenizer, shift, new_mask), tokenizer
+
+
+def load_causal_lm(
+    path: str, dtype: torch.dtype = torch.float32, families: Collection[str] | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """An autoregressive model of transformers as it is, and its tokenizer.
+
+    Args:
+        path: hub id, folder, or `.gguf` file.
+        dtype: type of the weights.
+        families: model types that will do; any by default.
+
+    Raises:
+        CheckpointError: when the checkpoint cannot be read or is of another family.
+    """
     where = _location(path)
     try:
         config = AutoConfig.from_pretrained(**where)
-        if config.model_type not in FAMILIES:
+        if families is not None and config.model_type not in families:
             raise CheckpointError(
-                f"{path}: family {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
+                f"{path}: family {config.model_type!r} is not supported; supported: {', '.join(families)}"
             )
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        causal = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype), tokenizer
     except CheckpointError:
         raise
     except Exception as error:
         raise CheckpointError(
             f"{path}: cannot be read as a causal language model ({_first_line(error)})"
         ) from error
-    new_mask = prepare_tokenizer(tokenizer, template)
-    return _wrap(causal, tokenizer, shift, new_mask), tokenizer
 
 
 def _location(path: str) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The evaluation commands of `dlm`."""

@@ -1,0 +1,27 @@
+"""`dlm eval` and `dlm eval sweep`: answers to a task, and all measures that need no judge."""
+
+from __future__ import annotations
+
+from dlm.cli import Command
+from eval.config import EvalConfig, SweepConfig
+
+
+def run(config: EvalConfig) -> int:
+    """Answer, measure, and print the table."""
+    from rich.console import Console
+
+    from eval.evaluate import evaluate
+    from eval.report.tables import quality
+
+    results = evaluate(config)
+    if results:
+        console = Console()
+        console.print(quality(results).rich())
+        console.print(f"runs: {results[0].folder.parent}; a page: dlm eval report {results[0].folder.parent}")
+    return 0
+
+
+COMMAND = Command(
+    "answer a task with one or several decoders, and measure", EvalConfig, run, positional="task"
+)
+SWEEP = Command("the same over steps, kernels and cuts", SweepConfig, run, positional="task")

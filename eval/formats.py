@@ -1,0 +1,68 @@
+"""Answers as the official tools read them: AlpacaEval's model outputs, MT-Bench's model answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.answers import Answer
+from eval.tasks import Question
+
+Said = Mapping[tuple[str, int], Answer]
+
+
+def model_outputs(questions: Sequence[Question], said: Said, generator: str) -> list[dict[str, Any]]:
+    """AlpacaEval's `model_outputs.json`: the first turns that have an answer."""
+    return [
+        {
+            "instruction": q.turns[0],
+            "output": said[q.id, 0].text,
+            "generator": generator,
+            "dataset": q.category,
+        }
+        for q in questions
+        if (q.id, 0) in said
+    ]
+
+
+def reference_outputs(questions: Sequence[Question]) -> list[dict[str, Any]]:
+    """The reference outputs of questions that have one, in the same format."""
+    return [
+        {"instruction": q.turns[0], "output": q.reference[0], "generator": q.generator, "dataset": q.category}
+        for q in questions
+        if q.reference
+    ]
+
+
+def model_answers(questions: Sequence[Question], said: Said, model_id: str) -> list[dict[str, Any]]:
+    """MT-Bench's `model_answer/<model>.jsonl`: the questions all of whose turns have an answer."""
+    rows = []
+    for q in questions:
+        if all((q.id, turn) in said for turn in range(len(q.turns))):
+            turns = [said[q.id, turn].text for turn in range(len(q.turns))]
+            key = hashlib.sha256(f"{model_id}\0{q.id}".encode()).hexdigest()[:22]
+            number: int | str = int(q.id) if q.id.isdecimal() else q.id
+            choice = {"index": 0, "turns": turns}
+            rows.append(
+                {"question_id": number, "answer_id": key, "model_id": model_id, "choices": [choice],
+                 "tstamp": time.time()}
+            )  # fmt: skip
+    return rows
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, replaced at once."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    beside.replace(path)
+
+
+def write_lines(path: Path, rows: Sequence[Any]) -> None:
+    """A JSON Lines file, replaced at once."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    beside.replace(path)

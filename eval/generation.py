@@ -1,0 +1,69 @@
+"""From questions to answers: turn after turn, skipping what is there, every answer on disk at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from tqdm import tqdm
+
+from dlm.tokenizer import Message
+from eval.answers import Answer, AnswerFile
+from eval.systems import System
+from eval.tasks import Question
+
+
+def conversation(question: Question, turn: int, said: dict[tuple[str, int], Answer]) -> list[Message]:
+    """What the system sees before it answers `turn`: the user's turns, and its own answers between them."""
+    talk: list[Message] = []
+    for i in range(turn):
+        talk.append({"role": "user", "content": question.turns[i]})
+        talk.append({"role": "assistant", "content": said[question.id, i].text})
+    return [*talk, {"role": "user", "content": question.turns[turn]}]
+
+
+def generate(
+    questions: Sequence[Question],
+    system: System,
+    file: AnswerFile,
+    known: Mapping[tuple[str, int], Answer] | None = None,
+    label: str = "",
+    quiet: bool = False,
+) -> dict[tuple[str, int], Answer]:
+    """Have all turns of the questions answered that are not answered yet.
+
+    Args:
+        questions: of a task.
+        system: who answers.
+        file: where answers go, and some may be.
+        known: answers that need not be asked for again.
+        label: for the progress bar.
+        quiet: no progress bar.
+
+    Returns:
+        All answers, by question and turn.
+    """
+    said = {**(known or {}), **file.read()}
+    total = sum(len(question.turns) for question in questions)
+    here = {(question.id, turn) for question in questions for turn in range(len(question.turns))}
+    with tqdm(total=total, initial=len(here & set(said)), desc=label, unit="answer", disable=quiet) as bar:
+        for turn in range(max((len(question.turns) for question in questions), default=0)):
+            due = [q for q in questions if turn < len(q.turns) and (q.id, turn) not in said]
+            for answer in file.append(_answers(due, turn, system, said)):
+                said[answer.key] = answer
+                bar.update()
+    return {key: said[key] for key in said if key in here}
+
+
+def _answers(
+    due: Sequence[Question], turn: int, system: System, said: dict[tuple[str, int], Answer]
+) -> Iterator[Answer]:
+    begun = time.perf_counter()
+    replies = system.replies([conversation(question, turn, said) for question in due]) if due else iter(())
+    for question, reply in zip(due, replies, strict=True):
+        now = time.perf_counter()
+        yield Answer(
+            question.id, turn, reply.text, reply.tokens, reply.finish_reason, reply.model_calls, reply.steps,
+            round(now - begun, 4), list(reply.reveal_step),
+        )  # fmt: skip
+        begun = now

@@ -1,0 +1,159 @@
+"""Measures that need no judge, for every answer of a run; with intervals for their means."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from decoding.measures import repetition, stutter
+from dlm.tokenizer import Message
+from eval.answers import Answer
+from eval.checks import CHECKS
+from eval.statistics import Estimate, bootstrap
+from eval.tasks import TASKS, Question
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a figure is.
+
+    Attributes:
+        title: for tables.
+        better: 1 if more is better, -1 if less is, 0 if neither.
+        percent: whether it is a share, shown in per cent.
+        digits: behind the point.
+    """
+
+    title: str
+    better: int = 0
+    percent: bool = False
+    digits: int = 2
+
+    def show(self, value: float) -> str:
+        """The value as tables have it."""
+        if math.isnan(value):
+            return "–"
+        return f"{100 * value:.1f} %" if self.percent else f"{value:.{self.digits}f}"
+
+
+MEASURES = {
+    "right": Measure("right", 1, percent=True),
+    "nll": Measure("NLL under AR, nats/token", -1),
+    "inlier": Measure("inlier rate", 1, percent=True),
+    "relevance": Measure("relevance", 1, digits=3),
+    "log_prior": Measure("mean log prior"),
+    "repetition_1": Measure("repeated 1-grams", -1, percent=True),
+    "repetition_2": Measure("repeated 2-grams", -1, percent=True),
+    "repetition_3": Measure("repeated 3-grams", -1, percent=True),
+    "repetition_4": Measure("repeated 4-grams", -1, percent=True),
+    "stutter": Measure("stutter", -1, percent=True),
+    "empty": Measure("empty", -1, percent=True),
+    "ended": Measure("ended by itself", 1, percent=True),
+    "words": Measure("words", 0, digits=0),
+    "tokens": Measure("tokens", 0, digits=0),
+    "model_calls": Measure("model calls", -1, digits=1),
+    "tokens_per_call": Measure("tokens per call", 1),
+    "seconds": Measure("seconds", -1),
+}
+"""What can be measured of one answer, and in which order it is told."""
+
+
+def basic(answer: Answer) -> dict[str, float]:
+    """What the answer alone tells; NaN for what is not known of it."""
+    text, nan = answer.text, float("nan")
+    empty = not text.strip()
+    return {
+        **{f"repetition_{n}": nan if empty else repetition(text, n) for n in range(1, 5)},
+        "stutter": nan if empty else stutter(text),
+        "empty": float(empty),
+        "ended": float(answer.finish_reason == "stop"),
+        "words": float(len(text.split())),
+        "tokens": float(answer.tokens),
+        "model_calls": float(answer.model_calls) if answer.model_calls else nan,
+        "tokens_per_call": answer.tokens / answer.model_calls if answer.model_calls else nan,
+        "seconds": answer.seconds,
+    }
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Distinct n-grams of words over all n-grams of a set of texts (distinct-n, arXiv 1510.03055)."""
+    grams = Counter[tuple[str, ...]]()
+    for text in texts:
+        words = text.split()
+        grams.update(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+    total = sum(grams.values())
+    return len(grams) / total if total else float("nan")
+
+
+@dataclass
+class Instruments:
+    """What measures with models; each is left out where it is None.
+
+    Attributes:
+        reader: see `eval.fluency.Reader`.
+        band: usual perplexities, see `eval.fluency.Band`.
+        encoder: see `eval.relevance.Encoder`.
+        log_prior: a text -> mean log prior of its tokens.
+    """
+
+    reader: Any = None
+    band: Any = None
+    encoder: Any = None
+    log_prior: Callable[[str], float] | None = None
+
+
+def measure(
+    task: str,
+    questions: Sequence[Question],
+    said: dict[tuple[str, int], Answer],
+    instruments: Instruments | None = None,
+    label: str = "",
+) -> dict[str, dict[str, float]]:
+    """The measures of every answer, by "id/turn".
+
+    Args:
+        task: its name, which says how right answers are told.
+        questions: of the task.
+        said: the answers.
+        instruments: models that measure.
+        label: for progress bars.
+    """
+    from eval.generation import conversation
+
+    tools = instruments or Instruments()
+    asked = [(q, turn) for q in questions for turn in range(len(q.turns)) if (q.id, turn) in said]
+    answers = [said[q.id, turn] for q, turn in asked]
+    found = [basic(answer) for answer in answers]
+    check = CHECKS.get(TASKS[task].checks)
+    if check:
+        for row, (question, _), answer in zip(found, asked, answers, strict=True):
+            row["right"] = float(check(question, answer.text))
+    texts = [answer.text for answer in answers]
+    if tools.reader is not None:
+        talks: list[list[Message]] = [conversation(q, turn, said) for q, turn in asked]
+        for row, nats in zip(found, tools.reader.read(talks, texts, label), strict=True):
+            row["nll"] = nats
+            if tools.band is not None:
+                row["inlier"] = float(tools.band.holds(nats))
+    if tools.encoder is not None:
+        references = [q.reference[turn] if turn < len(q.reference) else "" for q, turn in asked]
+        if any(references):
+            for row, value in zip(found, tools.encoder.relevance(texts, references), strict=True):
+                row["relevance"] = value
+    if tools.log_prior is not None:
+        for row, text in zip(found, texts, strict=True):
+            row["log_prior"] = tools.log_prior(text)
+    return {f"{a.id}/{a.turn}": row for a, row in zip(answers, found, strict=True)}
+
+
+def summary(measured: dict[str, dict[str, float]]) -> dict[str, Estimate]:
+    """Mean and interval of every measure that some answer has."""
+    rows = list(measured.values())
+    return {
+        name: bootstrap([row.get(name, float("nan")) for row in rows])
+        for name in MEASURES
+        if any(not math.isnan(row.get(name, float("nan"))) for row in rows)
+    }

@@ -1,0 +1,1 @@
+"""Reports: tables and plots of runs, as Markdown and as one page of HTML."""

@@ -1,0 +1,125 @@
+"""Tables, once for all the places where they are shown: terminal, Markdown, HTML."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eval.metrics import MEASURES
+from eval.run import Results
+from eval.statistics import Estimate, paired_test
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts; the first column is words, the others are numbers."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """In GitHub's Markdown."""
+        lines = [self.head, ["---", *(["---:"] * (len(self.head) - 1))], *self.rows]
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
+
+    def html(self) -> str:
+        """As an HTML element."""
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.head)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    def rich(self) -> Any:
+        """For a terminal."""
+        from rich.table import Table as Rich
+
+        table = Rich(title=self.title, title_justify="left")
+        for i, cell in enumerate(self.head):
+            table.add_column(cell, justify="right" if i else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def _cell(name: str, value: Estimate | None) -> str:
+    """A mean, and half the width of its interval."""
+    if value is None or math.isnan(value.mean):
+        return "–"
+    measure = MEASURES[name]
+    half = max(value.high - value.mean, value.mean - value.low)
+    around = f"{100 * half:.1f}" if measure.percent else f"{half:.{max(measure.digits, 1)}f}"
+    return f"{measure.show(value.mean).removesuffix(' %')} ± {around}{' %' if measure.percent else ''}"
+
+
+TOLD = (
+    *("right", "nll", "inlier", "relevance", "log_prior", "repetition_4", "stutter", "empty", "ended"),
+    *("tokens", "words", "model_calls"),
+)
+
+
+def quality(runs: Sequence[Results]) -> Table:
+    """What can be said of the answers, with half the width of the 95 % interval of each mean."""
+    names = [name for name in TOLD if any(name in run.means for run in runs)]
+    names.remove("words" if any(run.means["tokens"].mean for run in runs) else "tokens")
+    head = ["", *(MEASURES[name].title for name in names), "distinct-2"]
+    rows = [
+        [
+            run.card.name,
+            *(_cell(name, run.means.get(name)) for name in names),
+            f"{run.whole['distinct_2']:.3f}",
+        ]
+        for run in runs
+    ]
+    return Table(f"{runs[0].card.task}: {len(runs[0].measured)} answers", head, rows)
+
+
+def repetitions(runs: Sequence[Results]) -> Table:
+    """Repeated n-grams, and distinct ones."""
+    head = ["", *(f"repeated {n}-grams" for n in range(1, 5)), *(f"distinct-{n}" for n in (1, 2, 3))]
+    rows = [
+        [
+            run.card.name,
+            *(_cell(f"repetition_{n}", run.means.get(f"repetition_{n}")) for n in range(1, 5)),
+            *(f"{run.whole[f'distinct_{n}']:.3f}" for n in (1, 2, 3)),
+        ]
+        for run in runs
+    ]
+    return Table("Repetition", head, rows)
+
+
+def speed(runs: Sequence[Results]) -> Table:
+    """Calls and time."""
+    head = ["", "model calls", "tokens per call", "seconds per answer", "tokens/s"]
+    rows = []
+    for run in runs:
+        tokens = sum(answer.tokens for answer in run.answers.values())
+        calls = sum(answer.model_calls for answer in run.answers.values())
+        seconds = run.whole["seconds"]
+        rows.append(
+            [
+                run.card.name,
+                _cell("model_calls", run.means.get("model_calls")),
+                f"{tokens / calls:.2f}" if calls else "–",
+                f"{seconds / max(len(run.answers), 1):.2f}",
+                f"{tokens / seconds:.1f}" if seconds and tokens else "–",
+            ]
+        )
+    return Table("Speed", head, rows)
+
+
+def paired(runs: Sequence[Results], name: str) -> Table:
+    """Differences between runs on the same questions: mean, and p of a permutation test."""
+    measure, first = MEASURES[name], runs[0]
+    rows = []
+    for run in runs[1:]:
+        keys = [key for key in first.measured if key in run.measured]
+        values = [[r.measured[key].get(name, float("nan")) for key in keys] for r in (first, run)]
+        difference, p = paired_test(values[0], values[1])
+        shown = measure.show(difference)
+        rows.append([run.card.name, shown if shown.startswith(("-", "–")) else f"+{shown}", f"{p:.3f}"])
+    return Table(f"{measure.title}: against {first.card.name}", ["", "difference", "p"], rows)

@@ -1,0 +1,175 @@
+"""A run: one system on one task, in a folder of its own, from questions to measures.
+
+<output>/<task>/<label>/run.json             what was asked of whom, and how
+                        answers.jsonl        one line per answer
+                        part-<i>.jsonl       answers of process i, until they are merged
+                        model_outputs.json   the same for AlpacaEval's tools
+                        model_answer.jsonl   the same for MT-Bench's
+                        metrics.json         measures of every answer, means and intervals
+                        <judge>.json         verdicts of a judge
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dlm.errors import ConfigError, DataError
+from eval.answers import Answer, AnswerFile
+from eval.formats import model_answers, model_outputs, write_json, write_lines
+from eval.generation import generate
+from eval.metrics import Instruments, distinct, measure, summary
+from eval.statistics import Estimate
+from eval.systems import System
+from eval.tasks import Question
+
+
+@dataclass(frozen=True)
+class Card:
+    """What was asked of whom, and how; written to run.json.
+
+    Attributes:
+        task: its name.
+        data: the file of questions; empty for the original.
+        system: the model's name for tables.
+        model: path, hub id or URL.
+        fingerprint: see `eval.systems.fingerprint`.
+        label: the variant.
+        decoder: name of the decoder; empty for the checkpoint's own, and for systems that have none.
+        settings: everything else that decides what comes out.
+    """
+
+    task: str
+    data: str
+    system: str
+    model: str
+    fingerprint: str
+    label: str
+    decoder: str
+    settings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The system and the variant."""
+        return f"{self.system}, {self.label}" if self.label else self.system
+
+    def folder(self, output: str | Path) -> Path:
+        """Where the run is."""
+        return Path(output) / self.task / re.sub(r"[^\w.=,-]+", "_", self.name.replace(", ", "+"))
+
+
+@dataclass(frozen=True)
+class Results:
+    """A run that is there."""
+
+    folder: Path
+    card: Card
+    answers: dict[tuple[str, int], Answer]
+    measured: dict[str, dict[str, float]]
+    """Measures of every answer, by "id/turn"."""
+    means: dict[str, Estimate]
+    whole: dict[str, float]
+    """Figures of the run as a whole: distinct-n, NELBO, wall time."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Results:
+        """Read a run's folder.
+
+        Raises:
+            DataError: when it is none, or was not finished.
+        """
+        try:
+            card = Card(**json.loads((folder / "run.json").read_text(encoding="utf-8")))
+            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{folder}: not a finished run of `dlm eval` ({error})") from error
+        nan = float("nan")
+        measured = {
+            k: {n: nan if v is None else v for n, v in row.items()} for k, row in metrics["answers"].items()
+        }
+        means = {name: Estimate(**value) for name, value in metrics["means"].items()}
+        return cls(
+            folder, card, AnswerFile(folder / "answers.jsonl").read(), measured, means, metrics["whole"]
+        )
+
+
+def open_run(folder: Path, card: Card) -> None:
+    """Begin a run, or go on with one of the same settings.
+
+    Raises:
+        ConfigError: when the folder holds a run of other settings.
+    """
+    file = folder / "run.json"
+    if file.exists():
+        old = json.loads(file.read_text(encoding="utf-8"))
+        new = json.loads(json.dumps(asdict(card)))
+        for name in new:
+            if old.get(name) != new[name]:
+                raise ConfigError(
+                    f"{folder} holds a run whose {name} was {old.get(name)!r}, not {new[name]!r}; "
+                    "give another --output, or remove it"
+                )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, asdict(card))
+
+
+def answer_all(
+    folder: Path, card: Card, questions: Sequence[Question], system: System, share: tuple[int, int] = (0, 1)
+) -> None:
+    """Have the questions answered that are not answered yet; those of this process's share.
+
+    Args:
+        folder: of the run.
+        card: of the run.
+        questions: of the task.
+        system: who answers.
+        share: number of this process, and how many there are.
+    """
+    rank, count = share
+    known = AnswerFile(folder / "answers.jsonl").read()
+    part = AnswerFile(folder / f"part-{rank}.jsonl")
+    generate(questions[rank::count], system, part, known, card.name, quiet=rank > 0)
+
+
+def merge(folder: Path, questions: Sequence[Question]) -> dict[tuple[str, int], Answer]:
+    """Put the answers of all processes into one file, in the order of the questions."""
+    whole = AnswerFile(folder / "answers.jsonl")
+    said = whole.read()
+    parts = sorted(folder.glob("part-*.jsonl"))
+    for part in parts:
+        said |= AnswerFile(part).read()
+    order = {question.id: i for i, question in enumerate(questions)}
+    ordered = sorted(said.values(), key=lambda a: (order.get(a.id, len(order)), a.turn))
+    if parts:
+        whole.write(ordered)
+        for part in parts:
+            part.unlink()
+    return {answer.key: answer for answer in ordered if answer.id in order}
+
+
+def finish(
+    folder: Path,
+    card: Card,
+    questions: Sequence[Question],
+    said: Mapping[tuple[str, int], Answer],
+    instruments: Instruments,
+    whole: Mapping[str, float] | None = None,
+) -> None:
+    """Measure the answers, and write them in the formats of the official tools."""
+    write_json(folder / "model_outputs.json", model_outputs(questions, said, card.name))
+    write_lines(folder / "model_answer.jsonl", model_answers(questions, said, card.name))
+    measured = measure(card.task, questions, dict(said), instruments, card.name)
+    texts = [answer.text for answer in said.values()]
+    rows = {key: {n: None if math.isnan(v) else v for n, v in row.items()} for key, row in measured.items()}
+    figures = {f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)}
+    figures["seconds"] = sum(answer.seconds for answer in said.values())
+    means = {name: asdict(value) for name, value in summary(measured).items()}
+    write_json(
+        folder / "metrics.json", {"means": means, "whole": {**figures, **(whole or {})}, "answers": rows}
+    )

@@ -1,0 +1,191 @@
+"""Who answers: a local diffusion model, a local autoregressive model, or any OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from dlm.errors import ConfigError, DLMError
+from dlm.tokenizer import Message
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer as a system gives it; see `eval.answers.Answer`."""
+
+    text: str
+    tokens: int = 0
+    finish_reason: str = "stop"
+    model_calls: int = 0
+    steps: int = 0
+    reveal_step: tuple[int, ...] = ()
+
+
+class System(Protocol):
+    """Answers conversations."""
+
+    def replies(self, conversations: Sequence[list[Message]]) -> Iterator[Reply]:
+        """One reply to each conversation, in order, as they are finished."""
+        ...
+
+
+class Local:
+    """A masked diffusion model.
+
+    Args:
+        sampler: a `decoding.Sampler`.
+        batch_size: rows per model call.
+        how: keyword arguments of `Sampler.iter_generate`.
+    """
+
+    def __init__(self, sampler: Any, batch_size: int, how: dict[str, Any]) -> None:
+        self.sampler, self.batch_size, self.how = sampler, batch_size, how
+
+    def replies(self, conversations: Sequence[list[Message]]) -> Iterator[Reply]:
+        """See `System`; a conversation's noise depends on the seed and its own text alone."""
+        for out in self.sampler.iter_generate(conversations, batch_size=self.batch_size, **self.how):
+            yield Reply(
+                out.text,
+                len(out.token_ids),
+                out.finish_reason,
+                out.model_calls,
+                out.steps,
+                tuple(out.reveal_step),
+            )
+
+
+class Autoregressive:
+    """A causal language model with nucleus sampling, one token a call: the baseline.
+
+    Args:
+        model: a causal LM of transformers.
+        tokenizer: its tokenizer, with a chat template.
+        max_tokens: longest answer.
+        top_p: nucleus.
+        seed: of the run; each conversation has a generator of its own.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, max_tokens: int, top_p: float = 0.95, seed: int = 0
+    ) -> None:
+        self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
+        self.top_p, self.seed = top_p, seed
+
+    def replies(self, conversations: Sequence[list[Message]]) -> Iterator[Reply]:
+        """See `System`; one at a time, so that a text does not depend on its batch-mates."""
+        import torch
+
+        from dlm.noise import key_of
+
+        for talk in conversations:
+            ids = self.tokenizer.apply_chat_template(
+                talk, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )["input_ids"].to(self.model.device)
+            torch.manual_seed(int(key_of(self.seed, json.dumps(talk))) % 2**63)
+            with torch.inference_mode():
+                whole = self.model.generate(
+                    ids, attention_mask=torch.ones_like(ids), do_sample=True, top_p=self.top_p, top_k=0,
+                    max_new_tokens=self.max_tokens, pad_token_id=self.tokenizer.eos_token_id,
+                )  # fmt: skip
+            new = whole[0, ids.shape[1] :].tolist()
+            ended = bool(new) and new[-1] == self.tokenizer.eos_token_id
+            text = self.tokenizer.decode(new, skip_special_tokens=True).strip()
+            yield Reply(text, len(new) - ended, "stop" if ended else "length", len(new), len(new))
+
+
+class Endpoint:
+    """An OpenAI-compatible endpoint; what it can do beyond that API goes into `extra`.
+
+    Args:
+        url: base URL, such as http://localhost:8000/v1.
+        model: name of the model there.
+        max_tokens: longest answer.
+        seed: sent along.
+        concurrency: requests under way at a time.
+        extra: further fields of the request body.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        max_tokens: int,
+        seed: int = 0,
+        concurrency: int = 8,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        self.client, self.model, self.concurrency = client(url), model, concurrency
+        self.body: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed, "extra_body": extra or None}
+
+    def replies(self, conversations: Sequence[list[Message]]) -> Iterator[Reply]:
+        """See `System`."""
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            try:
+                yield from pool.map(self._reply, conversations)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _reply(self, talk: list[Message]) -> Reply:
+        done = asked(self.client, model=self.model, messages=talk, **self.body)
+        choice = done.choices[0]
+        tokens = done.usage.completion_tokens if done.usage else 0
+        return Reply((choice.message.content or "").strip(), tokens, choice.finish_reason or "stop")
+
+
+def client(url: str, timeout: float = 120.0, retries: int = 6) -> Any:
+    """A client of the `openai` package, which tries again, ever later, after 429, 5xx and timeouts.
+
+    The key comes from the environment (OPENAI_API_KEY) and is written nowhere; a URL of one's own may do
+    without.
+
+    Raises:
+        ConfigError: when the package, or a key that is needed, is missing.
+    """
+    try:
+        import openai
+    except ImportError as error:
+        raise ConfigError("endpoints need the openai package: pip install 'dlm[eval]'") from error
+    key = os.environ.get("OPENAI_API_KEY") or ("none" if url else "")
+    if not key:
+        raise ConfigError("OPENAI_API_KEY is not set, and no URL of another endpoint was given")
+    return openai.OpenAI(api_key=key, base_url=url or None, timeout=timeout, max_retries=retries)
+
+
+def asked(connection: Any, **request: Any) -> Any:
+    """A chat completion.
+
+    Raises:
+        DLMError: when the endpoint still fails after all retries, or sends something else.
+    """
+    import openai
+
+    try:
+        done = connection.chat.completions.create(**request)
+        if not getattr(done, "choices", None):
+            raise DLMError(f"{connection.base_url}: the reply holds no choices")
+        return done
+    except (openai.OpenAIError, json.JSONDecodeError) as error:
+        raise DLMError(f"{connection.base_url}: {type(error).__name__}: {error}") from error
+
+
+def fingerprint(path: str) -> str:
+    """What tells a checkpoint from others: a hash of its files, or of its name if it is not on disk."""
+    digest = hashlib.sha256()
+    folder = Path(path)
+    if not folder.exists():
+        return "name:" + hashlib.sha256(path.encode()).hexdigest()[:16]
+    kinds = ("*.safetensors", "config.json", "adapter_config.json", "tokenizer.json")
+    files = [folder] if folder.is_file() else sorted(itertools.chain(*(folder.glob(kind) for kind in kinds)))
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,146 @@
+"""Which decoders at which pace: the variants that a sweep compares, as a command line names them."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to decode.
+
+    Attributes:
+        decoder: name of the preset; empty for the checkpoint's own.
+        options: of the preset.
+        pace: window and steps, or max_tokens and rate; as for `Sampler.generate`.
+    """
+
+    decoder: str
+    options: dict[str, Any] = field(default_factory=dict)
+    pace: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """Short, and fit for a folder's name."""
+        words = {"kernel_size": "K", "block_size": "B", "window": "L", "steps": "S", "max_tokens": "max"}
+        every = {**self.options, **self.pace}
+        parts = [f"{words.get(name, name)}={value:g}" for name, value in every.items()]
+        return ",".join([self.decoder or "default", *parts])
+
+    def how(self, **common: Any) -> dict[str, Any]:
+        """Keyword arguments of `Sampler.iter_generate`."""
+        from decoding.presets import Decoder
+
+        decoder = Decoder.named(self.decoder, **self.options) if self.decoder else None
+        return {"decoder": decoder, **self.pace, **common}
+
+
+def parse_decoders(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Names with options: "conv,semi-ar(block_size=64),top-k(top_k=10,temperature=0.8)".
+
+    Raises:
+        ConfigError: for what cannot be read.
+    """
+    found = []
+    for part in re.split(r",(?![^(]*\))", text) if text else [""]:
+        shape = re.fullmatch(r"\s*([\w-]*)\s*(?:\((.*)\))?\s*", part)
+        if shape is None:
+            raise ConfigError(f"decoders: cannot read {part!r}; write name or name(option=number,…)")
+        options = {}
+        for pair in (shape[2] or "").split(",") if shape[2] else []:
+            name, equals, value = pair.partition("=")
+            if not equals:
+                raise ConfigError(f"decoders: {pair!r} is not option=number")
+            options[name.strip()] = number(value, name.strip())
+        found.append((shape[1], options))
+    return found
+
+
+def number(text: str, name: str, window: int = 0) -> int | float:
+    """A number, or a share of the window, such as "L/16".
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    share = re.fullmatch(r"\s*L(?:\s*/\s*(\d+))?\s*", text)
+    if share and window:
+        return max(window // int(share[1] or 1), 1)
+    try:
+        value = float(text)
+    except ValueError as error:
+        hint = "; shares of L need --window" if share else ""
+        raise ConfigError(f"{name}: {text.strip()!r} is not a number{hint}") from error
+    return int(value) if value == int(value) else value
+
+
+def listed(text: str, name: str, window: int = 0) -> list[int | float]:
+    """Numbers with commas between them; an empty text is no number."""
+    return [number(part, name, window) for part in text.split(",")] if text.strip() else []
+
+
+def variants(
+    decoders: str,
+    *,
+    window: int = 0,
+    steps: str = "",
+    max_tokens: int = 0,
+    rate: str = "",
+    kernel: str = "",
+    top_k: str = "",
+) -> list[Variant]:
+    """All combinations; `kernel` is the size of whatever a decoder has, a kernel or blocks.
+
+    A decoder that has none, or cuts nothing, appears once. An even size is for kernels the next odd one.
+
+    Raises:
+        ConfigError: for what cannot be read, and for unknown names.
+    """
+    out: list[Variant] = []
+    paces = list(_paces(window, steps, max_tokens, rate))
+    sizes, cuts = listed(kernel, "kernel", window), listed(top_k, "top_k")
+    for name, options in parse_decoders(decoders):
+        for more, pace in itertools.product(_options(name, sizes, cuts), paces):
+            variant = Variant(name, {**more, **options}, pace)
+            variant.how()
+            if variant not in out:
+                out.append(variant)
+    return out
+
+
+def _paces(window: int, steps: str, max_tokens: int, rate: str) -> Iterator[dict[str, Any]]:
+    fixed, rates = listed(steps, "steps", window), listed(rate, "rate")
+    if fixed and (rates or max_tokens):
+        raise ConfigError("give --steps (in a window) or --rate (length-free, up to --max_tokens), not both")
+    common = {"window": window} if window and not rates else {}
+    common |= {"max_tokens": max_tokens} if max_tokens else {}
+    if not fixed and not rates:
+        yield common
+    for value in fixed:
+        yield {**common, "steps": int(value)}
+    for value in rates:
+        yield {**common, "rate": float(value)}
+
+
+def _options(name: str, sizes: Sequence[float], cuts: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """The options that a decoder has, at every size and cut asked for."""
+    from decoding.presets import PRESETS
+    from dlm.errors import unknown_name
+
+    if name and name not in PRESETS:
+        raise unknown_name("decoder", name, PRESETS)
+    known = PRESETS[name].options if name else {}
+    own = next((x for x in ("kernel_size", "block_size") if known.get(x, 0) != 0), None)
+    every: list[list[float | None]] = [list(sizes) or [None], list(cuts) or [None]]
+    for size, cut in itertools.product(*every):
+        options: dict[str, Any] = {}
+        if size is not None and own:
+            options[own] = int(size) | 1 if own == "kernel_size" else int(size)
+        if cut is not None and "top_k" in known and known["top_k"] != 0:
+            options["top_k"] = int(cut)
+        yield options
