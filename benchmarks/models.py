@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dlm.config import MaskedDiffusionConfig
+from dlm.device import sent
 from dlm.model import MaskedDiffusionModel
 
 SMOLLM2 = {
@@ -60,7 +61,7 @@ class Ending:
 
     def _marked(self, hidden: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D + 1], the last number saying whether the answer ends there."""
-        ends = position >= self.at if self.padding else position == self.at
+        ends = sent(position >= self.at if self.padding else position == self.at, hidden.device)
         return torch.cat([hidden, ends.to(hidden.dtype).expand(hidden.shape[:-1])[..., None]], dim=-1)
 
     def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -8,6 +8,7 @@ not yet run on a GPU.
 from __future__ import annotations
 
 import importlib.util
+import math
 from functools import cache
 from typing import Any
 
@@ -57,10 +58,11 @@ def choose(
     room = 1 << max(k - 1, 1).bit_length()
     if count:
         heat = temperature or 1.0
-        _kernel()[(count,)](
-            logits, noise.contiguous(), token, probability, mass,
-            vocab, k, 1 / heat, top_p, min_p, GREEDY=temperature == 0, ROOM=room, BLOCK=BLOCK,
-        )  # fmt: skip
+        with torch.cuda.device_of(logits):  # Triton launches on the current device
+            _kernel()[(count,)](
+                logits, noise.contiguous(), token, probability, mass, vocab, k, 1 / heat,
+                top_p if top_p < 1 else math.inf, min_p, GREEDY=temperature == 0, ROOM=room, BLOCK=BLOCK,
+            )  # fmt: skip
     return token, probability, mass
 
 

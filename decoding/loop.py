@@ -188,6 +188,8 @@ class Lane:
     def __init__(self, model: Denoiser, canvas: Canvas, decoder: Decoder, settings: Settings) -> None:
         if settings.rate is not None and decoder.timed:
             raise ConfigError(f"decoder {decoder.name!r} goes by time: it needs steps, not a rate")
+        if canvas.ids.device.type != "cpu":
+            raise ConfigError(f"a canvas lies on the host, whatever the model is on; got {canvas.ids.device}")
         self.model, self.canvas, self.decoder, self.settings = model, canvas, decoder, settings
         self.window: Window = decoder.window.fitted(settings.length(canvas.ids.shape[1]))
         self._check(canvas)
@@ -386,8 +388,8 @@ class Lane:
         owner, position = where.nonzero().unbind(1)  # which of the rows each cell belongs to, and where
         cells = self.seeing.of(rows[owner], position)
         blind = self.blind.of(rows[owner], position).split(_CELLS) if guidance else itertools.repeat(None)
-        owner = sent(owner, cells.device)
         endless = sent(position < self.canvas.ends_from[rows][owner], cells.device)
+        owner = sent(owner, cells.device)
         seen: torch.Tensor | None = None
         each = zip(cells.split(_CELLS), blind, owner.split(_CELLS), endless.split(_CELLS), strict=False)
         for hidden, unseen, row, shut in each:

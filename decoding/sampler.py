@@ -15,9 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from decoding.canvas import Canvas
 from decoding.engine import BrokenTicketError, Engine
 from decoding.loop import GROWING_WINDOW
+from decoding.presets import Decoder
 from decoding.request import How, Plan, Planner
 from decoding.rows import Gap, Piece, Prompt, Row, RowMaker, pieces_of, without_span
 from decoding.states import run_rows
+from dlm.device import sent
 from dlm.errors import ConfigError, DLMError
 from dlm.noise import key_of
 from dlm.tokenizer import Message
@@ -331,10 +333,25 @@ class Sampler:
         near = [_beside(canvas.initial[0, : len(row)]) for canvas, row in zip(tries, rows, strict=True)]
         shown = [torch.where(where, self.mask_id, row) for where, row in zip(near, rows, strict=True)]
         states = run_rows(self.model, torch.cat(shown), [len(row) for row in rows])
-        asked = torch.cat(near)
-        likely = self.model.logits(states[asked]).float().log_softmax(1)
-        given = likely.gather(1, torch.cat(rows)[asked, None])[:, 0].split([int(x.sum()) for x in near])
+        asked = torch.cat(near).nonzero()[:, 0]
+        likely = self.model.logits(states[sent(asked, states.device)]).float().log_softmax(1)
+        tokens = sent(torch.cat(rows)[asked, None], states.device)
+        given = likely.gather(1, tokens)[:, 0].cpu().split([int(x.sum()) for x in near])
         return [float(torch.cat(pair).mean()) for pair in zip(written, given, strict=True)]
+
+    def without(self, texts: Sequence[str], decoder: Decoder | str | None = None) -> Decoder:
+        """A decoder, the checkpoint's by default, that never writes the tokens that these texts are.
+
+        Raises:
+            ConfigError: for a text that is not exactly one token.
+        """
+        ids = {text: self.rows.text(text) for text in texts}
+        for text, found in ids.items():
+            if len(found) != 1:
+                raise ConfigError(
+                    f"{text!r} is {len(found)} tokens, and must be one (mostly, words begin with a space)"
+                )
+        return self.planner.plan(decoder).decoder.without(*(found[0] for found in ids.values()))
 
     @property
     def window(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -33,13 +33,20 @@ class Candidates:
     """[N, k] float32, what the model gives to each (temperature 1, before any cut), falling if k < V."""
     ids: torch.Tensor | None
     """[N, k] int64, which tokens they are; None for all in order."""
+    share: torch.Tensor
+    """[N, k] float32, the probabilities at the rule's temperature, of all that `probability` is of."""
     kept: torch.Tensor
-    """[N, k] float32, 1 for those that the rule keeps and 0 for the others."""
+    """[N, k] bool, those that the rule keeps."""
 
     @property
     def mass(self) -> torch.Tensor:
         """[N], the probability that the rule keeps."""
         return (self.probability * self.kept).sum(1)
+
+    def at(self, rows: torch.Tensor) -> Candidates:
+        """Those of some positions [N] bool."""
+        ids = None if self.ids is None else self.ids[rows]
+        return Candidates(self.probability[rows], ids, self.share[rows], self.kept[rows])
 
 
 ROWS = 4
@@ -56,24 +63,15 @@ the entropy in nats."""
 
 def log_normaliser(logits: torch.Tensor) -> torch.Tensor:
     """[N, V] -> [N, 1] float32, log Σ exp."""
-    if logits.is_cuda:
+    if logits.device.type != "cpu":
         return logits.float().logsumexp(1, keepdim=True)
     return torch.cat([rows.float().logsumexp(1, keepdim=True) for rows in logits.split(ROWS)])
-
-
-def top_probabilities(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k most probable tokens: [N, V] -> [N, k] float32 probabilities, falling, and [N, k] ids.
-
-    Probabilities are over the whole vocabulary. Which of several equal logits comes first is not defined.
-    """
-    values, ids = logits.max(1, keepdim=True) if k == 1 else logits.topk(k, dim=1)
-    return (values.float() - log_normaliser(logits)).exp(), ids
 
 
 def certainty(logits: torch.Tensor, kind: Certainty) -> torch.Tensor:
     """[N, V] -> [N] float32 in [0, 1]."""
     if kind == "margin":
-        best = top_probabilities(logits, 2)[0]
+        best = (logits.topk(2, dim=1).values.float() - log_normaliser(logits)).exp()
         return best[:, 0] - best[:, 1]
     return torch.cat([_exp_entropy(rows.float()) for rows in logits.split(ROWS)])
 
@@ -110,8 +108,10 @@ class TokenRule:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature must not be negative, got {self.temperature}")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
+            raise ConfigError(
+                f"temperature must be 0 (the likeliest token) or at least 1e-6, got {self.temperature}"
+            )
         if not isinstance(self.top_k, int) or self.top_k < 0:
             raise ConfigError(f"top_k must be a whole number, not negative (0 keeps all), got {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -156,7 +156,7 @@ class TokenRule:
                 cuts = {"temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p}
                 return Choice(*kernels.choose(logits, noise, k, **cuts))
         elif not self.keeps_all:
-            return self._choose_of_nucleus(logits.float(), noise)
+            return self._choose_of_nucleus(logits, noise)
         return self.draw(self.candidates(logits), noise)
 
     def candidates(self, logits: torch.Tensor, width: int | None = None) -> Candidates:
@@ -164,57 +164,53 @@ class TokenRule:
 
         Args:
             logits: [N, V], -inf at tokens that must not come out.
-            width: how many at most, the best; by default `width`.
+            width: how many, the best ones, when shares are to be of the whole vocabulary; by default the
+                `top_k` best, whose shares are among themselves, or all.
         """
-        width = self.width if width is None else width
-        if width is None and self.keeps_all:
-            return Candidates(
-                logits.softmax(1, dtype=torch.float32), None, torch.ones(1, 1, device=logits.device)
-            )
-        probability, ids = top_probabilities(logits, min(width or logits.shape[1], logits.shape[1]))
-        return Candidates(probability, ids, self.kept(probability))
-
-    def kept(self, probability: torch.Tensor) -> torch.Tensor:
-        """Which of the k best tokens belong to the top-p and the min-p set.
-
-        Args:
-            probability: [N, k] in falling order; top-p counts in shares of their sum.
-
-        Returns:
-            [N, k] float32, 1 or 0.
-        """
-        share = self._tempered(probability)
-        return self._within(probability, share / share.sum(1, keepdim=True))
+        heat = self.temperature or 1.0
+        if width is None and self.width is None:
+            probability = logits.softmax(1, dtype=torch.float32)
+            share = probability if heat == 1 else (logits.float() / heat).softmax(1)
+            return Candidates(probability, None, share, torch.ones_like(share, dtype=torch.bool))
+        k = min(width or self.width or 0, logits.shape[1])
+        values, ids = logits.max(1, keepdim=True) if k == 1 else logits.topk(k, dim=1)
+        total, heated = log_normaliser(logits), values.float() / heat
+        if width is None:
+            among = heated.logsumexp(1, keepdim=True)
+        else:
+            among = total if heat == 1 else log_normaliser(logits.float() / heat)
+        probability, share = (values.float() - total).exp(), (heated - among).exp()
+        return Candidates(probability, ids, share, self._within(probability, share))
 
     def _within(self, probability: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-        """[N, k] float32, 1 where min-p admits the probability and top-p the share, both in falling order."""
+        """[N, k] bool, where min-p admits the probability and top-p the share, both in falling order."""
         kept = (probability > 0) & (probability >= self.min_p * probability[:, :1])
-        if self.top_p < 1:
-            kept &= share.cumsum(1) - share < self.top_p
-        return kept.float()
+        return kept & (share.cumsum(1) - share < self.top_p) if self.top_p < 1 else kept
 
     def _choose_of_nucleus(self, logits: torch.Tensor, noise: torch.Tensor) -> Choice:
         """See `choose`, for the top-p and min-p set of the whole vocabulary [N, V].
 
-        Tokens are sorted only as far as the set reaches: where the `NUCLEUS` best do not hold it, 16 times as
-        many are looked at, and so on. The result is the same.
+        On a CPU tokens are sorted only as far as the set reaches: where the `NUCLEUS` best do not hold it, 16
+        times as many are looked at, and so on. The result is the same. A GPU sorts all, and nobody waits.
         """
-        heat = self.temperature or 1.0
-        total = log_normaliser(logits)
-        heated = total if heat == 1 else log_normaliser(logits / heat)
-        token = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-        out = Choice(token, torch.zeros_like(noise), torch.zeros_like(noise))
-        rows, width, vocab = torch.arange(len(logits), device=logits.device), NUCLEUS, logits.shape[1]
-        while len(rows):
-            values, ids = logits[rows].topk(min(width, vocab), dim=1)
-            probability = (values - total[rows]).exp()
-            kept = self._within(probability, (values / heat - heated[rows]).exp())
-            held = (kept[:, -1] == 0) | (width >= vocab)
-            found = self.draw(Candidates(probability[held], ids[held], kept[held]), noise[rows[held]])
-            for name in (x.name for x in fields(Choice)):
-                getattr(out, name)[rows[held]] = getattr(found, name)
-            rows, width = rows[~held], 16 * width
-        return out
+        vocab = logits.shape[1]
+        if logits.device.type != "cpu":
+            return self.draw(self.candidates(logits, vocab), noise)
+        rows, width = torch.arange(len(logits)), NUCLEUS
+        places: list[torch.Tensor] = []
+        parts: list[Choice] = []
+        while not parts or len(rows):
+            found = self.candidates(logits, width)
+            held = ~found.kept[:, -1] | (width >= vocab)
+            parts.append(self.draw(found.at(held), noise[held]))
+            places.append(rows[held])
+            rows, logits, noise, width = rows[~held], logits[~held], noise[~held], 16 * width
+        order = torch.cat(places).argsort()
+        return Choice(
+            torch.cat([part.token for part in parts])[order],
+            torch.cat([part.probability for part in parts])[order],
+            torch.cat([part.mass for part in parts])[order],
+        )
 
     def draw(self, candidates: Candidates, noise: torch.Tensor) -> Choice:
         """See `choose`.
@@ -227,7 +223,7 @@ class TokenRule:
         if self.temperature == 0:
             index = probability.argmax(1)
         else:
-            index = _invert(self._tempered(probability) * candidates.kept, noise)
+            index = _invert(candidates.share * candidates.kept, noise)
         at = index[:, None]
         token = index if ids is None else ids.gather(1, at)[:, 0]
         return Choice(token, probability.gather(1, at)[:, 0], candidates.mass)
@@ -242,12 +238,6 @@ class TokenRule:
             return logits
         shut = torch.tensor([token for token in self.forbidden if token < logits.shape[1]], dtype=torch.int64)
         return logits.index_fill(1, sent(shut, logits.device), -math.inf)
-
-    def _tempered(self, probability: torch.Tensor) -> torch.Tensor:
-        """The distribution at this temperature, unnormalised."""
-        if self.temperature in (0.0, 1.0):
-            return probability
-        return (probability.log() / self.temperature).softmax(1)
 
 
 def _invert(weight: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

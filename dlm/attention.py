@@ -6,10 +6,11 @@ decodes; training and plain forward passes keep the implementation that was chos
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -64,12 +65,23 @@ def decoding_attention(backbone: Any) -> Iterator[None]:
         config._attn_implementation = usual
 
 
+@cache
+def torch_has_varlen() -> bool:
+    """Whether torch has a kernel for rows of different lengths, with groups of heads; newer ones do."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
 @dataclass
 class Packed:
     """Rows end to end, [1, N]; every token attends to all tokens of its row.
 
     Three backends, one choice: flash-attn's kernel for rows of different lengths where it is installed, else
-    that of torch (both CUDA, half precision), else one call of SDPA per row, which wastes nothing either.
+    that of torch where it has one (both CUDA, half precision), else one call of SDPA per row, which wastes
+    nothing either.
 
     Attributes:
         lengths: of the rows.
@@ -88,7 +100,8 @@ class Packed:
     ) -> torch.Tensor:
         """See `Layout`; here B = 1 and A = N."""
         del layer
-        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        half = query.dtype in (torch.float16, torch.bfloat16)
+        if query.is_cuda and half and (is_flash_attn_2_available() or torch_has_varlen()):
             flat = [x[0].transpose(0, 1) for x in (query, key, value)]  # [N, H, D]
             return self._varlen(flat[0], flat[1], flat[2], scale)[None]
         rows = [

@@ -85,13 +85,13 @@ class BucketedModel:
         if not self.graphs or device.type != "cuda":
             states = self.model.hidden(ids, mask)
             return Recorded(ids, mask, states, lambda: _again(self.model, ids, mask, states))
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             self.model.hidden(ids, mask)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(device), torch.cuda.graph(graph):
             states = self.model.hidden(ids, mask)
         return Recorded(ids, mask, states, graph.replay)
 

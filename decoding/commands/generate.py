@@ -34,6 +34,7 @@ class GenerateConfig(DecodingConfig, LoadConfig):
         begin: what every answer begins with.
         ending: what every answer ends with, at the last positions of the window or of max_tokens.
         forced: texts at places of the answer, counted in tokens from 0, such as --forced.7 " Paris".
+        forbidden: tokens that never come out, as texts such as '[" delve"]', which must be one token each.
         json: write one JSON object per answer instead of its text.
         batch_size: prompts per model call.
         list_decoders: print the decoders with their options and leave.
@@ -45,6 +46,7 @@ class GenerateConfig(DecodingConfig, LoadConfig):
     begin: str = ""
     ending: str = ""
     forced: dict[str, str] = field(default_factory=dict)
+    forbidden: list[str] = field(default_factory=list)
     json: bool = False
     batch_size: int = 8
     list_decoders: bool = False
@@ -80,6 +82,8 @@ def run(config: GenerateConfig) -> int:
 
     arguments = config.arguments()
     sampler = Sampler(*config.load())
+    if config.forbidden:
+        arguments["decoder"] = sampler.without(config.forbidden, arguments["decoder"])
     words = config.prompts not in ([], ["-"])
     prompts: Iterable[Any] = config.prompts if words else read_prompts(config.file)
     if config.limit:

@@ -283,3 +283,17 @@ def test_convolution_opens_a_gap_from_both_sides():
         assert place - 1 in known or place + 1 in known
         known.add(place)
     assert born[0] < born[10] or born[19] < born[10]
+
+
+def test_forbidden_texts_never_come_out():
+    own = Sampler(FakeDenoiser(), Letters())
+
+    def said(decoder):
+        return "".join(own.generate(["q"], seed=s, max_tokens=60, decoder=decoder)[0].text for s in range(4))
+
+    letter = max(set(said("top-k")), key=said("top-k").count)
+    shut = own.without([letter], "top-k")
+    assert shut.name == "top-k"
+    assert letter not in said(shut)
+    with pytest.raises(ConfigError, match="'ab' is 2 tokens"):
+        own.without(["ab"])

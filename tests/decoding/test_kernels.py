@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from decoding.kernels import MOST, applies, choose
-from decoding.tokens import TokenRule, top_probabilities
+from decoding.tokens import TokenRule
 from dlm.noise import key_of, uniform
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -15,6 +15,7 @@ RULES = {
     "plain": {},
     "greedy": {"temperature": 0.0},
     "cold, top-p": {"temperature": 0.6, "top_p": 0.7},
+    "coldest": {"temperature": 0.1},
     "hot, min-p": {"temperature": 1.7, "min_p": 0.2},
 }
 
@@ -40,6 +41,7 @@ def noise(n):
         (MOST, BLOCK + 7, torch.bfloat16, "cold, top-p"),
         (20, MOST, torch.float32, "hot, min-p"),
         (5, BLOCK + 7, torch.float32, "hot, min-p"),
+        (20, BLOCK + 7, torch.float32, "coldest"),
     ],
 )
 def test_the_kernel_draws_what_pytorch_draws(k, vocab, dtype, rule):
@@ -131,6 +133,7 @@ def test_a_rule_uses_the_kernel_where_it_applies(monkeypatch):
 
 
 def test_the_k_best_have_their_share_of_the_vocabulary():
-    probability, ids = top_probabilities(torch.tensor([[1.0, 3.0, 2.0, 0.0]]).log(), 2)
-    assert ids.tolist() == [[1, 2]]
-    torch.testing.assert_close(probability, torch.tensor([[3.0, 2.0]]).log().exp() / 6)
+    found = TokenRule(top_k=2).candidates(torch.tensor([[1.0, 3.0, 2.0, 0.0]]).log())
+    assert found.ids.tolist() == [[1, 2]]
+    torch.testing.assert_close(found.probability, torch.tensor([[3.0, 2.0]]) / 6)
+    torch.testing.assert_close(found.share, torch.tensor([[3.0, 2.0]]) / 5)

@@ -125,6 +125,81 @@ def slow_events(top_k, eos_bias):
     return torch.stack(texts)
 
 
+def by_certainty(name, row, drawn, p, whole, step):
+    """The masked positions that a rule of confidence or entropy writes, the tokens being drawn already."""
+    masked = [i for i in range(LENGTH) if row[i] == MASK]
+    sure = {i: float(whole[i, drawn[i]]) for i in masked}
+    best = sorted(masked, key=lambda i: -sure[i])
+    if name == "llada":  # 7 positions in 4 steps
+        return best[: 2 if step < 3 else 1]
+    if name == "threshold":
+        return [i for i in best if sure[i] >= 0.4] or best[:1]
+    nats = {i: float(torch.special.entr(whole[i]).sum()) for i in masked}  # entropy bound
+    chosen, before = [], 0.0
+    for i in sorted(masked, key=nats.get):
+        if before <= 1.0:
+            chosen.append(i)
+        before += nats[i]
+    return chosen
+
+
+def slow_by_certainty(name, top_k, eos_bias):
+    """Texts by rules that look at the tokens drawn, or at how sure the model is."""
+    generator = torch.Generator().manual_seed(SEED)
+    model, cache, everything, texts = fake(eos_bias), {}, {}, []
+    for _ in range(TRIALS):
+        row, step = start(), 0
+        while (row == MASK).any():
+            p, whole = best(model, row, top_k, cache), best(model, row, 0, everything)
+            masked = [i for i in range(LENGTH) if row[i] == MASK]
+            drawn = {i: int(torch.multinomial(p[i], 1, generator=generator)) for i in masked}
+            for i in by_certainty(name, row, drawn, p, whole, step):
+                row[i] = drawn[i]
+            row, step = fill(row), step + 1
+        texts.append(row)
+    return torch.stack(texts)
+
+
+def share_of_masks(t, on=0.8, begin=0.6, end=0.3):
+    """ReMDM-loop with α_on = on: fill up to time `begin`, trade until `end`, then finish."""
+    if t > begin:
+        return 1 - (1 - t) * on / (1 - begin)
+    return 1 - on if t > end else t * (1 - on) / end
+
+
+def slow_remdm(top_k, eos_bias, on=0.8, eta=0.3):
+    """Texts of ReMDM-loop, by its definition."""
+    generator = torch.Generator().manual_seed(SEED)
+    model, cache, texts = fake(eos_bias), {}, []
+
+    def coin(chance):
+        return bool(torch.rand((), generator=generator) < chance)
+
+    for _ in range(TRIALS):
+        row = start()
+        for step in range(STEPS):
+            t, s = 1 - step / STEPS, 1 - (step + 1) / STEPS
+            looping = t <= 0.6 and t > 0.3 and s > 0
+            p, new = best(model, row, top_k, cache), row.clone()
+            masked = [i for i in range(LENGTH) if row[i] == MASK]
+            q = {i: float(p[i].sum()) for i in masked}
+            for i in masked:
+                a = (share_of_masks(t) - share_of_masks(s)) * q[i] * len(masked) / sum(q.values())
+                chance = min(1.0, on * eta / (1 - on) * q[i]) if looping else a / (a + share_of_masks(s))
+                if coin(chance):
+                    new[i] = int(torch.multinomial(p[i], 1, generator=generator))
+            for i in range(PROMPT, LENGTH):
+                if looping and row[i] != MASK and coin(eta):
+                    new[i] = MASK
+            row = fill(new)
+        p = best(model, row, top_k, cache)
+        for i in range(LENGTH):
+            if row[i] == MASK:
+                row[i] = int(torch.multinomial(p[i], 1, generator=generator))
+        texts.append(fill(row))
+    return torch.stack(texts)
+
+
 def fast(decoder, eos_bias, **how):
     canvas = Canvas.of(start().repeat(FAST, 1), MASK, torch.arange(FAST) * 7919)
     for _ in denoise(fake(eos_bias), canvas, decoder, Settings(eos_id=EOS, mask_id=MASK, **how)):
@@ -170,6 +245,25 @@ def test_texts_have_the_law_of_the_definition(name, top_k, options, eos_bias):
 def test_at_rate_one_texts_have_the_law_of_infinitely_fine_steps():
     decoder = Decoder.named("conv", top_k=3, kernel_size=5)
     agree(slow_events(3, 0.5), fast(decoder, 0.5, steps=None, rate=1.0))
+
+
+@pytest.mark.parametrize("eos_bias", [-9.0, 1.0])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llada", {"temperature": 1.0, "top_k": 3}),
+        ("threshold", {"temperature": 1.0, "top_k": 3, "tau": 0.4}),
+        ("entropy-bound", {"temperature": 1.0, "top_k": 3, "gamma": 1.0}),
+    ],
+)
+def test_rules_that_look_at_the_token_have_the_law_of_their_definition(name, options, eos_bias):
+    agree(slow_by_certainty(name, 3, eos_bias), fast(Decoder.named(name, **options), eos_bias, steps=STEPS))
+
+
+@pytest.mark.parametrize("eos_bias", [-9.0, 0.0])
+def test_tokens_that_go_back_have_the_law_of_their_definition(eos_bias):
+    options = {"alpha_on": 0.8, "t_on": 0.6, "t_off": 0.3, "eta": 0.3, "top_p": 1.0, "top_k": 3}
+    agree(slow_remdm(3, eos_bias), fast(Decoder.named("remdm", **options), eos_bias, steps=STEPS))
 
 
 def test_the_references_can_tell_laws_apart():
