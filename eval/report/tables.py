@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,3 +124,34 @@ def paired(runs: Sequence[Results], name: str) -> Table:
         shown = measure.show(difference)
         rows.append([run.card.name, shown if shown.startswith(("-", "–")) else f"+{shown}", f"{p:.3f}"])
     return Table(f"{measure.title}: against {first.card.name}", ["", "difference", "p"], rows)
+
+
+def judged(runs: Sequence[Results]) -> Table | None:
+    """What judges said, where they were asked; None where they were not."""
+    rows: list[list[str]] = []
+    for run in runs:
+        for file in sorted(run.folder.glob("*.json")):
+            if file.stem in ("run", "metrics", "model_outputs"):
+                continue
+            found = json.loads(file.read_text(encoding="utf-8"))
+            for figure, value in _figures(file.stem, found):
+                rows.append([run.card.name, found["judge"], file.stem, figure, value])
+    return Table("Judges", ["", "judge", "method", "figure", "value"], rows) if rows else None
+
+
+def _figures(method: str, found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The figures of a verdict file, and their values."""
+    if method == "alpaca_eval":
+        return [
+            ("win rate", f"{found['win_rate']:.1f} ± {found['standard_error']:.1f} %"),
+            (
+                f"LC win rate ({found['lc_kind']})",
+                f"{found['lc_win_rate']:.1f} ± {found['lc_standard_error']:.1f} %",
+            ),
+        ]
+    if method == "mt_bench":
+        turns = [(f"grade, turn {i}", f"{grade:.2f}") for i, grade in enumerate(found["by_turn"], start=1)]
+        return [*turns, ("grade", f"{found['overall']['mean']:.2f}")]
+    if method == "mt_bench_pairs":
+        return [(f"{found['first']} wins", f"{100 * found['win_rate']:.1f} %")]
+    return [("score", f"{found['mean']['mean']:.2f}")]

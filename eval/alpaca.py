@@ -1,0 +1,216 @@
+"""AlpacaEval by its own package: pairwise verdicts, win rate, and the length-controlled win rate."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dlm.errors import ConfigError, DLMError
+from eval.judge import Judge, Request
+
+logger = logging.getLogger(__name__)
+
+Rows = list[dict[str, Any]]
+
+OPTIONS = (
+    *("max_tokens", "temperature", "top_p", "stop", "seed", "logprobs", "top_logprobs"),
+    *("tools", "tool_choice", "functions", "function_call"),
+)
+"""What annotators say that an endpoint understands; the rest is for the package's own client."""
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """How often a model is preferred to the reference; percentages, with standard errors.
+
+    Attributes:
+        win_rate: mean preference.
+        standard_error: of it.
+        lc_win_rate: what it would be at equal lengths.
+        lc_standard_error: of it.
+        lc_kind: "alpaca_eval", the package's own with its difficulties of instructions, or "length only".
+        count: instructions with a verdict.
+        missing: instructions without one.
+        mean_length: characters of the model's outputs.
+    """
+
+    win_rate: float
+    standard_error: float
+    lc_win_rate: float
+    lc_standard_error: float
+    lc_kind: str
+    count: int
+    missing: int
+    mean_length: float
+
+
+def win_rate(
+    outputs: Rows,
+    references: Rows,
+    judge: Judge,
+    annotator: str = "weighted_alpaca_eval_gpt4_turbo",
+    name: str = "",
+) -> tuple[WinRate, Rows]:
+    """Have the `alpaca_eval` package compare outputs with references, by this judge.
+
+    Args:
+        outputs: AlpacaEval's model outputs.
+        references: reference outputs; those of other instructions are left out.
+        judge: who is asked, in the place of the model that the annotator names.
+        annotator: name of a config of the package, or a folder or file with one; its prompt, its parser and
+            its parameters are used.
+        name: what the model is called.
+
+    Returns:
+        The win rate, and the annotations: one row for each instruction, its preference between 1 (the
+        reference is better) and 2.
+
+    Raises:
+        ConfigError: when the package is missing, or there is no such annotator.
+        DLMError: when outputs and references have no instruction in common.
+    """
+    package = _package()
+    known = {row["instruction"]: row for row in references}
+    pairs = [(row, known[row["instruction"]]) for row in outputs if row["instruction"] in known]
+    if not pairs:
+        raise DLMError("outputs and references have no instruction in common; give --references of this task")
+    config = _annotator(package, annotator, judge)
+    _, annotations = package.evaluate(
+        model_outputs=[row for row, _ in pairs], reference_outputs=[row for _, row in pairs],
+        annotators_config=config, name=name or None, output_path=None, is_return_instead_of_print=True,
+        fn_metric="get_winrate", sort_by="win_rate", precomputed_leaderboard=None, is_cache_leaderboard=False,
+        caching_path=None,
+    )  # fmt: skip
+    rows: Rows = [dict(row) for row in annotations]
+    return summarise(rows, package, len(pairs)), rows
+
+
+def summarise(rows: Rows, package: Any, asked: int) -> WinRate:
+    """Win rates of annotations; rows without a preference are left out and counted."""
+    judged = [row for row in rows if row.get("preference") is not None and not math.isnan(row["preference"])]
+    if not judged:
+        raise DLMError("the judge gave no verdict that the annotator's parser can read")
+    plain = package.metrics.get_winrate(judged)
+    control, error, kind = length_controlled(judged, package)
+    return WinRate(
+        float(plain["win_rate"]), float(plain["standard_error"]), control, error, kind, len(judged),
+        asked - len(judged), float(np.mean([len(row["output_2"]) for row in judged])),
+    )  # fmt: skip
+
+
+def length_controlled(rows: Rows, package: Any) -> tuple[float, float, str]:
+    """The length-controlled win rate (arXiv 2404.04475), its standard error, and how it was found.
+
+    The package's own needs the difficulties of AlpacaEval's 805 instructions, a file on the hub. Where it
+    cannot be had, or these are other instructions, the model has its length term alone.
+    """
+    if len(rows) == 805:
+        try:
+            found = package.metrics.get_length_controlled_winrate(rows, save_weights_dir=None)
+            return (
+                float(found["length_controlled_winrate"]), float(found["lc_standard_error"]), "alpaca_eval",
+            )  # fmt: skip
+        except (OSError, ValueError, KeyError) as error:
+            logger.warning("AlpacaEval's difficulties could not be fetched (%s): length only", error)
+    won = np.array([row["preference"] - 1 for row in rows], dtype=float)
+    extra = np.array([len(row["output_2"]) - len(row["output_1"]) for row in rows], dtype=float)
+    rate, deviation = length_only(won, extra)
+    return 100 * rate, 100 * deviation, "length only"
+
+
+def length_only(won: np.ndarray, extra: np.ndarray, draws: int = 200) -> tuple[float, float]:
+    """Logit P(win) = θ + φ tanh(Δ / sd Δ): the win rate at Δ = 0, σ(θ), and its bootstrap standard error.
+
+    Args:
+        won: [N] preference for the model, in [0, 1].
+        extra: [N] Δ, characters that the model's output is longer.
+        draws: resamples.
+    """
+    generator = np.random.default_rng(0)
+    sample = [generator.integers(0, len(won), len(won)) for _ in range(draws)]
+    rates = [_at_equal_length(won[i], extra[i]) for i in sample]
+    return _at_equal_length(won, extra), float(np.std(rates))
+
+
+def _at_equal_length(won: np.ndarray, extra: np.ndarray) -> float:
+    from sklearn.linear_model import LogisticRegression
+
+    spread = extra.std()
+    if spread == 0:
+        return float(won.mean())
+    x = np.tanh(extra / spread)[:, None]
+    weights = np.concatenate([won, 1 - won])
+    if min(weights[: len(won)].sum(), weights[len(won) :].sum()) < 1e-9:
+        return float(won.mean())
+    labels = np.repeat([1, 0], len(won))
+    model = LogisticRegression(C=100.0).fit(np.concatenate([x, x]), labels, sample_weight=weights)
+    return float(1 / (1 + np.exp(-model.intercept_[0])))
+
+
+def _package() -> Any:
+    try:
+        import alpaca_eval
+        import alpaca_eval.metrics
+    except ImportError as error:
+        raise ConfigError(
+            f"AlpacaEval needs its package: pip install 'dlm[eval]' (with setuptools<81) ({error})"
+        ) from error
+    return alpaca_eval
+
+
+def _annotator(package: Any, annotator: str, judge: Judge) -> dict[str, Any]:
+    """A config of the package, asked through our judge."""
+    import yaml
+
+    base = Path(package.constants.EVALUATORS_CONFIG_DIR)
+    given = Path(annotator)
+    file = next(
+        (f for f in (base / annotator / "configs.yaml", given / "configs.yaml", given) if f.is_file()), None
+    )
+    if file is None:
+        known = sorted(f.parent.name for f in base.glob("*/configs.yaml"))
+        from dlm.errors import unknown_name
+
+        raise unknown_name("annotator", annotator, known)
+    named = yaml.safe_load(file.read_text(encoding="utf-8"))
+    config = dict(next(iter(named.values())))
+    template = config["prompt_template"]
+    if not (base / template).is_file():
+        config["prompt_template"] = str((file.parent.parent / template).resolve())
+    config["fn_completions"] = _Completions(judge, package)
+    options = config.get("completions_kwargs") or {}
+    config["completions_kwargs"] = {name: value for name, value in options.items() if name in OPTIONS}
+    return {next(iter(named)): config}
+
+
+class _Completions:
+    """Our judge in the form in which the package asks."""
+
+    def __init__(self, judge: Judge, package: Any) -> None:
+        self.judge, self.package = judge, package
+
+    def __call__(self, prompts: Sequence[str], **options: Any) -> dict[str, Any]:
+        requests = [Request(self.package.utils.prompt_to_chatml(p.strip()), options) for p in prompts]
+        choices = self.judge.ask(requests, "AlpacaEval")
+        full = [{**(choice or {"message": {"content": ""}}), "text": _text(choice)} for choice in choices]
+        return {
+            "completions": [choice["text"] for choice in full],
+            "completions_all": full,
+            "price_per_example": [0.0] * len(full),
+            "time_per_example": [0.0] * len(full),
+        }
+
+
+def _text(choice: dict[str, Any] | None) -> str:
+    return "" if choice is None else str(choice["message"]["content"])
+
+
+def as_dict(rate: WinRate) -> dict[str, Any]:
+    """For JSON."""
+    return asdict(rate)

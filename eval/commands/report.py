@@ -1,0 +1,49 @@
+"""`dlm eval report`: tables and plots of runs, as Markdown and as one page of HTML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dlm.cli import Command
+from dlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Settings of `dlm eval report`.
+
+    Args:
+        runs: folders of runs, or folders that hold them (the words that are no options).
+        output: folder of the report.
+        title: of the report.
+        texts: questions whose answers are shown side by side.
+        ldw: figures that `dlm inspect ldw` wrote (.json).
+    """
+
+    runs: list[str] = field(default_factory=list)
+    output: str = "runs/report"
+    title: str = "Evaluation"
+    texts: int = 8
+    ldw: str = ""
+
+    def __post_init__(self) -> None:
+        """Check that there is something to report."""
+        if not self.runs:
+            raise ConfigError("name the folders of runs, such as runs/eval")
+        if self.texts < 0:
+            raise ConfigError(f"texts must not be negative, got {self.texts}")
+        if self.ldw and not Path(self.ldw).is_file():
+            raise ConfigError(f"ldw: no such file as {self.ldw}")
+
+
+def run(config: ReportConfig) -> int:
+    """Write the report, and say where."""
+    from eval.report.report import find_runs, write
+
+    for file in write(find_runs(config.runs), Path(config.output), config.title, config.texts, config.ldw):
+        print(file)
+    return 0
+
+
+COMMAND = Command("write a report of runs: Markdown, HTML, plots", ReportConfig, run, positional="runs")

@@ -1,0 +1,93 @@
+"""G-Eval (arXiv 2303.16634): a judge scores answers from 1 to 5, weighted by the scores' probabilities."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from eval.answers import Answer
+from eval.judge import Judge, Request
+from eval.statistics import bootstrap
+from eval.tasks import Question
+
+ASPECTS = {
+    "coherence": "The answer is one whole: its sentences follow from each other, and it says nothing twice.",
+    "relevance": "The answer is about what was asked, and holds what the user needs.",
+    "fluency": "The answer is correct, natural English.",
+}
+"""What can be scored, and what it means."""
+
+PROMPT = """You will see an instruction and an answer to it. Rate the answer on one aspect.
+
+Aspect: {aspect} (1 to 5). {meaning}
+
+Steps:
+1. Read the instruction, and note what it asks for.
+2. Read the answer, and note where it meets the aspect and where it does not.
+3. Give a score from 1 (not at all) to 5 (fully).
+
+Instruction:
+{instruction}
+
+Answer:
+{answer}
+
+Write the score alone, one digit.
+Score:"""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Scores of one aspect.
+
+    Attributes:
+        mean: with its interval.
+        scores: each, by question id.
+        malformed: replies that hold no score.
+        unanswered: requests without a reply.
+    """
+
+    mean: dict[str, float]
+    scores: dict[str, float]
+    malformed: int
+    unanswered: int
+
+
+def score(
+    questions: Sequence[Question], said: Mapping[tuple[str, int], Answer], judge: Judge, aspect: str
+) -> Score:
+    """Score the first turns."""
+    from dlm.errors import unknown_name
+
+    if aspect not in ASPECTS:
+        raise unknown_name("aspect", aspect, ASPECTS)
+    asked = [q for q in questions if (q.id, 0) in said]
+    options = {"temperature": 0.0, "max_tokens": 4, "logprobs": True, "top_logprobs": 20}
+    requests = []
+    for question in asked:
+        texts = {"instruction": question.turns[0], "answer": said[question.id, 0].text}
+        text = PROMPT.format(aspect=aspect, meaning=ASPECTS[aspect], **texts)
+        requests.append(Request([{"role": "user", "content": text}], options))
+    choices = judge.ask(requests, f"G-Eval, {aspect}")
+    found = [None if choice is None else expected_score(choice) for choice in choices]
+    scores = {q.id: value for q, value in zip(asked, found, strict=True) if value is not None}
+    unanswered = sum(choice is None for choice in choices)
+    malformed = len(asked) - len(scores) - unanswered
+    return Score(asdict(bootstrap(list(scores.values()))), scores, malformed, unanswered)
+
+
+def expected_score(choice: dict[str, Any]) -> float | None:
+    """Σ p(s) s / Σ p(s) over the scores s = 1 … 5 at the first token; without probabilities, the digit."""
+    places = (choice.get("logprobs") or {}).get("content") or []
+    mass: dict[int, float] = {}
+    for candidate in places[0].get("top_logprobs", []) if places else []:
+        if re.fullmatch(r"\s*[1-5]\s*", candidate["token"]):
+            digit = int(candidate["token"])
+            mass[digit] = mass.get(digit, 0.0) + math.exp(candidate["logprob"])
+    if mass:
+        return sum(digit * p for digit, p in mass.items()) / sum(mass.values())
+    found = re.search(r"\b([1-5])\b", choice["message"]["content"])
+    return float(found[1]) if found else None

@@ -1,0 +1,255 @@
+"""A judge: any OpenAI-compatible endpoint, asked with care for money and time.
+
+Replies are kept on disk, so that nothing is asked twice, also after a kill. What fails after all retries is
+counted and asked again in the next run; it never becomes a verdict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from dlm.errors import ConfigError, DLMError
+from dlm.tokenizer import Message
+from eval.formats import write_json
+from eval.systems import asked, client
+
+V = TypeVar("V")
+
+CHARACTERS = 4
+"""Of English text in a token, for estimates."""
+
+PAUSES = (1.0, 4.0)
+"""Seconds before a reply that is none is asked for again (429, 5xx and timeouts have their own pauses)."""
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Who judges.
+
+    Args:
+        url: base URL of an OpenAI-compatible endpoint; empty for OpenAI's. The key is OPENAI_API_KEY in the
+            environment, and is written nowhere.
+        model: name of the judge there.
+        concurrency: requests under way at a time.
+        timeout: seconds to wait for a reply.
+        retries: times to try again, ever later, after 429, 5xx and timeouts.
+        cache: folder of replies; empty for the user's cache folder.
+        price_in: dollars per million tokens read, for the estimate.
+        price_out: dollars per million tokens written.
+        dry_run: say what would be asked and what it would cost, and ask nothing.
+    """
+
+    url: str = ""
+    model: str = ""
+    concurrency: int = 8
+    timeout: float = 120.0
+    retries: int = 6
+    cache: str = ""
+    price_in: float = 0.0
+    price_out: float = 0.0
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if not self.model:
+            raise ConfigError("--judge.model is missing: the name of the judge at its endpoint")
+        if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0:
+            raise ConfigError("concurrency must be at least 1, retries 0, and timeout above 0")
+        if self.price_in < 0 or self.price_out < 0:
+            raise ConfigError("prices must not be negative")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing to ask.
+
+    Attributes:
+        messages: the chat.
+        options: what else the endpoint is told, such as max_tokens, temperature, logprobs.
+    """
+
+    messages: list[Message]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What asking would take.
+
+    Attributes:
+        calls: requests that are not in the cache.
+        tokens_in: tokens to read, at four characters each.
+        tokens_out: tokens to write at most.
+        dollars: at the prices given.
+    """
+
+    calls: int
+    tokens_in: int
+    tokens_out: int
+    dollars: float
+
+    def __str__(self) -> str:
+        """One line for people."""
+        money = f", ${self.dollars:.2f}" if self.dollars else ", no prices given"
+        return (
+            f"{self.calls} requests to make, about {self.tokens_in:,} tokens to read (at {CHARACTERS} "
+            f"characters each) and at most {self.tokens_out:,} to write{money}"
+        )
+
+
+class DryRunError(DLMError):
+    """Asked for an estimate only; carries it."""
+
+    def __init__(self, estimate: Estimate) -> None:
+        super().__init__(f"dry run: {estimate}")
+        self.estimate = estimate
+
+
+class Judge:
+    """Asks requests, many at a time.
+
+    Args:
+        config: who judges.
+    """
+
+    def __init__(self, config: JudgeConfig) -> None:
+        self.config = config
+        self.folder = Path(config.cache) if config.cache else Path.home() / ".cache" / "dlm" / "judge"
+        self.failed = 0
+        self.last_failure = ""
+        self._client: Any = None
+
+    def ask(self, requests: Sequence[Request], label: str = "judge") -> list[dict[str, Any] | None]:
+        """The choice that each request got, as the endpoint gave it; None where there is none in the end.
+
+        Raises:
+            DryRunError: with an estimate, where only that is wanted.
+            DLMError: when the endpoint refuses for good (wrong key, unknown model, bad request).
+        """
+        if self.config.dry_run:
+            raise DryRunError(self.estimate(requests))
+        self._client = self._client or client(self.config.url, self.config.timeout, self.config.retries)
+        with ThreadPoolExecutor(self.config.concurrency) as pool:
+            try:
+                found = list(
+                    tqdm(pool.map(self._one, requests), total=len(requests), desc=label, unit="verdict")
+                )
+            finally:
+                pool.shutdown(cancel_futures=True)
+        lost = sum(choice is None for choice in found)
+        if requests and lost == len(requests):
+            raise DLMError(
+                f"the judge answered none of {lost} requests; the last failure: {self.last_failure}"
+            )
+        self.failed += lost
+        return found
+
+    def estimate(self, requests: Sequence[Request]) -> Estimate:
+        """What asking would take."""
+        new = [r for r in requests if not self._file(r).exists()]
+        read = sum(len(m["content"]) for r in new for m in r.messages) // CHARACTERS
+        write = sum(int(r.options.get("max_tokens", 1024)) for r in new)
+        dollars = (read * self.config.price_in + write * self.config.price_out) / 1e6
+        return Estimate(len(new), read, write, dollars)
+
+    def _file(self, request: Request) -> Path:
+        asks = [self.config.url, self.config.model, request.messages, request.options]
+        key = hashlib.sha256(json.dumps(asks, sort_keys=True).encode()).hexdigest()
+        return self.folder / key[:2] / f"{key}.json"
+
+    def _one(self, request: Request) -> dict[str, Any] | None:
+        file = self._file(request)
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        except (OSError, ValueError):
+            pass
+        for pause in (*PAUSES, None):
+            try:
+                choice = self._asked(request)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, choice)
+                return choice
+            except _UnansweredError as error:
+                self.last_failure = str(error)
+                if pause is None or not error.worth_another_try:
+                    return None
+                time.sleep(pause)
+        return None
+
+    def _asked(self, request: Request) -> dict[str, Any]:
+        import openai
+
+        try:
+            done = asked(self._client, model=self.config.model, messages=request.messages, **request.options)
+            choice: dict[str, Any] = done.choices[0].model_dump()
+            usage = done.usage.total_tokens if done.usage else 0
+        except DLMError as error:
+            reason = error.__cause__
+            if isinstance(reason, openai.APIStatusError) and reason.status_code in (400, 401, 403, 404, 422):
+                raise
+            retried = isinstance(reason, openai.APIConnectionError | openai.APIStatusError)
+            raise _UnansweredError(str(error), not retried) from error
+        except (AttributeError, TypeError, ValueError) as error:
+            raise _UnansweredError(f"not a chat completion ({error})", True) from error
+        text = _text(choice.get("message") or {})
+        if text is None:
+            raise _UnansweredError("the reply has no text", True)
+        return {**choice, "message": {"role": "assistant", "content": text}, "total_tokens": usage}
+
+
+def _text(message: dict[str, Any]) -> str | None:
+    """What a message says: its text, or the arguments of the function that it calls."""
+    if message.get("content") is not None:
+        return str(message["content"])
+    calls = [call["function"] for call in message.get("tool_calls") or []]
+    call = calls[0] if calls else message.get("function_call")
+    return str(call["arguments"]) if call else None
+
+
+class _UnansweredError(Exception):
+    """A reply that is none; `worth_another_try` unless the client has tried again itself."""
+
+    def __init__(self, message: str, worth_another_try: bool) -> None:
+        super().__init__(message)
+        self.worth_another_try = worth_another_try
+
+
+@dataclass
+class Tally:
+    """How judging went.
+
+    Attributes:
+        judged: verdicts that could be read.
+        malformed: replies that hold no verdict.
+        unanswered: requests without a reply.
+    """
+
+    judged: int = 0
+    malformed: int = 0
+    unanswered: int = 0
+
+    def read(
+        self, choices: Sequence[dict[str, Any] | None], parse: Callable[[str], V | None]
+    ) -> list[V | None]:
+        """The verdict in each reply; None, and counted, where there is none."""
+        verdicts: list[V | None] = []
+        for choice in choices:
+            verdict = None if choice is None else parse(choice["message"]["content"])
+            self.unanswered += choice is None
+            self.malformed += choice is not None and verdict is None
+            self.judged += verdict is not None
+            verdicts.append(verdict)
+        return verdicts
+
+    def __str__(self) -> str:
+        """One line for people."""
+        return f"{self.judged} verdicts, {self.malformed} malformed, {self.unanswered} unanswered"

@@ -1,0 +1,161 @@
+"""A masked diffusion model for lm-evaluation-harness: `generate_until`, and `loglikelihood` by the NELBO.
+
+    python -m eval.lm_harness run --model dlm --model_args pretrained=DIR,decoder=conv --tasks gsm8k
+
+This is `lm_eval` itself, with the model class registered under the name "dlm".
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from tqdm import tqdm
+
+from dlm.errors import ConfigError
+from eval.variants import number, parse_decoders
+
+
+@register_model("dlm")
+class DLM(LM):  # type: ignore[misc]
+    """A masked diffusion model.
+
+    Args:
+        pretrained: folder or hub id.
+        decoder: name, or name(option=number;…), of the decoder; the checkpoint's own if empty.
+        max_tokens: longest text, where the task does not say.
+        window: for a fixed canvas; with `steps`.
+        steps: denoising steps; 0 for a canvas that grows.
+        rate: tokens per model call on a canvas that grows; 0 for the default.
+        draws: noise levels for each log-likelihood; the bound's standard deviation falls with its root.
+        seed: of the noise of texts.
+        batch_size: rows per model call.
+        device: "cpu", "cuda", or "auto" for a GPU if there is one.
+        dtype: type of the weights.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "",
+        decoder: str = "",
+        max_tokens: int | str = 256,
+        window: int | str = 0,
+        steps: int | str = 0,
+        rate: float | str = 0,
+        draws: int | str = 32,
+        seed: int | str = 0,
+        batch_size: int | str = 8,
+        device: str | None = "auto",
+        dtype: str = "fastest",
+        **rest: Any,
+    ) -> None:
+        super().__init__()
+        from decoding.sampler import Sampler
+        from dlm.checkpoint import load_model
+        from eval.variants import Variant
+
+        if not pretrained:
+            raise ConfigError("model_args need pretrained=DIR")
+        self.model, self.tokenizer = load_model(pretrained, device or "auto", dtype)
+        self.sampler = Sampler(self.model, self.tokenizer)
+        name, options = parse_decoders(str(decoder).replace(";", ","))[0]
+        self.limit, self.draws = int(max_tokens), int(draws)
+        self.rows = int(batch_size) if str(batch_size).isdecimal() else 8
+        self.steps, self.window = int(steps), int(window)
+        pace = {"rate": float(rate)} if float(rate) else {}
+        self.how = Variant(name, options, pace).how(seed=int(number(str(seed), "seed")))
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answer each context until one of its stop texts; the model's template stands around it."""
+        out = []
+        size: dict[str, Any]
+        for request in tqdm(requests, disable=disable_tqdm, desc="generate_until"):
+            context, options = request.args
+            until = options.get("until") or []
+            stops = [text for text in ([until] if isinstance(until, str) else until) if text]
+            if self.steps:
+                size = {"window": self.window or None, "steps": self.steps}
+            else:
+                size = {"max_tokens": int(options.get("max_gen_toks", self.limit))}
+            (answer,) = self.sampler.generate([context], stop=stops or None, **size, **self.how)
+            out.append(answer.text)
+        return out
+
+    def loglikelihood(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """-NELBO of each continuation given its context, and whether it is what greedy filling writes.
+
+        The second is asked in one pass: all of the continuation masked, the likeliest token everywhere.
+        """
+        del disable_tqdm
+        from eval.nelbo import nelbo
+
+        rows = [self._encoded(*request.args) for request in requests]
+        bounds = nelbo(self.model, rows, self.draws, self.rows)
+        return [(-bound, self._greedy(*row)) for bound, row in zip(bounds, rows, strict=True)]
+
+    def _encoded(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of both, cut apart where the context ends; its spaces at the end belong to the continuation."""
+        space = len(context) - len(context.rstrip())
+        context, continuation = (
+            context[: len(context) - space],
+            context[len(context) - space :] + continuation,
+        )
+        whole = self.sampler.rows.text(context + continuation)
+        before = self.sampler.rows.text(context) if context else [int(self.model.config.eos_token_id)]
+        after = whole[len(before) :] if context and whole[: len(before)] == before else None
+        return before, after if after else self.sampler.rows.text(continuation)
+
+    def _greedy(self, context: list[int], continuation: list[int]) -> bool:
+        import torch
+
+        mask = [int(self.model.config.mask_token_id)] * len(continuation)
+        with torch.inference_mode():
+            hidden = self.model.hidden(torch.tensor([context + mask]))[0, len(context) :]
+            best: list[int] = self.model.logits(hidden).argmax(-1).tolist()
+        return best == continuation
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """-NELBO of whole texts."""
+        del disable_tqdm
+        from eval.nelbo import nelbo
+
+        eos = int(self.model.config.eos_token_id)
+        rows = [([eos], self.sampler.rows.text(request.args[0])) for request in requests]
+        return [-bound for bound in nelbo(self.model, rows, self.draws, self.rows)]
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of one user's turn, system text first: the sampler puts the model's template around it.
+
+        Raises:
+            ConfigError: for conversations of several turns.
+        """
+        del add_generation_prompt
+        if [message["role"] for message in chat_history if message["role"] != "system"] != ["user"]:
+            raise ConfigError("one user turn at a time: leave out --fewshot_as_multiturn")
+        return "\n\n".join(message["content"] for message in chat_history)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's cache."""
+        return str(self.tokenizer.name_or_path)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run `lm_eval` with the model registered."""
+    from lm_eval.__main__ import cli_evaluate
+
+    if words is not None:
+        sys.argv = ["lm_eval", *words]
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

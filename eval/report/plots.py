@@ -1,0 +1,204 @@
+"""Plots of runs: quality against model calls and against kernel size, and where tokens appear when."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dlm.curves import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, plain
+from eval.metrics import MEASURES
+from eval.run import Results
+
+LOOKS = tuple(
+    zip(
+        (BLUE, RED, GREEN, ORANGE, PINK, SKY, GREY),
+        "osD^vPX",
+        ("-", "--", "-.", ":", "-", "--", "-."),
+        strict=True,
+    )
+)
+"""Colour, marker and line of each series: any one of them tells series apart."""
+
+SHOWN = ("right", "nll", "inlier", "relevance", "repetition_4", "empty")
+"""Measures that have a panel of their own, where they were measured."""
+
+_COMMON = ("seed", "eos_fill", "dtype", "window", "max_tokens")
+
+Size = Callable[[Results], float]
+
+
+def calls(run: Results) -> float:
+    """Mean model calls of an answer; NaN where they are not known."""
+    found = run.means.get("model_calls")
+    return found.mean if found else float("nan")
+
+
+def size(run: Results) -> float:
+    """The kernel or block size; NaN where there is none."""
+    settings = run.card.settings
+    return float(settings.get("kernel_size") or settings.get("block_size") or "nan")
+
+
+def _series(run: Results, without: Sequence[str]) -> str:
+    """What a line is called: the system and the decoder, and the settings that it does not run over."""
+    settings = {
+        k: v for k, v in run.card.settings.items()
+        if k not in (*without, *_COMMON) and isinstance(v, int | float)
+    }  # fmt: skip
+    words = {"kernel_size": "K", "block_size": "B", "steps": "S"}
+    parts = [run.card.decoder or run.card.label] + [f"{words.get(k, k)}={v:g}" for k, v in settings.items()]
+    return ", ".join(part for part in (run.card.system, *parts) if part)
+
+
+def quality(
+    runs: Sequence[Results],
+    across: Size = calls,
+    label: str = "model calls per answer",
+    without: Sequence[str] = ("steps", "rate"),
+) -> Any:
+    """A panel for each measure over what `across` says, a line for each decoder, with 95 % intervals.
+
+    Returns:
+        A matplotlib figure, or None where nothing varies.
+    """  # fmt: skip
+    from matplotlib.figure import Figure
+
+    lines: dict[str, list[Results]] = defaultdict(list)
+    for run in runs:
+        if not math.isnan(across(run)):
+            lines[_series(run, without)].append(run)
+    names = [name for name in SHOWN if any(name in run.means for run in runs)]
+    if not names or len({across(run) for some in lines.values() for run in some}) < 2:
+        return None
+    across_panels = min(3, len(names))
+    down = math.ceil(len(names) / across_panels)
+    legend = 0.22 * math.ceil(len(lines) / 3) + 0.2
+    figure = Figure(figsize=(3.5 * across_panels, 2.7 * down + legend), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(down, across_panels, squeeze=False)).ravel()
+    for panel, name in zip(panels, names, strict=False):
+        for (series, some), look in zip(sorted(lines.items()), _looks(), strict=False):
+            _line(panel, sorted(some, key=across), across, name, series, look)
+        _dress(panel, name, label)
+    for panel in panels[len(names) :]:
+        panel.set_axis_off()
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
+    )
+    return figure
+
+
+def _looks() -> Any:
+    """Looks without end; beyond the palette, hollow markers."""
+    hollow = False
+    while True:
+        yield from ((*look, hollow) for look in LOOKS)
+        hollow = not hollow
+
+
+def _line(panel: Any, runs: Sequence[Results], across: Size, name: str, series: str, look: Any) -> None:
+    colour, marker, line, hollow = look
+    scale = 100 if MEASURES[name].percent else 1
+    points = [(across(run), run.means[name]) for run in runs if name in run.means]
+    x = [a for a, _ in points]
+    y = [scale * e.mean for _, e in points]
+    error = [
+        [scale * max(e.mean - e.low, 0) for _, e in points],
+        [scale * max(e.high - e.mean, 0) for _, e in points],
+    ]
+    panel.errorbar(
+        x, y, yerr=error, label=series, color=colour, marker=marker, linestyle=line, markersize=5,
+        linewidth=1.3, capsize=2, elinewidth=0.8, markerfacecolor="white" if hollow else colour,
+    )  # fmt: skip
+
+
+def _dress(panel: Any, name: str, label: str) -> None:
+    measure = MEASURES[name]
+    arrow = {1: " ↑", -1: " ↓", 0: ""}[measure.better]
+    panel.set_title(f"{measure.title}{', %' if measure.percent else ''}{arrow}", fontsize=9, loc="left")
+    panel.set_xlabel(label, fontsize=8)
+    panel.tick_params(labelsize=8)
+    panel.set_xscale("log", base=2)
+    ticks = sorted({round(x) for x in panel.get_xticks() if x >= 1})
+    low, high = panel.get_xlim()
+    inside = [tick for tick in ticks if low <= tick <= high]
+    panel.set_xticks(inside, [str(tick) for tick in inside])
+    panel.minorticks_off()
+    plain(panel)
+    if panel.get_legend():
+        panel.get_legend().remove()
+
+
+def revealed(runs: Sequence[Results], positions: int = 64, most: int = 6) -> Any:
+    """When positions get their token: share of answers, by place in the answer and by part of the steps.
+
+    Returns:
+        A matplotlib figure, or None where steps are not known.
+    """
+    from matplotlib.figure import Figure
+
+    known = [run for run in runs if any(answer.reveal_step for answer in run.answers.values())][:most]
+    if not known:
+        return None
+    columns = min(3, len(known))
+    rows = math.ceil(len(known) / columns)
+    figure = Figure(figsize=(3.5 * columns, 2.7 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    image: Any = None
+    for panel, run in zip(panels, known, strict=False):
+        image = panel.imshow(
+            reveal_shares(run, positions).T, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=0.5,
+            extent=(0, positions, 0, 1), interpolation="nearest",
+        )  # fmt: skip
+        panel.set_title(run.card.name, fontsize=8, loc="left")
+        panel.tick_params(labelsize=8)
+    for panel in panels[len(known) :]:
+        panel.set_axis_off()
+    figure.supxlabel("place in the answer, tokens", fontsize=9)
+    figure.supylabel("part of the steps taken", fontsize=9)
+    bar = figure.colorbar(image, ax=list(panels), shrink=0.8)
+    bar.set_label("share of answers", fontsize=8)
+    return figure
+
+
+def reveal_shares(run: Results, positions: int, bins: int = 16) -> np.ndarray:
+    """[positions, bins] share of the tokens at a place that appeared in a part of the steps, summing to 1."""
+    counts = np.zeros((positions, bins))
+    for answer in run.answers.values():
+        last = max(max(answer.reveal_step, default=0), answer.steps - 1, 1)
+        for place, step in enumerate(answer.reveal_step[:positions]):
+            if step >= 0:
+                counts[place, min(int(bins * step / (last + 1)), bins - 1)] += 1
+    total = counts.sum(1, keepdims=True)
+    return counts / np.where(total > 0, total, 1)
+
+
+def ldw(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Any:
+    """The long decoding window: mass on frequent and prompt tokens by distance (arXiv 2509.15188, figure 3).
+
+    Args:
+        curves: for each model what `dlm inspect ldw` wrote: "frequent", "prompt" and "end" by distance.
+    """
+    from matplotlib.figure import Figure
+
+    titles = {
+        "frequent": "on the most frequent tokens",
+        "prompt": "on tokens of the prompt",
+        "end": "on the end",
+    }
+    figure = Figure(figsize=(10.5, 3.0), layout="constrained")
+    panels = figure.subplots(1, 3, squeeze=False).ravel()
+    for panel, (field, title) in zip(panels, titles.items(), strict=True):
+        for (name, curve), (colour, _, line) in zip(curves.items(), LOOKS, strict=False):
+            panel.plot(curve[field], color=colour, linestyle=line, linewidth=1.3, label=name)
+        panel.set_title(f"probability {title}", fontsize=9, loc="left")
+        panel.set_xlabel("distance from the prompt, tokens", fontsize=8)
+        panel.set_ylim(bottom=0)
+        panel.tick_params(labelsize=8)
+        plain(panel)
+    for panel in panels[1:]:
+        panel.get_legend().remove()
+    return figure

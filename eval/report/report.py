@@ -1,0 +1,167 @@
+"""A report of runs: report.md with its plots beside it, and report.html in one piece."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dlm.errors import DataError
+from eval.report import plots, tables
+from eval.report.tables import Table
+from eval.run import Results
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture and what it shows."""
+
+    name: str
+    caption: str
+    svg: str
+
+
+@dataclass
+class Part:
+    """A section."""
+
+    title: str
+    note: str = ""
+    tables: list[Table] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
+
+
+def find_runs(folders: Sequence[str]) -> list[Results]:
+    """The finished runs in some folders, or below them, in order of their names.
+
+    Raises:
+        DataError: when there is none.
+    """
+    files = sorted({file for folder in folders for file in Path(folder).glob("**/run.json")}, key=_natural)
+    runs = [Results.load(file.parent) for file in files if (file.parent / "metrics.json").exists()]
+    if not runs:
+        raise DataError(f"no finished runs of `dlm eval` in {', '.join(folders)}")
+    return runs
+
+
+def _natural(path: Path) -> list[Any]:
+    """Order in which 9 comes before 16."""
+    import re
+
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
+
+
+def write(runs: Sequence[Results], output: Path, title: str, texts: int = 8, ldw: str = "") -> list[Path]:
+    """Write the report.
+
+    Args:
+        runs: what it is about.
+        output: folder.
+        title: of the report.
+        texts: questions whose answers are shown side by side.
+        ldw: figures that `dlm inspect ldw` wrote (.json); empty for none.
+
+    Returns:
+        The files.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    tasks = sorted({run.card.task for run in runs})
+    parts = [part for task in tasks for part in _task(task, [run for run in runs if run.card.task == task])]
+    if ldw:
+        curves = json.loads(Path(ldw).read_text(encoding="utf-8"))
+        caption = "Mean probability mass on a fresh canvas, by distance from the prompt."
+        parts.append(Part("The long decoding window", plots=[_plot("ldw", caption, plots.ldw(curves))]))
+    lead = (
+        f"{len(runs)} runs on {', '.join(tasks)}. Means over answers; ± is half of the 95 % bootstrap "
+        "interval. Equal seeds for all decoders. p by paired permutation tests on the same questions."
+    )
+    side = [(task, *_side_by_side([r for r in runs if r.card.task == task], texts)) for task in tasks]
+    files = [output / "report.md", output / "report.html"]
+    files[0].write_text(_markdown(title, lead, parts, side), encoding="utf-8")
+    files[1].write_text(_html(title, lead, parts, side), encoding="utf-8")
+    for part in parts:
+        for plot in part.plots:
+            files.append(output / f"{plot.name}.svg")
+            files[-1].write_text(plot.svg, encoding="utf-8")
+    return files
+
+
+def _task(task: str, runs: list[Results]) -> list[Part]:
+    """The sections of one task."""
+    first = Part(f"{task}: quality", tables=[tables.quality(runs), tables.repetitions(runs)])
+    judged = tables.judged(runs)
+    if judged:
+        first.tables.insert(0, judged)
+    drawings = (
+        (
+            "calls",
+            plots.quality(runs),
+            "Quality against model calls, a line for each decoder, with 95 % intervals.",
+        ),
+        (
+            "size",
+            plots.quality(runs, plots.size, "kernel or block size, tokens", ("kernel_size", "block_size")),
+            "Quality against the size of the kernel, or of the blocks.",
+        ),
+        ("steps", plots.revealed(runs), "At which part of the steps each place of the answer got its token."),
+    )
+    for name, figure, caption in drawings:
+        if figure is not None:
+            first.plots.append(_plot(f"{task}-{name}", caption, figure))
+    second = Part(f"{task}: speed", tables=[tables.speed(runs)])
+    if len(runs) < 2:
+        return [first, second]
+    names = [name for name in ("right", "nll", "relevance", "repetition_4") if name in runs[0].means]
+    third = Part(f"{task}: differences", tables=[tables.paired(runs, name) for name in names])
+    return [first, second, third]
+
+
+def _plot(name: str, caption: str, figure: Any) -> Plot:
+    """A figure as SVG text, which is the same for the same figure."""
+    import matplotlib as mpl
+
+    out = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "dlm", "svg.fonttype": "path"}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return Plot(name, caption, text[text.index("<svg") :])
+
+
+def _side_by_side(runs: list[Results], count: int) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the answers to the first questions; the first six runs."""
+    shown = runs[:6]
+    common = [key for key in runs[0].answers if all(key in run.answers for run in shown)][:count]
+    rows = [
+        [f"{key[0]}" + (f", turn {key[1] + 1}" if key[1] else ""), *(run.answers[key].text for run in shown)]
+        for key in common
+    ]
+    return [run.card.name for run in shown], rows
+
+
+def _markdown(title: str, lead: str, parts: Sequence[Part], side: Sequence[Any]) -> str:
+    lines = [f"# {title}", "", lead, ""]
+    for part in parts:
+        lines += [f"## {part.title}", ""]
+        for table in part.tables:
+            lines += [f"**{table.title}**", "", table.markdown(), ""]
+        for plot in part.plots:
+            lines += [f"![{plot.caption}]({plot.name}.svg)", "", plot.caption, ""]
+    for task, names, rows in side:
+        lines += [f"## Answers: {task}", ""]
+        for row in rows:
+            lines += [f"**Question {row[0]}**", ""]
+            for name, text in zip(names, row[1:], strict=True):
+                quoted = "\n".join(f"> {line}" for line in (text or "(empty)").splitlines())
+                lines += [f"*{name}*", "", quoted, ""]
+    return "\n".join(lines)
+
+
+def _html(title: str, lead: str, parts: Sequence[Part], side: Sequence[Any]) -> str:
+    from jinja2 import Environment
+
+    source = (Path(__file__).parent / "page.html.j2").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, trim_blocks=True).from_string(source)
+    return template.render(title=title, lead=lead, parts=parts, texts=side)
