@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dlm.errors import ConfigError, DLMError
+from dlm.errors import ConfigError, DLMError, unknown_name
 from eval.judge import Judge, Request
 
 logger = logging.getLogger(__name__)
@@ -80,10 +80,11 @@ def win_rate(
     pairs = [(row, known[row["instruction"]]) for row in outputs if row["instruction"] in known]
     if not pairs:
         raise DLMError("outputs and references have no instruction in common; give --references of this task")
-    config = _annotator(package, annotator, judge)
+    file = _config_file(package, annotator)
     _, annotations = package.evaluate(
         model_outputs=[row for row, _ in pairs], reference_outputs=[row for _, row in pairs],
-        annotators_config=config, name=name or None, output_path=None, is_return_instead_of_print=True,
+        annotators_config=str(file), Annotator=_annotator(package, judge), name=name or None,
+        output_path=None, is_return_instead_of_print=True,
         fn_metric="get_winrate", sort_by="win_rate", precomputed_leaderboard=None, is_cache_leaderboard=False,
         caching_path=None,
     )  # fmt: skip
@@ -164,29 +165,29 @@ def _package() -> Any:
     return alpaca_eval
 
 
-def _annotator(package: Any, annotator: str, judge: Judge) -> dict[str, Any]:
-    """A config of the package, asked through our judge."""
-    import yaml
-
-    base = Path(package.constants.EVALUATORS_CONFIG_DIR)
-    given = Path(annotator)
-    file = next(
-        (f for f in (base / annotator / "configs.yaml", given / "configs.yaml", given) if f.is_file()), None
-    )
+def _config_file(package: Any, annotator: str) -> Path:
+    """The file of an annotator's config: one of the package's, or the caller's own."""
+    base, given = Path(package.constants.EVALUATORS_CONFIG_DIR), Path(annotator)
+    places = (base / annotator / "configs.yaml", given / "configs.yaml", given)
+    file = next((place.resolve() for place in places if place.is_file()), None)
     if file is None:
-        known = sorted(f.parent.name for f in base.glob("*/configs.yaml"))
-        from dlm.errors import unknown_name
+        raise unknown_name("annotator", annotator, [f.parent.name for f in base.glob("*/configs.yaml")])
+    return file
 
-        raise unknown_name("annotator", annotator, known)
-    named = yaml.safe_load(file.read_text(encoding="utf-8"))
-    config = dict(next(iter(named.values())))
-    template = config["prompt_template"]
-    if not (base / template).is_file():
-        config["prompt_template"] = str((file.parent.parent / template).resolve())
-    config["fn_completions"] = _Completions(judge, package)
-    options = config.get("completions_kwargs") or {}
-    config["completions_kwargs"] = {name: value for name, value in options.items() if name in OPTIONS}
-    return {next(iter(named)): config}
+
+def _annotator(package: Any, judge: Judge) -> type:
+    """The package's annotator, with our judge in the place of its own client."""
+
+    class Annotator(package.annotators.PairwiseAnnotator):  # type: ignore[misc]
+        def _initialize_annotators(self, **given: Any) -> Any:
+            annotators = super()._initialize_annotators(**given)
+            for each in annotators.values():
+                each.fn_completions = _Completions(judge, package)
+                options = each.completions_kwargs
+                each.completions_kwargs = {name: options[name] for name in OPTIONS if name in options}
+            return annotators
+
+    return Annotator
 
 
 class _Completions:

@@ -13,8 +13,8 @@ _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?")
 
 def numbers(text: str) -> list[Decimal]:
     """The numbers in a text, in order; "$1,234.50", "-3", ".5" and "3/4" are one each, units are left out."""
-    found = []
-    for word in _NUMBER.finditer(re.sub(r"(?<=[-+])\$|\$", "", text)):
+    found, text = [], text.replace("$", "")
+    for word in _NUMBER.finditer(text):
         if not any(char.isdigit() for char in word[0]):
             continue
         hyphen = word[0][0] in "-+" and word.start() and text[word.start() - 1 : word.start()].isalnum()

@@ -24,7 +24,7 @@ LOOKS = tuple(
 """Colour, marker and line of each series: any one of them tells series apart."""
 
 SHOWN = ("right", "nll", "inlier", "relevance", "repetition_4", "empty")
-"""Measures that have a panel of their own, where they were measured."""
+"""Measures that have a panel of their own, where they were measured and differ."""
 
 _COMMON = ("seed", "eos_fill", "dtype", "window", "max_tokens")
 
@@ -71,7 +71,7 @@ def quality(
     for run in runs:
         if not math.isnan(across(run)):
             lines[_series(run, without)].append(run)
-    names = [name for name in SHOWN if any(name in run.means for run in runs)]
+    names = [name for name in SHOWN if len({run.means[name].mean for run in runs if name in run.means}) > 1]
     if not names or len({across(run) for some in lines.values() for run in some}) < 2:
         return None
     across_panels = min(3, len(names))
@@ -122,9 +122,10 @@ def _dress(panel: Any, name: str, label: str) -> None:
     panel.set_xlabel(label, fontsize=8)
     panel.tick_params(labelsize=8)
     panel.set_xscale("log", base=2)
-    ticks = sorted({round(x) for x in panel.get_xticks() if x >= 1})
+    panel.margins(x=0.1)
     low, high = panel.get_xlim()
-    inside = [tick for tick in ticks if low <= tick <= high]
+    inside = [tick for tick in (2**n for n in range(13)) if low <= tick <= high]
+    inside = inside if len(inside) > 1 else [round(low * 1.1), round(high / 1.1)]
     panel.set_xticks(inside, [str(tick) for tick in inside])
     panel.minorticks_off()
     plain(panel)
@@ -164,8 +165,9 @@ def revealed(runs: Sequence[Results], positions: int = 64, most: int = 6) -> Any
     return figure
 
 
-def reveal_shares(run: Results, positions: int, bins: int = 16) -> np.ndarray:
-    """[positions, bins] share of the tokens at a place that appeared in a part of the steps, summing to 1."""
+def reveal_shares(run: Results, positions: int, most: int = 16) -> np.ndarray:
+    """[positions, ≤ most] share of the tokens at a place that appeared in a part of the steps; sums to 1."""
+    bins = min(most, max((answer.steps for answer in run.answers.values()), default=1) or most)
     counts = np.zeros((positions, bins))
     for answer in run.answers.values():
         last = max(max(answer.reveal_step, default=0), answer.steps - 1, 1)

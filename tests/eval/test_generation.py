@@ -1,0 +1,221 @@
+"""Answers: turn after turn, kept at once, the same after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from decoding import Sampler
+from dlm.errors import ConfigError, DataError
+from eval.answers import AnswerFile
+from eval.config import EvalConfig
+from eval.evaluate import evaluate
+from eval.formats import model_answers, model_outputs
+from eval.generation import generate
+from eval.run import Results
+from eval.systems import Endpoint, Local, Reply
+from eval.tasks import Question
+from tests.eval.endpoint import serving
+
+QUESTIONS = [
+    Question("1", ("One?", "And two?")),
+    Question("2", ("Three?",)),
+    Question("3", ("Four?", "Five?")),
+]
+
+
+class Parrot:
+    """Says how many messages it has seen, and the last one."""
+
+    def __init__(self, most=99):
+        self.seen, self.most = [], most
+
+    def replies(self, conversations):
+        for talk in conversations:
+            if len(self.seen) == self.most:
+                raise KeyboardInterrupt
+            self.seen.append(talk)
+            yield Reply(f"{len(talk)}: {talk[-1]['content']}", tokens=2, model_calls=3, steps=4)
+
+
+def test_later_turns_see_the_earlier_answers(tmp_path):
+    parrot = Parrot()
+    said = generate(QUESTIONS, parrot, AnswerFile(tmp_path / "a.jsonl"), quiet=True)
+    assert said["1", 1].text == "3: And two?"
+    assert parrot.seen[3] == [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "1: One?"},
+        {"role": "user", "content": "And two?"},
+    ]
+    assert len(said) == 5
+    assert (said["2", 0].tokens, said["2", 0].model_calls, said["2", 0].steps) == (2, 3, 4)
+
+
+def test_what_is_answered_is_not_asked_again(tmp_path):
+    file = AnswerFile(tmp_path / "a.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        generate(QUESTIONS, Parrot(most=2), file, quiet=True)
+    assert len(file.read()) == 2
+    second = Parrot()
+    said = generate(QUESTIONS, second, file, quiet=True)
+    assert len(second.seen) == 3
+    assert said == generate(QUESTIONS, Parrot(most=0), file, quiet=True)
+
+
+def test_half_a_line_is_passed_over_and_mended(tmp_path):
+    path = tmp_path / "a.jsonl"
+    generate(QUESTIONS[1:2], Parrot(), AnswerFile(path), quiet=True)
+    path.write_text(path.read_text() + '{"id": "3", "tu')
+    assert set(AnswerFile(path).read()) == {("2", 0)}
+    generate(QUESTIONS, Parrot(), AnswerFile(path), quiet=True)
+    assert len(AnswerFile(path).read()) == 5
+    path.write_text('{"id": 3\n' + path.read_text())
+    with pytest.raises(DataError, match="line 1"):
+        AnswerFile(path).read()
+
+
+def test_formats_of_the_official_tools(tmp_path):
+    said = generate(QUESTIONS, Parrot(), AnswerFile(tmp_path / "a.jsonl"), quiet=True)
+    (first, *_) = model_outputs(QUESTIONS, said, "ours")
+    assert first == {"instruction": "One?", "output": "1: One?", "generator": "ours", "dataset": ""}
+    rows = model_answers(QUESTIONS, {k: v for k, v in said.items() if k != ("3", 1)}, "ours")
+    assert [row["question_id"] for row in rows] == [1, 2]
+    assert rows[0]["choices"] == [{"index": 0, "turns": ["1: One?", "3: And two?"]}]
+    assert {"answer_id", "model_id", "tstamp"} <= set(rows[0])
+
+
+def test_an_endpoint_answers(monkeypatch, tmp_path):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with serving(lambda body: f" heard {body['messages'][-1]['content']}", [429, 503]) as endpoint:
+        system = Endpoint(endpoint.url, "m", 32, seed=7, concurrency=2)
+        said = generate(QUESTIONS, system, AnswerFile(tmp_path / "a.jsonl"), quiet=True)
+        assert said["1", 1].text == "heard And two?"
+        assert said["1", 1].tokens == 3
+        assert {body["seed"] for body in endpoint.seen} == {7}
+        assert {body["max_tokens"] for body in endpoint.seen} == {32}
+
+
+def test_texts_do_not_depend_on_the_batch(model, tokenizer, tmp_path):
+    texts = []
+    for size in (1, 4):
+        system = Local(Sampler(model, tokenizer), size, {"max_tokens": 12, "seed": 3})
+        file = AnswerFile(tmp_path / f"{size}.jsonl")
+        texts.append([a.text for a in generate(QUESTIONS, system, file, quiet=True).values()])
+    assert texts[0] == texts[1]
+
+
+def config(checkpoint, questions_file, tmp_path, **more):
+    return EvalConfig(
+        task="alpaca_eval", model=str(checkpoint), data=str(questions_file), output=str(tmp_path / "runs"),
+        device="cpu", dtype="float32", **{"window": 48, "steps": "6", **more},
+    )  # fmt: skip
+
+
+def test_an_evaluation_from_questions_to_measures(checkpoint, questions_file, tmp_path):
+    settings = config(
+        checkpoint, questions_file, tmp_path, decoders="conv(kernel_size=9),top-k", nelbo_draws=4
+    )
+    conv, top = evaluate(settings)
+    assert conv.card.label == "conv,K=9,L=48,S=6"
+    assert {"stutter", "empty", "model_calls", "tokens_per_call", "log_prior"} <= set(conv.means)
+    assert len(conv.answers) == len(conv.measured) == 6
+    assert conv.whole["nelbo"] == top.whole["nelbo"] > 0
+    answers = list(conv.answers.values())
+    assert conv.means["model_calls"].mean == pytest.approx(sum(a.model_calls for a in answers) / 6)
+    assert conv.whole["seconds"] == pytest.approx(sum(a.seconds for a in answers))
+    assert all(len(a.reveal_step) == a.tokens for a in answers)
+    outputs = json.loads((conv.folder / "model_outputs.json").read_text())
+    assert [row["instruction"] for row in outputs] == [f"Count from {i} to {i + 2}." for i in range(6)]
+    again = evaluate(settings)
+    assert [r.answers for r in again] == [conv.answers, top.answers]  # seconds too: nothing ran
+    assert not list(conv.folder.glob("part-*"))
+
+
+def test_other_settings_do_not_mix_with_what_is_there(checkpoint, questions_file, tmp_path):
+    (first,) = evaluate(config(checkpoint, questions_file, tmp_path, limit=2))
+    with pytest.raises(ConfigError, match="settings was"):
+        evaluate(config(checkpoint, questions_file, tmp_path, limit=2, seed=5))
+    (longer,) = evaluate(config(checkpoint, questions_file, tmp_path, limit=5))
+    assert len(longer.answers) == 5
+    assert longer.answers["0", 0] == first.answers["0", 0]
+    (checkpoint / "config.json").write_text((checkpoint / "config.json").read_text() + " ")
+    with pytest.raises(ConfigError, match="fingerprint"):
+        evaluate(config(checkpoint, questions_file, tmp_path, limit=2))
+
+
+def command(checkpoint, questions_file, output, **env):
+    words = [
+        Path(sys.executable).parent / "dlm", "eval", "alpaca_eval", "--model", checkpoint,
+        "--data", questions_file, "--output", output, "--max_tokens", "24", "--rate", "1",
+        "--device", "cpu", "--dtype", "float32", "--batch_size", "1",
+    ]  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, **pipes)
+
+
+def test_after_a_kill_the_same_texts_come(checkpoint, questions_file, tmp_path):
+    rows = json.loads(questions_file.read_text())
+    many = [{**row, "instruction": f"{row['instruction']} {i}"} for i in range(8) for row in rows]
+    questions_file.write_text(json.dumps(many))
+    running = command(checkpoint, questions_file, tmp_path / "killed")
+    parts = tmp_path / "killed" / "alpaca_eval"
+    while not (found := list(parts.rglob("part-0.jsonl"))) or found[0].read_text().count("\n") < 3:
+        assert running.poll() is None, running.stderr.read().decode()[-2000:]
+        time.sleep(0.01)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    before = AnswerFile(found[0]).read()
+    assert 3 <= len(before) < 48
+    for output in ("killed", "whole"):
+        done = command(checkpoint, questions_file, tmp_path / output)
+        _, errors = done.communicate(timeout=120)
+        assert done.returncode == 0, errors.decode()[-2000:]
+    folders = [next((tmp_path / output).rglob("run.json")).parent for output in ("killed", "whole")]
+    killed, whole = (Results.load(folder) for folder in folders)
+    assert {k: a.text for k, a in killed.answers.items()} == {k: a.text for k, a in whole.answers.items()}
+    assert all(killed.answers[key] == answer for key, answer in before.items())  # not asked again
+    assert list(killed.answers) == list(whole.answers)
+
+
+def test_two_processes_share_the_questions(checkpoint, questions_file, tmp_path):
+    from socket import socket
+
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {**where, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    both = [
+        command(checkpoint, questions_file, tmp_path / "two", RANK=str(i), LOCAL_RANK=str(i), **common)
+        for i in (0, 1)
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, errors.decode()[-2000:]
+    alone = command(checkpoint, questions_file, tmp_path / "one")
+    alone.communicate(timeout=180)
+    two, one = (Results.load(next((tmp_path / x).rglob("run.json")).parent) for x in ("two", "one"))
+    assert [(a.id, a.text) for a in two.answers.values()] == [(a.id, a.text) for a in one.answers.values()]
+    assert len(two.answers) == 6
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"task": ""}, "name a task"),
+        ({"task": "alpaca"}, "Did you mean 'alpaca_eval'"),
+        ({"model": ""}, "one of --model, --endpoint"),
+        ({"model": "x", "endpoint": "http://x"}, "one of"),
+        ({"model": "", "endpoint": "http://x", "steps": "4"}, "are for --model"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"limit": -1}, "limit"),
+    ],
+)
+def test_settings_that_cannot_work(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        EvalConfig(**{"task": "gsm8k", "model": "m", **wrong})

