@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from dlm.cli import Command
 from eval.config import EvalConfig, SweepConfig
 
@@ -15,7 +17,7 @@ def run(config: EvalConfig) -> int:
 
     results = evaluate(config)
     if results:
-        console = Console()
+        console = Console() if sys.stdout.isatty() else Console(width=160)
         console.print(quality(results).rich())
         console.print(f"runs: {results[0].folder.parent}; a page: dlm eval report {results[0].folder.parent}")
     return 0

@@ -134,6 +134,8 @@ def judged(runs: Sequence[Results]) -> Table | None:
             if file.stem in ("run", "metrics", "model_outputs"):
                 continue
             found = json.loads(file.read_text(encoding="utf-8"))
+            if "judge" not in found:
+                continue
             for figure, value in _figures(file.stem, found):
                 rows.append([run.card.name, found["judge"], file.stem, figure, value])
     return Table("Judges", ["", "judge", "method", "figure", "value"], rows) if rows else None
