@@ -10,7 +10,10 @@ import torch
 
 @dataclass
 class Canvas:
-    """Rows that are being written. One tensor row per text; rows know nothing of each other."""
+    """Rows that are being written. One tensor row per text; rows know nothing of each other.
+
+    All of it lies on the host, whatever device the model is on.
+    """
 
     ids: torch.Tensor
     """[B, L] int64; the mask token where nothing is written yet."""
@@ -47,7 +50,7 @@ class Canvas:
     def __post_init__(self) -> None:
         """Start with nothing revealed."""
         self.reveal_step = torch.full_like(self.ids, -1)
-        self.confidence = torch.full(self.ids.shape, torch.nan, device=self.ids.device)
+        self.confidence = torch.full(self.ids.shape, torch.nan)
         self.step = torch.zeros_like(self.start)
         self.model_calls = torch.zeros_like(self.start)
         self.done = ~self.masked.any(1)
@@ -79,7 +82,7 @@ class Canvas:
         initial = (ids == mask_id) & valid
         start, end = initial.int().argmax(1), valid.sum(1)
         if ahead is not None:
-            position = torch.arange(ids.shape[1], device=ids.device)
+            position = torch.arange(ids.shape[1])
             last = torch.where(valid & ~initial, position + 1, 0).amax(1)  # masks before it are all there
             reach = torch.maximum(start, last) + ahead
             valid = valid & (position < reach[:, None])
@@ -100,7 +103,7 @@ class Canvas:
 
     def grow(self, rows: torch.Tensor, ahead: int, closed: torch.Tensor) -> None:
         """Give the rows [b] new masks on the right until they have `ahead`; none to those `closed` [b]."""
-        position = torch.arange(self.ids.shape[1], device=self.ids.device)
+        position = torch.arange(self.ids.shape[1])
         valid, masked = self.valid[rows], self.masked[rows]
         reach = torch.minimum(valid.sum(1) + ahead - masked.sum(1), self.end[rows])
         new = (position < torch.where(closed, 0, reach)[:, None]) & ~valid

@@ -71,7 +71,7 @@ class Engine:
         if own in self.lanes:
             self.lanes[own].join(canvas)
         else:
-            rows = torch.arange(len(canvas.ids), device=canvas.ids.device)
+            rows = torch.arange(len(canvas.ids))
             self.lanes[own] = Lane(self.model, canvas.take(rows), *own)
         tickets = list(itertools.islice(self._numbers, len(canvas.ids)))
         self.tickets.setdefault(own, []).extend(tickets)
@@ -103,7 +103,7 @@ class Engine:
     def row(self, ticket: int) -> Canvas:
         """The row as it is now, a canvas of its own [1, L]."""
         lane, index = self._find(ticket)
-        return lane.canvas.take(torch.tensor([index], device=lane.canvas.ids.device))
+        return lane.canvas.take(torch.tensor([index]))
 
     @torch.inference_mode()
     def remove(self, *tickets: int) -> list[Canvas]:
@@ -118,7 +118,7 @@ class Engine:
             self.tickets[own] = [self.tickets[own][i] for i in staying]
             if staying:
                 lane = self.lanes[own]
-                lane.keep(torch.tensor(staying, device=lane.canvas.ids.device))
+                lane.keep(torch.tensor(staying))
             else:
                 del self.lanes[own], self.tickets[own]
         return rows

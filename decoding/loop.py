@@ -259,7 +259,7 @@ class Lane:
         quota = self._quota(rows, scope, at)
         needs = rule.needs(masked, weight, quota)
         if rule.kind == "mass" and self.decoder.tokens.keeps_all:
-            score = torch.ones(needs.shape, device=needs.device)  # without asking the model
+            score = torch.ones(needs.shape)  # without asking the model
         else:
             yield from self._learn(rows, needs)
             score = torch.where(needs, self._cut(self.memo.score, rows), 0.0)
@@ -312,7 +312,7 @@ class Lane:
             stages = self.window.stages(canvas.start[rows], canvas.end[rows])
             return clock(canvas.step[rows], self.settings.steps, stages)
         stage = self.window.current(masked, canvas.start[rows])
-        one = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
+        one = torch.ones(len(rows), dtype=torch.float64)
         return Clock(stage, one, 0 * one, torch.zeros_like(stage), torch.ones_like(stage))
 
     def _weights(self, rows: torch.Tensor, masked: torch.Tensor, at: Clock) -> torch.Tensor:
@@ -344,7 +344,7 @@ class Lane:
 
     def _noise(self, rows: torch.Tensor, stream: int) -> torch.Tensor:
         """[b, W] uniform numbers: a function of (row key, step, stream, position) alone."""
-        position = torch.arange(self.width, device=rows.device)
+        position = torch.arange(self.width)
         key = fold(fold(self.canvas.key[rows], self.canvas.step[rows]), stream)
         return uniform(key[:, None], position)
 
@@ -364,7 +364,7 @@ class Lane:
         yield self._asks(some, part)
         noise = self._noise(some, _TOKEN)[part].split(_CELLS)
         found = [self._looked_at(*each) for each in zip(self._logits(some, part), noise, strict=True)]
-        score, token, probability = torch.cat(found, dim=1).to(part.device)
+        score, token, probability = torch.cat(found, dim=1).cpu()
         self._check_numbers(some, part, score + probability)
         self.memo.put(some, part, score.float(), token.long(), probability.float())
 
@@ -445,7 +445,7 @@ class Lane:
         finished = ~after.any(1)
         if self.settings.early_exit and not self.decoder.reveal.remasks:
             first = torch.where(ended.any(1), ended.int().argmax(1), -1)
-            position = torch.arange(ids.shape[1], device=ids.device)
+            position = torch.arange(ids.shape[1])
             waiting = (after & (position < first[:, None])).any(1)
             finished |= (first >= 0) & ~waiting
             closed = finished[:, None] & after

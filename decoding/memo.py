@@ -17,7 +17,7 @@ class Memo:
 
     def __init__(self, canvas: Canvas) -> None:
         self.known = torch.zeros_like(canvas.masked)  # [B, L]
-        self.score = torch.zeros(canvas.ids.shape, device=canvas.ids.device)  # [B, L] mass or certainty
+        self.score = torch.zeros(canvas.ids.shape)  # [B, L] mass or certainty
         self.token = torch.zeros_like(canvas.ids)  # [B, L]
         self.probability = torch.zeros_like(self.score)  # [B, L] of the token
 

@@ -511,7 +511,7 @@ def _whole(plan: Plan) -> Plan:
 
 def _beside(gap: torch.Tensor) -> torch.Tensor:
     """[L] bool, the `NEIGHBOURS` given positions on each side of gaps [L]; never the first of the row."""
-    position = torch.arange(len(gap), device=gap.device)
+    position = torch.arange(len(gap))
     near = (position[:, None] - position[gap]).abs().amin(1) <= NEIGHBOURS
     return near & ~gap & (position > 0)
 

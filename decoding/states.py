@@ -112,7 +112,7 @@ class States:
         ids = self.canvas.ids[rows]
         if not self.blind:
             return ids
-        position = torch.arange(ids.shape[1], device=ids.device)
+        position = torch.arange(ids.shape[1])
         prompt = (position < self.canvas.answer[rows, None]) & self.canvas.valid[rows]
         return torch.where(prompt, self.mask_id, ids)
 
@@ -142,7 +142,7 @@ class States:
         due = (self.calls[rows] % self.reuse.refresh == 0)[:, None]
         fresh = ids != self.kept[rows]
         if self.reuse.scope == "prompt":
-            position = torch.arange(ids.shape[1], device=ids.device)
+            position = torch.arange(ids.shape[1])
             fresh |= position >= canvas.start[rows, None]
         else:
             wanted = torch.zeros_like(masked)
@@ -207,8 +207,8 @@ def run_rows(model: Any, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Ten
         return model.hidden(ids.view(len(lengths), -1)).flatten(0, 1)  # type: ignore[no-any-return]
     if hasattr(model, "packed_hidden"):
         return model.packed_hidden(ids, lengths)  # type: ignore[no-any-return]
-    size = torch.tensor(lengths, device=ids.device)
-    valid = torch.arange(int(max(lengths)), device=ids.device) < size[:, None]
+    size = torch.tensor(lengths)
+    valid = torch.arange(int(max(lengths))) < size[:, None]
     padded = ids.new_zeros(valid.shape)
     padded[valid] = ids
     states = model.hidden(padded, valid)

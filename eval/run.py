@@ -98,6 +98,18 @@ class Results:
         )
 
 
+def representatives(runs: Sequence[Results], most: int) -> list[Results]:
+    """One run of each system and decoder, that of middling cost; the first so many."""
+    kinds: dict[tuple[str, str], list[Results]] = {}
+    for run in runs:
+        kinds.setdefault((run.card.system, run.card.decoder or run.card.label), []).append(run)
+    found = []
+    for some in kinds.values():
+        some.sort(key=lambda run: sum(answer.model_calls for answer in run.answers.values()))
+        found.append(some[len(some) // 2])
+    return found[:most]
+
+
 def open_run(folder: Path, card: Card) -> None:
     """Begin a run, or go on with one of the same settings.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from dlm.curves import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, plain
 from eval.metrics import MEASURES
-from eval.run import Results
+from eval.run import Results, representatives
 
 LOOKS = tuple(
     zip(
@@ -141,7 +141,8 @@ def revealed(runs: Sequence[Results], positions: int = 64, most: int = 6) -> Any
     """
     from matplotlib.figure import Figure
 
-    known = [run for run in runs if any(answer.reveal_step for answer in run.answers.values())][:most]
+    known = [run for run in runs if any(answer.reveal_step for answer in run.answers.values())]
+    known = representatives(known, most)
     if not known:
         return None
     columns = min(3, len(known))

@@ -12,7 +12,7 @@ from typing import Any
 from dlm.errors import DataError
 from eval.report import plots, tables
 from eval.report.tables import Table
-from eval.run import Results
+from eval.run import Results, representatives
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,9 @@ def _plot(name: str, caption: str, figure: Any) -> Plot:
 
 
 def _side_by_side(runs: list[Results], count: int) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of the answers to the first questions; the first six runs."""
-    shown = runs[:6]
-    common = [key for key in runs[0].answers if all(key in run.answers for run in shown)][:count]
+    """Heads and rows of the answers to the first questions, of up to eight runs."""
+    shown = representatives(runs, 8)
+    common = [key for key in shown[0].answers if all(key in run.answers for run in shown)][:count]
     rows = [
         [f"{key[0]}" + (f", turn {key[1] + 1}" if key[1] else ""), *(run.answers[key].text for run in shown)]
         for key in common

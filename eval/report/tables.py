@@ -114,16 +114,31 @@ def speed(runs: Sequence[Results]) -> Table:
 
 
 def paired(runs: Sequence[Results], name: str) -> Table:
-    """Differences between runs on the same questions: mean, and p of a permutation test."""
-    measure, first = MEASURES[name], runs[0]
-    rows = []
-    for run in runs[1:]:
-        keys = [key for key in first.measured if key in run.measured]
-        values = [[r.measured[key].get(name, float("nan")) for key in keys] for r in (first, run)]
-        difference, p = paired_test(values[0], values[1])
-        shown = measure.show(difference)
-        rows.append([run.card.name, shown if shown.startswith(("-", "–")) else f"+{shown}", f"{p:.3f}"])
-    return Table(f"{measure.title}: against {first.card.name}", ["", "difference", "p"], rows)
+    """Differences between runs on the same questions: mean, and p of a permutation test.
+
+    Each run is compared with the first one of its system and pace, and with the first one of its label, so
+    that one thing differs: the decoder, or the system.
+    """
+    measure, rows = MEASURES[name], []
+    for i, run in enumerate(runs):
+        alike = (
+            lambda other: (other.card.system, _pace(other)) == (run.card.system, _pace(run)),  # noqa: B023
+            lambda other: other.card.label == run.card.label,  # noqa: B023
+        )
+        for same in alike:
+            first = next((other for other in runs[:i] if same(other)), None)
+            if first is not None:
+                keys = [key for key in first.measured if key in run.measured]
+                values = [[r.measured[key].get(name, float("nan")) for key in keys] for r in (first, run)]
+                difference, p = paired_test(values[0], values[1])
+                shown = measure.show(difference)
+                shown = shown if shown.startswith(("-", "–")) else f"+{shown}"
+                rows.append([run.card.name, first.card.name, shown, f"{p:.3f}"])
+    return Table(f"{measure.title}: differences", ["", "against", "difference", "p"], rows)
+
+
+def _pace(run: Results) -> tuple[Any, ...]:
+    return tuple(run.card.settings.get(name) for name in ("window", "steps", "max_tokens", "rate"))
 
 
 def judged(runs: Sequence[Results]) -> Table | None:

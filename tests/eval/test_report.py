@@ -52,9 +52,12 @@ def test_tables_say_what_was_measured(runs):
     assert row[table.head.index("right")].startswith("50.0 ± ")
     assert row[table.head.index("model calls")] == "7.0 ± 0.0"
     assert tables.speed(runs).rows[0][2:] == [f"{4 / 7:.2f}", "0.25", "16.0"]
-    differences = tables.paired(runs, "right")
-    assert differences.rows[0][1] == "+25.0 %"
-    assert differences.rows[2][1] == "-16.7 %"
+    rows = {(row[0], row[1]): row[2] for row in tables.paired(runs, "right").rows}
+    assert rows == {
+        ("tiny, conv,K=17,S=16", "tiny, conv,K=9,S=16"): "-8.3 %",
+        ("tiny, top-k,S=8", "tiny, conv,K=9,S=8"): "-16.7 %",
+        ("tiny, top-k,S=16", "tiny, conv,K=9,S=16"): "-33.3 %",
+    }
     assert "| tiny, top-k,S=8 |" in table.markdown()
 
 
