@@ -86,7 +86,7 @@ def _dispatch(words: list[str]) -> int:
         return _fail(wrong, 2)
     command: Command = known[name].load()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "datasets", "filelock", "matplotlib"):
+    for noisy in ("httpx", "openai", "datasets", "filelock", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         config = parse(name.replace(".", " "), command, rest)

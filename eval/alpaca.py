@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ OPTIONS = (
 )
 """What annotators say that an endpoint understands; the rest is for the package's own client."""
 
+FEWEST = 30
+"""Verdicts that a length-controlled rate needs: with fewer, its two parameters mean nothing."""
+
 
 @dataclass(frozen=True)
 class WinRate:
@@ -34,7 +37,8 @@ class WinRate:
         standard_error: of it.
         lc_win_rate: what it would be at equal lengths.
         lc_standard_error: of it.
-        lc_kind: "alpaca_eval", the package's own with its difficulties of instructions, or "length only".
+        lc_kind: "alpaca_eval", the package's own with its difficulties of instructions, "length only", or why
+            there is none.
         count: instructions with a verdict.
         missing: instructions without one.
         mean_length: characters of the model's outputs.
@@ -73,7 +77,7 @@ def win_rate(
 
     Raises:
         ConfigError: when the package is missing, or there is no such annotator.
-        DLMError: when outputs and references have no instruction in common.
+        DLMError: when outputs and references have no instruction in common, and when no verdict can be read.
     """
     package = _package()
     known = {row["instruction"]: row for row in references}
@@ -84,12 +88,17 @@ def win_rate(
     _, annotations = package.evaluate(
         model_outputs=[row for row, _ in pairs], reference_outputs=[row for _, row in pairs],
         annotators_config=str(file), Annotator=_annotator(package, judge), name=name or None,
-        output_path=None, is_return_instead_of_print=True,
-        fn_metric="get_winrate", sort_by="win_rate", precomputed_leaderboard=None, is_cache_leaderboard=False,
-        caching_path=None,
+        output_path=None, is_return_instead_of_print=True, fn_metric=_later, sort_by="win_rate",
+        precomputed_leaderboard=None, is_cache_leaderboard=False, caching_path=None,
     )  # fmt: skip
     rows: Rows = [dict(row) for row in annotations]
     return summarise(rows, package, len(pairs)), rows
+
+
+def _later(annotations: Any) -> dict[str, float]:
+    """No metric yet: the package's fails where no verdict could be read (see `summarise`)."""
+    del annotations
+    return {"win_rate": math.nan, "standard_error": math.nan}
 
 
 def summarise(rows: Rows, package: Any, asked: int) -> WinRate:
@@ -119,6 +128,8 @@ def length_controlled(rows: Rows, package: Any) -> tuple[float, float, str]:
             )  # fmt: skip
         except (OSError, ValueError, KeyError) as error:
             logger.warning("AlpacaEval's difficulties could not be fetched (%s): length only", error)
+    if len(rows) < FEWEST:
+        return float("nan"), float("nan"), f"none below {FEWEST} verdicts"
     won = np.array([row["preference"] - 1 for row in rows], dtype=float)
     extra = np.array([len(row["output_2"]) - len(row["output_1"]) for row in rows], dtype=float)
     rate, deviation = length_only(won, extra)
@@ -210,8 +221,3 @@ class _Completions:
 
 def _text(choice: dict[str, Any] | None) -> str:
     return "" if choice is None else str(choice["message"]["content"])
-
-
-def as_dict(rate: WinRate) -> dict[str, Any]:
-    """For JSON."""
-    return asdict(rate)

@@ -24,8 +24,9 @@ class Answer:
         finish_reason: "stop" or "length".
         model_calls: calls of the model that ran it; 0 where that is not known.
         steps: denoising steps; 0 where that is not known.
-        seconds: wall time since the answer before it, so that the sum is the time of the run.
+        seconds: wall time since the answer before it, so that the sum is the time that a process took.
         reveal_step: for each token, the step at which it appeared.
+        asked: a hash of what the user had said, by which answers are known to belong to questions.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Answer:
     steps: int = 0
     seconds: float = 0.0
     reveal_step: list[int] = field(default_factory=list)
+    asked: str = ""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -66,7 +68,7 @@ class AnswerFile:
             return {}
         text = self.path.read_text(encoding="utf-8")
         found: dict[tuple[str, int], Answer] = {}
-        for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+        for number, line in enumerate(text.split("\n")[:-1], start=1):
             answer = self._parse(line, number)
             found[answer.key] = answer
         return found
@@ -83,7 +85,7 @@ class AnswerFile:
         self._mend()
         with self.path.open("a", encoding="utf-8") as file:
             for answer in answers:
-                file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
+                file.write(json.dumps(asdict(answer)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
                 yield answer
@@ -99,6 +101,6 @@ class AnswerFile:
     def write(self, answers: Iterable[Answer]) -> None:
         """Replace the file, at once."""
         beside = self.path.with_suffix(".part")
-        lines = (json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
+        lines = (json.dumps(asdict(answer)) + "\n" for answer in answers)
         beside.write_text("".join(lines), encoding="utf-8")
         beside.replace(self.path)

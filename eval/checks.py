@@ -13,7 +13,7 @@ _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?")
 
 def numbers(text: str) -> list[Decimal]:
     """The numbers in a text, in order; "$1,234.50", "-3", ".5" and "3/4" are one each, units are left out."""
-    found, text = [], text.replace("$", "")
+    found, text = [], text.replace("$", "").replace("\N{MINUS SIGN}", "-")
     for word in _NUMBER.finditer(text):
         if not any(char.isdigit() for char in word[0]):
             continue
@@ -36,8 +36,12 @@ def _value(word: str) -> Decimal | None:
 def final_number(text: str) -> Decimal | None:
     """The number that a solution ends with: behind "####" or "answer is" where one stands, else the last."""
     marked = re.split(r"####|\banswer\b[^.\n]*?(?:\bis\b|[:=])", text, flags=re.IGNORECASE)
-    if len(marked) > 1 and (after := numbers(marked[-1])):
-        return after[0]
+    if len(marked) > 1:
+        first = (
+            marked[-1].strip().split("\n")[0]
+        )  # "10 + 5 = 15": what is worked out stands behind the last "="
+        if after := numbers(first.rsplit("=", 1)[-1]) or numbers(marked[-1]):
+            return after[0]
     every = numbers(text)
     return every[-1] if every else None
 

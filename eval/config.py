@@ -88,6 +88,8 @@ class EvalConfig:
             raise ConfigError("batch_size must be at least 1, and usual_rows at least 2")
         if not self.model and (self.decoders or self.steps or self.rate or self.window):
             raise ConfigError("decoders, steps, rate and window are for --model")
+        if self.dtype not in ("auto", "fastest", "float32", "bfloat16", "float16"):
+            raise unknown_name("dtype", self.dtype, ("fastest", "float32", "bfloat16", "float16"))
         if self.nelbo_draws and not self.model:
             raise ConfigError("nelbo_draws is for --model")
 
@@ -99,7 +101,9 @@ class EvalConfig:
     @property
     def system(self) -> str:
         """What the system is called in tables."""
-        return self.name or (self.endpoint_model if self.endpoint else Path(self.where).stem)
+        return self.name or (
+            self.endpoint_model if self.endpoint else Path(self.where).name.removesuffix(".gguf")
+        )
 
 
 @dataclass(frozen=True)
@@ -114,3 +118,9 @@ class SweepConfig(EvalConfig):
 
     kernel: str = ""
     top_k: str = ""
+
+    def __post_init__(self) -> None:
+        """Check that there is something to sweep over."""
+        super().__post_init__()
+        if not self.model and (self.kernel or self.top_k):
+            raise ConfigError("kernel and top_k are for --model")

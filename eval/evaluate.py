@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dlm.data.records import read_records
+from dlm.errors import ConfigError
 from eval.config import EvalConfig
 from eval.metrics import Instruments
-from eval.run import Card, Results, answer_all, finish, merge, open_run
+from eval.run import Card, Results, answer_all, complete, finish, merge, open_run
 from eval.systems import Autoregressive, Endpoint, Local, System, fingerprint
 from eval.tasks import Question, load_questions, with_references
 from eval.variants import Variant, variants
@@ -37,27 +39,28 @@ def evaluate(config: EvalConfig) -> list[Results]:
     state = PartialState(cpu=config.device == "cpu")
     questions = load_questions(config.task, config.data, config.limit)
     if config.references:
-        questions = with_references(questions, config.references)
+        questions = with_references(questions, read_records(Path(config.references)), config.references)
     loaded = _Loaded(config)
-    folders, whole = [], {}
-    for contestant in _contestants(config, loaded):
-        folder = contestant.card.folder(config.output)
+    contestants = list(_contestants(config, loaded))
+    instruments = loaded.instruments(questions) if state.is_main_process else Instruments()
+    folders = []
+    for contestant in contestants:
+        folder, card = contestant.card.folder(config.output), contestant.card
         if state.is_main_process:
-            open_run(folder, contestant.card)
+            open_run(folder, card)
             merge(folder, questions)
         state.wait_for_everyone()
-        answer_all(
-            folder, contestant.card, questions, contestant.make(), (state.process_index, state.num_processes)
-        )
+        try:
+            answer_all(folder, card, questions, contestant.make(), (state.process_index, state.num_processes))
+        except ConfigError as error:
+            if len(contestants) == 1:
+                raise
+            logger.warning("%s is left out: %s", card.name, error)
         state.wait_for_everyone()
-        folders.append((folder, contestant.card))
-    if not state.is_main_process:
-        return []
-    if config.nelbo_draws:
-        whole = {"nelbo": loaded.nelbo(questions)}
-    instruments = loaded.instruments(questions)
+        if state.is_main_process and complete(questions, merge(folder, questions)):
+            folders.append((folder, card))
     for folder, card in folders:
-        finish(folder, card, questions, merge(folder, questions), instruments, whole)
+        finish(folder, card, questions, merge(folder, questions), instruments)
     return [Results.load(folder) for folder, _ in folders]
 
 
@@ -111,6 +114,8 @@ class _Loaded:
     def instruments(self, questions: list[Question]) -> Instruments:
         """What measures the answers."""
         out = Instruments(log_prior=self._log_prior())
+        if self.config.nelbo_draws:
+            out.nelbo = self.nelbo(questions)
         if self.config.reader:
             from eval.fluency import Reader
 
@@ -156,20 +161,18 @@ class _Loaded:
 
         return mean
 
-    def nelbo(self, questions: list[Question]) -> float:
-        """Nats per token of the references under the model; NaN without references."""
+    def nelbo(self, questions: list[Question]) -> dict[str, float]:
+        """Nats per token of the references under the model, by the question's id."""
         from dlm.tokenizer import encode_prompt, encode_text
         from eval.nelbo import nelbo
 
-        tokenizer, rows = self.sampler.tokenizer, []
-        for q in questions:
-            if q.reference:
-                prompt = encode_prompt(tokenizer, [{"role": "user", "content": q.turns[0]}])
-                rows.append((prompt, [*encode_text(tokenizer, q.reference[0]), tokenizer.eos_token_id]))
-        if not rows:
-            return float("nan")
+        tokenizer, known = self.sampler.tokenizer, [q for q in questions if q.reference]
+        rows = []
+        for q in known:
+            prompt = encode_prompt(tokenizer, [{"role": "user", "content": q.turns[0]}])
+            rows.append((prompt, [*encode_text(tokenizer, q.reference[0]), tokenizer.eos_token_id]))
         nats = nelbo(self.sampler.model, rows, self.config.nelbo_draws, self.config.batch_size)
-        return sum(nats) / sum(len(answer) for _, answer in rows)
+        return {q.id: x / len(answer) for q, x, (_, answer) in zip(known, nats, rows, strict=True)}
 
 
 def _contestants(config: EvalConfig, loaded: _Loaded) -> Iterator[Contestant]:

@@ -76,9 +76,15 @@ class Band:
     deviation: float
 
     @classmethod
-    def of(cls, nats: Sequence[float]) -> Band:
-        """From the nats per token of the answers that the model was trained on, or of references."""
-        perplexity = np.exp([x for x in nats if not math.isnan(x)])
+    def of(cls, nats: Sequence[float]) -> Band | None:
+        """From the nats per token of the answers that the model was trained on, or of references.
+
+        None where fewer than two of them can be read, or one is beyond numbers.
+        """
+        known = [x for x in nats if not math.isnan(x)]
+        if len(known) < 2 or max(known) > 300:
+            return None
+        perplexity = np.exp(known)
         return cls(float(perplexity.mean()), float(perplexity.std()))
 
     def holds(self, nats: float) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def reference_outputs(questions: Sequence[Question]) -> list[dict[str, Any]]:
 
 
 def model_answers(questions: Sequence[Question], said: Said, model_id: str) -> list[dict[str, Any]]:
-    """MT-Bench's `model_answer/<model>.jsonl`: the questions all of whose turns have an answer."""
+    """MT-Bench's `model_answer/<model_id>.jsonl`: the questions all of whose turns have an answer."""
     rows = []
     for q in questions:
         if all((q.id, turn) in said for turn in range(len(q.turns))):
@@ -48,21 +49,38 @@ def model_answers(questions: Sequence[Question], said: Said, model_id: str) -> l
             number: int | str = int(q.id) if q.id.isdecimal() else q.id
             choice = {"index": 0, "turns": turns}
             rows.append(
-                {"question_id": number, "answer_id": key, "model_id": model_id, "choices": [choice],
-                 "tstamp": time.time()}
-            )  # fmt: skip
+                {
+                    "question_id": number,
+                    "answer_id": key,
+                    "model_id": model_id,
+                    "choices": [choice],
+                    "tstamp": 0.0,  # equal answers give equal files
+                }
+            )
     return rows
 
 
 def write_json(path: Path, value: Any) -> None:
     """A JSON file, replaced at once."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    beside.replace(path)
+    _replace(path, json.dumps(value, indent=1, allow_nan=False))
 
 
 def write_lines(path: Path, rows: Sequence[Any]) -> None:
     """A JSON Lines file, replaced at once."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)
+
+
+def without_nan(value: Any) -> Any:
+    """The same with null where a number is NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: without_nan(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(x) for x in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

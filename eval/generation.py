@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from tqdm import tqdm
 
+from dlm.errors import DataError
 from dlm.tokenizer import Message
 from eval.answers import Answer, AnswerFile
 from eval.systems import System
@@ -20,6 +22,27 @@ def conversation(question: Question, turn: int, said: dict[tuple[str, int], Answ
         talk.append({"role": "user", "content": question.turns[i]})
         talk.append({"role": "assistant", "content": said[question.id, i].text})
     return [*talk, {"role": "user", "content": question.turns[turn]}]
+
+
+def mark(question: Question, turn: int) -> str:
+    """A hash of what the user has said up to `turn`."""
+    return hashlib.sha256("\0".join(question.turns[: turn + 1]).encode()).hexdigest()[:12]
+
+
+def check(questions: Sequence[Question], said: Mapping[tuple[str, int], Answer], where: str) -> None:
+    """Whether answers belong to these questions.
+
+    Raises:
+        DataError: when a question of the same id was another one when it was answered.
+    """
+    for question in questions:
+        for turn in range(len(question.turns)):
+            answer = said.get((question.id, turn))
+            if answer is not None and answer.asked not in ("", mark(question, turn)):
+                raise DataError(
+                    f"{where}: question {question.id} was another one when it was answered; "
+                    "give the --data of that run, or another --output"
+                )
 
 
 def generate(
@@ -64,6 +87,6 @@ def _answers(
         now = time.perf_counter()
         yield Answer(
             question.id, turn, reply.text, reply.tokens, reply.finish_reason, reply.model_calls, reply.steps,
-            round(now - begun, 4), list(reply.reveal_step),
+            round(now - begun, 4), list(reply.reveal_step), mark(question, turn),
         )  # fmt: skip
         begun = now

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dlm.errors import DLMError, unknown_name
 from eval.answers import Answer
 from eval.judge import Judge, Request
 from eval.statistics import bootstrap
@@ -60,8 +61,6 @@ def score(
     questions: Sequence[Question], said: Mapping[tuple[str, int], Answer], judge: Judge, aspect: str
 ) -> Score:
     """Score the first turns."""
-    from dlm.errors import unknown_name
-
     if aspect not in ASPECTS:
         raise unknown_name("aspect", aspect, ASPECTS)
     asked = [q for q in questions if (q.id, 0) in said]
@@ -75,6 +74,8 @@ def score(
     found = [None if choice is None else expected_score(choice) for choice in choices]
     scores = {q.id: value for q, value in zip(asked, found, strict=True) if value is not None}
     unanswered = sum(choice is None for choice in choices)
+    if asked and not scores:
+        raise DLMError("the judge gave no score that can be read")
     malformed = len(asked) - len(scores) - unanswered
     return Score(asdict(bootstrap(list(scores.values()))), scores, malformed, unanswered)
 

@@ -124,7 +124,6 @@ class Judge:
     def __init__(self, config: JudgeConfig) -> None:
         self.config = config
         self.folder = Path(config.cache) if config.cache else Path.home() / ".cache" / "dlm" / "judge"
-        self.failed = 0
         self.last_failure = ""
         self._client: Any = None
 
@@ -138,24 +137,25 @@ class Judge:
         if self.config.dry_run:
             raise DryRunError(self.estimate(requests))
         self._client = self._client or client(self.config.url, self.config.timeout, self.config.retries)
+        unique = {self._file(request): request for request in requests}
         with ThreadPoolExecutor(self.config.concurrency) as pool:
             try:
-                found = list(
-                    tqdm(pool.map(self._one, requests), total=len(requests), desc=label, unit="verdict")
-                )
+                going = pool.map(self._one, unique.values())
+                replies = list(tqdm(going, total=len(unique), desc=label, unit="verdict"))
             finally:
                 pool.shutdown(cancel_futures=True)
+        said = dict(zip(unique, replies, strict=True))
+        found = [said[self._file(request)] for request in requests]
         lost = sum(choice is None for choice in found)
         if requests and lost == len(requests):
             raise DLMError(
                 f"the judge answered none of {lost} requests; the last failure: {self.last_failure}"
             )
-        self.failed += lost
         return found
 
     def estimate(self, requests: Sequence[Request]) -> Estimate:
         """What asking would take."""
-        new = [r for r in requests if not self._file(r).exists()]
+        new = [r for file, r in {self._file(r): r for r in requests}.items() if not file.exists()]
         read = sum(len(m["content"]) for r in new for m in r.messages) // CHARACTERS
         write = sum(int(r.options.get("max_tokens", 1024)) for r in new)
         dollars = (read * self.config.price_in + write * self.config.price_out) / 1e6
@@ -194,7 +194,7 @@ class Judge:
             usage = done.usage.total_tokens if done.usage else 0
         except DLMError as error:
             reason = error.__cause__
-            if isinstance(reason, openai.APIStatusError) and reason.status_code in (400, 401, 403, 404, 422):
+            if isinstance(reason, openai.APIStatusError) and reason.status_code in (401, 403, 404):
                 raise
             retried = isinstance(reason, openai.APIConnectionError | openai.APIStatusError)
             raise _UnansweredError(str(error), not retried) from error

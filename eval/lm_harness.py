@@ -7,6 +7,7 @@ This is `lm_eval` itself, with the model class registered under the name "dlm".
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, DLMError, unknown_name
 from eval.variants import number, parse_decoders
 
 
@@ -54,12 +55,19 @@ class DLM(LM):  # type: ignore[misc]
         **rest: Any,
     ) -> None:
         super().__init__()
+        import torch
+
         from decoding.sampler import Sampler
         from dlm.checkpoint import load_model
         from eval.variants import Variant
 
         if not pretrained:
             raise ConfigError("model_args need pretrained=DIR")
+        for name in rest:
+            if name not in ("max_batch_size", "trust_remote_code"):  # what the harness adds by itself
+                raise unknown_name("model_args", name, list(inspect.signature(DLM.__init__).parameters)[1:-1])
+        if device and device.startswith("cuda") and not torch.cuda.is_available():
+            device = "cpu"  # the harness asks for cuda:0 unless it is told otherwise
         self.model, self.tokenizer = load_model(pretrained, device or "auto", dtype)
         self.sampler = Sampler(self.model, self.tokenizer)
         name, options = parse_decoders(str(decoder).replace(";", ","))[0]
@@ -81,9 +89,17 @@ class DLM(LM):  # type: ignore[misc]
                 size = {"window": self.window or None, "steps": self.steps}
             else:
                 size = {"max_tokens": int(options.get("max_gen_toks", self.limit))}
+            context = self._fitting(context)
             (answer,) = self.sampler.generate([context], stop=stops or None, **size, **self.how)
             out.append(answer.text)
         return out
+
+    def _fitting(self, context: str) -> str:
+        """The context, cut from the left where a window or the model would have no room for an answer."""
+        room = (self.window or self.sampler.window if self.steps else self.sampler.planner.limit) * 3 // 4
+        ids = self.sampler.rows.text(context)
+        over = self.sampler.prompt_length(context) - room
+        return context if over <= 0 else str(self.tokenizer.decode(ids[over:]))
 
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
@@ -109,7 +125,9 @@ class DLM(LM):  # type: ignore[misc]
         whole = self.sampler.rows.text(context + continuation)
         before = self.sampler.rows.text(context) if context else [int(self.model.config.eos_token_id)]
         after = whole[len(before) :] if context and whole[: len(before)] == before else None
-        return before, after if after else self.sampler.rows.text(continuation)
+        after = after or self.sampler.rows.text(continuation)
+        room = self.sampler.planner.limit - len(after)
+        return before[-room:] if room > 0 else [], after[: self.sampler.planner.limit]
 
     def _greedy(self, context: list[int], continuation: list[int]) -> bool:
         import torch
@@ -154,7 +172,11 @@ def main(words: Sequence[str] | None = None) -> None:
 
     if words is not None:
         sys.argv = ["lm_eval", *words]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (DLMError, ValueError, KeyError) as error:
+        print(f"lm_eval: error: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from error
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from decoding.measures import repetition, stutter
 from dlm.tokenizer import Message
@@ -41,6 +43,10 @@ class Measure:
 
 MEASURES = {
     "right": Measure("right", 1, percent=True),
+    "win": Measure("win rate", 1, percent=True),
+    "grade": Measure("MT-Bench grade", 1),
+    "score": Measure("G-Eval score", 1),
+    "nelbo": Measure("NELBO of references, nats/token", -1),
     "nll": Measure("NLL under AR, nats/token", -1),
     "inlier": Measure("inlier rate", 1, percent=True),
     "relevance": Measure("relevance", 1, digits=3),
@@ -80,12 +86,32 @@ def basic(answer: Answer) -> dict[str, float]:
 
 def distinct(texts: Sequence[str], n: int) -> float:
     """Distinct n-grams of words over all n-grams of a set of texts (distinct-n, arXiv 1510.03055)."""
-    grams = Counter[tuple[str, ...]]()
-    for text in texts:
-        words = text.split()
-        grams.update(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-    total = sum(grams.values())
-    return len(grams) / total if total else float("nan")
+    return _distinct([_grams(text, n) for text in texts])
+
+
+def distinct_interval(texts: Sequence[str], n: int, draws: int = 100) -> tuple[float, float]:
+    """Half the width of the 95 % bootstrap interval of distinct-n over texts, downwards and upwards.
+
+    A resample has some texts twice and therefore fewer distinct n-grams; the interval is taken around the
+    resamples' own mean.
+    """
+    grams = [_grams(text, n) for text in texts]
+    generator = np.random.default_rng(0)
+    found = np.array(
+        [_distinct([grams[i] for i in generator.integers(0, len(grams), len(grams))]) for _ in range(draws)]
+    )
+    low, high = np.nanquantile(found, [0.025, 0.975]) if grams else (float("nan"), float("nan"))
+    return float(np.nanmean(found) - low), float(high - np.nanmean(found))
+
+
+def _grams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = text.split()
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def _distinct(grams: Sequence[list[tuple[str, ...]]]) -> float:
+    total = sum(map(len, grams))
+    return len(set(itertools.chain.from_iterable(grams))) / total if total else float("nan")
 
 
 @dataclass
@@ -97,12 +123,14 @@ class Instruments:
         band: usual perplexities, see `eval.fluency.Band`.
         encoder: see `eval.relevance.Encoder`.
         log_prior: a text -> mean log prior of its tokens.
+        nelbo: questions -> NELBO of their references in nats per token, by id.
     """
 
     reader: Any = None
     band: Any = None
     encoder: Any = None
     log_prior: Callable[[str], float] | None = None
+    nelbo: Mapping[str, float] | None = None
 
 
 def measure(
@@ -146,14 +174,29 @@ def measure(
     if tools.log_prior is not None:
         for row, text in zip(found, texts, strict=True):
             row["log_prior"] = tools.log_prior(text)
+    for row, (question, turn) in zip(found, asked, strict=True):
+        if tools.nelbo is not None and turn == 0 and question.id in tools.nelbo:
+            row["nelbo"] = tools.nelbo[question.id]
     return {f"{a.id}/{a.turn}": row for a, row in zip(answers, found, strict=True)}
 
 
-def summary(measured: dict[str, dict[str, float]]) -> dict[str, Estimate]:
-    """Mean and interval of every measure that some answer has."""
-    rows = list(measured.values())
-    return {
-        name: bootstrap([row.get(name, float("nan")) for row in rows])
+def by_question(measured: Mapping[str, Mapping[str, float]], name: str) -> dict[str, float]:
+    """A measure of each question: the mean over its turns, which depend on each other; NaN without any."""
+    turns: dict[str, list[float]] = {}
+    for key, row in measured.items():
+        turns.setdefault(key.rpartition("/")[0], []).append(row.get(name, float("nan")))
+    out = {}
+    for question, values in turns.items():
+        known = [value for value in values if not math.isnan(value)]
+        out[question] = sum(known) / len(known) if known else float("nan")
+    return out
+
+
+def summary(measured: Mapping[str, Mapping[str, float]]) -> dict[str, Estimate]:
+    """Mean over answers, and its interval, of every measure that some answer has."""
+    questions = [key.rpartition("/")[0] for key in measured]
+    found = {
+        name: bootstrap([row.get(name, float("nan")) for row in measured.values()], questions)
         for name in MEASURES
-        if any(not math.isnan(row.get(name, float("nan"))) for row in rows)
     }
+    return {name: value for name, value in found.items() if value.count}

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dlm.data.records import read_records
-from dlm.errors import ConfigError, DataError
+from dlm.errors import ConfigError, DataError, DLMError
 from dlm.tokenizer import Message
 from eval.answers import Answer
 from eval.judge import Judge, Request, Tally
 from eval.statistics import bootstrap
-from eval.tasks import FASTCHAT, Question
+from eval.tasks import FASTCHAT, Question, with_references
 
 MATHS = ("math", "reasoning", "coding", "arena-hard-200")
 """Categories that are judged with a reference answer."""
@@ -60,6 +60,27 @@ def load_prompts(path: str = "") -> dict[str, Prompt]:
         raise DataError(f"{path}: not MT-Bench's judge prompts ({error!r})") from error
 
 
+def load_references(questions: Sequence[Question], path: str = "") -> list[Question]:
+    """The questions with GPT-4's answers, from FastChat's repository or a local copy.
+
+    Only maths, reasoning and coding have them; where no question needs one, nothing is fetched.
+
+    Raises:
+        DataError: when they cannot be read.
+    """
+    if path:
+        return with_references(questions, read_records(Path(path)), path)
+    if all(q.reference or q.category not in MATHS for q in questions):
+        return list(questions)
+    from datasets import load_dataset
+
+    url = f"{FASTCHAT}/mt_bench/reference_answer/gpt-4.jsonl"
+    try:
+        return with_references(questions, load_dataset("json", data_files=url, split="train"), url)
+    except (OSError, ValueError) as error:
+        raise DataError(f"MT-Bench's references could not be fetched ({error}); give --references") from error
+
+
 def _filled(prompt: Prompt, **texts: str) -> list[Message]:
     return [
         {"role": "system", "content": prompt.system},
@@ -74,6 +95,10 @@ def _kind(question: Question, turn: int, base: str) -> str:
 
 
 def _prompt(prompts: dict[str, Prompt], question: Question, turn: int, base: str) -> Prompt:
+    if len(question.turns) > 2:
+        raise ConfigError(
+            f"question {question.id} has {len(question.turns)} turns; MT-Bench's prompts know two"
+        )
     name = _kind(question, turn, base)
     if name not in prompts:
         raise ConfigError(f"the judge's prompts lack {name!r}; they have {', '.join(sorted(prompts))}")
@@ -109,7 +134,7 @@ class Grades:
 
     Attributes:
         by_turn: mean grade of the first turn, of the second, …
-        overall: mean of all, with its interval.
+        overall: mean of all, with its interval over questions.
         categories: mean grade of each category.
         grades: each, by "id/turn".
         tally: how judging went.
@@ -138,11 +163,14 @@ def grade(questions: Sequence[Question], said: Said, judge: Judge, prompts: dict
     pairs = [(q, turn, g) for (q, turn), g in zip(asked, found, strict=True) if g is not None]
     turns = range(max((turn for _, turn, _ in pairs), default=-1) + 1)
     categories = sorted({q.category for q, _, _ in pairs})
+    grades = {f"{q.id}/{turn}": g for q, turn, g in pairs}
+    if not grades:
+        raise DLMError(f"the judge gave no grade that can be read: {tally}")
     return Grades(
         [_mean([g for _, turn, g in pairs if turn == i]) for i in turns],
-        asdict(bootstrap([g for _, _, g in pairs])),
+        asdict(bootstrap([g for _, _, g in pairs], [q.id for q, _, _ in pairs])),
         {c: _mean([g for q, _, g in pairs if q.category == c]) for c in categories},
-        {f"{q.id}/{turn}": g for q, turn, g in pairs},
+        grades,
         asdict(tally),
     )
 
@@ -170,6 +198,7 @@ class Pairs:
         ties: all others: a tie, or verdicts that change with the position.
         inconsistent: of the ties, those whose verdict changes with the position.
         win_rate: wins and half of the ties, in shares.
+        by_answer: 1, 0 or 0.5 for each turn, by "id/turn".
         tally: how judging went.
     """
 
@@ -178,6 +207,7 @@ class Pairs:
     ties: int
     inconsistent: int
     win_rate: float
+    by_answer: dict[str, float]
     tally: dict[str, int]
 
 
@@ -185,11 +215,12 @@ def compare(
     questions: Sequence[Question], first: Said, second: Said, judge: Judge, prompts: dict[str, Prompt]
 ) -> Pairs:
     """Compare two systems turn by turn, each pair in both orders."""
-    requests = []
+    requests, asked = [], []
     for question in questions:
         for turn in range(len(question.turns)):
             if all((question.id, i) in said for i in range(turn + 1) for said in (first, second)):
                 prompt = _prompt(prompts, question, turn, "pair")
+                asked.append(f"{question.id}/{turn}")
                 for a, b in ((first, second), (second, first)):
                     texts = _both(question, turn, a, b)
                     requests.append(Request(_filled(prompt, **_texts(question, turn), **texts), OPTIONS))
@@ -201,9 +232,10 @@ def compare(
     inconsistent = results.count("inconsistent")
     ties = results.count("tie") + inconsistent
     total = wins + losses + ties
-    return Pairs(
-        wins, losses, ties, inconsistent, (wins + ties / 2) / total if total else float("nan"), asdict(tally)
-    )
+    share = {"win": 1.0, "loss": 0.0, "tie": 0.5, "inconsistent": 0.5}
+    by_answer = {key: share[result] for key, result in zip(asked, results, strict=True) if result}
+    rate = (wins + ties / 2) / total if total else float("nan")
+    return Pairs(wins, losses, ties, inconsistent, rate, by_answer, asdict(tally))
 
 
 def outcome(forward: Winner | None, swapped: Winner | None) -> str:

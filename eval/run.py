@@ -12,18 +12,17 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dlm.errors import ConfigError, DataError
 from eval.answers import Answer, AnswerFile
-from eval.formats import model_answers, model_outputs, write_json, write_lines
-from eval.generation import generate
-from eval.metrics import Instruments, distinct, measure, summary
+from eval.formats import model_answers, model_outputs, without_nan, write_json, write_lines
+from eval.generation import check, generate
+from eval.metrics import Instruments, distinct, distinct_interval, measure, summary
 from eval.statistics import Estimate
 from eval.systems import System
 from eval.tasks import Question
@@ -74,7 +73,8 @@ class Results:
     """Measures of every answer, by "id/turn"."""
     means: dict[str, Estimate]
     whole: dict[str, float]
-    """Figures of the run as a whole: distinct-n, NELBO, wall time."""
+    """Figures of the run as a whole: distinct-n (and half of its interval), wall time."""
+    verdicts: list[Verdict] = field(default_factory=list)
 
     @classmethod
     def load(cls, folder: Path) -> Results:
@@ -86,16 +86,64 @@ class Results:
         try:
             card = Card(**json.loads((folder / "run.json").read_text(encoding="utf-8")))
             metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"{folder}: not a finished run of `dlm eval` ({error})") from error
-        nan = float("nan")
-        measured = {
-            k: {n: nan if v is None else v for n, v in row.items()} for k, row in metrics["answers"].items()
-        }
-        means = {name: Estimate(**value) for name, value in metrics["means"].items()}
-        return cls(
-            folder, card, AnswerFile(folder / "answers.jsonl").read(), measured, means, metrics["whole"]
-        )
+            measured = {key: _numbers(row) for key, row in metrics["answers"].items()}
+            whole = _numbers(metrics["whole"])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{folder}: not a finished run of `dlm eval` ({error!r})") from error
+        verdicts = load_verdicts(folder)
+        for verdict in verdicts:
+            for key, value in verdict.by_answer.items():
+                if key in measured:
+                    measured[key][verdict.measure] = value
+        said = AnswerFile(folder / "answers.jsonl").read()
+        answers = {key: answer for key, answer in said.items() if f"{key[0]}/{key[1]}" in measured}
+        return cls(folder.resolve(), card, answers, measured, summary(measured), whole, verdicts)
+
+
+def _numbers(row: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: float("nan") if value is None else value for name, value in row.items()}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge said of a run; a file of its folder `verdicts`.
+
+    Attributes:
+        method: of `dlm eval judge`.
+        judge: name of the model that judged.
+        against: the references, or the run compared with, or the annotator; empty where there is none.
+        measure: name of the figure in `eval.metrics.MEASURES`.
+        by_answer: the figure of each answer, by "id/turn".
+        figures: of the run as a whole.
+    """
+
+    method: str
+    judge: str
+    against: str
+    measure: str
+    by_answer: dict[str, float]
+    figures: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Write it into a run's folder, beside those of other judges."""
+        name = "-".join(x for x in (self.method, self.measure, self.judge, self.against) if x)
+        file = folder / "verdicts" / f"{re.sub(r'[^A-Za-z0-9.=,-]+', '_', name)[:180]}.json"
+        write_json(file, without_nan(asdict(self)))
+
+
+def load_verdicts(folder: Path) -> list[Verdict]:
+    """The verdicts on a run, in order of their names.
+
+    Raises:
+        DataError: naming a file that is none.
+    """
+    found = []
+    for file in sorted((folder / "verdicts").glob("*.json")):
+        try:
+            found.append(Verdict(**json.loads(file.read_text(encoding="utf-8"))))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{file}: not a verdict of `dlm eval judge` ({error})") from error
+    return found
 
 
 def representatives(runs: Sequence[Results], most: int) -> list[Results]:
@@ -118,9 +166,12 @@ def open_run(folder: Path, card: Card) -> None:
     """
     file = folder / "run.json"
     if file.exists():
-        old = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            old = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{file}: damaged ({error}); remove the folder") from error
         new = json.loads(json.dumps(asdict(card)))
-        for name in new:
+        for name in ("task", "fingerprint", "label", "decoder", "settings"):
             if old.get(name) != new[name]:
                 raise ConfigError(
                     f"{folder} holds a run whose {name} was {old.get(name)!r}, not {new[name]!r}; "
@@ -162,7 +213,14 @@ def merge(folder: Path, questions: Sequence[Question]) -> dict[tuple[str, int], 
         whole.write(ordered)
         for part in parts:
             part.unlink()
-    return {answer.key: answer for answer in ordered if answer.id in order}
+    found = {answer.key: answer for answer in ordered if answer.id in order}
+    check(questions, found, str(folder))
+    return found
+
+
+def complete(questions: Sequence[Question], said: Mapping[tuple[str, int], Answer]) -> bool:
+    """Whether all turns are answered."""
+    return all((q.id, turn) in said for q in questions for turn in range(len(q.turns)))
 
 
 def finish(
@@ -171,17 +229,15 @@ def finish(
     questions: Sequence[Question],
     said: Mapping[tuple[str, int], Answer],
     instruments: Instruments,
-    whole: Mapping[str, float] | None = None,
 ) -> None:
     """Measure the answers, and write them in the formats of the official tools."""
     write_json(folder / "model_outputs.json", model_outputs(questions, said, card.name))
-    write_lines(folder / "model_answer.jsonl", model_answers(questions, said, card.name))
+    name = re.sub(r"[^\w.=,-]+", "_", card.name)
+    write_lines(folder / "model_answer" / f"{name}.jsonl", model_answers(questions, said, name))
     measured = measure(card.task, questions, dict(said), instruments, card.name)
     texts = [answer.text for answer in said.values()]
-    rows = {key: {n: None if math.isnan(v) else v for n, v in row.items()} for key, row in measured.items()}
-    figures = {f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)}
-    figures["seconds"] = sum(answer.seconds for answer in said.values())
-    means = {name: asdict(value) for name, value in summary(measured).items()}
-    write_json(
-        folder / "metrics.json", {"means": means, "whole": {**figures, **(whole or {})}, "answers": rows}
-    )
+    whole = {"seconds": sum(answer.seconds for answer in said.values())}
+    for n in (1, 2, 3):
+        whole[f"distinct_{n}"] = distinct(texts, n)
+        whole[f"distinct_{n}_around"] = max(distinct_interval(texts, n))
+    write_json(folder / "metrics.json", without_nan({"whole": whole, "answers": measured}))

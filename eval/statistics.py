@@ -16,7 +16,7 @@ class Estimate:
         mean: of the values that are there.
         low: lower end of the 95 % interval.
         high: upper end.
-        count: how many values there are.
+        count: how many independent values, or groups of values, there are.
     """
 
     mean: float
@@ -25,23 +25,37 @@ class Estimate:
     count: int
 
 
-def bootstrap(values: Sequence[float], draws: int = 2000, seed: int = 0, level: float = 0.95) -> Estimate:
+def bootstrap(
+    values: Sequence[float],
+    groups: Sequence[str] | None = None,
+    draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Estimate:
     """Mean and percentile-bootstrap interval (Efron, 1979); NaN are left out.
 
     Args:
-        values: one for each question.
+        values: one for each answer.
+        groups: what each belongs to: answers of one group (the turns of a question) depend on each other, so
+            whole groups are resampled; by default each is its own.
         draws: resamples.
         seed: of the resampling.
         level: of the interval.
     """
     x = np.asarray(values, dtype=float)
-    x = x[~np.isnan(x)]
-    if len(x) == 0:
+    known = ~np.isnan(x)
+    if not known.any():
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    names = np.arange(len(x)).astype(str) if groups is None else np.asarray(groups)
+    _, owner = np.unique(names[known], return_inverse=True)
+    sums, counts = np.bincount(owner, x[known]), np.bincount(owner)
     generator = np.random.default_rng(seed)
-    means = np.array([x[generator.integers(0, len(x), len(x))].mean() for _ in range(draws)])
+    means = np.empty(draws)
+    for i in range(draws):
+        some = generator.integers(0, len(sums), len(sums))
+        means[i] = sums[some].sum() / counts[some].sum()
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(x.mean()), float(low), float(high), len(x))
+    return Estimate(float(x[known].mean()), float(low), float(high), len(sums))
 
 
 def paired_test(

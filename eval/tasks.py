@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def _any(row: Any, index: int) -> Question:
     """Whatever `dlm generate --file` reads."""
     if isinstance(row, str):
         return Question(str(index), (row,))
-    if "turns" in row:
+    if isinstance(row.get("turns"), list):
         return _mt_bench({"question_id": index, **row}, index)
     if "question" in row and "answer" in row:
         return _gsm8k(row, index)
@@ -160,6 +160,8 @@ def load_questions(task: str, data: str = "", limit: int = 0) -> list[Question]:
         raise unknown_name("task", task, TASKS)
     rows = itertools.islice(_rows(TASKS[task], task, data), limit or None)
     questions = [_question(TASKS[task], row, i, data or task) for i, row in enumerate(rows)]
+    if not questions:
+        raise DataError(f"{data or task}: no questions")
     if len({question.id for question in questions}) < len(questions):
         raise DataError(f"{data or task}: several questions have the same id")
     return questions
@@ -172,6 +174,8 @@ def _question(task: Task, row: Any, index: int, where: str) -> Question:
         raise DataError(f"{where}, row {index}: not a question of this task ({error!r})") from error
     if not question.turns or not all(isinstance(turn, str) and turn.strip() for turn in question.turns):
         raise DataError(f"{where}, row {index}: a question must be a text that is not empty")
+    if task.checks and not question.reference:
+        raise DataError(f"{where}, row {index}: needs an answer to check against")
     return question
 
 
@@ -191,18 +195,18 @@ def _rows(task: Task, name: str, data: str) -> Iterator[Any]:
         raise DataError(f"the questions of {name!r} could not be fetched ({error}); give --data") from error
 
 
-def with_references(questions: Iterable[Question], path: str) -> list[Question]:
-    """The questions, with the reference answers of a file in MT-Bench's format where it has them.
+def with_references(questions: Iterable[Question], rows: Iterable[Any], where: str) -> list[Question]:
+    """The questions, with the reference answers of rows in MT-Bench's format where there are any.
 
     Raises:
         DataError: for a row without answers.
     """
     answers: dict[str, tuple[str, ...]] = {}
-    for index, row in enumerate(read_records(Path(path))):
+    for index, row in enumerate(rows):
         try:
             answers[str(row["question_id"])] = tuple(row["choices"][0]["turns"])
         except (KeyError, TypeError, IndexError) as error:
-            raise DataError(f"{path}, row {index}: no answers in MT-Bench's format") from error
+            raise DataError(f"{where}, row {index}: no answers in MT-Bench's format") from error
     return [
-        Question(q.id, q.turns, answers.get(q.id, q.reference), q.category, q.generator) for q in questions
+        replace(question, reference=answers.get(question.id, question.reference)) for question in questions
     ]

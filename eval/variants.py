@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ def parse_decoders(text: str) -> list[tuple[str, dict[str, Any]]]:
     found = []
     for part in re.split(r",(?![^(]*\))", text) if text else [""]:
         shape = re.fullmatch(r"\s*([\w-]*)\s*(?:\((.*)\))?\s*", part)
-        if shape is None:
+        if shape is None or (text and not shape[1]):
             raise ConfigError(f"decoders: cannot read {part!r}; write name or name(option=number,…)")
         options = {}
         for pair in (shape[2] or "").split(",") if shape[2] else []:
@@ -69,14 +70,28 @@ def number(text: str, name: str, window: int = 0) -> int | float:
         ConfigError: for anything else.
     """
     share = re.fullmatch(r"\s*L(?:\s*/\s*(\d+))?\s*", text)
-    if share and window:
+    if share and window and share[1] != "0":
         return max(window // int(share[1] or 1), 1)
     try:
         value = float(text)
     except ValueError as error:
-        hint = "; shares of L need --window" if share else ""
+        hint = "; shares of L need --window" if share and not window else ""
         raise ConfigError(f"{name}: {text.strip()!r} is not a number{hint}") from error
+    if not math.isfinite(value):
+        raise ConfigError(f"{name}: must be finite, got {text.strip()}")
     return int(value) if value == int(value) else value
+
+
+def whole(values: Sequence[float], name: str) -> list[int]:
+    """The values as whole numbers of at least 1.
+
+    Raises:
+        ConfigError: for others.
+    """
+    wrong = [value for value in values if value != int(value) or value < 1]
+    if wrong:
+        raise ConfigError(f"{name} must be whole numbers of at least 1, got {wrong[0]:g}")
+    return [int(value) for value in values]
 
 
 def listed(text: str, name: str, window: int = 0) -> list[int | float]:
@@ -103,7 +118,7 @@ def variants(
     """
     out: list[Variant] = []
     paces = list(_paces(window, steps, max_tokens, rate))
-    sizes, cuts = listed(kernel, "kernel", window), listed(top_k, "top_k")
+    sizes, cuts = whole(listed(kernel, "kernel", window), "kernel"), whole(listed(top_k, "top_k"), "top_k")
     for name, options in parse_decoders(decoders):
         for more, pace in itertools.product(_options(name, sizes, cuts), paces):
             variant = Variant(name, {**more, **options}, pace)
@@ -114,17 +129,17 @@ def variants(
 
 
 def _paces(window: int, steps: str, max_tokens: int, rate: str) -> Iterator[dict[str, Any]]:
-    fixed, rates = listed(steps, "steps", window), listed(rate, "rate")
+    fixed, rates = whole(listed(steps, "steps", window), "steps"), listed(rate, "rate")
+    if any(value < 1 for value in rates):
+        raise ConfigError(f"rate must be at least 1 token per model call, got {min(rates):g}")
     if fixed and (rates or max_tokens):
         raise ConfigError("give --steps (in a window) or --rate (length-free, up to --max_tokens), not both")
     common = {"window": window} if window and not rates else {}
     common |= {"max_tokens": max_tokens} if max_tokens else {}
     if not fixed and not rates:
         yield common
-    for value in fixed:
-        yield {**common, "steps": int(value)}
-    for value in rates:
-        yield {**common, "rate": float(value)}
+    yield from ({**common, "steps": value} for value in fixed)
+    yield from ({**common, "rate": float(value)} for value in rates)
 
 
 def _options(name: str, sizes: Sequence[float], cuts: Sequence[float]) -> Iterator[dict[str, Any]]:

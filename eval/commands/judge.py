@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlm.cli import Command
 from dlm.errors import ConfigError, unknown_name
-from eval.judge import JudgeConfig
+from eval.judge import Judge, JudgeConfig
+
+if TYPE_CHECKING:
+    from eval.run import Results, Verdict
+    from eval.tasks import Question
 
 METHODS = ("alpaca_eval", "mt_bench", "mt_bench_pairs", "geval")
 
@@ -52,80 +56,109 @@ class JudgeCommandConfig:
 
 def run(config: JudgeCommandConfig) -> int:
     """Judge run after run; what was judged before comes from the cache."""
-    from eval.formats import write_json
-    from eval.judge import DryRunError, Judge
+    from eval.judge import DryRunError
     from eval.run import Results
 
     judge, estimates = Judge(config.judge), []
     results = [Results.load(Path(folder)) for folder in config.runs]
-    others = results[1:] if config.method == "mt_bench_pairs" else results
-    for result in others:
+    for result in results[1:] if config.method == "mt_bench_pairs" else results:
         try:
-            name, found = _judged(config, judge, result, results[0])
+            verdict = _judged(config, judge, result, results[0])
         except DryRunError as stop:
             estimates.append(stop.estimate)
             print(f"{result.card.name}: {stop.estimate}")
             continue
-        write_json(
-            result.folder / f"{name}.json", {"judge": config.judge.model, "url": config.judge.url, **found}
-        )
-        print(f"{result.card.name}: {_line(found)}")
+        verdict.save(result.folder)
+        print(f"{result.card.name}: {_line(verdict.figures)}")
     if estimates:
         calls, dollars = sum(e.calls for e in estimates), sum(e.dollars for e in estimates)
         print(f"in all {calls} requests, ${dollars:.2f}; nothing was asked")
     return 0
 
 
-def _judged(config: JudgeCommandConfig, judge: Any, result: Any, first: Any) -> tuple[str, dict[str, Any]]:
-    """The verdict's file name and its contents."""
-    from eval.tasks import load_questions, with_references
+def _judged(config: JudgeCommandConfig, judge: Judge, result: Results, first: Results) -> Verdict:
+    """What the judge says of a run."""
+    from eval.generation import check
+    from eval.run import Verdict
+    from eval.tasks import load_questions
 
     questions = load_questions(result.card.task, config.data)
+    for each in (result, first):
+        if each.card.task == result.card.task:
+            check(questions, each.answers, str(each.folder))
     if config.method == "alpaca_eval":
         return _alpaca(config, judge, result, questions)
     if config.method == "geval":
         from eval.geval import score
 
-        return f"geval_{config.aspect}", asdict(score(questions, result.answers, judge, config.aspect))
-    from eval.mt_bench import compare, grade, load_prompts
+        found = score(questions, result.answers, judge, config.aspect)
+        by_answer = {f"{question}/0": value for question, value in found.scores.items()}
+        return Verdict("geval", judge.config.model, config.aspect, "score", by_answer, _told(found, "scores"))
+    return _mt_bench(config, judge, result, first, questions)
 
-    prompts = load_prompts(config.prompts)
-    if config.references:
-        questions = with_references(questions, config.references)
+
+def _mt_bench(
+    config: JudgeCommandConfig, judge: Judge, result: Results, first: Results, questions: list[Question]
+) -> Verdict:
+    """Grades, or a comparison with the first run."""
+    from eval.mt_bench import compare, grade, load_prompts, load_references
+    from eval.run import Verdict
+
+    prompts, model = load_prompts(config.prompts), judge.config.model
+    questions = load_references(questions, config.references)
     if config.method == "mt_bench":
-        return "mt_bench", asdict(grade(questions, result.answers, judge, prompts))
-    pairs = compare(questions, first.answers, result.answers, judge, prompts)
-    return "mt_bench_pairs", {"first": first.card.name, **asdict(pairs)}
+        grades = grade(questions, result.answers, judge, prompts)
+        return Verdict("mt_bench", model, "", "grade", grades.grades, _told(grades, "grades"))
+    pairs = compare(questions, result.answers, first.answers, judge, prompts)
+    return Verdict(
+        "mt_bench_pairs", model, first.card.name, "win", pairs.by_answer, _told(pairs, "by_answer")
+    )
 
 
-def _alpaca(
-    config: JudgeCommandConfig, judge: Any, result: Any, questions: Any
-) -> tuple[str, dict[str, Any]]:
+def _alpaca(config: JudgeCommandConfig, judge: Judge, result: Results, questions: list[Question]) -> Verdict:
+    """Win rates against references."""
     from dlm.data.records import read_records
     from eval.alpaca import win_rate
     from eval.formats import model_outputs, reference_outputs
+    from eval.run import Verdict
 
     if config.references:
         path = Path(config.references)
         references = list(read_records(path / "model_outputs.json" if path.is_dir() else path))
+        against = path.name
     else:
-        references = reference_outputs(questions)
+        references, against = reference_outputs(questions), "references"
     outputs = model_outputs(questions, result.answers, result.card.name)
-    rate, annotations = win_rate(outputs, references, judge, config.annotator, result.card.name)
-    verdicts = [{"instruction": row["instruction"], "preference": row["preference"]} for row in annotations]
-    return "alpaca_eval", {"annotator": config.annotator, **asdict(rate), "verdicts": verdicts}
+    rate, rows = win_rate(outputs, references, judge, config.annotator, result.card.name)
+    ids = {question.turns[0]: question.id for question in questions}
+    won = {
+        f"{ids[row['instruction']]}/0": row["preference"] - 1 for row in rows if row["preference"] is not None
+    }
+    against = f"{against}, {config.annotator}"
+    return Verdict("alpaca_eval", judge.config.model, against, "win", won, asdict(rate))
+
+
+def _told(found: Any, without: str) -> dict[str, Any]:
+    """The figures of a dataclass, without those of single answers."""
+    return {name: value for name, value in asdict(found).items() if name != without}
 
 
 def _line(found: dict[str, Any]) -> str:
-    """One line for people: the figures, without the verdicts one by one."""
+    """One line for people."""
     out = []
     for name, value in found.items():
+        inner = (
+            value.items()
+            if isinstance(value, dict)
+            else enumerate(value, 1)
+            if isinstance(value, list)
+            else ()
+        )
         if isinstance(value, float):
             out.append(f"{name} {value:.2f}")
-        elif isinstance(value, int) or (isinstance(value, str) and value):
+        elif isinstance(value, int | str):
             out.append(f"{name} {value}")
-        elif name in ("by_turn", "mean", "overall", "tally"):
-            inner = value.items() if isinstance(value, dict) else enumerate(value, start=1)
+        elif inner:
             out.append(f"{name} " + " ".join(f"{k}={v:.4g}" for k, v in inner))
     return ", ".join(out)
 

@@ -23,7 +23,7 @@ LOOKS = tuple(
 )
 """Colour, marker and line of each series: any one of them tells series apart."""
 
-SHOWN = ("right", "nll", "inlier", "relevance", "repetition_4", "empty")
+SHOWN = ("win", "grade", "score", "right", "nll", "inlier", "relevance", "repetition_4", "empty")
 """Measures that have a panel of their own, where they were measured and differ."""
 
 _COMMON = ("seed", "eos_fill", "dtype", "window", "max_tokens")

@@ -40,7 +40,8 @@ def find_runs(folders: Sequence[str]) -> list[Results]:
     Raises:
         DataError: when there is none.
     """
-    files = sorted({file for folder in folders for file in Path(folder).glob("**/run.json")}, key=_natural)
+    found = {file.resolve() for folder in folders for file in Path(folder).glob("**/run.json")}
+    files = sorted(found, key=_natural)
     runs = [Results.load(file.parent) for file in files if (file.parent / "metrics.json").exists()]
     if not runs:
         raise DataError(f"no finished runs of `dlm eval` in {', '.join(folders)}")
@@ -71,7 +72,7 @@ def write(runs: Sequence[Results], output: Path, title: str, texts: int = 8, ldw
     tasks = sorted({run.card.task for run in runs})
     parts = [part for task in tasks for part in _task(task, [run for run in runs if run.card.task == task])]
     if ldw:
-        curves = json.loads(Path(ldw).read_text(encoding="utf-8"))
+        curves = _curves(Path(ldw))
         caption = "Mean probability mass on a fresh canvas, by distance from the prompt."
         parts.append(Part("The long decoding window", plots=[_plot("ldw", caption, plots.ldw(curves))]))
     lead = (
@@ -87,6 +88,17 @@ def write(runs: Sequence[Results], output: Path, title: str, texts: int = 8, ldw
             files.append(output / f"{plot.name}.svg")
             files[-1].write_text(plot.svg, encoding="utf-8")
     return files
+
+
+def _curves(file: Path) -> Any:
+    """The figures of `dlm inspect ldw`."""
+    try:
+        curves = json.loads(file.read_text(encoding="utf-8"))
+        if not curves or any(set(curve) < {"frequent", "prompt", "end"} for curve in curves.values()):
+            raise ValueError("no curves by model")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"{file}: not what `dlm inspect ldw` writes ({error})") from error
+    return curves
 
 
 def _task(task: str, runs: list[Results]) -> list[Part]:
@@ -114,7 +126,8 @@ def _task(task: str, runs: list[Results]) -> list[Part]:
     second = Part(f"{task}: speed", tables=[tables.speed(runs)])
     if len(runs) < 2:
         return [first, second]
-    names = [name for name in ("right", "nll", "relevance", "repetition_4") if name in runs[0].means]
+    told = ("win", "grade", "score", "right", "nll", "relevance", "repetition_4")
+    names = [name for name in told if name in runs[0].means]
     third = Part(f"{task}: differences", tables=[tables.paired(runs, name) for name in names])
     return [first, second, third]
 

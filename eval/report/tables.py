@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.metrics import MEASURES
-from eval.run import Results
+from eval.metrics import MEASURES, by_question
+from eval.run import Results, Verdict
 from eval.statistics import Estimate, paired_test
 
 
@@ -58,15 +57,16 @@ def _cell(name: str, value: Estimate | None) -> str:
 
 
 TOLD = (
-    *("right", "nll", "inlier", "relevance", "log_prior", "repetition_4", "stutter", "empty", "ended"),
-    *("tokens", "words", "model_calls"),
+    *("win", "grade", "score", "right", "nelbo", "nll", "inlier", "relevance", "log_prior"),
+    *("repetition_4", "stutter", "empty", "ended", "tokens", "words", "model_calls"),
 )
 
 
 def quality(runs: Sequence[Results]) -> Table:
     """What can be said of the answers, with half the width of the 95 % interval of each mean."""
     names = [name for name in TOLD if any(name in run.means for run in runs)]
-    names.remove("words" if any(run.means["tokens"].mean for run in runs) else "tokens")
+    counted = any(answer.tokens for run in runs for answer in run.answers.values())
+    names = [name for name in names if name != ("words" if counted else "tokens")]
     head = ["", *(MEASURES[name].title for name in names), "distinct-2"]
     rows = [
         [
@@ -79,6 +79,11 @@ def quality(runs: Sequence[Results]) -> Table:
     return Table(f"{runs[0].card.task}: {len(runs[0].measured)} answers", head, rows)
 
 
+def _distinct(run: Results, n: int) -> str:
+    value, around = run.whole[f"distinct_{n}"], run.whole[f"distinct_{n}_around"]
+    return "–" if math.isnan(value) else f"{value:.3f} ± {around:.3f}"
+
+
 def repetitions(runs: Sequence[Results]) -> Table:
     """Repeated n-grams, and distinct ones."""
     head = ["", *(f"repeated {n}-grams" for n in range(1, 5)), *(f"distinct-{n}" for n in (1, 2, 3))]
@@ -86,7 +91,7 @@ def repetitions(runs: Sequence[Results]) -> Table:
         [
             run.card.name,
             *(_cell(f"repetition_{n}", run.means.get(f"repetition_{n}")) for n in range(1, 5)),
-            *(f"{run.whole[f'distinct_{n}']:.3f}" for n in (1, 2, 3)),
+            *(_distinct(run, n) for n in (1, 2, 3)),
         ]
         for run in runs
     ]
@@ -128,9 +133,9 @@ def paired(runs: Sequence[Results], name: str) -> Table:
         for same in alike:
             first = next((other for other in runs[:i] if same(other)), None)
             if first is not None:
-                keys = [key for key in first.measured if key in run.measured]
-                values = [[r.measured[key].get(name, float("nan")) for key in keys] for r in (first, run)]
-                difference, p = paired_test(values[0], values[1])
+                before, after = (by_question(r.measured, name) for r in (first, run))
+                keys = [key for key in before if key in after]
+                difference, p = paired_test([before[key] for key in keys], [after[key] for key in keys])
                 shown = measure.show(difference)
                 shown = shown if shown.startswith(("-", "–")) else f"+{shown}"
                 rows.append([run.card.name, first.card.name, shown, f"{p:.3f}"])
@@ -143,32 +148,29 @@ def _pace(run: Results) -> tuple[Any, ...]:
 
 def judged(runs: Sequence[Results]) -> Table | None:
     """What judges said, where they were asked; None where they were not."""
-    rows: list[list[str]] = []
-    for run in runs:
-        for file in sorted(run.folder.glob("*.json")):
-            if file.stem in ("run", "metrics", "model_outputs"):
-                continue
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if "judge" not in found:
-                continue
-            for figure, value in _figures(file.stem, found):
-                rows.append([run.card.name, found["judge"], file.stem, figure, value])
-    return Table("Judges", ["", "judge", "method", "figure", "value"], rows) if rows else None
+    rows = [
+        [run.card.name, verdict.judge, verdict.method, verdict.against, figure, value]
+        for run in runs
+        for verdict in run.verdicts
+        for figure, value in _figures(verdict)
+    ]
+    return Table("Judges", ["", "judge", "method", "against", "figure", "value"], rows) if rows else None
 
 
-def _figures(method: str, found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The figures of a verdict file, and their values."""
-    if method == "alpaca_eval":
-        return [
-            ("win rate", f"{found['win_rate']:.1f} ± {found['standard_error']:.1f} %"),
-            (
-                f"LC win rate ({found['lc_kind']})",
-                f"{found['lc_win_rate']:.1f} ± {found['lc_standard_error']:.1f} %",
-            ),
+def _figures(verdict: Verdict) -> list[tuple[str, str]]:
+    """The figures of a verdict, and their values."""
+    found = verdict.figures
+    if verdict.method == "alpaca_eval":
+        rates = [
+            ("win rate", f"{found['win_rate']:.1f} ± {found['standard_error']:.1f} % of {found['count']}")
         ]
-    if method == "mt_bench":
+        if found["lc_win_rate"] is not None:
+            error = found["lc_standard_error"]
+            rates.append((f"LC win rate ({found['lc_kind']})", f"{found['lc_win_rate']:.1f} ± {error:.1f} %"))
+        return rates
+    if verdict.method == "mt_bench":
         turns = [(f"grade, turn {i}", f"{grade:.2f}") for i, grade in enumerate(found["by_turn"], start=1)]
         return [*turns, ("grade", f"{found['overall']['mean']:.2f}")]
-    if method == "mt_bench_pairs":
-        return [(f"{found['first']} wins", f"{100 * found['win_rate']:.1f} %")]
-    return [("score", f"{found['mean']['mean']:.2f}")]
+    if verdict.method == "mt_bench_pairs":
+        return [("win rate, ties as halves", f"{100 * found['win_rate']:.1f} %")]
+    return [(verdict.measure, f"{found['mean']['mean']:.2f}")]

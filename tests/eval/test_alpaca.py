@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,7 +69,9 @@ def test_the_win_rate_is_the_share_of_verdicts(tmp_path):
         assert endpoint.seen[0]["model"] == "judge"
         assert endpoint.seen[0]["top_logprobs"] == 5
         again, _ = ask(endpoint, tmp_path, ours, theirs, name="ours")
-        assert again == rate
+        assert replace(again, lc_win_rate=0.0, lc_standard_error=0.0) == replace(
+            rate, lc_win_rate=0.0, lc_standard_error=0.0
+        )
         assert len(endpoint.seen) == asked == 20
 
 
@@ -98,6 +101,21 @@ def test_what_cannot_be_read_is_missing_and_not_a_verdict(tmp_path):
         rate, _ = ask(endpoint, tmp_path, outputs(8, range(8)), outputs(8, [], "theirs"), name="ours")
         assert (rate.count, rate.missing) == (7, 1)
         assert rate.win_rate == pytest.approx(90.0)
+
+
+def test_no_verdict_that_can_be_read_is_an_error(tmp_path):
+    ours, theirs = outputs(3, []), outputs(3, [], "theirs")
+    with serving(lambda body: "neither") as endpoint, pytest.raises(DLMError, match="no verdict"):
+        ask(endpoint, tmp_path, ours, theirs, annotator="chatgpt", name="ours")
+
+
+def test_few_verdicts_have_no_length_controlled_rate(tmp_path):
+    with serving(prefers(len)) as endpoint:
+        rate, _ = ask(endpoint, tmp_path, outputs(4, []), outputs(4, [], "theirs"), name="ours")
+        assert math.isnan(rate.lc_win_rate)
+        rate, _ = ask(endpoint, tmp_path, outputs(40, range(40)), outputs(40, [], "t"), name="ours")
+        assert rate.lc_kind == "length only"
+        assert 0 <= rate.lc_win_rate <= 100
 
 
 def test_instructions_are_matched_and_names_checked(tmp_path):

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from decoding import Sampler
-from dlm.errors import ConfigError, DataError
+from dlm.cli import main
+from dlm.errors import ConfigError, DataError, DLMError
 from eval.answers import AnswerFile
 from eval.config import EvalConfig
 from eval.evaluate import evaluate
@@ -124,7 +125,8 @@ def test_an_evaluation_from_questions_to_measures(checkpoint, questions_file, tm
     assert conv.card.label == "conv,K=9,L=48,S=6"
     assert {"stutter", "empty", "model_calls", "tokens_per_call", "log_prior"} <= set(conv.means)
     assert len(conv.answers) == len(conv.measured) == 6
-    assert conv.whole["nelbo"] == top.whole["nelbo"] > 0
+    assert conv.means["nelbo"] == top.means["nelbo"]
+    assert conv.means["nelbo"].mean > 0
     answers = list(conv.answers.values())
     assert conv.means["model_calls"].mean == pytest.approx(sum(a.model_calls for a in answers) / 6)
     assert conv.whole["seconds"] == pytest.approx(sum(a.seconds for a in answers))
@@ -146,6 +148,52 @@ def test_other_settings_do_not_mix_with_what_is_there(checkpoint, questions_file
     (checkpoint / "config.json").write_text((checkpoint / "config.json").read_text() + " ")
     with pytest.raises(ConfigError, match="fingerprint"):
         evaluate(config(checkpoint, questions_file, tmp_path, limit=2))
+
+
+def test_answers_stay_with_their_questions(checkpoint, questions_file, tmp_path):
+    (run,) = evaluate(config(checkpoint, questions_file, tmp_path, limit=2))
+    rows = json.loads(questions_file.read_text())
+    questions_file.write_text(json.dumps([{**row, "instruction": "Something else."} for row in rows]))
+    with pytest.raises(DataError, match="question 0 was another one"):
+        evaluate(config(checkpoint, questions_file, tmp_path, limit=2))
+    words = ["eval", "judge", str(run.folder), "--data", str(questions_file), "--judge.model", "j"]
+    assert main([*words, "--method", "geval", "--judge.dry_run"]) == 1
+
+
+def test_a_shorter_run_tells_of_no_more_than_it_measured(checkpoint, questions_file, tmp_path):
+    evaluate(config(checkpoint, questions_file, tmp_path))
+    (run,) = evaluate(config(checkpoint, questions_file, tmp_path, limit=2))
+    assert len(run.answers) == len(run.measured) == 2
+    assert run.whole["seconds"] == pytest.approx(sum(a.seconds for a in run.answers.values()))
+
+
+def test_a_variant_that_cannot_be_does_not_take_the_others_with_it(
+    checkpoint, questions_file, tmp_path, caplog
+):
+    decoders = "semi-ar(block_size=2),top-k"
+    (run,) = evaluate(config(checkpoint, questions_file, tmp_path, decoders=decoders, limit=2))
+    assert run.card.decoder == "top-k"
+    assert "semi-ar" in caplog.text
+    assert "too few" in caplog.text
+    with pytest.raises(ConfigError, match="too few"):
+        evaluate(config(checkpoint, questions_file, tmp_path, decoders="semi-ar(block_size=2)", limit=2))
+
+
+def test_instruments_are_found_missing_before_anything_is_answered(checkpoint, questions_file, tmp_path):
+    with pytest.raises(DLMError, match="nothing-here"):
+        evaluate(config(checkpoint, questions_file, tmp_path, reader=str(tmp_path / "nothing-here")))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("text", ["a\u2028b", "a\x85b", "\ud800", "\N{SNOWMAN}\n\x00"])
+def test_whatever_an_endpoint_says_can_be_read_again(text, tmp_path):
+    class Odd:
+        def replies(self, conversations):
+            yield from (Reply(text) for _ in conversations)
+
+    file = AnswerFile(tmp_path / "a.jsonl")
+    generate(QUESTIONS, Odd(), file, quiet=True)
+    assert {answer.text for answer in file.read().values()} == {text}
 
 
 def command(checkpoint, questions_file, output, **env):
@@ -205,6 +253,18 @@ def test_two_processes_share_the_questions(checkpoint, questions_file, tmp_path)
 
 
 @pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("Qwen/Qwen2.5-0.5B", "Qwen2.5-0.5B"),
+        ("runs/step-1.5e-4", "step-1.5e-4"),
+        ("models/a.Q4.gguf", "a.Q4"),
+    ],
+)
+def test_systems_are_called_by_their_whole_name(path, name):
+    assert EvalConfig(task="gsm8k", model=path).system == name
+
+
+@pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"task": ""}, "name a task"),
@@ -214,6 +274,7 @@ def test_two_processes_share_the_questions(checkpoint, questions_file, tmp_path)
         ({"model": "", "endpoint": "http://x", "steps": "4"}, "are for --model"),
         ({"batch_size": 0}, "batch_size"),
         ({"limit": -1}, "limit"),
+        ({"dtype": "float3"}, "Did you mean 'float32'"),
     ],
 )
 def test_settings_that_cannot_work(wrong, message):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, DLMError
 from eval.answers import Answer
 from eval.geval import expected_score, score
 from eval.judge import Judge, JudgeConfig
@@ -41,5 +41,7 @@ def test_answers_are_scored_and_what_holds_no_score_is_counted(tmp_path):
         assert found.mean["mean"] == pytest.approx(4.0)
         assert (set(found.scores), found.malformed, found.unanswered) == ({"0", "2"}, 1, 0)
         assert "natural English" in endpoint.seen[0]["messages"][0]["content"]
+        with serving(lambda body: "?") as mute, pytest.raises(DLMError, match="no score"):
+            score(questions, said, Judge(JudgeConfig(mute.url, "j", cache=str(tmp_path))), "fluency")
         with pytest.raises(ConfigError, match="Did you mean 'fluency'"):
             score(questions, said, judge, "fluence")

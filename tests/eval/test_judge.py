@@ -51,7 +51,6 @@ def test_one_that_never_answers_is_counted_and_the_others_go_on(tmp_path):
         one = judge(endpoint, tmp_path, concurrency=1)
         found = one.ask([request("1"), request("2"), request("3")])
         assert [choice is None for choice in found] == [False, True, False]
-        assert one.failed == 1
         tally = Tally()
         assert tally.read(found, lambda text: 1 if "1" in text else None) == [1, None, 1]
         assert (tally.judged, tally.malformed, tally.unanswered) == (2, 0, 1)
@@ -59,12 +58,29 @@ def test_one_that_never_answers_is_counted_and_the_others_go_on(tmp_path):
             one.ask([request("2")])
 
 
-@pytest.mark.parametrize("status", [400, 401, 404])
+@pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_for_good_stops_at_once(status, tmp_path):
     with serving(echo, [status] * 50) as endpoint:
         with pytest.raises(DLMError, match=f"scripted {status}"):
             judge(endpoint, tmp_path, concurrency=1).ask([request(str(i)) for i in range(40)])
         assert len(endpoint.seen) < 5
+
+
+def test_a_request_that_is_refused_does_not_stop_the_others(tmp_path):
+    with serving(echo, [400]) as endpoint:
+        found = judge(endpoint, tmp_path, concurrency=1).ask([request(str(i)) for i in range(5)])
+        assert [choice is None for choice in found] == [True, False, False, False, False]
+        assert len(endpoint.seen) == 5
+
+
+def test_equal_requests_are_asked_once_also_at_the_same_time(tmp_path):
+    with serving(echo) as endpoint:
+        endpoint.pause = 0.02
+        one = judge(endpoint, tmp_path)
+        assert one.estimate([request("7")] * 40 + [request("8")]).calls == 2
+        found = one.ask([request("7")] * 40 + [request("8")])
+        assert [choice["message"]["content"] for choice in found] == ["[[7]]"] * 40 + ["[[8]]"]
+        assert len(endpoint.seen) == 2
 
 
 def test_nothing_is_asked_twice(tmp_path):

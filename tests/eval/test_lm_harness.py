@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from dlm.errors import ConfigError
-from eval.lm_harness import DLM
+from eval.lm_harness import DLM, main
 from eval.nelbo import nelbo
 
 GENERATE = """
@@ -88,3 +88,31 @@ def test_the_name_is_registered_and_a_model_needed():
     assert get_model("dlm") is DLM
     with pytest.raises(ConfigError, match="pretrained"):
         DLM()
+    with pytest.raises(ConfigError, match="Did you mean 'decoder'"):
+        DLM("x", decodr="conv")
+
+
+def test_its_own_command_runs_without_a_gpu(checkpoint, tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"question": "Count from 1.", "answer": "1"}) + "\n")
+    (tmp_path / "counting.yaml").write_text(GENERATE.format(file=data))
+    words = [
+        "run", "--model", "dlm", "--model_args", f"pretrained={checkpoint},decoder=conv,dtype=float32",
+        "--tasks", "counting", "--include_path", str(tmp_path),
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["lm_eval"])
+    main(words)
+    assert "exact_match" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main([*words[:4], f"pretrained={checkpoint},decodr=conv", *words[5:]])
+    assert stop.value.code == 2
+    assert "Did you mean 'decoder'" in capsys.readouterr().err
+
+
+def test_long_contexts_are_cut_from_the_left(checkpoint):
+    small = DLM(str(checkpoint), window=48, steps=4, draws=2, device="cpu", dtype="float32")
+    long = " ".join(["Count"] * 300) + " from 1 to 3."
+    (text,) = small.generate_until([instance("generate_until", long, {"until": []})], disable_tqdm=True)
+    assert isinstance(text, str)
+    assert small._fitting("short") == "short"
+    assert small._fitting(long).endswith("1 to 3.")

@@ -8,7 +8,7 @@ import torch
 
 from eval.answers import Answer
 from eval.fluency import Band, Reader
-from eval.metrics import Instruments, basic, distinct, measure, summary
+from eval.metrics import Instruments, basic, by_question, distinct, distinct_interval, measure, summary
 from eval.nelbo import nelbo
 from eval.tasks import Question
 from tests.fakes import FakeDenoiser
@@ -88,6 +88,24 @@ def test_the_usual_band():
     assert not band.holds(math.log(3.6))
     assert not band.holds(float("nan"))
     assert not band.holds(1000.0)
+    assert Band.of([2.0, float("nan")]) is None
+    assert Band.of([2.0, 2.1, 800.0]) is None
+
+
+def test_turns_of_a_question_count_as_one():
+    measured = {f"{q}/{t}": {"right": float(q % 2)} for q in range(20) for t in (0, 1)}
+    found = summary(measured)["right"]
+    assert found.count == 20
+    assert by_question(measured, "right") == {str(q): float(q % 2) for q in range(20)}
+    assert found == summary({f"{q}/0": {"right": float(q % 2)} for q in range(20)})["right"]
+
+
+def test_distinct_n_has_an_interval():
+    texts = [f"the word {i} is {i % 3}" for i in range(50)]
+    low, high = distinct_interval(texts, 1)
+    assert 0 < low < 0.2
+    assert 0 < high < 0.2
+    assert distinct_interval(["a b", "a b"], 2) == (0.0, 0.0)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, DLMError
 from eval.answers import Answer
 from eval.judge import Judge, JudgeConfig
 from eval.mt_bench import Prompt, compare, grade, outcome, read_grade, read_winner
@@ -130,7 +130,34 @@ def test_pairs_are_judged_both_ways(tmp_path):
         found = compare(QUESTIONS, OURS, theirs, judge(endpoint, tmp_path), PROMPTS)
         assert (found.wins, found.losses, found.ties, found.inconsistent) == (2, 1, 2, 1)
         assert found.win_rate == pytest.approx(0.6)
-        assert len(endpoint.seen) == 10
+        assert len(endpoint.seen) == 9  # one pair of answers is equal, and so are both orders
+        assert sorted(found.by_answer.values()) == [0.0, 0.5, 0.5, 1.0, 1.0]
+
+
+def test_the_turns_of_a_question_are_not_independent(tmp_path):
+    """Two turns with equal grades are one grade for the interval."""
+    questions = [Question(str(i), ("A?", "B?"), (), "writing") for i in range(12)]
+    answers = {(q.id, t): Answer(q.id, t, f"ok{1 + int(q.id) % 4}") for q in questions for t in (0, 1)}
+
+    def reply(body):
+        return f"[[{re.findall(r'ok(.)', body['messages'][1]['content'])[-1]}]]"
+
+    with serving(reply) as endpoint:
+        found = grade(questions, answers, judge(endpoint, tmp_path), PROMPTS)
+        assert found.overall["count"] == 12
+        assert found.overall["mean"] == 2.5
+
+
+def test_prompts_know_two_turns(tmp_path):
+    three = [Question("1", ("A?", "B?", "C?"), (), "writing")]
+    answers = {("1", t): Answer("1", t, "x") for t in range(3)}
+    with serving(lambda body: "[[1]]") as endpoint, pytest.raises(ConfigError, match="3 turns"):
+        grade(three, answers, judge(endpoint, tmp_path), PROMPTS)
+
+
+def test_no_verdict_at_all_is_an_error(tmp_path):
+    with serving(lambda body: "hm") as endpoint, pytest.raises(DLMError, match="5 malformed"):
+        grade(QUESTIONS, OURS, judge(endpoint, tmp_path), PROMPTS)
 
 
 def test_maths_need_references(tmp_path):

@@ -10,7 +10,7 @@ from eval.answers import Answer
 from eval.metrics import Instruments
 from eval.report import plots, tables
 from eval.report.report import find_runs
-from eval.run import Card, Results, finish, open_run
+from eval.run import Card, Results, Verdict, finish, open_run
 from eval.tasks import Question
 from tests.eval.endpoint import serving
 
@@ -96,9 +96,8 @@ class Page(HTMLParser):
 
 
 def test_a_report_is_one_page_and_markdown(runs, tmp_path, capsys):
-    (runs[0].folder / "geval_fluency.json").write_text(
-        json.dumps({"judge": "j", "mean": {"mean": 3.5}, "scores": {}})
-    )
+    verdict = Verdict("geval", "j", "fluency", "score", {"0/0": 3.0, "1/0": 4.0}, {"mean": {"mean": 3.5}})
+    verdict.save(runs[0].folder)
     curve = {"tiny": {name: [0.1, 0.2, 0.3] for name in ("frequent", "prompt", "end")}}
     (tmp_path / "ldw.json").write_text(json.dumps(curve))
     out = tmp_path / "report"
@@ -131,6 +130,7 @@ def test_a_report_is_one_page_and_markdown(runs, tmp_path, capsys):
 
 def test_order_is_natural_and_nothing_is_an_error(runs, tmp_path):
     assert [r.card.settings["steps"] for r in find_runs([str(tmp_path)])] == [8, 16, 16, 8, 16]
+    assert len(find_runs([str(tmp_path), str(tmp_path / "runs" / ".." / "runs")])) == 5
     with pytest.raises(DataError, match="no finished runs"):
         find_runs([str(tmp_path / "nothing")])
 
@@ -154,7 +154,16 @@ def test_judging_a_run_by_command(runs, tmp_path, capsys, monkeypatch):
         assert endpoint.seen == []
         assert main(words) == 0
         assert len(endpoint.seen) == 12
-    found = json.loads((runs[0].folder / "geval_fluency.json").read_text())
-    assert found["mean"]["mean"] == 4.0
-    assert found["judge"] == "j"
-    assert "mean" in capsys.readouterr().out
+    run = Results.load(runs[0].folder)
+    assert run.means["score"].mean == 4.0
+    assert (run.verdicts[0].judge, run.verdicts[0].against) == ("j", "fluency")
+    assert "malformed 0" in capsys.readouterr().out
+    (run.folder / "verdicts" / "x.json").write_text("{")
+    with pytest.raises(DataError, match="x.json"):
+        Results.load(run.folder)
+
+
+def test_two_judges_do_not_overwrite_each_other(runs):
+    for judge in ("a", "b"):
+        Verdict("alpaca_eval", judge, "refs", "win", {"0/0": 1.0}, {"win_rate": 50.0}).save(runs[0].folder)
+    assert [v.judge for v in Results.load(runs[0].folder).verdicts] == ["a", "b"]

@@ -26,6 +26,22 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert 0.88 <= hits / 200 <= 0.99
 
 
+def test_values_of_a_group_are_resampled_together():
+    values = np.random.default_rng(2).normal(0, 1, 200)
+    twice, groups = np.repeat(values, 2), [str(i) for i in range(200) for _ in (0, 1)]
+    alone, together = bootstrap(values), bootstrap(twice, groups)
+    assert together.count == 200
+    assert together.mean == pytest.approx(alone.mean)
+    assert together.high - together.low == pytest.approx(alone.high - alone.low, rel=0.1)
+    assert bootstrap(twice).high - bootstrap(twice).low < 0.8 * (alone.high - alone.low)
+
+
+def test_the_mean_counts_every_answer_and_the_interval_every_group():
+    found = bootstrap([1.0, 1.0, 4.0], ["a", "a", "b"])
+    assert found.mean == 2.0
+    assert (found.low, found.high, found.count) == (1.0, 4.0, 2)
+
+
 def test_missing_values_are_left_out_and_equal_seeds_agree():
     assert bootstrap([1.0, math.nan, 3.0]).count == 2
     assert bootstrap([1.0, 2.0, 5.0]) == bootstrap([1.0, 2.0, 5.0])

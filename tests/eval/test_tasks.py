@@ -1,9 +1,11 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from dlm.errors import ConfigError, DataError
-from eval.tasks import TASKS, load_questions, with_references
+from eval.mt_bench import load_references
+from eval.tasks import TASKS, load_questions
 
 ROWS = {
     "alpaca_eval": {"instruction": "Who?", "output": "Me.", "generator": "davinci", "dataset": "vicuna"},
@@ -57,9 +59,13 @@ def test_references_of_mt_bench(tmp_path):
     questions = load_questions("mt_bench", write(tmp_path, [ROWS["mt_bench"]]))
     answers = [{"question_id": 81, "choices": [{"index": 0, "turns": ["a", "b"]}]}]
     file = write(tmp_path, answers, "ref.jsonl")
-    assert with_references(questions, file)[0].reference == ("a", "b")
+    assert load_references(questions, file)[0].reference == ("a", "b")
+    assert load_references(questions) == questions  # none of them needs one
     with pytest.raises(DataError, match="row 0"):
-        with_references(questions, write(tmp_path, [{"question_id": 1}], "bad.jsonl"))
+        load_references(questions, write(tmp_path, [{"question_id": 1}], "bad.jsonl"))
+    maths = [replace(questions[0], category="math")]
+    with pytest.raises(DataError, match="give --references"):
+        load_references(maths)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +74,7 @@ def test_references_of_mt_bench(tmp_path):
         ([{"question": "x"}], "row 0: not a question"),
         ([ROWS["gsm8k"], {"question": "", "answer": "x"}], "row 1: a question must be"),
         ([ROWS["gsm8k"], ["a list"]], "row 1: not a question"),
+        ([], "no questions"),
     ],
 )
 def test_bad_rows_are_named(rows, message, tmp_path):
@@ -75,11 +82,18 @@ def test_bad_rows_are_named(rows, message, tmp_path):
         load_questions("gsm8k", write(tmp_path, rows))
 
 
+def test_tasks_that_are_checked_need_answers(tmp_path):
+    with pytest.raises(DataError, match="row 0: needs an answer"):
+        load_questions("rules", write(tmp_path, [{"instruction": "Count."}]))
+
+
 def test_other_mistakes(tmp_path):
     with pytest.raises(ConfigError, match="Did you mean 'gsm8k'"):
         load_questions("gsm8")
     with pytest.raises(ConfigError, match="needs --data"):
         load_questions("file")
+    with pytest.raises(DataError, match="not a question"):
+        load_questions("file", write(tmp_path, [{"turns": "hello"}]))
     with pytest.raises(DataError, match="no such file"):
         load_questions("wiki", str(tmp_path / "none.json"))
     with pytest.raises(DataError, match="same id"):
