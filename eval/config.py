@@ -34,7 +34,8 @@ class EvalConfig:
         seed: of the noise; equal for all decoders.
         eos_fill: once the end is written, everything to its right becomes the end token.
         batch_size: rows per model call, or requests at a time.
-        reader: autoregressive model (hub id, folder, .gguf) that says how likely answers are; empty for none.
+        reader: autoregressive model (hub id, folder, .gguf) that says how likely answers are; "base" for the
+            one that the model's training began with, where its records name one; empty for none.
         usual: rows (file or hub id, such as tatsu-lab/alpaca) whose answers say what perplexity is usual, for
             the inlier rate; by default the references of the task.
         usual_rows: how many of them are read, the last ones.
@@ -63,7 +64,7 @@ class EvalConfig:
     seed: int = 0
     eos_fill: bool = True
     batch_size: int = 8
-    reader: str = ""
+    reader: str = "base"
     usual: str = ""
     usual_rows: int = 500
     encoder: str = ""

@@ -116,10 +116,11 @@ class _Loaded:
         out = Instruments(log_prior=self._log_prior())
         if self.config.nelbo_draws:
             out.nelbo = self.nelbo(questions)
-        if self.config.reader:
-            from eval.fluency import Reader
+        from eval.fluency import Reader, base_of
 
-            out.reader = Reader(self.config.reader, self.config.device, self.dtype())
+        path = base_of(self.config.model) if self.config.reader == "base" else self.config.reader
+        if path:
+            out.reader = Reader(path, self.config.device, self.dtype())
             out.band = self._band(out.reader, questions)
         if self.config.encoder:
             from eval.relevance import Encoder

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,28 @@ class Reader:
             self.nats_per_token(talk, answer)
             for talk, answer in tqdm(pairs, total=len(answers), desc=label, unit="answer")
         ]
+
+
+def base_of(model: str) -> str:
+    """The autoregressive checkpoint that training began with, by the records of its runs (run.json).
+
+    Empty where there are no records, or what they name is not an autoregressive model that is still there.
+    """
+    from dlm.checkpoint import is_causal_lm
+
+    for _ in range(10):  # stages of training
+        file = Path(model) / "run.json"
+        if not file.is_file():
+            break
+        try:
+            model = str(json.loads(file.read_text(encoding="utf-8"))["config"]["model"]["init"])
+        except (ValueError, KeyError, TypeError):
+            return ""
+    else:
+        return ""
+    if model.endswith(".gguf"):
+        return model if Path(model).is_file() else ""
+    return model if Path(model).is_dir() and is_causal_lm(model) else ""
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """Measures against values worked out by hand, or by another way of computing them."""
 
 import itertools
+import json
 import math
 
 import pytest
 import torch
 
 from eval.answers import Answer
-from eval.fluency import Band, Reader
+from eval.fluency import Band, Reader, base_of
 from eval.metrics import Instruments, basic, by_question, distinct, distinct_interval, measure, summary
 from eval.nelbo import nelbo
 from eval.tasks import Question
@@ -136,6 +137,21 @@ def test_perplexity_is_the_chain_rule(causal, tokenizer):
     assert math.isnan(reader.nats_per_token(talk, " "))
     long = reader.read([talk, talk], ["1 2 3 " * 200, "1"])
     assert all(math.isfinite(x) for x in long)
+
+
+def test_the_base_is_found_by_the_records_of_training(causal, tmp_path):
+    def run(name, init):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"config": {"model": {"init": str(init)}}}))
+        return tmp_path / name
+
+    sft = run("sft", causal)
+    assert base_of(str(run("r2ft", sft))) == base_of(str(sft)) == str(causal)
+    assert base_of(str(run("scratch", "scratch"))) == ""
+    assert base_of(str(run("lost", tmp_path / "gone.gguf"))) == ""
+    (sft / "run.json").write_text("{")
+    assert base_of(str(sft)) == ""
+    assert base_of("some/hub-id") == ""
 
 
 def test_the_nelbo_is_the_mean_over_orders_of_unmasking():
