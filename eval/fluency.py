@@ -72,6 +72,8 @@ def base_of(model: str) -> str:
     """
     from dlm.checkpoint import is_causal_lm
 
+    if not model:
+        return ""
     for _ in range(10):  # stages of training
         file = Path(model) / "run.json"
         if not file.is_file():

@@ -150,6 +150,39 @@ def test_other_settings_do_not_mix_with_what_is_there(checkpoint, questions_file
         evaluate(config(checkpoint, questions_file, tmp_path, limit=2))
 
 
+def test_an_endpoint_is_evaluated_graded_and_compared_by_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    data, prompts = tmp_path / "q.jsonl", tmp_path / "p.jsonl"
+    rows = [{"question_id": i, "category": "writing", "turns": ["Write.", "Again."]} for i in (81, 82)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    single = {"system_prompt": "s", "prompt_template": "{question} {answer}"}
+    both = {"system_prompt": "s", "prompt_template": "{question_2} {answer_2}"}
+    pair = {"system_prompt": "p", "prompt_template": "{question} {answer_a} {answer_b}"}
+    pairs = {"system_prompt": "p", "prompt_template": "{question_1} {answer_a_2} {answer_b_2}"}
+    named = {"single-v1": single, "single-v1-multi-turn": both, "pair-v2": pair, "pair-v2-multi-turn": pairs}
+    prompts.write_text("".join(json.dumps({"name": k, **v}) + "\n" for k, v in named.items()))
+
+    def reply(body):
+        asks = {"s": "Rating: [[6]]", "p": "[[A]]"}
+        return asks.get(body["messages"][0]["content"], f"I am {body['model']}")
+
+    with serving(reply) as endpoint:
+        for name in ("one", "two"):
+            words = ["eval", "mt_bench", "--endpoint", endpoint.url, "--endpoint_model", name]
+            assert main([*words, "--data", str(data), "--output", str(tmp_path / "runs")]) == 0
+        folders = sorted(str(file.parent) for file in (tmp_path / "runs").rglob("run.json"))
+        common = ["--data", str(data), "--prompts", str(prompts), "--judge.url", endpoint.url]
+        common += ["--judge.model", "j", "--judge.cache", str(tmp_path / "cache")]
+        assert main(["eval", "judge", *folders, "--method", "mt_bench", *common]) == 0
+        assert main(["eval", "judge", *folders, "--method", "mt_bench_pairs", *common]) == 0
+    assert "inconsistent 4" in capsys.readouterr().out
+    first, second = (Results.load(Path(folder)) for folder in folders)
+    assert first.means["grade"].mean == 6.0
+    assert first.answers["82", 1].text == "I am one"
+    assert second.means["win"].mean == 0.5
+    assert [verdict.method for verdict in second.verdicts] == ["mt_bench", "mt_bench_pairs"]
+
+
 def test_answers_stay_with_their_questions(checkpoint, questions_file, tmp_path):
     (run,) = evaluate(config(checkpoint, questions_file, tmp_path, limit=2))
     rows = json.loads(questions_file.read_text())
