@@ -49,15 +49,7 @@ def load_model(
         ConfigError: for an unknown `dtype`.
     """
     path = str(path)
-    if dtype not in ("auto", "fastest", *DTYPES):
-        raise unknown_name("dtype", dtype, ["auto", "fastest", *DTYPES])
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "fastest" and device == "cpu" and computes_bfloat16():
-        dtype = "bfloat16"
-    if dtype not in DTYPES:
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    torch_dtype = DTYPES[dtype]
+    device, torch_dtype = place(device, dtype)
     if is_causal_lm(path):
         logger.warning(
             "%s is an autoregressive model: made bidirectional, not yet trained to fill masks", path
@@ -69,6 +61,23 @@ def load_model(
         model, tokenizer = _load_diffusion(path, torch_dtype)
     model.set_attn_implementation(attn_implementation or _attention_for(device, torch_dtype))
     return model.to(device).eval(), tokenizer
+
+
+def place(device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype]:
+    """Where a model goes and in which type, from what `load_model` is told.
+
+    Raises:
+        ConfigError: for an unknown `dtype`.
+    """
+    if dtype not in ("auto", "fastest", *DTYPES):
+        raise unknown_name("dtype", dtype, ["auto", "fastest", *DTYPES])
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "fastest" and device == "cpu" and computes_bfloat16():
+        dtype = "bfloat16"
+    if dtype not in DTYPES:
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    return device, DTYPES[dtype]
 
 
 def computes_bfloat16() -> bool:

@@ -84,32 +84,20 @@ class _Loaded:
             self._sampler = Sampler(*load_model(self.config.model, self.config.device, self.config.dtype))
         return self._sampler
 
+    @property
+    def place(self) -> tuple[str, Any]:
+        """Device and type of weights."""
+        from dlm.checkpoint import place
+
+        return place(self.config.device, self.config.dtype)
+
     def causal(self) -> tuple[Any, Any]:
         """The autoregressive system, and its tokenizer."""
         from dlm.backbone import load_causal_lm
 
-        model, tokenizer = load_causal_lm(self.config.autoregressive, self.dtype())
-        return model.to(self.device()).eval(), tokenizer
-
-    def device(self) -> str:
-        """Where models run."""
-        import torch
-
-        return (
-            ("cuda" if torch.cuda.is_available() else "cpu")
-            if self.config.device == "auto"
-            else self.config.device
-        )
-
-    def dtype(self) -> Any:
-        """The type of the weights of autoregressive models."""
-        import torch
-
-        from dlm.checkpoint import DTYPES, computes_bfloat16
-
-        if self.config.dtype in DTYPES:
-            return DTYPES[self.config.dtype]
-        return torch.bfloat16 if self.device() != "cpu" or computes_bfloat16() else torch.float32
+        device, dtype = self.place
+        model, tokenizer = load_causal_lm(self.config.autoregressive, dtype)
+        return model.to(device).eval(), tokenizer
 
     def instruments(self, questions: list[Question]) -> Instruments:
         """What measures the answers."""
@@ -120,12 +108,12 @@ class _Loaded:
 
         path = base_of(self.config.model) if self.config.reader == "base" else self.config.reader
         if path:
-            out.reader = Reader(path, self.config.device, self.dtype())
+            out.reader = Reader(path, *self.place)
             out.band = self._band(out.reader, questions)
         if self.config.encoder:
             from eval.relevance import Encoder
 
-            out.encoder = Encoder(self.config.encoder, self.device())
+            out.encoder = Encoder(self.config.encoder, self.place[0])
         return out
 
     def _band(self, reader: Any, questions: list[Question]) -> Any:
@@ -204,7 +192,7 @@ def _contestants(config: EvalConfig, loaded: _Loaded) -> Iterator[Contestant]:
         return
     card = Card(
         **common, fingerprint=fingerprint(config.where), label="autoregressive", decoder="",
-        settings={**settings, "top_p": 0.95, "dtype": str(loaded.dtype())},
+        settings={**settings, "top_p": 0.95, "dtype": str(loaded.place[1])},
     )  # fmt: skip
     yield Contestant(card, lambda: Autoregressive(*loaded.causal(), limit, 0.95, config.seed))
 

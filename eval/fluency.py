@@ -21,14 +21,13 @@ class Reader:
 
     Args:
         path: hub id, folder or .gguf file of a causal language model.
-        device: "cpu", "cuda", or "auto" for a GPU if there is one.
+        device: where it runs.
         dtype: of the weights.
     """
 
-    def __init__(self, path: str, device: str = "auto", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         from dlm.backbone import load_causal_lm
 
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.model: Any
         self.model, self.tokenizer = load_causal_lm(path, dtype)
         self.model.to(device).eval()
