@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from dlm.errors import ConfigError, DLMError
+from dlm.errors import DLMError
 from dlm.tokenizer import Message
+from eval.config import JudgeConfig
 from eval.formats import write_json
 from eval.systems import asked, client
 
@@ -29,43 +30,6 @@ CHARACTERS = 4
 
 PAUSES = (1.0, 4.0)
 """Seconds before a reply that is none is asked for again (429, 5xx and timeouts have their own pauses)."""
-
-
-@dataclass(frozen=True)
-class JudgeConfig:
-    """Who judges.
-
-    Args:
-        url: base URL of an OpenAI-compatible endpoint; empty for OpenAI's. The key is OPENAI_API_KEY in the
-            environment, and is written nowhere.
-        model: name of the judge there.
-        concurrency: requests under way at a time.
-        timeout: seconds to wait for a reply.
-        retries: times to try again, ever later, after 429, 5xx and timeouts.
-        cache: folder of replies; empty for the user's cache folder.
-        price_in: dollars per million tokens read, for the estimate.
-        price_out: dollars per million tokens written.
-        dry_run: say what would be asked and what it would cost, and ask nothing.
-    """
-
-    url: str = ""
-    model: str = ""
-    concurrency: int = 8
-    timeout: float = 120.0
-    retries: int = 6
-    cache: str = ""
-    price_in: float = 0.0
-    price_out: float = 0.0
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        if not self.model:
-            raise ConfigError("--judge.model is missing: the name of the judge at its endpoint")
-        if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0:
-            raise ConfigError("concurrency must be at least 1, retries 0, and timeout above 0")
-        if self.price_in < 0 or self.price_out < 0:
-            raise ConfigError("prices must not be negative")
 
 
 @dataclass(frozen=True)

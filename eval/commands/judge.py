@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from dlm.cli import Command
 from dlm.errors import ConfigError, unknown_name
-from eval.judge import Judge, JudgeConfig
+from eval.config import JudgeConfig
 
 if TYPE_CHECKING:
+    from eval.judge import Judge
     from eval.run import Results, Verdict
     from eval.tasks import Question
 
@@ -56,7 +57,7 @@ class JudgeCommandConfig:
 
 def run(config: JudgeCommandConfig) -> int:
     """Judge run after run; what was judged before comes from the cache."""
-    from eval.judge import DryRunError
+    from eval.judge import DryRunError, Judge
     from eval.run import Results
 
     judge, estimates = Judge(config.judge), []

@@ -10,7 +10,8 @@ import pytest
 
 from dlm.errors import ConfigError, DLMError
 from eval.alpaca import length_only, win_rate
-from eval.judge import Judge, JudgeConfig
+from eval.config import JudgeConfig
+from eval.judge import Judge
 from tests.eval.endpoint import serving
 
 pytest.importorskip("alpaca_eval")

@@ -4,8 +4,9 @@ import pytest
 
 from dlm.errors import ConfigError, DLMError
 from eval.answers import Answer
+from eval.config import JudgeConfig
 from eval.geval import expected_score, score
-from eval.judge import Judge, JudgeConfig
+from eval.judge import Judge
 from eval.tasks import Question
 from tests.eval.endpoint import serving
 

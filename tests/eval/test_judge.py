@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from dlm.errors import ConfigError, DLMError
-from eval.judge import DryRunError, Judge, JudgeConfig, Request, Tally
+from eval.config import JudgeConfig
+from eval.judge import DryRunError, Judge, Request, Tally
 from tests.eval.endpoint import serving
 
 
@@ -137,7 +138,8 @@ def test_the_arguments_of_a_function_are_an_answer(tmp_path):
 
 SCRIPT = """
 import sys
-from eval.judge import Judge, JudgeConfig, Request
+from eval.config import JudgeConfig
+from eval.judge import Judge, Request
 requests = [Request([{"role": "user", "content": str(i)}], {"max_tokens": 8}) for i in range(30)]
 Judge(JudgeConfig(sys.argv[1], "judge", concurrency=2, cache=sys.argv[2])).ask(requests)
 """

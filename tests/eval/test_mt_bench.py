@@ -6,7 +6,8 @@ import pytest
 
 from dlm.errors import ConfigError, DLMError
 from eval.answers import Answer
-from eval.judge import Judge, JudgeConfig
+from eval.config import JudgeConfig
+from eval.judge import Judge
 from eval.mt_bench import Prompt, compare, grade, outcome, read_grade, read_winner
 from eval.tasks import Question
 from tests.eval.endpoint import serving
