@@ -44,14 +44,14 @@ def size(run: Results) -> float:
 
 
 def _series(run: Results, without: Sequence[str]) -> str:
-    """What a line is called: the system and the decoder, and the settings that it does not run over."""
+    """What a line is called: the decoder, and the settings that it does not run over."""
     settings = {
         k: v for k, v in run.card.settings.items()
         if k not in (*without, *_COMMON) and isinstance(v, int | float)
     }  # fmt: skip
     words = {"kernel_size": "K", "block_size": "B", "steps": "S"}
     parts = [run.card.decoder or run.card.label] + [f"{words.get(k, k)}={v:g}" for k, v in settings.items()]
-    return ", ".join(part for part in (run.card.system, *parts) if part)
+    return ", ".join(part for part in parts if part)
 
 
 def quality(
@@ -60,35 +60,70 @@ def quality(
     label: str = "model calls per answer",
     without: Sequence[str] = ("steps", "rate"),
 ) -> Any:
-    """A panel for each measure over what `across` says, a line for each decoder, with 95 % intervals.
+    """Measures over what `across` says, a line for each decoder, with 95 % intervals.
+
+    Systems that were measured at several points have a row of panels each, with equal axes; the others are
+    level lines in all of them.
 
     Returns:
         A matplotlib figure, or None where nothing varies.
-    """  # fmt: skip
+    """
     from matplotlib.figure import Figure
 
-    lines: dict[str, list[Results]] = defaultdict(list)
-    for run in runs:
-        if not math.isnan(across(run)):
-            lines[_series(run, without)].append(run)
+    known = [run for run in runs if not math.isnan(across(run))]
+    points: dict[str, set[float]] = defaultdict(set)
+    for run in known:
+        points[run.card.system].add(across(run))
+    systems = [system for system in points if len(points[system]) > 1]
     names = [name for name in SHOWN if len({run.means[name].mean for run in runs if name in run.means}) > 1]
-    if not names or len({across(run) for some in lines.values() for run in some}) < 2:
+    if not names or not systems:
         return None
-    across_panels = min(3, len(names))
-    down = math.ceil(len(names) / across_panels)
-    legend = 0.22 * math.ceil(len(lines) / 3) + 0.2
-    figure = Figure(figsize=(3.5 * across_panels, 2.7 * down + legend), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(down, across_panels, squeeze=False)).ravel()
-    for panel, name in zip(panels, names, strict=False):
-        for (series, some), look in zip(sorted(lines.items()), _looks(), strict=False):
-            _line(panel, sorted(some, key=across), across, name, series, look)
+    panels = [(system, name) for system in systems for name in names]
+    columns = len(names) if len(systems) > 1 else min(3, len(names))
+    lines = [_lines([run for run in known if run.card.system == system], without) for system in systems]
+    looks = dict(zip(sorted({series for some in lines for series in some}), _looks(), strict=False))
+    levels = [run for run in known if run.card.system not in systems]
+    down = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.1 * columns + 0.4, 2.5 * down + 0.6), layout="constrained")
+    share: Any = "col" if len(systems) > 1 else "none"
+    axes = figure.subplots(down, columns, squeeze=False, sharex=share, sharey=share).ravel()
+    for panel, (system, name) in zip(axes, panels, strict=False):
+        for series, some in lines[systems.index(system)].items():
+            _line(panel, sorted(some, key=across), across, name, series, looks[series])
+        for run in levels:
+            _level(panel, run, name)
+    for panel, (system, name) in zip(axes, panels, strict=False):
         _dress(panel, name, label)
-    for panel in panels[len(names) :]:
+        if len(systems) > 1 and name == names[0]:
+            panel.set_ylabel(system, fontsize=10, fontweight="bold")
+    for panel in axes[len(panels) :]:
         panel.set_axis_off()
+    shown: dict[str, Any] = {}
+    for panel in axes[: len(panels)]:
+        handles, labels = panel.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
     figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
-    )
+        shown.values(), shown, loc="outside lower center", ncols=min(len(shown), 2 * columns), frameon=False,
+        fontsize=8,
+    )  # fmt: skip
     return figure
+
+
+def _lines(runs: Sequence[Results], without: Sequence[str]) -> dict[str, list[Results]]:
+    """The runs of each line, by its name."""
+    found: dict[str, list[Results]] = defaultdict(list)
+    for run in runs:
+        found[_series(run, without)].append(run)
+    return dict(sorted(found.items()))
+
+
+def _level(panel: Any, run: Results, name: str) -> None:
+    """A system that has one point only."""
+    if name in run.means:
+        scale = 100 if MEASURES[name].percent else 1
+        panel.axhline(
+            scale * run.means[name].mean, color=GREY, linewidth=1, linestyle=":", label=run.card.name
+        )
 
 
 def _looks() -> Any:
@@ -167,7 +202,10 @@ def revealed(runs: Sequence[Results], positions: int = 64, most: int = 6) -> Any
 
 
 def reveal_shares(run: Results, positions: int, most: int = 16) -> np.ndarray:
-    """[positions, ≤ most] share of the tokens at a place that appeared in a part of the steps; sums to 1."""
+    """[positions, ≤ most] share of the tokens at a place that appeared in a part of the steps; sums to 1.
+
+    NaN at places that fewer than a tenth of the answers reach.
+    """
     bins = min(most, max((answer.steps for answer in run.answers.values()), default=1) or most)
     counts = np.zeros((positions, bins))
     for answer in run.answers.values():
@@ -176,7 +214,7 @@ def reveal_shares(run: Results, positions: int, most: int = 16) -> np.ndarray:
             if step >= 0:
                 counts[place, min(int(bins * step / (last + 1)), bins - 1)] += 1
     total = counts.sum(1, keepdims=True)
-    return counts / np.where(total > 0, total, 1)
+    return np.where(total >= max(1, len(run.answers) / 10), counts / np.maximum(total, 1), np.nan)
 
 
 def ldw(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Any:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -65,19 +66,30 @@ def test_a_line_goes_over_calls_or_over_sizes(runs):
     figure = plots.quality(runs)
     (panel,) = [p for p in figure.axes if p.get_title(loc="left").startswith("right")]
     drawn = {line.get_label(): line.lines[0].get_xydata() for line in panel.containers}
-    assert set(drawn) == {"tiny, conv, K=9", "tiny, conv, K=17", "tiny, top-k"}
-    assert drawn["tiny, conv, K=9"].tolist() == [[7.0, 50.0], [15.0, 75.0]]
+    assert set(drawn) == {"conv, K=9", "conv, K=17", "top-k"}
+    assert drawn["conv, K=9"].tolist() == [[7.0, 50.0], [15.0, 75.0]]
     sizes = plots.quality(runs, plots.size, "size", ("kernel_size", "block_size"))
     lines = {line.get_label(): line.lines[0].get_xydata() for line in sizes.axes[0].containers}
-    assert lines["tiny, conv, S=16"][:, 0].tolist() == [9.0, 17.0]
+    assert lines["conv, S=16"][:, 0].tolist() == [9.0, 17.0]
     assert plots.quality(runs[:1]) is None
+
+
+def test_systems_have_rows_of_their_own_and_single_points_are_levels(runs, tmp_path):
+    both = [*runs, *(replace(r, card=replace(r.card, system="other")) for r in runs)]
+    alone = replace(runs[0], card=replace(runs[0].card, system="alone", label="ar"))
+    figure = plots.quality([*both, alone])
+    assert [panel.get_ylabel() for panel in figure.axes] == ["tiny", "other"]
+    assert all(len(panel.containers) == 3 for panel in figure.axes)
+    assert [line.get_label() for line in figure.axes[0].get_lines() if line.get_linestyle() == ":"][
+        -1
+    ] == "alone, ar"
 
 
 def test_when_places_get_their_token(runs):
     shares = plots.reveal_shares(runs[0], 6)
     assert shares.shape == (6, 8)
     np.testing.assert_array_equal(shares[:4].argmax(1), [0, 1, 2, 7])
-    np.testing.assert_array_equal(shares.sum(1), [1, 1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(shares.sum(1), [1, 1, 1, 1, np.nan, np.nan])
 
 
 class Page(HTMLParser):
