@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -234,12 +235,13 @@ def ldw(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Any:
     panels = figure.subplots(1, 3, squeeze=False).ravel()
     for panel, (field, title) in zip(panels, titles.items(), strict=True):
         for (name, curve), (colour, _, line) in zip(curves.items(), LOOKS, strict=False):
-            panel.plot(curve[field], color=colour, linestyle=line, linewidth=1.3, label=name)
+            panel.plot(curve[field], color=colour, linestyle=line, linewidth=1.3, label=Path(name).name)
         panel.set_title(f"probability {title}", fontsize=9, loc="left")
         panel.set_xlabel("distance from the prompt, tokens", fontsize=8)
         panel.set_ylim(bottom=0)
         panel.tick_params(labelsize=8)
         plain(panel)
-    for panel in panels[1:]:
         panel.get_legend().remove()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure

@@ -158,10 +158,10 @@ def _markdown(title: str, lead: str, parts: Sequence[Part], side: Sequence[Any])
     lines = [f"# {title}", "", lead, ""]
     for part in parts:
         lines += [f"## {part.title}", ""]
-        for table in part.tables:
-            lines += [f"**{table.title}**", "", table.markdown(), ""]
         for plot in part.plots:
             lines += [f"![{plot.caption}]({plot.name}.svg)", "", plot.caption, ""]
+        for table in part.tables:
+            lines += [f"**{table.title}**", "", table.markdown(), ""]
     for task, names, rows in side:
         lines += [f"## Answers: {task}", ""]
         for row in rows:

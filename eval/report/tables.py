@@ -72,7 +72,7 @@ def quality(runs: Sequence[Results]) -> Table:
         [
             run.card.name,
             *(_cell(name, run.means.get(name)) for name in names),
-            f"{run.whole['distinct_2']:.3f}",
+            _distinct(run, 2),
         ]
         for run in runs
     ]
@@ -80,7 +80,7 @@ def quality(runs: Sequence[Results]) -> Table:
 
 
 def _distinct(run: Results, n: int) -> str:
-    value, around = run.whole[f"distinct_{n}"], run.whole[f"distinct_{n}_around"]
+    value, around = (run.whole.get(name, math.nan) for name in (f"distinct_{n}", f"distinct_{n}_around"))
     return "–" if math.isnan(value) else f"{value:.3f} ± {around:.3f}"
 
 
@@ -138,7 +138,7 @@ def paired(runs: Sequence[Results], name: str) -> Table:
                 difference, p = paired_test([before[key] for key in keys], [after[key] for key in keys])
                 shown = measure.show(difference)
                 shown = shown if shown.startswith(("-", "–")) else f"+{shown}"
-                rows.append([run.card.name, first.card.name, shown, f"{p:.3f}"])
+                rows.append([run.card.name, first.card.name, shown, "< 0.001" if p < 0.001 else f"{p:.3f}"])
     return Table(f"{measure.title}: differences", ["", "against", "difference", "p"], rows)
 
 
