@@ -96,7 +96,7 @@ class Judge:
 
         Raises:
             DryRunError: with an estimate, where only that is wanted.
-            DLMError: when the endpoint refuses for good (wrong key, unknown model, bad request).
+            DLMError: when the endpoint refuses for good (wrong key, unknown model), or answers nothing.
         """
         if self.config.dry_run:
             raise DryRunError(self.estimate(requests))

@@ -4,9 +4,9 @@
                         answers.jsonl        one line per answer
                         part-<i>.jsonl       answers of process i, until they are merged
                         model_outputs.json   the same for AlpacaEval's tools
-                        model_answer.jsonl   the same for MT-Bench's
-                        metrics.json         measures of every answer, means and intervals
-                        <judge>.json         verdicts of a judge
+                        model_answer/        the same for MT-Bench's
+                        metrics.json         measures of every answer
+                        verdicts/            what judges said
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +140,9 @@ def load_verdicts(folder: Path) -> list[Verdict]:
     found = []
     for file in sorted((folder / "verdicts").glob("*.json")):
         try:
-            found.append(Verdict(**json.loads(file.read_text(encoding="utf-8"))))
-        except (ValueError, TypeError) as error:
+            verdict = Verdict(**json.loads(file.read_text(encoding="utf-8")))
+            found.append(replace(verdict, by_answer=_numbers(verdict.by_answer)))
+        except (ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{file}: not a verdict of `dlm eval judge` ({error})") from error
     return found
 

@@ -84,6 +84,14 @@ def chances(name, row, p, step):
     return out
 
 
+def finished(row, p, generator):
+    """Every position that is still masked gets its token."""
+    for i in range(LENGTH):
+        if row[i] == MASK:
+            row[i] = int(torch.multinomial(p[i], 1, generator=generator))
+    return fill(row)
+
+
 def slow(name, top_k, eos_bias):
     """Texts [TRIALS, L] by the definition; the row is filled to its end in any case."""
     generator = torch.Generator().manual_seed(SEED)
@@ -99,11 +107,7 @@ def slow(name, top_k, eos_bias):
                 if torch.rand((), generator=generator) < chance:
                     new[i] = int(torch.multinomial(p[i], 1, generator=generator))
             row = fill(new)
-        p = best(model, row, top_k, cache)
-        for i in range(LENGTH):
-            if row[i] == MASK:
-                row[i] = int(torch.multinomial(p[i], 1, generator=generator))
-        texts.append(fill(row))
+        texts.append(finished(row, best(model, row, top_k, cache), generator))
     return torch.stack(texts)
 
 
@@ -192,11 +196,7 @@ def slow_remdm(top_k, eos_bias, on=0.8, eta=0.3):
                 if looping and row[i] != MASK and coin(eta):
                     new[i] = MASK
             row = fill(new)
-        p = best(model, row, top_k, cache)
-        for i in range(LENGTH):
-            if row[i] == MASK:
-                row[i] = int(torch.multinomial(p[i], 1, generator=generator))
-        texts.append(fill(row))
+        texts.append(finished(row, best(model, row, top_k, cache), generator))
     return torch.stack(texts)
 
 

@@ -175,6 +175,16 @@ def test_judging_a_run_by_command(runs, tmp_path, capsys, monkeypatch):
         Results.load(run.folder)
 
 
+def test_answers_without_a_verdict_are_left_out_of_its_mean(runs):
+    for run in runs[:2]:
+        verdict = {"0/0": 1.0, "1/0": float("nan"), "2/0": 0.0}
+        Verdict("alpaca_eval", "j", "refs", "win", verdict, {"win_rate": 50.0}).save(run.folder)
+    loaded = [Results.load(run.folder) for run in runs[:2]]
+    assert (loaded[0].means["win"].mean, loaded[0].means["win"].count) == (0.5, 2)
+    first = replace(loaded[1], card=replace(loaded[1].card, label=loaded[0].card.label, system="other"))
+    assert tables.paired([loaded[0], first], "win").rows[0][2] == "+0.0 %"
+
+
 def test_two_judges_do_not_overwrite_each_other(runs):
     for judge in ("a", "b"):
         Verdict("alpaca_eval", judge, "refs", "win", {"0/0": 1.0}, {"win_rate": 50.0}).save(runs[0].folder)
