@@ -8,6 +8,7 @@ This is `lm_eval` itself, with the model class registered under the name "dlm".
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -78,21 +79,28 @@ class DLM(LM):  # type: ignore[misc]
         self.how = Variant(name, options, pace).how(seed=int(number(str(seed), "seed")))
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answer each context until one of its stop texts; the model's template stands around it."""
-        out = []
-        size: dict[str, Any]
-        for request in tqdm(requests, disable=disable_tqdm, desc="generate_until"):
-            context, options = request.args
-            until = options.get("until") or []
-            stops = [text for text in ([until] if isinstance(until, str) else until) if text]
-            if self.steps:
-                size = {"window": self.window or None, "steps": self.steps}
-            else:
-                size = {"max_tokens": int(options.get("max_gen_toks", self.limit))}
-            context = self._fitting(context)
-            (answer,) = self.sampler.generate([context], stop=stops or None, **size, **self.how)
-            out.append(answer.text)
+        """Answer each context until one of its stop texts; the model's template stands around it.
+
+        Neighbours that ask for the same, as those of a task do, share the model calls.
+        """
+        out: list[str] = []
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
+            for (stops, size), some in itertools.groupby(requests, self._asked_for):
+                contexts = [self._fitting(request.args[0]) for request in some]
+                how = {**dict(size), **self.how, "stop": stops or None, "batch_size": self.rows}
+                for answer in self.sampler.iter_generate(contexts, **how):
+                    out.append(answer.text)
+                    bar.update()
         return out
+
+    def _asked_for(self, request: Instance) -> tuple[tuple[str, ...], tuple[tuple[str, int | None], ...]]:
+        """The stop texts and the size that a request asks for."""
+        options = request.args[1]
+        until = options.get("until") or []
+        stops = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
+        if self.steps:
+            return stops, (("window", self.window or None), ("steps", self.steps))
+        return stops, (("max_tokens", int(options.get("max_gen_toks", self.limit))),)
 
     def _fitting(self, context: str) -> str:
         """The context, cut from the left where a window or the model would have no room for an answer."""
@@ -139,13 +147,18 @@ class DLM(LM):  # type: ignore[misc]
         return best == continuation
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """-NELBO of whole texts."""
+        """-NELBO of whole texts; those that are longer than the model's positions, in pieces."""
         del disable_tqdm
         from eval.nelbo import nelbo
 
-        eos = int(self.model.config.eos_token_id)
-        rows = [([eos], self.sampler.rows.text(request.args[0])) for request in requests]
-        return [-bound for bound in nelbo(self.model, rows, self.draws, self.rows)]
+        eos, room = [int(self.model.config.eos_token_id)], self.sampler.planner.limit - 1
+        texts = [self.sampler.rows.text(request.args[0]) for request in requests]
+        pieces = [(i, ids[at : at + room]) for i, ids in enumerate(texts) for at in range(0, len(ids), room)]
+        total = [0.0] * len(texts)
+        bounds = nelbo(self.model, [(eos, ids) for _, ids in pieces], self.draws, self.rows)
+        for (i, _), bound in zip(pieces, bounds, strict=True):
+            total[i] -= bound
+        return total
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True

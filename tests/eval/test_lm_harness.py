@@ -71,8 +71,22 @@ def test_likelihoods_are_the_nelbo(dlm):
     before, whole = text("Count from 1 to 3:"), text("Count from 1 to 3: 1 2 3")
     assert value == pytest.approx(-nelbo(dlm.model, [(before, whole[len(before) :])], 4)[0])
     assert greedy in (True, False)
-    (rolling,) = dlm.loglikelihood_rolling([instance("loglikelihood_rolling", "1 2 3")])
-    assert rolling < 0
+    whole, twice = dlm.loglikelihood_rolling(
+        [instance("loglikelihood_rolling", text) for text in ("1 2 3", "Count from 1. " * 400)]
+    )
+    eos = dlm.model.config.eos_token_id
+    assert whole == pytest.approx(-nelbo(dlm.model, [([eos], text("1 2 3"))], 4)[0], rel=1e-4)
+    assert len(text("Count from 1. " * 400)) > dlm.sampler.planner.limit
+    assert twice < whole
+
+
+def test_requests_that_ask_for_the_same_share_the_model_calls(dlm):
+    asks = [("Count from 1.", 12), ("Count from 2.", 12), ("Count from 3.", 6), ("Count from 1.", 12)]
+    requests = [instance("generate_until", text, {"until": "x", "max_gen_toks": n}) for text, n in asks]
+    texts = dlm.generate_until(requests, disable_tqdm=True)
+    alone = [dlm.generate_until([request], disable_tqdm=True)[0] for request in requests]
+    assert texts == alone
+    assert texts[0] == texts[3]
 
 
 def test_conversations_of_one_turn(dlm):
