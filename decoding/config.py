@@ -13,14 +13,14 @@ class LoadConfig:
     """Which model, where, and how its calls are made.
 
     Args:
-        model: folder or hub id of a checkpoint.
+        model: folder or hub id of a checkpoint; "default" or "default-sft" (before R2FT) come along.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
         dtype: "float32", "bfloat16", "float16", or "fastest": bfloat16 where the machine computes in it.
         accelerate: "compile" compiles the model with torch.compile (minutes, once), "graphs" records its
             calls as CUDA graphs; empty for neither.
     """
 
-    model: str = ""
+    model: str = "default"
     device: str = "auto"
     dtype: str = "fastest"
     accelerate: str = ""
@@ -29,7 +29,7 @@ class LoadConfig:
         """Check that there is a model."""
         if not self.model:
             raise ConfigError(
-                "--model is missing: the folder or hub id of a checkpoint (dlm train makes one)"
+                "--model must name the folder or hub id of a checkpoint (dlm train makes one), or default"
             )
         if self.accelerate not in ("", "compile", "graphs"):
             raise unknown_name("accelerate", self.accelerate, ("compile", "graphs"))

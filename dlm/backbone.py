@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from dlm.config import FAMILIES, MaskedDiffusionConfig
 from dlm.errors import CheckpointError, ConfigError
 from dlm.model import MaskedDiffusionModel
+from dlm.pretrained.names import located
 from dlm.tokenizer import prepare_tokenizer
 
 
@@ -67,7 +68,7 @@ def from_causal_lm(
     mean of the others (arXiv 2410.17891).
 
     Args:
-        path: hub id, folder, or `.gguf` file of a Llama, Qwen2 or Qwen3 model.
+        path: hub id, folder, or `.gguf` file of a Llama, Qwen2 or Qwen3 model; or "smollm2-135m-instruct".
         template: name of the chat template to record, or "model" for the checkpoint's own.
         shift: whether the state at i-1 keeps predicting token i.
         dtype: type of the weights.
@@ -93,7 +94,7 @@ def load_causal_lm(
     Raises:
         CheckpointError: when the checkpoint cannot be read or is of another family.
     """
-    where = _location(path)
+    where = _location(located(path))
     try:
         config = AutoConfig.from_pretrained(**where)
         if families is not None and config.model_type not in families:

@@ -16,6 +16,7 @@ from dlm.backbone import from_causal_lm
 from dlm.config import FAMILIES, MaskedDiffusionConfig
 from dlm.errors import CheckpointError, unknown_name
 from dlm.model import MaskedDiffusionModel
+from dlm.pretrained.names import NAMES, located
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,9 @@ def load_model(
     """Load a masked diffusion model for inference or further training.
 
     Args:
-        path: folder or hub id of a checkpoint of this toolkit, or folder of an adapter; also a causal LM
-            (folder, hub id or `.gguf` file), which is made bidirectional and has then still to be trained.
+        path: "default" or "default-sft", the model that comes with the package, after and before R2FT; folder
+            or hub id of a checkpoint of this toolkit, or folder of an adapter; also a causal LM (folder, hub
+            id or `.gguf` file), which is made bidirectional and has then still to be trained.
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
         dtype: "float32", "bfloat16", "float16"; "auto": bfloat16 on a GPU, float32 on a CPU; or "fastest":
             bfloat16 also on a CPU that computes in it.
@@ -48,7 +50,7 @@ def load_model(
             missing, or the model family is not supported.
         ConfigError: for an unknown `dtype`.
     """
-    path = str(path)
+    path = located(path)
     device, torch_dtype = place(device, dtype)
     if is_causal_lm(path):
         logger.warning(
@@ -101,6 +103,7 @@ def _attention_for(device: str, dtype: torch.dtype) -> str:
 
 def model_type(path: str) -> str:
     """The `model_type` of a folder's or hub repository's config.json."""
+    path = located(path)
     folder = Path(path)
     if folder.exists():
         file = folder / "config.json"
@@ -113,7 +116,9 @@ def model_type(path: str) -> str:
     try:
         return str(AutoConfig.from_pretrained(path).model_type)
     except Exception as error:
-        raise CheckpointError(f"{path}: no such folder, and not a model that the hub could give") from error
+        raise CheckpointError(
+            f"{path}: no such folder, not a model that the hub could give, and none of {', '.join(NAMES)}"
+        ) from error
 
 
 def _load_with_adapter(path: str, dtype: torch.dtype) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import cached_file
 
 from dlm.errors import CheckpointError
+from dlm.pretrained.names import located
 
 FILE = "token_counts.safetensors"
 
@@ -85,6 +86,7 @@ class TokenPrior:
 
 def _file(folder: str | Path) -> Path | None:
     """The file of counts, fetched from the hub when `folder` is none."""
+    folder = located(folder)
     if Path(folder).is_dir():
         file = Path(folder) / FILE
         return file if file.is_file() else None

@@ -65,22 +65,29 @@ class Reader:
 
 
 def base_of(model: str) -> str:
-    """The autoregressive checkpoint that training began with, by the records of its runs (run.json).
+    """The autoregressive checkpoint that training began with, by what runs and adapters record.
 
     Empty where there are no records, or what they name is not an autoregressive model that is still there.
     """
+    from dlm import adapter
+    from dlm.adapter import is_adapter
     from dlm.checkpoint import is_causal_lm
+    from dlm.pretrained.names import located
 
     if not model:
         return ""
     for _ in range(10):  # stages of training
+        model = located(model)
         file = Path(model) / "run.json"
-        if not file.is_file():
+        if file.is_file():
+            try:
+                model = str(json.loads(file.read_text(encoding="utf-8"))["config"]["model"]["init"])
+            except (ValueError, KeyError, TypeError):
+                return ""
+        elif is_adapter(model):
+            model = adapter.base_of(model)
+        else:
             break
-        try:
-            model = str(json.loads(file.read_text(encoding="utf-8"))["config"]["model"]["init"])
-        except (ValueError, KeyError, TypeError):
-            return ""
     else:
         return ""
     if model.endswith(".gguf"):

@@ -26,7 +26,7 @@ class InspectConfig:
     def __post_init__(self) -> None:
         """Check that there is something to inspect."""
         if not self.checkpoints:
-            raise ConfigError("name the folder or hub id of a checkpoint: dlm inspect runs/my-model")
+            raise ConfigError("name the folder or hub id of a checkpoint: dlm inspect default")
 
 
 def run(config: InspectConfig) -> int:
@@ -52,7 +52,9 @@ def describe(path: str) -> dict[str, Any]:
 
     from dlm.checkpoint import model_type
     from dlm.config import MaskedDiffusionConfig
+    from dlm.pretrained.names import located
 
+    path = located(path)
     kind = model_type(path)
     if kind != MaskedDiffusionConfig.model_type:
         raise CheckpointError(

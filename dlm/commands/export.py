@@ -1,0 +1,48 @@
+"""`dlm export`: a trained model made ready to be given away."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dlm.cli import Command
+from dlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Settings of `dlm export`.
+
+    Args:
+        model: folder of a checkpoint, or "default".
+        output: folder to write.
+        dtype: type of the weights.
+        base: name that an adapter gives its base from now on, such as a hub id in place of a folder.
+        merge: write an adapter merged into its base, as a model that stands alone.
+    """
+
+    model: str = "default"
+    output: str = ""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    base: str = ""
+    merge: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that there is somewhere to write."""
+        if not self.output:
+            raise ConfigError("output must name the folder to write")
+
+
+def run(config: ExportConfig) -> int:
+    """Write it, and say how large it is."""
+    from dlm.export import export
+
+    folder = export(config.model, config.output, dtype=config.dtype, base=config.base, merge=config.merge)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{folder}: {size / 1e6:.1f} MB")
+    return 0
+
+
+COMMAND = Command(
+    "write a trained model smaller, for others: bfloat16, merged, no local paths", ExportConfig, run
+)

@@ -1,0 +1,88 @@
+"""A trained model made ready to be given away: small, and without traces of the machine it was trained on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer
+
+from dlm.adapter import is_adapter
+from dlm.checkpoint import DTYPES, load_model
+from dlm.errors import CheckpointError, ConfigError
+from dlm.pretrained.names import located
+from dlm.prior import FILE as COUNTS
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def export(
+    source: str | Path, target: str | Path, *, dtype: str = "bfloat16", base: str = "", merge: bool = False
+) -> Path:
+    """Write a model or an adapter anew, in a smaller type, with all that belongs to it.
+
+    Args:
+        source: folder of a checkpoint, or a name such as "default".
+        target: folder to write; made if it is not there, and empty if it is.
+        dtype: type of the weights: "float32", "bfloat16" or "float16".
+        base: name that the adapter gives its base from now on: a hub id, say, in place of a folder.
+        merge: write an adapter merged into its base, as a model that stands alone.
+
+    Returns:
+        The folder `target`.
+
+    Raises:
+        CheckpointError: when the source cannot be loaded.
+        ConfigError: when the target is not empty, or `base` is given for what keeps none.
+    """
+    source, target = Path(located(source)), Path(target)
+    if target.is_dir() and any(target.iterdir()):
+        raise ConfigError(f"{target} is not empty; choose another folder")
+    alone = merge or not is_adapter(source)
+    if base and alone:
+        raise ConfigError(f"base is for adapters, and {source} is to be written as a model that stands alone")
+    if alone:
+        model, tokenizer = load_model(source, "cpu", dtype)
+        _cleaned(model.config)
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    else:
+        _export_adapter(source, target, DTYPES[dtype], base)
+    if (source / COUNTS).is_file():
+        shutil.copyfile(source / COUNTS, target / COUNTS)
+    return target
+
+
+def _export_adapter(source: Path, target: Path, dtype: torch.dtype, base: str) -> None:
+    try:
+        weights = load_file(source / WEIGHTS)
+        settings, config = PeftConfig.from_pretrained(str(source)), AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{source}: not a whole adapter ({error})") from error
+    target.mkdir(parents=True, exist_ok=True)
+    save_file({name: w.to(dtype) for name, w in weights.items()}, target / WEIGHTS, {"format": "pt"})
+    settings.base_model_name_or_path = base or settings.base_model_name_or_path
+    settings.save_pretrained(str(target))
+    _cleaned(config)
+    if base and config.training:
+        config.training["init"] = base
+    config.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _cleaned(config: Any) -> None:
+    """Of folders in the records of the training, leave the last part."""
+    if config.training:
+        config.training = _short(config.training)
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _short(inner) for key, inner in value.items()}
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -1,0 +1,24 @@
+"""The names that stand for a model wherever a folder or a hub id may be given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dlm.pretrained import base
+
+ADAPTERS = {"default": "r2ft", "default-sft": "sft"}
+"""Adapters that come with the package, and their folders in it: after R2FT, and before."""
+
+NAMES = (*ADAPTERS, base.NAME)
+
+
+def located(path: str | Path) -> str:
+    """Where a model is: for one of `NAMES` its folder, fetched if it is not there yet; else `path` itself.
+
+    Raises:
+        CheckpointError: when the base of the default model has to be fetched and cannot be.
+    """
+    name = str(path)
+    if name in ADAPTERS:
+        return str(Path(__file__).parent / ADAPTERS[name])
+    return str(base.folder()) if name == base.NAME else name
