@@ -8,7 +8,8 @@ STAMP   = $(VENV)/.installed
 
 help:
 	@echo "make setup   create $(VENV) and install the project into it"
-	@echo "make demo    train a small model on rule-made tasks and compare the decoders (minutes, offline)"
+	@echo "make demo    train a small model on rule-made tasks, compare the decoders, then ask the default model"
+	@echo "             (minutes; DEMO=quick leaves the training out)"
 	@echo "make test    run the tests (minutes, CPU, offline)"
 	@echo "make check   ruff, mypy --strict, import-linter"
 	@echo "make bench   training and decoding benchmarks"
@@ -23,7 +24,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)
+ifneq ($(DEMO),quick)
 	$(BIN)/python -m examples.demo
+endif
+	$(BIN)/python -m examples.default_model
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -13,7 +13,7 @@ from decoding.window import MARGIN
 from dlm.errors import ConfigError, unknown_name
 
 RATE = 2.0
-"""Tokens per model call on a canvas that grows, when no rate is given."""
+"""Tokens per model call on a canvas that grows, when neither the caller nor the checkpoint gives a rate."""
 
 MAX_TOKENS = 256
 """Longest answer, when neither it nor a window is given."""
@@ -82,7 +82,7 @@ class Planner:
         mask_id: id of the mask token.
         eos_id: id of the end token.
         limit: the model's positions.
-        defaults: the checkpoint's own settings (`decoder`, `window`, `steps`, `max_tokens`).
+        defaults: the checkpoint's own (`decoder`, `options`, `window`, `steps`, `max_tokens`, `rate`).
     """
 
     mask_id: int
@@ -118,7 +118,7 @@ class Planner:
         Raises:
             ConfigError: for settings that are out of range or do not go together.
         """
-        chosen = decoder if decoder is not None else self.defaults.get("decoder", "conv")
+        chosen = self._own() if decoder is None else decoder
         if not isinstance(chosen, Decoder):
             chosen = Decoder.named(chosen)
         if max_tokens is not None and (window is not None or steps is not None):
@@ -139,7 +139,7 @@ class Planner:
             if canvas == "full":
                 raise ConfigError('canvas "full" needs a window; with max_tokens the canvas grows')
             tokens = self._tokens(max_tokens)
-            own = RATE if rate is None else rate
+            own = float(self.defaults.get("rate", RATE)) if rate is None else rate
             settings = Settings(None, self.eos_id, self.mask_id, rate=own, grow=True, **common)
             return Plan(chosen, settings, self.limit, tokens, stops)
         window = self.window if window is None else window
@@ -156,6 +156,10 @@ class Planner:
             raise ConfigError('a margin is for a canvas that grows; give max_tokens, or canvas="growing"')
         settings = Settings(steps, self.eos_id, self.mask_id, rate=rate, grow=grows, fit=window, **common)
         return Plan(chosen, settings, window, window, stops)
+
+    def _own(self) -> Decoder:
+        """The checkpoint's decoder."""
+        return Decoder.named(self.defaults.get("decoder", "conv"), **self.defaults.get("options", {}))
 
     def _tokens(self, max_tokens: int | None) -> int:
         """The limit of an answer."""

@@ -23,7 +23,7 @@ class MaskedDiffusionConfig(PreTrainedConfig):  # type: ignore[misc]
         eos_token_id: id of the token that ends an answer.
         shift: True when the state at i-1 predicts token i (backbones that were autoregressive).
         training: how the checkpoint was made (initialisation, data, template, objective, steps).
-        generation: defaults of `dlm generate` for this checkpoint (decoder, window, steps …).
+        generation: defaults of `dlm generate` for this checkpoint (decoder, options, window, steps, rate).
     """
 
     model_type = "masked_diffusion"

@@ -18,16 +18,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from decoding.ldw import decoding_window, draw_decoding_windows
 from decoding.measures import repetition
 from decoding.presets import Decoder
-from decoding.sampler import Output, Sampler
+from decoding.sampler import Sampler
 from dlm.checkpoint import load_model
 from dlm.data.config import DataConfig
 from dlm.data.rules import Example, is_right, make_examples
 from dlm.prior import TokenPrior
+from examples.coloured import coloured, legend
 from finetune.config import ModelConfig, ObjectiveConfig, R2FTConfig, StartConfig, TrainConfig
 
 WINDOW = 72
@@ -223,30 +223,10 @@ def collect(folders: list[Path]) -> list[str]:
     return lines
 
 
-def _style(step: int, steps: int) -> str:
-    """A background from dark blue (first step) to yellow (last), with ink that can be read on it."""
-    from matplotlib import colormaps
-
-    red, green, blue = (int(255 * c) for c in colormaps["viridis"](step / max(1, steps))[:3])
-    ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else "black"
-    return f"{ink} on rgb({red},{green},{blue})"
-
-
-def coloured(output: Output, sampler: Sampler) -> Text:
-    """An answer whose tokens are coloured by the step that revealed them."""
-    text = Text()
-    for token, step in zip(output.token_ids, output.reveal_step, strict=True):
-        text.append(sampler.tokenizer.decode([token]), style=_style(step, output.steps))
-    return text
-
-
 def show(samplers: dict[str, Sampler], console: Console) -> None:
     """One prompt answered by three presets of each model, coloured by step."""
-    legend = Text("step: ")
-    for step in range(STEPS + 1):
-        legend.append(f" {step} ", style=_style(step, STEPS))
     prompt = next(e.instruction for e in make_examples(8, PROMPT_SEED, "test") if e.task == "meet")
-    console.print(f"\n[bold]{prompt}[/bold]", legend, sep="\n")
+    console.print(f"\n[bold]{prompt}[/bold]", legend(STEPS), sep="\n")
     for name in ("top-k", "semi-ar", "conv"):
         decoder = Decoder.named(name, **DECODERS[name])
         for model, sampler in samplers.items():

@@ -63,6 +63,17 @@ def test_defaults_come_from_the_checkpoint(model, tokenizer):
     model.config.generation = None
 
 
+def test_a_checkpoint_can_give_its_decoder_options_and_a_rate(model, tokenizer):
+    model.config.generation = {"decoder": "conv", "options": {"kernel_size": 5, "top_k": 3}, "rate": 1.0}
+    sampler = Sampler(model, tokenizer)
+    decoder = Decoder.named("conv", kernel_size=5, top_k=3)
+    own = sampler.generate(["hello"], max_tokens=9)[0]
+    assert own == sampler.generate(["hello"], decoder=decoder, max_tokens=9, rate=1.0)[0]
+    assert own.model_calls == own.steps  # one token a call
+    assert sampler.generate(["hello"], decoder="threshold", max_tokens=9)[0].token_ids  # has its own pace
+    model.config.generation = None
+
+
 def test_unknown_names_and_options_list_the_choices():
     with pytest.raises(ValueError, match="'convv'. Did you mean 'conv'. Choices: categorical, conv"):
         Decoder.named("convv")

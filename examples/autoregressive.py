@@ -1,0 +1,69 @@
+"""Fine-tune a base autoregressively on the rows and the schedule of a diffusion run: the baseline.
+
+python -m examples.autoregressive --config recipes/alpaca-smollm2-135m-lora.yaml --output_dir runs/alpaca-ar
+
+Takes the settings of `dlm train` (its model must be a causal LM with an adapter); those of diffusion alone
+(EOS tails, cuts, shift) mean nothing here. A killed run goes on from its newest checkpoint. The folder then
+holds the merged model: dlm eval alpaca_eval --autoregressive runs/alpaca-ar
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import DataCollatorForSeq2Seq, Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from dlm.adapter import TARGETS
+from dlm.backbone import load_causal_lm
+from dlm.cli import Command, parse
+from dlm.data.encode import encode_rows
+from finetune.config import TrainConfig
+from finetune.run import split_rows, training_arguments
+
+UNSEEN = -100
+"""Label of tokens that carry no loss."""
+
+
+def labelled(rows: Dataset) -> Dataset:
+    """Encoded rows with the prompt's labels blanked, as transformers' trainer takes them."""
+
+    def blank(row: dict[str, Any]) -> dict[str, Any]:
+        return {"labels": [UNSEEN] * row["prompt_length"] + row["input_ids"][row["prompt_length"] :]}
+
+    return rows.map(blank, desc="Labels").select_columns(["input_ids", "labels", "length"])
+
+
+def main() -> None:
+    """Train, merge, save."""
+    config = parse("autoregressive", Command("", TrainConfig, lambda _: 0), sys.argv[1:])
+    model, tokenizer = load_causal_lm(config.model.init)
+    lora = config.model.lora
+    adapter = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, target_modules=TARGETS[lora.targets], modules_to_save=["norm"]
+    )
+    rows, held_out = (
+        labelled(encode_rows(part, tokenizer, config.data.window)[0])
+        for part in split_rows(config.data, config.seed)
+    )
+    arguments = training_arguments(config, evaluate=True)
+    arguments.train_sampling_strategy, arguments.label_names = "group_by_length", ["labels"]
+    arguments.save_total_limit = config.keep_checkpoints
+    trainer = Trainer(
+        get_peft_model(model, adapter),
+        arguments,
+        DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
+        rows,
+        held_out,
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
+    trainer.model.merge_and_unload().save_pretrained(config.output_dir)
+    tokenizer.save_pretrained(config.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The default model answers instructions, before and after R2FT, by blocks and by convolution.
+
+python -m examples.default_model
+
+Its base (SmolLM2-135M-Instruct, 98 MB) is fetched when it is wanted for the first time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from rich.console import Console
+
+from decoding.presets import Decoder
+from decoding.sampler import Sampler
+from dlm.checkpoint import load_model
+from dlm.errors import CheckpointError
+from examples.coloured import coloured, legend
+
+INSTRUCTIONS = (
+    "Give three tips for staying healthy.",
+    "What is the capital of France?",
+    "Explain why the sky is blue.",
+    "Write a short story about a lost dog.",
+    "Rewrite this sentence in the passive voice: The cat chased the mouse.",
+)
+MODELS = {"SFT": "default-sft", "SFT+R2FT": "default"}
+WINDOW, STEPS = 128, 32
+DECODERS = {"semi-ar": {"block_size": 32, "top_k": 20}, "conv": {"kernel_size": 33, "top_k": 20}}
+"""By blocks and by convolution of the same width, in the same number of steps."""
+
+
+def ask(samplers: dict[str, Sampler], instruction: str, console: Console) -> None:
+    """Print one instruction and its four answers."""
+    console.print(f"\n[bold]{instruction}[/bold]", highlight=False)
+    for name, preset in DECODERS.items():
+        for model, sampler in samplers.items():
+            begun = time.perf_counter()
+            (output,) = sampler.generate(
+                [instruction], decoder=Decoder.named(name, **preset), window=WINDOW, steps=STEPS, seed=0
+            )
+            pace = len(output.token_ids) / (time.perf_counter() - begun)
+            facts = f"{name}, {model}: {output.model_calls} of {STEPS} steps, {pace:.0f} tokens/s"
+            console.print(f"[dim]{facts}[/dim]", coloured(output, sampler), sep="\n", highlight=False)
+
+
+def main() -> int:
+    """Answer the instructions, then say how to go on."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("instructions", nargs="*", default=INSTRUCTIONS)
+    options = parser.parse_args()
+    console = Console()
+    console.print(
+        "\n[bold]The default model[/bold]: SmolLM2-135M, trained on Alpaca", legend(STEPS), sep="\n"
+    )
+    try:
+        samplers = {model: Sampler(*load_model(name, dtype="fastest")) for model, name in MODELS.items()}
+    except CheckpointError as error:
+        console.print(f"[red]left out:[/red] {error}", highlight=False)
+        return 1
+    for instruction in options.instructions:
+        ask(samplers, instruction, console)
+    console.print(
+        "\nTalk to it:  .venv/bin/dlm chat\n"
+        'Ask it:      .venv/bin/dlm generate "Give three tips for staying healthy."',
+        highlight=False,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

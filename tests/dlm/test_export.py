@@ -1,0 +1,96 @@
+"""Export: the same model, smaller, and without the paths of the machine it was trained on."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from dlm import load_model
+from dlm.adapter import add_adapter
+from dlm.backbone import from_scratch
+from dlm.cli import main
+from dlm.errors import CheckpointError, ConfigError
+from dlm.export import export
+from dlm.prior import TokenPrior
+from tests.conftest import TINY
+
+
+@pytest.fixture
+def trained(tokenizer, tmp_path):
+    """A base and an adapter of it, as `dlm train` leaves them."""
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    model = from_scratch(TINY, tokenizer)
+    model.config.training = {"init": "/home/me/base", "data": {"source": "/home/me/rows.json", "window": 64}}
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    adapted = add_adapter(model, str(base), r=4, alpha=8)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn_like(parameter)
+    adapted.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    TokenPrior(torch.arange(400)).save(folder)
+    return base, folder
+
+
+def logits(path):
+    model, _ = load_model(path, device="cpu", dtype="float32")
+    ids = torch.arange(3, 21).view(2, 9)
+    ids[:, 4:7] = model.config.mask_token_id
+    with torch.no_grad():
+        return model(ids).logits.nan_to_num(neginf=0.0)
+
+
+def types(file):
+    with safe_open(file, "pt") as weights:
+        return {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
+
+
+def test_an_adapter_in_bfloat16_is_the_same_up_to_rounding(trained, tmp_path):
+    _, folder = trained
+    out = export(folder, tmp_path / "out")
+    assert types(out / "adapter_model.safetensors") == {"BF16"}
+    torch.testing.assert_close(logits(out), logits(folder), atol=0.1, rtol=0.02)
+    assert TokenPrior.load(out).counts.tolist() == list(range(400))
+    assert not (out / "README.md").exists(), "the card is to be written by hand"
+
+
+def test_in_float32_nothing_is_rounded(trained, tmp_path):
+    assert torch.equal(logits(export(trained[1], tmp_path / "out", dtype="float32")), logits(trained[1]))
+
+
+def test_the_base_gets_another_name_and_records_lose_their_folders(trained, tmp_path):
+    out = export(trained[1], tmp_path / "out", base="somebody/base")
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "somebody/base"
+    training = json.loads((out / "config.json").read_text())["training"]
+    assert training == {"init": "somebody/base", "data": {"source": "rows.json", "window": 64}}
+
+
+def test_merged_it_stands_alone(trained, tmp_path):
+    base, folder = trained
+    out = export(folder, tmp_path / "out", dtype="float32", merge=True)
+    expected = logits(folder)
+    base.rename(tmp_path / "elsewhere")
+    torch.testing.assert_close(logits(out), expected)
+    assert "/home" not in (out / "config.json").read_text()
+
+
+def test_what_cannot_be_is_refused(trained, tmp_path):
+    base, folder = trained
+    with pytest.raises(ConfigError, match="not empty"):
+        export(folder, folder)
+    with pytest.raises(ConfigError, match="base is for adapters"):
+        export(base, tmp_path / "out", base="x")
+    (folder / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="not a whole adapter"):
+        export(folder, tmp_path / "out")
+
+
+def test_the_command(trained, tmp_path, capsys):
+    assert main(["export", "--model", str(trained[1]), "--output", str(tmp_path / "out")]) == 0
+    assert "MB" in capsys.readouterr().out
+    assert main(["export", "--model", str(trained[1])]) == 2
+    assert "output must name" in capsys.readouterr().err

