@@ -106,6 +106,7 @@ class RunConfig:
         seed: seed of everything random.
         logging_steps: steps between logged losses.
         eval_steps: steps between validations (NELBO and samples); 0 for none.
+        eval_rows: how many of the held-out rows are measured at each validation, the first ones; 0 for all.
         eval_draws: noise levels per validation row.
         save_steps: steps between checkpoints.
         keep_checkpoints: whole checkpoints to keep.
@@ -118,8 +119,8 @@ class RunConfig:
 
     FREE: ClassVar[frozenset[str]] = frozenset(
         {
-            *("output_dir", "resume", "report_to", "eval_steps", "eval_draws", "save_steps", "logging_steps"),
-            *("keep_checkpoints", "samples", "sample_steps"),
+            *("output_dir", "resume", "report_to", "eval_steps", "eval_rows", "eval_draws", "save_steps"),
+            *("logging_steps", "keep_checkpoints", "samples", "sample_steps"),
         }
     )
     """Settings that may change between a run and its continuation: they do not touch the final weights."""
@@ -140,6 +141,7 @@ class RunConfig:
     seed: int = 0
     logging_steps: int = 10
     eval_steps: int = 250
+    eval_rows: int = 0
     eval_draws: int = 4
     save_steps: int = 250
     keep_checkpoints: int = 2
@@ -162,7 +164,7 @@ class RunConfig:
         for name in (*positive, "save_steps", "eval_draws", "keep_checkpoints", "sample_steps"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("max_steps", "eval_steps", "warmup_steps", "weight_decay"):
+        for name in ("max_steps", "eval_steps", "eval_rows", "warmup_steps", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
@@ -274,7 +276,12 @@ class R2FTConfig(RunConfig):
             and token frequencies; 0 for none.
     """
 
-    FREE: ClassVar[frozenset[str]] = RunConfig.FREE - {"eval_steps", "eval_draws", "save_steps"} | {"watch"}
+    FREE: ClassVar[frozenset[str]] = RunConfig.FREE - {
+        "eval_steps",
+        "eval_rows",
+        "eval_draws",
+        "save_steps",
+    } | {"watch"}
     """Validation decides which weights are kept here, so its settings are not free."""
 
     model: StartConfig = field(default_factory=StartConfig)

@@ -115,7 +115,8 @@ def execute(stage: Stage[Any]) -> Path:
     rows, held_out = split_rows(config.data, config.seed)
     model, tokenizer = stage.first(rows, run.resume_from)
     train_set, report = encode_rows(rows, tokenizer, config.data.window)
-    eval_set = encode_rows(held_out, tokenizer, config.data.window)[0] if len(held_out) else None
+    seen = held_out.select(range(min(config.eval_rows or len(held_out), len(held_out))))
+    eval_set = encode_rows(seen, tokenizer, config.data.window)[0] if len(seen) else None
     logger.info("training rows: %s", report)
     record(model, tokenizer, config, report, stage.record())
     model = prepare(model, stage.start, config.data.window, config.seed)

@@ -105,8 +105,8 @@ def test_the_command_fills_words_and_lines(model, tokenizer, tmp_path, capsys, m
     assert "text 1: there is no gap" in captured.err
     assert main([*words, "no gap"]) == 2
     assert "there is no gap" in capsys.readouterr().err
-    assert main(["infill", "x <mask:2>"]) == 2
-    assert "--model is missing" in capsys.readouterr().err
+    assert main(["infill", "--model", "", "x <mask:2>"]) == 2
+    assert "--model must name" in capsys.readouterr().err
     assert torch.is_grad_enabled()
 
 

@@ -305,6 +305,23 @@ def trainer_on(rows, tokenizer, folder, **kwargs):
     return build_trainer(SFT(config), from_scratch(SHAPE, tokenizer), tokenizer, encoded, encoded)
 
 
+def test_a_part_of_the_held_out_rows_can_be_measured(tmp_path):
+    from dlm.data.encode import encode_rows
+    from finetune.run import build_trainer, split_rows
+
+    config = settings(tmp_path / "run", max_steps=2, eval_steps=2, eval_rows=5)
+    model, tokenizer = load_model(train(config), device="cpu")
+    rows, held_out = (encode_rows(part, tokenizer, 48)[0] for part in split_rows(config.data, config.seed))
+    values = [
+        build_trainer(SFT(config), model, tokenizer, rows, part).evaluate()["eval_nelbo"]
+        for part in (held_out.select(range(5)), held_out)
+    ]
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    measured = [r["eval_nelbo"] for r in history if "eval_nelbo" in r][-1]
+    assert measured == pytest.approx(values[0], rel=1e-5)
+    assert abs(measured - values[1]) > 1e-3
+
+
 def test_validation_windows_do_not_change_with_the_epoch(rows, tokenizer, tmp_path):
     data = DataConfig(source="rules", window=48, windows="grouped", eos_tail=20)
     trainer = trainer_on(rows.select(range(16)), tokenizer, tmp_path, data=data)
