@@ -63,7 +63,8 @@ class DecodingConfig:
     """How text is decoded.
 
     Args:
-        decoder: name of the decoder (see `dlm generate --list-decoders`); the checkpoint's default if empty.
+        decoder: name of the decoder (see `dlm generate --list-decoders`); the checkpoint's own if empty, or
+            conv when that has a pace of its own and steps or a rate are given.
         options: options of the decoder, such as --options.kernel_size 129 --options.top_k 20.
         max_tokens: longest answer, on a canvas that grows as it is written; 0 for the default (256), or for a
             window, if that or steps are given.

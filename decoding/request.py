@@ -30,7 +30,8 @@ class How(TypedDict, total=False):
     """
 
     decoder: Decoder | str | None
-    """A `Decoder` or the name of one; the checkpoint's default if not given."""
+    """A `Decoder` or the name of one; the checkpoint's default if not given, or `conv` when steps or a rate
+    are given and that default has a pace of its own."""
     window: int | None
     """L; the checkpoint's default if only `steps` is given."""
     steps: int | None
@@ -118,7 +119,7 @@ class Planner:
         Raises:
             ConfigError: for settings that are out of range or do not go together.
         """
-        chosen = self._own() if decoder is None else decoder
+        chosen = self._own(rate is not None or steps is not None) if decoder is None else decoder
         if not isinstance(chosen, Decoder):
             chosen = Decoder.named(chosen)
         if max_tokens is not None and (window is not None or steps is not None):
@@ -157,9 +158,10 @@ class Planner:
         settings = Settings(steps, self.eos_id, self.mask_id, rate=rate, grow=grows, fit=window, **common)
         return Plan(chosen, settings, window, window, stops)
 
-    def _own(self) -> Decoder:
-        """The checkpoint's decoder."""
-        return Decoder.named(self.defaults.get("decoder", "conv"), **self.defaults.get("options", {}))
+    def _own(self, paced: bool) -> Decoder:
+        """The checkpoint's decoder; `conv` where that has a pace of its own and the caller gave another."""
+        own = Decoder.named(self.defaults.get("decoder", "conv"), **self.defaults.get("options", {}))
+        return own if own.reveal.paced or not paced else Decoder.named("conv")
 
     def _tokens(self, max_tokens: int | None) -> int:
         """The limit of an answer."""

@@ -8,6 +8,7 @@ checkpoint, or another adapter.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,8 @@ def load_adapter(base: MaskedDiffusionModel, path: str | Path) -> MaskedDiffusio
     """
     base.mask_shift = MaskShift(base.config.hidden_size).to(base.device, base.dtype)
     try:
-        return merged(PeftModel.from_pretrained(base, str(path)))
+        with warnings.catch_warnings():  # peft asks for an attribute that transformers has renamed
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            return merged(PeftModel.from_pretrained(base, str(path)))
     except Exception as error:
         raise CheckpointError(f"{path}: the adapter does not fit its base ({error})") from error

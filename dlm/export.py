@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def export(
-    source: str | Path, target: str | Path, *, dtype: str = "bfloat16", base: str = "", merge: bool = False
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    base: str = "",
+    merge: bool = False,
+    generation: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model or an adapter anew, in a smaller type, with all that belongs to it.
 
@@ -32,6 +39,7 @@ def export(
         dtype: type of the weights: "float32", "bfloat16" or "float16".
         base: name that the adapter gives its base from now on: a hub id, say, in place of a folder.
         merge: write an adapter merged into its base, as a model that stands alone.
+        generation: new defaults of decoding, such as {"decoder": "conv"}; the others stay.
 
     Returns:
         The folder `target`.
@@ -48,17 +56,19 @@ def export(
         raise ConfigError(f"base is for adapters, and {source} is to be written as a model that stands alone")
     if alone:
         model, tokenizer = load_model(source, "cpu", dtype)
-        _cleaned(model.config)
+        _cleaned(model.config, generation)
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
     else:
-        _export_adapter(source, target, DTYPES[dtype], base)
+        _export_adapter(source, target, DTYPES[dtype], base, generation)
     if (source / COUNTS).is_file():
         shutil.copyfile(source / COUNTS, target / COUNTS)
     return target
 
 
-def _export_adapter(source: Path, target: Path, dtype: torch.dtype, base: str) -> None:
+def _export_adapter(
+    source: Path, target: Path, dtype: torch.dtype, base: str, generation: Mapping[str, Any] | None
+) -> None:
     try:
         weights = load_file(source / WEIGHTS)
         settings, config = PeftConfig.from_pretrained(str(source)), AutoConfig.from_pretrained(source)
@@ -68,16 +78,19 @@ def _export_adapter(source: Path, target: Path, dtype: torch.dtype, base: str) -
     target.mkdir(parents=True, exist_ok=True)
     save_file({name: w.to(dtype) for name, w in weights.items()}, target / WEIGHTS, {"format": "pt"})
     settings.base_model_name_or_path = base or settings.base_model_name_or_path
+    if isinstance(settings.target_modules, set):
+        settings.target_modules = sorted(settings.target_modules)  # so that equal exports are equal files
     settings.save_pretrained(str(target))
-    _cleaned(config)
+    _cleaned(config, generation)
     if base and config.training:
         config.training["init"] = base
     config.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
-def _cleaned(config: Any) -> None:
-    """Of folders in the records of the training, leave the last part."""
+def _cleaned(config: Any, generation: Mapping[str, Any] | None) -> None:
+    """Of folders in the records of the training, leave the last part; set defaults of decoding."""
+    config.generation = {**(config.generation or {}), **(generation or {})}
     if config.training:
         config.training = _short(config.training)
 

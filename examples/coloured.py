@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from matplotlib import colormaps
 from rich.text import Text
 
 from decoding.sampler import Output, Sampler
-
-CELLS = 12
-"""Longest legend."""
 
 
 def style(step: int, steps: int) -> str:
@@ -26,9 +25,9 @@ def coloured(output: Output, sampler: Sampler) -> Text:
     return text
 
 
-def legend(steps: int) -> Text:
-    """Which colour is which step, for some of them."""
+def legend(labels: Sequence[object]) -> Text:
+    """Which colour is which step: labels from the first step to the last."""
     text = Text("step: ")
-    for step in range(0, steps + 1, -(-(steps + 1) // CELLS)):
-        text.append(f" {step} ", style=style(step, steps))
+    for i, label in enumerate(labels):
+        text.append(f" {label} ", style=style(i, len(labels) - 1))
     return text

@@ -27,22 +27,25 @@ INSTRUCTIONS = (
     "Rewrite this sentence in the passive voice: The cat chased the mouse.",
 )
 MODELS = {"SFT": "default-sft", "SFT+R2FT": "default"}
-WINDOW, STEPS = 128, 32
-DECODERS = {"semi-ar": {"block_size": 32, "top_k": 20}, "conv": {"kernel_size": 33, "top_k": 20}}
-"""By blocks and by convolution of the same width, in the same number of steps."""
+DECODERS = {
+    "semi-AR": Decoder.named("llada", block_size=16),
+    "conv": Decoder.named("llada-conv", kernel_size=9),
+}
+"""The most confident token first, in blocks of 16 and under a kernel of 9; one token a call for both."""
+
+
+LEGEND = legend(("first", "", "", "", "", "last"))
 
 
 def ask(samplers: dict[str, Sampler], instruction: str, console: Console) -> None:
     """Print one instruction and its four answers."""
     console.print(f"\n[bold]{instruction}[/bold]", highlight=False)
-    for name, preset in DECODERS.items():
+    for name, decoder in DECODERS.items():
         for model, sampler in samplers.items():
             begun = time.perf_counter()
-            (output,) = sampler.generate(
-                [instruction], decoder=Decoder.named(name, **preset), window=WINDOW, steps=STEPS, seed=0
-            )
+            (output,) = sampler.generate([instruction], decoder=decoder, max_tokens=96, rate=1.0)
             pace = len(output.token_ids) / (time.perf_counter() - begun)
-            facts = f"{name}, {model}: {output.model_calls} of {STEPS} steps, {pace:.0f} tokens/s"
+            facts = f"{name}, {model}: {len(output.token_ids)} tokens, {output.model_calls} model calls, {pace:.0f} tokens/s"
             console.print(f"[dim]{facts}[/dim]", coloured(output, sampler), sep="\n", highlight=False)
 
 

@@ -226,7 +226,7 @@ def collect(folders: list[Path]) -> list[str]:
 def show(samplers: dict[str, Sampler], console: Console) -> None:
     """One prompt answered by three presets of each model, coloured by step."""
     prompt = next(e.instruction for e in make_examples(8, PROMPT_SEED, "test") if e.task == "meet")
-    console.print(f"\n[bold]{prompt}[/bold]", legend(STEPS), sep="\n")
+    console.print(f"\n[bold]{prompt}[/bold]", legend(range(STEPS + 1)), sep="\n")
     for name in ("top-k", "semi-ar", "conv"):
         decoder = Decoder.named(name, **DECODERS[name])
         for model, sampler in samplers.items():

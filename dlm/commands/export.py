@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from dlm.cli import Command
 from dlm.errors import ConfigError
@@ -19,6 +19,8 @@ class ExportConfig:
         dtype: type of the weights.
         base: name that an adapter gives its base from now on, such as a hub id in place of a folder.
         merge: write an adapter merged into its base, as a model that stands alone.
+        generation: new defaults of decoding, such as --generation.decoder entropy-bound
+            --generation.options '{"kernel_size": 9}'; the others stay.
     """
 
     model: str = "default"
@@ -26,6 +28,7 @@ class ExportConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     base: str = ""
     merge: bool = False
+    generation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that there is somewhere to write."""
@@ -37,7 +40,14 @@ def run(config: ExportConfig) -> int:
     """Write it, and say how large it is."""
     from dlm.export import export
 
-    folder = export(config.model, config.output, dtype=config.dtype, base=config.base, merge=config.merge)
+    folder = export(
+        config.model,
+        config.output,
+        dtype=config.dtype,
+        base=config.base,
+        merge=config.merge,
+        generation=config.generation,
+    )
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{folder}: {size / 1e6:.1f} MB")
     return 0

@@ -74,6 +74,21 @@ def test_a_checkpoint_can_give_its_decoder_options_and_a_rate(model, tokenizer):
     model.config.generation = None
 
 
+def test_a_pace_of_the_callers_takes_the_place_of_a_decoder_that_has_its_own(model, tokenizer):
+    model.config.generation = {"decoder": "entropy-bound", "options": {"kernel_size": 5}}
+    sampler = Sampler(model, tokenizer)
+    bound = Decoder.named("entropy-bound", kernel_size=5)
+    free = sampler.generate(["hello"], max_tokens=9)[0]
+    assert free == sampler.generate(["hello"], decoder=bound, max_tokens=9)[0]
+    paced = sampler.generate(["hello"], max_tokens=9, rate=2.0)[0]
+    assert paced == sampler.generate(["hello"], decoder="conv", max_tokens=9, rate=2.0)[0]
+    fixed = sampler.generate(["hello"], window=40, steps=4)[0]
+    assert fixed == sampler.generate(["hello"], decoder="conv", window=40, steps=4)[0]
+    with pytest.raises(ConfigError, match="says itself how many tokens"):
+        sampler.generate(["hello"], decoder=bound, max_tokens=9, rate=2.0)
+    model.config.generation = None
+
+
 def test_unknown_names_and_options_list_the_choices():
     with pytest.raises(ValueError, match="'convv'. Did you mean 'conv'. Choices: categorical, conv"):
         Decoder.named("convv")

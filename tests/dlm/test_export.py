@@ -22,6 +22,7 @@ def trained(tokenizer, tmp_path):
     base, folder = tmp_path / "base", tmp_path / "adapter"
     model = from_scratch(TINY, tokenizer)
     model.config.training = {"init": "/home/me/base", "data": {"source": "/home/me/rows.json", "window": 64}}
+    model.config.generation = {"decoder": "conv", "window": 48}
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     adapted = add_adapter(model, str(base), r=4, alpha=8)
@@ -90,7 +91,13 @@ def test_what_cannot_be_is_refused(trained, tmp_path):
 
 
 def test_the_command(trained, tmp_path, capsys):
-    assert main(["export", "--model", str(trained[1]), "--output", str(tmp_path / "out")]) == 0
+    words = ["export", "--model", str(trained[1]), "--output", str(tmp_path / "out")]
+    defaults = ["--generation.decoder", "entropy-bound", "--generation.options", '{"kernel_size": 9}']
+    assert main([*words, *defaults]) == 0
     assert "MB" in capsys.readouterr().out
+    config = load_model(tmp_path / "out", device="cpu")[0].config
+    assert config.generation["decoder"] == "entropy-bound"
+    assert config.generation["options"] == {"kernel_size": 9}
+    assert config.generation["window"] == 48, "what is not named stays"
     assert main(["export", "--model", str(trained[1])]) == 2
     assert "output must name" in capsys.readouterr().err
