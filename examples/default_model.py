@@ -44,8 +44,9 @@ def ask(samplers: dict[str, Sampler], instruction: str, console: Console) -> Non
         for model, sampler in samplers.items():
             begun = time.perf_counter()
             (output,) = sampler.generate([instruction], decoder=decoder, max_tokens=96, rate=1.0)
-            pace = len(output.token_ids) / (time.perf_counter() - begun)
-            facts = f"{name}, {model}: {len(output.token_ids)} tokens, {output.model_calls} model calls, {pace:.0f} tokens/s"
+            size = len(output.token_ids)
+            pace = size / (time.perf_counter() - begun)
+            facts = f"{name}, {model}: {size} tokens, {output.model_calls} model calls, {pace:.0f} tokens/s"
             console.print(f"[dim]{facts}[/dim]", coloured(output, sampler), sep="\n", highlight=False)
 
 
@@ -55,9 +56,7 @@ def main() -> int:
     parser.add_argument("instructions", nargs="*", default=INSTRUCTIONS)
     options = parser.parse_args()
     console = Console()
-    console.print(
-        "\n[bold]The default model[/bold]: SmolLM2-135M, trained on Alpaca", legend(STEPS), sep="\n"
-    )
+    console.print("\n[bold]The default model[/bold]: SmolLM2-135M, trained on Alpaca", LEGEND, sep="\n")
     try:
         samplers = {model: Sampler(*load_model(name, dtype="fastest")) for model, name in MODELS.items()}
     except CheckpointError as error:
