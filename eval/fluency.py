@@ -70,7 +70,6 @@ def base_of(model: str) -> str:
     Empty where there are no records, or what they name is not an autoregressive model that is still there.
     """
     from dlm import adapter
-    from dlm.adapter import is_adapter
     from dlm.checkpoint import is_causal_lm
     from dlm.pretrained.names import located
 
@@ -84,7 +83,7 @@ def base_of(model: str) -> str:
                 model = str(json.loads(file.read_text(encoding="utf-8"))["config"]["model"]["init"])
             except (ValueError, KeyError, TypeError):
                 return ""
-        elif is_adapter(model):
+        elif adapter.is_adapter(model):
             model = adapter.base_of(model)
         else:
             break

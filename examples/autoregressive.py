@@ -10,6 +10,7 @@ holds the merged model: dlm eval alpaca_eval --autoregressive runs/alpaca-ar
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -60,6 +61,7 @@ def main() -> None:
         held_out,
         processing_class=tokenizer,
     )
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
     trainer.model.merge_and_unload().save_pretrained(config.output_dir)
     tokenizer.save_pretrained(config.output_dir)

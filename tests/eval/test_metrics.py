@@ -139,7 +139,7 @@ def test_perplexity_is_the_chain_rule(causal, tokenizer):
     assert all(math.isfinite(x) for x in long)
 
 
-def test_the_base_is_found_by_the_records_of_training(causal, tmp_path):
+def test_the_base_is_found_by_the_records_of_training(causal, tmp_path, monkeypatch):
     def run(name, init):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps({"config": {"model": {"init": str(init)}}}))
@@ -152,6 +152,8 @@ def test_the_base_is_found_by_the_records_of_training(causal, tmp_path):
     (sft / "run.json").write_text("{")
     assert base_of(str(sft)) == ""
     assert base_of("some/hub-id") == ""
+    monkeypatch.setattr("dlm.pretrained.base.folder", lambda: causal)
+    assert base_of("default") == str(causal), "through both adapters"
 
 
 def test_the_nelbo_is_the_mean_over_orders_of_unmasking():
