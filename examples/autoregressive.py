@@ -29,13 +29,14 @@ UNSEEN = -100
 """Label of tokens that carry no loss."""
 
 
+def labels(row: dict[str, Any]) -> dict[str, Any]:
+    """The answer's tokens as labels; the prompt's carry no loss."""
+    return {"labels": [UNSEEN] * row["prompt_length"] + row["input_ids"][row["prompt_length"] :]}
+
+
 def labelled(rows: Dataset) -> Dataset:
-    """Encoded rows with the prompt's labels blanked, as transformers' trainer takes them."""
-
-    def blank(row: dict[str, Any]) -> dict[str, Any]:
-        return {"labels": [UNSEEN] * row["prompt_length"] + row["input_ids"][row["prompt_length"] :]}
-
-    return rows.map(blank, desc="Labels").select_columns(["input_ids", "labels", "length"])
+    """Encoded rows as transformers' trainer takes them."""
+    return rows.map(labels, desc="Labels").select_columns(["input_ids", "labels", "length"])
 
 
 def main() -> None:

@@ -67,16 +67,20 @@ def quality(runs: Sequence[Results]) -> Table:
     names = [name for name in TOLD if any(name in run.means for run in runs)]
     counted = any(answer.tokens for run in runs for answer in run.answers.values())
     names = [name for name in names if name != ("words" if counted else "tokens")]
-    head = ["", *(MEASURES[name].title for name in names), "distinct-2"]
+    sizes = sorted({len(run.measured) for run in runs})
+    differ = len(sizes) > 1
+    head = ["", *(["answers"] if differ else []), *(MEASURES[name].title for name in names), "distinct-2"]
     rows = [
         [
             run.card.name,
+            *([str(len(run.measured))] if differ else []),
             *(_cell(name, run.means.get(name)) for name in names),
             _distinct(run, 2),
         ]
         for run in runs
     ]
-    return Table(f"{runs[0].card.task}: {len(runs[0].measured)} answers", head, rows)
+    count = f"{sizes[0]} to {sizes[-1]} answers, the first questions" if differ else f"{sizes[0]} answers"
+    return Table(f"{runs[0].card.task}: {count}", head, rows)
 
 
 def _distinct(run: Results, n: int) -> str:

@@ -18,20 +18,20 @@ from tests.eval.endpoint import serving
 QUESTIONS = [Question(str(i), (f"{i} + 1?",), (f"#### {i + 1}",)) for i in range(12)]
 
 
-def run(folder, decoder, steps, kernel=0, right=6):
+def run(folder, decoder, steps, kernel=0, right=6, count=12):
     settings = {"steps": steps, "window": 32, "seed": 0, **({"kernel_size": kernel} if kernel else {})}
     label = ",".join([decoder, *([f"K={kernel}"] if kernel else []), f"S={steps}"])
     card = Card("gsm8k", "q.json", "tiny", "runs/tiny", "abc", label, decoder, settings)
     place = card.folder(folder)
     open_run(place, card)
     said = {}
-    for i, q in enumerate(QUESTIONS):
+    for i, q in enumerate(QUESTIONS[:count]):
         text = f"It <is> {i + 1 if i < right else 99} | of course"
         said[q.id, 0] = Answer(q.id, 0, text, 4, "stop", steps - 1, steps, 0.25, [0, 1, 2, steps - 1])
     from eval.answers import AnswerFile
 
     AnswerFile(place / "answers.jsonl").write(said.values())
-    finish(place, card, QUESTIONS, said, Instruments())
+    finish(place, card, QUESTIONS[:count], said, Instruments())
     return Results.load(place)
 
 
@@ -60,6 +60,13 @@ def test_tables_say_what_was_measured(runs):
         ("tiny, top-k,S=16", "tiny, conv,K=9,S=16"): "-33.3 %",
     }
     assert "| tiny, top-k,S=8 |" in table.markdown()
+
+
+def test_runs_of_different_length_say_how_many_answers_they_have(runs, tmp_path):
+    assert "answers" not in tables.quality(runs).head
+    table = tables.quality([*runs, run(tmp_path / "runs", "llada", 8, count=5)])
+    assert table.title == "gsm8k: 5 to 12 answers, the first questions"
+    assert [row[table.head.index("answers")] for row in table.rows] == ["12"] * 5 + ["5"]
 
 
 def test_a_line_goes_over_calls_or_over_sizes(runs):

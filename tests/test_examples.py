@@ -1,0 +1,59 @@
+"""The programs in `examples/` that are more than a print-out."""
+
+import json
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dlm.backbone import load_causal_lm
+from dlm.data.encode import encode_rows
+from dlm.data.rows import load_rows
+from examples import autoregressive
+from examples.coloured import legend, style
+
+
+@pytest.fixture
+def words(tmp_path, tokenizer, rows, monkeypatch):
+    """A command line that fine-tunes a tiny causal LM on a file of rows."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    file = tmp_path / "rows.jsonl"
+    lines = [{"instruction": row["prompt"][0]["content"], "output": row["answer"]} for row in rows]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    options = {
+        "output_dir": tmp_path / "out", "model.init": tmp_path / "base", "model.lora.r": 4,
+        "data.source": file, "data.window": 48, "data.validation_rows": 8, "per_device_train_batch_size": 4,
+        "max_steps": 4, "save_steps": 2, "eval_steps": 2, "logging_steps": 1, "warmup_steps": 1,
+        "learning_rate": 0.01, "precision": "fp32", "report_to": "none",
+    }  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["x", *(f"--{key}={value}" for key, value in options.items())])
+    return tmp_path
+
+
+def test_the_baseline_learns_goes_on_and_stands_alone(words):
+    autoregressive.main()
+    base, tokenizer = load_causal_lm(str(words / "base"))
+    tuned, _ = load_causal_lm(str(words / "out"))
+    row = encode_rows(load_rows(str(words / "rows.jsonl")), tokenizer, 48)[0][0]
+    ids = torch.tensor([row["input_ids"]])
+    labels = torch.tensor(autoregressive.labels(row)["labels"])[None]
+    assert (labels == autoregressive.UNSEEN).sum() == row["prompt_length"]
+    with torch.no_grad():
+        before, after = (model(input_ids=ids, labels=labels).loss for model in (base, tuned))
+    assert after < before
+    state = json.loads((words / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    autoregressive.main()  # finished: trains no step again
+    again, _ = load_causal_lm(str(words / "out"))
+    assert all(torch.equal(w, again.state_dict()[name]) for name, w in tuned.state_dict().items())
+
+
+def test_colours_go_from_the_first_step_to_the_last():
+    assert style(0, 9) == "white on rgb(68,1,84)"
+    assert style(9, 9) == "black on rgb(253,231,36)"
+    assert style(0, 0) == style(0, 9)
+    assert legend(["a", "b"]).plain == "step:  a  b "
