@@ -67,6 +67,7 @@ def describe(path: str) -> dict[str, Any]:
     return {
         "path": path,
         "family": f"{shape.get('model_type')}, {layers} layers, width {config.hidden_size}",
+        **_adapter(path),
         **_weights(path),
         "vocabulary": f"{config.num_tokens} tokens, mask {tokenizer.mask_token!r} = {config.mask_token_id}, "
         f"end {tokenizer.eos_token!r} = {config.eos_token_id}",
@@ -79,13 +80,23 @@ def describe(path: str) -> dict[str, Any]:
     }
 
 
+def _adapter(path: str) -> dict[str, str]:
+    """What an adapter belongs to."""
+    from dlm.adapter import base_of, is_adapter
+
+    return {"adapter of": base_of(path)} if is_adapter(path) else {}
+
+
 def _weights(path: str) -> dict[str, Any]:
     """Number and type of the parameters of a local checkpoint, from the headers of its safetensors files."""
     from safetensors import SafetensorError, safe_open
 
-    files = sorted(Path(path).glob("model*.safetensors"))
+    from dlm.adapter import is_adapter
+
+    pattern = "adapter_model.safetensors" if is_adapter(path) else "model*.safetensors"
+    files = sorted(Path(path).glob(pattern))
     if Path(path).is_dir() and not files:
-        raise CheckpointError(f"{path}: config.json is there, but no model*.safetensors")
+        raise CheckpointError(f"{path}: config.json is there, but no {pattern}")
     total, types = 0, set()
     for file in files:
         try:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 from dlm import load_model
 from dlm.adapter import add_adapter, base_of
 from dlm.backbone import load_causal_lm
+from dlm.commands.inspect import describe
 from dlm.errors import CheckpointError
 from dlm.model import MaskedDiffusionModel
 from dlm.pretrained import base
@@ -124,6 +125,12 @@ class TestAdapters:
             shapes = {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118
         state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         assert shapes == {key: list(weight.shape) for key, weight in state.items()}
+
+    def test_it_can_be_inspected(self, name):
+        facts = describe(name)
+        assert facts["adapter of"] in NAMES
+        assert "BF16" in facts["parameters"]
+        assert facts["generation"]["decoder"] == "entropy-bound"
 
     def test_its_base_is_one_of_the_names(self, name):
         assert base_of(located(name)) in NAMES
