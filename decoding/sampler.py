@@ -339,8 +339,13 @@ class Sampler:
         given = likely.gather(1, tokens)[:, 0].cpu().split([int(x.sum()) for x in near])
         return [float(torch.cat(pair).mean()) for pair in zip(written, given, strict=True)]
 
-    def without(self, texts: Sequence[str], decoder: Decoder | str | None = None) -> Decoder:
-        """A decoder, the checkpoint's by default, that never writes the tokens that these texts are.
+    def without(self, texts: Sequence[str], decoder: Decoder | str | None = None, **how: Any) -> Decoder:
+        """A decoder that never writes the tokens that these texts are.
+
+        Args:
+            texts: one token each.
+            decoder: the decoder; by default the one that `how` would be decoded with.
+            **how: the rest of the request, as for `generate`.
 
         Raises:
             ConfigError: for a text that is not exactly one token.
@@ -351,7 +356,7 @@ class Sampler:
                 raise ConfigError(
                     f"{text!r} is {len(found)} tokens, and must be one (mostly, words begin with a space)"
                 )
-        return self.planner.plan(decoder).decoder.without(*(found[0] for found in ids.values()))
+        return self.planner.plan(decoder, **how).decoder.without(*(found[0] for found in ids.values()))
 
     @property
     def window(self) -> int:

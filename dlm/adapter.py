@@ -40,6 +40,11 @@ class MaskShift(nn.Module):
 class AdaptedModel(PeftModel):  # type: ignore[misc]
     """A base with an adapter around it; everything that the base can do is passed on to it."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():  # peft asks for an attribute that transformers has renamed
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            super().__init__(*args, **kwargs)
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write the adapter, and the model's configuration, which says what the adapter belongs to.
 
@@ -131,8 +136,6 @@ def load_adapter(base: MaskedDiffusionModel, path: str | Path) -> MaskedDiffusio
     """
     base.mask_shift = MaskShift(base.config.hidden_size).to(base.device, base.dtype)
     try:
-        with warnings.catch_warnings():  # peft asks for an attribute that transformers has renamed
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            return merged(PeftModel.from_pretrained(base, str(path)))
+        return merged(AdaptedModel.from_pretrained(base, str(path)))
     except Exception as error:
         raise CheckpointError(f"{path}: the adapter does not fit its base ({error})") from error

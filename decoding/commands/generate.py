@@ -83,7 +83,8 @@ def run(config: GenerateConfig) -> int:
     arguments = config.arguments()
     sampler = Sampler(*config.load())
     if config.forbidden:
-        arguments["decoder"] = sampler.without(config.forbidden, arguments["decoder"])
+        how = {name: value for name, value in arguments.items() if name != "seed"}
+        arguments["decoder"] = sampler.without(config.forbidden, **how)
     words = config.prompts not in ([], ["-"])
     prompts: Iterable[Any] = config.prompts if words else read_prompts(config.file)
     if config.limit:

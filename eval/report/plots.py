@@ -118,6 +118,15 @@ def _lines(runs: Sequence[Results], without: Sequence[str]) -> dict[str, list[Re
     return dict(sorted(found.items()))
 
 
+def swept(runs: Sequence[Results], across: Size, without: Sequence[str]) -> list[Results]:
+    """The runs on lines that `across` varies along: those of a sweep."""
+    lines: dict[tuple[str, str], list[Results]] = defaultdict(list)
+    for run in runs:
+        if not math.isnan(across(run)):
+            lines[run.card.system, _series(run, without)].append(run)
+    return [run for line in lines.values() if len({across(run) for run in line}) > 1 for run in line]
+
+
 def _level(panel: Any, run: Results, name: str) -> None:
     """A system that has one point only."""
     if name in run.means:

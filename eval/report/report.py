@@ -101,6 +101,10 @@ def _curves(file: Path) -> Any:
     return curves
 
 
+SIZES = ("kernel_size", "block_size")
+"""What a sweep over sizes varies."""
+
+
 def _task(task: str, runs: list[Results]) -> list[Part]:
     """The sections of one task."""
     first = Part(f"{task}: quality", tables=[tables.quality(runs), tables.repetitions(runs)])
@@ -115,7 +119,9 @@ def _task(task: str, runs: list[Results]) -> list[Part]:
         ),
         (
             "size",
-            plots.quality(runs, plots.size, "kernel or block size, tokens", ("kernel_size", "block_size")),
+            plots.quality(
+                plots.swept(runs, plots.size, SIZES), plots.size, "kernel or block size, tokens", SIZES
+            ),
             "Quality against the size of the kernel, or of the blocks.",
         ),
         ("steps", plots.revealed(runs), "At which part of the steps each place of the answer got its token."),

@@ -84,6 +84,9 @@ def test_a_pace_of_the_callers_takes_the_place_of_a_decoder_that_has_its_own(mod
     assert paced == sampler.generate(["hello"], decoder="conv", max_tokens=9, rate=2.0)[0]
     fixed = sampler.generate(["hello"], window=40, steps=4)[0]
     assert fixed == sampler.generate(["hello"], decoder="conv", window=40, steps=4)[0]
+    letter = sampler.tokenizer.decode(5)
+    assert sampler.without([letter]) == bound.without(5)
+    assert sampler.without([letter], rate=2.0) == Decoder.named("conv").without(5)
     with pytest.raises(ConfigError, match="says itself how many tokens"):
         sampler.generate(["hello"], decoder=bound, max_tokens=9, rate=2.0)
     model.config.generation = None

@@ -75,7 +75,13 @@ def test_a_line_goes_over_calls_or_over_sizes(runs):
     drawn = {line.get_label(): line.lines[0].get_xydata() for line in panel.containers}
     assert set(drawn) == {"conv, K=9", "conv, K=17", "top-k"}
     assert drawn["conv, K=9"].tolist() == [[7.0, 50.0], [15.0, 75.0]]
-    sizes = plots.quality(runs, plots.size, "size", ("kernel_size", "block_size"))
+    along = ("kernel_size", "block_size")
+    assert [run.card.label for run in plots.swept(runs, plots.size, along)] == [
+        "conv,K=9,S=16",
+        "conv,K=17,S=16",
+    ]
+    assert plots.quality(plots.swept(runs[:2], plots.size, along), plots.size) is None  # nothing was swept
+    sizes = plots.quality(runs, plots.size, "size", along)
     lines = {line.get_label(): line.lines[0].get_xydata() for line in sizes.axes[0].containers}
     assert lines["conv, S=16"][:, 0].tolist() == [9.0, 17.0]
     assert plots.quality(runs[:1]) is None
