@@ -362,16 +362,20 @@ class Lane:
             return
         some, part = rows[asked], missing[asked]
         yield self._asks(some, part)
-        noise = self._noise(some, _TOKEN)[part].split(_CELLS)
-        found = [self._looked_at(*each) for each in zip(self._logits(some, part), noise, strict=True)]
+        given = self._drawn_with(some, part).split(_CELLS)
+        found = [self._looked_at(*each) for each in zip(self._logits(some, part), given, strict=True)]
         score, token, probability = torch.cat(found, dim=1).cpu()
         self._check_numbers(some, part, score + probability)
         self.memo.put(some, part, score.float(), token.long(), probability.float())
 
-    def _looked_at(self, logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """[N, V] and [N] -> [3, N] float64: score, token, and the token's probability."""
+    def _drawn_with(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        """[N] what the tokens at `where` [b, W] are drawn with: uniform numbers."""
+        return self._noise(rows, _TOKEN)[where]
+
+    def _looked_at(self, logits: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """[N, V] and what `_drawn_with` says -> [3, N] float64: score, token, and the token's probability."""
         tokens, kind = self.decoder.tokens, self.decoder.reveal.kind
-        choice = tokens.choose(logits, sent(noise, logits.device))
+        choice = tokens.choose(logits, sent(given, logits.device))
         if kind == "mass":
             score = choice.mass
         else:

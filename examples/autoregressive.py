@@ -15,6 +15,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -39,6 +40,23 @@ def labelled(rows: Dataset) -> Dataset:
     return rows.map(labels, desc="Labels").select_columns(["input_ids", "labels", "length"])
 
 
+class AnswerTrainer(Trainer):
+    """A trainer that predicts the answers' tokens alone: the head never sees the prompts, nor the padding."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Mean cross entropy, in nats, of the labelled tokens, each from the position before it."""
+        base = self.accelerator.unwrap_model(model).get_base_model()
+        following = inputs["labels"][:, 1:]
+        told = following != UNSEEN
+        with self.accelerator.autocast():
+            states = base.model(inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
+            logits = base.lm_head(states[:, :-1][told])
+        loss = F.cross_entropy(logits.float(), following[told])
+        return (loss, {}) if return_outputs else loss
+
+
 def main() -> None:
     """Train, merge, save."""
     config = parse("autoregressive", Command("", TrainConfig, lambda _: 0), sys.argv[1:])
@@ -54,12 +72,13 @@ def main() -> None:
     arguments = training_arguments(config, evaluate=True)
     arguments.train_sampling_strategy, arguments.label_names = "group_by_length", ["labels"]
     arguments.save_total_limit = config.keep_checkpoints
-    trainer = Trainer(
+    arguments.prediction_loss_only = True
+    trainer = AnswerTrainer(
         get_peft_model(model, adapter),
         arguments,
         DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
         rows,
-        held_out,
+        held_out.select(range(min(config.eval_rows or len(held_out), len(held_out)))),
         processing_class=tokenizer,
     )
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,97 @@
+"""`dlm eval path`: what the order in which decoders write costs, on true answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dlm.cli import Command
+from dlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PathConfig:
+    """Settings of `dlm eval path`.
+
+    Every decoder chooses its positions as always; the true tokens are written there, and what the model
+    thought of them counts. Nothing is generated, so that no reader and no judge is needed.
+
+    Args:
+        models: folders or hub ids of masked diffusion models, "default", "default-sft" (the words that are no
+            options).
+        data: rows whose answers are written, a file or hub id.
+        last: only the last so many of them: those that training held out.
+        limit: the first so many of these that fit; 0 for all.
+        decoders: decoders to compare, such as "conv,semi-ar(block_size=32),top-k"; the checkpoint's own if
+            empty.
+        window: tokens of prompt and answer together, on a fixed canvas.
+        steps: denoising steps, several as "16,32" or as shares of the window, "L/16,L/4"; a quarter of the
+            window if empty.
+        seed: of the noise; equal for all decoders.
+        batch_size: rows per model call.
+        output: folder for the figures (paths.json), the table (.md) and the plot (.svg).
+        device: "cpu", "cuda", or "auto" for a GPU if there is one.
+        dtype: "float32", "bfloat16", "float16", or "fastest": bfloat16 where the machine computes in it.
+    """
+
+    models: list[str] = field(default_factory=list)
+    data: str = "tatsu-lab/alpaca"
+    last: int = 1000
+    limit: int = 200
+    decoders: str = ""
+    window: int = 128
+    steps: str = ""
+    seed: int = 0
+    batch_size: int = 16
+    output: str = "runs/paths"
+    device: str = "auto"
+    dtype: str = "fastest"
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        if not self.models:
+            raise ConfigError("name one or more checkpoints: dlm eval path default-sft default")
+        for name, least in (("last", 1), ("limit", 0), ("window", 8), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+def run(config: PathConfig) -> int:
+    """Measure each model with each decoder, and show the table."""
+    from rich.console import Console
+
+    from eval.paths import save, table
+
+    runs = measured(config)
+    Console(width=None if Console().is_terminal else 120).print(table(runs).rich())
+    print(*save(runs, Path(config.output)), sep="\n")
+    return 0
+
+
+def measured(config: PathConfig) -> list[Any]:
+    """The runs (`eval.paths.PathRun`), model after model."""
+    from tqdm import tqdm
+
+    from decoding.path import path_costs
+    from decoding.sampler import Sampler
+    from dlm.checkpoint import load_model
+    from eval.paths import PathRun, held_out
+    from eval.variants import variants
+
+    several = variants(config.decoders, window=config.window, steps=config.steps)
+    runs = []
+    for path in config.models:
+        sampler = Sampler(*load_model(path, config.device, config.dtype))
+        rows = held_out(config.data, config.last, config.limit, sampler.tokenizer, config.window)
+        for variant in several:
+            plan = sampler.planner.plan(**variant.how())
+            costs = path_costs(sampler.model, rows, plan, seed=config.seed, batch_size=config.batch_size)
+            shown = tqdm(costs, f"{path}, {variant.label}", len(rows), unit="answer", leave=False)
+            runs.append(PathRun(Path(path).name, variant, list(shown)))
+    return runs
+
+
+COMMAND = Command(
+    "what the order in which decoders write costs, on true answers", PathConfig, run, positional="models"
+)

@@ -1,0 +1,143 @@
+"""How much likelihood each way of decoding leaves: the paths of several decoders to the same true answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from decoding.path import PathCost
+from dlm.curves import plain
+from dlm.data.encode import encode_rows
+from dlm.data.rows import load_rows
+from dlm.errors import ConfigError
+from eval.report.plots import LOOKS
+from eval.report.tables import Table
+from eval.statistics import Estimate, bootstrap
+from eval.variants import Variant
+
+Rows = list[tuple[list[int], list[int]]]
+"""Prompts and answers as ids; answers hold their end token."""
+
+
+def held_out(source: str, last: int, limit: int, tokenizer: PreTrainedTokenizerBase, room: int) -> Rows:
+    """The first rows among the last of a file that fit.
+
+    Args:
+        source: rows, as `dlm train` reads them.
+        last: how many rows at the end of it count: those that training holds out.
+        limit: how many rows are wanted; 0 for all.
+        tokenizer: the model's.
+        room: longest row in tokens, prompt and end token included.
+
+    Raises:
+        ConfigError: when none fits.
+    """
+    rows = load_rows(source)
+    encoded, _ = encode_rows(rows.select(range(max(len(rows) - last, 0), len(rows))), tokenizer, room)
+    whole = (row for row in encoded if row["input_ids"][-1] == tokenizer.eos_token_id)
+    pairs = [
+        (row["input_ids"][: row["prompt_length"]], row["input_ids"][row["prompt_length"] :]) for row in whole
+    ]
+    if not pairs:
+        raise ConfigError(f"{source}: none of the last {last} rows fits in {room} tokens")
+    return pairs[: limit or None]
+
+
+@dataclass(frozen=True)
+class PathRun:
+    """One decoder's paths."""
+
+    model: str
+    variant: Variant
+    costs: list[PathCost]
+
+    @property
+    def nats(self) -> Estimate:
+        """Nats per token of the answers, those for end tokens behind them included."""
+        each = [nats + cost.behind / len(cost.answer) for cost in self.costs for nats in cost.answer]
+        return bootstrap(each, self._rows)
+
+    @property
+    def own(self) -> Estimate:
+        """Nats per token for the answers' own tokens."""
+        return bootstrap([nats for cost in self.costs for nats in cost.answer], self._rows)
+
+    @property
+    def calls(self) -> float:
+        """Mean number of model calls."""
+        return sum(cost.calls for cost in self.costs) / len(self.costs)
+
+    @property
+    def _rows(self) -> list[str]:
+        """Which answer each token belongs to."""
+        return [str(i) for i, cost in enumerate(self.costs) for _ in cost.answer]
+
+    @property
+    def line(self) -> str:
+        """The decoder and its sizes, without its pace."""
+        return Variant(self.variant.decoder, self.variant.options).label
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        costs = [asdict(cost) for cost in self.costs]
+        return {"model": self.model, "decoder": self.variant.label, "costs": costs}
+
+
+def table(runs: Iterable[PathRun]) -> Table:
+    """A line for each run: mean and half of the 95 % interval, over answers."""
+    head = ["model, decoder", "model calls", "nats per token", "of the answer's own tokens"]
+    rows = [
+        [f"{run.model}, {run.variant.label}", f"{run.calls:.1f}", _told(run.nats), _told(run.own)]
+        for run in runs
+    ]
+    return Table("What the path to the true answers costs", head, rows)
+
+
+def _told(value: Estimate) -> str:
+    return f"{value.mean:.3f} ± {max(value.high - value.mean, value.mean - value.low):.3f}"
+
+
+def draw(runs: Sequence[PathRun]) -> Any:
+    """Nats per token over model calls as a matplotlib figure: a panel for each model, a line per decoder."""
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(run.model for run in runs))
+    lines = list(dict.fromkeys(run.line for run in runs))
+    figure = Figure(figsize=(4.2 * len(models) + 0.6, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    for panel, model in zip(panels, models, strict=True):
+        for i, line in enumerate(lines):
+            some = sorted((r for r in runs if (r.model, r.line) == (model, line)), key=lambda run: run.calls)
+            colour, marker, dashes = LOOKS[i % len(LOOKS)]
+            found = [run.nats for run in some]
+            error = [[e.mean - e.low for e in found], [e.high - e.mean for e in found]]
+            panel.errorbar(
+                [run.calls for run in some], [e.mean for e in found], yerr=error, label=line, color=colour,
+                marker=marker, linestyle=dashes, markersize=5, linewidth=1.3, capsize=2, elinewidth=0.8,
+            )  # fmt: skip
+        panel.set_title(model, fontsize=10, loc="left")
+        panel.set_xlabel("model calls per answer")
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        plain(panel)
+        panel.get_legend().remove()
+    panels[0].set_ylabel("nats per token of the true answer")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def save(runs: Sequence[PathRun], folder: Path) -> list[Path]:
+    """Write paths.json, paths.md and paths.svg; returns where they are."""
+    import json
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / name for name in ("paths.json", "paths.md", "paths.svg")]
+    files[0].write_text(json.dumps([run.as_dict() for run in runs]), encoding="utf-8")
+    files[1].write_text(table(runs).markdown() + "\n", encoding="utf-8")
+    draw(runs).savefig(files[2])
+    return files
