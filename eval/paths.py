@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -131,13 +132,39 @@ def draw(runs: Sequence[PathRun]) -> Any:
     return figure
 
 
-def save(runs: Sequence[PathRun], folder: Path) -> list[Path]:
-    """Write paths.json, paths.md and paths.svg; returns where they are."""
-    import json
+class PathFolder:
+    """Where paths are kept: paths.json, renewed after each run, and in the end paths.md and paths.svg.
 
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / name for name in ("paths.json", "paths.md", "paths.svg")]
-    files[0].write_text(json.dumps([run.as_dict() for run in runs]), encoding="utf-8")
-    files[1].write_text(table(runs).markdown() + "\n", encoding="utf-8")
-    draw(runs).savefig(files[2])
-    return files
+    Args:
+        folder: of the three.
+        settings: what all runs have in common; what was measured under others is not taken up.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
+        self.folder, self.settings = Path(folder), settings
+        self.file = self.folder / "paths.json"
+
+    def load(self) -> dict[tuple[str, str], list[PathCost]]:
+        """What was measured before under the same settings, by model and decoder."""
+        known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
+        if known.get("settings") != self.settings:
+            return {}
+        return {
+            (run["model"], run["decoder"]): [PathCost(**cost) for cost in run["costs"]]
+            for run in known["runs"]
+        }
+
+    def save(self, runs: Sequence[PathRun]) -> None:
+        """Write the figures."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        figures = {"settings": self.settings, "runs": [run.as_dict() for run in runs]}
+        part = self.file.with_suffix(".part")
+        part.write_text(json.dumps(figures), encoding="utf-8")
+        part.replace(self.file)
+
+    def publish(self, runs: Sequence[PathRun]) -> list[Path]:
+        """Write table and plot; returns all files."""
+        words, picture = self.folder / "paths.md", self.folder / "paths.svg"
+        words.write_text(table(runs).markdown() + "\n", encoding="utf-8")
+        draw(runs).savefig(picture)
+        return [self.file, words, picture]

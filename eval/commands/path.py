@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dlm.cli import Command
 from dlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from eval.paths import PathFolder, PathRun
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class PathConfig:
             window if empty.
         seed: of the noise; equal for all decoders.
         batch_size: rows per model call.
-        output: folder for the figures (paths.json), the table (.md) and the plot (.svg).
+        output: folder for the figures (paths.json), the table (.md) and the plot (.svg); what was measured
+            there under the same settings is not measured again.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
         dtype: "float32", "bfloat16", "float16", or "fastest": bfloat16 where the machine computes in it.
     """
@@ -61,16 +64,18 @@ def run(config: PathConfig) -> int:
     """Measure each model with each decoder, and show the table."""
     from rich.console import Console
 
-    from eval.paths import save, table
+    from eval.paths import PathFolder, table
 
-    runs = measured(config)
+    common = {name: getattr(config, name) for name in ("data", "last", "limit", "window", "seed")}
+    folder = PathFolder(config.output, common)
+    runs = measured(config, folder)
     Console(width=None if Console().is_terminal else 120).print(table(runs).rich())
-    print(*save(runs, Path(config.output)), sep="\n")
+    print(*folder.publish(runs), sep="\n")
     return 0
 
 
-def measured(config: PathConfig) -> list[Any]:
-    """The runs (`eval.paths.PathRun`), model after model."""
+def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
+    """The runs, model after model; those that the folder holds already are not made again."""
     from tqdm import tqdm
 
     from decoding.path import path_costs
@@ -79,16 +84,19 @@ def measured(config: PathConfig) -> list[Any]:
     from eval.paths import PathRun, held_out
     from eval.variants import variants
 
+    known, runs = folder.load(), []
     several = variants(config.decoders, window=config.window, steps=config.steps)
-    runs = []
     for path in config.models:
         sampler = Sampler(*load_model(path, config.device, config.dtype))
         rows = held_out(config.data, config.last, config.limit, sampler.tokenizer, config.window)
         for variant in several:
-            plan = sampler.planner.plan(**variant.how())
-            costs = path_costs(sampler.model, rows, plan, seed=config.seed, batch_size=config.batch_size)
-            shown = tqdm(costs, f"{path}, {variant.label}", len(rows), unit="answer", leave=False)
-            runs.append(PathRun(Path(path).name, variant, list(shown)))
+            costs = known.get((path, variant.label))
+            if costs is None:
+                plan = sampler.planner.plan(**variant.how())
+                going = path_costs(sampler.model, rows, plan, seed=config.seed, batch_size=config.batch_size)
+                costs = list(tqdm(going, f"{path}, {variant.label}", len(rows), unit="answer", leave=False))
+            runs.append(PathRun(path, variant, costs))
+            folder.save(runs)
     return runs
 
 

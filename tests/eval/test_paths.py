@@ -3,11 +3,14 @@ import math
 
 import pytest
 
+from decoding import path
 from decoding.path import PathCost
 from dlm.cli import main
 from dlm.errors import ConfigError
 from eval.paths import PathRun, draw, held_out, table
 from eval.variants import Variant
+
+original = path.path_costs
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def test_the_command_measures_each_decoder(checkpoint, file, tmp_path, capsys):
     assert main(["eval", "path", *words]) == 0
     out = capsys.readouterr().out
     assert "conv,K=9,L=48,S=6" in out
-    runs = json.loads((tmp_path / "o" / "paths.json").read_text())
+    runs = json.loads((tmp_path / "o" / "paths.json").read_text())["runs"]
     assert [run["decoder"] for run in runs] == [
         f"{name},L=48,S={steps}" for name in ("conv,K=9", "llada") for steps in (6, 48)
     ]
@@ -66,6 +69,20 @@ def test_the_command_measures_each_decoder(checkpoint, file, tmp_path, capsys):
         assert all(0 < nats < math.inf for cost in run["costs"] for nats in cost["answer"])
     assert (tmp_path / "o" / "paths.svg").exists()
     assert (tmp_path / "o" / "paths.md").read_text().count("\n") == 6
+
+
+def test_a_run_that_was_killed_goes_on(checkpoint, file, tmp_path, monkeypatch):
+    words = ["eval", "path", str(checkpoint), "--data", str(file), "--limit", "3", "--window", "48"]
+    words += ["--output", str(tmp_path / "o"), "--device", "cpu", "--steps", "6"]
+    assert main([*words, "--decoders", "llada"]) == 0
+    counted = []
+    monkeypatch.setattr(path, "path_costs", lambda *a, **k: counted.append(a) or original(*a, **k))
+    assert main([*words, "--decoders", "llada,conv"]) == 0
+    assert len(counted) == 1  # conv alone
+    assert main([*words, "--decoders", "llada,conv", "--seed", "1"]) == 0
+    assert len(counted) == 3  # other settings: all again
+    kept = json.loads((tmp_path / "o" / "paths.json").read_text())
+    assert (kept["settings"]["seed"], len(kept["runs"])) == (1, 2)
 
 
 def test_what_cannot_be_measured_is_refused(capsys):
