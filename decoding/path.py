@@ -2,16 +2,16 @@
 
 Tokens that are written in one call are drawn independently of each other, and tokens far from what is known
 are drawn from a vague distribution. Both lose likelihood, and a decoder that spares the one pays the other.
-Here a decoder chooses positions as it always does, what is written there is the true token, and what counts
-is how probable the model held it just before: the quality of the order alone, apart from what the tokens of
-an actual decoding, once wrong, make of all that follow.
+Here a decoder chooses positions as it always does, and wherever the answer has a token, that token is written
+and its probability just before counts. What stands behind the end of the answer is drawn from the model, as
+in a real decoding: it costs nothing, since the end token overwrites it, but it is seen until then.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,26 +20,28 @@ from decoding.loop import Lane, work_through
 from decoding.request import Plan
 from decoding.rows import Row
 from decoding.states import Denoiser
+from decoding.tokens import TokenRule
 from dlm.device import sent
 from dlm.errors import ConfigError
 from dlm.noise import key_of
 
+_OPEN = -1
+"""In place of a true token: whatever the model draws."""
+
 
 @dataclass(frozen=True)
 class PathCost:
-    """What writing one answer along a decoder's path costs.
+    """What writing one answer along one path of a decoder costs."""
 
-    All of `answer` and `behind` together bound -log p(answer | prompt) of the decoder, drawing its tokens at
-    temperature 1 from all of the vocabulary, from above: where it writes depends on what is written and on
-    noise, never on the tokens to come, so the bound is Jensen's over the orders (as in P2, arXiv 2502.03540).
-    """
-
-    answer: list[float]
-    """Nats of each token of the answer, its end token included: -log p(token | what was written before)."""
-    behind: float
-    """Nats of end tokens that were written behind the end of the answer before the end itself was."""
+    nats: list[float]
+    """For each token of the answer, its end token included: -log p(token | what was written before)."""
     calls: int
     """Model calls."""
+
+    @property
+    def total(self) -> float:
+        """Nats of the whole answer: one draw of a bound on -log p(answer | prompt), see `path_costs`."""
+        return sum(self.nats)
 
 
 def path_costs(
@@ -52,9 +54,19 @@ def path_costs(
 ) -> Iterator[PathCost]:
     """The cost of each answer along the path that a decoder takes when it is told what to write.
 
+    The order and the pace are those of the decoder; tokens are drawn from all of the model's distribution
+    (temperature 1, nothing cut), whatever the decoder's own token rule. With π the choice of positions, which
+    depends on noise and on what is written but not on the tokens that will be, and b what is drawn behind
+    the end,
+
+        -log p(x) = -log E_{π,b}[Π p(x_i | written before)] ≤ E_{π,b}[Σ -log p(x_i | written before)]
+
+    by Jensen's inequality, with equality for an order without noise and an answer without end, or from left
+    to right. A cost is one draw of the right-hand side: its mean over seeds is the bound.
+
     Args:
         model: a masked diffusion model.
-        rows: prompts and answers as ids; answers hold their end token.
+        rows: prompts and answers as ids; answers that end hold their end token.
         plan: the decoder and its pace, as `decoding.request.Planner` makes it.
         seed: of the noise.
         batch_size: rows at a time.
@@ -63,10 +75,17 @@ def path_costs(
         One cost for each row, in order.
 
     Raises:
-        ConfigError: for rules that take tokens away again, and for answers that do not fit.
+        ConfigError: for decoders whose choice of positions depends on the tokens drawn (those that mask
+            again, and rankings by the confidence of a token that is not the likeliest one), and for answers
+            that do not fit.
     """
-    if plan.decoder.reveal.remasks:
-        raise ConfigError(f"decoder {plan.decoder.name!r} masks tokens again: its path has no such cost")
+    decoder = plan.decoder
+    if decoder.reveal.remasks:
+        raise ConfigError(f"decoder {decoder.name!r} masks tokens again: its path has no such cost")
+    if decoder.reveal.kind == "confidence" and decoder.tokens.temperature > 0:
+        raise ConfigError(
+            f"decoder {decoder.name!r} ranks positions by the token that it draws there; give temperature=0"
+        )
     several = iter(rows)
     while some := list(itertools.islice(several, batch_size)):
         yield from _batch(model, some, plan, seed)
@@ -76,16 +95,18 @@ def path_costs(
 def _batch(
     model: Denoiser, rows: Sequence[tuple[Sequence[int], Sequence[int]]], plan: Plan, seed: int
 ) -> Iterator[PathCost]:
-    settings, mask_id, eos_id = plan.settings, plan.settings.mask_id, plan.settings.eos_id
-    ids, truth, keys = [], [], []
+    settings, mask_id = plan.settings, plan.settings.mask_id
+    ids, keys = [], []
     for prompt, answer in rows:
         room = min(plan.tokens, plan.positions - len(prompt))
         if len(answer) > room:
             raise ConfigError(f"an answer of {len(answer)} tokens does not fit: there is room for {room}")
         ids.append([*prompt, *[mask_id] * room])
-        truth.append([*prompt, *answer, *[eos_id] * (room - len(answer))])
         keys.append(key_of(seed, Row(ids[-1], len(prompt), "").digest(mask_id)))
     width = max(map(len, ids))
+    truth = torch.full((len(rows), width), _OPEN)
+    for told, (prompt, answer) in zip(truth, rows, strict=True):
+        told[len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
     canvas = Canvas.of(
         torch.tensor([row + [mask_id] * (width - len(row)) for row in ids]),
         mask_id,
@@ -93,22 +114,21 @@ def _batch(
         torch.arange(width) < torch.tensor([len(row) for row in ids])[:, None],
         ahead=settings.ahead(plan.decoder),
     )
-    known = torch.tensor([row + [eos_id] * (width - len(row)) for row in truth])
-    lane = _ToldLane(known, model, canvas, plan)
+    lane = _ToldLane(truth, model, canvas, plan)
     while not lane.finished:
         work_through(model, lane.work())
     for row, (prompt, answer) in enumerate(rows):
-        nats = -canvas.confidence[row, len(prompt) :].double().log().nan_to_num(nan=0.0)
-        own, behind = nats[: len(answer)], nats[len(answer) :]
-        yield PathCost(own.tolist(), float(behind.sum()), int(canvas.model_calls[row]))
+        chance = canvas.confidence[row, len(prompt) : len(prompt) + len(answer)]
+        yield PathCost((-chance.double().log()).tolist(), int(canvas.model_calls[row]))
 
 
 class _ToldLane(Lane):
-    """A lane that writes the truth [B, L] wherever its decoder decides to write."""
+    """A lane that writes the truth [B, L] wherever its decoder decides to write; it draws where it is open."""
 
     def __init__(self, truth: torch.Tensor, model: Denoiser, canvas: Canvas, plan: Plan) -> None:
         super().__init__(model, canvas, plan.decoder, plan.settings)
         self.truth = truth
+        self.all = replace(TokenRule(), forbidden=plan.decoder.tokens.forbidden)
 
     def _drawn_with(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """[N, 2] uniform numbers, and the true tokens."""
@@ -116,9 +136,10 @@ class _ToldLane(Lane):
         return torch.stack([super()._drawn_with(rows, where).double(), truth.double()], dim=1)
 
     def _looked_at(self, logits: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        """The score of the token that would have been drawn; the true token, and its probability."""
-        noise, truth = given.unbind(1)
-        score = super()._looked_at(logits, noise.to(torch.get_default_dtype()))[0]
-        token = sent(truth.long(), logits.device)
-        chance = logits.float().log_softmax(1).gather(1, token[:, None])[:, 0].exp()
-        return torch.stack([score, token.double(), chance.double()])
+        """The decoder's own score; the true token or, where it is open, one drawn; and its probability."""
+        noise, truth = given[:, 0].float(), sent(given[:, 1].long(), logits.device)
+        score = super()._looked_at(logits, noise)[0]
+        choice = self.all.choose(logits, sent(noise, logits.device))
+        likely = logits.float().log_softmax(1).gather(1, truth.clamp(min=0)[:, None])[:, 0].exp()
+        token = torch.where(truth == _OPEN, choice.token, truth)
+        return torch.stack([score, token.double(), torch.where(truth == _OPEN, 1.0, likely).double()])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from dlm.data.rows import load_rows
 from dlm.errors import ConfigError
 from eval.report.plots import LOOKS
 from eval.report.tables import Table
-from eval.statistics import Estimate, bootstrap
-from eval.variants import Variant
+from eval.statistics import Estimate, bootstrap, paired_test
 
 Rows = list[tuple[list[int], list[int]]]
 """Prompts and answers as ids; answers hold their end token."""
 
 
-def held_out(source: str, last: int, limit: int, tokenizer: PreTrainedTokenizerBase, room: int) -> Rows:
+def held_out(
+    source: str, last: int, limit: int, tokenizer: PreTrainedTokenizerBase, room: int, tokens: int
+) -> Rows:
     """The first rows among the last of a file that fit.
 
     Args:
@@ -33,6 +34,7 @@ def held_out(source: str, last: int, limit: int, tokenizer: PreTrainedTokenizerB
         limit: how many rows are wanted; 0 for all.
         tokenizer: the model's.
         room: longest row in tokens, prompt and end token included.
+        tokens: longest answer.
 
     Raises:
         ConfigError: when none fits.
@@ -43,6 +45,7 @@ def held_out(source: str, last: int, limit: int, tokenizer: PreTrainedTokenizerB
     pairs = [
         (row["input_ids"][: row["prompt_length"]], row["input_ids"][row["prompt_length"] :]) for row in whole
     ]
+    pairs = [(prompt, answer) for prompt, answer in pairs if len(answer) <= tokens]
     if not pairs:
         raise ConfigError(f"{source}: none of the last {last} rows fits in {room} tokens")
     return pairs[: limit or None]
@@ -50,56 +53,67 @@ def held_out(source: str, last: int, limit: int, tokenizer: PreTrainedTokenizerB
 
 @dataclass(frozen=True)
 class PathRun:
-    """One decoder's paths."""
+    """One decoder's paths.
+
+    Attributes:
+        model: its name or folder.
+        line: the decoder and its sizes.
+        pace: steps, rate, window.
+        costs: of each answer.
+    """
 
     model: str
-    variant: Variant
+    line: str
+    pace: str
     costs: list[PathCost]
 
     @property
     def nats(self) -> Estimate:
-        """Nats per token of the answers, those for end tokens behind them included."""
-        each = [nats + cost.behind / len(cost.answer) for cost in self.costs for nats in cost.answer]
-        return bootstrap(each, self._rows)
-
-    @property
-    def own(self) -> Estimate:
-        """Nats per token for the answers' own tokens."""
-        return bootstrap([nats for cost in self.costs for nats in cost.answer], self._rows)
+        """Nats per token of the answers; the interval is over answers."""
+        owner = [str(i) for i, cost in enumerate(self.costs) for _ in cost.nats]
+        return bootstrap([nats for cost in self.costs for nats in cost.nats], owner)
 
     @property
     def calls(self) -> float:
         """Mean number of model calls."""
         return sum(cost.calls for cost in self.costs) / len(self.costs)
 
-    @property
-    def _rows(self) -> list[str]:
-        """Which answer each token belongs to."""
-        return [str(i) for i, cost in enumerate(self.costs) for _ in cost.answer]
-
-    @property
-    def line(self) -> str:
-        """The decoder and its sizes, without its pace."""
-        return Variant(self.variant.decoder, self.variant.options).label
-
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        costs = [asdict(cost) for cost in self.costs]
-        return {"model": self.model, "decoder": self.variant.label, "costs": costs}
+        return asdict(self)
 
 
-def table(runs: Iterable[PathRun]) -> Table:
-    """A line for each run: mean and half of the 95 % interval, over answers."""
-    head = ["model, decoder", "model calls", "nats per token", "of the answer's own tokens"]
-    rows = [
-        [f"{run.model}, {run.variant.label}", f"{run.calls:.1f}", _told(run.nats), _told(run.own)]
-        for run in runs
-    ]
-    return Table("What the path to the true answers costs", head, rows)
+def differences(runs: Sequence[PathRun]) -> Table:
+    """Each run against each of its model and pace, and against its decoder and pace on the first model.
+
+    Nats of whole answers, by a permutation test on the same answers; divided by the mean length.
+    """
+    rows = []
+    for i, run in enumerate(runs):
+        for other in runs[:i]:
+            same_model = (run.model, run.pace) == (other.model, other.pace)
+            if same_model or (run.line, run.pace) == (other.line, other.pace):
+                before, after = ([cost.total for cost in each.costs] for each in (other, run))
+                difference, p = paired_test(before, after)
+                length = sum(len(cost.nats) for cost in run.costs) / len(run.costs)
+                shown = "< 0.001" if p < 0.001 else f"{p:.3f}"
+                rows.append([_name(run), _name(other), f"{difference / length:+.3f}", shown])
+    return Table("Differences", ["", "against", "nats per token", "p"], rows)
 
 
-def _told(value: Estimate) -> str:
-    return f"{value.mean:.3f} ± {max(value.high - value.mean, value.mean - value.low):.3f}"
+def _name(run: PathRun) -> str:
+    return ", ".join(part for part in (run.model, run.line, run.pace) if part)
+
+
+def table(runs: Sequence[PathRun]) -> Table:
+    """A line for each run: mean and half of the 95 % interval."""
+    rows = []
+    for run in runs:
+        nats = run.nats
+        half = max(nats.high - nats.mean, nats.mean - nats.low)
+        rows.append([_name(run), str(len(run.costs)), f"{run.calls:.1f}", f"{nats.mean:.3f} ± {half:.3f}"])
+    title = "What the order and the pace cost: the true answers, tokens at temperature 1"
+    return Table(title, ["", "answers", "model calls", "nats per token"], rows)
 
 
 def draw(runs: Sequence[PathRun]) -> Any:
@@ -132,6 +146,10 @@ def draw(runs: Sequence[PathRun]) -> Any:
     return figure
 
 
+def _section(table: Table) -> str:
+    return f"## {table.title}\n\n{table.markdown()}\n"
+
+
 class PathFolder:
     """Where paths are kept: paths.json, renewed after each run, and in the end paths.md and paths.svg.
 
@@ -144,13 +162,13 @@ class PathFolder:
         self.folder, self.settings = Path(folder), settings
         self.file = self.folder / "paths.json"
 
-    def load(self) -> dict[tuple[str, str], list[PathCost]]:
-        """What was measured before under the same settings, by model and decoder."""
+    def load(self) -> dict[tuple[str, str, str], list[PathCost]]:
+        """What was measured before under the same settings, by model, decoder and pace."""
         known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
         if known.get("settings") != self.settings:
             return {}
         return {
-            (run["model"], run["decoder"]): [PathCost(**cost) for cost in run["costs"]]
+            (run["model"], run["line"], run["pace"]): [PathCost(**cost) for cost in run["costs"]]
             for run in known["runs"]
         }
 
@@ -165,6 +183,6 @@ class PathFolder:
     def publish(self, runs: Sequence[PathRun]) -> list[Path]:
         """Write table and plot; returns all files."""
         words, picture = self.folder / "paths.md", self.folder / "paths.svg"
-        words.write_text(table(runs).markdown() + "\n", encoding="utf-8")
+        words.write_text("\n\n".join(_section(each) for each in (table(runs), differences(runs))), "utf-8")
         draw(runs).savefig(picture)
         return [self.file, words, picture]

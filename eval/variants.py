@@ -29,10 +29,11 @@ class Variant:
     @property
     def label(self) -> str:
         """Short, and fit for a folder's name."""
-        words = {"kernel_size": "K", "block_size": "B", "window": "L", "steps": "S", "max_tokens": "max"}
-        every = {**self.options, **self.pace}
-        parts = [f"{words.get(name, name)}={value:g}" for name, value in every.items()]
-        return ",".join([self.decoder or "default", *parts])
+        return ",".join(part for part in self.split("default") if part)
+
+    def split(self, own: str) -> tuple[str, str]:
+        """Decoder with options, and pace; `own` is what the checkpoint's decoder is called."""
+        return ",".join([self.decoder or own, *_told(self.options)]), ",".join(_told(self.pace))
 
     def how(self, **common: Any) -> dict[str, Any]:
         """Keyword arguments of `Sampler.iter_generate`."""
@@ -40,6 +41,11 @@ class Variant:
 
         decoder = Decoder.named(self.decoder, **self.options) if self.decoder else None
         return {"decoder": decoder, **self.pace, **common}
+
+
+def _told(settings: dict[str, Any]) -> list[str]:
+    words = {"kernel_size": "K", "block_size": "B", "window": "L", "steps": "S", "max_tokens": "max"}
+    return [f"{words.get(name, name)}={value:g}" for name, value in settings.items()]
 
 
 def parse_decoders(text: str) -> list[tuple[str, dict[str, Any]]]:

@@ -40,7 +40,7 @@ def labelled(rows: Dataset) -> Dataset:
     return rows.map(labels, desc="Labels").select_columns(["input_ids", "labels", "length"])
 
 
-class AnswerTrainer(Trainer):
+class AnswerTrainer(Trainer):  # type: ignore[misc]
     """A trainer that predicts the answers' tokens alone: the head never sees the prompts, nor the padding."""
 
     def compute_loss(

@@ -17,7 +17,8 @@ class PathConfig:
     """Settings of `dlm eval path`.
 
     Every decoder chooses its positions as always; the true tokens are written there, and what the model
-    thought of them counts. Nothing is generated, so that no reader and no judge is needed.
+    thought of them counts. No answer is generated, so that no reader and no judge is needed. Tokens are those
+    of the model at temperature 1, with nothing cut: the order and the pace are what is compared.
 
     Args:
         models: folders or hub ids of masked diffusion models, "default", "default-sft" (the words that are no
@@ -27,9 +28,11 @@ class PathConfig:
         limit: the first so many of these that fit; 0 for all.
         decoders: decoders to compare, such as "conv,semi-ar(block_size=32),top-k"; the checkpoint's own if
             empty.
-        window: tokens of prompt and answer together, on a fixed canvas.
-        steps: denoising steps, several as "16,32" or as shares of the window, "L/16,L/4"; a quarter of the
-            window if empty.
+        window: tokens of prompt and answer together, on a fixed canvas; 0 for the checkpoint's default.
+        steps: denoising steps, several as "16,32" or as shares of the window, "L/16,L/4"; with them, or with
+            a window, the canvas is fixed.
+        max_tokens: longest answer on a canvas that grows; 0 for 256.
+        rate: tokens per model call, several as "1,2"; for a canvas that grows.
         seed: of the noise; equal for all decoders.
         batch_size: rows per model call.
         output: folder for the figures (paths.json), the table (.md) and the plot (.svg); what was measured
@@ -43,8 +46,10 @@ class PathConfig:
     last: int = 1000
     limit: int = 200
     decoders: str = ""
-    window: int = 128
+    window: int = 0
     steps: str = ""
+    max_tokens: int = 0
+    rate: str = ""
     seed: int = 0
     batch_size: int = 16
     output: str = "runs/paths"
@@ -55,7 +60,7 @@ class PathConfig:
         """Check what can be checked without loading anything."""
         if not self.models:
             raise ConfigError("name one or more checkpoints: dlm eval path default-sft default")
-        for name, least in (("last", 1), ("limit", 0), ("window", 8), ("batch_size", 1)):
+        for name, least in (("last", 1), ("limit", 0), ("window", 0), ("max_tokens", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
@@ -66,7 +71,7 @@ def run(config: PathConfig) -> int:
 
     from eval.paths import PathFolder, table
 
-    common = {name: getattr(config, name) for name in ("data", "last", "limit", "window", "seed")}
+    common = {name: getattr(config, name) for name in ("data", "last", "limit", "seed")}
     folder = PathFolder(config.output, common)
     runs = measured(config, folder)
     Console(width=None if Console().is_terminal else 120).print(table(runs).rich())
@@ -84,18 +89,21 @@ def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
     from eval.paths import PathRun, held_out
     from eval.variants import variants
 
-    known, runs = folder.load(), []
-    several = variants(config.decoders, window=config.window, steps=config.steps)
+    pace = {name: getattr(config, name) for name in ("window", "steps", "max_tokens", "rate")}
+    known, several, runs = folder.load(), variants(config.decoders, **pace), []
     for path in config.models:
         sampler = Sampler(*load_model(path, config.device, config.dtype))
-        rows = held_out(config.data, config.last, config.limit, sampler.tokenizer, config.window)
-        for variant in several:
-            costs = known.get((path, variant.label))
-            if costs is None:
-                plan = sampler.planner.plan(**variant.how())
+        plans = [sampler.planner.plan(**variant.how()) for variant in several]
+        room, tokens = min(plan.positions for plan in plans), min(plan.tokens for plan in plans)
+        rows = held_out(config.data, config.last, config.limit, sampler.tokenizer, room, tokens)
+        for variant, plan in zip(several, plans, strict=True):
+            line, words = variant.split(plan.decoder.name)
+            costs = known.get((path, line, words))
+            if costs is None or len(costs) != len(rows):
                 going = path_costs(sampler.model, rows, plan, seed=config.seed, batch_size=config.batch_size)
-                costs = list(tqdm(going, f"{path}, {variant.label}", len(rows), unit="answer", leave=False))
-            runs.append(PathRun(path, variant, costs))
+                shown = tqdm(going, f"{path}, {line}, {words}", len(rows), unit="answer", leave=False)
+                costs = list(shown)
+            runs.append(PathRun(path, line, words, costs))
             folder.save(runs)
     return runs
 

@@ -32,10 +32,9 @@ def test_where_the_context_says_nothing_every_path_costs_the_same(name):
     logp = model.logits(model.hidden(torch.zeros(1, 12, dtype=torch.int64))[0]).log_softmax(1)
     for (prompt, answer), cost in zip(rows, path_costs(model, rows, plan, seed=3, batch_size=1), strict=True):
         each = [-float(logp[len(prompt) + i, token]) for i, token in enumerate(answer)]
-        assert cost.answer == pytest.approx(each, rel=1e-5)
-        most = -float(logp[len(prompt) + len(answer) :, model.eos_id].sum())
-        assert -1e-6 <= cost.behind <= most * (1 + 1e-5)
-    assert cost.calls >= 1
+        assert cost.nats == pytest.approx(each, rel=1e-5)
+        assert cost.total == pytest.approx(sum(each), rel=1e-5)
+        assert cost.calls >= 1
 
 
 @pytest.mark.parametrize("name", ["llada", "llada-conv", "margin", "threshold", "entropy-bound"])
@@ -46,22 +45,42 @@ def test_the_costs_of_all_answers_are_a_distribution(name):
     decoder = Decoder.named(name)
     plan = planned(model, decoder, window=6, **pace(decoder, 2))
     costs = list(path_costs(model, rows, plan))
-    assert sum(math.exp(-sum(cost.answer)) for cost in costs) == pytest.approx(1, rel=1e-5)
-    assert {cost.behind for cost in costs} == {0}
+    assert sum(math.exp(-cost.total) for cost in costs) == pytest.approx(1, rel=1e-5)
 
 
-def test_answers_that_end_are_a_distribution_too():
+ENDING = [[*text, 0] for n in range(3) for text in itertools.product(range(1, 4), repeat=n)]
+ENDING += [list(text) for text in itertools.product(range(1, 4), repeat=3)]
+"""All texts of at most three tokens that can be told apart: with an end, or three tokens long."""
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "steps", "seeds"),
+    [
+        ("semi-ar", {"block_size": 1}, 3, 1),  # from left to right nothing is drawn behind the end
+        ("llada", {}, 1, 1),  # nor is anything seen of it in a single call
+        ("categorical", {}, 2, 200),
+        ("top-k", {"top_k": 2}, 3, 200),
+        ("conv", {"kernel_size": 3}, 2, 200),
+        ("llada", {}, 3, 200),
+        ("llada-conv", {"kernel_size": 3}, 2, 200),
+    ],
+)
+def test_answers_that_end_are_a_distribution_too(name, options, steps, seeds):
+    # p(x) is the mean of exp(-cost) over the orders and over what is drawn behind the end
     model = FakeDenoiser(vocab=5, mask_id=4, eos_id=0)
-    texts = [[*text, 0] for n in range(3) for text in itertools.product(range(1, 4), repeat=n)]
-    texts += [list(text) for text in itertools.product(range(1, 4), repeat=3)]
-    rows = [(PROMPT, text) for text in texts]
-    total = {}
-    for name, options in (("semi-ar", {"block_size": 1}), ("llada", {})):
-        plan = planned(model, Decoder.named(name, **options), window=5, steps=3)
-        costs = list(path_costs(model, rows, plan))
-        total[name] = sum(math.exp(-sum(cost.answer) - cost.behind) for cost in costs)
-    assert total["semi-ar"] == pytest.approx(1, rel=1e-5)  # from left to right nothing stands behind the end
-    assert 0 < total["llada"] < 1  # elsewhere it does, and only end tokens are counted there
+    rows = [(PROMPT, text) for text in ENDING]
+    plan = planned(model, Decoder.named(name, **options), window=5, steps=steps)
+    totals = [
+        sum(math.exp(-cost.total) for cost in path_costs(model, rows, plan, seed=seed, batch_size=64))
+        for seed in range(seeds)
+    ]
+    if seeds == 1:
+        assert totals[0] == pytest.approx(1, rel=1e-5)
+    else:
+        values = torch.tensor(totals, dtype=torch.float64)
+        error = float(values.std()) / seeds**0.5
+        assert error < 0.05
+        assert abs(float(values.mean()) - 1) < 4 * error + 1e-5
 
 
 def test_one_call_writes_all_without_seeing_any():
@@ -71,8 +90,8 @@ def test_one_call_writes_all_without_seeing_any():
     (cost,) = path_costs(model, [(PROMPT, answer)], plan)
     blank = torch.tensor([PROMPT + [model.mask_id] * 4])
     logp = model.logits(model.hidden(blank)[0]).log_softmax(1)[2:]
-    assert cost.answer == pytest.approx([-float(logp[i, token]) for i, token in enumerate(answer)], rel=1e-5)
-    assert (cost.calls, cost.behind) == (1, 0)
+    assert cost.nats == pytest.approx([-float(logp[i, token]) for i, token in enumerate(answer)], rel=1e-5)
+    assert cost.calls == 1
 
 
 def test_a_canvas_that_grows_ends_where_the_answer_does():
@@ -80,19 +99,21 @@ def test_a_canvas_that_grows_ends_where_the_answer_does():
     rows = [(PROMPT, [3, 1, 4, 0]), (PROMPT, [5] * 20 + [0])]
     plan = planned(model, Decoder.named("llada-conv", kernel_size=3), max_tokens=30, rate=1.0)
     short, long = path_costs(model, rows, plan)
-    assert (len(short.answer), len(long.answer)) == (4, 21)
+    assert (len(short.nats), len(long.nats)) == (4, 21)
     assert short.calls < long.calls
-    assert all(nats > 0 for nats in short.answer + long.answer)
-    assert path_costs_sum(model, rows, plan, 1) == path_costs_sum(model, rows, plan, 2)
+    assert all(nats > 0 for nats in short.nats + long.nats)
+    assert each_cost(model, rows, plan, 1) == each_cost(model, rows, plan, 2)
 
 
-def path_costs_sum(model, rows, plan, batch_size):
-    return [cost.answer for cost in path_costs(model, rows, plan, batch_size=batch_size)]
+def each_cost(model, rows, plan, batch_size):
+    return [cost.nats for cost in path_costs(model, rows, plan, batch_size=batch_size)]
 
 
 def test_what_has_no_such_cost_is_refused():
     model = FakeDenoiser()
     with pytest.raises(ConfigError, match="masks tokens again"):
         next(path_costs(model, [], planned(model, Decoder.named("remdm"), window=8, steps=4)))
+    with pytest.raises(ConfigError, match="ranks positions by the token that it draws there"):
+        next(path_costs(model, [], planned(model, Decoder.named("llada", temperature=1.0), window=8)))
     with pytest.raises(ConfigError, match="5 tokens does not fit: there is room for 4"):
         next(path_costs(model, [(PROMPT, [1] * 5)], planned(model, Decoder.named("conv"), window=6, steps=2)))

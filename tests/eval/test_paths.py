@@ -7,8 +7,7 @@ from decoding import path
 from decoding.path import PathCost
 from dlm.cli import main
 from dlm.errors import ConfigError
-from eval.paths import PathRun, draw, held_out, table
-from eval.variants import Variant
+from eval.paths import PathRun, differences, draw, held_out, table
 
 original = path.path_costs
 
@@ -24,28 +23,40 @@ def file(tmp_path, rows):
 
 
 def test_the_rows_are_the_last_that_fit(file, tokenizer):
-    every = held_out(str(file), 10**6, 0, tokenizer, 64)
-    last = held_out(str(file), 5, 0, tokenizer, 64)
+    every = held_out(str(file), 10**6, 0, tokenizer, 64, 64)
+    last = held_out(str(file), 5, 0, tokenizer, 64, 64)
     assert last == every[-len(last) :]
-    assert held_out(str(file), 5, 2, tokenizer, 64) == last[:2]
+    assert held_out(str(file), 5, 2, tokenizer, 64, 64) == last[:2]
     assert all(len(prompt) + len(answer) <= 64 for prompt, answer in every)
+    short = held_out(str(file), 10**6, 0, tokenizer, 64, 8)
+    assert short == [row for row in every if len(row[1]) <= 8]
     assert all(answer[-1] == tokenizer.eos_token_id for _, answer in every)
     with pytest.raises(ConfigError, match="none of the last 1 rows fits in 40 tokens"):
-        held_out(str(file), 1, 0, tokenizer, 40)
+        held_out(str(file), 1, 0, tokenizer, 40, 40)
 
 
 def test_means_go_over_tokens_and_intervals_over_answers():
-    run = PathRun("m", Variant("conv", {}, {"steps": 4}), [PathCost([1, 2, 3], 3, 4), PathCost([5], 0.5, 2)])
-    assert run.own.mean == pytest.approx(11 / 4)
-    assert run.nats.mean == pytest.approx(14.5 / 4)
-    assert (run.own.low, run.own.high, run.own.count) == (2.0, 5.0, 2)  # of two answers, either one alone
-    assert run.calls == 3
-    assert table([run]).rows == [["m, conv,S=4", "3.0", "3.625 ± 1.875", "2.750 ± 2.250"]]
+    run = PathRun("m", "conv", "S=4", [PathCost([1, 2, 3], 4), PathCost([5], 2)])
+    assert run.nats.mean == pytest.approx(11 / 4)
+    assert (run.nats.low, run.nats.high, run.nats.count) == (2.0, 5.0, 2)  # of two answers, either one alone
+    assert table([run]).rows == [["m, conv, S=4", "2", "3.0", "2.750 ± 2.250"]]
+
+
+def test_runs_that_differ_in_one_thing_are_compared():
+    def run(model, line, pace, extra):
+        return PathRun(model, line, pace, [PathCost([i + extra, 0.5], 2) for i in range(12)])
+
+    runs = [run("a", "top-k", "S=4", 0), run("a", "conv", "S=4", 1), run("b", "conv", "S=4", -1)]
+    runs.append(run("b", "conv", "S=8", 0))
+    assert differences(runs).rows == [
+        ["a, conv, S=4", "a, top-k, S=4", "+0.500", "< 0.001"],
+        ["b, conv, S=4", "a, conv, S=4", "-1.000", "< 0.001"],
+    ]
 
 
 def test_a_panel_for_each_model_and_a_line_for_each_decoder():
     runs = [
-        PathRun(model, Variant(name, {}, {"steps": steps}), [PathCost([1.0 + steps], 0, steps)] * 2)
+        PathRun(model, name, f"S={steps}", [PathCost([1.0 + steps], steps)] * 2)
         for model in ("a", "b") for name in ("conv", "top-k") for steps in (8, 4)
     ]  # fmt: skip
     panels = draw(runs).axes
@@ -59,16 +70,16 @@ def test_the_command_measures_each_decoder(checkpoint, file, tmp_path, capsys):
     words += ["--decoders", "conv(kernel_size=9),llada", "--steps", "L/8,48", "--output", str(tmp_path / "o")]
     assert main(["eval", "path", *words]) == 0
     out = capsys.readouterr().out
-    assert "conv,K=9,L=48,S=6" in out
+    assert "conv,K=9, L=48,S=6" in out
     runs = json.loads((tmp_path / "o" / "paths.json").read_text())["runs"]
-    assert [run["decoder"] for run in runs] == [
-        f"{name},L=48,S={steps}" for name in ("conv,K=9", "llada") for steps in (6, 48)
+    assert [(run["line"], run["pace"]) for run in runs] == [
+        (name, f"L=48,S={steps}") for name in ("conv,K=9", "llada") for steps in (6, 48)
     ]
     for run in runs:
         assert len(run["costs"]) == 3
-        assert all(0 < nats < math.inf for cost in run["costs"] for nats in cost["answer"])
+        assert all(0 < nats < math.inf for cost in run["costs"] for nats in cost["nats"])
     assert (tmp_path / "o" / "paths.svg").exists()
-    assert (tmp_path / "o" / "paths.md").read_text().count("\n") == 6
+    assert (tmp_path / "o" / "paths.md").read_text().count("conv,K=9, L=48,S=48") == 2
 
 
 def test_a_run_that_was_killed_goes_on(checkpoint, file, tmp_path, monkeypatch):
@@ -88,5 +99,5 @@ def test_a_run_that_was_killed_goes_on(checkpoint, file, tmp_path, monkeypatch):
 def test_what_cannot_be_measured_is_refused(capsys):
     assert main(["eval", "path"]) == 2
     assert "name one or more checkpoints" in capsys.readouterr().err
-    assert main(["eval", "path", "default", "--window", "4"]) == 2
-    assert "window must be at least 8, got 4" in capsys.readouterr().err
+    assert main(["eval", "path", "default", "--last", "0"]) == 2
+    assert "last must be at least 1, got 0" in capsys.readouterr().err
