@@ -63,15 +63,15 @@ class DecodingConfig:
     """How text is decoded.
 
     Args:
-        decoder: name of the decoder (see `dlm generate --list-decoders`); the checkpoint's own if empty, or
-            conv when that has a pace of its own and steps or a rate are given.
+        decoder: name of the decoder (see `dlm generate --list-decoders`); the checkpoint's own if empty, in
+            the same order at the given pace when it has a pace of its own and steps or a rate are given.
         options: options of the decoder, such as --options.kernel_size 129 --options.top_k 20.
         max_tokens: longest answer, on a canvas that grows as it is written; 0 for the default (256), or for a
             window, if that or steps are given.
         rate: tokens written per model call on average (at least 1), instead of steps; 0 for 2 on a canvas
             that grows, and for steps in a window.
         window: tokens of prompt and answer together, on a fixed canvas; 0 for the checkpoint's default.
-        steps: denoising steps on a fixed canvas; 0 for a quarter of the window.
+        steps: denoising steps on a fixed canvas; 0 for the checkpoint's own, or a quarter of the window.
         stop: a text that ends an answer, which is cut before it; several as '["one", "two"]'.
         seed: seed of the noise.
         eos_fill: once the end is written, everything to its right becomes the end token.

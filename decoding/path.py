@@ -123,7 +123,7 @@ def _batch(
 
 
 class _ToldLane(Lane):
-    """A lane that writes the truth [B, L] wherever its decoder decides to write; it draws where it is open."""
+    """A lane that writes the truth [B, L] wherever its decoder decides to write, and draws elsewhere."""
 
     def __init__(self, truth: torch.Tensor, model: Denoiser, canvas: Canvas, plan: Plan) -> None:
         super().__init__(model, canvas, plan.decoder, plan.settings)

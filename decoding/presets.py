@@ -45,6 +45,12 @@ class Decoder:
         """Whether it goes by time, so that the pace must be a number of steps and not a rate."""
         return self.window.timed or self.reveal.remasks
 
+    def at_pace(self) -> Decoder:
+        """This decoder, or where it has a pace of its own, the same order at a pace that is given."""
+        if self.reveal.paced:
+            return self
+        return replace(self, reveal=self.reveal.at_pace(), name=f"{self.name} at a pace")
+
     def without(self, *tokens: int) -> Decoder:
         """This decoder with some token ids forbidden."""
         forbidden = (*self.tokens.forbidden, *tokens)

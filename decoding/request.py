@@ -30,12 +30,13 @@ class How(TypedDict, total=False):
     """
 
     decoder: Decoder | str | None
-    """A `Decoder` or the name of one; the checkpoint's default if not given, or `conv` when steps or a rate
-    are given and that default has a pace of its own."""
+    """A `Decoder` or the name of one. If not given, the checkpoint's own; where that has a pace of its own
+    but steps or a rate are given, the same order at the pace given."""
     window: int | None
     """L; the checkpoint's default if only `steps` is given."""
     steps: int | None
-    """S, denoising steps; a quarter of the window by default."""
+    """S, denoising steps; by default the checkpoint's own, or a quarter of the window; as many as it takes
+    for a decoder that has a pace of its own."""
     max_tokens: int | None
     """Longest answer, in tokens; `MAX_TOKENS` by default."""
     rate: float | None
@@ -148,8 +149,7 @@ class Planner:
             raise ConfigError(
                 f"window must lie between 1 and the model's {self.limit} positions, got {window}"
             )
-        if rate is None and steps is None:
-            steps = self.steps(window)
+        steps, rate = self._pace(chosen, window, steps, rate)
         grows = canvas == "growing"
         if grows and steps is None:
             raise ConfigError('canvas "growing" with a rate is what max_tokens gives; give it, or steps')
@@ -158,10 +158,20 @@ class Planner:
         settings = Settings(steps, self.eos_id, self.mask_id, rate=rate, grow=grows, fit=window, **common)
         return Plan(chosen, settings, window, window, stops)
 
+    def _pace(
+        self, decoder: Decoder, window: int, steps: int | None, rate: float | None
+    ) -> tuple[int | None, float | None]:
+        """Steps or a rate for a fixed canvas."""
+        if rate is not None or steps is not None:
+            return steps, rate
+        if decoder.reveal.paced:
+            return self.steps(window), None
+        return None, 1.0  # nobody looks at it: calls are made until all is written
+
     def _own(self, paced: bool) -> Decoder:
-        """The checkpoint's decoder; `conv` where that has a pace of its own and the caller gave another."""
+        """The checkpoint's decoder, so that it follows a pace if the caller gave one."""
         own = Decoder.named(self.defaults.get("decoder", "conv"), **self.defaults.get("options", {}))
-        return own if own.reveal.paced or not paced else Decoder.named("conv")
+        return own.at_pace() if paced else own
 
     def _tokens(self, max_tokens: int | None) -> int:
         """The limit of an answer."""

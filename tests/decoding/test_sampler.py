@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from decoding import Decoder, Sampler, list_decoders
+from decoding import Decoder, Sampler, TokenRule, list_decoders
+from decoding.reveal import Quota
+from decoding.window import Convolution
 from dlm.errors import ConfigError
 
 
@@ -74,21 +76,37 @@ def test_a_checkpoint_can_give_its_decoder_options_and_a_rate(model, tokenizer):
     model.config.generation = None
 
 
-def test_a_pace_of_the_callers_takes_the_place_of_a_decoder_that_has_its_own(model, tokenizer):
+def test_a_decoder_with_a_pace_of_its_own_keeps_its_order_at_the_pace_of_the_caller(model, tokenizer):
     model.config.generation = {"decoder": "entropy-bound", "options": {"kernel_size": 5}}
     sampler = Sampler(model, tokenizer)
     bound = Decoder.named("entropy-bound", kernel_size=5)
     free = sampler.generate(["hello"], max_tokens=9)[0]
     assert free == sampler.generate(["hello"], decoder=bound, max_tokens=9)[0]
     paced = sampler.generate(["hello"], max_tokens=9, rate=2.0)[0]
-    assert paced == sampler.generate(["hello"], decoder="conv", max_tokens=9, rate=2.0)[0]
+    ordered = Decoder(Convolution(5), Quota(order="entropy"), TokenRule(temperature=0))
+    assert paced == sampler.generate(["hello"], decoder=ordered, max_tokens=9, rate=2.0)[0]
     fixed = sampler.generate(["hello"], window=40, steps=4)[0]
-    assert fixed == sampler.generate(["hello"], decoder="conv", window=40, steps=4)[0]
+    assert fixed == sampler.generate(["hello"], decoder=ordered, window=40, steps=4)[0]
     letter = sampler.tokenizer.decode(5)
     assert sampler.without([letter]) == bound.without(5)
-    assert sampler.without([letter], rate=2.0) == Decoder.named("conv").without(5)
+    assert sampler.without([letter], rate=2.0) == bound.at_pace().without(5)
     with pytest.raises(ConfigError, match="says itself how many tokens"):
         sampler.generate(["hello"], decoder=bound, max_tokens=9, rate=2.0)
+    model.config.generation = None
+
+
+def test_a_decoder_with_a_pace_of_its_own_takes_as_many_steps_in_a_window_as_it_needs(model, tokenizer):
+    model.config.generation = {
+        "decoder": "entropy-bound",
+        "options": {"gamma": 0.0},
+        "window": 40,
+        "steps": 3,
+    }
+    sampler = Sampler(model, tokenizer)
+    plan = sampler.planner.plan(window=40)
+    assert (plan.settings.steps, plan.settings.grow) == (None, False)
+    output = sampler.generate(["hello"], window=40, eos_fill=False)[0]
+    assert max(output.reveal_step.count(step) for step in output.reveal_step) == 1  # one a call, to the end
     model.config.generation = None
 
 

