@@ -73,7 +73,7 @@ class Results:
     """Measures of every answer, by "id/turn"."""
     means: dict[str, Estimate]
     whole: dict[str, float]
-    """Figures of the run as a whole: distinct-n (and half of its interval), wall time."""
+    """Figures of the run as a whole: distinct-n (and half of its interval), wall time, usual perplexity."""
     verdicts: list[Verdict] = field(default_factory=list)
 
     @classmethod
@@ -98,6 +98,30 @@ class Results:
         said = AnswerFile(folder / "answers.jsonl").read()
         answers = {key: answer for key, answer in said.items() if f"{key[0]}/{key[1]}" in measured}
         return cls(folder.resolve(), card, answers, measured, summary(measured), whole, verdicts)
+
+
+def comparable(runs: Sequence[Results]) -> list[Results]:
+    """The runs, without their inlier rates where these mean different perplexities.
+
+    What is usual is taken from the references of a run's own questions, unless `--usual` names rows.
+    """
+    judged = [run for run in runs if "inlier" in run.means]
+    if len({(run.whole.get("usual_mean"), run.whole.get("usual_deviation")) for run in judged}) < 2 and (
+        all("usual_mean" in run.whole for run in judged) or len({len(run.measured) for run in judged}) < 2
+    ):
+        return list(runs)
+    return [
+        replace(
+            run,
+            measured={key: _without(row, "inlier") for key, row in run.measured.items()},
+            means={name: value for name, value in run.means.items() if name != "inlier"},
+        )
+        for run in runs
+    ]
+
+
+def _without(row: Mapping[str, float], name: str) -> dict[str, float]:
+    return {key: value for key, value in row.items() if key != name}
 
 
 def _numbers(row: Mapping[str, float | None]) -> dict[str, float]:
@@ -241,4 +265,6 @@ def finish(
     for n in (1, 2, 3):
         whole[f"distinct_{n}"] = distinct(texts, n)
         whole[f"distinct_{n}_around"] = max(distinct_interval(texts, n))
+    if instruments.band is not None:
+        whole |= {"usual_mean": instruments.band.mean, "usual_deviation": instruments.band.deviation}
     write_json(folder / "metrics.json", without_nan({"whole": whole, "answers": measured}))

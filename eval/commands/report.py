@@ -19,6 +19,8 @@ class ReportConfig:
         title: of the report.
         texts: questions whose answers are shown side by side.
         ldw: figures that `dlm inspect ldw` wrote (.json).
+        against: decoders and systems with which everything is compared, such as "conv,smollm2"; by default
+            the first run of the same pace, and of the same label.
     """
 
     runs: list[str] = field(default_factory=list)
@@ -26,6 +28,7 @@ class ReportConfig:
     title: str = "Evaluation"
     texts: int = 8
     ldw: str = ""
+    against: str = ""
 
     def __post_init__(self) -> None:
         """Check that there is something to report."""
@@ -41,7 +44,9 @@ def run(config: ReportConfig) -> int:
     """Write the report, and say where."""
     from eval.report.report import find_runs, write
 
-    for file in write(find_runs(config.runs), Path(config.output), config.title, config.texts, config.ldw):
+    against = [name.strip() for name in config.against.split(",") if name.strip()]
+    runs = find_runs(config.runs)
+    for file in write(runs, Path(config.output), config.title, config.texts, config.ldw, against):
         print(file)
     return 0
 

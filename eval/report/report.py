@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dlm.errors import DataError
+from dlm.errors import DataError, unknown_name
 from eval.report import plots, tables
 from eval.report.tables import Table
-from eval.run import Results, representatives
+from eval.run import Results, comparable, representatives
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,14 @@ def _natural(path: Path) -> list[Any]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
-def write(runs: Sequence[Results], output: Path, title: str, texts: int = 8, ldw: str = "") -> list[Path]:
+def write(
+    runs: Sequence[Results],
+    output: Path,
+    title: str,
+    texts: int = 8,
+    ldw: str = "",
+    against: Sequence[str] = (),
+) -> list[Path]:
     """Write the report.
 
     Args:
@@ -64,22 +71,29 @@ def write(runs: Sequence[Results], output: Path, title: str, texts: int = 8, ldw
         title: of the report.
         texts: questions whose answers are shown side by side.
         ldw: figures that `dlm inspect ldw` wrote (.json); empty for none.
+        against: decoders and systems with which everything is compared, see `eval.report.tables.paired`.
 
     Returns:
         The files.
     """
     output.mkdir(parents=True, exist_ok=True)
+    _check(against, runs)
+    runs = comparable(runs)
     tasks = sorted({run.card.task for run in runs})
-    parts = [part for task in tasks for part in _task(task, [run for run in runs if run.card.task == task])]
+    parts = [
+        part
+        for task in tasks
+        for part in _task(task, [run for run in runs if run.card.task == task], against)
+    ]
     if ldw:
         curves = _curves(Path(ldw))
         caption = "Mean probability mass on a fresh canvas, by distance from the prompt."
         parts.append(Part("The long decoding window", plots=[_plot("ldw", caption, plots.ldw(curves))]))
     lead = (
         f"{len(runs)} runs on {', '.join(tasks)}. Means over answers; ± is half of the 95 % bootstrap "
-        "interval. Equal seeds for all decoders. p by paired permutation tests on the same questions."
+        "interval. Equal seeds for all decoders. p by paired permutation tests on the questions both have."
     )
-    side = [(task, *_side_by_side([r for r in runs if r.card.task == task], texts)) for task in tasks]
+    side = [(task, *_side_by_side(some, texts)) for task, some in several]
     files = [output / "report.md", output / "report.html"]
     files[0].write_text(_markdown(title, lead, parts, side), encoding="utf-8")
     files[1].write_text(_html(title, lead, parts, side), encoding="utf-8")
@@ -105,7 +119,15 @@ SIZES = ("kernel_size", "block_size")
 """What a sweep over sizes varies."""
 
 
-def _task(task: str, runs: list[Results]) -> list[Part]:
+def _check(against: Sequence[str], runs: Sequence[Results]) -> None:
+    """Whether all names to compare with are among the runs."""
+    known = {name for run in runs for name in (run.card.decoder, run.card.system) if name}
+    for name in against:
+        if name not in known:
+            raise unknown_name("decoder or system", name, known)
+
+
+def _task(task: str, runs: list[Results], against: Sequence[str] = ()) -> list[Part]:
     """The sections of one task."""
     first = Part(f"{task}: quality", tables=[tables.quality(runs), tables.repetitions(runs)])
     judged = tables.judged(runs)
@@ -134,7 +156,7 @@ def _task(task: str, runs: list[Results]) -> list[Part]:
         return [first, second]
     told = ("win", "grade", "score", "right", "nll", "relevance", "repetition_4")
     names = [name for name in told if name in runs[0].means]
-    third = Part(f"{task}: differences", tables=[tables.paired(runs, name) for name in names])
+    third = Part(f"{task}: differences", tables=[tables.paired(runs, name, against) for name in names])
     return [first, second, third]
 
 

@@ -122,28 +122,57 @@ def speed(runs: Sequence[Results]) -> Table:
     return Table("Speed", head, rows)
 
 
-def paired(runs: Sequence[Results], name: str) -> Table:
-    """Differences between runs on the same questions: mean, and p of a permutation test.
+def paired(runs: Sequence[Results], name: str, against: Sequence[str] = ()) -> Table:
+    """Differences between runs on the questions that both have: mean, and p of a permutation test.
 
     Each run is compared with the first one of its system and pace, and with the first one of its label, so
     that one thing differs: the decoder, or the system.
+
+    Args:
+        runs: on one task.
+        name: of the measure.
+        against: decoders and systems with which everything is compared in place of the first: with that
+            decoder's run of the same system and pace, and with that system's run of the same label, or its
+            only one.
     """
     measure, rows = MEASURES[name], []
     for i, run in enumerate(runs):
-        alike = (
-            lambda other: (other.card.system, _pace(other)) == (run.card.system, _pace(run)),  # noqa: B023
-            lambda other: other.card.label == run.card.label,  # noqa: B023
+        for first in _partners(run, runs[:i], runs, against):
+            before, after = (by_question(r.measured, name) for r in (first, run))
+            keys = [key for key in before if not math.isnan(before[key] + after.get(key, math.nan))]
+            difference, p = paired_test([before[key] for key in keys], [after[key] for key in keys])
+            shown = measure.show(difference)
+            shown = shown if shown.startswith(("-", "–")) else f"+{shown}"
+            told = "< 0.001" if p < 0.001 else f"{p:.3f}"
+            rows.append([run.card.name, first.card.name, str(len(keys)), shown, told])
+    head = ["", "against", "questions", "difference", "p"]
+    return Table(f"{measure.title}: differences", head, rows)
+
+
+def _partners(
+    run: Results, before: Sequence[Results], runs: Sequence[Results], against: Sequence[str]
+) -> list[Results]:
+    """The runs that a run is compared with."""
+
+    def decoders(other: Results) -> bool:
+        return (other.card.system, _pace(other)) == (run.card.system, _pace(run))
+
+    def systems(other: Results) -> bool:
+        return other.card.label == run.card.label
+
+    if not against:
+        found = [next((other for other in before if same(other)), None) for same in (decoders, systems)]
+        return [other for other in found if other is not None]
+    return [
+        other
+        for other in runs
+        if (other.card.decoder in against and other.card.decoder != run.card.decoder and decoders(other))
+        or (
+            other.card.system in against
+            and other.card.system != run.card.system
+            and (systems(other) or sum(each.card.system == other.card.system for each in runs) == 1)
         )
-        for same in alike:
-            first = next((other for other in runs[:i] if same(other)), None)
-            if first is not None:
-                before, after = (by_question(r.measured, name) for r in (first, run))
-                keys = [key for key in before if key in after]
-                difference, p = paired_test([before[key] for key in keys], [after[key] for key in keys])
-                shown = measure.show(difference)
-                shown = shown if shown.startswith(("-", "–")) else f"+{shown}"
-                rows.append([run.card.name, first.card.name, shown, "< 0.001" if p < 0.001 else f"{p:.3f}"])
-    return Table(f"{measure.title}: differences", ["", "against", "difference", "p"], rows)
+    ]
 
 
 def _pace(run: Results) -> tuple[Any, ...]:

@@ -8,10 +8,10 @@ import pytest
 from dlm.cli import main
 from dlm.errors import DataError
 from eval.answers import Answer
-from eval.metrics import Instruments
+from eval.metrics import Instruments, summary
 from eval.report import plots, tables
 from eval.report.report import find_runs
-from eval.run import Card, Results, Verdict, finish, open_run
+from eval.run import Card, Results, Verdict, comparable, finish, open_run
 from eval.tasks import Question
 from tests.eval.endpoint import serving
 
@@ -53,13 +53,43 @@ def test_tables_say_what_was_measured(runs):
     assert row[table.head.index("right")].startswith("50.0 ± ")
     assert row[table.head.index("model calls")] == "7.0 ± 0.0"
     assert tables.speed(runs).rows[0][2:] == [f"{4 / 7:.2f}", "0.25", "16.0"]
-    rows = {(row[0], row[1]): row[2] for row in tables.paired(runs, "right").rows}
+    rows = {(row[0], row[1]): row[3] for row in tables.paired(runs, "right").rows}
     assert rows == {
         ("tiny, conv,K=17,S=16", "tiny, conv,K=9,S=16"): "-8.3 %",
         ("tiny, top-k,S=8", "tiny, conv,K=9,S=8"): "-16.7 %",
         ("tiny, top-k,S=16", "tiny, conv,K=9,S=16"): "-33.3 %",
     }
     assert "| tiny, top-k,S=8 |" in table.markdown()
+
+
+def test_everything_can_be_compared_with_named_decoders_and_systems(runs, tmp_path):
+    base = replace(runs[0], card=replace(runs[0].card, system="base", label="autoregressive", decoder=""))
+    few = run(tmp_path / "runs", "llada", 8, right=0, count=5)
+    table = tables.paired([*runs, few, base], "right", ["top-k", "base"])
+    rows = {(row[0], row[1]): row[2:4] for row in table.rows}
+    assert rows[("tiny, conv,K=9,S=8", "tiny, top-k,S=8")] == ["12", "+16.7 %"]
+    assert rows[("tiny, llada,S=8", "tiny, top-k,S=8")] == ["5", "-80.0 %"]  # on the five that both have
+    assert rows[("tiny, top-k,S=16", "base, autoregressive")] == ["12", "-8.3 %"]
+    assert {other for _, other in rows} == {"tiny, top-k,S=8", "tiny, top-k,S=16", "base, autoregressive"}
+    assert len(rows) == 4 + 6
+
+
+def test_a_name_that_is_no_run_is_refused(runs, tmp_path, capsys):
+    words = ["eval", "report", str(tmp_path / "runs"), "--output", str(tmp_path / "o"), "--against", "convv"]
+    assert main(words) == 2
+    assert "'convv'. Did you mean 'conv'" in capsys.readouterr().err
+
+
+def test_inlier_rates_of_different_bands_are_left_out(runs):
+    def judged(run, **whole):
+        rows = {key: row | {"inlier": 1.0} for key, row in run.measured.items()}
+        return replace(run, measured=rows, means=summary(rows), whole=run.whole | whole)
+
+    same = [judged(run, usual_mean=9.0, usual_deviation=2.0) for run in runs[:2]]
+    assert all("inlier" in run.means for run in comparable(same))
+    other = judged(runs[2], usual_mean=8.0, usual_deviation=2.0)
+    assert not any("inlier" in run.means for run in comparable([*same, other]))
+    assert not any("inlier" in row for row in comparable([*same, other])[0].measured.values())
 
 
 def test_runs_of_different_length_say_how_many_answers_they_have(runs, tmp_path):
@@ -195,7 +225,7 @@ def test_answers_without_a_verdict_are_left_out_of_its_mean(runs):
     loaded = [Results.load(run.folder) for run in runs[:2]]
     assert (loaded[0].means["win"].mean, loaded[0].means["win"].count) == (0.5, 2)
     first = replace(loaded[1], card=replace(loaded[1].card, label=loaded[0].card.label, system="other"))
-    assert tables.paired([loaded[0], first], "win").rows[0][2] == "+0.0 %"
+    assert tables.paired([loaded[0], first], "win").rows[0][2:4] == ["2", "+0.0 %"]
 
 
 def test_two_judges_do_not_overwrite_each_other(runs):
