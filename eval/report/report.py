@@ -80,11 +80,8 @@ def write(
     _check(against, runs)
     runs = comparable(runs)
     tasks = sorted({run.card.task for run in runs})
-    parts = [
-        part
-        for task in tasks
-        for part in _task(task, [run for run in runs if run.card.task == task], against)
-    ]
+    several = [(task, [run for run in runs if run.card.task == task]) for task in tasks]
+    parts = [part for task, some in several for part in _task(task, some, against)]
     if ldw:
         curves = _curves(Path(ldw))
         caption = "Mean probability mass on a fresh canvas, by distance from the prompt."
