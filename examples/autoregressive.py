@@ -3,8 +3,9 @@
 python -m examples.autoregressive --config recipes/alpaca-smollm2-135m-lora.yaml --output_dir runs/alpaca-ar
 
 Takes the settings of `dlm train` (its model must be a causal LM with an adapter); those of diffusion alone
-(EOS tails, cuts, shift) mean nothing here. A killed run goes on from its newest checkpoint. The folder then
-holds the merged model: dlm eval alpaca_eval --autoregressive runs/alpaca-ar
+(EOS tails, cuts, shift) mean nothing here, and the template is the base's own. A killed run goes on from its
+newest checkpoint, and a finished one is left alone. The folder then holds the merged model:
+dlm eval alpaca_eval --autoregressive runs/alpaca-ar
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dlm.adapter import TARGETS
 from dlm.backbone import load_causal_lm
 from dlm.cli import Command, parse
 from dlm.data.encode import encode_rows
+from dlm.errors import ConfigError
 from finetune.config import TrainConfig
 from finetune.run import split_rows, training_arguments
 
@@ -60,6 +62,9 @@ class AnswerTrainer(Trainer):  # type: ignore[misc]
 def main() -> None:
     """Train, merge, save."""
     config = parse("autoregressive", Command("", TrainConfig, lambda _: 0), sys.argv[1:])
+    if (Path(config.output_dir) / "config.json").is_file():
+        print(f"{config.output_dir} is finished")
+        return
     model, tokenizer = load_causal_lm(config.model.init)
     lora = config.model.lora
     adapter = LoraConfig(
@@ -70,6 +75,8 @@ def main() -> None:
         for part in split_rows(config.data, config.seed)
     )
     arguments = training_arguments(config, evaluate=True)
+    if arguments.world_size > 1 or arguments.gradient_accumulation_steps > 1:
+        raise ConfigError("the baseline is trained by one process, without accumulation of gradients")
     arguments.train_sampling_strategy, arguments.label_names = "group_by_length", ["labels"]
     arguments.save_total_limit = config.keep_checkpoints
     arguments.prediction_loss_only = True

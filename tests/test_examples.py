@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dlm.backbone import load_causal_lm
 from dlm.data.encode import encode_rows
 from dlm.data.rows import load_rows
+from dlm.errors import ConfigError
 from examples import autoregressive
 from examples.coloured import legend, style
 
@@ -34,7 +35,7 @@ def words(tmp_path, tokenizer, rows, monkeypatch):
     return tmp_path
 
 
-def test_the_baseline_learns_goes_on_and_stands_alone(words):
+def test_the_baseline_learns_goes_on_and_stands_alone(words, monkeypatch):
     autoregressive.main()
     base, tokenizer = load_causal_lm(str(words / "base"))
     tuned, _ = load_causal_lm(str(words / "out"))
@@ -47,9 +48,36 @@ def test_the_baseline_learns_goes_on_and_stands_alone(words):
     assert after < before
     state = json.loads((words / "out" / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["global_step"] == 4
+    written = (words / "out" / "checkpoint-4" / "trainer_state.json").stat().st_mtime_ns
+    monkeypatch.setattr(
+        autoregressive.AnswerTrainer, "training_step", lambda *_: pytest.fail("trained again")
+    )
     autoregressive.main()  # finished: trains no step again
+    assert (words / "out" / "checkpoint-4" / "trainer_state.json").stat().st_mtime_ns == written
     again, _ = load_causal_lm(str(words / "out"))
     assert all(torch.equal(w, again.state_dict()[name]) for name, w in tuned.state_dict().items())
+
+
+def test_its_loss_is_that_of_transformers(words, monkeypatch):
+    seen = []
+    ours = autoregressive.AnswerTrainer.compute_loss
+
+    def both(trainer, model, inputs, *args, **kwargs):
+        loss = ours(trainer, model, inputs, *args, **kwargs)
+        with torch.no_grad():
+            seen.append((float(loss if torch.is_tensor(loss) else loss[0]), float(model(**inputs).loss)))
+        return loss
+
+    monkeypatch.setattr(autoregressive.AnswerTrainer, "compute_loss", both)
+    autoregressive.main()
+    assert len(seen) > 4
+    assert all(a == pytest.approx(b, rel=1e-5) for a, b in seen)
+
+
+def test_the_baseline_needs_one_process_and_whole_batches(words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--gradient_accumulation_steps=2"])
+    with pytest.raises(ConfigError, match="without accumulation"):
+        autoregressive.main()
 
 
 def test_colours_go_from_the_first_step_to_the_last():
