@@ -41,6 +41,7 @@ def evaluate(config: EvalConfig) -> list[Results]:
     if config.references:
         questions = with_references(questions, read_records(Path(config.references)), config.references)
     loaded = _Loaded(config)
+    questions = _fitting(questions, loaded) if config.model and config.window else questions
     contestants = list(_contestants(config, loaded))
     instruments = loaded.instruments(questions) if state.is_main_process else Instruments()
     folders = []
@@ -62,6 +63,20 @@ def evaluate(config: EvalConfig) -> list[Results]:
     for folder, card in folders:
         finish(folder, card, questions, merge(folder, questions), instruments)
     return [Results.load(folder) for folder, _ in folders]
+
+
+def _fitting(questions: list[Question], loaded: _Loaded) -> list[Question]:
+    """The questions that leave room for an answer in the window: the same for all decoders."""
+    window, prompt_length = loaded.config.window, loaded.sampler.prompt_length
+    kept = [question for question in questions if prompt_length(question.turns[0]) < window]
+    if not kept:
+        raise ConfigError(f"none of the {len(questions)} questions fits in a window of {window} tokens")
+    if len(kept) < len(questions):
+        logger.warning(
+            "%d of %d questions fill the window of %d tokens and are left out",
+            *(len(questions) - len(kept), len(questions), window),
+        )
+    return kept
 
 
 class _Loaded:

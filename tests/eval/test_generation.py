@@ -212,6 +212,17 @@ def test_a_variant_that_cannot_be_does_not_take_the_others_with_it(
         evaluate(config(checkpoint, questions_file, tmp_path, decoders="semi-ar(block_size=2)", limit=2))
 
 
+def test_questions_that_fill_the_window_are_left_out_for_all(checkpoint, questions_file, tmp_path, caplog):
+    rows = json.loads(questions_file.read_text())
+    rows[2]["instruction"] = "Count on. " * 40
+    questions_file.write_text(json.dumps(rows))
+    runs = evaluate(config(checkpoint, questions_file, tmp_path, decoders="conv,top-k"))
+    assert [sorted(run.answers) for run in runs] == [[(str(i), 0) for i in (0, 1, 3, 4, 5)]] * 2
+    assert "1 of 6 questions fill the window of 48 tokens and are left out" in caplog.text
+    with pytest.raises(ConfigError, match="none of the 6 questions fits in a window of 4 tokens"):
+        evaluate(config(checkpoint, questions_file, tmp_path, window=4, steps="2"))
+
+
 def test_instruments_are_found_missing_before_anything_is_answered(checkpoint, questions_file, tmp_path):
     with pytest.raises(DLMError, match="nothing-here"):
         evaluate(config(checkpoint, questions_file, tmp_path, reader=str(tmp_path / "nothing-here")))
