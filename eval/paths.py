@@ -68,6 +68,11 @@ class PathRun:
     costs: list[PathCost]
 
     @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells runs of one folder apart."""
+        return self.model, self.line, self.pace
+
+    @property
     def nats(self) -> Estimate:
         """Nats per token of the answers; the interval is over answers."""
         owner = [str(i) for i, cost in enumerate(self.costs) for _ in cost.nats]
@@ -161,21 +166,21 @@ class PathFolder:
     def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
         self.folder, self.settings = Path(folder), settings
         self.file = self.folder / "paths.json"
+        self.runs = self._load()
 
-    def load(self) -> dict[tuple[str, str, str], list[PathCost]]:
-        """What was measured before under the same settings, by model, decoder and pace."""
+    def _load(self) -> dict[tuple[str, str, str], PathRun]:
+        """What was measured before under the same settings."""
         known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
         if known.get("settings") != self.settings:
             return {}
-        return {
-            (run["model"], run["line"], run["pace"]): [PathCost(**cost) for cost in run["costs"]]
-            for run in known["runs"]
-        }
+        runs = [PathRun(**{**run, "costs": [PathCost(**c) for c in run["costs"]]}) for run in known["runs"]]
+        return {run.key: run for run in runs}
 
-    def save(self, runs: Sequence[PathRun]) -> None:
-        """Write the figures."""
+    def save(self, run: PathRun) -> None:
+        """Write the figures of a run, beside those that are there."""
+        self.runs[run.key] = run
         self.folder.mkdir(parents=True, exist_ok=True)
-        figures = {"settings": self.settings, "runs": [run.as_dict() for run in runs]}
+        figures = {"settings": self.settings, "runs": [each.as_dict() for each in self.runs.values()]}
         part = self.file.with_suffix(".part")
         part.write_text(json.dumps(figures), encoding="utf-8")
         part.replace(self.file)

@@ -90,7 +90,7 @@ def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
     from eval.variants import variants
 
     pace = {name: getattr(config, name) for name in ("window", "steps", "max_tokens", "rate")}
-    known, several, runs = folder.load(), variants(config.decoders, **pace), []
+    several, runs = variants(config.decoders, **pace), []
     for path in config.models:
         sampler = Sampler(*load_model(path, config.device, config.dtype))
         plans = [sampler.planner.plan(**variant.how()) for variant in several]
@@ -98,13 +98,13 @@ def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
         rows = held_out(config.data, config.last, config.limit, sampler.tokenizer, room, tokens)
         for variant, plan in zip(several, plans, strict=True):
             line, words = variant.split(plan.decoder.name)
-            costs = known.get((path, line, words))
-            if costs is None or len(costs) != len(rows):
+            run = folder.runs.get((path, line, words))
+            if run is None or len(run.costs) != len(rows):
                 going = path_costs(sampler.model, rows, plan, seed=config.seed, batch_size=config.batch_size)
                 shown = tqdm(going, f"{path}, {line}, {words}", len(rows), unit="answer", leave=False)
-                costs = list(shown)
-            runs.append(PathRun(path, line, words, costs))
-            folder.save(runs)
+                run = PathRun(path, line, words, list(shown))
+                folder.save(run)
+            runs.append(run)
     return runs
 
 

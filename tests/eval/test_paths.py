@@ -90,8 +90,11 @@ def test_a_run_that_was_killed_goes_on(checkpoint, file, tmp_path, monkeypatch):
     monkeypatch.setattr(path, "path_costs", lambda *a, **k: counted.append(a) or original(*a, **k))
     assert main([*words, "--decoders", "llada,conv"]) == 0
     assert len(counted) == 1  # conv alone
+    assert main([*words, "--decoders", "top-k"]) == 0
+    kept = json.loads((tmp_path / "o" / "paths.json").read_text())
+    assert [run["line"] for run in kept["runs"]] == ["llada", "conv", "top-k"]  # all that was measured
     assert main([*words, "--decoders", "llada,conv", "--seed", "1"]) == 0
-    assert len(counted) == 3  # other settings: all again
+    assert len(counted) == 4  # other settings: all again
     kept = json.loads((tmp_path / "o" / "paths.json").read_text())
     assert (kept["settings"]["seed"], len(kept["runs"])) == (1, 2)
 
