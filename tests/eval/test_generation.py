@@ -13,13 +13,14 @@ import pytest
 from decoding import Sampler
 from dlm.cli import main
 from dlm.errors import ConfigError, DataError, DLMError
+from dlm.pretrained.names import located
 from eval.answers import AnswerFile
 from eval.config import EvalConfig
 from eval.evaluate import evaluate
 from eval.formats import model_answers, model_outputs
 from eval.generation import generate
 from eval.run import Results
-from eval.systems import Endpoint, Local, Reply
+from eval.systems import Endpoint, Local, Reply, fingerprint
 from eval.tasks import Question
 from tests.eval.endpoint import serving
 
@@ -181,6 +182,11 @@ def test_an_endpoint_is_evaluated_graded_and_compared_by_command(tmp_path, monke
     assert first.answers["82", 1].text == "I am one"
     assert second.means["win"].mean == 0.5
     assert [verdict.method for verdict in second.verdicts] == ["mt_bench", "mt_bench_pairs"]
+
+
+def test_a_model_by_name_is_told_by_its_files():
+    assert fingerprint("default") == fingerprint(located("default")) != fingerprint("default-sft")
+    assert fingerprint("someone/something").startswith("name:")
 
 
 def test_answers_stay_with_their_questions(checkpoint, questions_file, tmp_path):

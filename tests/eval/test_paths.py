@@ -36,7 +36,7 @@ def test_the_rows_are_the_last_that_fit(file, tokenizer):
 
 
 def test_means_go_over_tokens_and_intervals_over_answers():
-    run = PathRun("m", "conv", "S=4", [PathCost([1, 2, 3], 4), PathCost([5], 2)])
+    run = PathRun("m", "conv", "S=4", "", [PathCost([1, 2, 3], 4), PathCost([5], 2)])
     assert run.nats.mean == pytest.approx(11 / 4)
     assert (run.nats.low, run.nats.high, run.nats.count) == (2.0, 5.0, 2)  # of two answers, either one alone
     assert table([run]).rows == [["m, conv, S=4", "2", "3.0", "2.750 ± 2.250"]]
@@ -44,7 +44,7 @@ def test_means_go_over_tokens_and_intervals_over_answers():
 
 def test_runs_that_differ_in_one_thing_are_compared():
     def run(model, line, pace, extra):
-        return PathRun(model, line, pace, [PathCost([i + extra, 0.5], 2) for i in range(12)])
+        return PathRun(model, line, pace, "", [PathCost([i + extra, 0.5], 2) for i in range(12)])
 
     runs = [run("a", "top-k", "S=4", 0), run("a", "conv", "S=4", 1), run("b", "conv", "S=4", -1)]
     runs.append(run("b", "conv", "S=8", 0))
@@ -56,7 +56,7 @@ def test_runs_that_differ_in_one_thing_are_compared():
 
 def test_a_panel_for_each_model_and_a_line_for_each_decoder():
     runs = [
-        PathRun(model, name, f"S={steps}", [PathCost([1.0 + steps], steps)] * 2)
+        PathRun(model, name, f"S={steps}", "", [PathCost([1.0 + steps], steps)] * 2)
         for model in ("a", "b") for name in ("conv", "top-k") for steps in (8, 4)
     ]  # fmt: skip
     panels = draw(runs).axes
@@ -93,8 +93,12 @@ def test_a_run_that_was_killed_goes_on(checkpoint, file, tmp_path, monkeypatch):
     assert main([*words, "--decoders", "top-k"]) == 0
     kept = json.loads((tmp_path / "o" / "paths.json").read_text())
     assert [run["line"] for run in kept["runs"]] == ["llada", "conv", "top-k"]  # all that was measured
+    weights = checkpoint / "config.json"
+    weights.write_text(weights.read_text() + "\n")
+    assert main([*words, "--decoders", "conv"]) == 0
+    assert len(counted) == 3  # another model under the same name
     assert main([*words, "--decoders", "llada,conv", "--seed", "1"]) == 0
-    assert len(counted) == 4  # other settings: all again
+    assert len(counted) == 5  # other settings: all again
     kept = json.loads((tmp_path / "o" / "paths.json").read_text())
     assert (kept["settings"]["seed"], len(kept["runs"])) == (1, 2)
 
