@@ -11,20 +11,19 @@ dlm eval alpaca_eval --autoregressive runs/alpaca-ar
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from torch.nn import functional as F
-from transformers import DataCollatorForSeq2Seq, Trainer
+from transformers import DataCollatorForSeq2Seq, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from dlm.adapter import TARGETS
 from dlm.backbone import load_causal_lm
 from dlm.cli import Command, parse
 from dlm.data.encode import encode_rows
-from dlm.errors import ConfigError
 from finetune.config import TrainConfig
 from finetune.run import split_rows, training_arguments
 
@@ -42,21 +41,20 @@ def labelled(rows: Dataset) -> Dataset:
     return rows.map(labels, desc="Labels").select_columns(["input_ids", "labels", "length"])
 
 
-class AnswerTrainer(Trainer):  # type: ignore[misc]
-    """A trainer that predicts the answers' tokens alone: the head never sees the prompts, nor the padding."""
+@dataclass
+class AnswerCollator(DataCollatorForSeq2Seq):  # type: ignore[misc]
+    """Pads, and spares the head the positions before which no row of the batch has an answer.
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
-    ) -> Any:
-        """Mean cross entropy, in nats, of the labelled tokens, each from the position before it."""
-        base = self.accelerator.unwrap_model(model).get_base_model()
-        following = inputs["labels"][:, 1:]
-        told = following != UNSEEN
-        with self.accelerator.autocast():
-            states = base.model(inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
-            logits = base.lm_head(states[:, :-1][told])
-        loss = F.cross_entropy(logits.float(), following[told])
-        return (loss, {}) if return_outputs else loss
+    `logits_to_keep` are the P positions that predict a labelled token of any row, `shift_labels` what follows
+    them, [batch, P]: transformers' own loss then is that of all positions.
+    """
+
+    def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> Any:
+        """Tensors of a batch, as a causal LM of transformers takes them."""
+        batch = super().__call__(features, return_tensors)
+        following = batch["labels"][:, 1:]
+        kept = (following != UNSEEN).any(0).nonzero().squeeze(1)
+        return {**batch, "logits_to_keep": kept, "shift_labels": following[:, kept]}
 
 
 def main() -> None:
@@ -67,6 +65,7 @@ def main() -> None:
         return
     model, tokenizer = load_causal_lm(config.model.init)
     lora = config.model.lora
+    set_seed(config.seed)
     adapter = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, target_modules=TARGETS[lora.targets], modules_to_save=["norm"]
     )
@@ -75,23 +74,22 @@ def main() -> None:
         for part in split_rows(config.data, config.seed)
     )
     arguments = training_arguments(config, evaluate=True)
-    if arguments.world_size > 1 or arguments.gradient_accumulation_steps > 1:
-        raise ConfigError("the baseline is trained by one process, without accumulation of gradients")
     arguments.train_sampling_strategy, arguments.label_names = "group_by_length", ["labels"]
     arguments.save_total_limit = config.keep_checkpoints
     arguments.prediction_loss_only = True
-    trainer = AnswerTrainer(
+    trainer = Trainer(
         get_peft_model(model, adapter),
         arguments,
-        DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
+        AnswerCollator(tokenizer, pad_to_multiple_of=8),
         rows,
         held_out.select(range(min(config.eval_rows or len(held_out), len(held_out)))),
         processing_class=tokenizer,
     )
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
-    trainer.model.merge_and_unload().save_pretrained(config.output_dir)
-    tokenizer.save_pretrained(config.output_dir)
+    if trainer.is_world_process_zero():
+        trainer.model.merge_and_unload().save_pretrained(config.output_dir)
+        tokenizer.save_pretrained(config.output_dir)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dlm.backbone import load_causal_lm
 from dlm.data.encode import encode_rows
 from dlm.data.rows import load_rows
-from dlm.errors import ConfigError
 from examples import autoregressive
 from examples.coloured import legend, style
 
@@ -49,9 +48,7 @@ def test_the_baseline_learns_goes_on_and_stands_alone(words, monkeypatch):
     state = json.loads((words / "out" / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["global_step"] == 4
     written = (words / "out" / "checkpoint-4" / "trainer_state.json").stat().st_mtime_ns
-    monkeypatch.setattr(
-        autoregressive.AnswerTrainer, "training_step", lambda *_: pytest.fail("trained again")
-    )
+    monkeypatch.setattr(autoregressive.Trainer, "training_step", lambda *_: pytest.fail("trained again"))
     autoregressive.main()  # finished: trains no step again
     assert (words / "out" / "checkpoint-4" / "trainer_state.json").stat().st_mtime_ns == written
     again, _ = load_causal_lm(str(words / "out"))
@@ -59,25 +56,37 @@ def test_the_baseline_learns_goes_on_and_stands_alone(words, monkeypatch):
 
 
 def test_its_loss_is_that_of_transformers(words, monkeypatch):
+    """The mean over the answers' tokens of a whole step, though the head sees a part of the positions."""
     seen = []
-    ours = autoregressive.AnswerTrainer.compute_loss
+    theirs = autoregressive.Trainer.compute_loss
 
     def both(trainer, model, inputs, *args, **kwargs):
-        loss = ours(trainer, model, inputs, *args, **kwargs)
+        loss = theirs(trainer, model, inputs, *args, **kwargs)
+        plain = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
         with torch.no_grad():
-            seen.append((float(loss if torch.is_tensor(loss) else loss[0]), float(model(**inputs).loss)))
+            seen.append((float(loss if torch.is_tensor(loss) else loss[0]), float(model(**plain).loss)))
+        assert len(inputs["logits_to_keep"]) < inputs["input_ids"].shape[1]
         return loss
 
-    monkeypatch.setattr(autoregressive.AnswerTrainer, "compute_loss", both)
+    monkeypatch.setattr(autoregressive.Trainer, "compute_loss", both)
     autoregressive.main()
     assert len(seen) > 4
     assert all(a == pytest.approx(b, rel=1e-5) for a, b in seen)
 
 
-def test_the_baseline_needs_one_process_and_whole_batches(words, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--gradient_accumulation_steps=2"])
-    with pytest.raises(ConfigError, match="without accumulation"):
+def test_gradients_gathered_in_parts_are_those_of_whole_batches(words, monkeypatch):
+    """Parts of a step weigh as many tokens as they have, so that 2 x 2 rows learn what 4 rows learn."""
+    file = words / "rows.jsonl"
+    file.write_text("\n".join(file.read_text().splitlines()[:12]))  # 4 to learn from, the rest held out
+    whole = [*sys.argv, "--max_steps=1", "--save_steps=1", f"--output_dir={words / 'whole'}"]
+    parts = [*whole, "--per_device_train_batch_size=2", "--gradient_accumulation_steps=2"]
+    learnt = []
+    for argv, name in ((whole, "whole"), ([*parts, f"--output_dir={words / 'parts'}"], "parts")):
+        monkeypatch.setattr(sys, "argv", argv)
         autoregressive.main()
+        state = json.loads((words / name / "checkpoint-1" / "trainer_state.json").read_text())
+        learnt.append(state["log_history"][0]["grad_norm"])
+    assert learnt[0] == pytest.approx(learnt[1], rel=1e-4)
 
 
 def test_colours_go_from_the_first_step_to_the_last():
