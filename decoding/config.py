@@ -65,15 +65,16 @@ class DecodingConfig:
     Args:
         decoder: name of the decoder (see `dlm generate --list-decoders`); the checkpoint's own if empty, in
             the same order at the given pace when it has a pace of its own and steps or a rate are given.
-        options: options of the decoder, such as --options.kernel_size 129 --options.top_k 20.
+        options: options of the decoder, such as --options.kernel_size 129, or for other answers with other
+            seeds --options.temperature 1; those of the checkpoint hold for its own decoder.
         max_tokens: longest answer, on a canvas that grows as it is written; 0 for the default (256), or for a
             window, if that or steps are given.
-        rate: tokens written per model call on average (at least 1), instead of steps; 0 for 2 on a canvas
-            that grows, and for steps in a window.
+        rate: tokens written per model call on average (at least 1), instead of steps; 0 for the decoder's own
+            pace, or where it has none, for 2 on a canvas that grows and for steps in a window.
         window: tokens of prompt and answer together, on a fixed canvas; 0 for the checkpoint's default.
         steps: denoising steps on a fixed canvas; 0 for the checkpoint's own, or a quarter of the window.
         stop: a text that ends an answer, which is cut before it; several as '["one", "two"]'.
-        seed: seed of the noise.
+        seed: seed of the noise; a decoder that takes the likeliest token, as the default model's, has none.
         eos_fill: once the end is written, everything to its right becomes the end token.
         canvas: "growing" with a window and steps shows the model no more than can open soon (approximate).
         margin: masks that a growing canvas holds beyond those that can open; -1 for 16.
@@ -100,16 +101,16 @@ class DecodingConfig:
         for name in ("window", "steps", "max_tokens", "rate"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.options and not self.decoder:
-            raise ConfigError("options need --decoder, so that it is clear whose options they are")
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `Sampler.generate` and `Sampler.stream`."""
         from decoding.presets import Decoder
 
-        decoder = Decoder.named(self.decoder, **self.options) if self.decoder else None
+        if self.decoder:
+            Decoder.named(self.decoder, **self.options)  # refused before a model is loaded
         return {
-            "decoder": decoder,
+            "decoder": self.decoder or None,
+            "options": self.options or None,
             "window": self.window or None,
             "steps": self.steps or None,
             "max_tokens": self.max_tokens or None,

@@ -32,6 +32,9 @@ class How(TypedDict, total=False):
     decoder: Decoder | str | None
     """A `Decoder` or the name of one. If not given, the checkpoint's own; where that has a pace of its own
     but steps or a rate are given, the same order at the pace given."""
+    options: Mapping[str, Any] | None
+    """Options of a decoder that is named or not given, such as {"temperature": 1.0}. The checkpoint's options
+    for its own decoder hold unless they are given here; other decoders start from their presets."""
     window: int | None
     """L; the checkpoint's default if only `steps` is given."""
     steps: int | None
@@ -104,6 +107,7 @@ class Planner:
     def plan(
         self,
         decoder: Decoder | str | None = None,
+        options: Mapping[str, Any] | None = None,
         window: int | None = None,
         steps: int | None = None,
         max_tokens: int | None = None,
@@ -120,9 +124,9 @@ class Planner:
         Raises:
             ConfigError: for settings that are out of range or do not go together.
         """
-        chosen = self._own(rate is not None or steps is not None) if decoder is None else decoder
-        if not isinstance(chosen, Decoder):
-            chosen = Decoder.named(chosen)
+        chosen = self._decoder(decoder, options or {})
+        if decoder is None and (rate is not None or steps is not None):
+            chosen = chosen.at_pace()
         if max_tokens is not None and (window is not None or steps is not None):
             raise ConfigError("max_tokens is a limit for a canvas that grows; it has no window and no steps")
         if rate is not None and steps is not None:
@@ -168,10 +172,15 @@ class Planner:
             return self.steps(window), None
         return None, 1.0  # nobody looks at it: calls are made until all is written
 
-    def _own(self, paced: bool) -> Decoder:
-        """The checkpoint's decoder, so that it follows a pace if the caller gave one."""
-        own = Decoder.named(self.defaults.get("decoder", "conv"), **self.defaults.get("options", {}))
-        return own.at_pace() if paced else own
+    def _decoder(self, decoder: Decoder | str | None, options: Mapping[str, Any]) -> Decoder:
+        """The decoder that is given, named, or the checkpoint's own."""
+        if isinstance(decoder, Decoder):
+            if options:
+                raise ConfigError("options are for a decoder that is named; this one has been built already")
+            return decoder
+        own = self.defaults.get("decoder", "conv")
+        usual = self.defaults.get("options", {}) if decoder in (None, own) else {}
+        return Decoder.named(decoder or own, **{**usual, **options})
 
     def _tokens(self, max_tokens: int | None) -> int:
         """The limit of an answer."""

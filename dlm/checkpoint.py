@@ -131,6 +131,8 @@ def _load_with_adapter(path: str, dtype: torch.dtype) -> tuple[MaskedDiffusionMo
             model, _ = load_model(base, device="cpu", dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
+        if base in NAMES and isinstance(error, CheckpointError):
+            raise  # what comes with the package or is fetched says by itself what it lacks
         raise CheckpointError(f"{path}: an adapter of {base}, which cannot be loaded ({error})") from error
     model = load_adapter(model, path).to(dtype)
     model.config.training, model.config.generation = config.training, config.generation

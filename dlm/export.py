@@ -16,13 +16,11 @@ from transformers import AutoConfig, AutoTokenizer
 from dlm.adapter import is_adapter
 from dlm.checkpoint import DTYPES, load_model
 from dlm.errors import CheckpointError, ConfigError
+from dlm.notice import carry_notice
 from dlm.pretrained.names import located
 from dlm.prior import FILE as COUNTS
 
 WEIGHTS = "adapter_model.safetensors"
-
-NOTICE = "NOTICE"
-"""What a model is licensed under and where it comes from; goes wherever its weights go."""
 
 
 def export(
@@ -64,9 +62,9 @@ def export(
         tokenizer.save_pretrained(target)
     else:
         _export_adapter(source, target, DTYPES[dtype], base, generation)
-    for name in (COUNTS, NOTICE):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    if (source / COUNTS).is_file():
+        shutil.copyfile(source / COUNTS, target / COUNTS)
+    carry_notice(source, target)
     return target
 
 

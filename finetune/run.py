@@ -26,6 +26,7 @@ from dlm.data.rules import rule_rows
 from dlm.data.windows import WindowCollator
 from dlm.errors import ConfigError, DataError, unknown_name
 from dlm.model import MaskedDiffusionModel
+from dlm.notice import carry_notice
 from dlm.prior import TokenPrior
 from dlm.tokenizer import template_name
 from dlm.trainer import DiffusionTrainer
@@ -166,6 +167,8 @@ def save_final(trainer: DiffusionTrainer, start: StartConfig, folder: Path) -> N
         trainer.processing_class.save_pretrained(folder)
         if trainer.prior is not None:
             trainer.prior.save(folder)
+    if start.init and trainer.accelerator.is_main_process:
+        carry_notice(start.init, folder)
 
 
 def record(

@@ -101,6 +101,7 @@ def test_generate_reads_words_files_and_stdin_and_writes_text_or_json(checkpoint
     again = [json.loads(line) for line in generate("--file", str(table), "--json", "--batch-size", "1")]
     assert [row["token_ids"] for row in again] == [row["token_ids"] for row in rows]
     generate("--decoder", "semi-ar", "--window", "40", "--steps", "8", "hello")
+    generate("--options.temperature", "0.5", "--forbidden", '["a"]', "hello")  # of the checkpoint's decoder
     assert main(["generate", "--model", checkpoint, "--window", "10", "a prompt that does not fit"]) == 2
     assert "the window must be at least" in capsys.readouterr().err
     piped = dlm("generate", "--model", checkpoint, input="Count from 2 to 5.\n")

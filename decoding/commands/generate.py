@@ -84,7 +84,7 @@ def run(config: GenerateConfig) -> int:
     sampler = Sampler(*config.load())
     if config.forbidden:
         how = {name: value for name, value in arguments.items() if name != "seed"}
-        arguments["decoder"] = sampler.without(config.forbidden, **how)
+        arguments |= {"decoder": sampler.without(config.forbidden, **how), "options": None}
     words = config.prompts not in ([], ["-"])
     prompts: Iterable[Any] = config.prompts if words else read_prompts(config.file)
     if config.limit:

@@ -32,7 +32,7 @@ class InfillConfig(LoadConfig):
         rate: tokens written per model call on average, at least 1; 0 for 1, or for steps.
         reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate); nothing for exact decoding.
         refresh: with reuse, every so many calls everything is computed; 0 for 8.
-        seed: seed of the noise.
+        seed: seed of the noise; a decoder that takes the likeliest token, as the default model's, has none.
         batch_size: rows per model call.
         json: write one JSON object per text instead of the text.
     """
@@ -59,8 +59,6 @@ class InfillConfig(LoadConfig):
             raise ConfigError(
                 f"steps must not be negative and batch_size at least 1, got {self.steps}, {self.batch_size}"
             )
-        if self.options and not self.decoder:
-            raise ConfigError("options need --decoder, so that it is clear whose options they are")
         if self.length and not self.edit:
             raise ConfigError("length says how many tokens come in place of --edit; give both")
         if self.length and not LENGTH.fullmatch(self.length):
@@ -72,12 +70,14 @@ def run(config: InfillConfig) -> int:
     from decoding.presets import Decoder
     from decoding.sampler import Infilled, Sampler
 
-    decoder = Decoder.named(config.decoder, **config.options) if config.decoder else None
+    if config.decoder:
+        Decoder.named(config.decoder, **config.options)  # refused before a model is loaded
     sampler = Sampler(*config.load())
     texts: Iterable[str] = read_prompts("-") if config.texts in ([], ["-"]) else config.texts
     how: dict[str, Any] = {
         "prompt": config.prompt or None,
-        "decoder": decoder,
+        "decoder": config.decoder or None,
+        "options": config.options or None,
         "seed": config.seed,
         "batch_size": config.batch_size,
         "steps": config.steps or None,

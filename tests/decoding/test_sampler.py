@@ -76,6 +76,26 @@ def test_a_checkpoint_can_give_its_decoder_options_and_a_rate(model, tokenizer):
     model.config.generation = None
 
 
+def test_the_options_of_a_checkpoint_go_with_its_decoder_by_name_and_can_be_changed(model, tokenizer):
+    model.config.generation = {"decoder": "entropy-bound", "options": {"kernel_size": 5}}
+    plan = Sampler(model, tokenizer).planner.plan
+    own = Decoder.named("entropy-bound", kernel_size=5)
+    assert plan().decoder == plan("entropy-bound").decoder == own
+    warm = Decoder.named("entropy-bound", kernel_size=5, temperature=1.0)
+    assert plan(options={"temperature": 1.0}).decoder == warm
+    assert plan(options={"temperature": 1.0}, rate=2.0).decoder == warm.at_pace()
+    narrow = Decoder.named("entropy-bound", kernel_size=3)
+    assert plan("entropy-bound", options={"kernel_size": 3}).decoder == narrow
+    assert plan("conv").decoder == Decoder.named("conv")
+    assert plan("llada", options={"block_size": 4}).decoder == Decoder.named("llada", block_size=4)
+    assert plan(Decoder.named("entropy-bound")).decoder == Decoder.named("entropy-bound")
+    with pytest.raises(ConfigError, match="has been built already"):
+        plan(own, options={"kernel_size": 3})
+    with pytest.raises(ConfigError, match="option of decoder 'entropy-bound'"):
+        plan(options={"kernel": 3})
+    model.config.generation = None
+
+
 def test_a_decoder_with_a_pace_of_its_own_keeps_its_order_at_the_pace_of_the_caller(model, tokenizer):
     model.config.generation = {"decoder": "entropy-bound", "options": {"kernel_size": 5}}
     sampler = Sampler(model, tokenizer)

@@ -1,6 +1,7 @@
 """Export: the same model, smaller, and without the paths of the machine it was trained on."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from dlm.backbone import from_scratch
 from dlm.cli import main
 from dlm.errors import CheckpointError, ConfigError
 from dlm.export import export
+from dlm.notice import notice_of
+from dlm.pretrained.names import ADAPTERS, located
 from dlm.prior import TokenPrior
 from tests.conftest import TINY
 
@@ -65,6 +68,19 @@ def test_a_notice_goes_with_the_weights(trained, tmp_path, merge):
     _, folder = trained
     (folder / "NOTICE").write_text("Not for sale.")
     assert (export(folder, tmp_path / "out", merge=merge) / "NOTICE").read_text() == "Not for sale."
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_adapter_without_a_notice_goes_with_that_of_its_base(trained, tmp_path, merge):
+    base, folder = trained
+    (base / "NOTICE").write_text("Of the base.")
+    assert (export(folder, tmp_path / "out", merge=merge) / "NOTICE").read_text() == "Of the base."
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_of_a_model_by_name_finds_its_notice(tmp_path, name):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
+    assert notice_of(tmp_path) == Path(located(name)) / "NOTICE"
 
 
 def test_in_float32_nothing_is_rounded(trained, tmp_path):

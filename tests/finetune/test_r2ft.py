@@ -355,8 +355,10 @@ def test_r2ft_starts_from_an_adapter_and_trains_all_weights(sft, tmp_path):
     lora = ModelConfig(init=str(sft), lora=LoraConfig(r=4))
     adapter = train(settings(tmp_path / "sft", model=lora, max_steps=4))
     before = TokenPrior.load(adapter)
+    (adapter / "NOTICE").write_text("Not for sale.")
     more = DataConfig(source="rules", window=48, limit=60, validation_rows=20)
     folder = r2ft(stage(tmp_path / "run", adapter, data=more, max_steps=4, nelbo_tolerance=9.0, watch=0))
+    assert (folder / "NOTICE").read_text() == "Not for sale."
     assert load_model(folder, device="cpu")[0].config.training["after"]["init"] == str(sft)
     after = TokenPrior.load(folder)
     assert torch.equal(before.counts, after.counts)  # the counts of fine-tuning, not of these fewer rows
