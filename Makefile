@@ -24,11 +24,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	-@$(BIN)/python -m examples.default_model --fetch
-ifneq ($(DEMO),quick)
-	$(BIN)/python -m examples.demo
-endif
+ifeq ($(DEMO),quick)
 	$(BIN)/python -m examples.default_model
+else
+	-@$(BIN)/python -m examples.default_model --fetch
+	$(BIN)/python -m examples.demo
+	$(BIN)/python -m examples.default_model --if-fetched
+endif
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -27,6 +27,9 @@ from eval.statistics import Estimate
 from eval.systems import System
 from eval.tasks import Question
 
+BAND = ("usual_mean", "usual_deviation")
+"""Figures of a run that say which perplexities are usual, see `eval.fluency.Band`."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -101,30 +104,38 @@ class Results:
 
 
 def comparable(runs: Sequence[Results]) -> list[Results]:
-    """The runs, without their inlier rates where these mean different perplexities.
+    """The runs with inlier rates that mean the same: by the usual perplexities of the run with most answers.
 
-    What is usual is taken from the references of a run's own questions, unless `--usual` names rows.
+    A run takes them from the references of its own questions, unless `--usual` names rows; so runs of fewer
+    questions had others. Where no run has recorded them, rates that may differ in meaning are left out.
     """
-    if len({_band(run) for run in runs if "inlier" in run.means}) < 2:
+    judged = [run for run in runs if "inlier" in run.means]
+    if len({_band(run) for run in judged}) < 2:
         return list(runs)
-    return [
-        replace(
-            run,
-            measured={key: _without(row, "inlier") for key, row in run.measured.items()},
-            means={name: value for name, value in run.means.items() if name != "inlier"},
-        )
-        for run in runs
-    ]
+    recorded = [run for run in judged if "usual_mean" in run.whole]
+    longest = max(recorded, key=lambda run: len(run.measured)) if recorded else None
+    return [_rejudged(run, longest) if run in judged else run for run in runs]
 
 
 def _band(run: Results) -> tuple[float | int, ...]:
     """Mean and deviation of the usual perplexity; of runs that did not record them, how many answers."""
-    band = tuple(run.whole[name] for name in ("usual_mean", "usual_deviation") if name in run.whole)
+    band = tuple(run.whole[name] for name in BAND if name in run.whole)
     return band or (len(run.measured),)
 
 
-def _without(row: Mapping[str, float], name: str) -> dict[str, float]:
-    return {key: value for key, value in row.items() if key != name}
+def _rejudged(run: Results, longest: Results | None) -> Results:
+    """A run with the usual perplexities of another; without inlier rates if there is none."""
+    measured = {key: {k: v for k, v in row.items() if k != "inlier"} for key, row in run.measured.items()}
+    means = {name: value for name, value in run.means.items() if name != "inlier"}
+    if longest is None:
+        return replace(run, measured=measured, means=means)
+    from eval.fluency import Band
+
+    usual = {name: longest.whole[name] for name in BAND}
+    band = Band(*usual.values())
+    rates = {key: {"inlier": float(band.holds(row["nll"]))} for key, row in measured.items() if "nll" in row}
+    measured = {key: {**row, **rates.get(key, {})} for key, row in measured.items()}
+    return replace(run, measured=measured, means={**means, **summary(rates)}, whole={**run.whole, **usual})
 
 
 def _numbers(row: Mapping[str, float | None]) -> dict[str, float]:
@@ -175,15 +186,18 @@ def load_verdicts(folder: Path) -> list[Verdict]:
 
 
 def representatives(runs: Sequence[Results], most: int) -> list[Results]:
-    """One run of each system and decoder, that of middling cost; the first so many."""
+    """One run of each system and decoder, that of middling cost; so many, of all systems in turn."""
     kinds: dict[tuple[str, str], list[Results]] = {}
     for run in runs:
         kinds.setdefault((run.card.system, run.card.decoder or run.card.label), []).append(run)
+    turns: dict[str, int] = {}
     found = []
-    for some in kinds.values():
+    for (system, _), some in kinds.items():
         some.sort(key=lambda run: sum(answer.model_calls for answer in run.answers.values()))
-        found.append(some[len(some) // 2])
-    return found[:most]
+        turns[system] = turns.get(system, 0) + 1
+        found.append((turns[system], len(found), some[len(some) // 2]))
+    chosen = sorted(found, key=lambda entry: entry[:2])[:most]
+    return [run for _, _, run in sorted(chosen, key=lambda entry: entry[1])]
 
 
 def open_run(folder: Path, card: Card) -> None:
@@ -269,5 +283,5 @@ def finish(
         whole[f"distinct_{n}"] = distinct(texts, n)
         whole[f"distinct_{n}_around"] = max(distinct_interval(texts, n))
     if instruments.band is not None:
-        whole |= {"usual_mean": instruments.band.mean, "usual_deviation": instruments.band.deviation}
+        whole |= dict(zip(BAND, (instruments.band.mean, instruments.band.deviation), strict=True))
     write_json(folder / "metrics.json", without_nan({"whole": whole, "answers": measured}))

@@ -12,12 +12,13 @@ import sys
 import time
 
 from rich.console import Console
+from rich.markup import escape
 
 from decoding.presets import Decoder
 from decoding.sampler import Sampler
 from dlm.checkpoint import load_model
 from dlm.errors import CheckpointError
-from dlm.pretrained.base import NAME
+from dlm.pretrained.base import NAME, is_there
 from dlm.pretrained.names import located
 from examples.coloured import coloured, legend
 
@@ -33,7 +34,8 @@ DECODERS = {
     "blocks (semi-AR), llada": Decoder.named("llada", block_size=16),
     "convolution, llada-conv": Decoder.named("llada-conv", kernel_size=9),
 }
-"""The most confident token first, in blocks of 16 and under a kernel of 9. Both write one token a call."""
+"""The most confident token first, in blocks of 16 and under a kernel of 9, one token in a call. Blocks go on to
+the end of the block in which the answer ends, so they may take a few calls more."""
 
 LEGEND = legend(("first", "", "", "", "", "last"))
 
@@ -56,26 +58,31 @@ def fetch(console: Console) -> int:
     try:
         console.print(f"{NAME}: {located(NAME)}", highlight=False)
     except CheckpointError as error:
-        console.print(f"[red]The default model will be left out:[/red] {error}", highlight=False)
+        console.print("[red]The default model will be left out:[/red]", escape(str(error)), highlight=False)
         return 1
     return 0
 
 
 def main() -> int:
-    """Answer the instructions, then say how to go on."""
+    """Answer the instructions, then say how to go on; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("instructions", nargs="*", default=INSTRUCTIONS)
     parser.add_argument("--fetch", action="store_true", help="only see to it that the base is there")
+    parser.add_argument("--if-fetched", action="store_true", help="do nothing if the base is not there")
     options = parser.parse_args()
     console = Console()
     if options.fetch:
         return fetch(console)
+    if options.if_fetched and not is_there():
+        return 0
     title = "\n[bold]The default model[/bold]: SmolLM2-135M, trained on Alpaca"
-    console.print(title, "Blocks of 16 against a kernel of 9, one token a call for both.", LEGEND, sep="\n")
+    console.print(
+        title, "Blocks of 16 against a kernel of 9, one token in a call for both.", LEGEND, sep="\n"
+    )
     try:
         samplers = {model: Sampler(*load_model(name, dtype="fastest")) for model, name in MODELS.items()}
     except CheckpointError as error:
-        console.print(f"[red]left out:[/red] {error}", highlight=False)
+        console.print("[red]The default model cannot answer:[/red]", escape(str(error)), highlight=False)
         return 1
     for instruction in options.instructions:
         ask(samplers, instruction, console)

@@ -1,17 +1,24 @@
 """The programs in `examples/` that are more than a print-out."""
 
+import io
 import json
+import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dlm.backbone import load_causal_lm
+from decoding.sampler import Output
+from dlm.backbone import from_scratch, load_causal_lm
 from dlm.data.encode import encode_rows
 from dlm.data.rows import load_rows
-from examples import autoregressive
-from examples.coloured import legend, style
+from dlm.errors import CheckpointError
+from examples import autoregressive, default_model
+from examples.coloured import coloured, legend, style
+from tests.conftest import TINY
 
 
 @pytest.fixture
@@ -87,6 +94,64 @@ def test_gradients_gathered_in_parts_are_those_of_whole_batches(words, monkeypat
         state = json.loads((words / name / "checkpoint-1" / "trainer_state.json").read_text())
         learnt.append(state["log_history"][0]["grad_norm"])
     assert learnt[0] == pytest.approx(learnt[1], rel=1e-4)
+
+
+def test_characters_of_several_tokens_are_shown_once_in_the_colour_of_the_last(tokenizer):
+    text = "a 漢é"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert len(ids) > len(text)  # bytes
+    output = Output(text, ids, "stop", 9, list(range(len(ids))), len(ids), [1.0] * len(ids))
+    shown = coloured(output, SimpleNamespace(tokenizer=tokenizer))
+    assert shown.plain == text
+    *_, last = shown.spans
+    assert (shown.plain[last.start : last.end], last.style) == ("é", style(len(ids) - 1, len(ids)))
+    assert len(shown.spans) <= len(text)
+
+
+class TestTheDefaultModel:
+    """The part of the demo that asks it, with a tiny model in its place."""
+
+    @pytest.fixture
+    def screen(self, monkeypatch):
+        console = Console(file=io.StringIO(), width=200)
+        monkeypatch.setattr(default_model, "Console", lambda: console)
+        return console.file
+
+    def test_it_answers_with_both_decoders_before_and_after_r2ft(self, screen, tokenizer, monkeypatch):
+        torch.manual_seed(0)
+        asked = []
+
+        def load(name, dtype):
+            asked.append(name)
+            return from_scratch(TINY, tokenizer), tokenizer
+
+        monkeypatch.setattr(default_model, "load_model", load)
+        monkeypatch.setattr(sys, "argv", ["demo", "What is two plus two?"])
+        assert default_model.main() == 0
+        said = screen.getvalue()
+        assert asked == ["default-sft", "default"]
+        facts = re.findall(
+            r"(\w+) \(?.*(llada|llada-conv), (SFT|SFT\+R2FT): (\d+) tokens, (\d+) model calls", said
+        )
+        assert [(decoder, model) for _, decoder, model, _, _ in facts] == [
+            ("llada", "SFT"), ("llada", "SFT+R2FT"), ("llada-conv", "SFT"), ("llada-conv", "SFT+R2FT"),
+        ]  # fmt: skip
+        assert all(int(calls) >= int(size) for *_, size, calls in facts), "one token in a call"
+        assert "What is two plus two?" in said
+        assert "dlm chat" in said
+
+    def test_without_its_base_the_rest_goes_on(self, screen, tmp_path, monkeypatch):
+        def refuse(name):
+            raise CheckpointError(f"{name} [could not] be had")
+
+        monkeypatch.setenv("DLM_CACHE", str(tmp_path))
+        monkeypatch.setattr(default_model, "located", refuse)
+        monkeypatch.setattr(sys, "argv", ["demo", "--fetch"])
+        assert default_model.main() == 1
+        assert "will be left out: smollm2-135m-instruct [could not] be had" in screen.getvalue()
+        monkeypatch.setattr(default_model, "load_model", lambda *_, **__: pytest.fail("tried again"))
+        monkeypatch.setattr(sys, "argv", ["demo", "--if-fetched"])
+        assert default_model.main() == 0
 
 
 def test_colours_go_from_the_first_step_to_the_last():

@@ -58,7 +58,7 @@ def folder() -> Path:
             cache cannot be written.
     """
     kept = cache() / NAME
-    if whole(kept) or _own(kept):
+    if is_there():
         return kept
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +75,12 @@ def folder() -> Path:
     return kept
 
 
+def is_there() -> bool:
+    """Whether the base need not be fetched: its folder is complete, or the user's own."""
+    kept = cache() / NAME
+    return whole(kept) or (kept.is_dir() and not (kept / MANIFEST).exists())
+
+
 def whole(kept: Path) -> bool:
     """Whether a folder holds everything that its manifest lists, in full size."""
     try:
@@ -82,11 +88,6 @@ def whole(kept: Path) -> bool:
         return all((kept / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no manifest, or none of ours
         return False
-
-
-def _own(kept: Path) -> bool:
-    """Whether a folder is the user's own copy."""
-    return kept.is_dir() and not (kept / MANIFEST).exists()
 
 
 @contextmanager

@@ -7,12 +7,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from dlm.errors import DataError, unknown_name
 from eval.report import plots, tables
 from eval.report.tables import Table
-from eval.run import Results, comparable, representatives
+from eval.run import BAND, Results, comparable, representatives
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _check(against: Sequence[str], runs: Sequence[Results]) -> None:
 
 def _task(task: str, runs: list[Results], against: Sequence[str] = ()) -> list[Part]:
     """The sections of one task."""
-    first = Part(f"{task}: quality", tables=[tables.quality(runs), tables.repetitions(runs)])
+    first = Part(f"{task}: quality", _usual(runs), [tables.quality(runs), tables.repetitions(runs)])
     judged = tables.judged(runs)
     if judged:
         first.tables.insert(0, judged)
@@ -157,6 +158,19 @@ def _task(task: str, runs: list[Results], against: Sequence[str] = ()) -> list[P
     return [first, second, third]
 
 
+def _usual(runs: Sequence[Results]) -> str:
+    """Which perplexities count as usual."""
+    bands = [tuple(run.whole[name] for name in BAND) for run in runs if BAND[0] in run.whole]
+    if not any("inlier" in run.means for run in runs) or not bands:
+        return ""
+    mean, deviation = bands[0]
+    low, high = max(1.0, mean - 2 * deviation), mean + 2 * deviation
+    return (
+        "Inliers have a usual perplexity, within two deviations of the mean of human answers "
+        f"({mean:.1f} ± 2 x {deviation:.1f}: {low:.1f} to {high:.1f})."
+    )
+
+
 def _plot(name: str, caption: str, figure: Any) -> Plot:
     """A figure as SVG text, which is the same for the same figure."""
     import matplotlib as mpl
@@ -172,11 +186,22 @@ def _side_by_side(runs: list[Results], count: int) -> tuple[list[str], list[list
     """Heads and rows of the answers to the first questions, of up to eight runs."""
     shown = representatives(runs, 8)
     common = [key for key in shown[0].answers if all(key in run.answers for run in shown)][:count]
+    asked = _questions(shown[0])
     rows = [
-        [f"{key[0]}" + (f", turn {key[1] + 1}" if key[1] else ""), *(run.answers[key].text for run in shown)]
+        [asked.get(key, f"{key[0]}, turn {key[1] + 1}"), *(run.answers[key].text for run in shown)]
         for key in common
     ]
     return [run.card.name for run in shown], rows
+
+
+def _questions(run: Results) -> dict[tuple[str, int], str]:
+    """First turns, which stand in the order of the answers in the file for AlpacaEval's tools."""
+    try:
+        asked = json.loads((run.folder / "model_outputs.json").read_text(encoding="utf-8"))
+        keys = [key for key in run.answers if key[1] == 0]
+        return {key: row["instruction"] for key, row in zip(keys, asked, strict=True)}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
 
 
 def _markdown(title: str, lead: str, parts: Sequence[Part], side: Sequence[Any]) -> str:
@@ -190,7 +215,7 @@ def _markdown(title: str, lead: str, parts: Sequence[Part], side: Sequence[Any])
     for task, names, rows in side:
         lines += [f"## Answers: {task}", ""]
         for row in rows:
-            lines += [f"**Question {row[0]}**", ""]
+            lines += [f"**{shorten(row[0], 400)}**", ""]
             for name, text in zip(names, row[1:], strict=True):
                 quoted = "\n".join(f"> {line}" for line in (text or "(empty)").splitlines())
                 lines += [f"*{name}*", "", quoted, ""]

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -11,7 +12,7 @@ from eval.answers import Answer
 from eval.metrics import Instruments, summary
 from eval.report import plots, tables
 from eval.report.report import find_runs
-from eval.run import Card, Results, Verdict, comparable, finish, open_run
+from eval.run import Card, Results, Verdict, comparable, finish, open_run, representatives
 from eval.tasks import Question
 from tests.eval.endpoint import serving
 
@@ -80,16 +81,34 @@ def test_a_name_that_is_no_run_is_refused(runs, tmp_path, capsys):
     assert "'convv'. Did you mean 'conv'" in capsys.readouterr().err
 
 
-def test_inlier_rates_of_different_bands_are_left_out(runs):
-    def judged(run, **whole):
-        rows = {key: row | {"inlier": 1.0} for key, row in run.measured.items()}
-        return replace(run, measured=rows, means=summary(rows), whole=run.whole | whole)
+def test_inlier_rates_go_by_the_band_of_the_longest_run(runs):
+    def judged(run, count=12, **band):
+        rows = {
+            key: row | {"nll": math.log(1 + i), "inlier": 1.0}  # perplexities of 1 to 12
+            for i, (key, row) in enumerate(list(run.measured.items())[:count])
+        }
+        return replace(run, measured=rows, means=summary(rows), whole=run.whole | band)
 
-    same = [judged(run, usual_mean=9.0, usual_deviation=2.0) for run in runs[:2]]
-    assert all("inlier" in run.means for run in comparable(same))
-    other = judged(runs[2], usual_mean=8.0, usual_deviation=2.0)
-    assert not any("inlier" in run.means for run in comparable([*same, other]))
-    assert not any("inlier" in row for row in comparable([*same, other])[0].measured.values())
+    same = [judged(run, usual_mean=9.0, usual_deviation=2.1) for run in runs[:2]]
+    assert comparable(same) == same
+    short = judged(runs[2], 6, usual_mean=2.0, usual_deviation=0.5)
+    *_, found = comparable([*same, short])
+    assert [row["inlier"] for row in found.measured.values()] == [0, 0, 0, 0, 1, 1]  # 4.8 to 13.2
+    assert found.means["inlier"].mean == pytest.approx(1 / 3)
+    assert found.whole["usual_mean"] == 9.0
+    assert found.means["nll"] == short.means["nll"]
+    unknown = [judged(runs[0]), judged(runs[1], 6)]
+    for run in comparable(unknown):
+        assert "inlier" not in run.means
+        assert not any("inlier" in row for row in run.measured.values())
+    assert comparable([*unknown, same[0]])[1].means["inlier"].mean == pytest.approx(1 / 3)
+
+
+def test_the_runs_side_by_side_are_of_all_systems(runs):
+    several = [replace(r, card=replace(r.card, system=name)) for name in ("a", "b") for r in runs]
+    chosen = [(run.card.system, run.card.decoder) for run in representatives(several, 3)]
+    assert chosen == [("a", "conv"), ("a", "top-k"), ("b", "conv")]
+    assert len(representatives(several, 8)) == 4
 
 
 def test_runs_of_different_length_say_how_many_answers_they_have(runs, tmp_path):
@@ -178,6 +197,7 @@ def test_a_report_is_one_page_and_markdown(runs, tmp_path, capsys):
     text = (out / "report.md").read_text()
     assert "![" in text
     assert "(gsm8k-calls.svg)" in text
+    assert [f"**{i} + 1?**" in text for i in range(9)] == [True] * 8 + [False]
     before = (out / "gsm8k-calls.svg").read_bytes()
     assert main(words) == 0
     assert (out / "gsm8k-calls.svg").read_bytes() == before
