@@ -34,8 +34,8 @@ DECODERS = {
     "blocks (semi-AR), llada": Decoder.named("llada", block_size=16),
     "convolution, llada-conv": Decoder.named("llada-conv", kernel_size=9),
 }
-"""The most confident token first, in blocks of 16 and under a kernel of 9, one token in a call. Blocks go on to
-the end of the block in which the answer ends, so they may take a few calls more."""
+"""The most confident token first, in blocks of 16 and under a kernel of 9, one token in a call. Blocks go on
+to the end of the one in which the answer ends, so they may take a few calls more."""
 
 LEGEND = legend(("first", "", "", "", "", "last"))
 
