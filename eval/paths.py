@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from dlm.errors import ConfigError
 from eval.report.plots import LOOKS
 from eval.report.tables import Table
 from eval.statistics import Estimate, bootstrap, paired_test
+
+LEVEL = 0.1
+"""Runs whose model calls differ by less than this part have as many calls."""
 
 Rows = list[tuple[list[int], list[int]]]
 """Prompts and answers as ids; answers hold their end token."""
@@ -81,21 +85,27 @@ class PathRun:
         return bootstrap([nats for cost in self.costs for nats in cost.nats], owner)
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each answer; runs with the same have the same answers."""
+        return [len(cost.nats) for cost in self.costs]
+
+    @property
     def calls(self) -> float:
         """Mean number of model calls."""
         return sum(cost.calls for cost in self.costs) / len(self.costs)
 
 
 def differences(runs: Sequence[PathRun]) -> Table:
-    """Each run against each of its model and pace, and against its decoder and pace on the first model.
+    """Each run against those of its model with its pace or as many calls, and against itself on other models.
 
     Nats of whole answers, by a permutation test on the same answers; divided by the mean length.
     """
     rows = []
     for i, run in enumerate(runs):
         for other in runs[:i]:
-            same_model = (run.model, run.pace) == (other.model, other.pace)
-            if same_model or (run.line, run.pace) == (other.line, other.pace):
+            level = run.pace == other.pace or abs(math.log(run.calls / other.calls)) < math.log(1 + LEVEL)
+            told = level if run.model == other.model else (run.line, run.pace) == (other.line, other.pace)
+            if told and run.lengths == other.lengths:
                 before, after = ([cost.total for cost in each.costs] for each in (other, run))
                 difference, p = paired_test(before, after)
                 length = sum(len(cost.nats) for cost in run.costs) / len(run.costs)
@@ -183,8 +193,10 @@ class PathFolder:
         part.write_text(json.dumps(figures), encoding="utf-8")
         part.replace(self.file)
 
-    def publish(self, runs: Sequence[PathRun]) -> list[Path]:
-        """Write table and plot; returns all files."""
+    def publish(self) -> list[Path]:
+        """Write table, tests and plot of all that is there, model after model; returns all files."""
+        models = list(dict.fromkeys(run.model for run in self.runs.values()))
+        runs = sorted(self.runs.values(), key=lambda run: (models.index(run.model), run.line))
         words, picture = self.folder / "paths.md", self.folder / "paths.svg"
         words.write_text("\n\n".join(_section(each) for each in (table(runs), differences(runs))), "utf-8")
         draw(runs).savefig(picture)

@@ -75,7 +75,7 @@ def run(config: PathConfig) -> int:
     folder = PathFolder(config.output, common)
     runs = measured(config, folder)
     Console(width=None if Console().is_terminal else 120).print(table(runs).rich())
-    print(*folder.publish(runs), sep="\n")
+    print(*folder.publish(), sep="\n")
     return 0
 
 

@@ -43,14 +43,19 @@ def test_means_go_over_tokens_and_intervals_over_answers():
 
 
 def test_runs_that_differ_in_one_thing_are_compared():
-    def run(model, line, pace, extra):
-        return PathRun(model, line, pace, "", [PathCost([i + extra, 0.5], 2) for i in range(12)])
+    def run(model, line, pace, extra, calls, count=12):
+        return PathRun(model, line, pace, "", [PathCost([i + extra, 0.5], calls) for i in range(count)])
 
-    runs = [run("a", "top-k", "S=4", 0), run("a", "conv", "S=4", 1), run("b", "conv", "S=4", -1)]
-    runs.append(run("b", "conv", "S=8", 0))
+    runs = [run("a", "top-k", "S=4", 0, 4), run("a", "conv", "S=4", 1, 3), run("b", "conv", "S=4", -1, 3)]
+    runs += [
+        run("b", "conv", "S=8", 0, 6),
+        run("a", "semi-ar", "S=8", 2, 4),
+        run("a", "llada", "S=4", 0, 4, 5),
+    ]
     assert differences(runs).rows == [
         ["a, conv, S=4", "a, top-k, S=4", "+0.500", "< 0.001"],
         ["b, conv, S=4", "a, conv, S=4", "-1.000", "< 0.001"],
+        ["a, semi-ar, S=8", "a, top-k, S=4", "+1.000", "< 0.001"],  # as many calls
     ]
 
 
@@ -93,6 +98,8 @@ def test_a_run_that_was_killed_goes_on(checkpoint, file, tmp_path, monkeypatch):
     assert main([*words, "--decoders", "top-k"]) == 0
     kept = json.loads((tmp_path / "o" / "paths.json").read_text())
     assert [run["line"] for run in kept["runs"]] == ["llada", "conv", "top-k"]  # all that was measured
+    told = (tmp_path / "o" / "paths.md").read_text()
+    assert all(f", {name}, L=48,S=6 | 3 |" in told for name in ("llada", "conv", "top-k"))
     weights = checkpoint / "config.json"
     weights.write_text(weights.read_text() + "\n")
     assert main([*words, "--decoders", "conv"]) == 0
