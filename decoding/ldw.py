@@ -8,10 +8,11 @@ canvas, the prompt followed by masks, as functions of the distance from the prom
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
+from torch.distributions import Categorical
 from transformers import PreTrainedTokenizerBase
 
 from decoding.rows import Prompt
@@ -34,12 +35,14 @@ class DecodingWindow:
     """Mean mass on the tokens of the prompt's messages (some of them may be frequent ones too)."""
     end: torch.Tensor
     """Mean probability of the end token."""
+    entropy: torch.Tensor
+    """Mean entropy of the token, in nats: how far a draw strays from the likeliest tokens."""
     rows: torch.Tensor
     """int64, prompts that have a position at this distance."""
 
     def as_dict(self) -> dict[str, list[float]]:
         """Plain lists, for JSON."""
-        return {name: getattr(self, name).tolist() for name in ("frequent", "prompt", "end", "rows")}
+        return {field.name: getattr(self, field.name).tolist() for field in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def decoding_window(
     window: int,
     top: int = 100,
 ) -> DecodingWindow:
-    """Mean probability mass on frequent tokens and on prompt tokens at each distance from the prompt.
+    """Mean mass on frequent tokens and on prompt tokens, and entropy, at each distance from the prompt.
 
     Args:
         model: a masked diffusion model.
@@ -71,7 +74,7 @@ def decoding_window(
         top: how many tokens count as frequent.
     """
     frequent = prior.top(top)
-    sums, rows = torch.zeros(3, window, dtype=torch.float64), torch.zeros(window, dtype=torch.int64)
+    sums, rows = torch.zeros(4, window, dtype=torch.float64), torch.zeros(window, dtype=torch.int64)
     for prompt in prompts:
         logits = _fresh(model, tokenizer, prompt, window)  # [n, V]
         total = logits.logsumexp(1)
@@ -80,12 +83,14 @@ def decoding_window(
         for i, group in enumerate((frequent.tolist(), said, end)):
             mass = (logits[:, group].logsumexp(1) - total).exp() if group else torch.zeros_like(total)
             sums[i, : len(mass)] += mass.double().cpu()
+        sums[3, : len(total)] += Categorical(logits=logits).entropy().double().cpu()
         rows[: len(total)] += 1
     reached = int((rows > 0).sum())
     if reached == 0:
         raise ConfigError("no prompt was given")
     mean = (sums[:, :reached] / rows[:reached]).float()
-    return DecodingWindow(mean[0], mean[1], mean[2], rows[:reached])
+    frequent_mass, prompt_mass, end_mass, entropy = mean
+    return DecodingWindow(frequent_mass, prompt_mass, end_mass, entropy, rows[:reached])
 
 
 def candidates(
@@ -151,17 +156,22 @@ _LINES: Sequence[tuple[str, Any]] = (
 
 
 def draw_decoding_windows(measured: dict[str, DecodingWindow], top: int = 100) -> Any:
-    """Masses over distance, one line per model, as a matplotlib figure.
+    """Masses and entropy over distance, one line per model, as a matplotlib figure.
 
     A line ends where less than half of the prompts still have a position: prompts of different length leave
     different room.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    panels = figure.subplots(1, 3, sharex=True)
-    titles = (f"mass on the {top} most frequent tokens", "mass on tokens of the prompt", "end token")
-    for axes, field, title in zip(panels, ("frequent", "prompt", "end"), titles, strict=True):
+    figure = Figure(figsize=(14, 3.8), layout="constrained")
+    panels = figure.subplots(1, 4, sharex=True)
+    titles = {
+        "frequent": f"mass on the {top} most frequent tokens",
+        "prompt": "mass on tokens of the prompt",
+        "end": "end token",
+        "entropy": "entropy, nats",
+    }
+    for axes, (field, title) in zip(panels, titles.items(), strict=True):
         for i, (name, figures) in enumerate(measured.items()):
             colour, line = _LINES[i % len(_LINES)]
             masses = getattr(figures, field)[2 * figures.rows >= figures.rows[0]].tolist()

@@ -191,7 +191,7 @@ def representatives(runs: Sequence[Results], most: int) -> list[Results]:
     for run in runs:
         kinds.setdefault((run.card.system, run.card.decoder or run.card.label), []).append(run)
     turns: dict[str, int] = {}
-    found = []
+    found: list[tuple[int, int, Results]] = []
     for (system, _), some in kinds.items():
         some.sort(key=lambda run: sum(answer.model_calls for answer in run.answers.values()))
         turns[system] = turns.get(system, 0) + 1

@@ -171,17 +171,18 @@ def legend() -> Any:
 
 
 def summary(measured: dict[str, Any]) -> Any:
-    """Masses next to the prompt, where the problem peaks, and far away."""
+    """Masses and entropy next to the prompt, where the problem peaks, and far away."""
     from rich.table import Table
 
-    out = Table("model", "distance", "frequent tokens", "prompt tokens", "end token")
+    out = Table("model", "distance", "frequent tokens", "prompt tokens", "end token", "entropy, nats")
     for path, figures in measured.items():
         last = len(figures.rows) - 1
         for name, low, high in (("0", 0, 1), ("5 to 10", 5, 11), ("11 on", 11, last + 1)):
             if low <= last:
                 part = slice(low, high)
-                values = (figures.frequent[part], figures.prompt[part], figures.end[part])
-                out.add_row(path, name, *(f"{float(value.mean()):.3f}" for value in values))
+                masses = (figures.frequent, figures.prompt, figures.end)
+                shown = [f"{float(mass[part].mean()):.3f}" for mass in masses]
+                out.add_row(path, name, *shown, f"{float(figures.entropy[part].mean()):.2f}")
     return out
 
 

@@ -1,6 +1,7 @@
 """The diagnosis against a brute-force sum over the vocabulary, and its command."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -16,15 +17,13 @@ PRIOR = TokenPrior(torch.tensor([50, *range(22, 0, -1)]), special=(0, 22))
 """Of the fake vocabulary: ids 1, 2, 3 … in falling frequency."""
 
 
-def brute(model, tokenizer, prompt, window, tokens):
+def brute(model, tokenizer, prompt, window):
+    """Probabilities of all tokens at each distance."""
     ids = tokenizer(prompt)["input_ids"]
     row = ids + [model.mask_id] * (window - len(ids))
     logits = model.logits(model.hidden(torch.tensor([row]))[0])
-    out = []
-    for place in range(len(ids), window):
-        weights = [float(x) for x in logits[place].double().exp()]
-        out.append(sum(weights[t] for t in tokens) / sum(weights))
-    return out
+    weights = [[float(x) for x in logits[place].double().exp()] for place in range(len(ids), window)]
+    return [[w / sum(row) for w in row] for row in weights]
 
 
 def test_masses_are_sums_of_probabilities_at_each_distance():
@@ -37,11 +36,14 @@ def test_masses_are_sums_of_probabilities_at_each_distance():
         ("prompt", lambda p: sorted(set(tokenizer(p)["input_ids"]))),
         ("end", lambda p: [0]),
     ):
-        sums = [brute(model, tokenizer, p, 12, of(p)) for p in prompts]
+        sums = [[sum(row[t] for t in of(p)) for row in brute(model, tokenizer, p, 12)] for p in prompts]
         for distance in range(9):
             values = [s[distance] for s in sums if distance < len(s)]
             expected = sum(values) / len(values)
             assert float(getattr(got, field)[distance]) == pytest.approx(expected, rel=1e-5)
+    one = decoding_window(model, tokenizer, ["abc"], PRIOR, window=12)
+    entropies = [-sum(p * math.log(p) for p in row if p) for row in brute(model, tokenizer, "abc", 12)]
+    assert one.entropy.tolist() == pytest.approx(entropies, rel=1e-5)
 
 
 def test_candidates_are_the_likeliest_tokens_and_know_what_they_are():
@@ -54,7 +56,7 @@ def test_candidates_are_the_likeliest_tokens_and_know_what_they_are():
         assert chances == sorted(chances, reverse=True)
         for c in row:
             token = 0 if c.kind == "end" else ord(c.text) - 97
-            expected = brute(model, tokenizer, "abc", 12, [token])[distance]
+            expected = brute(model, tokenizer, "abc", 12)[distance][token]
             assert c.probability == pytest.approx(expected, rel=1e-5)
             kind = (
                 "end" if token == 0 else "prompt" if token in said else "frequent" if token <= 4 else "other"
@@ -72,7 +74,7 @@ def test_a_prompt_that_fills_the_window_is_an_error():
 def test_the_plot_has_a_line_for_each_model_in_each_panel():
     got = decoding_window(FakeDenoiser(), FakeTokenizer(), ["abc"], PRIOR, window=12)
     figure = draw_decoding_windows({"before": got, "after": got})
-    assert [len(axes.lines) for axes in figure.axes] == [2, 2, 2]
+    assert [len(axes.lines) for axes in figure.axes] == [2, 2, 2, 2]
     assert figure.axes[0].lines[0].get_ydata() == pytest.approx(got.frequent.tolist())
 
 
@@ -102,7 +104,7 @@ def test_the_command_compares_models_and_writes_picture_and_figures(checkpoint, 
     assert (tmp_path / "ldw.png").stat().st_size > 10_000
     assert "distance" in (tmp_path / "ldw.svg").read_text()
     facts = json.loads((tmp_path / "ldw.json").read_text())
-    assert set(facts[str(checkpoint)]) == {"frequent", "prompt", "end", "rows"}
+    assert set(facts[str(checkpoint)]) == {"frequent", "prompt", "end", "entropy", "rows"}
 
 
 def test_tokens_are_counted_in_given_rows_where_no_model_has_its_counts(checkpoint, tmp_path, capsys):
