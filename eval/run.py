@@ -114,7 +114,7 @@ def comparable(runs: Sequence[Results]) -> list[Results]:
         return list(runs)
     recorded = [run for run in judged if "usual_mean" in run.whole]
     longest = max(recorded, key=lambda run: len(run.measured)) if recorded else None
-    return [_rejudged(run, longest) if run in judged else run for run in runs]
+    return [_rejudged(run, longest) if "inlier" in run.means else run for run in runs]
 
 
 def _band(run: Results) -> tuple[float | int, ...]:

@@ -128,7 +128,7 @@ def _fetch(kept: Path) -> None:
         facts = {"from": origin, "files": files}
         (made / MANIFEST).write_text(json.dumps(facts, indent=1), encoding="utf-8")
         if kept.exists():
-            shutil.rmtree(kept)  # not before there is something to put in its place
+            kept.rename(Path(scratch) / "damaged")  # not before there is something to put in its place
         made.rename(kept)
 
 
