@@ -58,6 +58,13 @@ class LoadConfig:
         return BucketedModel(model, graphs=self.accelerate == "graphs"), tokenizer
 
 
+def decoder_option(name: str) -> str:
+    """Where an unknown option belongs if a decoder has it: `options.temperature` for `temperature`."""
+    from decoding.presets import PRESETS
+
+    return f"options.{name}" if any(name in preset.options for preset in PRESETS.values()) else ""
+
+
 @dataclass(frozen=True)
 class DecodingConfig:
     """How text is decoded.
@@ -95,6 +102,8 @@ class DecodingConfig:
     margin: int = -1
     reuse: str = ""
     refresh: int = 0
+
+    meant = staticmethod(decoder_option)
 
     def __post_init__(self) -> None:
         """Check the ranges."""

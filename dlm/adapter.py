@@ -18,6 +18,7 @@ from torch import nn
 
 from dlm.errors import CheckpointError
 from dlm.model import MaskedDiffusionModel
+from dlm.pretrained.names import NAMES
 
 CONFIG = "adapter_config.json"
 
@@ -69,7 +70,7 @@ def add_adapter(
 
     Args:
         model: the base.
-        base: folder, hub id or .gguf file that the base was loaded from; written into the adapter.
+        base: name, folder, hub id or .gguf file that the base was loaded from; written into the adapter.
         r: rank of the update.
         alpha: the update is scaled by alpha / r.
         dropout: dropout before the update.
@@ -81,7 +82,9 @@ def add_adapter(
     """
     model.mask_shift = MaskShift(model.config.hidden_size).to(model.device)
     config = LoraConfig(
-        base_model_name_or_path=str(Path(base).resolve()) if Path(base).exists() else base,
+        base_model_name_or_path=base
+        if base in NAMES or not Path(base).exists()
+        else str(Path(base).resolve()),
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
@@ -99,7 +102,9 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def base_of(path: str | Path) -> str:
-    """The base that an adapter was trained on: where it was then, or beside the adapter if both have moved.
+    """The base that an adapter was trained on: a name, a hub id, or a folder where it was then.
+
+    A folder that is no longer there is looked for beside the adapter, in case both have moved.
 
     Raises:
         CheckpointError: when the adapter does not say.
@@ -111,7 +116,8 @@ def base_of(path: str | Path) -> str:
     if not base:
         raise CheckpointError(f"{path}: {CONFIG} does not name the model that the adapter belongs to")
     beside = Path(path).resolve().parent / Path(base).name
-    return str(beside if not Path(base).exists() and beside.exists() else base)
+    moved = Path(base).is_absolute() and not Path(base).exists()
+    return str(beside if moved and (beside.is_file() or (beside / "config.json").is_file()) else base)
 
 
 def merged(model: Any) -> MaskedDiffusionModel:

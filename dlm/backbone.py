@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from dlm.config import FAMILIES, MaskedDiffusionConfig
-from dlm.errors import CheckpointError, ConfigError
+from dlm.errors import CheckpointError, ConfigError, first_line
 from dlm.model import MaskedDiffusionModel
 from dlm.pretrained.names import located
 from dlm.tokenizer import prepare_tokenizer
@@ -107,7 +107,7 @@ def load_causal_lm(
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{path}: cannot be read as a causal language model ({_first_line(error)})"
+            f"{path}: cannot be read as a causal language model ({first_line(error)})"
         ) from error
 
 
@@ -179,8 +179,3 @@ def _resize(causal: Any, config: MaskedDiffusionConfig, initialise_mask: bool) -
     with torch.no_grad():
         for table in tables[: 1 if tables[0] is tables[1] else 2]:
             table[new] = table[~new].mean(dim=0)
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's message, or its class name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,7 +14,7 @@ from transformers.utils import is_flash_attn_2_available
 from dlm.adapter import base_of, is_adapter, load_adapter
 from dlm.backbone import from_causal_lm
 from dlm.config import FAMILIES, MaskedDiffusionConfig
-from dlm.errors import CheckpointError, unknown_name
+from dlm.errors import CheckpointError, did_you_mean, unknown_name
 from dlm.model import MaskedDiffusionModel
 from dlm.pretrained.names import NAMES, located
 
@@ -117,7 +117,8 @@ def model_type(path: str) -> str:
         return str(AutoConfig.from_pretrained(path).model_type)
     except Exception as error:
         raise CheckpointError(
-            f"{path}: no such folder, not a model that the hub could give, and none of {', '.join(NAMES)}"
+            f"{path}: no such folder, not a model that the hub could give, and none of {', '.join(NAMES)}."
+            + did_you_mean(path, NAMES)
         ) from error
 
 

@@ -20,7 +20,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from dlm.errors import ConfigError, DLMError
+from dlm.errors import ConfigError, DLMError, did_you_mean
 from dlm.version import __version__
 
 
@@ -30,7 +30,8 @@ class Command:
 
     Attributes:
         help: one line for `dlm --help`.
-        config: frozen dataclass of its settings; the docstring's Args section becomes the help.
+        config: frozen dataclass of its settings; the docstring's Args section becomes the help. Its `meant`,
+            if it has one, is told an unknown option and says which one was meant, or nothing.
         run: called with an instance; returns the exit status.
         positional: name of the setting that takes the words which are no options.
     """
@@ -48,11 +49,21 @@ def commands() -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `dlm`; returns the exit status."""
+    return _guarded(_dispatch, argv)
+
+
+def script(prog: str, command: Command, argv: Sequence[str] | None = None) -> int:
+    """Run a command that is no subcommand of `dlm`, under the same rules; returns the exit status."""
+    return _guarded(lambda words: _run(prog, command, words), argv)
+
+
+def _guarded(run: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
+    """Call `run` with the words; errors become a line on stderr and an exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        return _dispatch(words)
+        return run(words)
     except DLMError as error:
         if debug:
             raise
@@ -79,17 +90,18 @@ def _dispatch(words: list[str]) -> int:
     nested = ".".join(words[:2])  # `dlm inspect ldw` is the entry point inspect.ldw
     name, rest = (nested, words[2:]) if nested in known and len(words) > 1 else (words[0], words[1:])
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        return _fail(f"unknown command {name!r}.{hint} Commands: {_listed(known)}", 2)
+        return _fail(f"unknown command {name!r}.{did_you_mean(name, known)} Commands: {_listed(known)}", 2)
     if wrong := _misspelt_subcommand(words, known):
         return _fail(wrong, 2)
-    command: Command = known[name].load()
+    return _run(f"dlm {name.replace('.', ' ')}", known[name].load(), rest)
+
+
+def _run(prog: str, command: Command, words: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "openai", "datasets", "filelock", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        config = parse(name.replace(".", " "), command, rest)
+        config = parse(prog, command, words)
     except SystemExit as stop:
         return int(stop.code or 0)
     return command.run(config)
@@ -129,7 +141,7 @@ class _UsageError(Exception):
     """What the parser found wrong."""
 
 
-def parse(name: str, command: Command, words: Sequence[str]) -> Any:
+def parse(prog: str, command: Command, words: Sequence[str]) -> Any:
     """An instance of the command's settings from words.
 
     Raises:
@@ -141,7 +153,7 @@ def parse(name: str, command: Command, words: Sequence[str]) -> Any:
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise _UsageError(str(message)) from ex
 
-    parser = Parser(prog=f"dlm {name}", description=command.help, exit_on_error=True)
+    parser = Parser(prog=prog, description=command.help, exit_on_error=True)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
     parser.add_class_arguments(command.config, skip=None)
     if command.positional:
@@ -158,9 +170,7 @@ def parse(name: str, command: Command, words: Sequence[str]) -> Any:
         built = parser.instantiate(namespace)
         return command.config(**{k: v for k, v in vars(built).items() if k != "words"})
     except (_UsageError, ConfigError, TypeError, ValueError) as error:
-        raise SystemExit(
-            _fail(_explain(str(error), list(_options(command.config))), 2, f"dlm {name}")
-        ) from None
+        raise SystemExit(_fail(_explain(str(error), command.config), 2, prog)) from None
 
 
 def _normalise(words: Sequence[str], options: dict[str, Any]) -> list[str]:
@@ -189,8 +199,8 @@ def _options(config: type, prefix: str = "") -> dict[str, Any]:
     return options
 
 
-def _explain(message: str, known: list[str]) -> str:
-    """The parser's message on one line, with the nearest right name when a name was wrong."""
+def _explain(message: str, config: type) -> str:
+    """The parser's message on one line, with the option that was meant when a name was wrong."""
     message = re.sub(r"\s+", " ", message).strip()
     wrong = re.search(r"[Uu]nrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
     wrong = wrong or re.search(r"Option '([\w.]+)' is not accepted", message)
@@ -200,7 +210,8 @@ def _explain(message: str, known: list[str]) -> str:
     name = next(group for group in wrong.groups() if group)
     group = re.search(r"Group '([\w.]+)'", message)
     full = f"{group[1]}.{name}" if group else name
-    near = difflib.get_close_matches(full, known, n=1, cutoff=0.4)
+    meant = config.meant(full) if hasattr(config, "meant") else ""
+    near = [meant] if meant else difflib.get_close_matches(full, _options(config), n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"unknown option {full}.{hint} See --help."
 

@@ -29,6 +29,15 @@ class CheckpointError(DLMError, OSError):
 def unknown_name(kind: str, name: str, choices: Iterable[str]) -> ConfigError:
     """A `ConfigError` for an unknown `name`: the nearest right one first, then all the choices."""
     known = sorted(choices)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ConfigError(f"unknown {kind} {name!r}.{hint} Choices: {', '.join(known)}")
+    return ConfigError(f"unknown {kind} {name!r}.{did_you_mean(name, known)} Choices: {', '.join(known)}")
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """A question that names the nearest of `choices`, after a space; nothing when none is near."""
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its class name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from dlm.adapter import TARGETS
 from dlm.backbone import load_causal_lm
-from dlm.cli import Command, parse
+from dlm.cli import Command, script
 from dlm.data.encode import encode_rows
 from finetune.config import TrainConfig
 from finetune.run import split_rows, training_arguments
@@ -57,17 +57,20 @@ class AnswerCollator(DataCollatorForSeq2Seq):  # type: ignore[misc]
         return {**batch, "logits_to_keep": kept, "shift_labels": following[:, kept]}
 
 
-def main() -> None:
-    """Train, merge, save."""
-    config = parse("autoregressive", Command("", TrainConfig, lambda _: 0), sys.argv[1:])
+def train(config: TrainConfig) -> int:
+    """Train, merge, save; the exit status."""
     if (Path(config.output_dir) / "config.json").is_file():
         print(f"{config.output_dir} is finished")
-        return
+        return 0
     model, tokenizer = load_causal_lm(config.model.init)
     lora = config.model.lora
     set_seed(config.seed)
     adapter = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, target_modules=TARGETS[lora.targets], modules_to_save=["norm"]
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=TARGETS[lora.targets],
+        modules_to_save=["norm"],
     )
     rows, held_out = (
         labelled(encode_rows(part, tokenizer, config.data.window)[0])
@@ -90,7 +93,14 @@ def main() -> None:
     if trainer.is_world_process_zero():
         trainer.model.merge_and_unload().save_pretrained(config.output_dir)
         tokenizer.save_pretrained(config.output_dir)
+    return 0
+
+
+def main() -> int:
+    """Run the program; the exit status."""
+    command = Command("fine-tune a base autoregressively: the baseline", TrainConfig, train)
+    return script("python -m examples.autoregressive", command)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -68,12 +68,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("instructions", nargs="*", default=INSTRUCTIONS)
     parser.add_argument("--fetch", action="store_true", help="only see to it that the base is there")
-    parser.add_argument("--if-fetched", action="store_true", help="do nothing if the base is not there")
+    parser.add_argument("--if-fetched", action="store_true", help="leave all out if the base is not there")
     options = parser.parse_args()
     console = Console()
     if options.fetch:
         return fetch(console)
     if options.if_fetched and not is_there():
+        console.print(
+            "\n[red]The default model is left out:[/red] its base could not be fetched (see above). "
+            "Once connected: make demo DEMO=quick",
+            highlight=False,
+        )
         return 0
     title = "\n[bold]The default model[/bold]: SmolLM2-135M, trained on Alpaca"
     console.print(

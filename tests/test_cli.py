@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import subprocess
@@ -120,6 +121,37 @@ def test_chat_talks_from_a_pipe(checkpoint):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tokens/s") == 2
+
+
+def test_an_answer_that_is_interrupted_does_not_end_the_chat(checkpoint, capsys, monkeypatch):
+    from decoding.sampler import Sampler
+
+    seen, stream = [], Sampler.stream
+
+    def first_one_interrupted(sampler, messages, **arguments):
+        seen.append([message["content"] for message in messages])
+        for event in stream(sampler, messages, **arguments):
+            yield event
+            if len(seen) == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sampler, "stream", first_one_interrupted)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n/help\ntwo\n/quit\n"))
+    assert main(["chat", "--model", checkpoint]) == 0
+    assert seen == [["one"], ["two"]], "neither the stopped question nor a wrong command goes to the model"
+    said = capsys.readouterr().out
+    assert "stopped" in said
+    assert "/help is not a command" in said
+    assert said.count("tokens/s") == 1
+
+
+def test_an_option_of_the_decoder_is_pointed_to_where_it_belongs(capsys):
+    assert main(["generate", "--temperature", "0.7", "hi"]) == 2
+    assert "unknown option temperature. Did you mean options.temperature?" in capsys.readouterr().err
+    assert main(["infill", "--kernel-size", "9", "hi"]) == 2
+    assert "Did you mean options.kernel_size?" in capsys.readouterr().err
+    assert main(["generate", "--qqqq", "9", "hi"]) == 2
+    assert "Did you mean" not in capsys.readouterr().err
 
 
 def test_inspect_says_what_a_checkpoint_is(checkpoint, capsys, tmp_path):

@@ -42,7 +42,7 @@ def words(tmp_path, tokenizer, rows, monkeypatch):
 
 
 def test_the_baseline_learns_goes_on_and_stands_alone(words, monkeypatch):
-    autoregressive.main()
+    assert autoregressive.main() == 0
     base, tokenizer = load_causal_lm(str(words / "base"))
     tuned, _ = load_causal_lm(str(words / "out"))
     row = encode_rows(load_rows(str(words / "rows.jsonl")), tokenizer, 48)[0][0]
@@ -56,10 +56,23 @@ def test_the_baseline_learns_goes_on_and_stands_alone(words, monkeypatch):
     assert state["global_step"] == 4
     written = (words / "out" / "checkpoint-4" / "trainer_state.json").stat().st_mtime_ns
     monkeypatch.setattr(autoregressive.Trainer, "training_step", lambda *_: pytest.fail("trained again"))
-    autoregressive.main()  # finished: trains no step again
+    assert autoregressive.main() == 0  # finished: trains no step again
     assert (words / "out" / "checkpoint-4" / "trainer_state.json").stat().st_mtime_ns == written
     again, _ = load_causal_lm(str(words / "out"))
     assert all(torch.equal(w, again.state_dict()[name]) for name, w in tuned.state_dict().items())
+
+
+def test_it_says_in_a_line_what_is_wrong(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [*sys.argv, f"--data.source={words / 'none.jsonl'}"])
+    assert autoregressive.main() == 1
+    error = capsys.readouterr().err
+    assert "none.jsonl" in error
+    assert "Traceback" not in error
+    monkeypatch.setattr(sys, "argv", ["x", "--output_dr", "y"])
+    assert autoregressive.main() == 2
+    assert capsys.readouterr().err.startswith(
+        "python -m examples.autoregressive: error: unknown option output_dr"
+    )
 
 
 def test_its_loss_is_that_of_transformers(words, monkeypatch):
@@ -76,7 +89,7 @@ def test_its_loss_is_that_of_transformers(words, monkeypatch):
         return loss
 
     monkeypatch.setattr(autoregressive.Trainer, "compute_loss", both)
-    autoregressive.main()
+    assert autoregressive.main() == 0
     assert len(seen) > 4
     assert all(a == pytest.approx(b, rel=1e-5) for a, b in seen)
 
@@ -90,7 +103,7 @@ def test_gradients_gathered_in_parts_are_those_of_whole_batches(words, monkeypat
     learnt = []
     for argv, name in ((whole, "whole"), ([*parts, f"--output_dir={words / 'parts'}"], "parts")):
         monkeypatch.setattr(sys, "argv", argv)
-        autoregressive.main()
+        assert autoregressive.main() == 0
         state = json.loads((words / name / "checkpoint-1" / "trainer_state.json").read_text())
         learnt.append(state["log_history"][0]["grad_norm"])
     assert learnt[0] == pytest.approx(learnt[1], rel=1e-4)
@@ -151,6 +164,7 @@ class TestTheDefaultModel:
         monkeypatch.setattr(default_model, "load_model", lambda *_, **__: pytest.fail("tried again"))
         monkeypatch.setattr(sys, "argv", ["demo", "--if-fetched"])
         assert default_model.main() == 0
+        assert "make demo DEMO=quick" in screen.getvalue(), "said again where the eye is at the end"
 
 
 def test_colours_go_from_the_first_step_to_the_last():

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from decoding.request import Plan
 
 
+COMMANDS = "/new starts over, /quit leaves, Ctrl-C stops an answer."
+
+
 @dataclass(frozen=True)
 class ChatConfig(DecodingConfig, LoadConfig):
     """Settings of `dlm chat`.
@@ -33,7 +36,7 @@ class ChatConfig(DecodingConfig, LoadConfig):
 
 
 def run(config: ChatConfig) -> int:
-    """Talk until `/quit` or the end of input."""
+    """Talk until `/quit` or the end of input; Ctrl-C stops an answer, and at the prompt the conversation."""
     from rich.console import Console
 
     from decoding.sampler import Sampler
@@ -41,7 +44,7 @@ def run(config: ChatConfig) -> int:
     console = Console()
     arguments = config.arguments()
     sampler = Sampler(*config.load())
-    console.print("[dim]/new starts over, /quit leaves. Shaded cells are not yet written.[/dim]")
+    console.print(f"[dim]{COMMANDS} Shaded cells are not yet written.[/dim]")
     system = [{"role": "system", "content": config.system}] if config.system else []
     messages = list(system)
     while True:
@@ -54,6 +57,9 @@ def run(config: ChatConfig) -> int:
             return 0
         if line == "/new":
             messages = list(system)
+            console.print("[dim](a new conversation)[/dim]")
+        elif line.startswith("/") and len(line.split()) == 1:
+            console.print(f"[red]{line} is not a command.[/red] [dim]{COMMANDS}[/dim]")
         elif line:
             messages.append({"role": "user", "content": line})
             messages = _turn(console, sampler, messages, arguments)
@@ -70,6 +76,9 @@ def _turn(console: Any, sampler: Any, messages: list[dict[str, str]], arguments:
         text = _watch(console, sampler, kept, arguments)
     except ConfigError as error:
         console.print(f"[red]{error}[/red]")
+        return kept[:-1]
+    except KeyboardInterrupt:
+        console.print("[dim](stopped; the question is forgotten)[/dim]")
         return kept[:-1]
     return [*kept, {"role": "assistant", "content": text}]
 
@@ -107,8 +116,13 @@ def _watch(console: Any, sampler: Any, messages: list[dict[str, str]], arguments
     if not sys.stdout.isatty():
         console.print(Text(event.text))
     seconds = time.perf_counter() - begun
-    console.print(f"[dim]{size} tokens, {event.step + 1} steps, {size / seconds:.1f} tokens/s[/dim]")
+    tokens, steps = _counted(size, "token"), _counted(event.step + 1, "step")
+    console.print(f"[dim]{tokens}, {steps}, {size / seconds:.1f} tokens/s[/dim]")
     return str(event.text)
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 COMMAND = Command("talk to a trained model in the terminal", ChatConfig, run)

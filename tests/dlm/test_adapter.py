@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from dlm import load_model
-from dlm.adapter import MaskShift, add_adapter, merged
+from dlm.adapter import MaskShift, add_adapter, base_of, merged
 from dlm.backbone import from_scratch
 from dlm.errors import CheckpointError
 from tests.conftest import TINY
@@ -141,6 +141,26 @@ def test_equal_seeds_give_equal_first_weights(base):
     torch.rand(3)
     assert torch.equal(first(1), first(1))
     assert not torch.equal(first(1), first(2))
+
+
+def test_a_name_is_never_taken_for_a_folder_that_is_called_so(base, tmp_path, monkeypatch):
+    (tmp_path / "default-sft").mkdir()
+    shutil.copytree(base, tmp_path / "default")
+    monkeypatch.chdir(tmp_path)
+    for name in ("default", "default-sft"):
+        model = add_adapter(load_model(base, device="cpu")[0], name, r=4, alpha=8)
+        model.save_pretrained(tmp_path / "adapter")
+        assert base_of(tmp_path / "adapter") == name
+
+
+def test_a_folder_without_a_checkpoint_is_not_the_base(base, tmp_path):
+    adapted(base)[0].save_pretrained(tmp_path / "runs" / "adapter")
+    (tmp_path / "runs" / "base").mkdir()
+    shutil.move(base, tmp_path / "elsewhere")
+    assert base_of(tmp_path / "runs" / "adapter") == str(base), "so that the error names what was lost"
+    shutil.move(tmp_path / "elsewhere", tmp_path / "runs" / "base" / "x")
+    shutil.copytree(tmp_path / "runs" / "base" / "x", tmp_path / "runs" / "base", dirs_exist_ok=True)
+    assert base_of(tmp_path / "runs" / "adapter") == str(tmp_path / "runs" / "base")
 
 
 def test_adapter_and_base_may_move_together(base, tmp_path):

