@@ -18,8 +18,8 @@ class EvalConfig:
         endpoint: base URL of an OpenAI-compatible endpoint to evaluate in its place (the key, if it needs
             one, is OPENAI_API_KEY in the environment).
         endpoint_model: name of the model there.
-        autoregressive: folder, hub id or .gguf file of a causal language model to evaluate in its place, by
-            nucleus sampling (p = 0.95).
+        autoregressive: folder, hub id or .gguf file of a causal language model to evaluate in its place.
+        top_p: nucleus that such a model draws from; 0 for the likeliest token.
         name: what the system is called in tables; by default the last part of its path.
         data: local copy of the questions (.json, .jsonl); by default the original is downloaded.
         references: reference answers in MT-Bench's format.
@@ -51,6 +51,7 @@ class EvalConfig:
     endpoint: str = ""
     endpoint_model: str = "default"
     autoregressive: str = ""
+    top_p: float = 0.95
     name: str = ""
     data: str = ""
     references: str = ""
@@ -85,6 +86,8 @@ class EvalConfig:
         for name in ("limit", "window", "max_tokens", "nelbo_draws"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.top_p <= 1 or (self.top_p != 0.95 and not self.autoregressive):
+            raise ConfigError(f"top_p is for --autoregressive, and from 0 to 1; got {self.top_p}")
         if self.batch_size < 1 or self.usual_rows < 2:
             raise ConfigError("batch_size must be at least 1, and usual_rows at least 2")
         if not self.model and (self.decoders or self.steps or self.rate or self.window):

@@ -205,11 +205,12 @@ def _contestants(config: EvalConfig, loaded: _Loaded) -> Iterator[Contestant]:
             lambda: Endpoint(config.endpoint, config.endpoint_model, limit, config.seed, config.batch_size),
         )
         return
+    label = "autoregressive" if config.top_p == 0.95 else f"autoregressive,p={config.top_p:g}"
     card = Card(
-        **common, fingerprint=fingerprint(config.where), label="autoregressive", decoder="",
-        settings={**settings, "top_p": 0.95, "dtype": str(loaded.place[1])},
+        **common, fingerprint=fingerprint(config.where), label=label, decoder="",
+        settings={**settings, "top_p": config.top_p, "dtype": str(loaded.place[1])},
     )  # fmt: skip
-    yield Contestant(card, lambda: Autoregressive(*loaded.causal(), limit, 0.95, config.seed))
+    yield Contestant(card, lambda: Autoregressive(*loaded.causal(), limit, config.top_p, config.seed))
 
 
 def _local(

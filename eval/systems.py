@@ -63,13 +63,13 @@ class Local:
 
 
 class Autoregressive:
-    """A causal language model with nucleus sampling, one token a call: the baseline.
+    """A causal language model, one token a call: the baseline.
 
     Args:
         model: a causal LM of transformers.
         tokenizer: its tokenizer, with a chat template.
         max_tokens: longest answer.
-        top_p: nucleus.
+        top_p: nucleus (arXiv 1904.09751); 0 for the likeliest token.
         seed: of the run; each conversation has a generator of its own.
     """
 
@@ -77,7 +77,10 @@ class Autoregressive:
         self, model: Any, tokenizer: Any, max_tokens: int, top_p: float = 0.95, seed: int = 0
     ) -> None:
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
-        self.top_p, self.seed = top_p, seed
+        self.seed = seed
+        self.rule: dict[str, Any] = (
+            {"do_sample": True, "top_p": top_p, "top_k": 0} if top_p else {"do_sample": False}
+        )
 
     def replies(self, conversations: Sequence[list[Message]]) -> Iterator[Reply]:
         """See `System`; one at a time, so that a text does not depend on its batch-mates."""
@@ -92,7 +95,7 @@ class Autoregressive:
             torch.manual_seed(int(key_of(self.seed, json.dumps(talk))) % 2**63)
             with torch.inference_mode():
                 whole = self.model.generate(
-                    ids, attention_mask=torch.ones_like(ids), do_sample=True, top_p=self.top_p, top_k=0,
+                    ids, attention_mask=torch.ones_like(ids), **self.rule,
                     max_new_tokens=self.max_tokens, pad_token_id=self.tokenizer.eos_token_id,
                 )  # fmt: skip
             new = whole[0, ids.shape[1] :].tolist()

@@ -152,7 +152,7 @@ def _task(task: str, runs: list[Results], against: Sequence[str] = ()) -> list[P
     second = Part(f"{task}: speed", tables=[tables.speed(runs)])
     if len(runs) < 2:
         return [first, second]
-    told = ("win", "grade", "score", "right", "nll", "relevance", "repetition_4")
+    told = ("win", "grade", "score", "right", "nll", "inlier", "relevance", "repetition_4")
     names = [name for name in told if name in runs[0].means]
     third = Part(f"{task}: differences", tables=[tables.paired(runs, name, against) for name in names])
     return [first, second, third]

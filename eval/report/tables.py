@@ -166,7 +166,7 @@ def _partners(
     return [
         other
         for other in runs
-        if (other.card.decoder in against and other.card.decoder != run.card.decoder and decoders(other))
+        if (other.card.decoder in against and other.card.label != run.card.label and decoders(other))
         or (
             other.card.system in against
             and other.card.system != run.card.system

@@ -1,0 +1,50 @@
+"""The autoregressive baseline: what it writes, by which rule."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dlm.errors import ConfigError
+from eval.config import EvalConfig
+from eval.systems import Autoregressive
+
+TALKS = [[{"role": "user", "content": text}] for text in ("Count from 2 to 5.", "Spell the word stone.")]
+
+
+@pytest.fixture(scope="module")
+def causal(tokenizer):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).eval(), tokenizer
+
+
+def texts(causal, **rule):
+    return [reply.text for reply in Autoregressive(*causal, 12, **rule).replies(TALKS)]
+
+
+def test_without_a_nucleus_it_writes_the_likeliest_token(causal):
+    model, tokenizer = causal
+    expected = []
+    for talk in TALKS:
+        ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+        begun = len(ids)
+        with torch.no_grad():
+            while len(ids) < begun + 12 and ids[-1] != tokenizer.eos_token_id:
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        expected.append(tokenizer.decode(ids[begun:], skip_special_tokens=True).strip())
+    assert texts(causal, top_p=0) == texts(causal, top_p=0, seed=7) == expected
+
+
+def test_a_nucleus_draws_the_same_for_the_same_seed_whatever_came_before(causal):
+    first = texts(causal, seed=3)
+    torch.rand(5)
+    assert texts(causal, seed=3) == first
+    assert texts(causal, seed=4) != first
+    assert first[1] == next(iter(Autoregressive(*causal, 12, seed=3).replies(TALKS[1:]))).text
+
+
+def test_a_nucleus_is_for_autoregressive_models():
+    with pytest.raises(ConfigError, match="top_p is for --autoregressive"):
+        EvalConfig(task="wiki", model="default", top_p=0.5)
+    with pytest.raises(ConfigError, match="from 0 to 1; got 2"):
+        EvalConfig(task="wiki", autoregressive="x", top_p=2)
