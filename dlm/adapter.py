@@ -81,10 +81,9 @@ def add_adapter(
         An `AdaptedModel` around `model`.
     """
     model.mask_shift = MaskShift(model.config.hidden_size).to(model.device)
+    is_folder = base not in NAMES and Path(base).exists()
     config = LoraConfig(
-        base_model_name_or_path=base
-        if base in NAMES or not Path(base).exists()
-        else str(Path(base).resolve()),
+        base_model_name_or_path=str(Path(base).resolve()) if is_folder else base,
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
