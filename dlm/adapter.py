@@ -115,7 +115,7 @@ def base_of(path: str | Path) -> str:
     if not base:
         raise CheckpointError(f"{path}: {CONFIG} does not name the model that the adapter belongs to")
     beside = Path(path).resolve().parent / Path(base).name
-    moved = Path(base).is_absolute() and not Path(base).exists()
+    moved = base not in NAMES and not Path(base).exists()
     return str(beside if moved and (beside.is_file() or (beside / "config.json").is_file()) else base)
 
 

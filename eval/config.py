@@ -7,6 +7,9 @@ from pathlib import Path
 
 from dlm.errors import ConfigError, unknown_name
 
+NUCLEUS = 0.95
+"""What autoregressive baselines draw from when nothing else is said."""
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -51,7 +54,7 @@ class EvalConfig:
     endpoint: str = ""
     endpoint_model: str = "default"
     autoregressive: str = ""
-    top_p: float = 0.95
+    top_p: float = NUCLEUS
     name: str = ""
     data: str = ""
     references: str = ""
@@ -86,7 +89,7 @@ class EvalConfig:
         for name in ("limit", "window", "max_tokens", "nelbo_draws"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.top_p <= 1 or (self.top_p != 0.95 and not self.autoregressive):
+        if not 0 <= self.top_p <= 1 or (self.top_p != NUCLEUS and not self.autoregressive):
             raise ConfigError(f"top_p is for --autoregressive, and from 0 to 1; got {self.top_p}")
         if self.batch_size < 1 or self.usual_rows < 2:
             raise ConfigError("batch_size must be at least 1, and usual_rows at least 2")

