@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from platformdirs import user_cache_path
 
 from dlm.errors import CheckpointError, first_line
 
@@ -46,7 +45,11 @@ _SCRATCH = ".dlm-fetch-"
 
 def cache() -> Path:
     """Folder of what is fetched: $DLM_CACHE, or `dlm` in the cache folder of the user's system."""
-    return Path(os.environ.get("DLM_CACHE") or user_cache_path("dlm"))
+    if named := os.environ.get("DLM_CACHE"):
+        return Path(named)
+    from platformdirs import user_cache_path
+
+    return Path(user_cache_path("dlm"))
 
 
 def folder() -> Path:
