@@ -93,11 +93,8 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         """As in transformers, unless the run has a pace of its own."""
         if self.pace is None:
             return super().create_scheduler(num_training_steps, optimizer)
-        if self.lr_scheduler is None:
-            pace = self.pace
-            chosen = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = LambdaLR(chosen, lambda step: pace(step))
-            self._created_lr_scheduler = True
+        self.lr_scheduler: Any = LambdaLR(optimizer or self.optimizer, self.pace)
+        self._created_lr_scheduler = True
         return self.lr_scheduler
 
     # ---- order of rows -------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class StartConfig:
         lora: low-rank adapter; needs `init`.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         attn_implementation: transformers' name of the attention kernel; empty for the best one there is.
-        compile: compile the layers (torch.compile), which takes a while at the start and then is faster on a GPU.
+        compile: compile the layers (torch.compile): some time at the start, then faster on a GPU.
     """
 
     init: str = ""
@@ -101,8 +101,8 @@ class RunConfig:
         data: where the rows come from.
         max_steps: optimiser steps; 0 to train for `num_train_epochs` instead.
         num_train_epochs: passes over the rows, when `max_steps` is 0.
-        max_minutes: end after so many minutes at the latest, resumed ones counted, the learning rate following
-            a cosine over this time in place of steps; 0 for no such limit. For one process.
+        max_minutes: end after so many minutes at the latest, resumed ones counted; the learning rate follows
+            a cosine over this time and not over steps. 0 for no such limit. For one process.
         per_device_train_batch_size: rows per device and micro-batch.
         gradient_accumulation_steps: micro-batches per optimiser step.
         learning_rate: peak learning rate of AdamW.

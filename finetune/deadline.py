@@ -1,4 +1,4 @@
-"""A run that has minutes, not steps: the learning rate comes to rest when the time is up, and the run ends."""
+"""A run that has minutes, not steps: the learning rate comes to rest when the time is up."""
 
 from __future__ import annotations
 

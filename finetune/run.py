@@ -150,13 +150,16 @@ def execute(stage: Stage[Any]) -> Path:
     return run.path
 
 
-def split_rows(data: DataConfig, seed: int) -> tuple[Dataset | EncodedRows, Dataset | EncodedRows]:
-    """Rows for training and rows for validation: the last `validation_rows`, which are never trained on."""
+def split_rows(data: DataConfig, seed: int) -> tuple[Dataset, Dataset]:
+    """Rows for training and rows for validation: the last `validation_rows`, which are never trained on.
+
+    Of a file of encoded rows they are `EncodedRows`.
+    """
     if data.source == "rules":  # made by rule, with splits of their own
         held_out = rule_rows(max(1, data.validation_rows), seed, "validation")
         return rule_rows(data.limit or 20_000, seed), held_out.select(range(data.validation_rows))
     encoded = data.source.endswith(SUFFIX)
-    rows = EncodedRows.load(data.source) if encoded else load_rows(data.source, data.split)
+    rows: Any = EncodedRows.load(data.source) if encoded else load_rows(data.source, data.split)
     rows = rows.select(range(min(data.limit, len(rows)))) if data.limit else rows
     if data.validation_rows >= len(rows):
         raise DataError(

@@ -26,7 +26,7 @@ def held_out_prompts(
     trainer: DiffusionTrainer,
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
-    asked: Iterable[Prompt] | Dataset | EncodedRows,
+    asked: list[Prompt] | list[str] | Dataset | EncodedRows,
     count: int,
 ) -> list[Prompt]:
     """The first `count` prompts that leave room for an answer; nothing for each row of plain text.
@@ -36,9 +36,8 @@ def held_out_prompts(
     sampler = Sampler(trainer.model, tokenizer)
     if isinstance(asked, EncodedRows):
         return []
-    if not isinstance(asked, list):
-        asked = (row["prompt"] or "" for row in asked)
-    fits = (prompt for prompt in asked if sampler.prompt_length(prompt) < config.data.window - 1)
+    prompts: Iterable[Prompt] = asked if isinstance(asked, list) else (row["prompt"] or "" for row in asked)
+    fits = (prompt for prompt in prompts if sampler.prompt_length(prompt) < config.data.window - 1)
     return list(itertools.islice(fits, count))
 
 

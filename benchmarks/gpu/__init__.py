@@ -1,1 +1,1 @@
-"""`make gpu`: proves the toolkit on a GPU and uses it, with whatever Python has torch; see docs/air-gapped.md."""
+"""`make gpu`: the toolkit proved and used on a GPU, with any Python that has torch (docs/air-gapped.md)."""

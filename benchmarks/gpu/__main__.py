@@ -1,8 +1,8 @@
 """Run stages, each for so many minutes; what is done already is not done again.
 
-    python -m benchmarks.gpu                                  # all, with what is there
-    python -m benchmarks.gpu --stage train=4 r2ft=1 eval=2 --rows rows.npz --questions alpaca_eval.json
-    python -m benchmarks.gpu --tiny --device cpu              # everything in miniature
+python -m benchmarks.gpu                                  # all, with what is there
+python -m benchmarks.gpu --stage train=4 r2ft=1 eval=2 --rows rows.npz --questions alpaca_eval.json
+python -m benchmarks.gpu --tiny --device cpu              # everything in miniature
 """
 
 from __future__ import annotations
@@ -33,12 +33,20 @@ STAGES = {
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    out = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0] if __doc__ else "")
-    out.add_argument("--stage", nargs="+", default=list(STAGES), metavar="NAME[=MINUTES]", help=", ".join(STAGES))
-    out.add_argument("--minutes", type=float, default=5.0, help="for each stage that names no number of its own")
+    out = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0] if __doc__ else ""
+    )
+    out.add_argument(
+        "--stage", nargs="+", default=list(STAGES), metavar="NAME[=MINUTES]", help=", ".join(STAGES)
+    )
+    out.add_argument(
+        "--minutes", type=float, default=5.0, help="for each stage that names no number of its own"
+    )
     out.add_argument("--tiny", action="store_true", help="everything in miniature")
     out.add_argument("--device", default="auto", help="auto, cuda or cpu")
-    out.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder of the run; it continues there")
+    out.add_argument(
+        "--output", type=Path, default=Path("runs/gpu"), help="folder of the run; it continues there"
+    )
     out.add_argument("--rows", type=Path, help="encoded rows to train on (python -m dlm.data.encoded)")
     out.add_argument("--questions", type=Path, help="questions to answer, .json in Alpaca's fields")
     out.add_argument("--deliver", type=Path, help="folder that results are copied to as well, few files")

@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu.bundle --output gpu-bundle --data alpaca_data.json --have packages.txt
 
-The folder holds the repository without its adapters, wheels of the packages that the machine lacks, encoded rows,
-questions, the base of the default model, the adapters, and `run.sh`, which joins them and runs stages. See
-docs/air-gapped.md.
+The folder holds the repository without its adapters, wheels of the packages that the machine lacks, encoded
+rows, questions, the base of the default model, the adapters, and `run.sh`, which joins them and runs stages.
+See docs/air-gapped.md.
 """
 
 from __future__ import annotations
@@ -119,7 +119,15 @@ def wanted(have: Path | None) -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needed = [Requirement(line) for line in project["dependencies"]]
     if have is None:
-        usual = {"gguf", "datasets", "jsonargparse", "docstring-parser", "platformdirs", "dill", "multiprocess"}
+        usual = {
+            "gguf",
+            "datasets",
+            "jsonargparse",
+            "docstring-parser",
+            "platformdirs",
+            "dill",
+            "multiprocess",
+        }
         return [requirement for requirement in needed if canonical(requirement.name) in usual]
     return [requirement for requirement in needed if canonical(requirement.name) not in installed(have)]
 
@@ -142,7 +150,9 @@ def _downloaded(requirement: Requirement, folder: Path) -> Path:
     command += ["--disable-pip-version-check", "--implementation", "cp", "--python-version", PYTHON]
     for platform in PLATFORMS:
         command += ["--platform", platform]
-    subprocess.run([*command, "--dest", str(folder), f"{requirement.name}{requirement.specifier}"], check=True)
+    subprocess.run(
+        [*command, "--dest", str(folder), f"{requirement.name}{requirement.specifier}"], check=True
+    )
     (wheel,) = set(folder.glob("*.whl")) - before
     return wheel
 

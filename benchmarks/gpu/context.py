@@ -86,11 +86,12 @@ def seconds(call: Any, device: torch.device, limit: float = 0.3, most: int = 200
     took: list[float] = []
     begun = time.perf_counter()
     while len(took) < 3 or (len(took) < most and time.perf_counter() - begun < limit):
-        took.append(_once(call, device))
+        took.append(once(call, device))
     return sorted(took)[len(took) // 2]
 
 
-def _once(call: Any, device: torch.device) -> float:
+def once(call: Any, device: torch.device) -> float:
+    """Seconds of one call."""
     if device.type != "cuda":
         begun = time.perf_counter()
         call()

@@ -1,7 +1,7 @@
 """Stage `eval`: the questions, answered by the models of stages `train` and `r2ft` under several decoders.
 
-What is measured of the texts alone is measured at once. What takes another model, a reader or a sentence encoder, is
-measured later where there is time, from the folders that come back:
+What is measured of the texts alone is measured at once. What takes another model, a reader or a sentence
+encoder, is measured later where there is time, from the folders that come back:
 
     python -m benchmarks.gpu.evaluation runs/eval/alpaca_eval --questions alpaca_eval.json --encoder package
 """

@@ -66,7 +66,9 @@ def shaped(device: torch.device, dtype: torch.dtype, **shape: Any) -> MaskedDiff
             model = MaskedDiffusionModel(config)
     finally:
         torch.set_default_dtype(usual)
-    return model.to(device).eval()
+    model.to(device)
+    model.eval()
+    return model
 
 
 SMOLLM2 = {
@@ -101,7 +103,9 @@ def rows(context: Context) -> Path:
     if context.tiny:
         return _tiny(context) / "rows.npz"
     if context.rows is None:
-        raise MaterialError("encoded rows are needed: --rows rows.npz (python -m dlm.data.encoded makes them)")
+        raise MaterialError(
+            "encoded rows are needed: --rows rows.npz (python -m dlm.data.encoded makes them)"
+        )
     return context.rows
 
 
@@ -121,7 +125,9 @@ def _tiny(context: Context) -> Path:
         examples = make_examples(240)
         texts = [text for example in examples for text in (example.instruction, example.answer)]
         tokenizer = train_tokenizer(texts, 400)
-        shape = ScratchConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+        shape = ScratchConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+        )
         from_scratch(shape, tokenizer).save_pretrained(folder / "base")
         tokenizer.save_pretrained(folder / "base")
         prompts = [encode_prompt(tokenizer, [{"role": "user", "content": e.instruction}]) for e in examples]

@@ -82,7 +82,10 @@ def shown(value: Any) -> str:
 
 def hardware(device: torch.device) -> Result:
     """The machine and the versions of what matters here."""
-    facts: Result = {"device": platform.processor() or platform.machine(), "python": platform.python_version()}
+    facts: Result = {
+        "device": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+    }
     if device.type == "cuda":
         own = torch.cuda.get_device_properties(device)
         facts |= {"device": own.name, "memory_gib": own.total_memory / 2**30, "cuda": torch.version.cuda}

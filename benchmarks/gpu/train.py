@@ -1,8 +1,9 @@
-"""Stage `train`: tokens per second and share of the peak, then the default recipe for as long as there is time."""
+"""Stage `train`: tokens per second and share of the peak, then the default recipe while there is time."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,11 +107,14 @@ def measure(context: Context, speed: Speed) -> None:
     masked = torch.rand(ids.shape, device=context.device) < 0.5
     noisy = ids.masked_fill(masked, model.config.mask_token_id)
     targets = torch.where(masked, ids, IGNORE)
-    times = torch.full((int(masked.sum()),), 0.5, device=context.device)
+    real = torch.ones_like(masked)
+    real[0, -8:] = False  # as in training, where rows end in padding
+    targets[0, -8:] = IGNORE
+    times = torch.full((int((targets != IGNORE).sum()),), 0.5, device=context.device)
 
     def step() -> None:
         with torch.autocast(context.device.type, torch.bfloat16, enabled=context.cuda):
-            out = model(input_ids=noisy, targets=targets)
+            out = model(input_ids=noisy, attention_mask=real, targets=targets)
             loss = masked_diffusion_loss(out.token_logp, times, ids.numel())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -125,8 +129,9 @@ def measure(context: Context, speed: Speed) -> None:
     done = rate * operations(shape, width, 0.5, bool(speed.rank))
     memory = torch.cuda.max_memory_allocated() / 2**30 if context.cuda else 0.0
     context.report.add(
-        "train", speed.name, tokens_per_second=rate, mfu=done / PEAK, of_measured_peak=done / ceilings(context)["matmul"],
-        goal="mfu >= 0.5", seconds=took, first_seconds=first, memory_gib=memory,
+        "train", speed.name, tokens_per_second=rate, mfu=done / PEAK,
+        of_measured_peak=done / ceilings(context)["matmul"], goal="mfu >= 0.5", seconds=took,
+        first_seconds=first, memory_gib=memory,
     )  # fmt: skip
     if context.cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -142,7 +147,7 @@ def operations(shape: dict[str, Any], width: int, masked: float, adapted: bool) 
     groups = shape["num_key_value_heads"] / heads
     weights = layers * hidden * (hidden * (2 + 2 * groups) + 3 * shape["intermediate_size"])
     weights += masked * hidden * shape["vocab_size"]
-    return (4 if adapted else 6) * weights + 12.0 * layers * hidden * width
+    return float((4 if adapted else 6) * weights + 12 * layers * hidden * width)
 
 
 # ---- the recipe --------------------------------------------------------------------------------------
@@ -158,14 +163,24 @@ def train_recipe(context: Context, reserve: float) -> None:
     from finetune.sft import train
 
     folder = folder_of(context)
-    config = stored(folder, TrainConfig) or built(TrainConfig, settings(context, (context.left - reserve) / 60))
+    config = stored(folder, TrainConfig) or built(
+        TrainConfig, settings(context, (context.left - reserve) / 60)
+    )
     if not context.done("train", "recipe"):
-        train(config)
+        try:
+            train(config)
+        except Exception as error:
+            if not config.model.compile:
+                raise
+            context.report.add("failures", "recipe, compiled", error=f"{type(error).__name__}: {error}"[:300])
+            shutil.rmtree(folder)
+            config = built(TrainConfig, settings(context, (context.left - reserve) / 60, compiled=False))
+            train(config)
         context.report.add("train", "recipe", **summary(folder, config))
         give(context, folder, "sft", "smollm2-135m-instruct")
 
 
-def settings(context: Context, minutes: float) -> dict[str, Any]:
+def settings(context: Context, minutes: float, compiled: bool | None = None) -> dict[str, Any]:
     """The default recipe, for a GPU and a time."""
     large = context.cuda and torch.cuda.get_device_properties(context.device).total_memory > 100 * 2**30
     micro = 256 if large else 128
@@ -173,7 +188,7 @@ def settings(context: Context, minutes: float) -> dict[str, Any]:
         "output_dir": str(folder_of(context)),
         "model.init": material.base(context),
         "model.lora.fold": True,
-        "model.compile": faster_compiled(context),
+        "model.compile": faster_compiled(context) if compiled is None else compiled,
         "data.source": str(material.rows(context)),
         "max_minutes": round(max(minutes, 0.02), 3),
         "save_minutes": 0.5,
@@ -232,14 +247,13 @@ def summary(folder: Path, config: Any) -> dict[str, Any]:
         "tokens_per_second": speeds[len(speeds) // 2] if speeds else 0.0,
         "loss": logged[-1]["loss"] if logged else None,
         "nelbo_first": nelbo[0] if nelbo else None, "nelbo_last": nelbo[-1] if nelbo else None,
-        "nelbo_best": min(nelbo, default=None), "minutes": config.max_minutes, "compiled": config.model.compile,
+        "nelbo_best": min(nelbo, default=None), "minutes": config.max_minutes,
+        "compiled": config.model.compile,
     }  # fmt: skip
 
 
 def give(context: Context, folder: Path, name: str, base: str) -> None:
     """Export the adapter of a run as the package ships it, and hand it over in pieces."""
-    import shutil
-
     target = context.output / "export" / name
     shutil.rmtree(target, ignore_errors=True)
     export(folder, target, base="" if context.tiny else base, generation=GENERATION)

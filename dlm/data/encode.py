@@ -45,12 +45,12 @@ class EncodingReport:
 
 
 def encode_rows(
-    rows: Dataset | EncodedRows, tokenizer: PreTrainedTokenizerBase, window: int
-) -> tuple[Dataset | EncodedRows, EncodingReport]:
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, window: int
+) -> tuple[Dataset, EncodingReport]:
     """Tokenise rows; cached by `datasets` under the rows, the tokenizer and the window.
 
     An instruction row becomes prompt + answer + EOS, cut at `window`. A text row (empty prompt) becomes as
-    many windows as it fills, so that nothing of it is lost. Rows that are encoded already are checked.
+    many windows as it fills, so that nothing of it is lost. `EncodedRows` are checked and given back.
 
     Returns:
         A data set with `input_ids` (list of int), `prompt_length` and `length` (int, tokens), and the counts.

@@ -1,9 +1,9 @@
-"""Rows that are token ids already, in one small file: what a machine trains on that has neither data nor `datasets`.
+"""Rows that are token ids already, in one small file, for machines that have neither the data nor `datasets`.
 
     python -m dlm.data.encoded --source tatsu-lab/alpaca --model smollm2-135m-instruct --output rows.npz
 
-`--data.source rows.npz` then takes the place of the data. The file holds no text; the tokenizer and the window
-have to be those that it was made with, which is checked.
+`--data.source rows.npz` then takes the place of the data. The file holds no text; the tokenizer and the
+window have to be those that it was made with, which is checked.
 """
 
 from __future__ import annotations
@@ -77,8 +77,10 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
     def save(self, file: str | Path) -> None:
         """Write the rows, compressed."""
         facts = json.dumps({"window": self.window, "probe": self.probe}).encode()
-        small = {"lengths": self.lengths.astype(np.uint32), "prompt_lengths": self.prompt_lengths.astype(np.uint32)}
-        np.savez_compressed(file, ids=self.ids, facts=np.frombuffer(facts, np.uint8), **small)
+        np.savez_compressed(
+            file, ids=self.ids, facts=np.frombuffer(facts, np.uint8),
+            lengths=self.lengths.astype(np.uint32), prompt_lengths=self.prompt_lengths.astype(np.uint32),
+        )  # fmt: skip
 
     @classmethod
     def load(cls, file: str | Path) -> EncodedRows:
@@ -107,13 +109,21 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
             return {"length": self.lengths, "prompt_length": self.prompt_lengths}[index].tolist()
         end, length = int(self.ends[index]), int(self.lengths[index])
         ids = torch.from_numpy(self.ids[end - length : end].astype(np.int64))
-        return {"input_ids": ids, "prompt_length": int(self.prompt_lengths[index]), "length": length, "row": index}
+        return {
+            "input_ids": ids,
+            "prompt_length": int(self.prompt_lengths[index]),
+            "length": length,
+            "row": index,
+        }
 
     def select(self, indices: Iterable[int]) -> EncodedRows:
         """Some of the rows; they share the ids."""
         chosen = np.array(list(indices), np.int64)
         return replace(
-            self, ends=self.ends[chosen], lengths=self.lengths[chosen], prompt_lengths=self.prompt_lengths[chosen]
+            self,
+            ends=self.ends[chosen],
+            lengths=self.lengths[chosen],
+            prompt_lengths=self.prompt_lengths[chosen],
         )
 
     def answers(self) -> np.ndarray[Any, Any]:
@@ -130,7 +140,9 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
         if window != self.window:
             raise DataError(f"these rows were encoded with a window of {self.window} tokens, not {window}")
         if _probe(tokenizer) != self.probe:
-            raise DataError("these rows were encoded with another tokenizer, or another template, than the model's")
+            raise DataError(
+                "these rows were encoded with another tokenizer, or another template, than the model's"
+            )
 
     def truncated(self, eos_id: int) -> int:
         """How many rows were cut at the window's end, and so have no end token."""

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 @cache
 def features() -> Features:
-    """Columns of rows: `prompt`, chat messages before the answer, empty for plain text; `answer`, what is learnt."""
+    """Columns of rows: `prompt` (chat messages, none for plain text) and `answer` (what is learnt)."""
     from datasets import Features, List, Value
 
     message = {"role": Value("string"), "content": Value("string")}
