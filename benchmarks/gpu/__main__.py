@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import subprocess
 import sys
 import time
 import traceback
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.context import Context, ceilings, free
+from benchmarks.gpu.material import MaterialError
 from benchmarks.gpu.report import Report, hardware, missing
 
 STAGES = {
@@ -49,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--rows", type=Path, help="encoded rows to train on (python -m dlm.data.encoded)")
     out.add_argument("--questions", type=Path, help="questions to answer, .json in Alpaca's fields")
+    out.add_argument("--apart", action="store_true", help="give each stage a process of its own, as on a GPU")
     out.add_argument("--deliver", type=Path, help="folder that results are copied to as well, few files")
     return out
 
@@ -77,6 +80,8 @@ def run(context: Context, stages: dict[str, float]) -> list[str]:
         context.until = begun + 60 * minutes
         try:
             importlib.import_module(STAGES[name]).run(context)
+        except MaterialError as error:
+            print(f"[{name}] left out: {error}", flush=True)
         except Exception as error:
             failed.append(name)
             traceback.print_exc()
@@ -87,8 +92,27 @@ def run(context: Context, stages: dict[str, float]) -> list[str]:
     return failed
 
 
+GRACE = 45.0
+"""Seconds that a process may take beyond its stage's minutes, for what loads and saves."""
+
+
+def run_apart(words: list[str], stages: dict[str, float]) -> list[str]:
+    """Run each stage in a process of its own, which can neither hurt nor hold up the next. Returns the failed."""
+    failed = []
+    for name, minutes in stages.items():
+        command = [sys.executable, "-m", "benchmarks.gpu", *words, "--stage", f"{name}={minutes:g}"]
+        try:
+            done = subprocess.run(command, timeout=60 * minutes + GRACE, check=False).returncode == 0
+        except subprocess.TimeoutExpired:
+            print(f"[{name}] did not end in time and was stopped", flush=True)
+            done = False
+        failed += [] if done else [name]
+    return failed
+
+
 def main(words: list[str] | None = None) -> int:
     """Parse, run, and return 1 when a stage failed, 2 when there is no such stage or device."""
+    words = sys.argv[1:] if words is None else words
     options = parser().parse_args(words)
     cuda = torch.cuda.is_available()
     try:
@@ -100,6 +124,8 @@ def main(words: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"python -m benchmarks.gpu: error: {error}", file=sys.stderr)
         return 2
+    if len(stages) > 1 and (options.apart or not options.tiny):
+        return 1 if run_apart(words, stages) else 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for chatty in ("httpx", "torch", "transformers", "accelerate", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
