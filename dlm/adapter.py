@@ -51,8 +51,9 @@ class FoldedLinear(LoraLinear):  # type: ignore[misc]
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         (name,) = self.active_adapters
-        update = self.lora_B[name].weight @ self.lora_A[name].weight
-        return F.linear(x, self.base_layer.weight + self.scaling[name] * update, self.base_layer.bias)
+        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        weight = torch.addmm(self.base_layer.weight, up, down, alpha=self.scaling[name])
+        return F.linear(x, weight, self.base_layer.bias)
 
 
 class AdaptedModel(PeftModel):  # type: ignore[misc]

@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--rows", type=Path, help="encoded rows to train on (python -m dlm.data.encoded)")
     out.add_argument("--questions", type=Path, help="questions to answer, .json in Alpaca's fields")
-    out.add_argument("--apart", action="store_true", help="give each stage a process of its own, as on a GPU")
+    out.add_argument("--apart", action="store_true", help="each stage in a process of its own, as on a GPU")
     out.add_argument("--deliver", type=Path, help="folder that results are copied to as well, few files")
     return out
 
@@ -97,7 +97,7 @@ GRACE = 45.0
 
 
 def run_apart(words: list[str], stages: dict[str, float]) -> list[str]:
-    """Run each stage in a process of its own, which can neither hurt nor hold up the next. Returns the failed."""
+    """Run each stage in a process of its own, which cannot hurt or hold up the next. Returns the failed."""
     failed = []
     for name, minutes in stages.items():
         command = [sys.executable, "-m", "benchmarks.gpu", *words, "--stage", f"{name}={minutes:g}"]

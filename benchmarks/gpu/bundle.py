@@ -54,7 +54,8 @@ def main(words: list[str] | None = None) -> int:
     write(folder, "repository.tar.gz", packed(set(files) - set(adapters), ROOT))
     if not options.no_wheels:
         with tempfile.TemporaryDirectory() as scratch:
-            wheels = download(wanted(options.have), installed(options.have), Path(scratch))
+            there = installed(options.have) | set(map(canonical, options.without))
+            wheels = download(wanted(options.have), there, Path(scratch))
             write(folder, "wheels.tar", packed(wheels, Path(scratch), compress=False))
     for source in (options.rows, options.questions):
         if source:
@@ -78,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     out.add_argument("--output", type=Path, default=Path("gpu-bundle"))
     out.add_argument("--have", type=Path, help="packages that the machine has, as `pip freeze` prints them")
+    out.add_argument("--without", nargs="+", default=[], metavar="NAME", help="packages to leave out")
     out.add_argument("--data", default="tatsu-lab/alpaca", help="rows to encode, as for dlm train")
     out.add_argument("--rows", type=Path, help="rows that are encoded already")
     out.add_argument("--questions", type=Path, help="questions of stage eval, .json")

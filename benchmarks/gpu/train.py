@@ -57,6 +57,9 @@ SPEEDS = (
     Speed("1B, LoRA r 64, compiled", BILLION, 32, 64, compiled=True, estimate=60),
     Speed("135M, LoRA r 32", SMOLLM2, 96, 32),
 )
+ROWS = 256
+"""Rows of a step of the recipe."""
+
 EAGER, COMPILED = SPEEDS[0].name, SPEEDS[1].name
 
 
@@ -93,6 +96,8 @@ def _measured(context: Context, speed: Speed, keep: float) -> None:
 
 def measure(context: Context, speed: Speed) -> None:
     """Tokens per second of forward, backward and AdamW under bf16 autocast, and the share of the peak."""
+    if context.cuda:
+        torch.cuda.reset_peak_memory_stats()
     shape, rows, width = (MINIATURE, 2, 32) if context.tiny else (speed.shape, speed.rows, 256)
     model: Any = shaped(context.device, torch.float32, **shape).train()
     if speed.compiled:
@@ -133,8 +138,6 @@ def measure(context: Context, speed: Speed) -> None:
         of_measured_peak=done / ceilings(context)["matmul"], goal="mfu >= 0.5", seconds=took,
         first_seconds=first, memory_gib=memory,
     )  # fmt: skip
-    if context.cuda:
-        torch.cuda.reset_peak_memory_stats()
 
 
 def operations(shape: dict[str, Any], width: int, masked: float, adapted: bool) -> float:
@@ -182,18 +185,18 @@ def train_recipe(context: Context, reserve: float) -> None:
 
 def settings(context: Context, minutes: float, compiled: bool | None = None) -> dict[str, Any]:
     """The default recipe, for a GPU and a time."""
-    large = context.cuda and torch.cuda.get_device_properties(context.device).total_memory > 100 * 2**30
-    micro = 256 if large else 128
+    compiled = faster_compiled(context) if compiled is None else compiled
+    micro = ROWS if fits(context, compiled) else ROWS // 2
     changes: dict[str, Any] = {
         "output_dir": str(folder_of(context)),
         "model.init": material.base(context),
         "model.lora.fold": True,
-        "model.compile": faster_compiled(context) if compiled is None else compiled,
+        "model.compile": compiled,
         "data.source": str(material.rows(context)),
         "max_minutes": round(max(minutes, 0.02), 3),
         "save_minutes": 0.5,
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": 256 // micro,
+        "gradient_accumulation_steps": ROWS // micro,
         "learning_rate": 1.5e-3,
         "warmup_steps": 100,
         "eval_steps": 200,
@@ -212,6 +215,15 @@ def settings(context: Context, minutes: float, compiled: bool | None = None) -> 
     if context.tiny:
         changes |= tiny_changes() | {"max_minutes": 0.03, "gradient_accumulation_steps": 1, "model.lora.r": 4}
     return recipe("alpaca-smollm2-135m-lora", changes)
+
+
+def fits(context: Context, compiled: bool) -> bool:
+    """Whether all rows of a step, as long as the window, fit into the memory, by what was measured."""
+    measured = context.report.find("train", COMPILED if compiled else EAGER) or {}
+    if not context.cuda or "memory_gib" not in measured:
+        return False
+    needed = float(measured["memory_gib"]) * ROWS / SPEEDS[0].rows
+    return needed < 0.85 * torch.cuda.get_device_properties(context.device).total_memory / 2**30
 
 
 def tiny_changes() -> dict[str, Any]:

