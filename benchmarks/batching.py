@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from benchmarks.models import smollm2
-from decoding.bench import now
-from decoding.prompts import read_prompts
+from eval.bench import now
+from dlm.data.prompts import read_prompts
 from decoding.sampler import Sampler
 from decoding.states import run_rows
 from dlm.checkpoint import DTYPES, load_model

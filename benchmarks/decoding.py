@@ -15,7 +15,7 @@ import argparse
 import torch
 
 from benchmarks.models import EOS, MASK, VOCAB, Ending, smollm2
-from decoding.bench import Problem, as_causal, measure, standard_ways, table
+from eval.bench import Problem, as_causal, measure, standard_ways, table
 from dlm.checkpoint import DTYPES
 
 PROMPT = 40

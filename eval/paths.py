@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from decoding.path import PathCost
+from eval.path import PathCost
 from dlm.curves import plain
 from dlm.data.encode import encode_rows
 from dlm.data.rows import load_rows

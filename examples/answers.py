@@ -14,11 +14,12 @@ from statistics import mean
 
 from tqdm import tqdm
 
-from decoding.measures import repetition, stutter
+from dlm.repetition import repetition, stutter
 from decoding.presets import Decoder
-from decoding.prompts import read_prompts
+from dlm.data.prompts import read_prompts
 from decoding.rows import Prompt
-from decoding.sampler import Output, Sampler
+from decoding.answer import Output
+from decoding.sampler import Sampler
 from dlm.checkpoint import load_model
 
 

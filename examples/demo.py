@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from decoding.ldw import decoding_window, draw_decoding_windows
-from decoding.measures import repetition
+from eval.ldw import decoding_window, draw_decoding_windows
+from dlm.repetition import repetition
 from decoding.presets import Decoder
 from decoding.sampler import Sampler
 from dlm.checkpoint import load_model

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from decoding.presets import Decoder
 from decoding.rows import Prompt
-from decoding.sampler import Output, Sampler
+from decoding.answer import Output
+from decoding.sampler import Sampler
 from dlm.trainer import DiffusionTrainer
 from finetune.config import RunConfig
 

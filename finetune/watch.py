@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from decoding.measures import repetition, stutter
+from dlm.repetition import repetition, stutter
 from decoding.presets import Decoder
 from dlm.curves import BLUE, GREEN, GREY, RED, History, plain, series, smooth
 from dlm.trainer import DiffusionTrainer

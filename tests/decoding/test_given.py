@@ -7,7 +7,7 @@ import torch
 
 from decoding import Decoder, Sampler
 from decoding.presets import PRESETS
-from decoding.rows import MOST_LENGTHS, Gap, pieces_of, without_span
+from decoding.infill import MOST_LENGTHS, Gap, pieces_of, without_span
 from dlm.errors import ConfigError
 from tests.fakes import FakeDenoiser, FakeTokenizer
 

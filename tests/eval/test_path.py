@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from decoding import Decoder
-from decoding.path import path_costs
+from eval.path import path_costs
 from decoding.presets import PRESETS
-from decoding.request import Planner
+from decoding.request import Request
 from dlm.errors import ConfigError
 from tests.fakes import FakeDenoiser
 
@@ -15,7 +15,8 @@ PROMPT = [1, 2]
 
 
 def planned(model, decoder, **how):
-    return Planner(model.mask_id, model.eos_id, 64, {}).plan(decoder, **how)
+    model.config.max_positions = 64
+    return Request(decoder=decoder, **how).resolve(model)
 
 
 def pace(decoder, steps):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from decoding.ldw import candidates, decoding_window, draw_decoding_windows
+from eval.ldw import candidates, decoding_window, draw_decoding_windows
 from dlm import load_model
 from dlm.cli import main
 from dlm.errors import ConfigError

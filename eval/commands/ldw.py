@@ -68,8 +68,8 @@ def run(config: LDWConfig) -> int:
     from rich.console import Console
     from tqdm import tqdm
 
-    from decoding.ldw import candidates, decoding_window, draw_decoding_windows
-    from decoding.prompts import read_prompts
+    from eval.ldw import candidates, decoding_window, draw_decoding_windows
+    from dlm.data.prompts import read_prompts
     from decoding.sampler import Sampler
     from dlm.checkpoint import load_model
 
