@@ -1,6 +1,6 @@
 """Caches of a batch: hidden states and scores, computed when they are needed and kept until the row changes.
 
-An entry belongs to a revision of its row; dropping all of them between two steps costs time and changes no
+An entry belongs to a version of its row; dropping all of them between two steps costs time and changes no
 text. (Keys and values that are reused on purpose are the exception, see `Reuse`.)
 """
 
@@ -21,33 +21,33 @@ from dlm.errors import ConfigError
 
 
 class _Entries:
-    """For each position of a canvas, True where the cache holds an entry for the row's present revision."""
+    """For each position of a canvas, True where the cache holds an entry for the row's present version."""
 
     def __init__(self, canvas: Canvas) -> None:
         self.canvas = canvas
-        self.revision = canvas.revision.clone()  # [B]
+        self.version = canvas.version  # [B]
         self.known = torch.zeros_like(canvas.masked)  # [B, L]
 
     def at(self, rows: torch.Tensor, width: int) -> torch.Tensor:
         """[b, width] bool, positions of the rows [b] that have an entry."""
-        fresh = self.revision[rows] == self.canvas.revision[rows]
+        fresh = self.version[rows] == self.canvas.version[rows]
         return self.known[rows, :width] & fresh[:, None]
 
     def add(self, rows: torch.Tensor, where: torch.Tensor) -> None:
-        """Note entries for the present revision of the rows [b] at `where` [b, W]."""
+        """Note entries for the present version of the rows [b] at `where` [b, W]."""
         width = where.shape[1]
         old = self.at(rows, self.known.shape[1])
         old[:, :width] |= where
-        self.known[rows], self.revision[rows] = old, self.canvas.revision[rows]
+        self.known[rows], self.version[rows] = old, self.canvas.version[rows]
 
     def follow(self, canvas: Canvas, rows: torch.Tensor | None) -> None:
         """Go on with another canvas: `rows` of the old one, or the old one with more rows behind it."""
         self.canvas = canvas
         if rows is not None:
-            self.known, self.revision = self.known[rows], self.revision[rows]
+            self.known, self.version = self.known[rows], self.version[rows]
         size, width = canvas.ids.shape
         self.known = resized(self.known, size, width)
-        self.revision = torch.cat([self.revision, canvas.revision[len(self.revision) :]])
+        self.version = torch.cat([self.version, canvas.version[len(self.version) :]])
 
 
 class ScoreCache:

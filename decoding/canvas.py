@@ -80,12 +80,13 @@ class Canvas:
         reached = self.valid[~self.done].any(0)
         return int(reached.nonzero()[-1]) + 1 if bool(reached.any()) else self.ids.shape[1]
 
-    def grow(self, rows: torch.Tensor, ahead: int, closed: torch.Tensor) -> torch.Tensor:
-        """Give the rows [b] new masks on the right until they have `ahead`; none to those `closed` [b].
+    @property
+    def version(self) -> torch.Tensor:
+        """[B] int64, a number that changes whenever the model would see another row: revision and size."""
+        return (self.revision << 24) + self.valid.sum(1)
 
-        Returns:
-            [b] bool, rows that have grown.
-        """
+    def grow(self, rows: torch.Tensor, ahead: int, closed: torch.Tensor) -> None:
+        """Give the rows [b] new masks on the right until they have `ahead`; none to those `closed` [b]."""
         position = torch.arange(self.ids.shape[1])
         valid, masked = self.valid[rows], self.masked[rows]
         reach = torch.minimum(valid.sum(1) + ahead - masked.sum(1), self.end[rows])
@@ -96,7 +97,6 @@ class Canvas:
             self.masked[rows] |= new
             self.pinned[rows] &= ~new
             self.done[rows] &= ~grown
-        return grown
 
     def take(self, rows: torch.Tensor) -> Canvas:
         """Some rows [b], as a canvas of their own."""

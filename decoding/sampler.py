@@ -244,23 +244,22 @@ class Sampler:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         engine = Engine(self.model, self.tokenizer)
         done: dict[int, Update] = {}
-        names: list[str] = []
+        names: dict[int, str] = {}
         following, failure = 0, None
         while True:
             try:
                 for row, seed in itertools.islice(rows, batch_size - len(engine)):
-                    names.append(row.name)
-                    engine.submit(row, plan, seed)
+                    names[engine.submit(row, plan, seed)] = row.name
             except Exception as error:  # first let what is at work be finished
                 failure, rows = error, iter(())
             if not len(engine):
                 break
             for update in engine.step():
                 if update.error is not None:
-                    number = update.ticket
-                    raise DLMError(f"{update.error}, row {number} ({names[number]})")
+                    raise DLMError(f"{update.error}, row {update.ticket} ({names[update.ticket]})")
                 if update.finished:
                     done[update.ticket] = update
+                    del names[update.ticket]
             while following in done:
                 yield done.pop(following)
                 following += 1

@@ -230,8 +230,7 @@ class Batch:
     def _grow(self, rows: torch.Tensor, ahead: int) -> None:
         """Give the rows [b] masks on the right; none where an end token has closed them."""
         canvas = self.canvas
-        closed = self.plan.ending.closed(self._has_end(rows), canvas.done[rows])
-        canvas.revision[rows] += canvas.grow(rows, ahead, closed)
+        canvas.grow(rows, ahead, self.plan.ending.closed(self._has_end(rows), canvas.done[rows]))
 
     # ---- the model -----------------------------------------------------------------------------------
 

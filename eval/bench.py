@@ -184,7 +184,7 @@ class Problem:
         def write(seed: int) -> tuple[int, float]:
             n = self.prompts.shape[1]
             room = min(plan.tokens, plan.positions - n)
-            rows = [Row(prompt + [plan.mask_id] * room, n) for prompt in self.prompts.tolist()]
+            rows = [Row(prompt + [plan.mask_id] * room, n) for prompt in self.prompts.cpu().tolist()]
             canvas = make_canvas(rows, [1000 * seed + i for i in range(len(rows))], plan)
             for _ in denoise(self.model, canvas, plan):
                 pass

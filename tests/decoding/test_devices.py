@@ -40,6 +40,7 @@ class FarModel:
 
     hidden, packed_hidden = MaskedDiffusionModel.hidden, MaskedDiffusionModel.packed_hidden
     partial_hidden, new_memory = MaskedDiffusionModel.partial_hidden, MaskedDiffusionModel.new_memory
+    capabilities = frozenset({"packed", "partial"})
     _embed = MaskedDiffusionModel._embed
 
     def __init__(self, device=AWAY):

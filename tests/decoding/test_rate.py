@@ -191,10 +191,10 @@ def test_an_end_closes_the_canvas():
     assert canvas.valid.sum() == 13
     canvas.ids[0, 6], canvas.masked[0, 6] = 0, False
     batch._grow(row, 10)
-    assert (int(canvas.valid.sum()), int(canvas.revision)) == (13, 0)
+    assert canvas.valid.sum() == 13
     canvas.ids[0, 6] = 7
     batch._grow(row, 10)
-    assert (int(canvas.valid.sum()), int(canvas.revision)) == (14, 1)
+    assert canvas.valid.sum() == 14
     assert canvas.masked.sum() == 10
     batch._grow(row, 100)
     assert canvas.valid.sum() == 30
