@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from eval.bench import as_causal, now
-from dlm.repetition import repetition, stutter
-from decoding.presets import Decoder
-from dlm.data.prompts import read_prompts
 from decoding.answer import Output
+from decoding.presets import Decoder
 from decoding.sampler import Sampler
 from dlm.checkpoint import load_model
+from dlm.data.prompts import read_prompts
 from dlm.data.rules import is_right, make_examples
+from dlm.repetition import repetition, stutter
+from eval.bench import as_causal, now
 from examples.demo import PROMPT_SEED, STEPS, WINDOW
 
 Modes = dict[str, dict[str, Any]]

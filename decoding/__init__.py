@@ -1,8 +1,8 @@
 """Decoding: how masks become text.
 
 A decoder is three independent choices: `decoding.window` (where), `decoding.reveal` (when) and
-`decoding.tokens` (what). A `Request` becomes a `Plan`; `decoding.step` takes one denoising step of the rows of a
-plan; `decoding.engine` holds rows of many plans; `decoding.sampler` puts text around it.
+`decoding.tokens` (what). A `Request` becomes a `Plan`; `decoding.step` takes one denoising step of
+the rows of a plan; `decoding.engine` holds rows of many plans; `decoding.sampler` puts text around it.
 """
 
 from __future__ import annotations

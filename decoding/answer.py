@@ -69,7 +69,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 def answer_ids(canvas: Canvas) -> list[int]:
     """The positions behind the prompt that there are now, masks included."""
-    return canvas.ids[0, int(canvas.answer[0]) : int(canvas.valid[0].sum())].tolist()  # type: ignore[no-any-return]
+    return canvas.ids[0, int(canvas.answer[0]) : int(canvas.valid[0].sum())].tolist()
 
 
 def until_end(ids: list[int], plan: Plan) -> list[int]:
@@ -163,7 +163,5 @@ def show(ids: list[int], plan: Plan, tokenizer: PreTrainedTokenizerBase) -> str:
     while ids and ids[-1] == plan.mask_id:
         ids = ids[:-1]
     runs = itertools.groupby(ids, key=lambda token: token == plan.mask_id)
-    parts = [
-        BLANK * len(list(run)) if blank else decode(tokenizer, list(run)) for blank, run in runs
-    ]
+    parts = [BLANK * len(list(run)) if blank else decode(tokenizer, list(run)) for blank, run in runs]
     return "".join(parts).replace(HALF_CHARACTER, BLANK)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
@@ -116,8 +117,8 @@ class Canvas:
     @classmethod
     def _of_fields(cls, values: Mapping[str, torch.Tensor], memory: dict[str, torch.Tensor]) -> Canvas:
         """A canvas from all its fields, also those that a new one begins with by itself."""
-        canvas = cls(**{f.name: values[f.name] for f in fields(cls) if f.init and f.name in values})
-        canvas.memory = memory
+        given: dict[str, Any] = {f.name: values[f.name] for f in fields(cls) if f.init and f.name in values}
+        canvas = cls(**given, memory=memory)
         for name, value in values.items():
             setattr(canvas, name, value)
         return canvas

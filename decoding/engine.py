@@ -1,7 +1,7 @@
 """The engine: rows of different requests, each at its own step, behind one model.
 
-Rows come and go between steps. A row's text never depends on the rows beside it: its noise is counted from its
-own key, and everything else that belongs to it stands in its row of a `Canvas`.
+Rows come and go between steps. A row's text never depends on the rows beside it: its noise is counted from
+its own key, and everything else that belongs to it stands in its row of a `Canvas`.
 
 An engine belongs to one thread; several engines may share a model.
 """
@@ -220,9 +220,7 @@ class Engine:
         """What has become of the rows of a group."""
         canvas = group.batch.canvas
         done, failed = canvas.done.tolist(), canvas.failed.tolist()
-        return [
-            self._update(ticket, canvas, i, done[i], failed[i]) for i, ticket in enumerate(group.tickets)
-        ]
+        return [self._update(ticket, canvas, i, done[i], failed[i]) for i, ticket in enumerate(group.tickets)]
 
     def _update(self, ticket: int, canvas: Canvas, index: int, done: bool, failed: int) -> Update:
         plan = self._plans[ticket]

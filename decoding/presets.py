@@ -108,7 +108,7 @@ class Preset:
         paper: where it comes from.
         build: options -> window and reveal rule.
         tokens: the token rule, whose `TOKENS` are options as well.
-        exact: True when texts follow the model's own distribution as steps become finer; the others change the
+        exact: True when texts follow the model's own distribution as steps become finer; others change the
             order in which positions are written, or cut what tokens may come out, on purpose.
     """
 

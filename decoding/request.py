@@ -5,7 +5,7 @@ Importable without torch: commands fill requests before a model is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -76,11 +76,11 @@ class Request:
     Args:
         decoder: name of the decoder (see `dlm generate --list-decoders`); by default the checkpoint's own.
             If that has a pace of its own and steps or a rate are given, its order is kept at that pace.
-        options: options of the decoder, such as --options.kernel_size 129 or --options.temperature 1. Those of
-            the checkpoint hold for its own decoder.
+        options: options of the decoder, such as --options.kernel_size 129 or --options.temperature 1; those
+            of the checkpoint hold for its own decoder.
         max_tokens: longest answer, on a canvas that grows as it is written; 256 by default.
-        rate: tokens written per model call on average, at least 1; by default the checkpoint's rate, or 2 on a
-            canvas that grows. Not for decoders with a pace of their own.
+        rate: tokens written per model call on average, at least 1; by default the checkpoint's rate, or 2 on
+            a canvas that grows. Not for decoders with a pace of their own.
         window: tokens of prompt and answer together, on a fixed canvas.
         steps: denoising steps on a fixed canvas; by default the checkpoint's, or a quarter of the window.
         stop: a text that ends an answer, which is cut before it; several as '["one", "two"]'.
@@ -135,7 +135,9 @@ class Request:
         if self.margin is not None and (not _is_int(self.margin) or self.margin < 0):
             raise ConfigError(f"margin must be a whole number, not negative, got {self.margin!r}")
         rate = self.rate
-        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not rate >= 1):
+        if rate is not None and (
+            isinstance(rate, bool) or not isinstance(rate, int | float) or not rate >= 1
+        ):
             raise ConfigError(f"rate must be at least 1 token per model call, got {rate!r}")
         if self.eos_fill not in (None, True, False):
             raise ConfigError(f"eos_fill must be true or false, got {self.eos_fill!r}")
@@ -144,7 +146,11 @@ class Request:
                 raise ConfigError(f"{name} must be a text, got {getattr(self, name)!r}")
         if not all(isinstance(text, str) for text in self.stop_texts):
             raise ConfigError(f"stop must be a text or several, got {self.stop!r}")
-        if self.decoder is not None and not isinstance(self.decoder, str) and not hasattr(self.decoder, "reveal"):
+        if (
+            self.decoder is not None
+            and not isinstance(self.decoder, str)
+            and not hasattr(self.decoder, "reveal")
+        ):
             raise ConfigError(f"decoder must be a name or a Decoder, got {self.decoder!r}")
         if self.options is not None and not isinstance(self.options, Mapping):
             raise ConfigError(f"options must be names with values, got {self.options!r}")

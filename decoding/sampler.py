@@ -140,9 +140,9 @@ class Sampler:
         convolutional window opens each gap from both of its sides. Control tokens cannot come out. A space
         before a gap belongs to the gap, since tokens carry the space before them.
 
-        Where a gap's length is open, the text is filled with every length, and the likeliest is taken: the sum
-        of the log-probabilities of the tokens in the gaps (each when it was written) and of the given tokens
-        beside them (`decoding.infill.NEIGHBOURS` on each side, one more model call).
+        Where a gap's length is open, the text is filled with every length, and the likeliest is taken: the
+        sum of the log-probabilities of the tokens in the gaps (each when it was written) and of the given
+        tokens beside them (`decoding.infill.NEIGHBOURS` on each side, one more model call).
 
         Args:
             texts: texts with gaps.
@@ -236,9 +236,7 @@ class Sampler:
         """Text of a partly written answer, up to its end, with a blank for each mask."""
         return show(ids, self.plan(), self.tokenizer)
 
-    def _finished(
-        self, rows: Iterator[tuple[Row, int]], plan: Plan, batch_size: int
-    ) -> Iterator[Update]:
+    def _finished(self, rows: Iterator[tuple[Row, int]], plan: Plan, batch_size: int) -> Iterator[Update]:
         """Decode rows with their seeds, so many at a time; yields their last updates in order."""
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")

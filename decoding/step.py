@@ -1,10 +1,10 @@
 """One denoising step: the one place where masks become tokens.
 
-A `Batch` holds rows of one plan. Every row has its own step, time, normaliser, noise stream and stopping point;
-rows share nothing but the model call. Savings taken here never change the result: the LM head sees only
-positions whose score can matter, what it found is kept until the row changes, a row that did not change is not
-computed again, and a finished row leaves the batch. (What `Reuse` and a growing canvas with steps save does
-change it.)
+A `Batch` holds rows of one plan. Every row has its own step, time, normaliser, noise stream and stopping
+point; rows share nothing but the model call. Savings taken here never change the result: the LM head sees
+only positions whose score can matter, what it found is kept until the row changes, a row that did not change is
+not computed again, and a finished row leaves the batch. (What `Reuse` and a growing canvas with steps save
+does change it.)
 
 The canvas, and all arithmetic on it, lie on the host, whichever device the model is on: they are small, and
 what happens next depends on them. Ids go to the device, and a few numbers for each position looked at come
@@ -13,7 +13,6 @@ back, once in a step.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
@@ -104,9 +103,7 @@ class Batch:
         """Refuse rows that have more stages than there are steps."""
         stages, steps = int(self.window.stages(canvas.start, canvas.end).max()), self.plan.pace.steps
         if steps is not None and steps < stages:
-            raise ConfigError(
-                f"{steps} steps are too few for {stages} blocks; each block needs at least one"
-            )
+            raise ConfigError(f"{steps} steps are too few for {stages} blocks; each block needs at least one")
 
     def join(self, canvas: Canvas) -> None:
         """Add rows behind those that are there."""
@@ -193,7 +190,9 @@ class Batch:
             step=step,
             beyond=self._beyond(rows),
             rate=pace.rate,
-            memory={name: self._cut(x, rows) if x.dim() > 1 else x[rows] for name, x in canvas.memory.items()},
+            memory={
+                name: self._cut(x, rows) if x.dim() > 1 else x[rows] for name, x in canvas.memory.items()
+            },
         )
 
     def _cut(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -190,8 +190,8 @@ class TokenRule:
     def _choose_of_nucleus(self, logits: torch.Tensor, noise: torch.Tensor) -> Choice:
         """See `choose`, for the top-p and min-p set of the whole vocabulary [N, V].
 
-        On a CPU tokens are sorted only as far as the set reaches: where the `SORTED_FIRST` best do not hold it, 16
-        times as many are looked at, and so on. The result is the same. A GPU sorts all, and nobody waits.
+        On a CPU tokens are sorted only as far as the set reaches: where the `SORTED_FIRST` best do not hold
+        it, 16 times as many are looked at, and so on. The result is the same. A GPU sorts all.
         """
         vocab = logits.shape[1]
         if logits.device.type != "cpu":

@@ -14,7 +14,6 @@ import torch
 
 from dlm.errors import ConfigError
 
-
 MARGIN = 16
 """Masks that a growing canvas holds beyond those that can open, so that their state sees what is behind."""
 

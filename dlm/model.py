@@ -93,7 +93,9 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         """What it can do beyond `hidden` and `logits`: rows packed end to end, rows computed in part."""
         return frozenset({"packed", "partial"})
 
-    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any
+    ) -> None:
         """Choose the attention kernel of plain calls (transformers' name); decoding has its own layouts."""
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
         self.backbone.config._attn_implementation = with_layouts(self.config._attn_implementation)

@@ -30,7 +30,7 @@ class Visibility:
 
     @property
     def name(self) -> str:
-        """"full" or "block"."""
+        """Either "full" or "block"."""
         return "full" if self.block_size is None else "block"
 
 
@@ -57,7 +57,7 @@ class ModelSpec:
     positions: int = _UNLIMITED
     shift: bool = False
     visibility: Visibility = Visibility()
-    schedule: NoiseSchedule = LogLinear()
+    schedule: NoiseSchedule = field(default_factory=LogLinear)
     generation: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -14,13 +14,13 @@ from statistics import mean
 
 from tqdm import tqdm
 
-from dlm.repetition import repetition, stutter
-from decoding.presets import Decoder
-from dlm.data.prompts import read_prompts
-from decoding.rows import Prompt
 from decoding.answer import Output
+from decoding.presets import Decoder
+from decoding.rows import Prompt
 from decoding.sampler import Sampler
 from dlm.checkpoint import load_model
+from dlm.data.prompts import read_prompts
+from dlm.repetition import repetition, stutter
 
 
 def answer(

@@ -10,9 +10,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from decoding.answer import Output
 from decoding.presets import Decoder
 from decoding.rows import Prompt
-from decoding.answer import Output
 from decoding.sampler import Sampler
 from dlm.trainer import DiffusionTrainer
 from finetune.config import RunConfig

@@ -10,9 +10,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from dlm.repetition import repetition, stutter
 from decoding.presets import Decoder
 from dlm.curves import BLUE, GREEN, GREY, RED, History, plain, series, smooth
+from dlm.repetition import repetition, stutter
 from dlm.trainer import DiffusionTrainer
 from finetune.config import R2FTConfig
 from finetune.run_folder import RunFolder

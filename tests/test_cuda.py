@@ -5,11 +5,11 @@ import warnings
 
 import pytest
 import torch
+from decoding.loop import Settings, denoise
 from transformers.utils import is_flash_attn_2_available
 
 from decoding import Decoder
 from decoding.canvas import Canvas
-from decoding.loop import Settings, denoise
 from dlm.noise import fold, key_of, uniform
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

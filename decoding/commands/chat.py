@@ -102,9 +102,7 @@ def _fitted(sampler: Any, messages: list[dict[str, str]], room: int) -> list[dic
     return head + rest
 
 
-def _watch(
-    console: Any, sampler: Any, messages: list[dict[str, str]], request: Request, seed: int
-) -> str:
+def _watch(console: Any, sampler: Any, messages: list[dict[str, str]], request: Request, seed: int) -> str:
     """Show the canvas as it fills and return the finished text."""
     from rich.live import Live
     from rich.text import Text

@@ -87,9 +87,7 @@ def run(config: GenerateConfig) -> int:
     prompts: Iterable[Any] = config.prompts if words else read_prompts(config.file)
     if config.limit:
         prompts = itertools.islice(prompts, config.limit)
-    outputs = sampler.iter_generate(
-        prompts, request=request, seed=config.seed, batch_size=config.batch_size
-    )
+    outputs = sampler.iter_generate(prompts, request=request, seed=config.seed, batch_size=config.batch_size)
     for output in _with_progress(outputs, len(config.prompts) if words else None):
         print(json.dumps(asdict(output), ensure_ascii=False) if config.json else output.text, flush=True)
     return 0

@@ -89,7 +89,7 @@ def first_arrivals(
 class MassRule(RevealRule):
     """A rule that decides before any token is drawn, by the probability that the token rule keeps."""
 
-    sees_token: ClassVar[bool] = False  # type: ignore[misc]
+    sees_token: ClassVar[bool] = False
 
     def constant_score(self, tokens: TokenRule) -> float | None:
         """1 where no token is cut; see `RevealRule`."""

@@ -28,7 +28,7 @@ class StepView:
     weight: torch.Tensor
     """[b, W] window weight."""
     t: torch.Tensor
-    """[b] share of masks before the step; [b, W] under a window whose positions have their own (`Sliding`)."""
+    """[b] share of masks before the step; [b, W] under a window whose positions have times of their own."""
     s: torch.Tensor
     """[b] or [b, W], share of masks after the step."""
     quota: torch.Tensor

@@ -25,8 +25,8 @@ class Dilated(RevealRule):
     """
 
     base: int = 2
-    paced: ClassVar[bool] = False  # type: ignore[misc]
-    sees_token: ClassVar[bool] = False  # type: ignore[misc]
+    paced: ClassVar[bool] = False
+    sees_token: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the base."""

@@ -29,7 +29,7 @@ class Editing(RevealRule):
     tau: float = 0.9
     tau_edit: float = 0.9
     edits: int = 1
-    paced: ClassVar[bool] = False  # type: ignore[misc]
+    paced: ClassVar[bool] = False
     revises: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -28,8 +28,8 @@ class EntropyBound(RevealRule):
     """
 
     gamma: float = 0.1
-    paced: ClassVar[bool] = False  # type: ignore[misc]
-    sees_token: ClassVar[bool] = False  # type: ignore[misc]
+    paced: ClassVar[bool] = False
+    sees_token: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the range of gamma."""

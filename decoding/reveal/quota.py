@@ -16,9 +16,7 @@ Order = Literal["confidence", "margin", "entropy"]
 """What makes a position certain."""
 
 
-def certainty(
-    logits: torch.Tensor, choice: Choice, tokens: TokenRule, order: Order
-) -> torch.Tensor:
+def certainty(logits: torch.Tensor, choice: Choice, tokens: TokenRule, order: Order) -> torch.Tensor:
     """[N, V] -> [N], certainty of each position in [0, 1]."""
     return choice.probability if order == "confidence" else tokens.certainty(logits, order)
 

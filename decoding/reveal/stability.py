@@ -34,7 +34,7 @@ class Stability(RevealRule):
     tau: float = 0.9
     epsilon: float = 0.01
     history: int = 2
-    paced: ClassVar[bool] = False  # type: ignore[misc]
+    paced: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -50,7 +50,7 @@ class Stability(RevealRule):
         return Quota(order="confidence")
 
     def memory(self, rows: int, length: int) -> dict[str, torch.Tensor]:
-        """Tracked tokens, their probabilities (0: never looked at) and comparisons passed; see `RevealRule`."""
+        """Tracked tokens, their probabilities (0 at first) and comparisons passed; see `RevealRule`."""
         return {
             "tracked": torch.zeros(rows, length, TRACKED, dtype=torch.int64),
             "probability": torch.zeros(rows, length, TRACKED),
@@ -69,10 +69,12 @@ class Stability(RevealRule):
         ids = torch.nn.functional.pad(best.indices, (0, missing)).double()
         probability = torch.nn.functional.pad((best.values.float() - total).exp(), (0, missing)).double()
         gap = divergence(now, memory["probability"])
-        return torch.cat([choice.probability.double()[:, None], gap.double()[:, None], ids, probability], dim=1)
+        return torch.cat(
+            [choice.probability.double()[:, None], gap.double()[:, None], ids, probability], dim=1
+        )
 
     def decide(self, view: StepView) -> Decision:
-        """Take what is confident and stable among the open positions, and the most confident one in any case."""
+        """Take what is confident and stable, and the most confident position in any case."""
         confidence, gap = view.score[..., 0], view.score[..., 1]
         stable = torch.where(gap < self.epsilon, view.memory["stable"] + 1, 0)
         best = ranked(confidence, view.weight, view.masked) == 0
@@ -90,7 +92,7 @@ class Stability(RevealRule):
 
 
 def divergence(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """KL(now ‖ before) over k tokens and "any other", [N, k] each -> [N]; infinite where `before` is all 0."""
+    """KL(now ‖ before) over k tokens and "any other", [N, k] -> [N]; infinite where `before` is all 0."""
     pairs = []
     for probability in (now.double(), before.double()):
         other = (1 - probability.sum(1, keepdim=True)).clamp(min=1e-12)

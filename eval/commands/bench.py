@@ -41,8 +41,8 @@ def run(config: BenchConfig) -> int:
     """Measure and print."""
     import torch
 
-    from eval.bench import Problem, as_causal, measure, standard_ways, table
     from decoding.rows import RowMaker
+    from eval.bench import Problem, as_causal, measure, standard_ways, table
 
     model, tokenizer = config.load()
     spec = model.spec

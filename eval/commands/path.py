@@ -83,9 +83,9 @@ def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
     """The runs, model after model; those that the folder holds already are not made again."""
     from tqdm import tqdm
 
-    from eval.path import path_costs
     from decoding.sampler import Sampler
     from dlm.checkpoint import load_model
+    from eval.path import path_costs
     from eval.paths import PathRun, held_out
     from eval.systems import fingerprint
     from eval.variants import variants

@@ -35,7 +35,11 @@ def plan_of(
     if pace is None:
         pace = Rate(rate) if rate is not None else OwnPace() if steps is None else Steps(steps)
     chosen = Decoder(
-        decoder.window.fitted(fit or OPEN_LENGTH), decoder.reveal, decoder.tokens, decoder.name, decoder.guidance
+        decoder.window.fitted(fit or OPEN_LENGTH),
+        decoder.reveal,
+        decoder.tokens,
+        decoder.name,
+        decoder.guidance,
     )
     ending = Ending(
         eos,

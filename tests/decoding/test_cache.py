@@ -108,7 +108,9 @@ def test_rows_of_different_lengths_are_packed_or_padded_to_the_same_states():
         hidden = staticmethod(model.hidden)
 
     with torch.no_grad():
-        torch.testing.assert_close(hidden_of_rows(model, ids, lengths), hidden_of_rows(Padded(), ids, lengths))
+        torch.testing.assert_close(
+            hidden_of_rows(model, ids, lengths), hidden_of_rows(Padded(), ids, lengths)
+        )
 
 
 # ---- a window that is shown no further than it can open -----------------------------------------------

@@ -8,13 +8,13 @@ from torch.nn import functional as F
 
 from benchmarks.models import Ending
 from decoding import Decoder, Sampler
-from eval.bench import Problem
+from decoding.presets import PRESETS
 from decoding.request import Request
 from decoding.step import denoise
-from decoding.presets import PRESETS
 from dlm.errors import ConfigError
 from dlm.graphs import BucketedModel
 from dlm.model import MaskedDiffusionModel
+from eval.bench import Problem
 from tests.decoding.rig import canvas_of, plan_of
 from tests.elsewhere import AWAY, Elsewhere
 from tests.fakes import FakeTokenizer
@@ -112,7 +112,9 @@ def test_models_with_few_shapes_and_the_benchmarks_run_there():
         Sampler(BucketedModel(FarModel(), graphs=False), FakeTokenizer()).generate(["abc", "d"], max_tokens=9)
         prompts = torch.randint(5, 20, (2, 6)).to(AWAY)
         problem = Problem(Ending(FarModel(), 12), prompts, MASK, 1, 30, 8, 20)
-        tokens, _ = problem.ours("ours", Request(decoder=Decoder.named("conv", kernel_size=9), window=30, steps=8)).write(0)
+        tokens, _ = problem.ours(
+            "ours", Request(decoder=Decoder.named("conv", kernel_size=9), window=30, steps=8)
+        ).write(0)
     assert tokens > 0
 
 

@@ -274,7 +274,9 @@ def test_confirmed_text_is_never_taken_back_and_ends_in_the_answer():
             if update.finished:
                 assert update.output.text == update.confirmed
                 prompt, plan, seed = tickets[update.ticket]
-                alone_out = Sampler(engine.model, FakeTokenizer()).generate(prompt, request=plan, seed=seed)[0]
+                alone_out = Sampler(engine.model, FakeTokenizer()).generate(prompt, request=plan, seed=seed)[
+                    0
+                ]
                 assert alone_out == update.output
 
 
@@ -286,15 +288,15 @@ def test_several_threads_share_a_model():
         for reuse in (None, Reuse("dual", 3))
     ]
     lengths = [(4, 9, 2), (7, 7, 7), (3, 11, 5)]
-    batches = [
-        [Row([i + 3] * n + [TINY_MASK] * 20, n) for i, n in enumerate(each)] for each in lengths
-    ]
+    batches = [[Row([i + 3] * n + [TINY_MASK] * 20, n) for i, n in enumerate(each)] for each in lengths]
 
     def texts(plan, batch):
         engine = engine_of(model)
         for i, row in enumerate(batch):
             engine.submit(row, plan, i)
-        return {ticket: canvas.ids[0, : len(batch[ticket].ids)].tolist() for ticket, canvas in run(engine).items()}
+        return {
+            ticket: canvas.ids[0, : len(batch[ticket].ids)].tolist() for ticket, canvas in run(engine).items()
+        }
 
     jobs = list(itertools.product(plans, batches))
     expected = [texts(*job) for job in jobs]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from decoding import Decoder, Sampler
-from decoding.step import Batch, denoise
 from decoding.presets import PRESETS
 from decoding.reveal import first_arrivals
+from decoding.step import Batch, denoise
 from decoding.window import MARGIN
 from dlm.errors import ConfigError
 from dlm.noise import fold, key_of, uniform

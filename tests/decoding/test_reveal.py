@@ -56,7 +56,9 @@ def view(**kwargs):
     base = {
         "weight": torch.ones(rows, length), "score": torch.ones(rows, length), "t": torch.full((rows,), 0.5),
         "s": torch.full((rows,), 0.4), "quota": torch.full((rows,), 2), "written": ~kwargs["masked"],
-        "noise": lambda stream: uniform(fold(key_of(stream), torch.arange(rows))[:, None], torch.arange(length)),
+        "noise": lambda stream: uniform(
+            fold(key_of(stream), torch.arange(rows))[:, None], torch.arange(length)
+        ),
     }  # fmt: skip
     return StepView(**{**base, **kwargs})
 
@@ -85,7 +87,8 @@ def test_quota_ranks_by_confidence_times_weight_and_never_takes_more():
     many = view(masked=masked, score=score, weight=weight, quota=torch.tensor([4]))
     assert rule.decide(many).reveal.tolist() == masked.tolist()
     needed = {
-        quota: rule.needs(view(masked=masked, weight=weight, quota=torch.tensor([quota]))) for quota in (0, 3, 4)
+        quota: rule.needs(view(masked=masked, weight=weight, quota=torch.tensor([quota])))
+        for quota in (0, 3, 4)
     }
     assert needed[3].tolist() == [[True, True, False, True, False]]
     assert needed[4].tolist() == masked.tolist()

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from decoding import Decoder
-from eval.path import path_costs
 from decoding.presets import PRESETS
 from decoding.request import Request
 from dlm.errors import ConfigError
+from eval.path import path_costs
 from tests.fakes import FakeDenoiser
 
 PROMPT = [1, 2]
