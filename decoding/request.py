@@ -108,7 +108,7 @@ class Request:
     refresh: int | None = None
     begin: str | None = None
     ending: str | None = None
-    forced: dict[int, str] | None = None
+    forced: dict[Any, str] | None = None
 
     def __post_init__(self) -> None:
         """Check each field by itself, and what does not go together for any model."""
@@ -152,6 +152,10 @@ class Request:
             and not hasattr(self.decoder, "reveal")
         ):
             raise ConfigError(f"decoder must be a name or a Decoder, got {self.decoder!r}")
+        if not all(str(place).isdecimal() for place in self.forced or {}):
+            raise ConfigError(
+                f"forced must name places by number, got {', '.join(map(str, self.forced or {}))}"
+            )
         if self.options is not None and not isinstance(self.options, Mapping):
             raise ConfigError(f"options must be names with values, got {self.options!r}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -51,6 +50,12 @@ class RowMaker:
         """Token ids of a prompt, template included."""
         return encode_prompt(self.tokenizer, as_messages(prompt))
 
+    def _room(self, tokens: int, plan: Plan) -> str:
+        """Say what a prompt that is too long does not fit into."""
+        if plan.positions == self.spec.positions:
+            return f"the model {plan.positions} positions; a prompt must be shorter"
+        return f"the window {plan.positions}; the window must be at least {tokens + 1}"
+
     def text(self, text: str) -> list[int]:
         """Token ids of plain text; what looks like a control token is text."""
         return encode_text(self.tokenizer, text)
@@ -63,10 +68,8 @@ class RowMaker:
         """
         before = self.prompt(prompt)
         if len(before) >= plan.positions:
-            where = "the model has" if plan.positions == self.spec.positions else "the window has"
             raise ConfigError(
-                f"{name}: the prompt has {len(before)} tokens and {where} {plan.positions} positions; "
-                f"it must have at least {len(before) + 1}"
+                f"{name}: the prompt has {len(before)} tokens and {self._room(len(before), plan)}"
             )
         answer = [plan.mask_id] * min(plan.tokens, plan.positions - len(before))
         forced = dict(plan.forced)
@@ -93,8 +96,3 @@ def _put(answer: list[int], at: int, ids: list[int], mask_id: int, name: str) ->
     if any(token != mask_id for token in answer[at : at + len(ids)]):
         raise ConfigError(f"{name}: the given tokens at place {at} overlap with others")
     answer[at : at + len(ids)] = ids
-
-
-def forced_places(forced: Mapping[int, str] | None) -> dict[int, str] | None:
-    """The places of given texts as numbers, whatever they were read as."""
-    return None if forced is None else {int(at): text for at, text in forced.items()}

@@ -2,8 +2,8 @@
 
 A `Batch` holds rows of one plan. Every row has its own step, time, normaliser, noise stream and stopping
 point; rows share nothing but the model call. Savings taken here never change the result: the LM head sees
-only positions whose score can matter, what it found is kept until the row changes, a row that did not change is
-not computed again, and a finished row leaves the batch. (What `Reuse` and a growing canvas with steps save
+only positions whose score can matter, what it found is kept until the row changes, a row that did not change
+is not computed again, and a finished row leaves the batch. (What `Reuse` and a growing canvas with steps save
 does change it.)
 
 The canvas, and all arithmetic on it, lie on the host, whichever device the model is on: they are small, and

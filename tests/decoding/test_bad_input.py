@@ -24,7 +24,7 @@ def sampler(positions=4096, tokenizer=FakeTokenizer, **kwargs):
     [
         (
             {"window": 3},
-            "prompt 0: the prompt has 5 tokens and the window has 3 positions",
+            "prompt 0: the prompt has 5 tokens and the window 3; the window must be at least 6",
         ),
         ({"window": 30, "steps": 0}, "steps must be a whole number of at least 1, got 0"),
         ({"window": 5000}, "window must lie between 1 and the model's 4096 positions, got 5000"),

@@ -217,7 +217,7 @@ def test_streaming_a_growing_answer_ends_in_the_text_of_generate():
 def test_the_models_positions_limit_a_growing_canvas():
     out = sampler(eos_bias=-50, positions=30).generate(["abc"], decoder=named("conv"), max_tokens=99)[0]
     assert len(out.token_ids) == 27
-    with pytest.raises(ConfigError, match="the prompt has 40 tokens and the model has 30 positions"):
+    with pytest.raises(ConfigError, match="the prompt has 40 tokens and the model 30 positions"):
         sampler(positions=30).generate(["a" * 40], max_tokens=5)
 
 

@@ -266,7 +266,7 @@ def test_bad_settings_say_what_would_be_right():
     with pytest.raises(ConfigError, match="3 steps are too few for 7 blocks"):
         run(model, rows(model, [2], 30), Decoder.named("semi-ar", block_size=4), 3)
     sampler = Sampler(model, FakeTokenizer())
-    with pytest.raises(ConfigError, match="13 tokens and the window has 10 positions; it must have"):
+    with pytest.raises(ConfigError, match="13 tokens and the window 10; the window must be at least 14"):
         sampler.generate(["thirteen char"], window=10, steps=2)
 
 
