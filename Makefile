@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
+# Where there is no virtual environment, and no network to make one, `make gpu` takes the Python that is there.
+ANY     = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help setup demo test check bench gpu clean
+.PHONY: help setup demo test check bench gpu gpu-bundle clean
 
 help:
 	@echo "make setup   create $(VENV) and install the project into it"
@@ -13,7 +15,9 @@ help:
 	@echo "make test    run the tests (minutes, CPU, offline)"
 	@echo "make check   ruff, mypy --strict, import-linter"
 	@echo "make bench   training and decoding benchmarks"
-	@echo "make gpu     CUDA tests and benchmarks, with a report in runs/gpu.md"
+	@echo "make gpu     tests, benchmarks and training on a GPU, with a report in runs/gpu; needs no make setup"
+	@echo "             (GPU=\"--tiny --device cpu\" tries it in miniature)"
+	@echo "make gpu-bundle   what a machine without a network needs for that, in runs/gpu-bundle (docs/air-gapped.md)"
 
 setup: $(STAMP)
 
@@ -48,8 +52,11 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.batching
 	$(BIN)/python -m benchmarks.cost
 
-gpu: $(STAMP)
-	$(BIN)/python -m benchmarks.gpu --report runs/gpu.md
+gpu:
+	$(ANY) -m benchmarks.gpu $(GPU)
+
+gpu-bundle: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu.bundle --output runs/gpu-bundle $(BUNDLE)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

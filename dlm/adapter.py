@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
+from torch.nn import functional as F
 
 from dlm.errors import CheckpointError
 from dlm.model import MaskedDiffusionModel
@@ -36,6 +38,22 @@ class MaskShift(nn.Module):
     def forward(self, masked: torch.Tensor) -> torch.Tensor:
         """[B, L] bool -> [B, L, D]: the shift where the token is a mask, else 0."""
         return masked[..., None] * self.weight
+
+
+class FoldedLinear(LoraLinear):  # type: ignore[misc]
+    """An adapted layer that computes x(W + sBA)ᵀ, where `peft` computes xWᵀ + s(xAᵀ)Bᵀ.
+
+    The second needs fewer operations and more traffic: for narrow layers the first is faster on a GPU.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """[..., D] -> [..., E]."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        (name,) = self.active_adapters
+        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        weight = torch.addmm(self.base_layer.weight, up, down, alpha=self.scaling[name])
+        return F.linear(x, weight, self.base_layer.bias)
 
 
 class AdaptedModel(PeftModel):  # type: ignore[misc]
@@ -65,6 +83,7 @@ def add_adapter(
     dropout: float = 0.0,
     targets: str = "all",
     seed: int = 0,
+    folded: bool = False,
 ) -> AdaptedModel:
     """Freeze `model` and give it a trainable adapter; norms and the mask token's row are trained whole.
 
@@ -76,6 +95,7 @@ def add_adapter(
         dropout: dropout before the update.
         targets: a key of `TARGETS`.
         seed: seed of the first weights.
+        folded: whether its layers are `FoldedLinear`; without dropout only.
 
     Returns:
         An `AdaptedModel` around `model`.
@@ -92,7 +112,12 @@ def add_adapter(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AdaptedModel(model, config)
+        adapted = AdaptedModel(model, config)
+    if folded:
+        for layer in adapted.modules():
+            if type(layer) is LoraLinear:
+                layer.__class__ = FoldedLinear  # the same parameters under the same names
+    return adapted
 
 
 def is_adapter(path: str | Path) -> bool:

@@ -97,13 +97,13 @@ def _flash(
 
 
 @cache
-def torch_has_varlen() -> bool:
-    """Whether torch has a kernel for rows of different lengths, with groups of heads; newer ones do."""
+def torch_varlen() -> frozenset[str] | None:
+    """Arguments of torch's kernel for rows of different lengths, which changed; None where it has none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+        return None
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 @dataclass
@@ -132,7 +132,7 @@ class Packed:
         """See `Layout`; here B = 1 and A = N."""
         del layer
         half = query.dtype in (torch.float16, torch.bfloat16)
-        if query.is_cuda and half and (is_flash_attn_2_available() or torch_has_varlen()):
+        if query.is_cuda and half and (is_flash_attn_2_available() or torch_varlen()):
             flat = [x[0].transpose(0, 1) for x in (query, key, value)]  # [N, H, D]
             return self._varlen(flat[0], flat[1], flat[2], scale)[None]
         rows = [
@@ -163,9 +163,14 @@ class Packed:
             )
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(  # type: ignore[return-value]
-            query, key, value, bounds, bounds, longest, longest, scale=scale, enable_gqa=True
-        )
+        given: dict[str, Any] = {"enable_gqa": True, "scale": scale}
+        known = torch_varlen() or frozenset()
+        if "enable_gqa" not in known:  # an older one: every head needs keys and values of its own
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        if "scale" not in known and scale is not None:  # it divides by the root of the width
+            query = query * (scale * query.shape[-1] ** 0.5)
+        given = {name: value for name, value in given.items() if name in known}
+        return varlen_attn(query, key, value, bounds, bounds, longest, longest, **given)  # type: ignore[return-value]
 
 
 @dataclass

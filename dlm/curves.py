@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
 
 History = list[dict[str, float]]
 """The trainer's log: one record per logged step or evaluation, each with its `step`."""
@@ -22,7 +27,7 @@ BLUE, RED, GREEN, PINK, ORANGE, SKY, GREY = (
 
 
 class CurveCallback(TrainerCallback):  # type: ignore[misc]
-    """Renews plots at every evaluation and checkpoint, and at the end.
+    """Renews plots at evaluations and checkpoints, and at the end; between them only a twentieth of the time.
 
     Args:
         folder: where they go.
@@ -31,13 +36,23 @@ class CurveCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, folder: str | Path, drawings: dict[str, Draw]) -> None:
         self.folder, self.drawings = Path(folder), drawings
+        self._due = 0.0
+        if importlib.util.find_spec("matplotlib") is None:
+            logger.warning("matplotlib is not installed: the curves are in history.json alone")
+            self.drawings = {}
 
-    def _renew(self, state: Any) -> None:
-        if state.is_world_process_zero and state.log_history:
-            text = json.dumps(state.log_history, indent=1)
-            (self.folder / "history.json").write_text(text, encoding="utf-8")
-            for name, draw in self.drawings.items():
-                draw(state.log_history).savefig(self.folder / name, dpi=150)
+    def _renew(self, state: Any, last: bool = False) -> None:
+        if not (state.is_world_process_zero and state.log_history):
+            return
+        text = json.dumps(state.log_history, indent=1)
+        (self.folder / "history.json").write_text(text, encoding="utf-8")
+        begun = time.perf_counter()
+        if begun < self._due and not last:
+            return
+        for name, draw in self.drawings.items():
+            draw(state.log_history).savefig(self.folder / name, dpi=150)
+        now = time.perf_counter()
+        self._due = now + 19 * (now - begun)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After a validation."""
@@ -49,7 +64,7 @@ class CurveCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """At the end."""
-        self._renew(state)
+        self._renew(state, last=True)
 
 
 def series(history: History, key: str) -> tuple[list[float], list[float]]:

@@ -6,18 +6,23 @@ speak of the same frequencies.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import cached_file
 
+from dlm.data.encoded import EncodedRows
 from dlm.errors import CheckpointError
 from dlm.pretrained.names import located
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 FILE = "token_counts.safetensors"
 
@@ -35,12 +40,11 @@ class TokenPrior:
     special: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, rows: Dataset, vocab_size: int, special: tuple[int, ...] = ()) -> TokenPrior:
+    def of(cls, rows: Dataset | EncodedRows, vocab_size: int, special: tuple[int, ...] = ()) -> TokenPrior:
         """Count the answer tokens of encoded rows (`input_ids`, `prompt_length`)."""
         counts = torch.zeros(vocab_size, dtype=torch.int64)
-        for batch in rows.with_format("numpy").iter(batch_size=1000):
-            answers = (ids[n:] for ids, n in zip(batch["input_ids"], batch["prompt_length"], strict=True))
-            counts += torch.from_numpy(np.bincount(np.concatenate(list(answers)), minlength=vocab_size))
+        for answers in _answers(rows):
+            counts += torch.from_numpy(np.bincount(answers, minlength=vocab_size))
         return cls(counts, special)
 
     def save(self, folder: str | Path) -> None:
@@ -82,6 +86,16 @@ class TokenPrior:
         order = log_prior.argsort()
         seen = self.counts[order].cumsum(0)
         return float(log_prior[order[int((seen * 2 < seen[-1]).sum())]])
+
+
+def _answers(rows: Dataset | EncodedRows) -> Iterator[np.ndarray[Any, Any]]:
+    """The tokens of answers, many rows at a time."""
+    if isinstance(rows, EncodedRows):
+        yield rows.answers()
+        return
+    for batch in rows.with_format("numpy").iter(batch_size=1000):
+        pairs = zip(batch["input_ids"], batch["prompt_length"], strict=True)
+        yield np.concatenate([ids[n:] for ids, n in pairs])
 
 
 def _file(folder: str | Path) -> Path | None:

@@ -10,12 +10,13 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -47,6 +48,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             evaluations, samples and the final model use.
         eval_draws: noise levels at which each validation row is measured.
         keep_checkpoints: complete checkpoints to keep; older ones are deleted.
+        pace: factor of the learning rate after so many steps; by default, the schedule that `args` name.
 
     Attributes:
         prior: token counts of the training answers, if they are to be stored with the model.
@@ -63,6 +65,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         ema_decay: float = 0.0,
         eval_draws: int = 4,
         keep_checkpoints: int = 2,
+        pace: Callable[[int], float] | None = None,
         **kwargs: Any,
     ) -> None:
         args.remove_unused_columns = False
@@ -72,6 +75,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             raise ConfigError("ema_decay does not work with FSDP, which shards the weights; set it to 0")
         self.eval_draws = eval_draws
         self.keep_checkpoints = keep_checkpoints
+        self.pace = pace
         self.ema = EMA(self.model, ema_decay) if ema_decay else None
         self.model_accepts_loss_kwargs = True  # our loss is already divided by the count of the whole step
         self._parameters = sum(p.numel() for p in self.model.parameters())
@@ -84,6 +88,14 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         if not args.disable_tqdm:
             self.add_callback(TokenProgress)
         self.add_callback(_Bookkeeping(self))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As in transformers, unless the run has a pace of its own."""
+        if self.pace is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler: Any = LambdaLR(optimizer or self.optimizer, self.pace)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     # ---- order of rows -------------------------------------------------------------------------------
 

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
@@ -31,8 +30,11 @@ from finetune.negatives import Contrast, make_negative
 from finetune.run import Stage, execute
 from finetune.run_folder import RunFolder
 from finetune.samples import SampleCallback
-from finetune.start import fine_tuned_model, refuse_causal_lm
+from finetune.start import any_prompt, fine_tuned_model, refuse_causal_lm
 from finetune.watch import BestWithinTolerance, WatchCallback, draw_r2ft
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def r2ft_loss(
@@ -272,7 +274,7 @@ class R2FT(Stage[R2FTConfig]):
     ) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
         """See `Stage`."""
         del resume_from
-        model, tokenizer = fine_tuned_model(self.config.model, prompted=any(rows[:100]["prompt"]))
+        model, tokenizer = fine_tuned_model(self.config.model, prompted=any_prompt(rows))
         self.before = model.config.training
         return model, tokenizer
 

@@ -10,10 +10,9 @@ import logging
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from dlm.adapter import merged
@@ -21,6 +20,7 @@ from dlm.checkpoint import is_causal_lm
 from dlm.curves import CurveCallback, Draw, draw_curve
 from dlm.data.config import DataConfig
 from dlm.data.encode import EncodingReport, encode_rows
+from dlm.data.encoded import SUFFIX, EncodedRows
 from dlm.data.rows import load_rows
 from dlm.data.rules import rule_rows
 from dlm.data.windows import WindowCollator
@@ -31,8 +31,12 @@ from dlm.prior import TokenPrior
 from dlm.tokenizer import template_name
 from dlm.trainer import DiffusionTrainer
 from finetune.config import RunConfig, StartConfig
+from finetune.deadline import Deadline
 from finetune.run_folder import RunFolder
 from finetune.start import prepare
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -121,10 +125,13 @@ def execute(stage: Stage[Any]) -> Path:
     logger.info("training rows: %s", report)
     record(model, tokenizer, config, report, stage.record())
     model = prepare(model, stage.start, config.data.window, config.seed)
-    trainer = build_trainer(stage, model, tokenizer, train_set, eval_set)
+    deadline = Deadline(run, config) if config.max_minutes else None
+    trainer = build_trainer(stage, model, tokenizer, train_set, eval_set, deadline)
     if config.eval_steps and eval_set is not None:
         for callback in stage.callbacks(trainer, tokenizer, held_out, run):
             trainer.add_callback(callback)
+    if deadline:
+        trainer.add_callback(deadline)
     trainer.add_callback(CurveCallback(run.path, stage.drawings))  # last: it draws what the others measured
     if trainer.accelerator.is_main_process:
         run.begin(report)
@@ -144,11 +151,15 @@ def execute(stage: Stage[Any]) -> Path:
 
 
 def split_rows(data: DataConfig, seed: int) -> tuple[Dataset, Dataset]:
-    """Rows for training and rows for validation: the last `validation_rows`, which are never trained on."""
+    """Rows for training and rows for validation: the last `validation_rows`, which are never trained on.
+
+    Of a file of encoded rows they are `EncodedRows`.
+    """
     if data.source == "rules":  # made by rule, with splits of their own
         held_out = rule_rows(max(1, data.validation_rows), seed, "validation")
         return rule_rows(data.limit or 20_000, seed), held_out.select(range(data.validation_rows))
-    rows = load_rows(data.source, data.split)
+    encoded = data.source.endswith(SUFFIX)
+    rows: Any = EncodedRows.load(data.source) if encoded else load_rows(data.source, data.split)
     rows = rows.select(range(min(data.limit, len(rows)))) if data.limit else rows
     if data.validation_rows >= len(rows):
         raise DataError(
@@ -194,8 +205,9 @@ def build_trainer(
     stage: Stage[Any],
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    train_set: Dataset,
-    eval_set: Dataset | None,
+    train_set: Dataset | EncodedRows,
+    eval_set: Dataset | EncodedRows | None,
+    deadline: Deadline | None = None,
 ) -> DiffusionTrainer:
     """The trainer of a run."""
     config: RunConfig = stage.config
@@ -211,6 +223,7 @@ def build_trainer(
         ema_decay=config.ema_decay,
         eval_draws=config.eval_draws,
         keep_checkpoints=config.keep_checkpoints,
+        pace=deadline.pace if deadline else None,
     )
     trainer.prior = prior
     return trainer
@@ -229,10 +242,15 @@ def collator(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) ->
     )
 
 
-def _numbered(rows: Dataset) -> Dataset:
+def _numbered(rows: Dataset | EncodedRows) -> Dataset | EncodedRows:
     """Give every row its number, which seeds its noise in validation."""
+    if isinstance(rows, EncodedRows):
+        return rows  # which have one
     return rows.add_column("row", list(range(len(rows)))).with_format("torch")
 
+
+_ENDLESS = 10**7
+"""Steps of a run that its deadline ends."""
 
 _SHARED = (
     "output_dir",
@@ -260,7 +278,7 @@ def training_arguments(config: RunConfig, evaluate: bool) -> TrainingArguments:
     """
     ours: dict[str, Any] = {name: getattr(config, name) for name in _SHARED}
     ours |= {
-        "max_steps": config.max_steps or -1,
+        "max_steps": config.max_steps or (_ENDLESS if config.max_minutes else -1),
         "eval_strategy": "steps" if evaluate and config.eval_steps else "no",
         "eval_steps": config.eval_steps or None,
         "save_strategy": "steps",

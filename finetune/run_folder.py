@@ -79,6 +79,16 @@ class RunFolder:
             return {}
         return dict(json.loads((newest / "trainer_state.json").read_text(encoding="utf-8")))
 
+    @property
+    def seconds(self) -> float:
+        """Training time up to the newest checkpoint, where it was kept."""
+        return float(self._stored.get("seconds", 0.0)) if self.resume_from else 0.0
+
+    def keep_time(self, seconds: float) -> None:
+        """Write down how long the run has trained."""
+        self._stored["seconds"] = round(seconds, 3)
+        self._write()
+
     def stop(self) -> None:
         """Write down that the run ended before its last step, on purpose."""
         self._stored["stopped"] = True

@@ -5,17 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from decoding.answer import Output
 from decoding.presets import Decoder
 from decoding.rows import Prompt
 from decoding.sampler import Sampler
+from dlm.data.encoded import EncodedRows
 from dlm.trainer import DiffusionTrainer
 from finetune.config import RunConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _DEFAULT_COUNT = 4
 
@@ -24,14 +27,18 @@ def held_out_prompts(
     trainer: DiffusionTrainer,
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
-    asked: Iterable[Prompt] | Dataset,
+    asked: list[Prompt] | list[str] | Dataset | EncodedRows,
     count: int,
 ) -> list[Prompt]:
-    """The first `count` prompts that leave room for an answer; nothing for each row of plain text."""
+    """The first `count` prompts that leave room for an answer; nothing for each row of plain text.
+
+    Encoded rows have no text, and so no prompts.
+    """
     sampler = Sampler(trainer.model, tokenizer)
-    if isinstance(asked, Dataset):
-        asked = (row["prompt"] or "" for row in asked)
-    fits = (prompt for prompt in asked if sampler.prompt_length(prompt) < config.data.window - 1)
+    if isinstance(asked, EncodedRows):
+        return []
+    prompts: Iterable[Prompt] = asked if isinstance(asked, list) else (row["prompt"] or "" for row in asked)
+    fits = (prompt for prompt in prompts if sampler.prompt_length(prompt) < config.data.window - 1)
     return list(itertools.islice(fits, count))
 
 

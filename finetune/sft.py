@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from dlm.model import MaskedDiffusionModel
@@ -18,6 +18,9 @@ from finetune.run import Stage, execute
 from finetune.run_folder import RunFolder
 from finetune.samples import SampleCallback
 from finetune.start import first_model
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class SFT(Stage[TrainConfig]):

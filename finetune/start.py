@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dlm.adapter import add_adapter
 from dlm.backbone import ScratchConfig, from_causal_lm, from_scratch
 from dlm.checkpoint import is_causal_lm, load_model
+from dlm.data.encoded import EncodedRows
 from dlm.errors import CheckpointError, ConfigError
 from dlm.model import MaskedDiffusionModel
 from dlm.tokenizer import set_template, template_name, train_tokenizer
 from finetune.config import ModelConfig, StartConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +64,13 @@ def refuse_causal_lm(path: str) -> None:
         raise CheckpointError(f"{path}: an autoregressive model, never trained to fill masks; {_how(path)}")
 
 
+def any_prompt(rows: Dataset | EncodedRows) -> bool:
+    """Whether rows have prompts, from the first of them."""
+    if isinstance(rows, EncodedRows):
+        return any(rows["prompt_length"][:100])
+    return any(rows[:100]["prompt"])
+
+
 def _how(path: str) -> str:
     return f"fine-tune it first: dlm train --model.init {path} --output_dir …"
 
@@ -86,6 +96,9 @@ def prepare(model: MaskedDiffusionModel, config: StartConfig, window: int, seed:
         getattr(model, new if hasattr(model, new) else old)()
     if config.attn_implementation:
         model.set_attn_implementation(config.attn_implementation)
+    if config.compile:
+        for layer in model.backbone.layers:
+            layer.compile(dynamic=True)
     lora = config.lora
     if not lora.r:
         return model
@@ -97,6 +110,7 @@ def prepare(model: MaskedDiffusionModel, config: StartConfig, window: int, seed:
         dropout=lora.dropout,
         targets=lora.targets,
         seed=seed,
+        folded=lora.fold,
     )
 
 

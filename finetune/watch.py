@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from decoding.presets import Decoder
@@ -17,6 +16,9 @@ from dlm.trainer import DiffusionTrainer
 from finetune.config import R2FTConfig
 from finetune.run_folder import RunFolder
 from finetune.samples import answers, held_out_prompts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 

@@ -13,17 +13,20 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; set before triton loads
 
-import datasets
 import pytest
 
 from dlm.backbone import ScratchConfig, from_scratch
-from dlm.data.rules import rule_rows
+from dlm.data.rules import make_examples, rule_rows
 from dlm.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet(tmp_path_factory):
     torch.set_num_threads(1)
+    try:
+        import datasets
+    except ImportError:  # a bare machine with a GPU: tests that read no text run there
+        return
     datasets.disable_progress_bars()
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
 
@@ -34,8 +37,8 @@ def rows():
 
 
 @pytest.fixture(scope="session")
-def tokenizer(rows):
-    texts = [text for row in rows for text in (row["prompt"][0]["content"], row["answer"])]
+def tokenizer():
+    texts = [text for example in make_examples(200, seed=5) for text in (example.instruction, example.answer)]
     return train_tokenizer(texts, 400)
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from dlm.data.encoded import EncodedRows
 from dlm.errors import DataError
 from dlm.tokenizer import encode_prompt, encode_text
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _VERSION = 1
 """Raised when rows are encoded differently, so that old caches are not taken."""
@@ -47,7 +50,7 @@ def encode_rows(
     """Tokenise rows; cached by `datasets` under the rows, the tokenizer and the window.
 
     An instruction row becomes prompt + answer + EOS, cut at `window`. A text row (empty prompt) becomes as
-    many windows as it fills, so that nothing of it is lost.
+    many windows as it fills, so that nothing of it is lost. `EncodedRows` are checked and given back.
 
     Returns:
         A data set with `input_ids` (list of int), `prompt_length` and `length` (int, tokens), and the counts.
@@ -55,6 +58,9 @@ def encode_rows(
     Raises:
         DataError: when no row is left.
     """
+    if isinstance(rows, EncodedRows):
+        rows.check(tokenizer, window)
+        return rows, EncodingReport(len(rows), len(rows), 0, 0, rows.truncated(int(tokenizer.eos_token_id)))
     key = hashlib.sha256(
         json.dumps(
             [

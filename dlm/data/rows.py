@@ -10,24 +10,26 @@ Three kinds of row are understood, whatever the file:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset, Features, Value, load_dataset
-from datasets import List as Sequence
+from typing import TYPE_CHECKING, Any
 
 from dlm.data.records import SUFFIXES, read_records
 from dlm.errors import DataError
 
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
 Row = dict[str, Any]
 
-FEATURES = Features(
-    {
-        "prompt": Sequence({"role": Value("string"), "content": Value("string")}),
-        "answer": Value("string"),
-    }
-)
-"""`prompt`: chat messages before the answer, empty for plain text. `answer`: what is learnt."""
+
+@cache
+def features() -> Features:
+    """Columns of rows: `prompt` (chat messages, none for plain text) and `answer` (what is learnt)."""
+    from datasets import Features, List, Value
+
+    message = {"role": Value("string"), "content": Value("string")}
+    return Features({"prompt": List(message), "answer": Value("string")})
 
 
 def load_rows(source: str, split: str = "train") -> Dataset:
@@ -38,11 +40,13 @@ def load_rows(source: str, split: str = "train") -> Dataset:
         split: split of a hub data set.
 
     Returns:
-        A `datasets.Dataset` with the columns of `FEATURES`.
+        A `datasets.Dataset` with the columns of `features`.
 
     Raises:
         DataError: naming the file and the row that cannot be used.
     """
+    from datasets import load_dataset
+
     path = Path(source)
     if source.endswith(SUFFIXES) or path.exists():
         return _load_file(path)
@@ -57,7 +61,7 @@ def load_rows(source: str, split: str = "train") -> Dataset:
         lambda row, i: parse_row(dict(row), f"{source}[{split}]", i),
         with_indices=True,
         remove_columns=raw.column_names,
-        features=FEATURES,
+        features=features(),
         desc="Checking rows",
     )
 
@@ -69,10 +73,12 @@ def _load_file(path: Path) -> Dataset:
         raise DataError(f"{path}: no such file")
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"{path}: expected one of {', '.join(SUFFIXES)}")
+    from datasets import Dataset
+
     stat = path.stat()
     identity = {"path": str(path.resolve()), "size": stat.st_size, "modified": stat.st_mtime_ns}
     try:
-        return Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=identity)
+        return Dataset.from_generator(_generate, features=features(), gen_kwargs=identity)
     except Exception as error:
         cause = error.__cause__ or error
         if isinstance(cause, DataError):

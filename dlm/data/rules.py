@@ -15,11 +15,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from datasets import Dataset
-
-from dlm.data.rows import FEATURES
+from dlm.data.rows import features
 from dlm.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 NAMES = ("Anna", "Ben", "Cora", "Dan", "Emma", "Finn", "Gina", "Hugo")
 ANIMALS = ("cat", "dog", "horse", "goat", "duck", "rabbit", "sheep", "mouse")
@@ -171,12 +173,14 @@ def is_right(example: Example, answer: str) -> bool:
 
 
 def rule_rows(size: int, seed: int = 0, split: str = "train") -> Dataset:
-    """Examples as rows (columns of `dlm.data.rows.FEATURES`)."""
+    """Examples as rows (columns of `dlm.data.rows.features`)."""
+    from datasets import Dataset
+
     examples = make_examples(size, seed, split)
     return Dataset.from_dict(
         {
             "prompt": [[{"role": "user", "content": example.instruction}] for example in examples],
             "answer": [example.answer for example in examples],
         },
-        features=FEATURES,
+        features=features(),
     )

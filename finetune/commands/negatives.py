@@ -80,6 +80,7 @@ def _material(config: NegativesConfig) -> tuple[Any, Any, Any]:
     from transformers import AutoTokenizer
 
     from dlm.data.encode import encode_rows
+    from dlm.data.encoded import SUFFIX
     from dlm.errors import CheckpointError
     from dlm.prior import TokenPrior
     from finetune.run import collator, split_rows
@@ -90,6 +91,8 @@ def _material(config: NegativesConfig) -> tuple[Any, Any, Any]:
         raise CheckpointError(f"{config.model}: no tokenizer to be had ({error})") from error
     if tokenizer.mask_token_id is None:
         raise CheckpointError(f"{config.model}: its tokenizer has no mask token; train it first (dlm train)")
+    if config.data.source.endswith(SUFFIX):
+        raise ConfigError(f"{config.data.source}: encoded rows; name those that they were made of")
     rows, _ = split_rows(config.data, config.seed)
     prior = TokenPrior.load(config.model)
     if prior is None:  # then all rows have to be counted

@@ -1,5 +1,6 @@
 """LoRA adapters: what is trained, what is saved, what comes back."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -179,3 +180,22 @@ def test_adapter_and_base_may_move_together(base, tmp_path):
     ids = noisy(model)
     again, _ = load_model(tmp_path.parent / f"{tmp_path.name}-moved" / "adapter", device="cpu")
     torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_folded_adapter_is_the_same_function_with_the_same_gradients(model, dtype):
+    found = []
+    for folded in (False, True):
+        adapted = add_adapter(copy.deepcopy(model), "base", r=4, alpha=8, folded=folded)
+        generator = torch.Generator().manual_seed(0)
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                weight.data.normal_(std=0.1, generator=generator)
+        ids = torch.randint(5, 90, (3, 20), generator=torch.Generator().manual_seed(1))
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            out = adapted(input_ids=ids, targets=ids).token_logp
+        out.mean().backward()
+        found.append([out, *(p.grad for p in adapted.parameters() if p.requires_grad)])
+    tolerance = {"rtol": 1e-3, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.02}
+    for plain, folded in zip(*found, strict=True):
+        torch.testing.assert_close(folded, plain, **tolerance)

@@ -336,11 +336,11 @@ def test_validation_windows_do_not_change_with_the_epoch(rows, tokenizer, tmp_pa
 def test_the_trainers_nelbo_is_that_of_the_enumeration(tokenizer, tmp_path):
     from datasets import Dataset
 
-    from dlm.data.rows import FEATURES
+    from dlm.data.rows import features
     from tests.dlm.test_objective import enumerated_nelbo
 
     rows = Dataset.from_dict(
-        {"prompt": [[{"role": "user", "content": "Go"}]], "answer": ["cat dog"]}, features=FEATURES
+        {"prompt": [[{"role": "user", "content": "Go"}]], "answer": ["cat dog"]}, features=features()
     )
     trainer = trainer_on(
         rows, tokenizer, tmp_path, data=DataConfig(source="rules", window=32), eval_draws=6000

@@ -2,14 +2,14 @@ import pytest
 from datasets import Dataset
 
 from dlm.data.encode import encode_rows
-from dlm.data.rows import FEATURES
+from dlm.data.rows import features
 from dlm.errors import DataError
 from dlm.tokenizer import as_messages, encode_prompt, encode_text
 
 
 def dataset(*pairs):
     prompts = [[{"role": "user", "content": p}] if p else [] for p, _ in pairs]
-    return Dataset.from_dict({"prompt": prompts, "answer": [a for _, a in pairs]}, features=FEATURES)
+    return Dataset.from_dict({"prompt": prompts, "answer": [a for _, a in pairs]}, features=features())
 
 
 def test_the_boundary_is_exactly_what_inference_uses(tokenizer):

@@ -56,18 +56,16 @@ def test_a_malformed_row_names_its_file_and_index(tmp_path, row, message):
 def test_a_hub_data_set_gives_the_same_rows(monkeypatch):
     from datasets import Dataset
 
-    import dlm.data.rows as module
-
     asked = []
 
     def hub(name, split):
         asked.append((name, split))
         return Dataset.from_list(ALPACA)
 
-    monkeypatch.setattr(module, "load_dataset", hub)
+    monkeypatch.setattr("datasets.load_dataset", hub)
     assert load_rows("tatsu-lab/alpaca").to_list() == EXPECTED
     assert asked == [("tatsu-lab/alpaca", "train")]
-    monkeypatch.setattr(module, "load_dataset", lambda *_, **__: Dataset.from_list([{"instruction": "x"}]))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Dataset.from_list([{"instruction": "x"}]))
     with pytest.raises(DataError, match=r"some/set\[train\], row 0: needs 'instruction' and 'output'"):
         load_rows("some/set")
 

@@ -1,0 +1,87 @@
+"""Stage `tests`: the tests that need a GPU, each as a result; on a CPU, in miniature."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+from benchmarks.gpu.context import Context
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = ("tests/test_cuda.py", "tests/decoding/test_kernels.py")
+
+
+def run(context: Context) -> None:
+    """Run them in a process of their own.
+
+    Raises:
+        RuntimeError: when one failed; the others are in the report all the same.
+    """
+    if importlib.util.find_spec("pytest") is None:
+        context.report.add("tests", "pytest", state="not installed: nothing was run")
+        return
+    failed = 0
+    for file in FILES if context.cuda else FILES[:1]:
+        if not context.skip("test files", file, 10):
+            failed += _run(context, file)
+    if failed:
+        raise RuntimeError(f"{failed} tests failed")
+
+
+def _run(context: Context, file: str) -> int:
+    """Run the tests of a file; gives how many failed."""
+    log = (context.output / "tests.xml").resolve()
+    log.unlink(missing_ok=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        file,
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={log}",
+        "--tb=short",
+    ]
+    if context.tiny:
+        command += ["-k", "not kernel"]  # the interpreter is slow, and stage kernels tries it
+    environment = {**os.environ, "DLM_GPU_TESTS": "" if context.cuda else "cpu"}
+    try:
+        subprocess.run(command, cwd=ROOT, env=environment, timeout=max(context.left, 10), check=False)
+    except subprocess.TimeoutExpired:
+        context.report.add("failures", file, error="its tests did not end in time")
+    return record(context, file, log) if log.exists() else 1
+
+
+def record(context: Context, file: str, log: Path) -> int:
+    """Write down every test that did not pass, every figure, and the counts; gives how many failed."""
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    for case in ElementTree.parse(log).getroot().iter("testcase"):
+        fate, why = outcome(case)
+        counts[fate] += 1
+        figures = ", ".join(f"{p.attrib['name']} {short(p.attrib['value'])}" for p in case.iter("property"))
+        if fate != "passed" or figures:
+            context.report.add("tests", case.attrib["name"], fate=fate, found=why[:300] or figures)
+    context.report.add("test files", file, **counts)
+    return counts["failed"]
+
+
+def short(value: str) -> str:
+    """A figure in a few digits, if it is one."""
+    try:
+        return f"{float(value):.3g}"
+    except ValueError:
+        return value
+
+
+def outcome(case: ElementTree.Element) -> tuple[str, str]:
+    """Passed, failed or skipped, and why."""
+    for fate, tags in (("failed", ("failure", "error")), ("skipped", ("skipped",))):
+        for tag in tags:
+            found = case.find(tag)
+            if found is not None:
+                return fate, found.attrib.get("message", "")
+    return "passed", ""

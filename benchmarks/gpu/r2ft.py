@@ -1,0 +1,58 @@
+"""Stage `r2ft`: reject repetition, by the default recipe on the result of stage `train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import material, train
+from benchmarks.gpu.context import Context
+from benchmarks.gpu.material import MaterialError, built, recipe
+from finetune.config import R2FTConfig
+
+
+def folder_of(context: Context) -> Path:
+    """The run of the recipe."""
+    return context.output / "r2ft"
+
+
+def run(context: Context) -> None:
+    """Train with the guard on the NELBO, and hand the adapter over."""
+    from finetune.r2ft import r2ft
+
+    if context.done("r2ft", "recipe"):
+        return
+    if not (train.folder_of(context) / "adapter_config.json").is_file():
+        raise MaterialError(f"{train.folder_of(context)} holds no finished run: stage train comes first")
+    folder = folder_of(context)
+    config = train.stored(folder, R2FTConfig) or built(R2FTConfig, settings(context))
+    r2ft(config)
+    context.report.add("r2ft", "recipe", **train.summary(folder, config), **kept(folder, config))
+    train.give(context, folder, "r2ft", "default-sft")
+
+
+def settings(context: Context) -> dict[str, Any]:
+    """The default recipe on the adapter of stage `train`."""
+    changes: dict[str, Any] = {
+        "output_dir": str(folder_of(context)),
+        "model.init": str(train.folder_of(context)),
+        "model.lora.fold": True,
+        "data.source": str(material.rows(context)),
+        "report_to": "none",
+        "keep_checkpoints": 4,
+        "trainer": {"disable_tqdm": True},
+    }
+    if context.tiny:
+        small = train.tiny_changes() | {"trainer": {"disable_tqdm": True}, "eval_steps": 2, "save_steps": 2}
+        changes |= small | {"max_steps": 4, "learning_rate": 1e-6, "model.lora.r": 2}
+    return recipe("r2ft-smollm2-135m-lora", changes)
+
+
+def kept(folder: Path, config: R2FTConfig) -> dict[str, Any]:
+    """The step whose weights were kept."""
+    import json
+
+    from finetune.watch import kept_step
+
+    history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+    return {"kept_step": kept_step(history, config.nelbo_tolerance)}

@@ -1,0 +1,67 @@
+"""Encoded rows are what `encode_rows` gives, without `datasets`."""
+
+import numpy as np
+import pytest
+import torch
+
+from dlm.data.encode import encode_rows
+from dlm.data.encoded import EncodedRows
+from dlm.errors import DataError
+from dlm.prior import TokenPrior
+from dlm.tokenizer import train_tokenizer
+
+WINDOW = 40
+
+
+@pytest.fixture
+def both(rows, tokenizer):
+    plain, report = encode_rows(rows, tokenizer, WINDOW)
+    return plain, EncodedRows.of(plain, tokenizer, WINDOW), report
+
+
+def test_rows_come_back_from_a_file(both, tmp_path):
+    plain, encoded, _ = both
+    encoded.save(tmp_path / "rows.npz")
+    found = EncodedRows.load(tmp_path / "rows.npz")
+    assert found.ids.dtype == np.uint16
+    assert len(found) == len(plain)
+    for i in (0, 7, len(plain) - 1):
+        assert found[i]["input_ids"].tolist() == plain[i]["input_ids"]
+        assert found[i]["input_ids"].dtype == torch.int64
+        assert {name: found[i][name] for name in ("prompt_length", "length", "row")} == {
+            "prompt_length": plain[i]["prompt_length"], "length": plain[i]["length"], "row": i,
+        }  # fmt: skip
+    assert found["length"] == plain["length"]
+
+
+def test_counts_and_the_report_are_those_of_the_text(both, tokenizer):
+    plain, encoded, report = both
+    assert torch.equal(TokenPrior.of(encoded, 400).counts, TokenPrior.of(plain, 400).counts)
+    again, found = encode_rows(encoded, tokenizer, WINDOW)
+    assert again is encoded
+    assert (found.kept, found.truncated) == (report.kept, report.truncated)
+    assert report.truncated > 0
+
+
+def test_some_rows_are_numbered_anew(both):
+    plain, encoded, _ = both
+    last = encoded.select(range(len(plain) - 3, len(plain)))
+    assert [last[i]["input_ids"].tolist() for i in range(3)] == plain["input_ids"][-3:]
+    assert [last[i]["row"] for i in range(3)] == [0, 1, 2]
+    assert last.answers().tolist() == [
+        token for ids, n in zip(plain["input_ids"], plain["prompt_length"], strict=True) for token in ids[n:]
+    ][-len(last.answers()) :]  # fmt: skip
+
+
+def test_another_tokenizer_or_window_is_refused(both, tokenizer):
+    _, encoded, _ = both
+    with pytest.raises(DataError, match="with a window of 40 tokens, not 64"):
+        encode_rows(encoded, tokenizer, 64)
+    with pytest.raises(DataError, match="another tokenizer"):
+        encode_rows(encoded, train_tokenizer(["quite other words"], 300), WINDOW)
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "rows.npz").write_bytes(b"no archive")
+    with pytest.raises(DataError, match="not a file of encoded rows"):
+        EncodedRows.load(tmp_path / "rows.npz")

@@ -1,0 +1,87 @@
+"""Runs that have minutes instead of steps, and rows that are encoded already."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from dlm.data.encode import encode_rows
+from dlm.data.encoded import EncodedRows
+from dlm.errors import ConfigError
+from finetune.deadline import Deadline
+from finetune.run import split_rows
+from finetune.run_folder import RunFolder
+from finetune.sft import train
+from tests.finetune.test_train import losses, settings, unfinish, weights
+
+
+def timed(folder, minutes=0.02, **kwargs):
+    return settings(folder, max_steps=0, max_minutes=minutes, save_steps=10**6, **kwargs)
+
+
+def test_the_rate_warms_up_over_steps_and_comes_to_rest_with_the_time(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    deadline = Deadline(RunFolder(timed(tmp_path, 1.0, warmup_steps=3)), timed(tmp_path, 1.0, warmup_steps=3))
+    assert [deadline.pace(step) for step in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    now[0] = 130.0
+    assert deadline.pace(50) == pytest.approx(0.5)
+    now[0] = 161.0
+    assert deadline.pace(90) == pytest.approx(0.0)
+
+
+def test_a_run_ends_with_its_time_and_is_finished(tmp_path):
+    begun = time.monotonic()
+    train(timed(tmp_path, eval_steps=10**6))
+    assert time.monotonic() - begun < 30
+    stored = json.loads((tmp_path / "run.json").read_text())
+    assert stored["finished"]
+    assert stored["stopped"]
+    assert stored["seconds"] >= 1.2
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert [r for r in history if "loss" in r][-1]["learning_rate"] < 3e-4
+    assert "eval_nelbo" in history[-2] or "eval_nelbo" in history[-1]
+
+
+def test_a_killed_run_has_only_the_rest_of_its_time(tmp_path):
+    train(timed(tmp_path))
+    unfinish(tmp_path)
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "stopped": False, "seconds": 1.0}))
+    before = max(losses(tmp_path))
+    train(timed(tmp_path))
+    assert json.loads(file.read_text())["seconds"] == pytest.approx(1.2, abs=0.5)
+    assert max(losses(tmp_path)) > before
+
+
+def test_minutes_between_checkpoints(tmp_path):
+    train(timed(tmp_path, save_minutes=0.005, keep_checkpoints=20))
+    assert len(list(tmp_path.glob("checkpoint-*"))) >= 3
+
+
+def test_a_negative_time_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="max_minutes must not be negative"):
+        timed(tmp_path, -1.0)
+
+
+def test_encoded_rows_train_the_model_of_their_text(tmp_path):
+    from dataclasses import replace
+
+    from transformers import AutoTokenizer
+
+    from finetune.config import ModelConfig
+
+    train(settings(tmp_path / "first"))
+    config = settings(tmp_path / "text", model=ModelConfig(init=str(tmp_path / "first")), max_steps=4)
+    train(config)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "first")
+    parts = split_rows(config.data, config.seed)
+    rows = [encode_rows(part, tokenizer, 48)[0] for part in parts]
+    ids = [row for part in rows for row in part["input_ids"]]
+    starts = [n for part in rows for n in part["prompt_length"]]
+    EncodedRows.packed(ids, starts, tokenizer, 48).save(tmp_path / "rows.npz")
+    data = replace(config.data, source=str(tmp_path / "rows.npz"), limit=0)
+    train(settings(tmp_path / "ids", model=config.model, max_steps=4, data=data))
+    assert losses(Path(tmp_path / "ids")) == losses(Path(tmp_path / "text"))
+    assert all((weights(tmp_path / "ids")[k] == w).all() for k, w in weights(tmp_path / "text").items())

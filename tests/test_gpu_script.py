@@ -1,0 +1,147 @@
+"""`benchmarks.gpu` and its bundle, in miniature: what a GPU is given to do, but for the size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import bundle
+from benchmarks.gpu.__main__ import STAGES, timed
+from benchmarks.gpu.pieces import cut, joined
+from benchmarks.gpu.report import Report
+
+ROOT = Path(__file__).resolve().parents[1]
+BARE = """
+import sys
+from importlib.machinery import PathFinder
+MISSING = {"datasets", "jsonargparse", "docstring_parser", "platformdirs", "gguf"}
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in MISSING else PathFinder.find_spec(name, path, target)
+sys.meta_path[:] = [Finder if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+"""A Python without our data libraries."""
+
+
+def call(words, cwd, **environment):
+    done = subprocess.run(
+        words, cwd=cwd, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A bundle without wheels and base, with rows of nobody, unpacked and run by its own script."""
+    pytest.importorskip("triton")
+    there = tmp_path_factory.mktemp("gpu")
+    (there / "bare").mkdir()
+    (there / "bare" / "sitecustomize.py").write_text(BARE)
+    (there / "rows.npz").write_bytes(b"stage train makes its own in miniature")
+    words = ["--output", str(there / "bundle"), "--rows", str(there / "rows.npz"), "--no-wheels", "--no-base"]
+    assert bundle.main(words) == 0
+    shown = call(
+        ["bash", str(there / "bundle" / "run.sh"), "--tiny", "--device", "cpu", "--minutes", "1",
+         "--deliver", str(there / "out")],
+        there, DLM_HOME=str(there / "home"), PYTHON=sys.executable, PYTHONPATH=str(there / "bare"),
+    )  # fmt: skip
+    return there, shown
+
+
+def test_every_stage_passes_on_a_bare_python(folder):
+    there, shown = folder
+    results = [json.loads(line) for line in (there / "out" / "report.jsonl").read_text().splitlines()]
+    assert [r["name"] for r in results if r["stage"] == "stages"] == list(STAGES)
+    assert not [r for r in results if r["stage"] == "failures"]
+    assert (
+        "not installed, and done without: datasets" not in shown
+    )  # it has its metadata, and is not imported
+    names = {r["name"] for r in results}
+    assert {"hardware", "ceilings", "recipe", "V=300, N=4", "tiny, batch 1: rate 4"} <= names
+    found = {r["name"]: r for r in results if r["stage"] == "train"}["recipe"]
+    assert found["nelbo_last"] < found["nelbo_first"]
+
+
+def test_the_pieces_that_come_back_are_adapters(folder):
+    there, _ = folder
+    assert len(list((there / "out").iterdir())) <= 8
+    call([sys.executable, "-m", "benchmarks.gpu.pieces", str(there / "out"), "sft.tar.gz", "--output",
+          str(there / "sft")], ROOT)  # fmt: skip
+    names = {path.name for path in (there / "sft").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "config.json", "tokenizer.json", "curve.png",
+            "history.json", "token_counts.safetensors"} <= names  # fmt: skip
+
+
+def test_what_is_done_is_not_done_again(folder):
+    there, _ = folder
+    report = there / "home" / "run" / "report.jsonl"
+    before = [json.loads(line) for line in report.read_text().splitlines()]
+    call([sys.executable, "-m", "benchmarks.gpu", "--tiny", "--device", "cpu", "--minutes", "1", "--output",
+          str(there / "home" / "run"), "--stage", "kernels", "train", "r2ft"], ROOT)  # fmt: skip
+    after = [json.loads(line) for line in report.read_text().splitlines()][len(before) :]
+    assert {r["stage"] for r in after} == {"machine", "stages"}
+
+
+def test_pieces_are_checked(tmp_path):
+    data = bytes(range(256)) * 10
+    assert len(cut(data, tmp_path, "x", 1000)) == 3
+    assert joined(tmp_path, "x") == data
+    (tmp_path / "x.01").write_bytes(b"?" * 1000)
+    with pytest.raises(ValueError, match="do not add up"):
+        joined(tmp_path, "x")
+    (tmp_path / "x.02").unlink()
+    with pytest.raises(ValueError, match=r"x\.02 not there"):
+        joined(tmp_path, "x")
+    with pytest.raises(ValueError, match="knows no y, only x"):
+        joined(tmp_path, "y")
+
+
+def test_stages_have_minutes_of_their_own():
+    assert timed(["train=4.5", "r2ft"], 2) == {"train": 4.5, "r2ft": 2.0}
+    with pytest.raises(ValueError, match="no stage 'trian'"):
+        timed(["trian"], 1)
+
+
+def test_a_cut_line_of_the_report_is_passed_over(tmp_path):
+    Report(tmp_path).add("a", "one", value=1.0)
+    with (tmp_path / "report.jsonl").open("a") as file:
+        file.write('{"stage": "a", "na')
+    report = Report(tmp_path)
+    report.add("a", "two", value=12345.6)
+    assert [r["name"] for r in Report(tmp_path).results] == ["one", "two"]
+    assert "| two | 12,346 |" in report.page.read_text()
+
+
+def test_wheels_are_those_that_the_machine_lacks(tmp_path):
+    have = tmp_path / "have.txt"
+    have.write_text("torch==2.11.0\nTransformers>=5\nhuggingface_hub, tokenizers numpy\n")
+    names = {requirement.name for requirement in bundle.wanted(have)}
+    assert not names & {"torch", "transformers", "huggingface-hub", "tokenizers", "numpy"}
+    assert {"gguf", "datasets", "platformdirs"} <= names
+
+
+def test_a_wheel_says_what_it_needs(tmp_path):
+    import zipfile
+
+    lines = ("Name: x", "Requires-Dist: a>=1", 'Requires-Dist: b; sys_platform == "win32"',
+             'Requires-Dist: c; extra == "more"', 'Requires-Dist: d; python_version >= "3.12"')  # fmt: skip
+    with zipfile.ZipFile(tmp_path / "x.whl", "w") as parts:
+        parts.writestr("x-1.dist-info/METADATA", "\n".join(lines))
+    assert [requirement.name for requirement in bundle.needs(tmp_path / "x.whl")] == ["a", "d"]
+
+
+def test_stages_apart_fail_alone(tmp_path):
+    words = ["--tiny", "--device", "cpu", "--output", str(tmp_path), "--minutes", "1", "--apart"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *words, "--stage", "eval", "kernels=0.001"],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "[eval] left out: no model to ask" in done.stdout
+    assert "[kernels] V=300, N=4: left out" in done.stdout
