@@ -218,7 +218,7 @@ def _ours(subject: Subject, way: Way) -> tuple[Callable[[], int], Any]:
         subject.model.backbone.compile(dynamic=False)
     timed = Timed(model) if way.timed else None
     sampler = Sampler(timed or model, subject.tokenizer)
-    limit = {} if "window" in how else {"max_tokens": subject.tokens}
+    limit: dict[str, Any] = {} if "window" in how else {"max_tokens": subject.tokens}
     texts = subject.texts(way)
 
     def write() -> int:
