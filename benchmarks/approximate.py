@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 
-from decoding.bench import as_causal, now
-from decoding.measures import repetition, stutter
+from decoding.answer import Output
 from decoding.presets import Decoder
-from decoding.prompts import read_prompts
-from decoding.sampler import Output, Sampler
+from decoding.sampler import Sampler
 from dlm.checkpoint import load_model
+from dlm.data.prompts import read_prompts
 from dlm.data.rules import is_right, make_examples
+from dlm.repetition import repetition, stutter
+from eval.bench import as_causal, now
 from examples.demo import PROMPT_SEED, STEPS, WINDOW
 
 Modes = dict[str, dict[str, Any]]

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from benchmarks.models import smollm2
-from decoding.bench import now
-from decoding.prompts import read_prompts
+from decoding.denoiser import hidden_of_rows
 from decoding.sampler import Sampler
-from decoding.states import run_rows
 from dlm.checkpoint import DTYPES, load_model
+from dlm.data.prompts import read_prompts
+from eval.bench import now
 
 LENGTHS = [40, 300, 75, 220, 130, 60, 180, 95]
 
@@ -49,7 +49,7 @@ def throughput(model: Any, rounds: int) -> dict[str, float]:
         for name, (how, lengths) in ways.items():
             begun = now(model.device)
             with torch.inference_mode():
-                run_rows(how, ids[: sum(lengths)], lengths)
+                hidden_of_rows(how, ids[: sum(lengths)], lengths)
             speeds[name].append(sum(lengths) / (now(model.device) - begun))
     return {name: median(each[1:]) for name, each in speeds.items()}
 

@@ -20,14 +20,16 @@ from statistics import median
 import torch
 
 from benchmarks.models import EOS, SMOLLM2, VOCAB, Ending, smollm2
-from decoding.bench import Problem, Timed, measure, now
-from decoding.canvas import Canvas
-from decoding.loop import Settings, denoise
+from decoding.canvas import make_canvas
 from decoding.presets import PRESETS, Decoder
+from decoding.request import Request
+from decoding.rows import Row
+from decoding.step import denoise
 from dlm.checkpoint import DTYPES, load_model
 from dlm.config import MaskedDiffusionConfig
 from dlm.curves import BLUE, GREEN, ORANGE, PINK, plain
 from dlm.model import MaskedDiffusionModel
+from eval.bench import Problem, Timed, measure, now
 
 PROMPT, ANSWER = 40, 60
 COLOURS = {"plain": ORANGE, "steps, exact": BLUE, "steps, canvas growing": GREEN, "length-free, rate 2": PINK}
@@ -77,11 +79,12 @@ def seconds(size: Size, rounds: int, device: str, dtype: torch.dtype) -> dict[st
     problem = Problem(model, prompts, size.vocabulary - 1, EOS, size.window, size.steps)
     kernel = size.window // 4 // 2 * 2 + 1
     conv, near = Decoder.named("conv", kernel_size=kernel), Decoder.named("conv", kernel_size=33)
+    fixed = Request(decoder=conv, window=size.window, steps=size.steps)
     ways = [
         replace(problem.plain(kernel), name="plain"),
-        problem.ours("steps, exact", conv),
-        problem.ours("steps, canvas growing", conv, grow=True),
-        problem.ours("length-free, rate 2", near, rate=2.0),
+        problem.ours("steps, exact", fixed),
+        problem.ours("steps, canvas growing", replace(fixed, canvas="growing")),
+        problem.ours("length-free, rate 2", Request(decoder=near, max_tokens=problem.limit, rate=2.0)),
     ]
     runs = measure(ways, rounds, device)
     return {name: median(run.seconds for run in each) / size.rows for name, each in runs.items()}
@@ -113,14 +116,13 @@ def draw(found: dict[str, dict[int, dict[str, float]]], path: Path, title: str) 
 def outside(name: str, model: MaskedDiffusionModel, limit: int) -> tuple[float, float]:
     """Seconds per step, and the share of them outside the model, over the first `limit` steps."""
     timed = Timed(model)
-    mask, eos = int(model.config.mask_token_id or 0), int(model.config.eos_token_id or 0)
-    ids = torch.full((1, 512), mask)
-    ids[0, :PROMPT] = torch.arange(100, 100 + PROMPT)
-    canvas = Canvas.of(ids, mask, torch.tensor([1]))
-    settings = Settings(64, eos_id=eos, mask_id=mask, eos_fill=False, early_exit=False)
+    plan = Request(decoder=Decoder.named(name), window=512, steps=64).resolve(model)
+    plan = replace(plan, ending=replace(plan.ending, fill=False, early_exit=False))
+    row = Row([*range(100, 100 + PROMPT), *[plan.mask_id] * (512 - PROMPT)], PROMPT)
+    canvas = make_canvas([row], [1], plan)
     taken, begun = 0, now(model.device)
     with torch.inference_mode():
-        for taken, _ in enumerate(denoise(timed, canvas, Decoder.named(name), settings), start=1):
+        for taken, _ in enumerate(denoise(timed, canvas, plan), start=1):
             if taken == limit:
                 break
     total = now(model.device) - begun

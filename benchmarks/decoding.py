@@ -15,8 +15,8 @@ import argparse
 import torch
 
 from benchmarks.models import EOS, MASK, VOCAB, Ending, smollm2
-from decoding.bench import Problem, as_causal, measure, standard_ways, table
 from dlm.checkpoint import DTYPES
+from eval.bench import Problem, as_causal, measure, standard_ways, table
 
 PROMPT = 40
 

@@ -14,6 +14,7 @@ import torch
 from dlm.config import MaskedDiffusionConfig
 from dlm.device import sent
 from dlm.model import MaskedDiffusionModel
+from dlm.spec import ModelSpec
 
 SMOLLM2 = {
     "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -58,6 +59,16 @@ class Ending:
             model.dtype,
             model.backbone,
         )
+
+    @property
+    def spec(self) -> ModelSpec:
+        """See `MaskedDiffusionModel`."""
+        return self.model.spec
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """See `MaskedDiffusionModel`."""
+        return self.model.capabilities
 
     def _marked(self, hidden: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D + 1], the last number saying whether the answer ends there."""

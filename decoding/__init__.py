@@ -1,20 +1,37 @@
 """Decoding: how masks become text.
 
 A decoder is three independent choices: `decoding.window` (where), `decoding.reveal` (when) and
-`decoding.tokens` (what). `decoding.loop` holds the one denoising loop, `decoding.sampler` the text around it.
+`decoding.tokens` (what). A `Request` becomes a `Plan`; `decoding.step` takes one denoising step of
+the rows of a plan; `decoding.engine` holds rows of many plans; `decoding.sampler` puts text around it.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from decoding.answer import Event as Event
+    from decoding.answer import Output as Output
+    from decoding.engine import Engine as Engine
+    from decoding.infill import Infilled as Infilled
+    from decoding.presets import Decoder as Decoder
+    from decoding.presets import list_decoders as list_decoders
+    from decoding.request import Plan as Plan
+    from decoding.request import Request as Request
+    from decoding.sampler import Sampler as Sampler
+    from decoding.tokens import TokenRule as TokenRule
 
 _LAZY = {
     "Decoder": "decoding.presets",
     "list_decoders": "decoding.presets",
     "Sampler": "decoding.sampler",
-    "Output": "decoding.sampler",
-    "Event": "decoding.sampler",
+    "Request": "decoding.request",
+    "Plan": "decoding.request",
+    "Engine": "decoding.engine",
+    "Output": "decoding.answer",
+    "Event": "decoding.answer",
+    "Infilled": "decoding.infill",
     "TokenRule": "decoding.tokens",
 }
 

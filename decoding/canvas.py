@@ -1,18 +1,27 @@
-"""The canvas: rows that are being written, with all the state that belongs to them."""
+"""The canvas: rows that are being written, with all the state that belongs to them.
+
+A row is its canvas: whatever decides its text stands here, so that it can be moved to another batch or engine
+between any two steps without changing the text. Hidden states and scores are caches beside it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
+
+from decoding.request import Plan
+from decoding.rows import Row
+from dlm.noise import key_of
 
 
 @dataclass
 class Canvas:
     """Rows that are being written. One tensor row per text; rows know nothing of each other.
 
-    All of it lies on the host, whatever device the model is on.
+    All of it lies on the host, whatever device the model is on. `make_canvas` makes one.
     """
 
     ids: torch.Tensor
@@ -35,6 +44,8 @@ class Canvas:
     """[B] int64, where the answer begins, which may begin with given tokens; the prompt lies before it."""
     ends_from: torch.Tensor
     """[B] int64, the first position at which an end token may be written."""
+    memory: dict[str, torch.Tensor] = field(default_factory=dict)
+    """State of the reveal rule, by name: [B, L, …] or [B]."""
     reveal_step: torch.Tensor = field(init=False)
     """[B, L] int64, step at which each token appeared; -1 for given ones."""
     confidence: torch.Tensor = field(init=False)
@@ -42,54 +53,27 @@ class Canvas:
     cut); NaN for given ones, and for end tokens that only fill up."""
     step: torch.Tensor = field(init=False)
     """[B] int64, steps taken."""
+    revision: torch.Tensor = field(init=False)
+    """[B] int64, how often the row has changed. The noise of tokens is keyed by it: what was drawn for a
+    revision is the same whenever it is drawn."""
     model_calls: torch.Tensor = field(init=False)
     """[B] int64, model calls that ran the row."""
     done: torch.Tensor = field(init=False)
     """[B] bool."""
+    failed: torch.Tensor = field(init=False)
+    """[B] int64, the step in which the model returned NaN for the row; -1 for none."""
 
     def __post_init__(self) -> None:
         """Start with nothing revealed."""
         self.reveal_step = torch.full_like(self.ids, -1)
         self.confidence = torch.full(self.ids.shape, torch.nan)
-        self.step = torch.zeros_like(self.start)
-        self.model_calls = torch.zeros_like(self.start)
+        self.step, self.revision, self.model_calls = (torch.zeros_like(self.start) for _ in range(3))
+        self.failed = torch.full_like(self.start, -1)
         self.done = ~self.masked.any(1)
 
-    @classmethod
-    def of(
-        cls,
-        ids: torch.Tensor,
-        mask_id: int,
-        key: torch.Tensor,
-        valid: torch.Tensor | None = None,
-        ahead: int | None = None,
-        answer: torch.Tensor | None = None,
-        ends_from: torch.Tensor | None = None,
-    ) -> Canvas:
-        """A canvas from rows [B, L] in which the mask token marks what is to be written.
-
-        Args:
-            ids: [B, L] int64.
-            mask_id: id of the mask token.
-            key: [B] int64 noise keys.
-            valid: [B, L] bool, False at right padding.
-            ahead: for a canvas that grows, how many of the masks behind the last given token are there at
-                first; None for all.
-            answer: [B] int64, where answers begin; by default with the first mask.
-            ends_from: [B] int64, the first position at which an end token may be written; by default any.
-        """
-        valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
-        initial = (ids == mask_id) & valid
-        start, end = initial.int().argmax(1), valid.sum(1)
-        if ahead is not None:
-            position = torch.arange(ids.shape[1])
-            last = torch.where(valid & ~initial, position + 1, 0).amax(1)  # masks before it are all there
-            reach = torch.maximum(start, last) + ahead
-            valid = valid & (position < reach[:, None])
-        masked = initial & valid
-        answer = start if answer is None else answer
-        ends_from = torch.zeros_like(start) if ends_from is None else ends_from
-        return cls(ids.clone(), masked, ~masked, valid, initial, start, key, end, answer, ends_from)
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.ids)
 
     @property
     def width(self) -> int:
@@ -97,9 +81,10 @@ class Canvas:
         reached = self.valid[~self.done].any(0)
         return int(reached.nonzero()[-1]) + 1 if bool(reached.any()) else self.ids.shape[1]
 
-    def ended(self, rows: torch.Tensor, eos_id: int) -> torch.Tensor:
-        """[b] bool, rows [b] in which an EOS has been written."""
-        return (~self.masked[rows] & ~self.pinned[rows] & (self.ids[rows] == eos_id)).any(1)
+    @property
+    def version(self) -> torch.Tensor:
+        """[B] int64, a number that changes whenever the model would see another row: revision and size."""
+        return (self.revision << 24) + self.valid.sum(1)
 
     def grow(self, rows: torch.Tensor, ahead: int, closed: torch.Tensor) -> None:
         """Give the rows [b] new masks on the right until they have `ahead`; none to those `closed` [b]."""
@@ -107,39 +92,76 @@ class Canvas:
         valid, masked = self.valid[rows], self.masked[rows]
         reach = torch.minimum(valid.sum(1) + ahead - masked.sum(1), self.end[rows])
         new = (position < torch.where(closed, 0, reach)[:, None]) & ~valid
-        self.valid[rows] |= new
-        self.masked[rows] |= new
-        self.pinned[rows] &= ~new
-        self.done[rows] &= ~new.any(1)
+        grown = new.any(1)
+        if bool(grown.any()):
+            self.valid[rows] |= new
+            self.masked[rows] |= new
+            self.pinned[rows] &= ~new
+            self.done[rows] &= ~grown
 
     def take(self, rows: torch.Tensor) -> Canvas:
         """Some rows [b], as a canvas of their own."""
-        return self._of_fields({f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        values = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "memory"}
+        return self._of_fields(values, {name: x[rows] for name, x in self.memory.items()})
 
     @classmethod
     def join(cls, canvases: Sequence[Canvas]) -> Canvas:
         """All rows of several canvases, padded on the right to the widest."""
         width = max(c.ids.shape[1] for c in canvases)
         fill = {"pinned": True, "reveal_step": -1, "confidence": torch.nan}
-        return cls._of_fields(
-            {
-                f.name: torch.cat(
-                    [
-                        x if x.dim() == 1 else resized(x, len(x), width, fill.get(f.name, 0))
-                        for x in (getattr(c, f.name) for c in canvases)
-                    ]
-                )
-                for f in fields(cls)
-            }
-        )
+        wide = [{f.name: getattr(c, f.name) for f in fields(cls) if f.name != "memory"} for c in canvases]
+        values = {name: _stacked([w[name] for w in wide], width, fill.get(name, 0)) for name in wide[0]}
+        memory = {name: _stacked([c.memory[name] for c in canvases], width, 0) for name in canvases[0].memory}
+        return cls._of_fields(values, memory)
 
     @classmethod
-    def _of_fields(cls, values: dict[str, torch.Tensor]) -> Canvas:
+    def _of_fields(cls, values: Mapping[str, torch.Tensor], memory: dict[str, torch.Tensor]) -> Canvas:
         """A canvas from all its fields, also those that a new one begins with by itself."""
-        canvas = cls(**{f.name: values[f.name] for f in fields(cls) if f.init})
-        for f in fields(cls):
-            setattr(canvas, f.name, values[f.name])
+        given: dict[str, Any] = {f.name: values[f.name] for f in fields(cls) if f.init and f.name in values}
+        canvas = cls(**given, memory=memory)
+        for name, value in values.items():
+            setattr(canvas, name, value)
         return canvas
+
+
+def make_canvas(rows: Sequence[Row], seeds: Sequence[int], plan: Plan) -> Canvas:
+    """The canvas of rows that are decoded by one plan: the only way to make one.
+
+    Args:
+        rows: tokens, with the mask token where something is to be written.
+        seeds: one for each row; its noise is a function of the seed and the row's given tokens.
+        plan: how they will be decoded; on a canvas that grows it says how many masks there are at first.
+    """
+    mask_id = plan.mask_id
+    width = max(len(row.ids) for row in rows)
+    ids = torch.tensor([row.ids + [mask_id] * (width - len(row.ids)) for row in rows])
+    end = torch.tensor([len(row.ids) for row in rows])
+    keys = [key_of(int(seed), row.digest(mask_id)) for row, seed in zip(rows, seeds, strict=True)]
+    position = torch.arange(width)
+    valid = position < end[:, None]
+    initial = (ids == mask_id) & valid
+    start = initial.int().argmax(1)
+    if plan.ahead is not None:
+        last = torch.where(valid & ~initial, position + 1, 0).amax(1)  # masks before it are all there
+        valid = valid & (position < (torch.maximum(start, last) + plan.ahead)[:, None])
+    return Canvas(
+        ids=ids,
+        masked=initial & valid,
+        pinned=~(initial & valid),
+        valid=valid,
+        initial=initial,
+        start=start,
+        key=torch.stack(keys),
+        end=end,
+        answer=torch.tensor([row.answer for row in rows]),
+        ends_from=torch.tensor([row.ends_from for row in rows]),
+        memory=plan.decoder.reveal.memory(len(rows), width),
+    )
+
+
+def _stacked(parts: Sequence[torch.Tensor], width: int, fill: float) -> torch.Tensor:
+    """Rows of several tensors, those of [b, w, …] padded to the width."""
+    return torch.cat([x if x.dim() == 1 else resized(x, len(x), width, fill) for x in parts])
 
 
 def resized(x: torch.Tensor, rows: int, width: int, fill: float = 0) -> torch.Tensor:

@@ -1,131 +1,254 @@
-"""The batch engine: rows of different requests, each at its own step, behind one model.
+"""The engine: rows of different requests, each at its own step, behind one model.
 
-Rows can be added and taken away between steps. A row's text never depends on its batch-mates: its noise is
-counted from its own key, and everything else that belongs to it stands in its row of a `Canvas`.
+Rows come and go between steps. A row's text never depends on the rows beside it: its noise is counted from
+its own key, and everything else that belongs to it stands in its row of a `Canvas`.
+
+An engine belongs to one thread; several engines may share a model.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from decoding.canvas import Canvas
-from decoding.loop import BrokenRowError, Lane, Settings, work_through
-from decoding.presets import Decoder
-from decoding.states import Denoiser
-from dlm.errors import DLMError
+from decoding import answer
+from decoding.answer import Event, Output
+from decoding.canvas import Canvas, make_canvas
+from decoding.denoiser import Denoiser
+from decoding.request import Plan
+from decoding.rows import Prompt, Row, RowMaker
+from decoding.step import Batch, run_work
+from dlm.errors import ConfigError, DLMError
+from dlm.spec import ModelSpec
 
 
-class BrokenTicketError(DLMError):
-    """The model returned NaN for a row of the engine.
+@dataclass(frozen=True)
+class Update:
+    """A row that has taken a step.
 
-    Attributes:
-        ticket: the row's.
-        step: the step that it was to take.
+    `confirmed`, `event` and `canvas` are read when they are asked for: ask before the engine's next step.
     """
 
-    def __init__(self, ticket: int, step: int) -> None:
-        super().__init__(f"the model returned NaN in step {step} of the row with the ticket {ticket}")
-        self.ticket, self.step = ticket, step
+    ticket: int
+    finished: bool
+    error: DLMError | None
+    """Set when the model failed on this row; it is finished then, and has no output."""
+    plan: Plan = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    _read: Callable[[], Canvas] = field(repr=False)
+
+    @property
+    def canvas(self) -> Canvas:
+        """The row, a canvas of its own."""
+        return self._read()
+
+    @property
+    def confirmed(self) -> str:
+        """Text that can no longer change."""
+        return answer.confirmed(self.canvas, self.plan, self.tokenizer)
+
+    @property
+    def event(self) -> Event:
+        """The row as it is now, masks included."""
+        return answer.event(self.canvas, self.plan, self.tokenizer)
+
+    @property
+    def output(self) -> Output | None:
+        """The answer, when the row is finished."""
+        if not self.finished or self.error is not None:
+            return None
+        return answer.output(self.canvas, self.plan, self.tokenizer)
+
+
+@dataclass
+class _Group:
+    """A batch and the tickets of its rows, in order."""
+
+    batch: Batch
+    tickets: list[int]
 
 
 class Engine:
     """Decodes whatever rows it holds, one step at a time.
 
-    Rows with the same decoder and settings share a `Lane`; all lanes share the model calls, except those that
-    reuse keys and values, which have calls of their own.
+    Rows whose plans agree share the arithmetic of a step; all rows share the model calls, except for those
+    that reuse keys and values, which have calls of their own.
 
     Args:
         model: see `Denoiser`.
+        tokenizer: its tokenizer.
+        max_rows: rows at work at a time; others wait their turn. None for no limit.
+        max_positions: positions of all rows at work, each counted at its longest; None for no limit.
     """
 
-    def __init__(self, model: Denoiser) -> None:
-        self.model = model
-        self.lanes: dict[tuple[Decoder, Settings], Lane] = {}
-        self.tickets: dict[tuple[Decoder, Settings], list[int]] = {}
-        self.where: dict[int, tuple[Decoder, Settings]] = {}
+    def __init__(
+        self,
+        model: Denoiser,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_rows: int | None = None,
+        max_positions: int | None = None,
+    ) -> None:
+        for name, limit in (("max_rows", max_rows), ("max_positions", max_positions)):
+            if limit is not None and limit < 1:
+                raise ConfigError(f"{name} must be at least 1, got {limit}")
+        self.model, self.tokenizer = model, tokenizer
+        self.max_rows, self.max_positions = max_rows, max_positions
+        self.rows = RowMaker(tokenizer, ModelSpec.of(model))
+        self._groups: dict[Any, _Group] = {}
+        self._plans: dict[int, Plan] = {}
+        self._waiting: deque[tuple[int, Canvas]] = deque()
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
-        """How many rows there are."""
-        return len(self.where)
+        """Number of rows, those that wait included."""
+        return len(self._plans)
 
-    @torch.inference_mode()
-    def add(self, canvas: Canvas, decoder: Decoder, settings: Settings) -> list[int]:
-        """Take up rows.
+    @property
+    def running(self) -> int:
+        """Number of rows at work."""
+        return len(self._plans) - len(self._waiting)
+
+    def submit(self, prompt: Prompt | Row, plan: Plan, seed: int = 0) -> int:
+        """Take up an answer to a prompt, or a row that has been made already.
 
         Args:
-            canvas: the rows [B, L]; it is copied.
-            decoder: how they are decoded.
-            settings: at what pace, and so on.
+            prompt: a text, chat messages, or a `Row`.
+            plan: how it is decoded, from `Request.resolve`.
+            seed: of its noise; equal seeds and prompts give equal texts, whatever rows are beside them.
 
         Returns:
-            A ticket for each row.
+            Its ticket.
 
         Raises:
-            ConfigError: for settings that do not fit the decoder or the rows; nothing is added then.
+            ConfigError: for a prompt that does not fit; nothing is taken up then.
         """
-        own = (decoder, replace(settings, fit=settings.length(canvas.ids.shape[1])))
-        if own in self.lanes:
-            self.lanes[own].join(canvas)
-        else:
-            rows = torch.arange(len(canvas.ids))
-            self.lanes[own] = Lane(self.model, canvas.take(rows), *own)
-        tickets = list(itertools.islice(self._numbers, len(canvas.ids)))
-        self.tickets.setdefault(own, []).extend(tickets)
-        self.where.update(dict.fromkeys(tickets, own))
-        return tickets
+        row = prompt if isinstance(prompt, Row) else self.rows.answer(prompt, plan)
+        return self.add(make_canvas([row], [seed], plan), plan)
+
+    def add(self, canvas: Canvas, plan: Plan) -> int:
+        """Take up a row as it is, a canvas of one, perhaps from another engine; returns its ticket."""
+        Batch(self.model, canvas, plan)  # refuses what cannot be decoded
+        size = int(canvas.end[0])
+        if self.max_positions is not None and size > self.max_positions:
+            raise ConfigError(
+                f"a row of {size} positions is longer than the engine's limit of {self.max_positions}"
+            )
+        ticket = next(self._numbers)
+        self._plans[ticket] = plan
+        self._waiting.append((ticket, canvas))
+        return ticket
 
     @torch.inference_mode()
-    def step(self) -> list[int]:
-        """Take the next step of every row that is not done; returns the tickets of those that are now.
+    def step(self) -> list[Update]:
+        """Take the next step of every row; rows that are finished leave the engine.
 
-        Those that were done before are among them, until they are removed.
+        Returns:
+            One update for each row that took a step. A row for which the model fails is finished with an
+            error; the others go on.
+        """
+        self._admit()
+        run_work(self.model, [work for group in self._groups.values() for work in group.batch.step()])
+        updates = [update for group in self._groups.values() for update in self._updates(group)]
+        self._drop([update.ticket for update in updates if update.finished])
+        return updates
+
+    def cancel(self, ticket: int) -> None:
+        """Forget a row.
 
         Raises:
-            BrokenTicketError: when the model returns NaN for a row. Without that row the others go on.
+            KeyError: for a ticket that is not there.
         """
-        try:
-            work_through(self.model, [piece for lane in self.lanes.values() for piece in lane.work()])
-        except BrokenRowError as error:
-            owner = next(own for own, lane in self.lanes.items() if lane is error.lane)
-            raise BrokenTicketError(self.tickets[owner][error.row], error.step) from error
-        return [
-            ticket
-            for own, lane in self.lanes.items()
-            for ticket, done in zip(self.tickets[own], lane.canvas.done.tolist(), strict=True)
-            if done
-        ]
+        self.remove(ticket)
 
     @torch.inference_mode()
-    def row(self, ticket: int) -> Canvas:
-        """The row as it is now, a canvas of its own [1, L]."""
-        lane, index = self._find(ticket)
-        return lane.canvas.take(torch.tensor([index]))
-
-    @torch.inference_mode()
-    def remove(self, *tickets: int) -> list[Canvas]:
-        """Give rows away, finished or not; returns each as a canvas of its own.
+    def remove(self, ticket: int) -> Canvas:
+        """Give a row away as a canvas of its own, which another engine can go on with (see `add`).
 
         Raises:
-            KeyError: for a ticket that is not there; nothing is removed then.
+            KeyError: for a ticket that is not there.
         """
-        rows = [self.row(ticket) for ticket in tickets]
-        for own in {self.where.pop(ticket): None for ticket in dict.fromkeys(tickets)}:
-            staying = [i for i, ticket in enumerate(self.tickets[own]) if ticket in self.where]
-            self.tickets[own] = [self.tickets[own][i] for i in staying]
-            if staying:
-                lane = self.lanes[own]
-                lane.keep(torch.tensor(staying))
-            else:
-                del self.lanes[own], self.tickets[own]
-        return rows
+        canvas = self.canvas(ticket)
+        self._drop([ticket])
+        return canvas
 
-    def _find(self, ticket: int) -> tuple[Lane, int]:
-        """The lane that holds a row, and its number there."""
-        if ticket not in self.where:
+    @torch.inference_mode()
+    def canvas(self, ticket: int) -> Canvas:
+        """A row as it is now.
+
+        Raises:
+            KeyError: for a ticket that is not there.
+        """
+        if ticket not in self._plans:
             raise KeyError(f"no row has the ticket {ticket}")
-        own = self.where[ticket]
-        return self.lanes[own], self.tickets[own].index(ticket)
+        for waiting, canvas in self._waiting:
+            if waiting == ticket:
+                return canvas
+        group = self._groups[self._plans[ticket].batch_key]
+        return group.batch.canvas.take(torch.tensor([group.tickets.index(ticket)]))
+
+    def _admit(self) -> None:
+        """Let rows that wait begin, in order, as far as the limits allow."""
+        running = self.running
+        positions = sum(int(group.batch.canvas.end.sum()) for group in self._groups.values())
+        admitted: dict[Any, list[tuple[int, Canvas]]] = {}
+        while self._waiting:
+            ticket, canvas = self._waiting[0]
+            positions += int(canvas.end[0])
+            if self.max_rows is not None and running >= self.max_rows:
+                break
+            if self.max_positions is not None and positions > self.max_positions:
+                break
+            admitted.setdefault(self._plans[ticket].batch_key, []).append(self._waiting.popleft())
+            running += 1
+        for key, rows in admitted.items():
+            canvas = Canvas.join([canvas for _, canvas in rows])
+            tickets = [ticket for ticket, _ in rows]
+            if key in self._groups:
+                self._groups[key].batch.join(canvas)
+                self._groups[key].tickets += tickets
+            else:
+                self._groups[key] = _Group(Batch(self.model, canvas, self._plans[tickets[0]]), tickets)
+
+    def _updates(self, group: _Group) -> list[Update]:
+        """What has become of the rows of a group."""
+        canvas = group.batch.canvas
+        done, failed = canvas.done.tolist(), canvas.failed.tolist()
+        return [self._update(ticket, canvas, i, done[i], failed[i]) for i, ticket in enumerate(group.tickets)]
+
+    def _update(self, ticket: int, canvas: Canvas, index: int, done: bool, failed: int) -> Update:
+        plan = self._plans[ticket]
+        row: Canvas | None = None
+        if plan.stop and plan.keeps_tokens and not done:
+            row = canvas.take(torch.tensor([index]))
+            done = answer.find_stop(row, plan, self.tokenizer) is not None
+            row.done |= done
+        if done:
+            kept = canvas.take(torch.tensor([index])) if row is None else row
+            error = DLMError(f"the model returned NaN in step {failed}") if failed >= 0 else None
+            return Update(ticket, True, error, plan, self.tokenizer, lambda: kept)
+        return Update(ticket, False, None, plan, self.tokenizer, lambda: self.canvas(ticket))
+
+    def _drop(self, tickets: list[int]) -> None:
+        """Forget rows; batches that are empty go too."""
+        gone = set(tickets)
+        if not gone:
+            return
+        for ticket in gone:
+            del self._plans[ticket]
+        self._waiting = deque(item for item in self._waiting if item[0] not in gone)
+        for key, group in list(self._groups.items()):
+            staying = [i for i, ticket in enumerate(group.tickets) if ticket not in gone]
+            if len(staying) == len(group.tickets):
+                continue
+            group.tickets = [group.tickets[i] for i in staying]
+            if staying:
+                group.batch.keep(torch.tensor(staying))
+            else:
+                del self._groups[key]

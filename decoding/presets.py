@@ -8,7 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from decoding.reveal import Ancestral, EntropyBound, Quota, Remask, RevealRule, Threshold
+from decoding.reveal import (
+    Ancestral,
+    Dilated,
+    Editing,
+    EntropyBound,
+    Quota,
+    Remask,
+    RevealRule,
+    Stability,
+    Threshold,
+)
 from decoding.tokens import TokenRule
 from decoding.window import Block, Convolution, Full, Sliding, Window
 from dlm.errors import ConfigError, unknown_name
@@ -24,7 +34,7 @@ class Decoder:
         tokens: what is written.
         name: for reports.
         guidance: weight g of classifier-free guidance, 0 for none; costs a second model call without the
-            prompt (see `decoding.loop.guided`).
+            prompt (see `decoding.step.guided`).
     """
 
     window: Window = field(default_factory=Full)
@@ -37,13 +47,13 @@ class Decoder:
         """Check the range of the guidance."""
         if not 0 <= self.guidance < math.inf:
             raise ConfigError(f"guidance must not be negative, got {self.guidance}")
-        if self.window.timed and self.reveal.remasks:
+        if self.window.timed and self.reveal.revises:
             raise ConfigError("a sliding window has no phases: it cannot go with a rule that remasks")
 
     @property
     def timed(self) -> bool:
-        """Whether it goes by time, so that the pace must be a number of steps and not a rate."""
-        return self.window.timed or self.reveal.remasks
+        """True when it goes by time, so that the pace must be a number of steps and not a rate."""
+        return self.window.timed or (self.reveal.revises and self.reveal.paced)
 
     def at_pace(self) -> Decoder:
         """This decoder, or where it has a pace of its own, the same order at a pace that is given."""
@@ -72,7 +82,7 @@ class Decoder:
                 raise unknown_name(f"option of decoder {name!r}:", option, preset.options)
         for option, value in options.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number and not (value is None or isinstance(preset.options[option], str)):
+            if isinstance(preset.options[option], int | float) and not number and value is not None:
                 raise ConfigError(f"option {option} of decoder {name!r} must be a number, got {value!r}")
         chosen = {option: options.pop(option, default) for option, default in preset.common.items()}
         guidance = chosen.pop("guidance")
@@ -98,7 +108,7 @@ class Preset:
         paper: where it comes from.
         build: options -> window and reveal rule.
         tokens: the token rule, whose `TOKENS` are options as well.
-        exact: whether texts follow the model's own distribution as steps become finer; the others change the
+        exact: True when texts follow the model's own distribution as steps become finer; others change the
             order in which positions are written, or cut what tokens may come out, on purpose.
     """
 
@@ -170,6 +180,20 @@ def _remdm(
     return _maybe(kernel_size), Remask(alpha_on, t_on, t_off, eta)
 
 
+def _stability(
+    tau: float = 0.9, epsilon: float = 0.01, history: int = 2, kernel_size: int | None = 0
+) -> Axes:
+    return _maybe(kernel_size), Stability(tau, epsilon, history)
+
+
+def _editing(tau: float = 0.9, tau_edit: float = 0.9, edits: int = 1, kernel_size: int | None = 0) -> Axes:
+    return _maybe(kernel_size), Editing(tau, tau_edit, edits)
+
+
+def _dilated(block_size: int | None = None, base: int = 2) -> Axes:
+    return Block(block_size), Dilated(base)
+
+
 def _maybe(kernel_size: int | None) -> Window:
     """A convolution, or with kernel size 0 none."""
     return Full() if kernel_size == 0 else Convolution(kernel_size)
@@ -207,6 +231,15 @@ PRESETS: dict[str, Preset] = {
     "entropy-bound": Preset(
         "as many tokens as their entropies allow, at least one a step", "2505.24857", _entropy_bound, _GREEDY
     ),
+    "stability": Preset(
+        "all tokens that are confident and no longer change", "KLASS, 2511.05664", _stability, _GREEDY
+    ),
+    "editing": Preset(
+        "a threshold for masks, and one at which written tokens are replaced", "LLaDA 2.1", _editing, _GREEDY
+    ),
+    "dilated": Preset(
+        "every n-th token of a block, then those between", "DUS, 2506.19037", _dilated, _GREEDY
+    ),
     "remdm": Preset(
         "ancestral, with a loop that remasks written tokens", "ReMDM, 2503.00307", _remdm, _NUCLEUS
     ),
@@ -221,3 +254,8 @@ def list_decoders() -> dict[str, str]:
         law = "exact" if preset.exact else "approximate"
         lines[name] = f"{preset.summary} ({preset.paper}; {law}). Options: {options}"
     return lines
+
+
+def option_names() -> set[str]:
+    """Names of all options that some decoder has."""
+    return {option for preset in PRESETS.values() for option in preset.options}

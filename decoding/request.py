@@ -1,202 +1,369 @@
-"""How an answer is decoded: what a caller may say, and the plan that comes of it."""
+"""A request says what a caller wants; resolved for a model it becomes a plan, complete and frozen.
+
+Importable without torch: commands fill requests before a model is loaded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from decoding.loop import Settings
-from decoding.presets import Decoder
-from decoding.states import Reuse
-from decoding.window import MARGIN
 from dlm.errors import ConfigError, unknown_name
 
-RATE = 2.0
+if TYPE_CHECKING:
+    from decoding.ending import Ending
+    from decoding.pace import Pace
+    from decoding.presets import Decoder
+    from dlm.spec import ModelSpec
+
+    DecoderLike = str | Decoder
+else:
+    DecoderLike = str
+
+DEFAULT_RATE = 2.0
 """Tokens per model call on a canvas that grows, when neither the caller nor the checkpoint gives a rate."""
 
-MAX_TOKENS = 256
+DEFAULT_MAX_TOKENS = 256
 """Longest answer, when neither it nor a window is given."""
 
+OPEN_LENGTH = 256
+"""Length for which kernels and blocks of open size are chosen where the canvas has no length of its own."""
 
-class How(TypedDict, total=False):
-    """How an answer is decoded.
+REUSE_SCOPES = ("prompt", "prefix", "dual")
 
-    Either a canvas that grows, with `max_tokens` as a limit: text and cost do not depend on the limit unless
-    the canvas meets it. (It holds what is written and a constant number of masks: `Window.ahead` and the
-    margin, 48 for `conv` with its own kernel.) Or a fixed canvas, `window` tokens of prompt and
-    answer together, filled in `steps` steps (the setting of the papers) or at a `rate`. The first is the
-    default, except for decoders that go by time.
+
+@dataclass(frozen=True)
+class Reuse:
+    """Approximate: keys and values of positions whose token stays are kept for some calls.
+
+    What was computed for a position when the rest of the row looked different goes on being attended to.
+    A token that has just been written, or a mask that has just been added, is always computed. In a
+    bidirectional model all states change with every token, so the texts are other ones.
+
+    Attributes:
+        scope: what is kept: "prompt", the given tokens on the left; "prefix", every token that is written
+            (prefix cache of Fast-dLLM, arXiv 2505.22618, without its blocks); "dual", also the masks that
+            cannot be written in this step.
+        refresh: at every so many changes of a row, all its positions are computed.
     """
 
-    decoder: Decoder | str | None
-    """A `Decoder` or the name of one. If not given, the checkpoint's own; where that has a pace of its own
-    but steps or a rate are given, the same order at the pace given."""
-    options: Mapping[str, Any] | None
-    """Options of a decoder that is named or not given, such as {"temperature": 1.0}. The checkpoint's options
-    for its own decoder hold unless they are given here; other decoders start from their presets."""
-    window: int | None
-    """L; the checkpoint's default if only `steps` is given."""
-    steps: int | None
-    """S, denoising steps; by default the checkpoint's own, or a quarter of the window; as many as it takes
-    for a decoder that has a pace of its own."""
-    max_tokens: int | None
-    """Longest answer, in tokens; `MAX_TOKENS` by default."""
-    rate: float | None
-    """Tokens that are written per model call on average, at least 1; `RATE` on a canvas that grows. A step
-    writes no more than is open, and never crosses the end of a block. Not for rules that have a pace of their
-    own: threshold and entropy bound (adaptive rates), a fixed number per step."""
-    eos_fill: bool
-    """Once an EOS is written, everything to its right becomes EOS; True by default."""
-    stop: str | Sequence[str] | None
-    """Texts that end the answer; it is cut before the first of them."""
-    canvas: Literal["full", "growing"] | None
-    """With `window` and `steps`: "growing" is approximate; the model is shown no more of the window than can
-    open soon, while the normaliser counts all of it."""
-    margin: int | None
-    """Masks that a growing canvas holds beyond those that can open; 16 by default."""
-    reuse: Literal["prompt", "prefix", "dual"] | None
-    """Approximate: which keys and values are reused (see `Reuse`)."""
-    refresh: int | None
-    """With `reuse`: every so many calls everything is computed; 8 by default."""
+    scope: str = "dual"
+    refresh: int = 8
+
+    def __post_init__(self) -> None:
+        """Check the name and the number."""
+        if self.scope not in REUSE_SCOPES:
+            raise unknown_name("reuse", self.scope, REUSE_SCOPES)
+        if not _is_int(self.refresh) or self.refresh < 1:
+            raise ConfigError(f"refresh must be a whole number of at least 1, got {self.refresh!r}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Request:
+    """How an answer is to be decoded; a field that is None is not given.
+
+    Either a canvas that grows, with `max_tokens` as a limit: text and cost do not depend on the limit unless
+    the canvas meets it. Or a fixed canvas, `window` tokens of prompt and answer together, filled in `steps`
+    steps (the setting of the papers) or at a `rate`. The first is the default, except for decoders that go
+    by time.
+
+    Args:
+        decoder: name of the decoder (see `dlm generate --list-decoders`); by default the checkpoint's own.
+            If that has a pace of its own and steps or a rate are given, its order is kept at that pace.
+        options: options of the decoder, such as --options.kernel_size 129 or --options.temperature 1; those
+            of the checkpoint hold for its own decoder.
+        max_tokens: longest answer, on a canvas that grows as it is written; 256 by default.
+        rate: tokens written per model call on average, at least 1; by default the checkpoint's rate, or 2 on
+            a canvas that grows. Not for decoders with a pace of their own.
+        window: tokens of prompt and answer together, on a fixed canvas.
+        steps: denoising steps on a fixed canvas; by default the checkpoint's, or a quarter of the window.
+        stop: a text that ends an answer, which is cut before it; several as '["one", "two"]'.
+        eos_fill: once an end token is written, everything to its right becomes the end token; on by default.
+        canvas: "growing" with a window and steps shows the model no more than can open soon (approximate).
+        margin: masks that a growing canvas holds beyond those that can open; 16 by default.
+        reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate).
+        refresh: with reuse, everything is computed at every so many changes of the row; 8 by default.
+        begin: text that the answer begins with.
+        ending: text that the answer ends with, at the last positions of the window or of max_tokens.
+        forced: texts at places of the answer, counted in tokens from 0, such as --forced.7 " Paris".
+    """
+
+    decoder: DecoderLike | None = None
+    options: dict[str, Any] | None = None
+    max_tokens: int | None = None
+    rate: float | None = None
+    window: int | None = None
+    steps: int | None = None
+    stop: str | list[str] | None = None
+    eos_fill: bool | None = None
+    canvas: str | None = None
+    margin: int | None = None
+    reuse: str | None = None
+    refresh: int | None = None
+    begin: str | None = None
+    ending: str | None = None
+    forced: dict[Any, str] | None = None
+
+    def __post_init__(self) -> None:
+        """Check each field by itself, and what does not go together for any model."""
+        self._check_types()
+        if self.max_tokens is not None and (self.window is not None or self.steps is not None):
+            raise ConfigError("max_tokens is a limit for a canvas that grows; it has no window and no steps")
+        if self.rate is not None and self.steps is not None:
+            raise ConfigError("give either steps or a rate, not both")
+        if self.canvas not in (None, "full", "growing"):
+            raise unknown_name("canvas", str(self.canvas), ("full", "growing"))
+        if "" in self.stop_texts:
+            raise ConfigError("a stop text must not be empty")
+        if self.refresh is not None and self.reuse is None:
+            raise ConfigError("refresh says how often reused keys and values are computed; give reuse")
+        if self.ending and (self.canvas == "growing" or self.margin is not None):
+            raise ConfigError("an ending stands at the end of the canvas, which therefore cannot grow")
+        self.reuse_settings()
+
+    def _check_types(self) -> None:
+        for name in ("max_tokens", "window", "steps", "refresh"):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or value < 1):
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.margin is not None and (not _is_int(self.margin) or self.margin < 0):
+            raise ConfigError(f"margin must be a whole number, not negative, got {self.margin!r}")
+        rate = self.rate
+        if rate is not None and (
+            isinstance(rate, bool) or not isinstance(rate, int | float) or not rate >= 1
+        ):
+            raise ConfigError(f"rate must be at least 1 token per model call, got {rate!r}")
+        if self.eos_fill not in (None, True, False):
+            raise ConfigError(f"eos_fill must be true or false, got {self.eos_fill!r}")
+        for name in ("canvas", "reuse", "begin", "ending"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ConfigError(f"{name} must be a text, got {getattr(self, name)!r}")
+        if not all(isinstance(text, str) for text in self.stop_texts):
+            raise ConfigError(f"stop must be a text or several, got {self.stop!r}")
+        if (
+            self.decoder is not None
+            and not isinstance(self.decoder, str)
+            and not hasattr(self.decoder, "reveal")
+        ):
+            raise ConfigError(f"decoder must be a name or a Decoder, got {self.decoder!r}")
+        if not all(str(place).isdecimal() for place in self.forced or {}):
+            raise ConfigError(
+                f"forced must name places by number, got {', '.join(map(str, self.forced or {}))}"
+            )
+        if self.options is not None and not isinstance(self.options, Mapping):
+            raise ConfigError(f"options must be names with values, got {self.options!r}")
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The texts that end an answer."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @classmethod
+    def of(cls, **given: Any) -> Request:
+        """Build a request from keyword arguments.
+
+        Raises:
+            ConfigError: for an unknown name, with the nearest right one.
+        """
+        names = [field.name for field in fields(Request)]
+        for name in given:
+            if name not in names:
+                raise _unknown_field(name, names)
+        return cls(**given)
+
+    @classmethod
+    def read_from(cls, settings: Any) -> Request:
+        """The request part of a larger settings object, such as those of commands."""
+        return Request(**{field.name: getattr(settings, field.name) for field in fields(Request)})
+
+    def check_decoder(self) -> None:
+        """Refuse an unknown decoder or option before a model is loaded.
+
+        Raises:
+            ConfigError: naming the choices.
+        """
+        from decoding.presets import Decoder
+
+        if isinstance(self.decoder, str):
+            Decoder.named(self.decoder, **(self.options or {}))
+
+    def reuse_settings(self) -> Reuse | None:
+        """Which keys and values are reused; None for none."""
+        if self.reuse is None:
+            return None
+        return Reuse(self.reuse) if self.refresh is None else Reuse(self.reuse, self.refresh)
+
+    def resolve(self, model: Any) -> Plan:
+        """Fill in what was left open, from the model's own defaults.
+
+        Args:
+            model: anything with a `spec` (or a configuration, see `ModelSpec.of`).
+
+        Raises:
+            ConfigError: for settings that are out of range for the model or do not go together.
+        """
+        from dlm.spec import ModelSpec
+
+        return _resolve(self, ModelSpec.of(model))
+
+    def decoder_for(self, spec: ModelSpec) -> Decoder:
+        """The decoder that is given, named, or the checkpoint's own (at a pace, if one is given)."""
+        from decoding.presets import Decoder
+
+        if isinstance(self.decoder, Decoder):
+            if self.options:
+                raise ConfigError("options are for a decoder that is named; this one has been built already")
+            return self.decoder
+        usual = str(spec.generation.get("decoder", "conv"))
+        defaults = spec.generation.get("options", {}) if self.decoder in (None, usual) else {}
+        chosen = Decoder.named(self.decoder or usual, **{**defaults, **(self.options or {})})
+        if self.decoder is None and (self.rate is not None or self.steps is not None):
+            return chosen.at_pace()
+        return chosen
+
+
+def _unknown_field(name: str, names: list[str]) -> ConfigError:
+    """An error for a keyword that is no field, which says where an option of a decoder belongs."""
+    from decoding.presets import option_names
+
+    if name in option_names():
+        return ConfigError(f"unknown argument {name!r}: it is an option of decoders, options={{{name!r}: …}}")
+    return unknown_name("argument", name, names)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A request with everything filled in."""
-
-    decoder: Decoder
-    settings: Settings
-    positions: int
-    """Longest row, prompt included."""
-    tokens: int
-    """Longest answer."""
-    stop: tuple[str, ...] = ()
-
-    @property
-    def settles(self) -> bool:
-        """Whether what is written stays, so that a stop text ends the answer as soon as it is there."""
-        return not self.decoder.reveal.remasks
-
-
-@dataclass(frozen=True)
-class Planner:
-    """Fills in what a caller left open.
+    """A request with everything filled in; nobody changes it.
 
     Attributes:
+        decoder: the three choices, with all sizes chosen.
+        pace: how time passes.
+        ending: what end tokens do.
         mask_id: id of the mask token.
-        eos_id: id of the end token.
-        limit: the model's positions.
-        defaults: the checkpoint's own (`decoder`, `options`, `window`, `steps`, `max_tokens`, `rate`).
+        margin: masks that a growing canvas holds beyond those that can open; None where the canvas is whole.
+        reuse: which keys and values are reused; None for exact decoding.
+        positions: longest row, prompt included.
+        tokens: longest answer.
+        stop: texts that end an answer.
+        begin, ending_text, forced: given parts of the answer.
     """
 
+    decoder: Decoder
+    pace: Pace
+    ending: Ending
     mask_id: int
-    eos_id: int
-    limit: int
-    defaults: Mapping[str, Any]
+    margin: int | None = None
+    reuse: Reuse | None = None
+    positions: int = 2**31
+    tokens: int = 2**31
+    stop: tuple[str, ...] = ()
+    begin: str = ""
+    ending_text: str = ""
+    forced: tuple[tuple[int, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that the decoder can go at this pace."""
+        if self.pace.steps is None and self.decoder.timed:
+            raise ConfigError(f"decoder {self.decoder.name!r} goes by time: it needs steps, not a rate")
+
+    @cached_property
+    def batch_key(self) -> tuple[Any, ...]:
+        """What rows must have in common to share the arithmetic of a step."""
+        return self.decoder, self.pace, self.ending, self.margin, self.reuse, self.mask_id
 
     @property
-    def window(self) -> int:
-        """The checkpoint's window."""
-        return int(self.defaults.get("window", 256))
+    def ahead(self) -> int | None:
+        """Masks that a growing canvas begins with; None where the canvas is whole."""
+        return None if self.margin is None else self.decoder.window.ahead + self.margin
 
-    def steps(self, window: int) -> int:
-        """Denoising steps, when neither they nor a rate are given."""
-        return int(self.defaults.get("steps", max(1, window // 4)))
-
-    def plan(
-        self,
-        decoder: Decoder | str | None = None,
-        options: Mapping[str, Any] | None = None,
-        window: int | None = None,
-        steps: int | None = None,
-        max_tokens: int | None = None,
-        rate: float | None = None,
-        eos_fill: bool = True,
-        stop: str | Sequence[str] | None = None,
-        canvas: str | None = None,
-        margin: int | None = None,
-        reuse: str | None = None,
-        refresh: int | None = None,
-    ) -> Plan:
-        """A plan; see `How` for the arguments.
-
-        Raises:
-            ConfigError: for settings that are out of range or do not go together.
-        """
-        chosen = self._decoder(decoder, options or {})
-        if decoder is None and (rate is not None or steps is not None):
-            chosen = chosen.at_pace()
-        if max_tokens is not None and (window is not None or steps is not None):
-            raise ConfigError("max_tokens is a limit for a canvas that grows; it has no window and no steps")
-        if rate is not None and steps is not None:
-            raise ConfigError("give either steps or a rate, not both")
-        if rate is not None and not chosen.reveal.paced:
-            raise ConfigError(f"decoder {chosen.name!r} says itself how many tokens it writes; give no rate")
-        if canvas not in (None, "full", "growing"):
-            raise unknown_name("canvas", canvas, ("full", "growing"))
-        kept = _reuse(reuse, refresh)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        if "" in stops:
-            raise ConfigError("a stop text must not be empty")
-        free = window is None and steps is None and not (chosen.timed and rate is None)
-        common: dict[str, Any] = {"eos_fill": eos_fill, "reuse": kept, "margin": _margin(margin)}
-        if max_tokens is not None or free:
-            if canvas == "full":
-                raise ConfigError('canvas "full" needs a window; with max_tokens the canvas grows')
-            tokens = self._tokens(max_tokens)
-            own = float(self.defaults.get("rate", RATE)) if rate is None else rate
-            settings = Settings(None, self.eos_id, self.mask_id, rate=own, grow=True, **common)
-            return Plan(chosen, settings, self.limit, tokens, stops)
-        window = self.window if window is None else window
-        if not 1 <= window <= self.limit:
-            raise ConfigError(
-                f"window must lie between 1 and the model's {self.limit} positions, got {window}"
-            )
-        steps, rate = self._pace(chosen, window, steps, rate)
-        grows = canvas == "growing"
-        if grows and steps is None:
-            raise ConfigError('canvas "growing" with a rate is what max_tokens gives; give it, or steps')
-        if margin is not None and not grows:
-            raise ConfigError('a margin is for a canvas that grows; give max_tokens, or canvas="growing"')
-        settings = Settings(steps, self.eos_id, self.mask_id, rate=rate, grow=grows, fit=window, **common)
-        return Plan(chosen, settings, window, window, stops)
-
-    def _pace(
-        self, decoder: Decoder, window: int, steps: int | None, rate: float | None
-    ) -> tuple[int | None, float | None]:
-        """Steps or a rate for a fixed canvas."""
-        if rate is not None or steps is not None:
-            return steps, rate
-        if decoder.reveal.paced:
-            return self.steps(window), None
-        return None, 1.0  # nobody looks at it: calls are made until all is written
-
-    def _decoder(self, decoder: Decoder | str | None, options: Mapping[str, Any]) -> Decoder:
-        """The decoder that is given, named, or the checkpoint's own."""
-        if isinstance(decoder, Decoder):
-            if options:
-                raise ConfigError("options are for a decoder that is named; this one has been built already")
-            return decoder
-        own = self.defaults.get("decoder", "conv")
-        usual = self.defaults.get("options", {}) if decoder in (None, own) else {}
-        return Decoder.named(decoder or own, **{**usual, **options})
-
-    def _tokens(self, max_tokens: int | None) -> int:
-        """The limit of an answer."""
-        if max_tokens is not None and max_tokens < 1:
-            raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
-        return int(self.defaults.get("max_tokens", MAX_TOKENS)) if max_tokens is None else max_tokens
+    @property
+    def keeps_tokens(self) -> bool:
+        """True when what is written stays, so that text can be confirmed and a stop text ends the answer."""
+        return not self.decoder.reveal.revises
 
 
-def _margin(margin: int | None) -> int:
-    return MARGIN if margin is None else margin
+def _resolve(request: Request, spec: ModelSpec) -> Plan:
+    from decoding.ending import Ending
+    from decoding.window import MARGIN
+
+    decoder = request.decoder_for(spec)
+    if request.rate is not None and not decoder.reveal.paced:
+        raise ConfigError(f"decoder {decoder.name!r} says itself how many tokens it writes; give no rate")
+    fixed = request.window is not None or request.steps is not None
+    grows = request.max_tokens is not None or not (fixed or (decoder.timed and request.rate is None))
+    window = _window(request, spec, grows)
+    pace = _pace(request, spec, decoder, window, grows)
+    whole = not (grows or request.canvas == "growing") or bool(request.ending)
+    if grows and request.canvas == "full":
+        raise ConfigError('canvas "full" needs a window; with max_tokens the canvas grows')
+    if not grows:
+        _check_fixed_canvas(request, pace)
+    free = not request.ending
+    fill = (request.eos_fill is None or request.eos_fill) and free
+    return Plan(
+        decoder=_fitted(decoder, window or OPEN_LENGTH),
+        pace=pace,
+        ending=Ending(
+            spec.eos_token_id,
+            tuple(sorted(spec.end_token_ids)),
+            fill=fill,
+            early_exit=free and not decoder.reveal.revises,
+            closes=fill or pace.steps is None,
+        ),
+        mask_id=spec.mask_token_id,
+        margin=None if whole else MARGIN if request.margin is None else request.margin,
+        reuse=request.reuse_settings(),
+        positions=window or spec.positions,
+        tokens=window or int(request.max_tokens or spec.generation.get("max_tokens", DEFAULT_MAX_TOKENS)),
+        stop=request.stop_texts,
+        begin=request.begin or "",
+        ending_text=request.ending or "",
+        forced=tuple(sorted((int(at), text) for at, text in (request.forced or {}).items())),
+    )
 
 
-def _reuse(scope: str | None, refresh: int | None) -> Reuse | None:
-    """Which keys and values are reused."""
-    if scope is None:
-        if refresh is not None:
-            raise ConfigError("refresh says how often reused keys and values are computed; give reuse")
+def _fitted(decoder: Decoder, length: int) -> Decoder:
+    from dataclasses import replace
+
+    return replace(decoder, window=decoder.window.fitted(length))
+
+
+def _window(request: Request, spec: ModelSpec, grows: bool) -> int | None:
+    """Positions of a fixed canvas; None for one that grows."""
+    if grows:
         return None
-    return Reuse(scope) if refresh is None else Reuse(scope, refresh)  # type: ignore[arg-type]
+    window = request.window or min(int(spec.generation.get("window", 256)), spec.positions)
+    if not 1 <= window <= spec.positions:
+        raise ConfigError(
+            f"window must lie between 1 and the model's {spec.positions} positions, got {window}"
+        )
+    return window
+
+
+def _pace(request: Request, spec: ModelSpec, decoder: Decoder, window: int | None, grows: bool) -> Pace:
+    """Steps, a rate, or the decoder's own pace."""
+    from decoding.pace import OwnPace, Rate, Steps
+
+    if request.steps is not None:
+        return Steps(request.steps, spec.schedule)
+    if not decoder.reveal.paced:
+        return OwnPace()
+    if request.rate is not None:
+        return Rate(float(request.rate))
+    if grows:
+        return Rate(float(spec.generation.get("rate", DEFAULT_RATE)))
+    assert window is not None
+    return Steps(int(spec.generation.get("steps", max(1, window // 4))), spec.schedule)
+
+
+def _check_fixed_canvas(request: Request, pace: Pace) -> None:
+    if request.canvas == "growing" and pace.steps is None:
+        raise ConfigError('canvas "growing" with a rate is what max_tokens gives; give it, or steps')
+    if request.margin is not None and request.canvas != "growing":
+        raise ConfigError('a margin is for a canvas that grows; give max_tokens, or canvas="growing"')

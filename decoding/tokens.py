@@ -52,7 +52,7 @@ class Candidates:
 ROWS = 4
 """Positions whose logits a CPU sums at a time: they stay in its cache."""
 
-NUCLEUS = 256
+SORTED_FIRST = 256
 """So many tokens are sorted first in search of a top-p or min-p set."""
 
 Certainty = Literal["margin", "entropy"]
@@ -149,7 +149,7 @@ class TokenRule:
             logits: [N, V], -inf at tokens that must not come out.
             noise: [N] float32 uniform numbers of (0, 1); the only randomness.
         """
-        logits = self._allowed(logits)
+        logits = self.allowed(logits)
         if self.width is not None:
             k = min(self.width, logits.shape[1])
             if kernels.applies(logits, k):
@@ -190,13 +190,13 @@ class TokenRule:
     def _choose_of_nucleus(self, logits: torch.Tensor, noise: torch.Tensor) -> Choice:
         """See `choose`, for the top-p and min-p set of the whole vocabulary [N, V].
 
-        On a CPU tokens are sorted only as far as the set reaches: where the `NUCLEUS` best do not hold it, 16
-        times as many are looked at, and so on. The result is the same. A GPU sorts all, and nobody waits.
+        On a CPU tokens are sorted only as far as the set reaches: where the `SORTED_FIRST` best do not hold
+        it, 16 times as many are looked at, and so on. The result is the same. A GPU sorts all.
         """
         vocab = logits.shape[1]
         if logits.device.type != "cpu":
             return self.draw(self.candidates(logits, vocab), noise)
-        rows, width = torch.arange(len(logits)), NUCLEUS
+        rows, width = torch.arange(len(logits)), SORTED_FIRST
         places: list[torch.Tensor] = []
         parts: list[Choice] = []
         while not parts or len(rows):
@@ -230,10 +230,10 @@ class TokenRule:
 
     def certainty(self, logits: torch.Tensor, kind: Certainty) -> torch.Tensor:
         """[N, V] -> [N], how sure the model is there, forbidden tokens apart."""
-        return certainty(self._allowed(logits), kind)
+        return certainty(self.allowed(logits), kind)
 
-    def _allowed(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits with the forbidden tokens shut."""
+    def allowed(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] with the forbidden tokens shut."""
         if not self.forbidden:
             return logits
         shut = torch.tensor([token for token in self.forbidden if token < logits.shape[1]], dtype=torch.int64)

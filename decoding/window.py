@@ -8,24 +8,39 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, Self
 
 import torch
 
 from dlm.errors import ConfigError
 
+MARGIN = 16
+"""Masks that a growing canvas holds beyond those that can open, so that their state sees what is behind."""
 
-class Window(Protocol):
-    """What the loop asks of a window."""
+
+class Window:
+    """A window; a new one overrides `weights` and whatever else differs from these defaults.
+
+    The defaults: one stage, one time for the whole row, everything may open.
+    """
+
+    timed: ClassVar[bool] = False
+    """True where positions have times of their own, so that the pace must be a number of steps."""
 
     def fitted(self, length: int) -> Window:
-        """This window with sizes that were left open chosen for `length` positions."""
-        ...
+        """Return this window with sizes that were left open chosen for `length` positions."""
+        del length
+        return self
+
+    @property
+    def ahead(self) -> int:
+        """Number of positions beyond a known token that can open; a growing canvas holds a few more."""
+        return 56
 
     def weights(
         self, unmasked: torch.Tensor, *, start: torch.Tensor | None = None, stage: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Weights in [0, 1].
+        """Weights in [0, 1]; by default all 1.
 
         Args:
             unmasked: [B, L] bool, real positions that hold a token (prompt, pinned or revealed).
@@ -35,20 +50,13 @@ class Window(Protocol):
         Returns:
             [B, L] float32.
         """
-        ...
-
-    @property
-    def ahead(self) -> int:
-        """How far beyond a known token masks can open; a growing canvas holds a few more."""
-        ...
-
-    timed: ClassVar[bool]
-    """Whether positions have times of their own, so that the pace must be a number of steps."""
+        del start, stage
+        return torch.ones(unmasked.shape, device=unmasked.device)
 
     def times(
         self, t: torch.Tensor, s: torch.Tensor, start: torch.Tensor, end: torch.Tensor, length: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the row's times t and s [B] are at each position.
+        """Times of the positions, from the row's times t and s [B] before and after the step.
 
         Args:
             t: [B] time of the row before the step.
@@ -60,70 +68,27 @@ class Window(Protocol):
         Returns:
             Times before and after, [B] or [B, L]; and [B, L] or [B, 1] bool, where the process is under way.
         """
-        ...
-
-    def current(self, masked: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """[B] int64, the stage that a row with the masks [B, L] is in."""
-        ...
-
-    def stages(self, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-        """[B] int64, how many stages, each with its own time from 1 to 0, a row goes through."""
-        ...
-
-    def scope(self, start: torch.Tensor, stage: torch.Tensor, length: int) -> torch.Tensor:
-        """[B, L] bool, the positions that belong to the process of this stage (|M| counts only these)."""
-        ...
-
-
-MARGIN = 16
-"""Masks that a growing canvas holds beyond those that can open, so that their state sees what is behind."""
-
-
-class _OneTime:
-    """A window in which all positions share the row's time."""
-
-    timed: ClassVar[bool] = False
-
-    def times(
-        self, t: torch.Tensor, s: torch.Tensor, start: torch.Tensor, end: torch.Tensor, length: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         del start, end, length
         return t, s, torch.ones(len(t), 1, dtype=torch.bool, device=t.device)
 
-
-class _SingleStage:
-    """A window over the whole row, in one stage."""
-
     def current(self, masked: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """[B] int64, the stage that a row with the masks [B, L] is in."""
         del masked
         return torch.zeros_like(start)
 
-    def fitted(self, length: int) -> Self:
-        del length
-        return self
-
     def stages(self, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        """[B] int64, how many stages, each with its own time from 1 to 0, a row goes through."""
         del end
         return torch.ones_like(start)
 
     def scope(self, start: torch.Tensor, stage: torch.Tensor, length: int) -> torch.Tensor:
+        """[B, L] bool, the positions that belong to the process of this stage (|M| counts only these)."""
         del stage
         return torch.ones(len(start), length, dtype=torch.bool, device=start.device)
 
 
-class _AllOpen(_SingleStage):
-    """A window whose weights are all 1."""
-
-    def weights(
-        self, unmasked: torch.Tensor, *, start: torch.Tensor | None = None, stage: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """All ones; see `Window.weights`."""
-        del start, stage
-        return torch.ones(unmasked.shape, device=unmasked.device)
-
-
 @dataclass(frozen=True)
-class _Sized:
+class _Sized(Window):
     """A window that is so many positions wide."""
 
     size: int | None = None
@@ -148,17 +113,12 @@ class _Sized:
 
 
 @dataclass(frozen=True)
-class Full(_AllOpen, _OneTime):
+class Full(Window):
     """Every position is open: w = 1."""
-
-    @property
-    def ahead(self) -> int:
-        """See `Window`; a choice, since everything is open."""
-        return 56
 
 
 @dataclass(frozen=True)
-class Convolution(_SingleStage, _OneTime):
+class Convolution(Window):
     """Convolutional window (arXiv 2509.15188): w_i = tanh(c · u_i), u_i the tokens within reach of i.
 
     Attributes:
@@ -206,7 +166,7 @@ class Convolution(_SingleStage, _OneTime):
 
 
 @dataclass(frozen=True)
-class Block(_Sized, _OneTime):
+class Block(_Sized):
     """Semi-autoregressive blocks, left to right: w = 1 inside the current block, 0 outside.
 
     Blocks are counted from the end of the prompt. Each is a stage of its own, with its share of the steps.
@@ -244,7 +204,7 @@ class Block(_Sized, _OneTime):
 
 
 @dataclass(frozen=True)
-class Sliding(_Sized, _AllOpen):
+class Sliding(_Sized):
     """A window that slides over the row, in which later positions have later times (sliding annealing).
 
     Its left edge e moves by N/S positions a step, N being those that are to be written. Position number o

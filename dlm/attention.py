@@ -1,27 +1,30 @@
 """Attention for decoding: rows packed end to end, and rows of which only some positions are computed.
 
-Both go through one attention function of transformers' interface (`attend`), which the model uses while it
-decodes; training and plain forward passes keep the implementation that was chosen for the model.
+Both go through one attention function of transformers' interface (`attend`), which a model carries from the
+start; training and plain forward passes have no layout and take the implementation that was chosen.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
 from dlm.device import sent
 
-NAME = "dlm_decoding"
+PREFIX = "dlm_"
 
 
 class Layout(Protocol):
@@ -34,6 +37,21 @@ class Layout(Protocol):
         ...
 
 
+def with_layouts(implementation: str | None) -> str:
+    """Name under which transformers finds an attention implementation that also takes a `layout`.
+
+    A call with a layout attends as it says; a call without one is the implementation itself. Which of the two
+    is decided per call, so that several threads may share a model.
+    """
+    usual = (implementation or "sdpa").removeprefix(PREFIX)
+    name = PREFIX + usual
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(name, partial(attend, usual=usual))
+        if usual in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[usual])
+    return name
+
+
 def attend(
     module: Any,
     query: torch.Tensor,
@@ -42,27 +60,40 @@ def attend(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     *,
-    layout: Layout,
+    usual: str,
+    layout: Layout | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention in a layout; the signature is that of `transformers.AttentionInterface`."""
-    del attention_mask, kwargs
-    return layout.attend(module.layer_idx, query, key, value, scaling), None
+) -> tuple[torch.Tensor, Any]:
+    """Attention in a layout, or without one as usual; see `transformers.AttentionInterface`."""
+    if layout is not None:
+        return layout.attend(module.layer_idx, query, key, value, scaling), None
+    if usual.startswith("flash"):
+        return _flash(module, query, key, value, attention_mask, scaling, usual, **kwargs), None
+    plain = ALL_ATTENTION_FUNCTIONS.get_interface(usual, eager_attention_forward)
+    return plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
 
 
-AttentionInterface.register(NAME, attend)
-
-
-@contextmanager
-def decoding_attention(backbone: Any) -> Iterator[None]:
-    """While it lasts, the backbone attends by `attend` and needs a `layout`."""
-    config = backbone.config
-    usual = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = usual
+def _flash(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+    usual: str,
+    *,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """flash-attn through transformers, which would look for its name in the module's configuration."""
+    del kwargs
+    heads_last = [x.transpose(1, 2) for x in (query, key, value)]
+    causal = module.is_causal if is_causal is None else is_causal
+    return _flash_attention_forward(  # type: ignore[no-any-return]
+        *heads_last, attention_mask, query_length=query.shape[2], is_causal=causal, dropout=dropout,
+        softmax_scale=scaling, attn_implementation=usual,
+    )  # fmt: skip
 
 
 @cache

@@ -174,6 +174,7 @@ def _wrap(
     with torch.device("meta"):
         model = MaskedDiffusionModel(config)
     model.backbone = causal.model
+    model.set_attn_implementation(causal.config._attn_implementation)
     model.lm_head.weight = causal.get_output_embeddings().weight
     model.tie_weights()
     return model

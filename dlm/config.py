@@ -20,9 +20,12 @@ class MaskedDiffusionConfig(PreTrainedConfig):  # type: ignore[misc]
         vocab_size: rows of the embedding, the mask token's included.
         num_tokens: tokens that the tokenizer knows; ids from here on never come out.
         mask_token_id: id of the mask token.
-        eos_token_id: id of the token that ends an answer.
+        eos_token_id: id of the token that is written behind an answer.
+        end_token_ids: further tokens that end an answer.
         shift: True when the state at i-1 predicts token i (backbones that were autoregressive).
         training: how the checkpoint was made (initialisation, data, template, objective, steps).
+        schedule: noise schedule (name and settings, see `dlm.schedule`); log-linear where it is not given.
+        block_size: positions per block of a block-causal model; None where every position sees the whole row.
         generation: defaults of `dlm generate` for this checkpoint (decoder, options, window, steps, rate).
     """
 
@@ -35,6 +38,9 @@ class MaskedDiffusionConfig(PreTrainedConfig):  # type: ignore[misc]
     mask_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | None = None
+    end_token_ids: list[int] | None = None
+    schedule: dict[str, Any] | None = None
+    block_size: int | None = None
     pad_token_id: int | None = None
     shift: bool = False
     tie_word_embeddings: bool = True

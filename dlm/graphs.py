@@ -52,8 +52,13 @@ class BucketedModel:
         self.model, self.graphs = model, graphs
         self.recorded: dict[tuple[int, int], Recorded] = {}
 
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """Those of the model, except for packing."""
+        return frozenset(self.model.capabilities) - {"packed"}
+
     def __getattr__(self, name: str) -> Any:
-        """What the model has, except for packing."""
+        """Pass on what the model has, except for packing."""
         if name in ("model", "packed_hidden"):
             raise AttributeError(name)
         return getattr(self.model, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,10 +12,11 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from dlm.attention import KeyValues, Packed, Partial, decoding_attention
+from dlm.attention import KeyValues, Packed, Partial, with_layouts
 from dlm.config import MaskedDiffusionConfig
 from dlm.device import sent
 from dlm.objective import token_log_probabilities
+from dlm.spec import ModelSpec
 
 IGNORE = -100
 """Target value of cells that are not predicted (the convention of PyTorch's cross entropy)."""
@@ -70,7 +72,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
     def __init__(self, config: MaskedDiffusionConfig) -> None:
         super().__init__(config)
         inner = config.backbone_config()
-        inner._attn_implementation = self.config._attn_implementation
+        inner._attn_implementation = with_layouts(self.config._attn_implementation)
         self.backbone = AutoModel.from_config(inner)
         self.lm_head = DenoisingHead(
             config.hidden_size, config.vocab_size, int(config.mask_token_id or 0), config.num_tokens
@@ -80,6 +82,23 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         if config.tie_word_embeddings:
             self._keys_to_ignore_on_save = ["lm_head.weight"]  # it is the embedding, saved once
         self.post_init()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model is, for whoever decodes or evaluates it."""
+        return ModelSpec.of_config(self.config)
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What it can do beyond `hidden` and `logits`: rows packed end to end, rows computed in part."""
+        return frozenset({"packed", "partial"})
+
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any
+    ) -> None:
+        """Choose the attention kernel of plain calls (transformers' name); decoding has its own layouts."""
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        self.backbone.config._attn_implementation = with_layouts(self.config._attn_implementation)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
@@ -122,13 +141,12 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             [N, D], equal to `hidden` of each row alone up to the order of floating-point sums.
         """
         place = torch.cat([torch.arange(n, device=input_ids.device) for n in lengths])
-        with decoding_attention(self.backbone):
-            states = self.backbone(
-                inputs_embeds=self._embed(input_ids[None]),
-                position_ids=sent(place[None], self.device),
-                use_cache=False,
-                layout=Packed(lengths),
-            ).last_hidden_state[0]
+        states = self.backbone(
+            inputs_embeds=self._embed(input_ids[None]),
+            position_ids=sent(place[None], self.device),
+            use_cache=False,
+            layout=Packed(lengths),
+        ).last_hidden_state[0]
         if self.config.shift:
             position = torch.arange(len(input_ids), device=input_ids.device)
             states = states[sent(torch.where(place > 0, position - 1, position), self.device)]
@@ -168,13 +186,12 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         place = torch.arange(order.shape[1], device=order.device)
         positions = torch.where(place < count, order, last)
         layout = Partial.of(memory, rows, positions, valid, self.device)
-        with decoding_attention(self.backbone):
-            found = self.backbone(
-                inputs_embeds=self._embed(input_ids.gather(1, positions)),
-                position_ids=layout.positions,
-                use_cache=False,
-                layout=layout,
-            ).last_hidden_state
+        found = self.backbone(
+            inputs_embeds=self._embed(input_ids.gather(1, positions)),
+            position_ids=layout.positions,
+            use_cache=False,
+            layout=layout,
+        ).last_hidden_state
         states = found.new_zeros(*input_ids.shape, found.shape[-1])
         states[torch.arange(len(positions), device=self.device)[:, None], layout.positions] = found
         row, position = (sent(x, self.device) for x in active.nonzero().unbind(1))

@@ -219,5 +219,5 @@ def _local(
     how = {"seed": config.seed, "eos_fill": config.eos_fill}
     settings = {**variant.options, **variant.pace, **how, "dtype": config.dtype}
     card = Card(**common, fingerprint=mark, label=variant.label, decoder=variant.decoder, settings=settings)
-    arguments = variant.how(**how)
-    return Contestant(card, lambda: Local(loaded.sampler, config.batch_size, arguments))
+    request = variant.request(eos_fill=config.eos_fill)
+    return Contestant(card, lambda: Local(loaded.sampler, config.batch_size, request, config.seed))

@@ -76,7 +76,7 @@ class DLM(LM):  # type: ignore[misc]
         self.rows = int(batch_size) if str(batch_size).isdecimal() else 8
         self.steps, self.window = int(steps), int(window)
         pace = {"rate": float(rate)} if float(rate) else {}
-        self.how = Variant(name, options, pace).how(seed=int(number(str(seed), "seed")))
+        self.variant, self.seed = Variant(name, options, pace), int(number(str(seed), "seed"))
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer each context until one of its stop texts; the model's template stands around it.
@@ -87,8 +87,9 @@ class DLM(LM):  # type: ignore[misc]
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
             for (stops, size), some in itertools.groupby(requests, self._asked_for):
                 contexts = [self._fitting(request.args[0]) for request in some]
-                how = {**dict(size), **self.how, "stop": stops or None, "batch_size": self.rows}
-                for answer in self.sampler.iter_generate(contexts, **how):
+                request = self.variant.request(**dict(size), stop=list(stops) or None)
+                settings = {"seed": self.seed, "batch_size": self.rows}
+                for answer in self.sampler.iter_generate(contexts, request=request, **settings):
                     out.append(answer.text)
                     bar.update()
         return out
@@ -104,7 +105,7 @@ class DLM(LM):  # type: ignore[misc]
 
     def _fitting(self, context: str) -> str:
         """The context, cut from the left where a window or the model would have no room for an answer."""
-        room = (self.window or self.sampler.window if self.steps else self.sampler.planner.limit) * 3 // 4
+        room = (self.window or self.sampler.window if self.steps else self.sampler.spec.positions) * 3 // 4
         ids = self.sampler.rows.text(context)
         over = self.sampler.prompt_length(context) - room
         return context if over <= 0 else str(self.tokenizer.decode(ids[over:]))
@@ -134,8 +135,8 @@ class DLM(LM):  # type: ignore[misc]
         before = self.sampler.rows.text(context) if context else [int(self.model.config.eos_token_id)]
         after = whole[len(before) :] if context and whole[: len(before)] == before else None
         after = after or self.sampler.rows.text(continuation)
-        room = self.sampler.planner.limit - len(after)
-        return before[-room:] if room > 0 else [], after[: self.sampler.planner.limit]
+        room = self.sampler.spec.positions - len(after)
+        return before[-room:] if room > 0 else [], after[: self.sampler.spec.positions]
 
     def _greedy(self, context: list[int], continuation: list[int]) -> bool:
         import torch
@@ -151,7 +152,7 @@ class DLM(LM):  # type: ignore[misc]
         del disable_tqdm
         from eval.nelbo import nelbo
 
-        eos, room = [int(self.model.config.eos_token_id)], self.sampler.planner.limit - 1
+        eos, room = [int(self.model.config.eos_token_id)], self.sampler.spec.positions - 1
         texts = [self.sampler.rows.text(request.args[0]) for request in requests]
         pieces = [(i, ids[at : at + room]) for i, ids in enumerate(texts) for at in range(0, len(ids), room)]
         total = [0.0] * len(texts)

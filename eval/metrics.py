@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from decoding.measures import repetition, stutter
+from dlm.repetition import repetition, stutter
 from dlm.tokenizer import Message
 from eval.answers import Answer
 from eval.checks import CHECKS

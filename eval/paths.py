@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from decoding.path import PathCost
 from dlm.curves import plain
 from dlm.data.encode import encode_rows
 from dlm.data.rows import load_rows
 from dlm.errors import ConfigError
+from eval.path import PathCost
 from eval.report.plots import LOOKS
 from eval.report.tables import Table
 from eval.statistics import Estimate, bootstrap, paired_test

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from decoding.request import Request
 from dlm.errors import ConfigError, DLMError
 from dlm.pretrained.names import located
 from dlm.tokenizer import Message
@@ -44,15 +45,17 @@ class Local:
     Args:
         sampler: a `decoding.Sampler`.
         batch_size: rows per model call.
-        how: keyword arguments of `Sampler.iter_generate`.
+        request: how answers are decoded.
+        seed: of the noise.
     """
 
-    def __init__(self, sampler: Any, batch_size: int, how: dict[str, Any]) -> None:
-        self.sampler, self.batch_size, self.how = sampler, batch_size, how
+    def __init__(self, sampler: Any, batch_size: int, request: Request, seed: int = 0) -> None:
+        self.sampler, self.batch_size, self.request, self.seed = sampler, batch_size, request, seed
 
     def replies(self, conversations: Sequence[list[Message]]) -> Iterator[Reply]:
         """See `System`; a conversation's noise depends on the seed and its own text alone."""
-        for out in self.sampler.iter_generate(conversations, batch_size=self.batch_size, **self.how):
+        settings = {"request": self.request, "seed": self.seed, "batch_size": self.batch_size}
+        for out in self.sampler.iter_generate(conversations, **settings):
             yield Reply(
                 out.text,
                 len(out.token_ids),

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from decoding.request import Request
 from dlm.errors import ConfigError
 
 
@@ -35,12 +36,12 @@ class Variant:
         """Decoder with options, and pace; `own` is what the checkpoint's decoder is called."""
         return ",".join([self.decoder or own, *_told(self.options)]), ",".join(_told(self.pace))
 
-    def how(self, **common: Any) -> dict[str, Any]:
-        """Keyword arguments of `Sampler.iter_generate`."""
+    def request(self, **common: Any) -> Request:
+        """The request for the sampler, with further fields."""
         from decoding.presets import Decoder
 
         decoder = Decoder.named(self.decoder, **self.options) if self.decoder else None
-        return {"decoder": decoder, **self.pace, **common}
+        return Request(decoder=decoder, **self.pace, **common)
 
 
 def _told(settings: dict[str, Any]) -> list[str]:
@@ -128,7 +129,7 @@ def variants(
     for name, options in parse_decoders(decoders):
         for more, pace in itertools.product(_options(name, sizes, cuts), paces):
             variant = Variant(name, {**more, **options}, pace)
-            variant.how()
+            variant.request()
             if variant not in out:
                 out.append(variant)
     return out

@@ -14,12 +14,13 @@ from statistics import mean
 
 from tqdm import tqdm
 
-from decoding.measures import repetition, stutter
+from decoding.answer import Output
 from decoding.presets import Decoder
-from decoding.prompts import read_prompts
 from decoding.rows import Prompt
-from decoding.sampler import Output, Sampler
+from decoding.sampler import Sampler
 from dlm.checkpoint import load_model
+from dlm.data.prompts import read_prompts
+from dlm.repetition import repetition, stutter
 
 
 def answer(

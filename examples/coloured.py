@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from matplotlib import colormaps
 from rich.text import Text
 
-from decoding.sampler import Output, Sampler
+from decoding.answer import Output
+from decoding.sampler import Sampler
 
 
 def style(step: int, steps: int) -> str:

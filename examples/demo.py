@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from decoding.ldw import decoding_window, draw_decoding_windows
-from decoding.measures import repetition
 from decoding.presets import Decoder
 from decoding.sampler import Sampler
 from dlm.checkpoint import load_model
 from dlm.data.config import DataConfig
 from dlm.data.rules import Example, is_right, make_examples
 from dlm.prior import TokenPrior
+from dlm.repetition import repetition
+from eval.ldw import decoding_window, draw_decoding_windows
 from examples.coloured import coloured, legend
 from finetune.config import ModelConfig, ObjectiveConfig, R2FTConfig, StartConfig, TrainConfig
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from decoding.answer import Output
 from decoding.presets import Decoder
 from decoding.rows import Prompt
-from decoding.sampler import Output, Sampler
+from decoding.sampler import Sampler
 from dlm.data.encoded import EncodedRows
 from dlm.trainer import DiffusionTrainer
 from finetune.config import RunConfig

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from decoding.measures import repetition, stutter
 from decoding.presets import Decoder
 from dlm.curves import BLUE, GREEN, GREY, RED, History, plain, series, smooth
+from dlm.repetition import repetition, stutter
 from dlm.trainer import DiffusionTrainer
 from finetune.config import R2FTConfig
 from finetune.run_folder import RunFolder

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from decoding.sampler import Output
+from decoding.answer import Output
 from dlm.backbone import from_scratch, load_causal_lm
 from dlm.data.encode import encode_rows
 from dlm.data.rows import load_rows

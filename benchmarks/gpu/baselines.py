@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from decoding.bench import Timed, as_causal, plain
+from eval.bench import Timed, as_causal, plain
 
 __all__ = ["Timed", "as_causal", "autoregressive", "published"]
 

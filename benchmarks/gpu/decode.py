@@ -216,7 +216,7 @@ def writer(subject: Subject, way: Way) -> Callable[[], int]:
 
 def _ours(subject: Subject, way: Way, model: Any) -> Callable[[], int]:
     how, sampler, texts = way.how or {}, Sampler(model, subject.tokenizer), subject.texts(way)
-    limit = {} if "window" in how else {"max_tokens": subject.tokens}
+    limit: dict[str, Any] = {} if "window" in how else {"max_tokens": subject.tokens}
 
     def write() -> int:
         outs = sampler.generate(texts, batch_size=way.rows, seed=list(range(len(texts))), **how, **limit)

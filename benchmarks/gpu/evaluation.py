@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import material, r2ft, train
-from benchmarks.gpu.context import Context
+from benchmarks.gpu.context import Context, MaterialError
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def run(context: Context) -> None:
     models = {"sft": train.folder_of(context), "r2ft": r2ft.folder_of(context)}
     there = {name: path for name, path in models.items() if (path / "adapter_config.json").is_file()}
     if not there:
-        raise material.MaterialError("no model to ask: stages train and r2ft come first")
+        raise MaterialError("no model to ask: stages train and r2ft come first")
     slowest = 0.0
     for variant in VARIANTS[:2] if context.tiny else VARIANTS:
         for name, path in there.items():

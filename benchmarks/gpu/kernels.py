@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +30,6 @@ def composition(logits: torch.Tensor, noise: torch.Tensor, k: int) -> Found:
 
 def run(context: Context) -> None:
     """Every size, the most telling first."""
-    if not context.cuda:
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernel runs on the CPU; before triton is loaded
     try:
         import triton  # noqa: F401
     except ImportError:

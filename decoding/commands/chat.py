@@ -5,34 +5,35 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from decoding.config import DecodingConfig, LoadConfig
+from decoding.config import LoadConfig, decoder_option
+from decoding.request import Request
 from dlm.cli import Command
 from dlm.errors import ConfigError
-
-if TYPE_CHECKING:
-    from decoding.request import Plan
-
 
 COMMANDS = "/new starts over, /quit leaves, Ctrl-C stops an answer."
 
 
 @dataclass(frozen=True)
-class ChatConfig(DecodingConfig, LoadConfig):
+class ChatConfig(Request, LoadConfig):
     """Settings of `dlm chat`.
 
     Args:
         system: system message, if any.
+        seed: seed of the noise; a decoder that takes the likeliest token, as the default model's, has none.
     """
 
     system: str = ""
+    seed: int = 0
+
+    meant = staticmethod(decoder_option)
 
     def __post_init__(self) -> None:
         """Check that there is a model."""
-        DecodingConfig.__post_init__(self)
+        Request.__post_init__(self)
         LoadConfig.__post_init__(self)
-        self.check(self.reuse)
+        self.check_reuse(self.reuse)
 
 
 def run(config: ChatConfig) -> int:
@@ -42,7 +43,8 @@ def run(config: ChatConfig) -> int:
     from decoding.sampler import Sampler
 
     console = Console()
-    arguments = config.arguments()
+    request = Request.read_from(config)
+    request.check_decoder()
     sampler = Sampler(*config.load())
     console.print(f"[dim]{COMMANDS} Shaded cells are not yet written.[/dim]")
     system = [{"role": "system", "content": config.system}] if config.system else []
@@ -62,18 +64,20 @@ def run(config: ChatConfig) -> int:
             console.print(f"[red]{line} is not a command.[/red] [dim]{COMMANDS}[/dim]")
         elif line:
             messages.append({"role": "user", "content": line})
-            messages = _turn(console, sampler, messages, arguments)
+            messages = _turn(console, sampler, messages, request, config.seed)
 
 
-def _turn(console: Any, sampler: Any, messages: list[dict[str, str]], arguments: dict[str, Any]) -> list[Any]:
+def _turn(
+    console: Any, sampler: Any, messages: list[dict[str, str]], request: Request, seed: int
+) -> list[Any]:
     """Answer the last message; returns the conversation to go on with."""
-    kept = _fitted(sampler, messages, _room(sampler, arguments))
+    kept = _fitted(sampler, messages, _room(sampler, request))
     if len(kept) < len(messages):
         console.print(
             f"[dim](the window is full: {len(messages) - len(kept)} old messages are forgotten)[/dim]"
         )
     try:
-        text = _watch(console, sampler, kept, arguments)
+        text = _watch(console, sampler, kept, request, seed)
     except ConfigError as error:
         console.print(f"[red]{error}[/red]")
         return kept[:-1]
@@ -83,11 +87,10 @@ def _turn(console: Any, sampler: Any, messages: list[dict[str, str]], arguments:
     return [*kept, {"role": "assistant", "content": text}]
 
 
-def _room(sampler: Any, arguments: dict[str, Any]) -> int:
+def _room(sampler: Any, request: Request) -> int:
     """Tokens that the conversation may have: what the longest answer leaves, and half of all at least."""
-    given = {key: value for key, value in arguments.items() if key != "seed"}
-    plan: Plan = sampler.planner.plan(**given)
-    return plan.positions - min(plan.tokens, plan.positions // 2)
+    plan = sampler.plan(request)
+    return int(plan.positions - min(plan.tokens, plan.positions // 2))
 
 
 def _fitted(sampler: Any, messages: list[dict[str, str]], room: int) -> list[dict[str, str]]:
@@ -99,7 +102,7 @@ def _fitted(sampler: Any, messages: list[dict[str, str]], room: int) -> list[dic
     return head + rest
 
 
-def _watch(console: Any, sampler: Any, messages: list[dict[str, str]], arguments: dict[str, Any]) -> str:
+def _watch(console: Any, sampler: Any, messages: list[dict[str, str]], request: Request, seed: int) -> str:
     """Show the canvas as it fills and return the finished text."""
     from rich.live import Live
     from rich.text import Text
@@ -107,12 +110,13 @@ def _watch(console: Any, sampler: Any, messages: list[dict[str, str]], arguments
     begun = time.perf_counter()
     event = None
     with Live(console=console, refresh_per_second=12, transient=not sys.stdout.isatty()) as live:
-        for event in sampler.stream(messages, **arguments):
+        for event in sampler.stream(messages, request=request, seed=seed):
             live.update(Text(event.text))
     if event is None:
         return ""
     ids = event.token_ids
-    size = ids.index(sampler.eos_id) if sampler.eos_id in ids else len(ids)
+    ends = [i for i, token in enumerate(ids) if token in sampler.spec.end_token_ids]
+    size = ends[0] if ends else len(ids)
     if not sys.stdout.isatty():
         console.print(Text(event.text))
     seconds = time.perf_counter() - begun

@@ -6,13 +6,14 @@ import itertools
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from decoding.config import DecodingConfig, LoadConfig
-from decoding.prompts import read_prompts
+from decoding.config import LoadConfig, decoder_option
+from decoding.request import Request
 from dlm.cli import Command
+from dlm.data.prompts import read_prompts
 from dlm.errors import ConfigError, DataError
 
 LAWS = """\
@@ -23,7 +24,7 @@ Whatever the decoder, --canvas growing (with a window) and --reuse (2505.22618) 
 
 
 @dataclass(frozen=True)
-class GenerateConfig(DecodingConfig, LoadConfig):
+class GenerateConfig(Request, LoadConfig):
     """Settings of `dlm generate`.
 
     Args:
@@ -31,9 +32,7 @@ class GenerateConfig(DecodingConfig, LoadConfig):
         file: file of prompts, one per line; or .json, .jsonl (also .gz) whose rows have "instruction" (and
             "input"), "prompt", "text" or "messages".
         limit: answer only the first so many prompts; 0 for all.
-        begin: what every answer begins with.
-        ending: what every answer ends with, at the last positions of the window or of max_tokens.
-        forced: texts at places of the answer, counted in tokens from 0, such as --forced.7 " Paris".
+        seed: seed of the noise; a decoder that takes the likeliest token, as the default model's, has none.
         forbidden: tokens that never come out, as texts such as '[" delve"]', which must be one token each.
         json: write one JSON object per answer instead of its text.
         batch_size: prompts per model call.
@@ -43,28 +42,26 @@ class GenerateConfig(DecodingConfig, LoadConfig):
     prompts: list[str] = field(default_factory=list)
     file: str = ""
     limit: int = 0
-    begin: str = ""
-    ending: str = ""
-    forced: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
     forbidden: list[str] = field(default_factory=list)
     json: bool = False
     batch_size: int = 8
     list_decoders: bool = False
 
+    meant = staticmethod(decoder_option)
+
     def __post_init__(self) -> None:
         """Check that the settings fit together."""
-        DecodingConfig.__post_init__(self)
+        Request.__post_init__(self)
         if self.prompts and self.file:
             raise ConfigError("give prompts as words or as --file, not both")
         if not self.list_decoders:
             LoadConfig.__post_init__(self)
-        self.check(self.reuse)
+        self.check_reuse(self.reuse)
         if self.batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.file not in ("", "-") and not Path(self.file).is_file():
             raise DataError(f"{self.file}: no such file")
-        if not all(place.isdecimal() for place in self.forced):
-            raise ConfigError(f"forced must name places by number, got {', '.join(self.forced)}")
         if self.limit < 0:
             raise ConfigError(f"limit must not be negative, got {self.limit}")
 
@@ -80,23 +77,17 @@ def run(config: GenerateConfig) -> int:
         return 0
     from decoding.sampler import Sampler
 
-    arguments = config.arguments()
+    request = Request.read_from(config)
+    request.check_decoder()
     sampler = Sampler(*config.load())
     if config.forbidden:
-        how = {name: value for name, value in arguments.items() if name != "seed"}
-        arguments |= {"decoder": sampler.without(config.forbidden, **how), "options": None}
+        decoder = sampler.without(config.forbidden, request=request)
+        request = replace(request, decoder=decoder, options=None)
     words = config.prompts not in ([], ["-"])
     prompts: Iterable[Any] = config.prompts if words else read_prompts(config.file)
     if config.limit:
         prompts = itertools.islice(prompts, config.limit)
-    outputs = sampler.iter_generate(
-        prompts,
-        batch_size=config.batch_size,
-        begin=config.begin,
-        ending=config.ending,
-        forced={int(place): text for place, text in config.forced.items()},
-        **arguments,
-    )
+    outputs = sampler.iter_generate(prompts, request=request, seed=config.seed, batch_size=config.batch_size)
     for output in _with_progress(outputs, len(config.prompts) if words else None):
         print(json.dumps(asdict(output), ensure_ascii=False) if config.json else output.text, flush=True)
     return 0

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from decoding.config import LoadConfig, decoder_option
-from decoding.prompts import read_prompts
+from decoding.request import Request
 from dlm.cli import Command
+from dlm.data.prompts import read_prompts
 from dlm.errors import ConfigError
 
 LENGTH = re.compile(r"(\d{1,7})(?:-(\d{1,7}))?")
@@ -26,12 +27,12 @@ class InfillConfig(LoadConfig):
         edit: words that are written again, in texts without gaps.
         length: tokens that come in their place, such as 4 or 2-6; as many as they have if empty.
         prompt: what the texts are the answer to; empty for texts that stand alone.
-        decoder: name of the decoder (see `dlm generate --list-decoders`); the checkpoint's default if empty.
+        decoder: name of the decoder (see `dlm generate --list-decoders`); by default the checkpoint's own.
         options: options of the decoder, such as --options.kernel_size 9.
-        steps: denoising steps; 0 for a rate.
-        rate: tokens written per model call on average, at least 1; 0 for 1, or for steps.
-        reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate); nothing for exact decoding.
-        refresh: with reuse, every so many calls everything is computed; 0 for 8.
+        steps: denoising steps, in place of a rate.
+        rate: tokens written per model call on average, at least 1; 1 by default.
+        reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate).
+        refresh: with reuse, everything is computed at every so many changes of the row; 8 by default.
         seed: seed of the noise; a decoder that takes the likeliest token, as the default model's, has none.
         batch_size: rows per model call.
         json: write one JSON object per text instead of the text.
@@ -41,12 +42,12 @@ class InfillConfig(LoadConfig):
     edit: str = ""
     length: str = ""
     prompt: str = ""
-    decoder: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-    steps: int = 0
-    rate: float = 0.0
-    reuse: str = ""
-    refresh: int = 0
+    decoder: str | None = None
+    options: dict[str, Any] | None = None
+    steps: int | None = None
+    rate: float | None = None
+    reuse: str | None = None
+    refresh: int | None = None
     seed: int = 0
     batch_size: int = 8
     json: bool = False
@@ -56,41 +57,45 @@ class InfillConfig(LoadConfig):
     def __post_init__(self) -> None:
         """Check that the settings fit together."""
         super().__post_init__()
-        self.check(self.reuse)
-        if self.steps < 0 or self.batch_size < 1:
-            raise ConfigError(
-                f"steps must not be negative and batch_size at least 1, got {self.steps}, {self.batch_size}"
-            )
+        self.check_reuse(self.reuse)
+        self.request()
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.length and not self.edit:
             raise ConfigError("length says how many tokens come in place of --edit; give both")
         if self.length and not LENGTH.fullmatch(self.length):
             raise ConfigError(f"length must be a number of tokens or two such as 2-6, got {self.length!r}")
 
+    def request(self) -> Request:
+        """The part of these settings that says how to decode."""
+        return Request(
+            decoder=self.decoder,
+            options=self.options,
+            steps=self.steps,
+            rate=self.rate,
+            reuse=self.reuse,
+            refresh=self.refresh,
+        )
+
 
 def run(config: InfillConfig) -> int:
     """Fill the texts, in order."""
-    from decoding.presets import Decoder
-    from decoding.sampler import Infilled, Sampler
+    from decoding.infill import Infilled
+    from decoding.sampler import Sampler
 
-    if config.decoder:
-        Decoder.named(config.decoder, **config.options)  # refused before a model is loaded
+    config.request().check_decoder()
     sampler = Sampler(*config.load())
     texts: Iterable[str] = read_prompts("-") if config.texts in ([], ["-"]) else config.texts
-    how: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "prompt": config.prompt or None,
-        "decoder": config.decoder or None,
-        "options": config.options or None,
+        "request": config.request(),
         "seed": config.seed,
         "batch_size": config.batch_size,
-        "steps": config.steps or None,
-        "rate": config.rate or None,
-        "reuse": config.reuse or None,
-        "refresh": config.refresh or None,
     }
-    outputs: Iterable[Infilled] = sampler.iter_infill(texts, **how)
+    outputs: Iterable[Infilled] = sampler.iter_infill(texts, **settings)
     if config.edit:
         length = _length(config.length)
-        outputs = (sampler.edit(text, config.edit, length=length, **how) for text in texts)
+        outputs = (sampler.edit(text, config.edit, length=length, **settings) for text in texts)
     for output in outputs:
         print(json.dumps(asdict(output), ensure_ascii=False) if config.json else output.text, flush=True)
     return 0

@@ -83,9 +83,9 @@ def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
     """The runs, model after model; those that the folder holds already are not made again."""
     from tqdm import tqdm
 
-    from decoding.path import path_costs
     from decoding.sampler import Sampler
     from dlm.checkpoint import load_model
+    from eval.path import path_costs
     from eval.paths import PathRun, held_out
     from eval.systems import fingerprint
     from eval.variants import variants
@@ -95,7 +95,7 @@ def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
     for path in config.models:
         mark = fingerprint(path)
         sampler = Sampler(*load_model(path, config.device, config.dtype))
-        plans = [sampler.planner.plan(**variant.how()) for variant in several]
+        plans = [sampler.plan(variant.request()) for variant in several]
         room, tokens = min(plan.positions for plan in plans), min(plan.tokens for plan in plans)
         rows = held_out(config.data, config.last, config.limit, sampler.tokenizer, room, tokens)
         for variant, plan in zip(several, plans, strict=True):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from decoding import Decoder, Sampler
+from decoding.infill import rows_with_gaps
 from dlm.errors import ConfigError, DLMError
 from tests.decoding.test_given import Letters
 from tests.fakes import FakeDenoiser, FakeTokenizer
@@ -21,8 +22,11 @@ def sampler(positions=4096, tokenizer=FakeTokenizer, **kwargs):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"window": 3}, "prompt 0: the prompt has 5 tokens and the window 3; the window must be at least 6"),
-        ({"window": 30, "steps": 0}, "steps must be at least 1, got 0"),
+        (
+            {"window": 3},
+            "prompt 0: the prompt has 5 tokens and the window 3; the window must be at least 6",
+        ),
+        ({"window": 30, "steps": 0}, "steps must be a whole number of at least 1, got 0"),
         ({"window": 5000}, "window must lie between 1 and the model's 4096 positions, got 5000"),
         ({"window": 30, "canvas": "grow"}, "'grow'. Did you mean 'growing'. Choices: full, growing"),
         ({"max_tokens": 30, "canvas": "full"}, 'canvas "full" needs a window'),
@@ -112,10 +116,15 @@ def test_ten_thousand_prompts_are_streamed():
 def test_given_mask_tokens_in_a_prompt_are_text_except_in_a_gap(model, tokenizer):
     own = Sampler(model, tokenizer)
     for text in ("say <|mask|> twice <|mask|>", "<mask:3>"):
-        row = own.rows.answer(text, 10, 200, "prompt 0")
+        row = own.rows.answer(text, own.plan(max_tokens=10))
         assert row.ids.count(tokenizer.mask_token_id) == 10
         assert own.generate([text], max_tokens=8)[0].steps > 0
-    assert own.rows.filled(["a", "<|mask|>"], None, 100, "x")[0].ids.count(tokenizer.mask_token_id) == 0
+    assert (
+        rows_with_gaps(own.rows, ["a", "<|mask|>"], None, own.plan(), "x")[0].ids.count(
+            tokenizer.mask_token_id
+        )
+        == 0
+    )
 
 
 def test_a_model_out_of_range_is_not_asked_for_positions_that_it_does_not_have():

@@ -8,13 +8,14 @@ from torch.nn import functional as F
 
 from benchmarks.models import Ending
 from decoding import Decoder, Sampler
-from decoding.bench import Problem
-from decoding.canvas import Canvas
-from decoding.loop import Settings, denoise
 from decoding.presets import PRESETS
+from decoding.request import Request
+from decoding.step import denoise
 from dlm.errors import ConfigError
 from dlm.graphs import BucketedModel
 from dlm.model import MaskedDiffusionModel
+from eval.bench import Problem
+from tests.decoding.rig import canvas_of, plan_of
 from tests.elsewhere import AWAY, Elsewhere
 from tests.fakes import FakeTokenizer
 
@@ -39,6 +40,7 @@ class FarModel:
 
     hidden, packed_hidden = MaskedDiffusionModel.hidden, MaskedDiffusionModel.packed_hidden
     partial_hidden, new_memory = MaskedDiffusionModel.partial_hidden, MaskedDiffusionModel.new_memory
+    capabilities = frozenset({"packed", "partial"})
     _embed = MaskedDiffusionModel._embed
 
     def __init__(self, device=AWAY):
@@ -110,7 +112,9 @@ def test_models_with_few_shapes_and_the_benchmarks_run_there():
         Sampler(BucketedModel(FarModel(), graphs=False), FakeTokenizer()).generate(["abc", "d"], max_tokens=9)
         prompts = torch.randint(5, 20, (2, 6)).to(AWAY)
         problem = Problem(Ending(FarModel(), 12), prompts, MASK, 1, 30, 8, 20)
-        tokens, _ = problem.ours("ours", Decoder.named("conv", kernel_size=9)).write(0)
+        tokens, _ = problem.ours(
+            "ours", Request(decoder=Decoder.named("conv", kernel_size=9), window=30, steps=8)
+        ).write(0)
     assert tokens > 0
 
 
@@ -128,6 +132,8 @@ def test_the_second_device_notices_what_cuda_would():
 
 def test_a_canvas_elsewhere_is_refused():
     with Elsewhere():
-        canvas = Canvas.of(torch.full((1, 5), MASK, device=AWAY), MASK, torch.zeros(1, device=AWAY).long())
+        plan = plan_of("conv", 3, eos=EOS, mask=MASK)
+        canvas = canvas_of(torch.full((1, 5), MASK), plan)
+        canvas.ids = canvas.ids.to(AWAY)
         with pytest.raises(ConfigError, match="lies on the host"):
-            next(denoise(FarModel(), canvas, Decoder.named("conv"), Settings(3, EOS, MASK)))
+            next(denoise(FarModel(), canvas, plan))

@@ -3,50 +3,58 @@
 import copy
 import itertools
 import random
+import threading
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decoding import Decoder
-from decoding.canvas import Canvas
-from decoding.engine import BrokenTicketError, Engine
-from decoding.loop import Settings, denoise
+from decoding import Decoder, Request, Sampler
+from decoding.engine import Engine
 from decoding.presets import PRESETS
-from decoding.states import Reuse
+from decoding.request import Reuse
+from decoding.rows import Row
 from dlm.errors import ConfigError
-from tests.decoding.test_loop import rows
+from tests.decoding.rig import EOS, MASK, canvas_of, decode, plan_of, rows
 from tests.dlm.test_attention import MASK as TINY_MASK
 from tests.dlm.test_attention import tiny
-from tests.fakes import FakeDenoiser
+from tests.fakes import FakeDenoiser, FakeTokenizer
 
-MASK, EOS = 22, 0
+SMALL = {
+    "semi-ar": {"block_size": 8},
+    "dilated": {"block_size": 8},
+    "conv": {"kernel_size": 9},
+    "llada-conv": {"kernel_size": 7},
+}
 
 
 def request(number):
-    """A canvas of one row, a decoder and settings; no two neighbours are alike."""
+    """A row and its plan; no two neighbours are alike."""
     name = list(PRESETS)[number % len(PRESETS)]
-    small = {"semi-ar": {"block_size": 8}, "conv": {"kernel_size": 9}, "llada-conv": {"kernel_size": 7}}
-    decoder = Decoder.named(name, **small.get(name, {}))
+    decoder = Decoder.named(name, **SMALL.get(name, {}))
     free = number % 3 == 1 and not decoder.timed
-    settings = Settings(
-        None if free else 6 + number % 5,
-        EOS,
-        MASK,
-        rate=1.5 + number % 2 if free else None,
-        grow=free,
-        fit=40,
-    )
-    ids = rows(FakeDenoiser(), [number % 6 + 1], 20 + number % 17)
-    return Canvas.of(ids, MASK, torch.tensor([number]), ahead=settings.ahead(decoder)), decoder, settings
+    pace = {"rate": 1.5 + number % 2, "grow": True} if free else {"steps": 6 + number % 5}
+    plan = plan_of(decoder, fit=40, **pace)
+    ids = rows(FakeDenoiser(), [number % 6 + 1], 20 + number % 17)[0].tolist()
+    return Row(ids, number % 6 + 1), plan, number
 
 
 def alone(number, **model):
-    canvas, decoder, settings = request(number)
-    for _ in denoise(FakeDenoiser(**model), canvas, decoder, settings):
-        pass
-    return canvas
+    row, plan, seed = request(number)
+    return decode(FakeDenoiser(**model), torch.tensor([row.ids]), plan, [seed])
+
+
+def engine_of(model, **limits):
+    return Engine(model, FakeTokenizer(), **limits)
+
+
+def run(engine):
+    """All rows until they are finished."""
+    found = {}
+    while len(engine):
+        found.update({u.ticket: u.canvas for u in engine.step() if u.finished})
+    return found
 
 
 def same(one, two):
@@ -62,114 +70,124 @@ def same(one, two):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    arrivals=st.lists(st.integers(0, 12), min_size=2, max_size=14),
+    arrivals=st.lists(st.integers(0, 12), min_size=2, max_size=16),
     leaving=st.lists(st.integers(0, 12), max_size=3),
     bias=st.sampled_from([-50.0, 0.5]),
+    limit=st.sampled_from([None, 1, 3]),
 )
-def test_rows_that_come_and_go_are_bit_identical_to_rows_alone(arrivals, leaving, bias):
-    engine = Engine(FakeDenoiser(eos_bias=bias))
+def test_rows_that_come_and_go_are_bit_identical_to_rows_alone(arrivals, leaving, bias, limit):
+    engine = engine_of(FakeDenoiser(eos_bias=bias), max_rows=limit)
     due = sorted((turn, number) for number, turn in enumerate(arrivals))
     at_work, done, turn = {}, {}, 0
     while due or at_work:
         while due and due[0][0] <= turn:
             number = due.pop(0)[1]
-            (ticket,) = engine.add(*request(number))
-            at_work[ticket] = number
-        over = engine.step()
-        for ticket, canvas in zip(over, engine.remove(*over), strict=True):
-            done[at_work.pop(ticket)] = canvas
+            at_work[engine.submit(*request(number))] = number
+        for update in engine.step():
+            if update.finished:
+                done[at_work.pop(update.ticket)] = update.canvas
         if turn in leaving and at_work:
             ticket = min(at_work)
-            (left,) = engine.remove(ticket)
-            assert int(left.step[0]) <= turn + 1
+            engine.cancel(ticket)
             at_work.pop(ticket)
         assert len(engine) == len(at_work)
+        assert limit is None or engine.running <= limit
         turn += 1
-    assert not engine.lanes
     for number, canvas in done.items():
         same(canvas, alone(number, eos_bias=bias))
 
 
+@pytest.mark.parametrize("bias", [-50.0, 0.5])
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_a_row_may_move_to_a_fresh_engine_after_every_step(name, bias):
+    """A row is its canvas: what an engine has computed is a cache, and may be dropped."""
+    decoder = Decoder.named(name, **SMALL.get(name, {}))
+    paces = [{"steps": 9}] if decoder.timed else [{"steps": 9}, {"rate": 1.6, "grow": True}]
+    if not decoder.reveal.paced:
+        paces = [{}, {"grow": True}]
+    model = FakeDenoiser(eos_bias=bias)
+    for pace, seed in itertools.product(paces, range(4)):
+        plan = plan_of(decoder, fit=40, **pace)
+        ids = rows(model, [2 + seed], 34)
+        stays = decode(model, ids, plan, [seed])
+        moves, canvas = canvas_of(ids, plan, [seed]), None
+        while canvas is None:
+            engine = engine_of(model)
+            engine.add(moves, plan)
+            (update,) = engine.step()
+            canvas = update.canvas if update.finished else None
+            moves = moves if update.finished else engine.remove(update.ticket)
+        assert torch.equal(canvas.ids, stays.ids)
+        assert torch.equal(canvas.reveal_step, stays.reveal_step)
+        torch.testing.assert_close(canvas.confidence, stays.confidence, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_row_among_31_others_is_the_row_alone():
-    engine = Engine(FakeDenoiser(eos_bias=0.5))
-    tickets = [engine.add(*request(number))[0] for number in range(32)]
-    found = {}
-    while len(engine):
-        over = engine.step()
-        found.update(zip(over, engine.remove(*over), strict=True))
+    engine = engine_of(FakeDenoiser(eos_bias=0.5))
+    tickets = [engine.submit(*request(number)) for number in range(32)]
+    found = run(engine)
     for number, ticket in enumerate(tickets):
         same(found[ticket], alone(number, eos_bias=0.5))
 
 
 def test_all_rows_share_one_model_call_a_step():
     model = FakeDenoiser(eos_bias=-50.0)
-    engine = Engine(model)
+    engine = engine_of(model)
     for number in range(12):
-        canvas, _, _ = request(number)
-        engine.add(canvas, Decoder.named("llada", temperature=float(number % 2)), Settings(4, EOS, MASK))
-    assert len(engine.lanes) > 1
+        row, _, seed = request(number)
+        engine.submit(row, plan_of(Decoder.named("llada", temperature=float(number % 2)), 4), seed)
     engine.step()
     assert (model.calls, model.rows) == (1, 12)
 
 
 def test_what_does_not_fit_leaves_the_engine_as_it_was():
-    engine = Engine(FakeDenoiser())
-    canvas, _, _ = request(0)
+    engine = engine_of(FakeDenoiser(), max_positions=60)
+    row, _, _ = request(0)
     blocks = Decoder.named("semi-ar", block_size=2)
     with pytest.raises(ConfigError, match="too few"):
-        engine.add(canvas, blocks, Settings(2, EOS, MASK))
+        engine.submit(row, plan_of(blocks, 2))
+    with pytest.raises(ConfigError, match="90 positions is longer than the engine's limit of 60"):
+        engine.submit(Row([1] + [MASK] * 89, 1), plan_of("llada", 30))
     assert len(engine) == 0
-    assert not engine.lanes
-    (ticket,) = engine.add(canvas, blocks, Settings(30, EOS, MASK, fit=20))
-    longer = Canvas.of(rows(FakeDenoiser(), [1], 90), MASK, torch.tensor([3]))
-    with pytest.raises(ConfigError, match="too few"):
-        engine.add(longer, blocks, Settings(30, EOS, MASK, fit=20))
-    assert len(engine) == 1
-    engine.remove(ticket)
-    with pytest.raises(KeyError, match="ticket 0"):
-        engine.row(ticket)
+    ticket = engine.submit(row, plan_of(blocks, 30))
+    engine.cancel(ticket)
+    for call in (engine.canvas, engine.cancel, engine.remove):
+        with pytest.raises(KeyError, match="ticket 0"):
+            call(ticket)
+    with pytest.raises(ConfigError, match="max_rows must be at least 1, got 0"):
+        engine_of(FakeDenoiser(), max_rows=0)
+
+
+def test_rows_wait_in_order_for_rows_and_positions():
+    engine = engine_of(FakeDenoiser(eos_bias=-50.0), max_rows=3, max_positions=70)
+    tickets = [engine.submit(Row([1] + [MASK] * 29, 1), plan_of("llada", 4), i) for i in range(5)]
+    seen = []
+    while len(engine):
+        seen.append([update.ticket for update in engine.step()])
+        assert engine.running <= 2  # 30 positions each
+    assert seen[0] == tickets[:2]
+    assert [t for step in seen for t in step if t == tickets[4]]
+    assert sorted({t for step in seen for t in step}) == tickets
 
 
 def test_a_real_model_gives_the_same_texts_packed_or_alone(model, tokenizer):
     """In double precision the order of sums does not matter; in single it may, rarely (see benchmarks)."""
     exact = copy.deepcopy(model).double()
     mask, eos = tokenizer.mask_token_id, tokenizer.eos_token_id
-    decoder, settings = Decoder.named("conv", kernel_size=9), Settings(8, eos, mask, fit=40)
-    canvases = []
+    plan = plan_of(Decoder.named("conv", kernel_size=9), 8, eos=eos, mask=mask)
+    engine, ids = Engine(exact, tokenizer), []
     for number in range(6):
-        ids = torch.full((1, 24 + 5 * number), mask)
         generator = torch.Generator().manual_seed(number)
-        ids[0, : 4 + number] = torch.randint(5, 90, (4 + number,), generator=generator)
-        canvases.append(Canvas.of(ids, mask, torch.tensor([number])))
-    engine = Engine(exact)
-    tickets = engine.add(Canvas.join(canvases), decoder, settings)
-    found = {}
-    while len(engine):
-        over = engine.step()
-        found.update(zip(over, engine.remove(*over), strict=True))
-    for ticket, canvas in zip(tickets, canvases, strict=True):
-        with torch.no_grad():
-            for _ in denoise(exact, canvas, decoder, settings):
-                pass
-        assert torch.equal(found[ticket].ids[0, : canvas.ids.shape[1]], canvas.ids[0])
+        given = torch.randint(5, 90, (4 + number,), generator=generator).tolist()
+        ids.append(given + [mask] * (20 + 4 * number))
+        engine.submit(Row(ids[-1], len(given)), plan, number)
+    found = run(engine)
+    for number, row in enumerate(ids):
+        expected = decode(exact, torch.tensor([row]), plan, [number])
+        assert torch.equal(found[number].ids[0, : len(row)], expected.ids[0])
 
 
-def test_tickets_given_twice_and_tickets_that_are_not_there():
-    engine = Engine(FakeDenoiser())
-    one, two = engine.add(*request(0))[0], engine.add(*request(0))[0]
-    with pytest.raises(KeyError, match="ticket 99"):
-        engine.remove(one, 99)
-    assert len(engine) == 2
-    assert len(engine.remove(one, one)) == 2
-    assert len(engine) == 1
-    while not engine.step():
-        pass
-    assert engine.step() == [two]
-    engine.remove(two)
-    assert not engine.lanes
-
-
-def test_a_broken_row_is_named_and_the_others_go_on():
+def test_a_broken_row_fails_alone_and_the_others_go_on():
     class Broken(FakeDenoiser):
         def logits(self, hidden):
             logits = super().logits(hidden)
@@ -177,20 +195,21 @@ def test_a_broken_row_is_named_and_the_others_go_on():
             return logits
 
     model = Broken(eos_bias=-50.0)
-    engine = Engine(model)
-    tickets = [engine.add(*request(number))[0] for number in range(5)]
-    bad = tickets[3]
-    row = request(3)[0]
-    model.bad = model.hidden(row.ids[:, : int(row.valid.sum())])[0, int(row.start[0]), 0]
-    with pytest.raises(BrokenTicketError, match=f"in step 0 of the row with the ticket {bad}") as caught:
-        engine.step()
-    engine.remove(caught.value.ticket)
-    done = set()
-    while len(engine):
-        over = engine.step()
-        done |= set(over)
-        engine.remove(*over)
-    assert done == set(tickets) - {bad}
+    engine = engine_of(model)
+    tickets = [engine.submit(*request(number)) for number in range(5)]
+    canvas = engine.canvas(tickets[3])
+    shown = canvas.ids[:, : int(canvas.valid.sum())]
+    model.bad = model.hidden(shown)[0, int(canvas.start[0]), 0]
+    updates = {update.ticket: update for update in engine.step()}
+    broken = updates[tickets[3]]
+    assert broken.finished
+    assert broken.output is None
+    assert "NaN in step 0" in str(broken.error)
+    assert all(u.error is None for t, u in updates.items() if t != tickets[3])
+    rest = run(engine)
+    assert set(rest) == set(tickets) - {tickets[3]}
+    for ticket, row in rest.items():
+        same(row, alone(ticket, eos_bias=-50.0))
 
 
 @settings(max_examples=12, deadline=None)
@@ -203,30 +222,95 @@ def test_nothing_that_rows_carry_is_mixed_up(seed):
         draw = random.Random(number)
         kernel, guidance, penalty = draw.choice([5, 9]), draw.choice([0, 0, 1.5]), draw.choice([1, 1.3])
         decoder = Decoder.named(
-            draw.choice(["conv", "llada-conv", "conv"]), kernel_size=kernel, top_k=4, guidance=guidance,
+            draw.choice(["conv", "llada-conv", "stability"]), kernel_size=kernel, top_k=4, guidance=guidance,
             repetition_penalty=penalty,
         )  # fmt: skip
         free, reuse = draw.random() < 0.5, draw.choice([None, Reuse("dual", 3), Reuse("prefix", 4)])
-        pace = {"steps": None, "rate": 2.0} if free else {"steps": 6}
-        grow = free or draw.random() < 0.5
-        how = Settings(eos_id=0, mask_id=TINY_MASK, grow=grow, reuse=reuse, fit=30, **pace)
-        ids = torch.full((1, draw.randint(12, 30)), TINY_MASK)
-        ids[0, : draw.randint(1, 6)] = number % 50 + 3
-        return Canvas.of(ids, TINY_MASK, torch.tensor([number]), ahead=how.ahead(decoder)), decoder, how
+        pace = {"rate": 2.0} if free else {"steps": 6}
+        pace = pace if decoder.reveal.paced or not free else {}
+        plan = plan_of(
+            decoder, eos=0, mask=TINY_MASK, grow=free or draw.random() < 0.5, reuse=reuse, fit=30, **pace
+        )
+        given = [number % 50 + 3] * draw.randint(1, 6)
+        return Row(given + [TINY_MASK] * (draw.randint(12, 30) - len(given)), len(given)), plan, number
 
-    engine, numbers, found = Engine(model), iter(range(seed, seed + 9)), {}
-    at_work = {}
+    engine, numbers, found, at_work = engine_of(model), iter(range(seed, seed + 9)), {}, {}
     while len(found) < 9:
         for number in itertools.islice(numbers, draw.randint(0, 3) if at_work else 2):
-            at_work[engine.add(*row(number))[0]] = number
-        over = engine.step()
-        for ticket, canvas in zip(over, engine.remove(*over), strict=True):
-            found[at_work.pop(ticket)] = canvas
+            at_work[engine.submit(*row(number))] = number
+        for update in engine.step():
+            if update.finished:
+                found[at_work.pop(update.ticket)] = update.canvas
     for number, canvas in found.items():
-        alone_, decoder, how = row(number)
-        with torch.no_grad():
-            for _ in denoise(model, alone_, decoder, how):
-                pass
-        size = min(alone_.ids.shape[1], canvas.ids.shape[1])
-        assert torch.equal(canvas.ids[0, :size], alone_.ids[0, :size])
-        assert int(canvas.model_calls[0]) == int(alone_.model_calls[0])
+        alone_row, plan, key = row(number)
+        expected = decode(model, torch.tensor([alone_row.ids]), plan, [key])
+        size = min(expected.ids.shape[1], canvas.ids.shape[1])
+        assert torch.equal(canvas.ids[0, :size], expected.ids[0, :size])
+        assert int(canvas.model_calls[0]) == int(expected.model_calls[0])
+
+
+# ---- text --------------------------------------------------------------------------------------------
+
+
+def test_confirmed_text_is_never_taken_back_and_ends_in_the_answer():
+    engine = engine_of(FakeDenoiser(eos_bias=-1.0), max_rows=4)
+    paces = [{"rate": 2.0}, {"rate": 1.0}, {}]
+    names = ["conv", "llada", "threshold", "editing", "semi-ar", "stability"]
+    plans = [
+        Request(decoder=name, max_tokens=40, stop=["ab", "qqq"], **(paces[i % 2] if i in (0, 1, 4) else {}))
+        for i, name in enumerate(names)
+    ]
+    tickets = {}
+    for plan in plans:
+        for seed in range(6):
+            resolved = plan.resolve(engine.model)
+            tickets[engine.submit(f"prompt {seed}", resolved, seed=seed)] = (f"prompt {seed}", plan, seed)
+    confirmed = dict.fromkeys(tickets, "")
+    while len(engine):
+        for update in engine.step():
+            assert update.confirmed.startswith(confirmed[update.ticket])
+            confirmed[update.ticket] = update.confirmed
+            assert "ab" not in update.confirmed
+            if update.finished:
+                assert update.output.text == update.confirmed
+                prompt, plan, seed = tickets[update.ticket]
+                alone_out = Sampler(engine.model, FakeTokenizer()).generate(prompt, request=plan, seed=seed)[
+                    0
+                ]
+                assert alone_out == update.output
+
+
+def test_several_threads_share_a_model():
+    """Each with an engine of its own; plain, packed and partial calls meet in one model."""
+    model, errors = tiny(shift=True), []
+    plans = [
+        plan_of(Decoder.named("conv", kernel_size=9), rate=2.0, grow=True, mask=TINY_MASK, reuse=reuse)
+        for reuse in (None, Reuse("dual", 3))
+    ]
+    lengths = [(4, 9, 2), (7, 7, 7), (3, 11, 5)]
+    batches = [[Row([i + 3] * n + [TINY_MASK] * 20, n) for i, n in enumerate(each)] for each in lengths]
+
+    def texts(plan, batch):
+        engine = engine_of(model)
+        for i, row in enumerate(batch):
+            engine.submit(row, plan, i)
+        return {
+            ticket: canvas.ids[0, : len(batch[ticket].ids)].tolist() for ticket, canvas in run(engine).items()
+        }
+
+    jobs = list(itertools.product(plans, batches))
+    expected = [texts(*job) for job in jobs]
+
+    def work(offset):
+        for i in range(len(jobs)):
+            job = (i + offset) % len(jobs)
+            if texts(*jobs[job]) != expected[job]:
+                errors.append(job)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert EOS == 0

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from decoding import Decoder
-from decoding.canvas import Canvas
-from decoding.loop import Settings, denoise
+from tests.decoding.rig import decode, plan_of
 from tests.fakes import FakeDenoiser
 
 VOCAB, MASK, EOS, LENGTH, PROMPT, STEPS = 6, 5, 0, 9, 2, 4
@@ -201,10 +200,8 @@ def slow_remdm(top_k, eos_bias, on=0.8, eta=0.3):
 
 
 def fast(decoder, eos_bias, **how):
-    canvas = Canvas.of(start().repeat(FAST, 1), MASK, torch.arange(FAST) * 7919)
-    for _ in denoise(fake(eos_bias), canvas, decoder, Settings(eos_id=EOS, mask_id=MASK, **how)):
-        pass
-    return canvas.ids
+    plan = plan_of(decoder, eos=EOS, mask=MASK, fit=LENGTH, **how)
+    return decode(fake(eos_bias), start().repeat(FAST, 1), plan).ids
 
 
 def answers(texts):

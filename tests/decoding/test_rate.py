@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from decoding import Decoder, Sampler
-from decoding.canvas import Canvas
-from decoding.loop import Settings, denoise
 from decoding.presets import PRESETS
 from decoding.reveal import first_arrivals
+from decoding.step import Batch, denoise
 from decoding.window import MARGIN
 from dlm.errors import ConfigError
 from dlm.noise import fold, key_of, uniform
+from tests.decoding.rig import canvas_of, plan_of
 from tests.fakes import FakeDenoiser, FakeTokenizer
 
 RATED = [name for name in PRESETS if not Decoder.named(name).timed]
@@ -185,19 +185,21 @@ def test_an_end_closes_the_canvas():
     model = FakeDenoiser(eos_bias=-50)
     ids = torch.full((1, 30), 22)
     ids[0, :3] = 5
-    canvas = Canvas.of(ids, 22, torch.tensor([1]), ahead=10)
+    plan = plan_of(named("conv"), rate=4.0, grow=True, margin=6)
+    canvas = canvas_of(ids, plan)
+    batch, row = Batch(model, canvas, plan), torch.tensor([0])
     assert canvas.valid.sum() == 13
     canvas.ids[0, 6], canvas.masked[0, 6] = 0, False
-    canvas.grow(torch.tensor([0]), 10, canvas.ended(torch.tensor([0]), 0))
+    batch._grow(row, 10)
     assert canvas.valid.sum() == 13
     canvas.ids[0, 6] = 7
-    canvas.grow(torch.tensor([0]), 10, canvas.ended(torch.tensor([0]), 0))
+    batch._grow(row, 10)
     assert canvas.valid.sum() == 14
     assert canvas.masked.sum() == 10
-    canvas.grow(torch.tensor([0]), 100, canvas.ended(torch.tensor([0]), 0))
+    batch._grow(row, 100)
     assert canvas.valid.sum() == 30
     assert not canvas.pinned[0, 3:].any()
-    for _ in denoise(model, canvas, named("conv"), Settings(None, 0, 22, rate=4.0, grow=True)):
+    for _ in denoise(model, canvas, plan):
         pass
     assert not canvas.masked.any()
 
@@ -215,7 +217,7 @@ def test_streaming_a_growing_answer_ends_in_the_text_of_generate():
 def test_the_models_positions_limit_a_growing_canvas():
     out = sampler(eos_bias=-50, positions=30).generate(["abc"], decoder=named("conv"), max_tokens=99)[0]
     assert len(out.token_ids) == 27
-    with pytest.raises(ConfigError, match="the prompt has 40 tokens and the window 30"):
+    with pytest.raises(ConfigError, match="the prompt has 40 tokens and the model 30 positions"):
         sampler(positions=30).generate(["a" * 40], max_tokens=5)
 
 
@@ -225,7 +227,7 @@ def test_the_models_positions_limit_a_growing_canvas():
         ({"max_tokens": 9, "window": 30}, "it has no window and no steps"),
         ({"max_tokens": 9, "steps": 3}, "it has no window and no steps"),
         ({"rate": 2.0, "steps": 3}, "either steps or a rate"),
-        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"max_tokens": 0}, "max_tokens must be a whole number of at least 1"),
         ({"max_tokens": 9, "rate": 0}, "rate must be at least 1 token per model call, got 0"),
         ({"max_tokens": 9, "rate": 2.0, "decoder": "threshold"}, "says itself how many tokens it writes"),
         ({"max_tokens": 9, "rate": 0.5}, "rate must be at least 1 token per model call, got 0.5"),
@@ -236,7 +238,7 @@ def test_the_models_positions_limit_a_growing_canvas():
 def test_bad_paces_say_what_would_be_right(how, message):
     with pytest.raises(ConfigError, match=message):
         sampler().generate(["abc"], **how)
-    with pytest.raises(TypeError, match="max_token"):
+    with pytest.raises(ConfigError, match="Did you mean 'max_tokens'"):
         sampler().generate(["abc"], max_token=3)
 
 

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding.reveal import Ancestral, EntropyBound, Quota, Remask, StepView, Threshold, reveal_probability
+from decoding.tokens import TokenRule
 from dlm.errors import ConfigError
 from dlm.noise import fold, key_of, uniform
 
@@ -55,8 +56,9 @@ def view(**kwargs):
     base = {
         "weight": torch.ones(rows, length), "score": torch.ones(rows, length), "t": torch.full((rows,), 0.5),
         "s": torch.full((rows,), 0.4), "quota": torch.full((rows,), 2), "written": ~kwargs["masked"],
-        "noise": uniform(fold(key_of(0), torch.arange(rows))[:, None], torch.arange(length)),
-        "noise_remask": uniform(fold(key_of(1), torch.arange(rows))[:, None], torch.arange(length)),
+        "noise": lambda stream: uniform(
+            fold(key_of(stream), torch.arange(rows))[:, None], torch.arange(length)
+        ),
     }  # fmt: skip
     return StepView(**{**base, **kwargs})
 
@@ -84,9 +86,13 @@ def test_quota_ranks_by_confidence_times_weight_and_never_takes_more():
     ]
     many = view(masked=masked, score=score, weight=weight, quota=torch.tensor([4]))
     assert rule.decide(many).reveal.tolist() == masked.tolist()
-    assert rule.needs(masked, weight, torch.tensor([3])).tolist() == [[True, True, False, True, False]]
-    assert rule.needs(masked, weight, torch.tensor([4])).tolist() == masked.tolist()
-    assert not rule.needs(masked, weight, torch.tensor([0])).any()
+    needed = {
+        quota: rule.needs(view(masked=masked, weight=weight, quota=torch.tensor([quota])))
+        for quota in (0, 3, 4)
+    }
+    assert needed[3].tolist() == [[True, True, False, True, False]]
+    assert needed[4].tolist() == masked.tolist()
+    assert not needed[0].any()
 
 
 def test_quota_keeps_the_order_of_tiny_confidences_and_prefers_open_positions():
@@ -161,7 +167,13 @@ def test_the_entropy_bound_takes_the_longest_prefix_that_fits():
 
 
 def test_a_quota_can_be_ordered_by_another_certainty():
-    assert Quota().kind == "confidence"
-    assert Quota(order="margin").kind == "margin"
+    logits, tokens = torch.randn(50, 9), TokenRule(temperature=0)
+    choice = tokens.choose(logits, torch.full((50,), 0.5))
+    p = logits.softmax(1).sort(1, descending=True).values
+    expected = {"confidence": p[:, 0], "margin": p[:, 0] - p[:, 1], "entropy": (p * p.log()).sum(1).exp()}
+    for order, certain in expected.items():
+        rule = Quota(order=order)
+        torch.testing.assert_close(rule.score(logits, choice, {}, tokens), certain)
+        assert rule.sees_token is (order == "confidence")
     with pytest.raises(ConfigError, match="Did you mean 'margin'"):
         Quota(order="margn")

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from decoding import Decoder, Sampler, TokenRule, list_decoders
+from decoding.pace import OwnPace
 from decoding.reveal import Quota
 from decoding.window import Convolution
 from dlm.errors import ConfigError
@@ -20,9 +21,9 @@ def test_a_real_model_answers_prompts_of_different_lengths(sampler):
         assert len(out.token_ids) == len(out.reveal_step)
         assert all(0 <= step <= 8 for step in out.reveal_step)
         assert 1 <= out.model_calls <= 9
-        assert sampler.mask_id not in out.token_ids
-        assert sampler.eos_id not in out.token_ids
-        assert out.text == sampler.tokenizer.decode(out.token_ids, skip_special_tokens=True).strip()
+        assert sampler.spec.mask_token_id not in out.token_ids
+        assert sampler.spec.eos_token_id not in out.token_ids
+        assert out.text == sampler.tokenizer.decode(out.token_ids, skip_special_tokens=True)
 
 
 def test_a_lone_prompt_or_conversation_is_a_list_of_one(sampler):
@@ -48,8 +49,8 @@ def test_prompts_are_read_as_they_are_needed(sampler):
 
 def test_a_mask_token_in_a_prompt_is_text(sampler):
     out = sampler.generate(["what is <|mask|>?"], decoder="conv", window=48, steps=4)[0]
-    row = sampler.rows.answer("what is <|mask|>?", 48, 48, "prompt 0")
-    assert row.ids.count(sampler.mask_id) == 48 - row.answer
+    row = sampler.rows.answer("what is <|mask|>?", sampler.plan(window=48))
+    assert row.ids.count(sampler.spec.mask_token_id) == 48 - row.answer
     assert out.text is not None
 
 
@@ -78,7 +79,11 @@ def test_a_checkpoint_can_give_its_decoder_options_and_a_rate(model, tokenizer):
 
 def test_the_options_of_a_checkpoint_go_with_its_decoder_by_name_and_can_be_changed(model, tokenizer):
     model.config.generation = {"decoder": "entropy-bound", "options": {"kernel_size": 5}}
-    plan = Sampler(model, tokenizer).planner.plan
+    sampler = Sampler(model, tokenizer)
+
+    def plan(decoder=None, **fields):
+        return sampler.plan(decoder=decoder, **fields)
+
     own = Decoder.named("entropy-bound", kernel_size=5)
     assert plan().decoder == plan("entropy-bound").decoder == own
     warm = Decoder.named("entropy-bound", kernel_size=5, temperature=1.0)
@@ -86,7 +91,7 @@ def test_the_options_of_a_checkpoint_go_with_its_decoder_by_name_and_can_be_chan
     assert plan(options={"temperature": 1.0}, rate=2.0).decoder == warm.at_pace()
     narrow = Decoder.named("entropy-bound", kernel_size=3)
     assert plan("entropy-bound", options={"kernel_size": 3}).decoder == narrow
-    assert plan("conv").decoder == Decoder.named("conv")
+    assert plan("conv").decoder == Decoder.named("conv", kernel_size=65)
     assert plan("llada", options={"block_size": 4}).decoder == Decoder.named("llada", block_size=4)
     assert plan(Decoder.named("entropy-bound")).decoder == Decoder.named("entropy-bound")
     with pytest.raises(ConfigError, match="has been built already"):
@@ -123,8 +128,8 @@ def test_a_decoder_with_a_pace_of_its_own_takes_as_many_steps_in_a_window_as_it_
         "steps": 3,
     }
     sampler = Sampler(model, tokenizer)
-    plan = sampler.planner.plan(window=40)
-    assert (plan.settings.steps, plan.settings.grow) == (None, False)
+    plan = sampler.plan(window=40)
+    assert (plan.pace, plan.margin) == (OwnPace(), None)
     output = sampler.generate(["hello"], window=40, eos_fill=False)[0]
     assert max(output.reveal_step.count(step) for step in output.reveal_step) == 1  # one a call, to the end
     model.config.generation = None

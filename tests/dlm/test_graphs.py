@@ -3,10 +3,11 @@
 import torch
 import torch._dynamo.testing
 
-from decoding import Decoder
-from decoding.canvas import Canvas
-from decoding.loop import Settings, denoise
+from decoding.canvas import make_canvas
+from decoding.rows import Row
+from decoding.step import denoise
 from dlm.graphs import STEP, BucketedModel, bucket
+from tests.decoding.rig import plan_of
 from tests.dlm.test_attention import MASK, tiny
 
 
@@ -33,15 +34,13 @@ def test_padding_and_earlier_calls_leave_no_trace():
 
 def test_texts_are_those_of_the_model():
     model = tiny()
-    ids = torch.full((3, 40), MASK)
-    for i in range(3):
-        ids[i, : 3 + i] = 7
-    lengths = torch.tensor([[40], [31], [22]])
+    plan = plan_of("conv", 8, mask=MASK, fit=40)
+    rows = [Row([7] * (3 + i) + [MASK] * (length - 3 - i), 3 + i) for i, length in enumerate((40, 31, 22))]
     texts = []
     for each in (model, BucketedModel(model)):
-        canvas = Canvas.of(ids, MASK, torch.arange(3), torch.arange(40) < lengths)
+        canvas = make_canvas(rows, range(3), plan)
         with torch.inference_mode():
-            for _ in denoise(each, canvas, Decoder.named("conv"), Settings(8, 0, MASK)):
+            for _ in denoise(each, canvas, plan):
                 pass
         texts.append(canvas.ids)
     assert torch.equal(*texts)

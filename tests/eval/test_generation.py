@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from decoding import Sampler
+from decoding import Request, Sampler
 from dlm.cli import main
 from dlm.errors import ConfigError, DataError, DLMError
 from dlm.pretrained.names import located
@@ -105,7 +105,7 @@ def test_an_endpoint_answers(monkeypatch, tmp_path):
 def test_texts_do_not_depend_on_the_batch(model, tokenizer, tmp_path):
     texts = []
     for size in (1, 4):
-        system = Local(Sampler(model, tokenizer), size, {"max_tokens": 12, "seed": 3})
+        system = Local(Sampler(model, tokenizer), size, Request(max_tokens=12), seed=3)
         file = AnswerFile(tmp_path / f"{size}.jsonl")
         texts.append([a.text for a in generate(QUESTIONS, system, file, quiet=True).values()])
     assert texts[0] == texts[1]

@@ -3,10 +3,10 @@ import math
 
 import pytest
 
-from decoding import path
-from decoding.path import PathCost
 from dlm.cli import main
 from dlm.errors import ConfigError
+from eval import path
+from eval.path import PathCost
 from eval.paths import PathRun, differences, draw, held_out, table
 
 original = path.path_costs

@@ -29,8 +29,8 @@ def test_shares_of_the_window_and_all_combinations():
         "top-k,L=128,S=32",
         "top-k,L=128,S=128",
     ]
-    assert found[0].how(seed=3)["steps"] == 8
-    assert found[0].how()["decoder"].window.kernel_size == 33
+    assert found[0].request().steps == 8
+    assert found[0].request().decoder.window.kernel_size == 33
 
 
 def test_sizes_are_kernels_or_blocks_and_cuts_go_where_there_are_some():

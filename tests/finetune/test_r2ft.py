@@ -411,7 +411,7 @@ def test_watched_samples_are_measured(sft, tmp_path):
     from transformers import TrainerState
 
     from decoding import Decoder
-    from decoding.measures import repetition, stutter
+    from dlm.repetition import repetition, stutter
     from finetune.samples import answers, held_out_prompts
     from finetune.watch import WatchCallback
 

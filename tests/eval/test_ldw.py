@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-from decoding.ldw import candidates, decoding_window, draw_decoding_windows
 from dlm import load_model
 from dlm.cli import main
 from dlm.errors import ConfigError
 from dlm.prior import TokenPrior
+from eval.ldw import candidates, decoding_window, draw_decoding_windows
 from tests.fakes import FakeDenoiser, FakeTokenizer
 
 PRIOR = TokenPrior(torch.tensor([50, *range(22, 0, -1)]), special=(0, 22))

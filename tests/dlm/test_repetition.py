@@ -1,6 +1,6 @@
 import pytest
 
-from decoding.measures import repetition, stutter
+from dlm.repetition import repetition, stutter
 
 
 def test_repetition_is_the_share_of_ngrams_seen_before():

@@ -4,28 +4,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding import Decoder, Sampler
-from decoding.canvas import Canvas
-from decoding.loop import Settings, clock, denoise, guided
+from decoding.pace import Steps, stage_clock
 from decoding.presets import PRESETS
 from decoding.reveal import Quota, Remask
+from decoding.step import denoise, guided
 from decoding.window import Block, Convolution
 from dlm.errors import ConfigError, DLMError
+from tests.decoding.rig import canvas_of, decode, plan_of, rows
 from tests.fakes import FakeDenoiser, FakeTokenizer
 
 
 def run(model, ids, decoder, steps, keys=None, **kwargs):
-    keys = torch.arange(len(ids)) if keys is None else keys
-    canvas = Canvas.of(ids, model.mask_id, keys)
-    for _ in denoise(model, canvas, decoder, Settings(steps, model.eos_id, model.mask_id, **kwargs)):
-        pass
-    return canvas
-
-
-def rows(model, lengths, window):
-    ids = torch.full((len(lengths), window), model.mask_id)
-    for i, n in enumerate(lengths):
-        ids[i, :n] = 1 + (torch.arange(n) * (i + 3)) % 20
-    return ids
+    plan = plan_of(decoder, steps, mask=model.mask_id, eos=model.eos_id, fit=ids.shape[1], **kwargs)
+    answer = [int((row == model.mask_id).int().argmax()) for row in ids]
+    return decode(model, ids, plan, keys, answer=answer)
 
 
 @settings(max_examples=60, deadline=None)
@@ -46,7 +38,7 @@ def test_no_mask_comes_out_and_pinned_tokens_stay(
     options = {}
     if "kernel_size" in PRESETS[name].options:
         options["kernel_size"] = 2 * reach + 1
-    if name == "semi-ar":
+    if name in ("semi-ar", "dilated"):
         options["block_size"] = -(-window // steps)
     ids = rows(model, [prompt, 1], window)
     ids[:, -1] = 7  # a pinned token at the far end
@@ -55,7 +47,7 @@ def test_no_mask_comes_out_and_pinned_tokens_stay(
         ids,
         Decoder.named(name, **options),
         steps,
-        keys=torch.tensor([seed, seed + 1]),
+        keys=[seed, seed + 1],
         eos_fill=eos_fill,
         early_exit=early_exit,
     )
@@ -71,10 +63,10 @@ def test_no_mask_comes_out_and_pinned_tokens_stay(
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_row_is_bit_identical_alone_and_in_any_batch(name):
     model = FakeDenoiser(eos_bias=-1.0)
-    decoder = Decoder.named(name, **({"block_size": 8} if name == "semi-ar" else {}))
+    decoder = Decoder.named(name, **({"block_size": 8} if name in ("semi-ar", "dilated") else {}))
     lengths = [0, 3, 9, 1, 5, 12, 2, 7]
     ids = rows(model, lengths, 30)
-    keys = torch.arange(100, 108)
+    keys = list(range(100, 108))
     together = run(model, ids, decoder, 10, keys)
     for i in range(len(lengths)):
         alone = run(model, ids[i : i + 1], decoder, 10, keys[i : i + 1])
@@ -143,7 +135,7 @@ def test_the_law_of_reveal_times_agrees_with_an_independent_slow_reference():
         ids.repeat(trials, 1),
         decoder,
         steps,
-        keys=torch.arange(trials) * 7919,
+        keys=list(range(trials)),
         eos_fill=False,
         early_exit=False,
     )
@@ -270,7 +262,7 @@ def test_nan_logits_are_noticed_by_every_decoder(decoder):
 def test_bad_settings_say_what_would_be_right():
     model = FakeDenoiser()
     with pytest.raises(ConfigError, match="steps must be at least 1, got 0"):
-        Settings(0, 0, 1)
+        Steps(0)
     with pytest.raises(ConfigError, match="3 steps are too few for 7 blocks"):
         run(model, rows(model, [2], 30), Decoder.named("semi-ar", block_size=4), 3)
     sampler = Sampler(model, FakeTokenizer())
@@ -282,7 +274,7 @@ def test_clock_gives_every_block_its_share_and_its_own_time():
     stages = torch.tensor([1, 3, 4])
     seen = {int(b): [] for b in stages}
     for step in range(10):
-        at = clock(step, 10, stages)
+        at = stage_clock(step, 10, stages)
         for i, b in enumerate(stages.tolist()):
             seen[b].append((int(at.stage[i]), float(at.t[i]), float(at.s[i])))
     assert [round(t, 6) for _, t, _ in seen[1]] == [round(1 - k / 10, 6) for k in range(10)]
@@ -341,8 +333,9 @@ def test_the_repetition_penalty_sees_what_the_row_holds_and_spares_the_end_token
     ids = torch.full((2, 6), 22)
     ids[0, :2], ids[1, :2] = torch.tensor([5, 0]), torch.tensor([9, 0])  # one row holds 5, both the end token
     decoder = Decoder.named("llada", repetition_penalty=1.5)
-    canvas = Canvas.of(ids, 22, torch.arange(2))
-    steps = denoise(Constant(), canvas, decoder, Settings(4, 0, 22, eos_fill=False, early_exit=False))
+    plan = plan_of(decoder, 4, eos_fill=False, early_exit=False)
+    canvas = canvas_of(ids, plan)
+    steps = denoise(Constant(), canvas, plan)
     next(steps)
     first = [int(canvas.ids[i][canvas.reveal_step[i] == 0][0]) for i in (0, 1)]
     assert first == [6, 5]  # 2/1.5 < 1.9 in the first row
@@ -358,8 +351,9 @@ def test_guidance_mixes_the_distributions_with_and_without_the_prompt():
     blind = ids.clone()
     blind[0, :4] = 22
     decoder = Decoder.named("llada", guidance=1.5)
-    canvas = Canvas.of(ids, 22, torch.arange(1))
-    next(denoise(model, canvas, decoder, Settings(5, 0, 22, eos_fill=False, early_exit=False)))
+    plan = plan_of(decoder, 5, eos_fill=False, early_exit=False)
+    canvas = canvas_of(ids, plan)
+    next(denoise(model, canvas, plan))
     with_prompt = model.logits(model.hidden(ids)[0]).double().log_softmax(1)
     without = model.logits(model.hidden(blind)[0]).double().log_softmax(1)
     mixed = (2.5 * with_prompt - 1.5 * without)[4:, :22].softmax(1)

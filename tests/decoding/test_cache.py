@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from decoding import Decoder
-from decoding.canvas import Canvas
-from decoding.loop import Settings, denoise
-from decoding.states import Reuse, run_rows
+from decoding.denoiser import hidden_of_rows
+from decoding.request import Reuse
+from decoding.step import denoise
 from decoding.window import MARGIN
 from dlm.errors import ConfigError
-from tests.decoding.test_loop import rows
+from tests.decoding.rig import canvas_of, decode, plan_of, rows
 from tests.dlm.test_attention import MASK as TINY_MASK
 from tests.dlm.test_attention import tiny
 from tests.fakes import FakeDenoiser
@@ -21,6 +21,7 @@ class Watched:
     def __init__(self, model):
         self.model, self.config, self.device = model, model.config, model.device
         self.logits, self.hidden, self.new_memory = model.logits, model.hidden, model.new_memory
+        self.capabilities, self.spec = model.capabilities, model.spec
         self.active = []
 
     def partial_hidden(self, input_ids, active, *rest):
@@ -28,30 +29,26 @@ class Watched:
         return self.model.partial_hidden(input_ids, active, *rest)
 
 
-def write(model, decoder, settings, batch=1, length=30, prompt=5):
+def write(model, plan, batch=1, length=30, prompt=5):
     ids = torch.full((batch, length), TINY_MASK)
     for i in range(batch):
         ids[i, : prompt + i] = torch.arange(prompt + i) + 3
-    canvas = Canvas.of(ids, TINY_MASK, torch.arange(batch), ahead=settings.ahead(decoder))
-    with torch.no_grad():
-        for _ in denoise(model, canvas, decoder, settings):
-            pass
-    return canvas
-
-
-def pace(rate=2.0, **more):
-    return Settings(None, 0, TINY_MASK, rate=rate, grow=True, **more)
+    return decode(model, ids, plan)
 
 
 CONV = Decoder.named("conv", kernel_size=9, top_k=5)
+
+
+def pace(decoder=CONV, rate=2.0, **more):
+    return plan_of(decoder, rate=rate, grow=True, mask=TINY_MASK, **more)
 
 
 @pytest.mark.parametrize("scope", ["prompt", "prefix", "dual"])
 @pytest.mark.parametrize("shift", [False, True])
 def test_reuse_is_exact_when_everything_is_refreshed_in_every_call(scope, shift):
     model = tiny(shift=shift)
-    exact = write(model, CONV, pace(), batch=3)
-    kept = write(model, CONV, pace(reuse=Reuse(scope, refresh=1)), batch=3)
+    exact = write(model, pace(), batch=3)
+    kept = write(model, pace(reuse=Reuse(scope, refresh=1)), batch=3)
     assert torch.equal(exact.ids, kept.ids)
     assert torch.equal(exact.model_calls, kept.model_calls)
 
@@ -62,16 +59,16 @@ def test_reuse_is_exact_in_a_model_of_one_layer(scope, name):
     """Keys and values of the only layer depend on nothing but their own token."""
     model = tiny(layers=1, shift=True)
     decoder = Decoder.named(name, **({"block_size": 6} if name == "semi-ar" else {}))
-    exact = write(model, decoder, pace(), batch=3)
-    kept = write(model, decoder, pace(reuse=Reuse(scope, refresh=100)), batch=3)
+    exact = write(model, pace(decoder), batch=3)
+    kept = write(model, pace(decoder, reuse=Reuse(scope, refresh=100)), batch=3)
     assert torch.equal(exact.ids, kept.ids)
     assert torch.equal(exact.reveal_step, kept.reveal_step)
 
 
 def test_reuse_is_approximate_in_deeper_models():
     model = tiny()
-    exact = write(model, CONV, pace(), length=60)
-    kept = write(model, CONV, pace(reuse=Reuse("dual", refresh=50)), length=60)
+    exact = write(model, pace(), length=60)
+    kept = write(model, pace(reuse=Reuse("dual", refresh=50)), length=60)
     assert not torch.equal(exact.ids, kept.ids)
 
 
@@ -79,7 +76,7 @@ def test_each_scope_computes_what_it_says():
     counts = {}
     for scope in ("prompt", "prefix", "dual"):
         model = Watched(tiny())
-        write(model, CONV, pace(rate=1.0, reuse=Reuse(scope, refresh=10)))
+        write(model, pace(rate=1.0, reuse=Reuse(scope, refresh=10)))
         assert model.active[0].sum() == 5 + 4 + MARGIN  # everything: the prompt, the reach and the margin
         assert model.active[10][: len(model.active[10])].sum() > model.active[9].sum()  # again everything
         counts[scope] = [int(a.sum()) for a in model.active[1:6]]
@@ -94,10 +91,9 @@ def test_each_scope_computes_what_it_says():
 
 def test_a_model_without_partial_calls_says_so():
     ids = rows(FakeDenoiser(), [3], 20)
-    canvas = Canvas.of(ids, 22, torch.arange(1))
-    settings = Settings(4, 0, 22, reuse=Reuse())
+    plan = plan_of("conv", 4, reuse=Reuse())
     with pytest.raises(ConfigError, match="partial_hidden"):
-        next(denoise(FakeDenoiser(), canvas, Decoder.named("conv"), settings))
+        next(denoise(FakeDenoiser(), canvas_of(ids, plan), plan))
     for bad in ({"refresh": 0}, {"scope": "duel"}):
         with pytest.raises(ConfigError, match=r"refresh must be|dual"):
             Reuse(**bad)
@@ -112,7 +108,9 @@ def test_rows_of_different_lengths_are_packed_or_padded_to_the_same_states():
         hidden = staticmethod(model.hidden)
 
     with torch.no_grad():
-        torch.testing.assert_close(run_rows(model, ids, lengths), run_rows(Padded(), ids, lengths))
+        torch.testing.assert_close(
+            hidden_of_rows(model, ids, lengths), hidden_of_rows(Padded(), ids, lengths)
+        )
 
 
 # ---- a window that is shown no further than it can open -----------------------------------------------
@@ -130,10 +128,10 @@ def test_a_growing_canvas_has_the_same_law_where_the_model_looks_at_nothing_else
     ids = rows(model, [3, 6, 1], 60)
     texts = []
     for grow in (False, True):
-        settings = Settings(20, 0, 22, grow=grow, fit=60)
-        canvas = Canvas.of(ids, 22, torch.arange(3), ahead=settings.ahead(decoder))
+        plan = plan_of(decoder, 20, grow=grow, fit=60)
+        canvas = canvas_of(ids, plan)
         assert bool(canvas.valid.all()) is not grow
-        for _ in denoise(model, canvas, decoder, settings):
+        for _ in denoise(model, canvas, plan):
             pass
         assert not canvas.masked.any()
         texts.append(canvas)
@@ -154,10 +152,8 @@ def test_a_growing_canvas_shows_the_model_less_and_fills_the_window_all_the_same
 
     model = Wide(eos_bias=-50.0)
     decoder = Decoder.named("conv", kernel_size=9)
-    settings = Settings(30, 0, 22, grow=True, margin=3, fit=80)
-    canvas = Canvas.of(rows(model, [4], 80), 22, torch.arange(1), ahead=settings.ahead(decoder))
-    for _ in denoise(model, canvas, decoder, settings):
-        pass
+    plan = plan_of(decoder, 30, grow=True, margin=3, fit=80)
+    canvas = decode(model, rows(model, [4], 80), plan)
     assert seen[0] == 4 + 4 + 3
     assert sorted(seen) == seen
     assert seen[len(seen) // 2] < 80
@@ -168,7 +164,7 @@ def test_a_growing_canvas_shows_the_model_less_and_fills_the_window_all_the_same
 def test_known_tokens_far_ahead_are_on_a_growing_canvas_from_the_start():
     ids = rows(FakeDenoiser(), [2], 50)
     ids[0, 30] = 9
-    canvas = Canvas.of(ids, 22, torch.arange(1), ahead=6)
+    canvas = canvas_of(ids, plan_of(Decoder.named("conv", kernel_size=9), 4, grow=True, margin=2))
     assert int(canvas.valid.sum()) == 31 + 6
 
 
@@ -179,9 +175,8 @@ def test_an_answer_that_is_complete_costs_nothing_more_on_a_growing_canvas():
     for fill in (True, False):
         for grow in (True, False):
             model = FakeDenoiser(eos_bias=3.0)
-            settings = Settings(60, 0, 22, grow=grow, eos_fill=fill, fit=120)
-            canvas = Canvas.of(rows(model, [3], 120), 22, torch.arange(1), ahead=settings.ahead(decoder))
-            for _ in denoise(model, canvas, decoder, settings):
-                pass
+            canvas = decode(
+                model, rows(model, [3], 120), plan_of(decoder, 60, grow=grow, eos_fill=fill, fit=120)
+            )
             calls[fill, grow] = int(canvas.model_calls[0])
     assert calls[False, True] <= calls[False, False] + 3

@@ -41,16 +41,17 @@ def run(config: BenchConfig) -> int:
     """Measure and print."""
     import torch
 
-    from decoding.bench import Problem, as_causal, measure, standard_ways, table
     from decoding.rows import RowMaker
+    from eval.bench import Problem, as_causal, measure, standard_ways, table
 
     model, tokenizer = config.load()
-    mask_id, eos_id = int(model.config.mask_token_id), int(model.config.eos_token_id)
-    ids = RowMaker(tokenizer, mask_id, eos_id, bool(model.config.shift)).prompt(config.prompt)
-    if len(ids) + config.max_tokens > model.config.max_positions or len(ids) >= config.window:
+    spec = model.spec
+    ids = RowMaker(tokenizer, spec).prompt(config.prompt)
+    if len(ids) + config.max_tokens > spec.positions or len(ids) >= config.window:
         raise ConfigError(f"the prompt has {len(ids)} tokens: too long for this window or this model")
     prompts = torch.tensor([ids] * config.rows, device=model.device)
-    problem = Problem(model, prompts, mask_id, eos_id, config.window, config.steps, config.max_tokens)
+    sizes = config.window, config.steps, config.max_tokens
+    problem = Problem(model, prompts, spec.mask_token_id, spec.eos_token_id, *sizes)
     tokens = min(config.max_tokens, 64)
     ways = standard_ways(problem, as_causal(model), tokens)
     runs = measure(ways, config.rounds, model.device)

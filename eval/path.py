@@ -15,17 +15,16 @@ from dataclasses import dataclass
 
 import torch
 
-from decoding.canvas import Canvas
-from decoding.loop import Lane, work_through
+from decoding.canvas import Canvas, make_canvas
+from decoding.denoiser import Denoiser
 from decoding.request import Plan
 from decoding.rows import Row
-from decoding.states import Denoiser
+from decoding.step import Batch, run_work
 from decoding.tokens import TokenRule
 from dlm.device import sent
 from dlm.errors import ConfigError
-from dlm.noise import key_of
 
-_OPEN = -1
+_NO_TRUTH = -1
 """In place of a true token: whatever the model draws."""
 
 
@@ -67,7 +66,7 @@ def path_costs(
     Args:
         model: a masked diffusion model.
         rows: prompts and answers as ids; answers that end hold their end token.
-        plan: the decoder and its pace, as `decoding.request.Planner` makes it.
+        plan: the decoder and its pace, as `Request.resolve` makes it.
         seed: of the noise.
         batch_size: rows at a time.
 
@@ -80,9 +79,9 @@ def path_costs(
             that do not fit.
     """
     decoder = plan.decoder
-    if decoder.reveal.remasks:
+    if decoder.reveal.revises:
         raise ConfigError(f"decoder {decoder.name!r} masks tokens again: its path has no such cost")
-    if decoder.reveal.kind == "confidence" and decoder.tokens.temperature > 0:
+    if decoder.reveal.sees_token and decoder.tokens.temperature > 0:
         raise ConfigError(
             f"decoder {decoder.name!r} ranks positions by the token that it draws there; give temperature=0"
         )
@@ -95,50 +94,42 @@ def path_costs(
 def _batch(
     model: Denoiser, rows: Sequence[tuple[Sequence[int], Sequence[int]]], plan: Plan, seed: int
 ) -> Iterator[PathCost]:
-    settings, mask_id = plan.settings, plan.settings.mask_id
-    ids, keys = [], []
+    made: list[Row] = []
     for prompt, answer in rows:
         room = min(plan.tokens, plan.positions - len(prompt))
         if len(answer) > room:
             raise ConfigError(f"an answer of {len(answer)} tokens does not fit: there is room for {room}")
-        ids.append([*prompt, *[mask_id] * room])
-        keys.append(key_of(seed, Row(ids[-1], len(prompt), "").digest(mask_id)))
-    width = max(map(len, ids))
-    truth = torch.full((len(rows), width), _OPEN)
-    for told, (prompt, answer) in zip(truth, rows, strict=True):
-        told[len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
-    canvas = Canvas.of(
-        torch.tensor([row + [mask_id] * (width - len(row)) for row in ids]),
-        mask_id,
-        torch.stack(keys),
-        torch.arange(width) < torch.tensor([len(row) for row in ids])[:, None],
-        ahead=settings.ahead(plan.decoder),
-    )
-    lane = _ToldLane(truth, model, canvas, plan)
-    while not lane.finished:
-        work_through(model, lane.work())
+        made.append(Row([*prompt, *[plan.mask_id] * room], len(prompt)))
+    canvas = make_canvas(made, [seed] * len(made), plan)
+    truth = torch.full(canvas.ids.shape, _NO_TRUTH)
+    for true_ids, (prompt, answer) in zip(truth, rows, strict=True):
+        true_ids[len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+    batch = _TrueBatch(truth, model, canvas, plan)
+    while not bool(canvas.done.all()):
+        run_work(model, batch.step())
     for row, (prompt, answer) in enumerate(rows):
         chance = canvas.confidence[row, len(prompt) : len(prompt) + len(answer)]
         yield PathCost((-chance.double().log()).tolist(), int(canvas.model_calls[row]))
 
 
-class _ToldLane(Lane):
-    """A lane that writes the truth [B, L] wherever its decoder decides to write, and draws elsewhere."""
+class _TrueBatch(Batch):
+    """A batch that writes the truth [B, L] wherever its decoder decides to write, and draws elsewhere."""
 
     def __init__(self, truth: torch.Tensor, model: Denoiser, canvas: Canvas, plan: Plan) -> None:
-        super().__init__(model, canvas, plan.decoder, plan.settings)
+        super().__init__(model, canvas, plan)
         self.truth = truth
 
-    def _drawn_with(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        """[N, 2] uniform numbers, and the true tokens."""
-        truth = self._cut(self.truth, rows)[where]
-        return torch.stack([super()._drawn_with(rows, where).double(), truth.double()], dim=1)
+    def _given(self, rows: torch.Tensor, where: torch.Tensor) -> list[torch.Tensor]:
+        """The true tokens [N] too."""
+        noise, *memory = super()._given(rows, where)
+        return [noise, self._cut(self.truth, rows)[where], *memory]
 
-    def _looked_at(self, logits: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        """The decoder's own score; the true token or, where it is open, one drawn; and its probability."""
-        noise, truth = given[:, 0].float(), sent(given[:, 1].long(), logits.device)
-        score = super()._looked_at(logits, noise)[0]
+    def _columns(self, logits: torch.Tensor, noise: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+        """The decoder's own score; the true token or, where there is none, one drawn; its probability."""
+        truth = sent(given[0], logits.device)
+        columns = super()._columns(logits, noise, *given[1:])
         choice = TokenRule().choose(logits, sent(noise, logits.device))
         likely = logits.float().log_softmax(1).gather(1, truth.clamp(min=0)[:, None])[:, 0].exp()
-        token = torch.where(truth == _OPEN, choice.token, truth)
-        return torch.stack([score, token.double(), torch.where(truth == _OPEN, 1.0, likely).double()])
+        columns[:, 0] = torch.where(truth == _NO_TRUTH, choice.token, truth).double()
+        columns[:, 1] = torch.where(truth == _NO_TRUTH, 1.0, likely).double()
+        return columns

@@ -68,10 +68,10 @@ def run(config: LDWConfig) -> int:
     from rich.console import Console
     from tqdm import tqdm
 
-    from decoding.ldw import candidates, decoding_window, draw_decoding_windows
-    from decoding.prompts import read_prompts
     from decoding.sampler import Sampler
     from dlm.checkpoint import load_model
+    from dlm.data.prompts import read_prompts
+    from eval.ldw import candidates, decoding_window, draw_decoding_windows
 
     console, measured = Console(record=True), {}
     asked = [*([config.prompt] if config.prompt else []), *(read_prompts(config.file) if config.file else [])]

@@ -10,16 +10,17 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
 import torch
 
-from decoding.canvas import Canvas
-from decoding.loop import Settings, denoise
+from decoding.canvas import make_canvas
 from decoding.presets import Decoder
-from decoding.states import Reuse
+from decoding.request import Request
+from decoding.rows import Row
+from decoding.step import denoise
 from decoding.window import Convolution
 
 
@@ -42,7 +43,8 @@ class Timed:
 
     def __post_init__(self) -> None:
         """Stand in for the model."""
-        self.config, self.device = self.model.config, self.model.device
+        self.spec, self.device = self.model.spec, self.model.device
+        self.capabilities: frozenset[str] = self.model.capabilities
 
     def _time(self, name: str, call: Callable[[], torch.Tensor], positions: int = 0) -> torch.Tensor:
         begun = now(self.device)
@@ -174,20 +176,17 @@ class Problem:
 
         return Way(f"plain, L={self.window}, S={self.steps}", write)
 
-    def ours(self, name: str, decoder: Decoder, **settings: Any) -> Way:
-        """The loop of `decoding.loop`, with `Settings` of that kind; with a rate, the canvas grows."""
+    def ours(self, name: str, request: Request) -> Way:
+        """The denoising loop of `decoding.step`, by a request."""
+        plan = request.resolve(self.model)
 
         @torch.inference_mode()
         def write(seed: int) -> tuple[int, float]:
-            free = settings.get("rate") is not None
-            chosen = Settings(
-                **{"steps": None if free else self.steps, "eos_id": self.eos_id, "mask_id": self.mask_id,
-                   "grow": free, **({} if free else {"fit": self.window}), **settings}
-            )  # fmt: skip
-            ids = self.rows(self.limit if free else self.window - self.prompts.shape[1]).cpu()
-            key = torch.arange(len(ids)) + 1000 * seed
-            canvas = Canvas.of(ids, self.mask_id, key, ahead=chosen.ahead(decoder))
-            for _ in denoise(self.model, canvas, decoder, chosen):
+            n = self.prompts.shape[1]
+            room = min(plan.tokens, plan.positions - n)
+            rows = [Row(prompt + [plan.mask_id] * room, n) for prompt in self.prompts.cpu().tolist()]
+            canvas = make_canvas(rows, [1000 * seed + i for i in range(len(rows))], plan)
+            for _ in denoise(self.model, canvas, plan):
                 pass
             return self.length(canvas.ids), float(canvas.model_calls.float().mean())
 
@@ -219,18 +218,20 @@ def standard_ways(problem: Problem, causal: Any, tokens: int) -> list[Way]:
         tokens: that it writes in each answer.
     """
     quarter = problem.window // 4 // 2 * 2 + 1
-    conv, near = (Decoder.named("conv", kernel_size=k) for k in (quarter, 33))
-    dual = Reuse("dual")
+    fixed = Request(
+        decoder=Decoder.named("conv", kernel_size=quarter), window=problem.window, steps=problem.steps
+    )
+    free = Request(decoder=Decoder.named("conv", kernel_size=33), max_tokens=problem.limit)
     return [
         problem.plain(quarter),
         problem.autoregressive(causal, tokens),
-        problem.ours("steps, exact", conv),
-        problem.ours("steps, canvas growing", conv, grow=True),
-        problem.ours("steps, canvas growing, reuse", conv, grow=True, reuse=dual),
+        problem.ours("steps, exact", fixed),
+        problem.ours("steps, canvas growing", replace(fixed, canvas="growing")),
+        problem.ours("steps, canvas growing, reuse", replace(fixed, canvas="growing", reuse="dual")),
         *(
-            problem.ours(f"length-free, rate {rate:g}{more}", near, rate=rate, **how)
+            problem.ours(f"length-free, rate {rate:g}{more}", replace(free, rate=rate, reuse=reuse))
             for rate in (1.0, 2.0, 4.0)
-            for more, how in (("", {}), (", reuse", {"reuse": dual}))
+            for more, reuse in (("", None), (", reuse", "dual"))
         ),
     ]
 

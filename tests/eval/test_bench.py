@@ -3,7 +3,7 @@
 import torch
 
 from decoding import Decoder
-from decoding.bench import Problem, Run, as_causal, measure, plain, standard_ways, table
+from eval.bench import Problem, Run, as_causal, measure, plain, standard_ways, table
 from tests.decoding import test_law as law
 from tests.dlm.test_attention import MASK, tiny
 

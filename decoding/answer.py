@@ -1,0 +1,167 @@
+"""From a row to text: the finished answer, what is confirmed of an unfinished one, and stop texts.
+
+Pure functions of a canvas of one row. Text is what the tokens say; nothing is stripped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from decoding.canvas import Canvas
+from decoding.request import Plan
+
+BLANK = "░"
+"""Stands for a position that is not yet written, in the text of events."""
+
+HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+"""How tokenizers decode bytes that are not yet a whole character."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """One finished answer."""
+
+    text: str
+    token_ids: list[int]
+    """The answer's tokens, without its end token, its stop text and what stands behind."""
+    finish_reason: str
+    """"stop" when the model ended the answer itself or wrote a stop text, "length" when the window did."""
+    model_calls: int
+    """Model calls that ran this row."""
+    reveal_step: list[int]
+    """For each of `token_ids`, the step at which it appeared (0 = first); -1 for given ones."""
+    steps: int
+    """Denoising steps: those that were allowed, or where their number is open those that the row took."""
+    confidence: list[float | None]
+    """For each of `token_ids`, the model's probability of it when it was written (temperature 1, before any
+    cut); None for given ones."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """The canvas after one step, for streaming."""
+
+    step: int
+    token_ids: list[int]
+    """Every position after the prompt that there is now; the mask token where nothing is written."""
+    text: str
+    """The answer so far, `BLANK` where nothing is written; what follows the last token is left out."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a stop text ends an answer."""
+
+    tokens: int
+    """Tokens that lie before it whole."""
+    text: str
+    """The answer before it."""
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Text of tokens, without control tokens."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def answer_ids(canvas: Canvas) -> list[int]:
+    """The positions behind the prompt that there are now, masks included."""
+    return canvas.ids[0, int(canvas.answer[0]) : int(canvas.valid[0].sum())].tolist()
+
+
+def until_end(ids: list[int], plan: Plan) -> list[int]:
+    """Tokens before the first end token."""
+    return list(itertools.takewhile(lambda token: token not in plan.ending.end_ids, ids))
+
+
+def written_prefix(canvas: Canvas, plan: Plan) -> list[int]:
+    """Tokens of the answer before its first mask and its first end token."""
+    return list(itertools.takewhile(lambda token: token != plan.mask_id, until_end(answer_ids(canvas), plan)))
+
+
+def find_stop(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Cut | None:
+    """The first stop text in what is written without a gap; None if there is none.
+
+    A stop text that lies wholly in what the answer was given to begin with does not count.
+    """
+    if not plan.stop:
+        return None
+    ids = written_prefix(canvas, plan)
+    text = decode(tokenizer, ids)
+    begins_with = int((~canvas.initial[0, int(canvas.answer[0]) :]).int().cumprod(0).sum())
+    given = len(decode(tokenizer, ids[:begins_with])) if begins_with else 0
+    found = (text.find(stop, max(0, given - len(stop) + 1)) for stop in plan.stop)
+    places = [place for place in found if place >= 0]
+    if not places:
+        return None
+    size = len(ids)
+    while size and len(decode(tokenizer, ids[:size])) > min(places):
+        size -= 1
+    return Cut(size, text[: min(places)])
+
+
+def confirmed(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Text that can no longer change: later texts of the row begin with it.
+
+    It ends before the first mask, at a whole character, and before anything that may yet turn out to be the
+    beginning of a stop text. Under a rule that revises tokens nothing is confirmed before the row is done.
+    """
+    if bool(canvas.done[0]):
+        return output(canvas, plan, tokenizer).text
+    if not plan.keeps_tokens:
+        return ""
+    cut = find_stop(canvas, plan, tokenizer)
+    if cut is not None:
+        return cut.text
+    ids = written_prefix(canvas, plan)
+    text = decode(tokenizer, ids).rstrip(HALF_CHARACTER)
+    longest = max(map(len, plan.stop), default=1) - 1
+    for size in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-size:]) for stop in plan.stop):
+            return text[:-size]
+    return text
+
+
+def output(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Output:
+    """The answer of a row that is done, or that a stop text has ended."""
+    start = int(canvas.answer[0])
+    ids = canvas.ids[0, start : int(canvas.end[0])].tolist()
+    answer = until_end(ids, plan)
+    cut = find_stop(canvas, plan, tokenizer)
+    size, text = (len(answer), decode(tokenizer, answer)) if cut is None else (cut.tokens, cut.text)
+    confidence = canvas.confidence[0, start : start + size].tolist()
+    return Output(
+        text=text,
+        token_ids=ids[:size],
+        finish_reason="length" if cut is None and len(answer) == len(ids) else "stop",
+        model_calls=int(canvas.model_calls[0]),
+        reveal_step=canvas.reveal_step[0, start : start + size].tolist(),
+        steps=plan.pace.steps or int(canvas.step[0]),
+        confidence=[None if math.isnan(p) else p for p in confidence],
+    )
+
+
+def event(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Event:
+    """The row as it is now."""
+    ids = answer_ids(canvas)
+    cut = find_stop(canvas, plan, tokenizer) if plan.keeps_tokens or bool(canvas.done[0]) else None
+    step = int(canvas.step[0]) - 1
+    if cut is not None:
+        return Event(step, ids[: cut.tokens], cut.text)
+    return Event(step, ids, show(ids, plan, tokenizer))
+
+
+def show(ids: list[int], plan: Plan, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Text of a partly written answer up to its end, `BLANK` for each mask.
+
+    Bytes beside a mask that are not yet a whole character are shown as blanks too.
+    """
+    ids = until_end(ids, plan)
+    while ids and ids[-1] == plan.mask_id:
+        ids = ids[:-1]
+    runs = itertools.groupby(ids, key=lambda token: token == plan.mask_id)
+    parts = [BLANK * len(list(run)) if blank else decode(tokenizer, list(run)) for blank, run in runs]
+    return "".join(parts).replace(HALF_CHARACTER, BLANK)

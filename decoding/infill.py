@@ -1,0 +1,235 @@
+"""Infilling: texts with gaps, and spans that are written again."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from decoding.canvas import Canvas
+from decoding.denoiser import hidden_of_rows
+from decoding.ending import Ending
+from decoding.pace import OwnPace, Pace, Rate, Steps
+from decoding.presets import Decoder
+from decoding.request import OPEN_LENGTH, Plan, Request
+from decoding.rows import Prompt, Row, RowMaker
+from dlm.device import sent
+from dlm.errors import ConfigError
+from dlm.spec import ModelSpec
+
+GAP = re.compile(r"<mask:(\d{1,7})(?:-(\d{1,7}))?>")
+"""A gap in a text that is to be filled: its number of tokens, or the least and the greatest."""
+
+MOST_LENGTHS = 256
+"""How many combinations of lengths the gaps of one text may have."""
+
+NEIGHBOURS = 4
+"""Given tokens on each side of a gap whose likelihood counts when its length is open."""
+
+NOT_FOR_GAPS = ("window", "max_tokens", "eos_fill", "canvas", "margin", "stop", "begin", "ending", "forced")
+"""Fields of a request that mean nothing for a text with gaps."""
+
+
+@dataclass(frozen=True)
+class Infilled:
+    """A text whose gaps have been filled."""
+
+    text: str
+    """All of it."""
+    gaps: list[str]
+    """What was written into each gap; neighbouring gaps count as one."""
+    token_ids: list[int]
+    model_calls: int
+    """Model calls, those for other lengths of the gaps included."""
+    reveal_step: list[int]
+    """For each of `token_ids`, the step at which it appeared; -1 for given ones."""
+    score: float
+    """Log-likelihood, in nats, of the tokens in the gaps (each when it was written) and, if lengths had to be
+    compared, of the given tokens beside them."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A number of tokens to be written, between two bounds."""
+
+    least: int
+    most: int
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        if self.least < 1:
+            raise ConfigError(f"a gap needs at least one token, got {self.least}")
+        if self.most < self.least:
+            raise ConfigError(f"a gap of {self.least} to {self.most} tokens has no length")
+
+
+Piece = str | Gap
+
+
+def pieces_of(text: str) -> list[Piece]:
+    """A text cut at its gaps, which are written `<mask:3>` or `<mask:2-6>`.
+
+    Raises:
+        ConfigError: for a text without a gap, or a gap that can have no length.
+    """
+    parts = GAP.split(text)
+    if len(parts) == 1:
+        raise ConfigError("there is no gap; write one as <mask:3> (three tokens) or <mask:2-6>")
+    pieces: list[Piece] = [parts[0]]
+    for least, most, rest in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        pieces += [Gap(int(least), int(most or least)), rest]
+    return pieces
+
+
+def without_span(
+    text: str, span: str | tuple[int, int], gap: Gap | None, count: Callable[[str], int]
+) -> list[Piece]:
+    """A text from which a span is taken away, to be written again.
+
+    Args:
+        text: the text.
+        span: the words to write again (which must occur once), or where they begin and end in characters.
+        gap: how many tokens come in their place; None for as many as they have.
+        count: number of tokens of a text.
+
+    Raises:
+        ConfigError: for a span that does not occur, occurs several times, or lies outside the text.
+    """
+    if isinstance(span, str):
+        if text.count(span) != 1 or not span:
+            times = "does not occur" if span not in text or not span else "occurs several times"
+            raise ConfigError(f"the span {span!r} {times} in the text; give its place as (begin, end)")
+        span = (text.index(span), text.index(span) + len(span))
+    begin, end = span
+    if not 0 <= begin < end <= len(text):
+        raise ConfigError(f"the span ({begin}, {end}) does not lie in a text of {len(text)} characters")
+    before = 1 if text[max(begin - 1, 0) : begin] == " " else 0  # the space before a gap belongs to it
+    size = count(text[begin - before : end])
+    return [text[:begin], gap or Gap(size, size), text[end:]]
+
+
+def plan_infilling(request: Request, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Plan:
+    """The plan for texts that have the length they have: nothing grows, and nothing ends them early.
+
+    Without steps and rate, one token is written per call (or at the decoder's own pace).
+
+    Raises:
+        ConfigError: for fields that mean nothing here.
+    """
+    for name in NOT_FOR_GAPS:
+        if getattr(request, name) is not None:
+            raise ConfigError(f"{name} means nothing here: a text with gaps has the length it has")
+    chosen = request.decoder_for(spec)
+    decoder = Decoder(
+        chosen.window.fitted(OPEN_LENGTH), chosen.reveal, chosen.tokens, chosen.name, chosen.guidance
+    ).without(*spec.end_token_ids, *getattr(tokenizer, "all_special_ids", ()))
+    fixed = Plan(
+        decoder=decoder,
+        pace=_pace(request, decoder, spec),
+        ending=Ending(spec.eos_token_id, tuple(sorted(spec.end_token_ids)), fill=False, early_exit=False),
+        mask_id=spec.mask_token_id,
+        reuse=request.reuse_settings(),
+        positions=spec.positions,
+        tokens=spec.positions,
+    )
+    if request.rate is not None and not decoder.reveal.paced:
+        raise ConfigError(f"decoder {decoder.name!r} says itself how many tokens it writes; give no rate")
+    return fixed
+
+
+def _pace(request: Request, decoder: Decoder, spec: ModelSpec) -> Pace:
+    if request.steps is not None or (decoder.timed and request.rate is None):
+        default = int(spec.generation.get("steps", OPEN_LENGTH // 4))
+        return Steps(request.steps or default, spec.schedule)
+    if not decoder.reveal.paced:
+        return OwnPace()
+    return Rate(float(request.rate or 1))
+
+
+def rows_with_gaps(
+    rows: RowMaker, pieces: Sequence[Piece], prompt: Prompt | None, plan: Plan, name: str
+) -> list[Row]:
+    """The rows of a text with gaps: one for each combination of lengths that the gaps can have.
+
+    A space before a gap belongs to the gap, since tokens carry the space before them.
+
+    Raises:
+        ConfigError: for a text that is too long, and for too many combinations.
+    """
+    lengths = [range(piece.least, piece.most + 1) for piece in pieces if isinstance(piece, Gap)]
+    combinations = 1
+    for each in lengths:
+        combinations *= len(each)
+    if combinations > MOST_LENGTHS:
+        raise ConfigError(
+            f"{name}: its gaps have {combinations} combinations of lengths; at most {MOST_LENGTHS}"
+        )
+    before = rows.prompt(prompt) if prompt is not None else []
+    return [_row(rows, pieces, sizes, before, plan, name) for sizes in itertools.product(*lengths)]
+
+
+def _row(
+    rows: RowMaker, pieces: Sequence[Piece], sizes: Sequence[int], before: list[int], plan: Plan, name: str
+) -> Row:
+    ids: list[int] = []
+    remaining = iter(sizes)
+    for i, piece in enumerate(pieces):
+        if isinstance(piece, Gap):
+            size = min(next(remaining), plan.positions + 1)
+            ids += [plan.mask_id] * size
+        else:
+            ids += rows.text(piece.removesuffix(" ") if i + 1 < len(pieces) else piece)
+        if len(before) + len(ids) > plan.positions:
+            raise ConfigError(f"{name} is longer than the model's {plan.positions} positions")
+    if not before and ids[0] == plan.mask_id and rows.spec.shift:
+        before = [rows.spec.eos_token_id]  # the state before the first token has to come from somewhere
+    return Row(before + ids, len(before), name)
+
+
+@torch.inference_mode()
+def gap_scores(model: Any, tries: Sequence[Canvas], plan: Plan) -> list[float]:
+    """Log-likelihood of each way to fill a text's gaps (see `Infilled.score`); one model call for all.
+
+    The terms are summed, not averaged: a longer gap has more tokens to explain, and given tokens that are
+    certain anyway must not dilute the others.
+    """
+    written = [canvas.confidence[0][canvas.initial[0]].double().log() for canvas in tries]
+    if len(tries) == 1:
+        return [float(written[0].sum())]
+    rows = [canvas.ids[0, : int(canvas.end[0])] for canvas in tries]
+    near = [_beside(canvas.initial[0, : len(row)]) for canvas, row in zip(tries, rows, strict=True)]
+    shown = [torch.where(where, plan.mask_id, row) for where, row in zip(near, rows, strict=True)]
+    states = hidden_of_rows(model, torch.cat(shown), [len(row) for row in rows])
+    cells = torch.cat(near).nonzero()[:, 0]
+    likely = model.logits(states[sent(cells, states.device)]).float().log_softmax(1)
+    tokens = sent(torch.cat(rows)[cells, None], states.device)
+    given = likely.gather(1, tokens)[:, 0].double().cpu().split([int(x.sum()) for x in near])
+    return [float(torch.cat(pair).sum()) for pair in zip(written, given, strict=True)]
+
+
+def _beside(gap: torch.Tensor) -> torch.Tensor:
+    """[L] bool, the `NEIGHBOURS` given positions on each side of gaps [L]; never the first of the row."""
+    position = torch.arange(len(gap))
+    near = (position[:, None] - position[gap]).abs().amin(1) <= NEIGHBOURS
+    return near & ~gap & (position > 0)
+
+
+def infilled(canvas: Canvas, tokenizer: PreTrainedTokenizerBase, calls: int, score: float) -> Infilled:
+    """The filled text of a row."""
+    start, end = int(canvas.answer[0]), int(canvas.end[0])
+    ids, reveal_step = canvas.ids[0, start:end].tolist(), canvas.reveal_step[0, start:end].tolist()
+    runs = itertools.groupby(zip(ids, reveal_step, strict=True), key=lambda pair: pair[1] >= 0)
+    gaps = [[token for token, _ in run] for written, run in runs if written]
+    return Infilled(
+        text=tokenizer.decode(ids),
+        gaps=[tokenizer.decode(gap) for gap in gaps],
+        token_ids=ids,
+        model_calls=calls,
+        reveal_step=reveal_step,
+        score=score,
+    )

@@ -1,0 +1,119 @@
+"""The reverse process of MDLM: every position decides for itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from decoding.reveal.base import REVEAL_NOISE, Decision, RevealRule, StepView
+from decoding.tokens import Choice, TokenRule
+
+
+def reveal_probability(
+    mass: torch.Tensor,
+    weight: torch.Tensor,
+    masked: torch.Tensor,
+    t: torch.Tensor,
+    s: torch.Tensor,
+    beyond: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Probability that each position is revealed between times t and s.
+
+    a_i = (t - s) · w_i · q_i · Z and P(reveal) = a_i / (a_i + s), with the normaliser of the row
+    Z = |M| / Σ_{i∈M} w_i q_i (arXiv 2509.15188). Where the sum is 0, w = 1 is used.
+
+    Args:
+        mass: [B, L] q_i, the probability that the token rule keeps.
+        weight: [B, L] w_i in [0, 1].
+        masked: [B, L] bool, M.
+        t: [B] time before the step; or [B, L], one for each position.
+        s: [B] or [B, L] time after the step, 0 ≤ s ≤ t.
+        beyond: [B] elements of M that have no column here, weight 0; None for none.
+
+    Returns:
+        [B, L] float32; 0 outside M.
+    """
+    open_mass = torch.where(masked, weight.double() * mass.double(), 0.0)
+    total = open_mass.sum(1, keepdim=True)
+    plain = torch.where(masked, mass.double(), 0.0)
+    open_mass = torch.where(total > 0, open_mass, plain)
+    total = torch.where(total > 0, total, plain.sum(1, keepdim=True))
+    count = masked.sum(1, keepdim=True) + (0 if beyond is None else beyond[:, None])
+    normaliser = count / total.clamp(min=torch.finfo(torch.float64).tiny)
+    t, s = (x.double() if x.dim() == 2 else x.double()[:, None] for x in (t, s))
+    a = (t - s) * open_mass * normaliser
+    return torch.where(a > 0, a / (a + s), 0.0).float()
+
+
+def first_arrivals(
+    mass: torch.Tensor, weight: torch.Tensor, masked: torch.Tensor, noise: torch.Tensor, rate: float
+) -> torch.Tensor:
+    """Choose the positions of a step in which `rate` of them are expected: a race of exponential clocks.
+
+    Position i rings after an exponential time of rate v_i ∝ w_i q_i. The first to ring is written: the law of
+    the next event of the ancestral process when its steps become infinitely fine (first-hitting sampler,
+    arXiv 2409.02908). So is every other that rings within the time τ after it in which rate - 1 more are
+    expected: Σ_{j≠first} (1 - exp(-v_j τ)) = rate - 1, solved by Newton's method, which rises to the root.
+
+    Args:
+        mass: [B, L] q_i, the probability that the token rule keeps.
+        weight: [B, L] w_i in [0, 1].
+        masked: [B, L] bool, M.
+        noise: [B, L] uniform numbers of (0, 1).
+        rate: expected number of positions, at least 1.
+
+    Returns:
+        [B, L] bool; at least one in each row that has a mask, all open ones where `rate` is not below their
+        number.
+    """
+    speed = torch.where(masked, weight.double() * mass.double(), 0.0)
+    plain = torch.where(masked, mass.double(), 0.0)
+    speed = torch.where(speed.sum(1, keepdim=True) > 0, speed, plain)
+    speed = speed / speed.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    time = torch.where(speed > 0, -noise.double().log() / speed, math.inf)
+    first = time.amin(1, keepdim=True)
+    others = torch.where(time == first, 0.0, speed)
+    further = torch.zeros_like(first)
+    for _ in range(8):
+        left = torch.exp(-others * further)
+        missing = rate - 1 - (1 - left).sum(1, keepdim=True)
+        further = further + missing / (others * left).sum(1, keepdim=True).clamp(min=1e-12)
+    everything = (speed > 0).sum(1, keepdim=True) <= rate
+    return (speed > 0) & ((time <= first + further) | everything)
+
+
+class MassRule(RevealRule):
+    """A rule that decides before any token is drawn, by the probability that the token rule keeps."""
+
+    sees_token: ClassVar[bool] = False
+
+    def constant_score(self, tokens: TokenRule) -> float | None:
+        """1 where no token is cut; see `RevealRule`."""
+        return 1.0 if tokens.keeps_all else None
+
+    def score(
+        self, logits: torch.Tensor, choice: Choice, memory: Mapping[str, torch.Tensor], tokens: TokenRule
+    ) -> torch.Tensor:
+        """[N] probability of all tokens that are kept; see `RevealRule`."""
+        del logits, memory, tokens
+        return choice.mass
+
+
+@dataclass(frozen=True)
+class Ancestral(MassRule):
+    """Ancestral sampling with window weights: `reveal_probability` over a number of steps.
+
+    At a rate it writes the next arrivals of the same process (`first_arrivals`).
+    """
+
+    def decide(self, view: StepView) -> Decision:
+        """Flip independent coins, or at a rate take the next arrivals."""
+        noise = view.noise(REVEAL_NOISE)
+        if view.rate is not None:
+            return Decision(first_arrivals(view.score, view.weight, view.masked, noise, view.rate))
+        chance = reveal_probability(view.score, view.weight, view.masked, view.t, view.s, view.beyond)
+        return Decision(view.masked & (noise < chance))

@@ -1,0 +1,147 @@
+"""What a reveal rule is asked, what it is shown, and what it answers.
+
+A rule owns its score: `score` reduces the logits of a position to one number or several, which `decide` sees
+for all positions together. State that a rule needs between steps belongs to the row: `memory` says what there
+is at first, and what `decide` returns replaces it when the row changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from decoding.tokens import Choice, TokenRule
+
+REVEAL_NOISE, TOKEN_NOISE, REMASK_NOISE = 0, 1, 2
+"""Independent streams of noise within a step."""
+
+
+@dataclass(frozen=True)
+class StepView:
+    """What a rule may look at, for the rows [b] of one step."""
+
+    masked: torch.Tensor
+    """[b, W] bool, positions of the current stage that hold no token."""
+    weight: torch.Tensor
+    """[b, W] window weight."""
+    t: torch.Tensor
+    """[b] share of masks before the step; [b, W] under a window whose positions have times of their own."""
+    s: torch.Tensor
+    """[b] or [b, W], share of masks after the step."""
+    quota: torch.Tensor
+    """[b] int64, tokens that fall to this step at an even pace."""
+    written: torch.Tensor
+    """[b, W] bool, positions of the stage that hold a written token (never a given one)."""
+    noise: Callable[[int], torch.Tensor]
+    """Number of a stream -> [b, W] uniform numbers, new in every step."""
+    score: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[b, W] or [b, W, C], what the rule's `score` found; 0 where it was not computed."""
+    token: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[b, W] int64, the token that a position would receive; where the score was computed."""
+    confidence: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[b, W] the model's probability of that token."""
+    ids: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[b, W] int64, the rows as they are."""
+    scope: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[b, W] bool, all positions of the current stage, given ones included."""
+    progress: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[b] share of the positions to be written that hold a token."""
+    step: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[b] int64, steps that the row has taken."""
+    beyond: torch.Tensor | None = None
+    """[b] masks of the process that are not on the canvas yet and count in |M| all the same; None for 0."""
+    rate: float | None = None
+    """Expected tokens of this step, where the pace is a rate; `t` and `s` mean nothing then."""
+    memory: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """The rule's state of these rows: [b, W, …] or [b]."""
+
+    @property
+    def open(self) -> torch.Tensor:
+        """[b, W] bool, masked positions whose weight is above 0."""
+        return self.masked & (self.weight > 0)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a rule decided."""
+
+    reveal: torch.Tensor
+    """[b, W] bool, masked positions that get their token."""
+    remask: torch.Tensor | None = None
+    """[b, W] bool, written positions that lose their token again."""
+    replace: torch.Tensor | None = None
+    """[b, W] bool, written positions that get another token."""
+    settled: torch.Tensor | None = None
+    """[b] bool, rows in which no written token will change any more; None for all."""
+    memory: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """New state; it is kept if the row changes in this step."""
+
+
+class RevealRule:
+    """A reveal rule; a new one overrides `decide` and whatever else differs from these defaults."""
+
+    revises: ClassVar[bool] = False
+    """True for rules under which a written token can become a mask or another token."""
+
+    @property
+    def sees_token(self) -> bool:
+        """True when the choice of positions depends on which tokens have been drawn there."""
+        return True
+
+    @property
+    def paced(self) -> bool:
+        """True for rules that follow a given pace; others decide how many tokens a step writes."""
+        return True
+
+    def at_pace(self) -> RevealRule:
+        """Return the rule with the same order that follows a given pace; itself if it does."""
+        return self
+
+    def constant_score(self, tokens: TokenRule) -> float | None:
+        """Score of every position where it is the same whatever the logits; None for most rules."""
+        del tokens
+        return None
+
+    def needs(self, view: StepView) -> torch.Tensor:
+        """[b, W] bool, positions whose score can change the decision; by default the open ones.
+
+        No others are computed; `view` has no scores yet.
+        """
+        return view.open
+
+    def score(
+        self, logits: torch.Tensor, choice: Choice, memory: Mapping[str, torch.Tensor], tokens: TokenRule
+    ) -> torch.Tensor:
+        """Reduce logits to what `decide` needs; by default the probability of the token.
+
+        Args:
+            logits: [N, V] on the model's device.
+            choice: the tokens drawn there.
+            memory: the rule's state at these positions, [N, …].
+            tokens: the token rule; its `allowed` shuts forbidden tokens.
+
+        Returns:
+            [N], or [N, C] for C numbers a position.
+        """
+        del logits, memory, tokens
+        return choice.probability
+
+    def memory(self, rows: int, length: int) -> dict[str, torch.Tensor]:
+        """State of new rows, by name: tensors [rows, length, …] or [rows]; by default none."""
+        del rows, length
+        return {}
+
+    def decide(self, view: StepView) -> Decision:
+        """Choose the positions to write in this step."""
+        raise NotImplementedError
+
+
+def ranked(score: torch.Tensor, weight: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """[b, W] rank of each position (0 = first to go): open ones by score · weight, then the rest by score."""
+    score, weight = score.double(), weight.double()
+    order = torch.where(weight > 0, 2 + score * weight, score)
+    order = torch.where(masked, order, -1.0)
+    return order.argsort(dim=1, descending=True, stable=True).argsort(dim=1)

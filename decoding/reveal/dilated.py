@@ -1,0 +1,55 @@
+"""A fixed order in which neighbours are never written together until their surroundings are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from decoding.reveal.base import Decision, RevealRule, StepView
+from decoding.reveal.quota import Quota
+from dlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Dilated(RevealRule):
+    """Dilated unmasking (DUS, arXiv 2506.19037): every n-th position of a block, then those between them.
+
+    A block of B positions takes ⌈log_b B⌉ calls: in call j the positions whose place in the block is a
+    multiple of ⌊B / b^j⌋ are written, the tokens of one call being as far apart as they can be.
+
+    Attributes:
+        base: b, at least 2.
+    """
+
+    base: int = 2
+    paced: ClassVar[bool] = False
+    sees_token: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the base."""
+        if not isinstance(self.base, int) or self.base < 2:
+            raise ConfigError(f"base must be a whole number of at least 2, got {self.base!r}")
+
+    def at_pace(self) -> Quota:
+        """Return the rule that takes the most confident first; see `RevealRule`."""
+        return Quota(order="confidence")
+
+    def constant_score(self, tokens: object) -> float | None:
+        """1: the order does not depend on the model; see `RevealRule`."""
+        del tokens
+        return 1.0
+
+    def decide(self, view: StepView) -> Decision:
+        """Take the masks on the widest grid that still has some."""
+        place = view.scope.cumsum(1) - 1
+        size = view.scope.sum(1, keepdim=True)
+        chosen = torch.zeros_like(view.masked)
+        for j in range(1, math.ceil(math.log(max(int(size.max()), 2), self.base)) + 1):
+            stride = (size // self.base**j).clamp(min=1)
+            grid = view.open & (place % stride == 0)
+            chosen = torch.where(chosen.any(1, keepdim=True), chosen, grid)
+        rest = torch.where(chosen.any(1, keepdim=True), chosen, view.open)
+        return Decision(rest)

@@ -1,0 +1,101 @@
+"""Tokens that are confident and whose distribution has come to rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from decoding.reveal.base import Decision, RevealRule, StepView, ranked
+from decoding.reveal.quota import Quota
+from decoding.tokens import Choice, TokenRule, log_normaliser
+from dlm.errors import ConfigError
+
+TRACKED = 8
+"""Likeliest tokens of a position whose probabilities are kept until the next call."""
+
+
+@dataclass(frozen=True)
+class Stability(RevealRule):
+    """Everything that is confident and stable, and at least the most confident one (KLASS, arXiv 2511.05664).
+
+    A position is stable when the divergence KL(p_now ‖ p_before) between its distributions in neighbouring
+    calls stayed below ε in each of the last n calls. The divergence is taken over the `TRACKED` likeliest
+    tokens of the call before and "any other token", which bounds that of the whole vocabulary from below.
+
+    Attributes:
+        tau: confidence to reach, in (0, 1].
+        epsilon: ε, in nats.
+        history: n, comparisons in a row.
+    """
+
+    tau: float = 0.9
+    epsilon: float = 0.01
+    history: int = 2
+    paced: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 0 < self.tau <= 1:
+            raise ConfigError(f"tau must lie in (0, 1], got {self.tau}")
+        if not self.epsilon > 0:
+            raise ConfigError(f"epsilon must be above 0, got {self.epsilon}")
+        if not isinstance(self.history, int) or self.history < 1:
+            raise ConfigError(f"history must be a whole number of at least 1, got {self.history!r}")
+
+    def at_pace(self) -> Quota:
+        """Return the rule that takes the most confident first; see `RevealRule`."""
+        return Quota(order="confidence")
+
+    def memory(self, rows: int, length: int) -> dict[str, torch.Tensor]:
+        """Tracked tokens, their probabilities (0 at first) and comparisons passed; see `RevealRule`."""
+        return {
+            "tracked": torch.zeros(rows, length, TRACKED, dtype=torch.int64),
+            "probability": torch.zeros(rows, length, TRACKED),
+            "stable": torch.zeros(rows, length, dtype=torch.int64),
+        }
+
+    def score(
+        self, logits: torch.Tensor, choice: Choice, memory: Mapping[str, torch.Tensor], tokens: TokenRule
+    ) -> torch.Tensor:
+        """[N, 2 + 2·TRACKED]: confidence, divergence, and the tracked tokens with their probabilities."""
+        logits = tokens.allowed(logits)
+        total = log_normaliser(logits)
+        now = (logits.gather(1, memory["tracked"]).float() - total).exp()
+        best = logits.topk(min(TRACKED, logits.shape[1]), dim=1)
+        missing = TRACKED - best.indices.shape[1]
+        ids = torch.nn.functional.pad(best.indices, (0, missing)).double()
+        probability = torch.nn.functional.pad((best.values.float() - total).exp(), (0, missing)).double()
+        gap = divergence(now, memory["probability"])
+        return torch.cat(
+            [choice.probability.double()[:, None], gap.double()[:, None], ids, probability], dim=1
+        )
+
+    def decide(self, view: StepView) -> Decision:
+        """Take what is confident and stable, and the most confident position in any case."""
+        confidence, gap = view.score[..., 0], view.score[..., 1]
+        stable = torch.where(gap < self.epsilon, view.memory["stable"] + 1, 0)
+        best = ranked(confidence, view.weight, view.masked) == 0
+        chosen = view.open & (((confidence >= self.tau) & (stable >= self.history)) | best)
+        looked = view.open[..., None]
+        tracked, probability = view.score[..., 2 : 2 + TRACKED], view.score[..., 2 + TRACKED :]
+        return Decision(
+            chosen,
+            memory={
+                "tracked": torch.where(looked, tracked.long(), view.memory["tracked"]),
+                "probability": torch.where(looked, probability.float(), view.memory["probability"]),
+                "stable": torch.where(view.open, stable, view.memory["stable"]),
+            },
+        )
+
+
+def divergence(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """KL(now ‖ before) over k tokens and "any other", [N, k] -> [N]; infinite where `before` is all 0."""
+    pairs = []
+    for probability in (now.double(), before.double()):
+        other = (1 - probability.sum(1, keepdim=True)).clamp(min=1e-12)
+        pairs.append(torch.cat([probability.clamp(min=1e-12), other], dim=1))
+    gap = (pairs[0] * (pairs[0] / pairs[1]).log()).sum(1).clamp(min=0)
+    return torch.where(before.sum(1) > 0, gap, torch.inf)

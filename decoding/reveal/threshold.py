@@ -1,0 +1,36 @@
+"""Everything that is confident enough."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from decoding.reveal.base import Decision, RevealRule, StepView, ranked
+from decoding.reveal.quota import Quota
+from dlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Threshold(RevealRule):
+    """Everything whose confidence reaches τ, and at least the most confident one (Fast-dLLM, 2505.22618).
+
+    Attributes:
+        tau: confidence to reach, in (0, 1].
+    """
+
+    tau: float = 0.9
+    paced: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the range of tau."""
+        if not 0 < self.tau <= 1:
+            raise ConfigError(f"tau must lie in (0, 1], got {self.tau}")
+
+    def at_pace(self) -> Quota:
+        """Return the rule that takes the most confident first; see `RevealRule`."""
+        return Quota(order="confidence")
+
+    def decide(self, view: StepView) -> Decision:
+        """Take confident positions among the open ones, and the best one in any case."""
+        best = ranked(view.score, view.weight, view.masked) == 0
+        return Decision(view.open & ((view.score >= self.tau) | best))

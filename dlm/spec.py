@@ -1,0 +1,91 @@
+"""What a masked diffusion model is, for whoever decodes or evaluates it: token ids, positions, visibility."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dlm.errors import ConfigError
+from dlm.schedule import LogLinear, NoiseSchedule, schedule_named
+
+_UNLIMITED = 2**31
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which positions a position attends to.
+
+    Attributes:
+        block_size: None for all of the row ("full"); else a position attends to its own block of so many
+            positions and to all earlier ones ("block", as BD3LM and SDAR).
+    """
+
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the size."""
+        if self.block_size is not None and self.block_size < 1:
+            raise ConfigError(f"block_size must be at least 1, got {self.block_size}")
+
+    @property
+    def name(self) -> str:
+        """Either "full" or "block"."""
+        return "full" if self.block_size is None else "block"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Properties of a model that decoding, training and evaluation rely on.
+
+    Attributes:
+        mask_token_id: id of the mask token.
+        eos_token_id: the end token that is written behind an answer.
+        end_token_ids: all tokens that end an answer, `eos_token_id` among them.
+        pad_token_id: id of the padding, if there is one.
+        positions: longest row, in tokens.
+        shift: True when the state at i-1 predicts token i, so that a row cannot begin with a mask.
+        visibility: which positions a position attends to.
+        schedule: noise schedule that the model was trained with.
+        generation: the checkpoint's defaults of decoding (decoder, options, window, steps, rate, max_tokens).
+    """
+
+    mask_token_id: int
+    eos_token_id: int
+    end_token_ids: frozenset[int] = frozenset()
+    pad_token_id: int | None = None
+    positions: int = _UNLIMITED
+    shift: bool = False
+    visibility: Visibility = Visibility()
+    schedule: NoiseSchedule = field(default_factory=LogLinear)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Count the end token among those that end an answer."""
+        object.__setattr__(self, "end_token_ids", frozenset({*self.end_token_ids, self.eos_token_id}))
+
+    @classmethod
+    def of_config(cls, config: Any) -> ModelSpec:
+        """Read a model's configuration; what it does not say has the defaults above."""
+
+        def given(name: str, default: Any) -> Any:
+            value = getattr(config, name, None)
+            return default if value is None else value
+
+        return cls(
+            mask_token_id=int(config.mask_token_id),
+            eos_token_id=int(config.eos_token_id),
+            end_token_ids=frozenset(given("end_token_ids", ())),
+            pad_token_id=getattr(config, "pad_token_id", None),
+            positions=int(given("max_positions", _UNLIMITED)),
+            shift=bool(given("shift", False)),
+            visibility=Visibility(getattr(config, "block_size", None)),
+            schedule=schedule_named(**given("schedule", {})),
+            generation=dict(given("generation", {})),
+        )
+
+    @classmethod
+    def of(cls, model: Any) -> ModelSpec:
+        """The spec that a model carries, or else what its configuration says."""
+        spec = getattr(model, "spec", None)
+        return spec if isinstance(spec, ModelSpec) else cls.of_config(model.config)

@@ -1,0 +1,80 @@
+"""Rows of ids, decoded without any text: plans and canvases as tests want them."""
+
+import torch
+
+from decoding import Decoder
+from decoding.canvas import make_canvas
+from decoding.ending import Ending
+from decoding.pace import OwnPace, Rate, Steps
+from decoding.request import OPEN_LENGTH, Plan, Reuse
+from decoding.rows import Row
+from decoding.step import denoise
+from decoding.window import MARGIN
+
+MASK, EOS = 22, 0
+
+
+def plan_of(
+    decoder,
+    steps=None,
+    *,
+    rate=None,
+    grow=False,
+    fit=None,
+    eos=EOS,
+    mask=MASK,
+    end_ids=(),
+    eos_fill=True,
+    early_exit=True,
+    margin=MARGIN,
+    reuse=None,
+    pace=None,
+):
+    """A plan from its parts; `fit` is the length for which open sizes are chosen."""
+    decoder = Decoder.named(decoder) if isinstance(decoder, str) else decoder
+    if pace is None:
+        pace = Rate(rate) if rate is not None else OwnPace() if steps is None else Steps(steps)
+    chosen = Decoder(
+        decoder.window.fitted(fit or OPEN_LENGTH),
+        decoder.reveal,
+        decoder.tokens,
+        decoder.name,
+        decoder.guidance,
+    )
+    ending = Ending(
+        eos,
+        tuple(sorted({eos, *end_ids})),
+        fill=eos_fill,
+        early_exit=early_exit and not decoder.reveal.revises,
+        closes=eos_fill or steps is None,
+    )
+    return Plan(chosen, pace, ending, mask, margin=margin if grow else None, reuse=reuse)
+
+
+def canvas_of(ids, plan, seeds=None, answer=None):
+    """A canvas of rows [B, L] in which the mask token marks what is to be written."""
+    rows = []
+    for i, row in enumerate(ids.tolist()):
+        first = row.index(plan.mask_id) if answer is None else answer[i]
+        rows.append(Row(row, first))
+    return make_canvas(rows, range(len(rows)) if seeds is None else seeds, plan)
+
+
+def decode(model, ids, plan, seeds=None, **given):
+    """The finished canvas of rows [B, L]."""
+    canvas = canvas_of(ids, plan, seeds, **given)
+    with torch.no_grad():
+        for _ in denoise(model, canvas, plan):
+            pass
+    return canvas
+
+
+def rows(model, lengths, window):
+    """Rows with given tokens on the left."""
+    ids = torch.full((len(lengths), window), model.mask_id)
+    for i, n in enumerate(lengths):
+        ids[i, :n] = 1 + (torch.arange(n) * (i + 3)) % 20
+    return ids
+
+
+__all__ = ["EOS", "MASK", "Reuse", "canvas_of", "decode", "plan_of", "rows"]

@@ -1,0 +1,78 @@
+"""Clocks and quotas against their definitions."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from decoding.pace import OwnPace, Rate, Steps
+from decoding.window import Block, Full
+from dlm.errors import ConfigError
+from dlm.schedule import Cosine, LogLinear
+
+
+def clock(pace, step, length=20, window=None):
+    start, end = torch.tensor([2]), torch.tensor([length])
+    masked = torch.arange(length)[None] >= 2
+    return pace.clock(torch.tensor([step]), start, end, masked, window or Full())
+
+
+@given(total=st.integers(0, 90), steps=st.integers(1, 30))
+def test_quotas_of_all_steps_are_the_whole_and_as_even_as_can_be(total, steps):
+    pace = Steps(steps)
+    quotas = [int(pace.quota(torch.tensor([i]), clock(pace, i), torch.tensor([total]))) for i in range(steps)]
+    assert sum(quotas) == total
+    assert max(quotas) - min(quotas) <= 1
+    assert quotas == sorted(quotas, reverse=True)  # as LLaDA: the larger steps first
+
+
+@given(total=st.integers(0, 90), steps=st.integers(1, 30))
+def test_quotas_of_a_cosine_follow_its_curve(total, steps):
+    pace, written = Steps(steps, Cosine()), 0
+    for i in range(steps):
+        written += int(pace.quota(torch.tensor([i]), clock(pace, i), torch.tensor([total])))
+        share = math.sin(math.pi / 2 * (1 - (i + 1) / steps))
+        assert abs(written - (total - total * share)) <= 0.5 + 1e-9
+    assert written == total
+
+
+@given(rate=st.floats(1, 9), steps=st.integers(1, 60))
+def test_a_rate_is_kept_by_whole_tokens(rate, steps):
+    pace = Rate(rate)
+    quotas = [int(pace.quota(torch.tensor([i]), None, None)) for i in range(steps)]
+    assert abs(sum(quotas) - rate * steps) < 1
+    assert not pace.late(torch.tensor([10**6])).any()
+
+
+def test_only_steps_are_ever_late():
+    step = torch.tensor([0, 3, 4, 9])
+    assert Steps(4).late(step).tolist() == [False, False, True, True]
+    assert not OwnPace().late(step).any()
+    assert (Steps(4).rate, Rate(2.0).steps, OwnPace().steps, OwnPace().rate) == (None, None, None, None)
+
+
+def test_without_times_a_stage_lasts_until_it_is_written():
+    start, end = torch.tensor([2]), torch.tensor([20])
+    masked = torch.arange(20)[None] >= 9
+    at = Rate(2.0).clock(torch.tensor([5]), start, end, masked, Block(4))
+    assert int(at.stage) == (9 - 2) // 4
+
+
+def test_decoding_begins_with_everything_masked_whatever_the_schedule():
+    for schedule in (LogLinear(), LogLinear(0.2), Cosine()):
+        times = torch.linspace(0, 1, 11, dtype=torch.float64)
+        share = Steps(4, schedule).mask_share(times)
+        assert float(share[-1]) == 1
+        assert float(share[0]) == 0
+        expected = (1 - schedule(times).value) / (1 - schedule(torch.ones(1, dtype=torch.float64)).value)
+        torch.testing.assert_close(share, expected)
+
+
+def test_out_of_range():
+    with pytest.raises(ConfigError, match="steps must be at least 1, got 0"):
+        Steps(0)
+    for rate in (0.5, math.inf, math.nan):
+        with pytest.raises(ConfigError, match="rate must be at least 1"):
+            Rate(rate)

@@ -1,0 +1,120 @@
+"""One request for the command line, Python and the server; resolved, it is complete."""
+
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+
+from decoding import Decoder, Request, Sampler
+from decoding.pace import OwnPace, Rate, Steps
+from decoding.request import OPEN_LENGTH, Reuse
+from decoding.window import MARGIN
+from dlm.errors import ConfigError
+from dlm.spec import ModelSpec
+from tests.fakes import FakeDenoiser, FakeTokenizer
+
+
+def resolve(generation=None, positions=4096, **given):
+    model = FakeDenoiser()
+    model.config.max_positions, model.config.generation = positions, generation
+    return Request(**given).resolve(model)
+
+
+def test_nothing_given_is_a_canvas_that_grows_at_two_tokens_a_call():
+    plan = resolve()
+    assert plan.decoder == Decoder.named("conv", kernel_size=OPEN_LENGTH // 4 + 1)
+    assert (plan.pace, plan.margin, plan.tokens, plan.positions) == (Rate(2.0), MARGIN, 256, 4096)
+    assert plan.ending.fill
+    assert plan.ending.early_exit
+    assert plan.ending.closes
+
+
+@pytest.mark.parametrize(
+    ("given", "pace", "margin", "positions"),
+    [
+        ({"window": 60}, Steps(15), None, 60),
+        ({"window": 60, "steps": 4}, Steps(4), None, 60),
+        ({"steps": 4}, Steps(4), None, 256),
+        ({"window": 60, "rate": 3}, Rate(3.0), None, 60),
+        ({"window": 60, "steps": 4, "canvas": "growing"}, Steps(4), MARGIN, 60),
+        ({"max_tokens": 9, "rate": 1.5, "margin": 2}, Rate(1.5), 2, 4096),
+        ({"max_tokens": 9, "decoder": "threshold"}, OwnPace(), MARGIN, 4096),
+        ({"window": 60, "decoder": "threshold"}, OwnPace(), None, 60),
+        ({"window": 60, "decoder": "threshold", "steps": 7}, Steps(7), None, 60),
+        ({"decoder": "remdm"}, Steps(64), None, 256),
+        ({"decoder": "sliding"}, Steps(64), None, 256),
+        ({"max_tokens": 9, "ending": " end"}, Rate(2.0), None, 4096),
+    ],
+)
+def test_pace_and_canvas_follow_from_what_is_given(given, pace, margin, positions):
+    plan = resolve(**given)
+    assert (plan.pace, plan.margin, plan.positions) == (pace, margin, positions)
+
+
+def test_a_rule_with_a_pace_of_its_own_carries_no_rate():
+    assert resolve(decoder="threshold").pace.rate is None
+    assert resolve({"decoder": "entropy-bound", "rate": 3.0}).pace == OwnPace()
+
+
+def test_a_request_and_a_plan_are_frozen_and_plans_compare():
+    request = Request(decoder="conv")
+    with pytest.raises(FrozenInstanceError):
+        request.decoder = "llada"
+    one, two = resolve(window=40, stop="a"), resolve(window=40, stop=["b", "c"])
+    assert one.batch_key == two.batch_key  # rows that differ in stop texts share the arithmetic
+    assert one.batch_key != resolve(window=40, steps=3).batch_key
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": 2.5}, "steps must be a whole number of at least 1, got 2.5"),
+        ({"window": True}, "window must be a whole number"),
+        ({"rate": "fast"}, "rate must be at least 1 token per model call, got 'fast'"),
+        ({"eos_fill": "no"}, "eos_fill must be true or false, got 'no'"),
+        ({"decoder": []}, r"decoder must be a name or a Decoder, got \[\]"),
+        ({"options": 3}, "options must be names with values, got 3"),
+        ({"stop": ""}, "a stop text must not be empty"),
+        ({"stop": [3]}, "stop must be a text or several"),
+        ({"begin": 4}, "begin must be a text, got 4"),
+        ({"reuse": "dual", "refresh": 0}, "refresh must be a whole number of at least 1, got 0"),
+        ({"ending": "x", "canvas": "growing"}, "cannot grow"),
+    ],
+)
+def test_each_field_is_checked_when_it_is_given(given, message):
+    with pytest.raises(ConfigError, match=message):
+        Request(**given)
+
+
+def test_an_unknown_keyword_names_the_right_one():
+    sampler = Sampler(FakeDenoiser(), FakeTokenizer())
+    with pytest.raises(ConfigError, match="'step'. Did you mean 'steps'"):
+        sampler.generate("abc", step=3)
+    with pytest.raises(ConfigError, match=r"'temperature': it is an option of decoders, options="):
+        sampler.generate("abc", temperature=1.0)
+    with pytest.raises(ConfigError, match="not both: steps"):
+        sampler.generate("abc", request=Request(), steps=3)
+    with pytest.raises(ConfigError, match="one message alone"):
+        sampler.generate({"role": "user", "content": "abc"})
+
+
+def test_every_field_changes_the_plan_or_the_row():
+    """None is accepted and then ignored."""
+    changed = {
+        "decoder": "llada", "options": {"top_k": 3}, "max_tokens": 7, "rate": 3.0, "window": 50, "steps": 5,
+        "stop": "x", "eos_fill": False, "canvas": "growing", "margin": 3, "reuse": "dual", "refresh": 3,
+        "begin": "a", "ending": "b", "forced": {3: "c"},
+    }  # fmt: skip
+    beside = {"refresh": {"reuse": "dual"}, "canvas": {"window": 50, "steps": 5}}
+    assert set(changed) == {field.name for field in fields(Request)}
+    for name, value in changed.items():
+        rest = beside.get(name, {})
+        assert resolve(**rest, **{name: value}) != resolve(**rest), name
+
+
+def test_what_a_model_is_comes_from_its_spec_or_else_its_configuration():
+    model = FakeDenoiser()
+    assert ModelSpec.of(model).end_token_ids == {0}
+    model.spec = ModelSpec(22, 0, frozenset({3}), positions=50, generation={"decoder": "llada"})
+    plan = Request(reuse="prefix").resolve(model)
+    assert plan.ending.end_ids == (0, 3)
+    assert (plan.decoder.name, plan.positions, plan.reuse) == ("llada", 50, Reuse("prefix"))
