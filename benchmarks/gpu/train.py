@@ -200,7 +200,7 @@ def settings(context: Context, minutes: float, compiled: bool | None = None) -> 
         "gradient_accumulation_steps": ROWS // micro,
         "learning_rate": 1.5e-3,
         "warmup_steps": 100,
-        "eval_steps": 200,
+        "eval_steps": 400,
         "eval_rows": 500,
         "save_steps": 10**7,
         "keep_checkpoints": 1,
