@@ -6,7 +6,7 @@ Importable without torch: commands fill requests before a model is loaded.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -210,7 +210,11 @@ class Request:
         """
         from dlm.spec import ModelSpec
 
-        return _resolve(self, ModelSpec.of(model))
+        return self.resolve_for(ModelSpec.of(model))
+
+    def resolve_for(self, spec: ModelSpec) -> Plan:
+        """Fill in what was left open, for a model with this spec; see `resolve`."""
+        return _resolve(self, spec)
 
     def decoder_for(self, spec: ModelSpec) -> Decoder:
         """The decoder that is given, named, or the checkpoint's own (at a pace, if one is given)."""
@@ -329,9 +333,8 @@ def _resolve(request: Request, spec: ModelSpec) -> Plan:
 
 
 def _fitted(decoder: Decoder, length: int) -> Decoder:
-    from dataclasses import replace
-
-    return replace(decoder, window=decoder.window.fitted(length))
+    window = decoder.window.fitted(length)
+    return decoder if window is decoder.window else replace(decoder, window=window)
 
 
 def _window(request: Request, spec: ModelSpec, grows: bool) -> int | None:
