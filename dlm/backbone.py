@@ -102,6 +102,8 @@ def load_causal_lm(
                 f"{path}: family {config.model_type!r} is not supported; supported: {', '.join(families)}"
             )
         tokenizer = AutoTokenizer.from_pretrained(**where)
+        if "gguf_file" in where:
+            _settle_marks(tokenizer, config)
         return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype), tokenizer
     except CheckpointError:
         raise
@@ -109,6 +111,15 @@ def load_causal_lm(
         raise CheckpointError(
             f"{path}: cannot be read as a causal language model ({first_line(error)})"
         ) from error
+
+
+def _settle_marks(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+    """Give a tokenizer the control tokens that the file names, which older transformers take for others."""
+    for name in ("bos_token", "eos_token", "pad_token"):
+        number = getattr(config, f"{name}_id", None)
+        if isinstance(number, int) and getattr(tokenizer, f"{name}_id") != number:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
+    tokenizer.clean_up_tokenization_spaces = False  # which would change what was written
 
 
 def _location(path: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -18,8 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.context import Context, ceilings, free
-from benchmarks.gpu.material import MaterialError
+from benchmarks.gpu.context import Context, MaterialError, ceilings, free
 from benchmarks.gpu.report import Report, hardware, missing
 
 STAGES = {
@@ -115,6 +115,8 @@ def main(words: list[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     options = parser().parse_args(words)
     cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; before anything loads triton
     try:
         stages = timed(options.stage, options.minutes)
         if options.device.startswith("cuda") and not cuda:

@@ -14,6 +14,10 @@ from benchmarks.gpu.pieces import SUMS, cut, packed
 from benchmarks.gpu.report import Report
 
 
+class MaterialError(Exception):
+    """What a stage needs is not there."""
+
+
 @dataclass
 class Context:
     """A run of some stages.

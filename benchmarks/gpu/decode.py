@@ -19,6 +19,8 @@ from transformers import AutoTokenizer
 from benchmarks.gpu.baselines import Timed, as_causal, autoregressive, published
 from benchmarks.gpu.context import Context, ceilings, free
 from benchmarks.gpu.material import LLADA_8B, MINIATURE, SMOLLM2, shaped
+from decoding import Sampler
+from dlm.graphs import BucketedModel
 
 ANSWER = 64
 """Tokens of an answer."""
@@ -160,33 +162,34 @@ class Subject:
 
 
 def measure(context: Context, subject: Subject, way: Way) -> None:
-    """Write once to warm up, then as often as a second or two allows; the median counts."""
-    write, timed = writer(subject, way)
-    begun = time.perf_counter()
-    write()
-    first = time.perf_counter() - begun
-    took, tokens = [], 0
-    for _ in range(1 if first > 4 or context.tiny else 3):
-        if timed:
-            timed.seconds, timed.calls, timed.positions = {"forward": 0.0, "head": 0.0}, 0, 0
-        _wait(context)
-        begun = time.perf_counter()
-        tokens = write()
-        _wait(context)
-        took.append(time.perf_counter() - begun)
-    middle = sorted(took)[len(took) // 2]
-    figures: dict[str, Any] = {
-        "tokens_per_second": tokens / middle,
-        "seconds": middle,
-        "first_seconds": first,
-    }
+    """Write once to warm up, then until a second is over, three times at most; the median counts."""
+    write = writer(subject, way)
+    first, _ = _clocked(context, write)
+    took: list[float] = []
+    tokens = 0
+    while not took or (len(took) < 3 and sum(took) < 1 and not context.tiny):
+        again, tokens = _clocked(context, write)
+        took.append(again)
+    speed = tokens / sorted(took)[len(took) // 2]
     base = context.report.find("decode", f"{subject.label}, batch {way.rows}: autoregressive")
-    figures["times_autoregressive"] = (
-        figures["tokens_per_second"] / base["tokens_per_second"] if base else None
-    )
-    context.report.add("decode", title(subject.label, way), **figures)
-    if timed:
-        context.report.add("decode shares", title(subject.label, way), **shares(context, timed, took[-1]))
+    context.report.add(
+        "decode", title(subject.label, way), tokens_per_second=speed, seconds=tokens / speed,
+        first_seconds=first,
+        times_autoregressive=speed / base["tokens_per_second"] if base else None,
+    )  # fmt: skip
+    if way.timed:  # apart, for it waits for the GPU in every call
+        timed = Timed(subject.model)
+        again, _ = _clocked(context, _ours(subject, way, timed))
+        context.report.add("decode shares", title(subject.label, way), **shares(context, timed, again))
+
+
+def _clocked(context: Context, write: Callable[[], int]) -> tuple[float, int]:
+    """Seconds, and the tokens written."""
+    _wait(context)
+    begun = time.perf_counter()
+    tokens = write()
+    _wait(context)
+    return time.perf_counter() - begun, tokens
 
 
 def _wait(context: Context) -> None:
@@ -194,38 +197,32 @@ def _wait(context: Context) -> None:
         torch.cuda.synchronize()
 
 
-def writer(subject: Subject, way: Way) -> tuple[Callable[[], int], Any]:
-    """What writes the answers and says how many tokens they have; and the timed model, if it is one."""
+def writer(subject: Subject, way: Way) -> Callable[[], int]:
+    """What writes the answers and says how many tokens they have."""
     if way.how is None:
         prompts = subject.prompts(way.rows)
         if way.name.startswith("published"):
             window, steps = (64, 4) if subject.context.tiny else (512, 64)
-            return published(subject.model, prompts, window, steps, subject.tokens), None
+            return published(subject.model, prompts, window, steps, subject.tokens)
         cache = "static" if "static" in way.name else "dynamic"
-        return autoregressive(subject.causal, prompts, subject.tokens, cache, "compiled" in way.name), None
-    return _ours(subject, way)
-
-
-def _ours(subject: Subject, way: Way) -> tuple[Callable[[], int], Any]:
-    from decoding import Sampler
-    from dlm.graphs import BucketedModel
-
-    how = way.how or {}
+        return autoregressive(subject.causal, prompts, subject.tokens, cache, "compiled" in way.name)
     model: Any = subject.model
-    if way.accelerate:
-        model = BucketedModel(model, graphs=way.accelerate == "graphs")
     if way.accelerate == "compile":
         subject.model.backbone.compile(dynamic=False)
-    timed = Timed(model) if way.timed else None
-    sampler = Sampler(timed or model, subject.tokenizer)
+    if way.accelerate:
+        model = BucketedModel(model, graphs=way.accelerate == "graphs")
+    return _ours(subject, way, model)
+
+
+def _ours(subject: Subject, way: Way, model: Any) -> Callable[[], int]:
+    how, sampler, texts = way.how or {}, Sampler(model, subject.tokenizer), subject.texts(way)
     limit: dict[str, Any] = {} if "window" in how else {"max_tokens": subject.tokens}
-    texts = subject.texts(way)
 
     def write() -> int:
         outs = sampler.generate(texts, batch_size=way.rows, seed=list(range(len(texts))), **how, **limit)
         return sum(len(out.token_ids) for out in outs)
 
-    return write, timed
+    return write
 
 
 def shares(context: Context, timed: Any, took: float) -> dict[str, Any]:

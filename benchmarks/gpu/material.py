@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 
-from benchmarks.gpu.context import Context
+from benchmarks.gpu.context import Context, MaterialError
 from dlm.backbone import ScratchConfig, from_scratch
 from dlm.config import MaskedDiffusionConfig
 from dlm.data.encoded import EncodedRows
@@ -87,10 +87,6 @@ MINIATURE = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "vocab_size": 300, "tie_word_embeddings": True,
 }  # fmt: skip
-
-
-class MaterialError(Exception):
-    """What a stage needs is not there."""
 
 
 def base(context: Context) -> str:

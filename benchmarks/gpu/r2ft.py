@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import material, train
-from benchmarks.gpu.context import Context
-from benchmarks.gpu.material import MaterialError, built, recipe
+from benchmarks.gpu.context import Context, MaterialError
+from benchmarks.gpu.material import built, recipe
 from finetune.config import R2FTConfig
 
 

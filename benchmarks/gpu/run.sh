@@ -22,10 +22,14 @@ sys.exit(own is None or not all(pathlib.Path(f"{sys.argv[1]}.{i:02d}").is_file()
 PY
 }
 
-if [ ! -d "$home/repository" ] && whole repository.tar.gz; then
+# A later delivery may bring another repository: pieces.json tells.
+digest=$("$python" -c 'import json; print(json.load(open("pieces.json"))["repository.tar.gz"]["sha256"])')
+if [ "$digest" != "$(cat "$home/repository.sha256" 2>/dev/null)" ] && whole repository.tar.gz; then
+  rm -rf "$home/repository.part" "$home/repository"
   mkdir -p "$home/repository.part"
   cat repository.tar.gz.* | tar -xz -C "$home/repository.part"
   mv "$home/repository.part" "$home/repository"
+  echo "$digest" > "$home/repository.sha256"
 fi
 [ -d "$home/repository" ] || { echo "run.sh: the repository's pieces have not arrived" >&2; exit 1; }
 cd "$home/repository"

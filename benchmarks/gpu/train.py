@@ -19,6 +19,7 @@ from dlm.adapter import add_adapter
 from dlm.export import export
 from dlm.model import IGNORE
 from dlm.objective import masked_diffusion_loss
+from dlm.pretrained.names import located
 from finetune.config import TrainConfig
 
 GENERATION = {"decoder": "entropy-bound", "options": {"kernel_size": 9}}
@@ -269,6 +270,9 @@ def give(context: Context, folder: Path, name: str, base: str) -> None:
     target = context.output / "export" / name
     shutil.rmtree(target, ignore_errors=True)
     export(folder, target, base="" if context.tiny else base, generation=GENERATION)
+    if not context.tiny:  # the package's own, whatever this version of transformers made of it
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copyfile(Path(located("default-sft")) / file, target / file)
     for file in ("history.json", "run.json", *pictures(folder)):
         shutil.copyfile(folder / file, target / file)
     context.hand_over(f"{name}.tar.gz", target, "*")

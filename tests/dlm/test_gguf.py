@@ -38,3 +38,19 @@ def test_a_truncated_gguf_file_gives_one_clear_error(gguf_file):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match=r"tiny\.gguf: cannot be read as a causal language model"):
         load_model(path, device="cpu")
+
+
+def test_control_tokens_are_those_that_the_file_names():
+    """transformers 5.17 gives SmolLM2's file another end token than its configuration has."""
+    from types import SimpleNamespace
+
+    from dlm.backbone import _settle_marks
+
+    words = {1: "<|im_start|>", 2: "<|im_end|>"}
+    tokenizer = SimpleNamespace(
+        bos_token_id=1, eos_token="<|im_start|>", eos_token_id=1, pad_token_id=None,
+        convert_ids_to_tokens=words.get,
+    )  # fmt: skip
+    _settle_marks(tokenizer, SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=2))
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
+    assert not hasattr(tokenizer, "bos_token")
