@@ -152,7 +152,7 @@ class Request:
             and not hasattr(self.decoder, "reveal")
         ):
             raise ConfigError(f"decoder must be a name or a Decoder, got {self.decoder!r}")
-        if not all(str(place).isdecimal() for place in self.forced or {}):
+        if not all(re.fullmatch(r"-?\d+", str(place)) for place in self.forced or {}):
             raise ConfigError(
                 f"forced must name places by number, got {', '.join(map(str, self.forced or {}))}"
             )
