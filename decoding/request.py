@@ -5,6 +5,7 @@ Importable without torch: commands fill requests before a model is loaded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
