@@ -25,12 +25,16 @@ class _Entries:
 
     def __init__(self, canvas: Canvas) -> None:
         self.canvas = canvas
-        self.version = canvas.version  # [B]
+        self.version = torch.full_like(canvas.revision, -1)  # [B]
         self.known = torch.zeros_like(canvas.masked)  # [B, L]
+
+    def _present(self, rows: torch.Tensor) -> torch.Tensor:
+        """[b] a number that changes whenever the model would see another row: revision and size."""
+        return (self.canvas.revision[rows] << 24) + self.canvas.valid[rows].sum(1)
 
     def at(self, rows: torch.Tensor, width: int) -> torch.Tensor:
         """[b, width] bool, positions of the rows [b] that have an entry."""
-        fresh = self.version[rows] == self.canvas.version[rows]
+        fresh = self.version[rows] == self._present(rows)
         return self.known[rows, :width] & fresh[:, None]
 
     def add(self, rows: torch.Tensor, where: torch.Tensor) -> None:
@@ -38,7 +42,7 @@ class _Entries:
         width = where.shape[1]
         old = self.at(rows, self.known.shape[1])
         old[:, :width] |= where
-        self.known[rows], self.version[rows] = old, self.canvas.version[rows]
+        self.known[rows], self.version[rows] = old, self._present(rows)
 
     def follow(self, canvas: Canvas, rows: torch.Tensor | None) -> None:
         """Go on with another canvas: `rows` of the old one, or the old one with more rows behind it."""
@@ -47,7 +51,8 @@ class _Entries:
             self.known, self.version = self.known[rows], self.version[rows]
         size, width = canvas.ids.shape
         self.known = resized(self.known, size, width)
-        self.version = torch.cat([self.version, canvas.version[len(self.version) :]])
+        new = canvas.revision.new_full((size - len(self.version),), -1)
+        self.version = torch.cat([self.version, new])
 
 
 class ScoreCache:
@@ -112,7 +117,8 @@ class StateCache:
     def of(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """[N, D] at the positions [N] of the rows [N], which have been computed."""
         assert self.states is not None
-        return self.states[sent(rows, self.states.device), sent(positions, self.states.device)]
+        device = self.states.device
+        return self.states[rows.to(device, non_blocking=True), positions.to(device, non_blocking=True)]
 
     def follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
         """Go on with another canvas; the rows stay in order."""
@@ -144,8 +150,10 @@ class StateCache:
         size = len(self.canvas)
         if self.states is None:
             self.states = states.new_zeros(size, width, states.shape[-1])
-        self.states = resized(self.states, size, max(width, self.states.shape[1]))
-        self.states[sent(rows[row], states.device), sent(position, states.device)] = states
+        if self.states.shape[1] < width:
+            self.states = resized(self.states, size, width)
+        place = (x.to(states.device, non_blocking=True) for x in (rows[row], position))
+        self.states[tuple(place)] = states
         self.entries.add(rows, where)
         self.canvas.model_calls[rows] += 1
 

@@ -14,6 +14,7 @@ import torch
 
 from decoding.request import Plan
 from decoding.rows import Row
+from dlm.errors import ConfigError
 from dlm.noise import key_of
 
 
@@ -44,6 +45,8 @@ class Canvas:
     """[B] int64, where the answer begins, which may begin with given tokens; the prompt lies before it."""
     ends_from: torch.Tensor
     """[B] int64, the first position at which an end token may be written."""
+    stages: torch.Tensor
+    """[B] int64, stages (blocks) that the row goes through, each with its own time from 1 to 0."""
     memory: dict[str, torch.Tensor] = field(default_factory=dict)
     """State of the reveal rule, by name: [B, L, …] or [B]."""
     reveal_step: torch.Tensor = field(init=False)
@@ -81,11 +84,6 @@ class Canvas:
         reached = self.valid[~self.done].any(0)
         return int(reached.nonzero()[-1]) + 1 if bool(reached.any()) else self.ids.shape[1]
 
-    @property
-    def version(self) -> torch.Tensor:
-        """[B] int64, a number that changes whenever the model would see another row: revision and size."""
-        return (self.revision << 24) + self.valid.sum(1)
-
     def grow(self, rows: torch.Tensor, ahead: int, closed: torch.Tensor) -> None:
         """Give the rows [b] new masks on the right until they have `ahead`; none to those `closed` [b]."""
         position = torch.arange(self.ids.shape[1])
@@ -107,6 +105,8 @@ class Canvas:
     @classmethod
     def join(cls, canvases: Sequence[Canvas]) -> Canvas:
         """All rows of several canvases, padded on the right to the widest."""
+        if len(canvases) == 1:
+            return canvases[0]
         width = max(c.ids.shape[1] for c in canvases)
         fill = {"pinned": True, "reveal_step": -1, "confidence": torch.nan}
         wide = [{f.name: getattr(c, f.name) for f in fields(cls) if f.name != "memory"} for c in canvases]
@@ -125,12 +125,15 @@ class Canvas:
 
 
 def make_canvas(rows: Sequence[Row], seeds: Sequence[int], plan: Plan) -> Canvas:
-    """The canvas of rows that are decoded by one plan: the only way to make one.
+    """Make the canvas of rows that are decoded by one plan; nothing else makes one.
 
     Args:
         rows: tokens, with the mask token where something is to be written.
         seeds: one for each row; its noise is a function of the seed and the row's given tokens.
         plan: how they will be decoded; on a canvas that grows it says how many masks there are at first.
+
+    Raises:
+        ConfigError: when a row has more stages than the plan has steps.
     """
     mask_id = plan.mask_id
     width = max(len(row.ids) for row in rows)
@@ -144,6 +147,11 @@ def make_canvas(rows: Sequence[Row], seeds: Sequence[int], plan: Plan) -> Canvas
     if plan.ahead is not None:
         last = torch.where(valid & ~initial, position + 1, 0).amax(1)  # masks before it are all there
         valid = valid & (position < (torch.maximum(start, last) + plan.ahead)[:, None])
+    stages, steps = plan.decoder.window.stages(start, end), plan.pace.steps
+    if steps is not None and steps < int(stages.max()):
+        raise ConfigError(
+            f"{steps} steps are too few for {int(stages.max())} blocks; each block needs at least one"
+        )
     return Canvas(
         ids=ids,
         masked=initial & valid,
@@ -155,6 +163,7 @@ def make_canvas(rows: Sequence[Row], seeds: Sequence[int], plan: Plan) -> Canvas
         end=end,
         answer=torch.tensor([row.answer for row in rows]),
         ends_from=torch.tensor([row.ends_from for row in rows]),
+        stages=stages,
         memory=plan.decoder.reveal.memory(len(rows), width),
     )
 

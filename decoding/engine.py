@@ -12,6 +12,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -100,11 +101,15 @@ class Engine:
                 raise ConfigError(f"{name} must be at least 1, got {limit}")
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.max_positions = max_rows, max_positions
-        self.rows = RowMaker(tokenizer, ModelSpec.of(model))
         self._groups: dict[Any, _Group] = {}
         self._plans: dict[int, Plan] = {}
         self._waiting: deque[tuple[int, Canvas]] = deque()
         self._numbers = itertools.count()
+
+    @cached_property
+    def rows(self) -> RowMaker:
+        """Makes rows of prompts."""
+        return RowMaker(self.tokenizer, ModelSpec.of(self.model))
 
     def __len__(self) -> int:
         """Number of rows, those that wait included."""
@@ -134,7 +139,6 @@ class Engine:
 
     def add(self, canvas: Canvas, plan: Plan) -> int:
         """Take up a row as it is, a canvas of one, perhaps from another engine; returns its ticket."""
-        Batch(self.model, canvas, plan)  # refuses what cannot be decoded
         size = int(canvas.end[0])
         if self.max_positions is not None and size > self.max_positions:
             raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -20,9 +20,9 @@ class Clock:
     stage: torch.Tensor
     """[b] int64, number of the stage (the block, for windows that have blocks)."""
     t: torch.Tensor
-    """[b] float64, time within the stage before the step."""
+    """[b] float64, share of masks before the step, by the noise schedule at the time within the stage."""
     s: torch.Tensor
-    """[b] float64, time after it."""
+    """[b] float64, share of masks after it."""
     index: torch.Tensor
     """[b] int64, number of the step within its stage."""
     count: torch.Tensor
@@ -54,13 +54,14 @@ class Pace(Protocol):
         ...
 
     def clock(
-        self, step: torch.Tensor, start: torch.Tensor, end: torch.Tensor, masked: torch.Tensor, window: Window
+        self,
+        step: torch.Tensor,
+        stages: torch.Tensor,
+        masked: torch.Tensor,
+        start: torch.Tensor,
+        window: Window,
     ) -> Clock:
-        """Clock of the rows [b] at their steps [b], with masks [b, W] between `start` [b] and `end` [b]."""
-        ...
-
-    def mask_share(self, time: torch.Tensor) -> torch.Tensor:
-        """Share of masks that the noise schedule has at a time, same shape."""
+        """Clock of the rows [b] at their steps [b], `stages` [b] and masks [b, W] from `start` [b] on."""
         ...
 
     def quota(self, step: torch.Tensor, clock: Clock, total: torch.Tensor) -> torch.Tensor:
@@ -91,15 +92,18 @@ class Steps:
             raise ConfigError(f"steps must be at least 1, got {self.steps}")
 
     def clock(
-        self, step: torch.Tensor, start: torch.Tensor, end: torch.Tensor, masked: torch.Tensor, window: Window
+        self,
+        step: torch.Tensor,
+        stages: torch.Tensor,
+        masked: torch.Tensor,
+        start: torch.Tensor,
+        window: Window,
     ) -> Clock:
         """See `Pace`: time runs from 1 to 0 within each stage of the window."""
-        del masked
-        return stage_clock(step, self.steps, window.stages(start, end))
-
-    def mask_share(self, time: torch.Tensor) -> torch.Tensor:
-        """See `Pace`; decoding begins with every position masked."""
-        return self.schedule.mask_share(time)
+        del masked, start, window
+        clock = stage_clock(step, self.steps, stages)
+        t, s = self.schedule.mask_share(torch.stack([clock.t, clock.s]))
+        return replace(clock, t=t, s=s)
 
     def quota(self, step: torch.Tensor, clock: Clock, total: torch.Tensor) -> torch.Tensor:
         """See `Pace`: what falls between the mask shares before and after the step.
@@ -109,7 +113,7 @@ class Steps:
         del step
         if isinstance(self.schedule, LogLinear):
             return total // clock.count + (clock.index < total % clock.count)
-        before, after = ((total * self.mask_share(time)).round().long() for time in (clock.t, clock.s))
+        before, after = ((total * share).round().long() for share in (clock.t, clock.s))
         return before - after
 
     def late(self, step: torch.Tensor) -> torch.Tensor:
@@ -123,17 +127,18 @@ class _Untimed:
     steps: None = None
 
     def clock(
-        self, step: torch.Tensor, start: torch.Tensor, end: torch.Tensor, masked: torch.Tensor, window: Window
+        self,
+        step: torch.Tensor,
+        stages: torch.Tensor,
+        masked: torch.Tensor,
+        start: torch.Tensor,
+        window: Window,
     ) -> Clock:
         """See `Pace`; only the stage means something."""
-        del end
+        del stages
         one = torch.ones(len(step), dtype=torch.float64)
         stage = window.current(masked, start)
         return Clock(stage, one, torch.zeros_like(one), torch.zeros_like(stage), torch.ones_like(stage))
-
-    def mask_share(self, time: torch.Tensor) -> torch.Tensor:
-        """See `Pace`."""
-        return time
 
     def late(self, step: torch.Tensor) -> torch.Tensor:
         """See `Pace`: never."""

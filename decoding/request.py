@@ -5,8 +5,9 @@ Importable without torch: commands fill requests before a model is loaded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +153,7 @@ class Request:
             and not hasattr(self.decoder, "reveal")
         ):
             raise ConfigError(f"decoder must be a name or a Decoder, got {self.decoder!r}")
-        if not all(str(place).isdecimal() for place in self.forced or {}):
+        if not all(re.fullmatch(r"-?\d+", str(place)) for place in self.forced or {}):
             raise ConfigError(
                 f"forced must name places by number, got {', '.join(map(str, self.forced or {}))}"
             )
@@ -210,7 +211,11 @@ class Request:
         """
         from dlm.spec import ModelSpec
 
-        return _resolve(self, ModelSpec.of(model))
+        return self.resolve_for(ModelSpec.of(model))
+
+    def resolve_for(self, spec: ModelSpec) -> Plan:
+        """Fill in what was left open, for a model with this spec; see `resolve`."""
+        return _resolve(self, spec)
 
     def decoder_for(self, spec: ModelSpec) -> Decoder:
         """The decoder that is given, named, or the checkpoint's own (at a pace, if one is given)."""
@@ -329,9 +334,8 @@ def _resolve(request: Request, spec: ModelSpec) -> Plan:
 
 
 def _fitted(decoder: Decoder, length: int) -> Decoder:
-    from dataclasses import replace
-
-    return replace(decoder, window=decoder.window.fitted(length))
+    window = decoder.window.fitted(length)
+    return decoder if window is decoder.window else replace(decoder, window=window)
 
 
 def _window(request: Request, spec: ModelSpec, grows: bool) -> int | None:

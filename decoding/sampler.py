@@ -221,7 +221,7 @@ class Sampler:
 
     def plan(self, request: Request | None = None, **fields: Any) -> Plan:
         """The plan that a request, or its fields, come to for this model."""
-        return _request(request, fields).resolve(self.model)
+        return _request(request, fields).resolve_for(self.spec)
 
     @property
     def window(self) -> int:

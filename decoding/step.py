@@ -26,8 +26,6 @@ from decoding.ending import Ended
 from decoding.pace import Clock
 from decoding.request import Plan
 from decoding.reveal.base import TOKEN_NOISE, Decision, StepView
-from decoding.tokens import Choice
-from dlm.device import sent
 from dlm.errors import ConfigError, DLMError
 from dlm.noise import fold, uniform
 
@@ -93,21 +91,15 @@ class Batch:
             raise ConfigError(f"a canvas lies on the host, whatever the model is on; got {canvas.ids.device}")
         self.model, self.canvas, self.plan = model, canvas, plan
         self.window, self.rule, self.tokens = plan.decoder.window, plan.decoder.reveal, plan.decoder.tokens
-        self._check(canvas)
-        self.width = canvas.width
-        self.states = StateCache(canvas, plan.mask_id, reuse=plan.reuse)
-        self.unconditional_states = StateCache(canvas, plan.mask_id, unconditional=True, reuse=plan.reuse)
+        self.width = canvas.ids.shape[1]
         self.scores = ScoreCache(canvas)
-
-    def _check(self, canvas: Canvas) -> None:
-        """Refuse rows that have more stages than there are steps."""
-        stages, steps = int(self.window.stages(canvas.start, canvas.end).max()), self.plan.pace.steps
-        if steps is not None and steps < stages:
-            raise ConfigError(f"{steps} steps are too few for {stages} blocks; each block needs at least one")
+        self.states = StateCache(canvas, plan.mask_id, reuse=plan.reuse)
+        self.unconditional_states: StateCache | None = None
+        if plan.decoder.guidance:
+            self.unconditional_states = StateCache(canvas, plan.mask_id, unconditional=True, reuse=plan.reuse)
 
     def join(self, canvas: Canvas) -> None:
         """Add rows behind those that are there."""
-        self._check(canvas)
         self._follow(Canvas.join([self.canvas, canvas]))
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -116,8 +108,10 @@ class Batch:
 
     def _follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
         self.canvas = canvas
-        for cache in (self.states, self.unconditional_states, self.scores):
-            cache.follow(canvas, rows)
+        self.scores.follow(canvas, rows)
+        self.states.follow(canvas, rows)
+        if self.unconditional_states is not None:
+            self.unconditional_states.follow(canvas, rows)
 
     # ---- one step ------------------------------------------------------------------------------------
 
@@ -138,13 +132,13 @@ class Batch:
     def _denoise(self, rows: torch.Tensor) -> Work:
         """Take one step of the rows [b]."""
         view = self._view(rows)
-        needed = self.rule.needs(view)
         constant = self.rule.constant_score(self.tokens)
         if constant is None:
+            needed = self.rule.needs(view)
             yield from self._look(rows, needed)
             score = self.scores.scores(rows, needed)
         else:
-            score = torch.full(needed.shape, constant)
+            score = torch.full(view.masked.shape, constant)
         view = replace(
             view,
             score=score,
@@ -170,17 +164,18 @@ class Batch:
         canvas, pace = self.canvas, self.plan.pace
         masked, pinned = self._cut(canvas.masked, rows), self._cut(canvas.pinned, rows)
         start, end, step = canvas.start[rows], canvas.end[rows], canvas.step[rows]
-        clock = pace.clock(step, start, end, masked, self.window)
-        scope = self.window.scope(start, clock.stage, self.width)
+        clock = pace.clock(step, canvas.stages[rows], masked, start, self.window)
+        whole_scope = self.window.scope(start, clock.stage, canvas.ids.shape[1])
+        scope = whole_scope[:, : self.width]
         t, s, under_way = self.window.times(clock.t, clock.s, start, end, self.width)
         active = masked & scope & under_way
-        whole_scope = self.window.scope(start, clock.stage, canvas.ids.shape[1])
+        weight = self._weights(rows, active, clock)
         total = (canvas.initial[rows] & whole_scope).sum(1)
         return StepView(
             masked=active,
-            weight=self._weights(rows, active, clock),
-            t=pace.mask_share(t),
-            s=pace.mask_share(s),
+            weight=weight,
+            t=t,
+            s=s,
             quota=pace.quota(step, clock, total),
             written=~masked & ~pinned & scope,
             noise=lambda stream: self._noise(rows, step, stream),
@@ -263,20 +258,16 @@ class Batch:
 
     def _columns(self, logits: torch.Tensor, noise: torch.Tensor, *memory: torch.Tensor) -> torch.Tensor:
         """[N, V] -> [N, 2 + C] float64: the token drawn, its probability, and the rule's score."""
-        choice = self._choice(logits, sent(noise, logits.device))
+        choice = self.tokens.choose(logits, noise.to(logits.device, non_blocking=True))
         names = [name for name, x in self.canvas.memory.items() if x.dim() > 1]
-        state = {name: sent(x, logits.device) for name, x in zip(names, memory, strict=True)}
+        state = {name: x.to(logits.device, non_blocking=True) for name, x in zip(names, memory, strict=True)}
         score = self.rule.score(logits, choice, state, self.tokens).double()
         columns = [choice.token.double()[:, None], choice.probability.double()[:, None]]
         return torch.cat([*columns, score[:, None] if score.dim() == 1 else score], dim=1)
 
-    def _choice(self, logits: torch.Tensor, noise: torch.Tensor) -> Choice:
-        """Draw a token for each of the positions."""
-        return self.tokens.choose(logits, noise)
-
     def _queries(self, rows: torch.Tensor, where: torch.Tensor) -> list[StateQuery]:
         queries = [StateQuery(self.states, rows, where)]
-        if self.plan.decoder.guidance:
+        if self.unconditional_states is not None:
             queries.append(StateQuery(self.unconditional_states, rows, where))
         return queries
 
@@ -285,10 +276,11 @@ class Batch:
         guidance, end_ids = self.plan.decoder.guidance, self.plan.ending.end_ids
         owner, position = where.nonzero().unbind(1)  # which of the rows each cell belongs to, and where
         cells = self.states.of(rows[owner], position)
-        without = self.unconditional_states.of(rows[owner], position).split(_CELLS) if guidance else None
+        unconditional = self.unconditional_states
+        without = None if unconditional is None else unconditional.of(rows[owner], position).split(_CELLS)
         no_end = position < self.canvas.ends_from[rows][owner]
-        any_shut, shut = bool(no_end.any()), sent(no_end, cells.device).split(_CELLS)
-        owners = sent(owner, cells.device).split(_CELLS)
+        any_shut, shut = bool(no_end.any()), no_end.to(cells.device, non_blocking=True).split(_CELLS)
+        owners = owner.to(cells.device, non_blocking=True).split(_CELLS)
         present: torch.Tensor | None = None
         for i, hidden in enumerate(cells.split(_CELLS)):
             logits = self.model.logits(hidden)
@@ -307,7 +299,7 @@ class Batch:
         written = self._cut(self.canvas.valid & ~self.canvas.masked, rows)
         ids = torch.where(written, self._cut(self.canvas.ids, rows), self.plan.mask_id)
         present = torch.zeros(len(rows), logits.shape[1], dtype=torch.bool, device=logits.device)
-        present.scatter_(1, sent(ids, logits.device), True)
+        present.scatter_(1, ids.to(logits.device, non_blocking=True), True)
         for end_id in self.plan.ending.end_ids:
             present[:, end_id] = False
         return present

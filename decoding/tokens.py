@@ -152,7 +152,7 @@ class TokenRule:
         logits = self.allowed(logits)
         if self.width is not None:
             k = min(self.width, logits.shape[1])
-            if kernels.applies(logits, k):
+            if logits.is_cuda and kernels.applies(logits, k):
                 cuts = {"temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p}
                 return Choice(*kernels.choose(logits, noise, k, **cuts))
         elif not self.keeps_all:

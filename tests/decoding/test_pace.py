@@ -1,5 +1,6 @@
 """Clocks and quotas against their definitions."""
 
+import itertools
 import math
 
 import pytest
@@ -15,8 +16,8 @@ from dlm.schedule import Cosine, LogLinear
 
 def clock(pace, step, length=20, window=None):
     start, end = torch.tensor([2]), torch.tensor([length])
-    masked = torch.arange(length)[None] >= 2
-    return pace.clock(torch.tensor([step]), start, end, masked, window or Full())
+    masked, window = torch.arange(length)[None] >= 2, window or Full()
+    return pace.clock(torch.tensor([step]), window.stages(start, end), masked, start, window)
 
 
 @given(total=st.integers(0, 90), steps=st.integers(1, 30))
@@ -54,20 +55,21 @@ def test_only_steps_are_ever_late():
 
 
 def test_without_times_a_stage_lasts_until_it_is_written():
-    start, end = torch.tensor([2]), torch.tensor([20])
-    masked = torch.arange(20)[None] >= 9
-    at = Rate(2.0).clock(torch.tensor([5]), start, end, masked, Block(4))
+    start, masked = torch.tensor([2]), torch.arange(20)[None] >= 9
+    at = Rate(2.0).clock(torch.tensor([5]), torch.tensor([5]), masked, start, Block(4))
     assert int(at.stage) == (9 - 2) // 4
 
 
 def test_decoding_begins_with_everything_masked_whatever_the_schedule():
     for schedule in (LogLinear(), LogLinear(0.2), Cosine()):
-        times = torch.linspace(0, 1, 11, dtype=torch.float64)
-        share = Steps(4, schedule).mask_share(times)
-        assert float(share[-1]) == 1
-        assert float(share[0]) == 0
+        times = torch.linspace(1, 0, 11, dtype=torch.float64)
+        clocks = [clock(Steps(10, schedule), step) for step in range(10)]
+        share = torch.cat([c.t for c in clocks] + [clocks[-1].s])
+        assert float(share[0]) == 1
+        assert float(share[-1]) == 0
         expected = (1 - schedule(times).value) / (1 - schedule(torch.ones(1, dtype=torch.float64)).value)
         torch.testing.assert_close(share, expected)
+        assert all(torch.equal(a.s, b.t) for a, b in itertools.pairwise(clocks))
 
 
 def test_out_of_range():
