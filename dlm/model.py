@@ -47,7 +47,10 @@ class DenoisingHead(nn.Linear):
         """[..., D] -> [..., V]."""
         closed = torch.zeros(self.out_features, dtype=hidden.dtype, device=hidden.device)
         closed[self.num_tokens :] = float("-inf")
-        closed[self.mask_token_id] = float("-inf")
+        at = self.mask_token_id
+        closed[at : at + 1] = float(
+            "-inf"
+        )  # a slice is filled; a single element would be copied, which waits
         return F.linear(hidden, self.weight, closed)
 
 
