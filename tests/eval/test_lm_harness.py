@@ -1,6 +1,7 @@
 """A task of lm-evaluation-harness, run by the harness itself."""
 
 import json
+import re
 
 import pytest
 
@@ -10,7 +11,9 @@ import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+from decoding.path import path_costs
 from dlm.errors import ConfigError
+from dlm.tokenizer import set_template
 from eval.lm_harness import DLM, main
 from eval.nelbo import nelbo
 
@@ -66,11 +69,14 @@ def instance(kind, *arguments):
 
 
 def test_likelihoods_are_the_nelbo(dlm):
+    """Of the continuation as an answer: the template stands around the context, as it does for texts."""
     ((value, greedy),) = dlm.loglikelihood([instance("loglikelihood", "Count from 1 to 3:", " 1 2 3")])
     text = dlm.sampler.rows.text
-    before, whole = text("Count from 1 to 3:"), text("Count from 1 to 3: 1 2 3")
-    assert value == pytest.approx(-nelbo(dlm.model, [(before, whole[len(before) :])], 4)[0])
+    before = dlm.sampler.rows.prompt("Count from 1 to 3:")
+    assert value == pytest.approx(-nelbo(dlm.model, [(before, text("1 2 3"))], 4)[0])
     assert greedy in (True, False)
+    ((value, _),) = dlm.loglikelihood([instance("loglikelihood", "", "1 2 3")])
+    assert value == pytest.approx(-nelbo(dlm.model, [([dlm.model.config.eos_token_id], text("1 2 3"))], 4)[0])
     whole, twice = dlm.loglikelihood_rolling(
         [instance("loglikelihood_rolling", text) for text in ("1 2 3", "Count from 1. " * 400)]
     )
@@ -78,6 +84,47 @@ def test_likelihoods_are_the_nelbo(dlm):
     assert whole == pytest.approx(-nelbo(dlm.model, [([eos], text("1 2 3"))], 4)[0], rel=1e-4)
     assert len(text("Count from 1. " * 400)) > dlm.sampler.planner.limit
     assert twice < whole
+
+
+def test_models_of_plain_text_see_the_bare_context(dlm):
+    set_template(dlm.tokenizer, "plain")
+    whole, before = (dlm.sampler.rows.text(text) for text in ("Count from 1: 1 2", "Count from 1:"))
+    assert dlm._encoded("Count from 1: ", "1 2") == (before, whole[len(before) :])
+
+
+def test_a_likelihood_depends_on_nothing_but_its_own_request(dlm):
+    asks = [("Count from 1 to 3:", " 1 2 3"), ("Who?", " the cat, a dog"), ("Count from 1 to 3:", " 3 2 1")]
+    requests = [instance("loglikelihood", *ask) for ask in asks]
+    together = [value for value, _ in dlm.loglikelihood(requests)]
+    assert [value for value, _ in dlm.loglikelihood(requests[::-1])] == pytest.approx(
+        together[::-1], rel=1e-5
+    )
+    assert [dlm.loglikelihood([request])[0][0] for request in requests] == pytest.approx(together, rel=1e-5)
+
+
+def test_the_path_is_another_bound_one_token_a_call(checkpoint):
+    path = DLM(str(checkpoint), likelihood="path", device="cpu", dtype="float32")
+    drawn = DLM(str(checkpoint), draws=1, device="cpu", dtype="float32")
+    exact = [instance("loglikelihood", "Count from 1:", text) for text in (" 1", " 2")]
+    assert path.loglikelihood(exact)[0][0] == pytest.approx(drawn.loglikelihood(exact)[0][0], rel=1e-4)
+    assert path.loglikelihood(exact)[1][0] == pytest.approx(drawn.loglikelihood(exact)[1][0], rel=1e-4)
+    mixed = [instance("loglikelihood", "Count:", text) for text in (" 1 2 3", " 4", " the cat", " 3 2 1")]
+    alone = [path.loglikelihood([request])[0][0] for request in mixed]
+    assert [value for value, _ in path.loglikelihood(mixed)] == pytest.approx(alone, rel=1e-5)
+    before, after = path._encoded("Count:", " 1 2 3")
+    plan = path.sampler.planner.plan(max_tokens=len(after), rate=1.0)
+    (cost,) = path_costs(path.model, [(before, after)], plan)
+    assert cost.calls == len(after)
+    assert alone[0] == pytest.approx(-cost.total)
+    with pytest.raises(ConfigError, match="nelbo, path"):
+        DLM(str(checkpoint), likelihood="pth")
+
+
+def test_the_log_says_how_sure_likelihoods_are(dlm, caplog):
+    caplog.set_level("INFO", "lm_eval")
+    dlm.loglikelihood([instance("loglikelihood", "Count:", text) for text in (" 1", " 1 2 3 4 5 6 7 8 9")])
+    assert "2 log-likelihoods, 1 of them exact" in caplog.text
+    assert re.search(r"standard error of the others: [\d.]+ nats in the mean, .* \(draws=4\)", caplog.text)
 
 
 def test_requests_that_ask_for_the_same_share_the_model_calls(dlm):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from eval.answers import Answer
 from eval.fluency import Band, Reader, base_of
 from eval.metrics import Instruments, basic, by_question, distinct, distinct_interval, measure, summary
-from eval.nelbo import nelbo
+from eval.nelbo import bounds, nelbo
 from eval.tasks import Question
 from tests.fakes import FakeDenoiser
 
@@ -168,8 +169,61 @@ def test_the_nelbo_is_the_mean_over_orders_of_unmasking():
             total -= float(logp[2 + i, answer[i]])
             row[2 + i] = answer[i]
     exact = total / 6
-    found = nelbo(model, [(prompt, answer)], draws=4000, batch_size=64)[0]
-    assert found == pytest.approx(exact, rel=0.05)
+    (found,) = bounds(model, [(prompt, answer)], draws=7, batch_size=64)
+    assert found.nats == pytest.approx(exact, rel=1e-6)  # all seven maskings
+    assert found.error == 0
+    many = [bounds(model, [(prompt, answer)], 5, 64, seed)[0] for seed in range(600)]
+    spread = statistics.stdev(bound.nats for bound in many)
+    assert statistics.fmean(bound.nats for bound in many) == pytest.approx(exact, abs=4 * spread / 600**0.5)
+
+
+def test_one_token_is_exact_in_one_call():
+    model = FakeDenoiser(vocab=7, mask_id=6, eos_id=0)
+    rows = [([1, 2], [token]) for token in (0, 3, 4, 5)]
+    logp = model.logits(model.hidden(torch.tensor([[1, 2, 6]]))[0, 2]).double().log_softmax(-1)
+    model.rows = 0
+    found = bounds(model, rows, draws=32)
+    assert model.rows == 1, "what the choices of a question share is computed once"
+    assert [bound.nats for bound in found] == pytest.approx([-float(logp[answer[0]]) for _, answer in rows])
+    assert [bound.greedy for bound in found] == [int(logp.argmax()) == answer[0] for _, answer in rows]
+
+
+def test_a_model_that_knows_nothing_has_the_nats_it_has():
+    """A bound must not lie below -log p, here the same for every order."""
+
+    model = FakeDenoiser(vocab=6, mask_id=6)
+    model.logits = lambda hidden: torch.zeros(*hidden.shape[:-1], 6)
+    for n in (1, 3, 40):
+        rows = [([1, 2], [3] * n)]
+        for draws in (1, 8, 32):
+            assert nelbo(model, rows, draws=draws) == pytest.approx([n * math.log(6)], rel=1e-6)
+
+
+def test_the_standard_error_of_a_bound_is_its_spread_over_seeds():
+    model = FakeDenoiser(vocab=7, mask_id=6, eos_id=0)
+    found = [bounds(model, [([1, 2], [3, 0, 4, 5, 2, 1, 3, 4])], 24, 64, seed)[0] for seed in range(150)]
+    spread = statistics.stdev(bound.nats for bound in found)
+    assert statistics.fmean(bound.error for bound in found) == pytest.approx(spread, rel=0.25)
+
+
+def test_noise_comes_from_the_content():
+    model = FakeDenoiser(vocab=7, mask_id=6, eos_id=0)
+    rows = [([1, 2], [3, 0, 4, 5, 2]), ([2, 1], [1] * 9), ([1], [2] * 6)]
+    alone = [nelbo(model, [row], draws=6)[0] for row in rows]
+    assert nelbo(model, rows, draws=6) == pytest.approx(alone)
+    assert nelbo(model, rows[::-1], draws=6) == pytest.approx(alone[::-1])
+    assert nelbo(model, rows, draws=6, seed=1) != pytest.approx(alone)
+
+
+def test_answers_to_one_question_share_their_noise():
+    """Answers that differ in one token have the same masks, so that their difference is sure."""
+    model = FakeDenoiser(vocab=7, mask_id=6, eos_id=0, context=False)
+    first = [3, 0, 4, 5, 2, 1] * 3
+    second = [*first[:-1], 4]
+    sure = [nelbo(model, [([1], first), ([1], second)], 9, seed=seed) for seed in range(200)]
+    shared = statistics.stdev(b - a for a, b in sure)
+    apart = statistics.stdev(sure[i][1] - sure[i + 1][0] for i in range(199))
+    assert shared < 0.6 * apart
 
 
 def test_rows_of_a_nelbo_do_not_depend_on_each_other(model, tokenizer):
