@@ -11,7 +11,7 @@ from typing import Any
 from dlm.errors import DLMError, unknown_name
 from eval.answers import Answer
 from eval.judge import Judge, Request
-from eval.statistics import bootstrap
+from eval.statistics import estimate
 from eval.tasks import Question
 
 ASPECTS = {
@@ -77,7 +77,7 @@ def score(
     if asked and not scores:
         raise DLMError("the judge gave no score that can be read")
     malformed = len(asked) - len(scores) - unanswered
-    return Score(asdict(bootstrap(list(scores.values()))), scores, malformed, unanswered)
+    return Score(asdict(estimate(list(scores.values()))), scores, malformed, unanswered)
 
 
 def expected_score(choice: dict[str, Any]) -> float | None:

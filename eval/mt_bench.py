@@ -16,7 +16,7 @@ from dlm.errors import ConfigError, DataError, DLMError
 from dlm.tokenizer import Message
 from eval.answers import Answer
 from eval.judge import Judge, Request, Tally
-from eval.statistics import bootstrap
+from eval.statistics import estimate
 from eval.tasks import FASTCHAT, Question, with_references
 
 MATHS = ("math", "reasoning", "coding", "arena-hard-200")
@@ -168,7 +168,7 @@ def grade(questions: Sequence[Question], said: Said, judge: Judge, prompts: dict
         raise DLMError(f"the judge gave no grade that can be read: {tally}")
     return Grades(
         [_mean([g for _, turn, g in pairs if turn == i]) for i in turns],
-        asdict(bootstrap([g for _, _, g in pairs], [q.id for q, _, _ in pairs])),
+        asdict(estimate([g for _, _, g in pairs], [q.id for q, _, _ in pairs])),
         {c: _mean([g for q, _, g in pairs if q.category == c]) for c in categories},
         grades,
         asdict(tally),

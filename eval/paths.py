@@ -18,7 +18,7 @@ from dlm.data.rows import load_rows
 from dlm.errors import ConfigError
 from eval.report.plots import LOOKS
 from eval.report.tables import Table
-from eval.statistics import Estimate, bootstrap, paired_test
+from eval.statistics import Estimate, estimate, paired_test
 
 LEVEL = 0.1
 """Runs whose model calls differ by less than this part have as many calls."""
@@ -82,7 +82,7 @@ class PathRun:
     def nats(self) -> Estimate:
         """Nats per token of the answers; the interval is over answers."""
         owner = [str(i) for i, cost in enumerate(self.costs) for _ in cost.nats]
-        return bootstrap([nats for cost in self.costs for nats in cost.nats], owner)
+        return estimate([nats for cost in self.costs for nats in cost.nats], owner)
 
     @property
     def lengths(self) -> list[int]:
@@ -124,7 +124,8 @@ def table(runs: Sequence[PathRun]) -> Table:
     for run in runs:
         nats = run.nats
         half = max(nats.high - nats.mean, nats.mean - nats.low)
-        rows.append([_name(run), str(len(run.costs)), f"{run.calls:.1f}", f"{nats.mean:.3f} ± {half:.3f}"])
+        around = "" if math.isnan(half) else f" ± {half:.3f}"
+        rows.append([_name(run), str(len(run.costs)), f"{run.calls:.1f}", f"{nats.mean:.3f}{around}"])
     title = "What the order and the pace cost: the true answers, tokens at temperature 1"
     return Table(title, ["", "answers", "model calls", "nats per token"], rows)
 

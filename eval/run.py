@@ -22,7 +22,7 @@ from dlm.errors import ConfigError, DataError
 from eval.answers import Answer, AnswerFile
 from eval.formats import model_answers, model_outputs, without_nan, write_json, write_lines
 from eval.generation import check, generate
-from eval.metrics import Instruments, distinct, distinct_interval, measure, summary
+from eval.metrics import Instruments, distinct, distinct_around, measure, summary
 from eval.statistics import Estimate
 from eval.systems import System
 from eval.tasks import Question
@@ -281,7 +281,7 @@ def finish(
     whole = {"seconds": sum(answer.seconds for answer in said.values())}
     for n in (1, 2, 3):
         whole[f"distinct_{n}"] = distinct(texts, n)
-        whole[f"distinct_{n}_around"] = max(distinct_interval(texts, n))
+        whole[f"distinct_{n}_around"] = distinct_around(texts, n)
     if instruments.band is not None:
         whole |= dict(zip(BAND, (instruments.band.mean, instruments.band.deviation), strict=True))
     write_json(folder / "metrics.json", without_nan({"whole": whole, "answers": measured}))

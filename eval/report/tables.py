@@ -47,11 +47,13 @@ class Table:
 
 
 def _cell(name: str, value: Estimate | None) -> str:
-    """A mean, and half the width of its interval."""
+    """A mean, and half the width of its interval if it has one."""
     if value is None or math.isnan(value.mean):
         return "–"
     measure = MEASURES[name]
     half = max(value.high - value.mean, value.mean - value.low)
+    if math.isnan(half):
+        return measure.show(value.mean)
     around = f"{100 * half:.1f}" if measure.percent else f"{half:.{max(measure.digits, 1)}f}"
     return f"{measure.show(value.mean).removesuffix(' %')} ± {around}{' %' if measure.percent else ''}"
 
@@ -85,7 +87,9 @@ def quality(runs: Sequence[Results]) -> Table:
 
 def _distinct(run: Results, n: int) -> str:
     value, around = (run.whole.get(name, math.nan) for name in (f"distinct_{n}", f"distinct_{n}_around"))
-    return "–" if math.isnan(value) else f"{value:.3f} ± {around:.3f}"
+    if math.isnan(value) or math.isnan(around):
+        return "–" if math.isnan(value) else f"{value:.3f}"
+    return f"{value:.3f} ± {around:.3f}"
 
 
 def repetitions(runs: Sequence[Results]) -> Table:

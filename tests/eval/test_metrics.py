@@ -5,13 +5,15 @@ import json
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
 
 from eval.answers import Answer
 from eval.fluency import Band, Reader, base_of
-from eval.metrics import Instruments, basic, by_question, distinct, distinct_interval, measure, summary
+from eval.metrics import Instruments, basic, by_question, distinct, distinct_around, measure, summary
 from eval.nelbo import bounds, nelbo
+from eval.statistics import student
 from eval.tasks import Question
 from tests.fakes import FakeDenoiser
 
@@ -102,12 +104,32 @@ def test_turns_of_a_question_count_as_one():
     assert found == summary({f"{q}/0": {"right": float(q % 2)} for q in range(20)})["right"]
 
 
-def test_distinct_n_has_an_interval():
-    texts = [f"the word {i} is {i % 3}" for i in range(50)]
-    low, high = distinct_interval(texts, 1)
-    assert 0 < low < 0.2
-    assert 0 < high < 0.2
-    assert distinct_interval(["a b", "a b"], 2) == (0.0, 0.0)
+@pytest.mark.parametrize("size", [5, 10, 50, 200])
+def test_the_interval_of_distinct_n_covers_sets_of_its_size(size):
+    """The truth is the mean over sets of the same size, which falls with the size."""
+    generator = np.random.default_rng(size)
+    chances = 1 / np.arange(1, 401)
+    chances /= chances.sum()
+
+    def texts():
+        lengths = generator.integers(5, 60, size)
+        return [" ".join(map(str, generator.choice(400, n, p=chances))) for n in lengths]
+
+    for n in (1, 2):
+        sets = [texts() for _ in range(120)]
+        values = np.array([distinct(some, n) for some in sets])
+        around = np.array([distinct_around(some, n) for some in sets])
+        truth = values.mean()
+        assert (abs(values - truth) <= around).mean() >= 0.9
+        assert around.mean() < 1.6 * 1.96 * values.std() * (student(size - 1) / 1.96), "and is no wider"
+
+
+def test_few_texts_have_no_interval_of_distinct_n():
+    texts = [f"the word {i} is {i % 3}" for i in range(5)]
+    assert 0 < distinct_around(texts, 1) < 0.3
+    assert math.isnan(distinct_around(texts[:4], 1))
+    assert math.isnan(distinct_around([*[""] * 5, "one text alone"], 1))
+    assert distinct_around(["a b"] * 6, 2) == pytest.approx(0)
 
 
 @pytest.fixture
