@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dlm.errors import DataError
 from dlm.tokenizer import encode_prompt, encode_text
 
-_VERSION = 1
+_VERSION = 2
 """Raised when rows are encoded differently, so that old caches are not taken."""
 
 

@@ -38,8 +38,13 @@ def test_the_rows_are_the_last_that_fit(file, tokenizer):
 def test_means_go_over_tokens_and_intervals_over_answers():
     run = PathRun("m", "conv", "S=4", "", [PathCost([1, 2, 3], 4), PathCost([5], 2)])
     assert run.nats.mean == pytest.approx(11 / 4)
-    assert (run.nats.low, run.nats.high, run.nats.count) == (2.0, 5.0, 2)  # of two answers, either one alone
-    assert table([run]).rows == [["m, conv, S=4", "2", "3.0", "2.750 ± 2.250"]]
+    assert run.nats.count == 2
+    assert table([run]).rows == [["m, conv, S=4", "2", "3.0", "2.750"]]  # no interval of two answers
+    several = PathRun("m", "conv", "S=4", "", [PathCost([1, 2, 3], 4), PathCost([5], 2)] * 5)
+    residuals = [6 - 3 * 11 / 4, 5 - 11 / 4] * 5  # of the sums, from what their sizes let expect
+    half = 2.2622 * (10 / 9 * sum(r**2 for r in residuals)) ** 0.5 / 20
+    assert several.nats.high - several.nats.mean == pytest.approx(half, rel=1e-3)
+    assert table([several]).rows == [["m, conv, S=4", "10", "3.0", f"2.750 ± {half:.3f}"]]
 
 
 def test_runs_that_differ_in_one_thing_are_compared():
