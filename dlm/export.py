@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from dlm.adapter import is_adapter
+from dlm.adapter import BASE, is_adapter
 from dlm.checkpoint import DTYPES, load_model
 from dlm.errors import CheckpointError, ConfigError
 from dlm.notice import carry_notice
@@ -88,6 +88,8 @@ def _export_adapter(
         config.training["init"] = base
     config.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    if (source / BASE).is_file():
+        shutil.copyfile(source / BASE, target / BASE)
 
 
 def _cleaned(config: Any, generation: Mapping[str, Any] | None) -> None:
