@@ -260,11 +260,6 @@ def merge(folder: Path, questions: Sequence[Question]) -> dict[tuple[str, int], 
     return found
 
 
-def complete(questions: Sequence[Question], said: Mapping[tuple[str, int], Answer]) -> bool:
-    """Whether all turns are answered."""
-    return all((q.id, turn) in said for q in questions for turn in range(len(q.turns)))
-
-
 def finish(
     folder: Path,
     card: Card,

@@ -280,3 +280,9 @@ def test_the_default_model_answers():
     sampler = Sampler(*load_model("default", device="cpu", dtype="float32"))
     (output,) = sampler.generate(["What is the capital of France?"], max_tokens=48, seed=0)
     assert "Paris" in output.text
+
+
+@pytest.mark.parametrize("path", ["", "  "])
+def test_an_empty_path_is_not_the_current_folder(path):
+    with pytest.raises(CheckpointError, match="must not be empty"):
+        located(path)

@@ -13,13 +13,14 @@ import pytest
 from decoding import Sampler
 from dlm.cli import main
 from dlm.errors import ConfigError, DataError, DLMError
+from dlm.lock import alone_in
 from dlm.pretrained.names import located
 from eval.answers import AnswerFile
 from eval.config import EvalConfig
-from eval.evaluate import evaluate
+from eval.evaluate import evaluate, evaluated
 from eval.formats import model_answers, model_outputs
 from eval.generation import generate
-from eval.run import Results
+from eval.run import Results, answer_all
 from eval.systems import Endpoint, Local, Reply, fingerprint
 from eval.tasks import Question
 from tests.eval.endpoint import serving
@@ -216,6 +217,51 @@ def test_a_variant_that_cannot_be_does_not_take_the_others_with_it(
     assert "too few" in caplog.text
     with pytest.raises(ConfigError, match="too few"):
         evaluate(config(checkpoint, questions_file, tmp_path, decoders="semi-ar(block_size=2)", limit=2))
+
+
+def test_an_evaluation_that_lacks_something_says_so_and_ends_with_1(
+    checkpoint, questions_file, tmp_path, capsys
+):
+    words = ["eval", "alpaca_eval", "--model", str(checkpoint), "--data", str(questions_file), "--limit", "2"]
+    words += ["--window", "48", "--steps", "6", "--device", "cpu", "--output", str(tmp_path / "runs")]
+    assert main([*words, "--decoders", "semi-ar(block_size=2),top-k"]) == 1
+    out = capsys.readouterr()
+    assert "missing: tiny, semi-ar,B=2,L=48,S=6" in out.err
+    assert "top-k" in out.out
+    assert main([*words, "--decoders", "top-k"]) == 0
+
+
+def test_answers_that_do_not_come_are_counted(checkpoint, questions_file, tmp_path, monkeypatch):
+    def lose(folder, card, questions, system, share):
+        answer_all(folder, card, questions[:4], system, share)
+
+    monkeypatch.setattr("eval.evaluate.answer_all", lose)
+    results, lacks = evaluated(config(checkpoint, questions_file, tmp_path))
+    assert results == []
+    assert lacks == ["tiny, default,L=48,S=6: 2 of 6 answers"]
+
+
+def test_two_processes_do_not_answer_in_one_folder(checkpoint, questions_file, tmp_path):
+    (run,) = evaluate(config(checkpoint, questions_file, tmp_path, limit=2))
+    with alone_in(run.folder), pytest.raises(ConfigError, match="another process is writing there"):
+        evaluate(config(checkpoint, questions_file, tmp_path, limit=4))
+    assert len(Results.load(run.folder).answers) == 2
+    (other,) = evaluate(config(checkpoint, questions_file, tmp_path, limit=4))
+    assert len(other.answers) == 4
+
+
+def test_a_model_that_began_with_nothing_has_no_reader(
+    checkpoint, questions_file, tmp_path, monkeypatch, caplog
+):
+    """Nor is the current folder taken for one."""
+    (checkpoint / "run.json").write_text(json.dumps({"config": {"model": {"init": ""}}}))
+    monkeypatch.chdir(tmp_path)
+    (run,) = evaluate(config(checkpoint, questions_file, tmp_path, limit=2))
+    assert "nll" not in run.means
+    assert "no reader: the records of" in caplog.text
+    caplog.clear()
+    evaluate(config(checkpoint, questions_file, tmp_path, limit=2, reader=""))
+    assert "no reader" not in caplog.text
 
 
 def test_questions_that_fill_the_window_are_left_out_for_all(checkpoint, questions_file, tmp_path, caplog):

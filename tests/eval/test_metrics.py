@@ -171,6 +171,12 @@ def test_the_base_is_found_by_the_records_of_training(causal, tmp_path, monkeypa
     sft = run("sft", causal)
     assert base_of(str(run("r2ft", sft))) == base_of(str(sft)) == str(causal)
     assert base_of(str(run("scratch", "scratch"))) == ""
+    monkeypatch.chdir(tmp_path)
+    for i, nothing in enumerate(("", None)):
+        file = run(f"nothing-{i}", "") / "run.json"
+        file.write_text(json.dumps({"config": {"model": {"init": nothing}}}))
+        assert base_of(str(file.parent)) == ""
+    assert base_of(str(run("no-model", tmp_path))) == ""
     assert base_of(str(run("lost", tmp_path / "gone.gguf"))) == ""
     (sft / "run.json").write_text("{")
     assert base_of(str(sft)) == ""
