@@ -290,6 +290,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
                 "since_step": self._globalstep_last_logged,
                 "watched": watched,
                 "watched_since": self._watched_since,
+                "parts": self.args.gradient_accumulation_steps * max(1, self.args.world_size),
             }
             (folder / _LOG_STATE).write_text(json.dumps(log), encoding="utf-8")
             if self.ema:
@@ -311,6 +312,12 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             self.ema.load(resume_from_checkpoint)
         file = Path(resume_from_checkpoint) / _LOG_STATE
         self._resumed_log = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        parts = self.args.gradient_accumulation_steps * max(1, self.args.world_size)
+        if self._resumed_log.get("parts", parts) != parts:
+            raise ConfigError(
+                f"{resume_from_checkpoint}: a step of this run has {self._resumed_log['parts']} "
+                f"micro-batches, not {parts}; go on with as many processes as it began with"
+            )
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Take the weights (and the average) of a checkpoint, without training on."""
@@ -328,6 +335,13 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             }
             self._watched_since = self._resumed_log.get("watched_since", self._globalstep_last_logged)
             self._resumed_log = {}
+
+
+def micro_batches(checkpoint: str | Path) -> int | None:
+    """Micro-batches in a step of the run that wrote a checkpoint, over all its processes; None if unknown."""
+    file = Path(checkpoint) / _LOG_STATE
+    parts = json.loads(file.read_text(encoding="utf-8")).get("parts") if file.is_file() else None
+    return None if parts is None else int(parts)
 
 
 def add_noise(batch: Batch, slots: torch.Tensor, total: int, seed: int, step: int, mask_id: int) -> Batch:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from contextlib import nullcontext
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
@@ -25,11 +27,12 @@ from dlm.data.rows import load_rows
 from dlm.data.rules import rule_rows
 from dlm.data.windows import WindowCollator
 from dlm.errors import ConfigError, DataError, unknown_name
+from dlm.lock import alone_in
 from dlm.model import MaskedDiffusionModel
 from dlm.notice import carry_notice
 from dlm.prior import TokenPrior
 from dlm.tokenizer import template_name
-from dlm.trainer import DiffusionTrainer
+from dlm.trainer import DiffusionTrainer, micro_batches
 from finetune.config import RunConfig, StartConfig
 from finetune.run_folder import RunFolder
 from finetune.start import prepare
@@ -104,7 +107,7 @@ def execute(stage: Stage[Any]) -> Path:
 
     Raises:
         DLMError: for settings, data or checkpoints that cannot be used, and when the folder holds a run with
-            other settings.
+            other settings, or another process is at work in it.
     """
     config: RunConfig = stage.config
     training_arguments(config, evaluate=True)  # a misspelt setting should not cost the time to read the data
@@ -113,6 +116,15 @@ def execute(stage: Stage[Any]) -> Path:
         logger.info("%s: this run is finished", run.path)
         return run.path
     stage.check()
+    with alone_in(run.path) if PartialState().is_main_process else nullcontext():
+        return _execute(stage, RunFolder(config))
+
+
+def _execute(stage: Stage[Any], run: RunFolder) -> Path:
+    """Run a stage in a folder that no other process writes to."""
+    config: RunConfig = stage.config
+    if run.finished:  # by another process, meanwhile
+        return run.path
     rows, held_out = split_rows(config.data, config.seed)
     model, tokenizer = stage.first(rows, run.resume_from)
     train_set, report = encode_rows(rows, tokenizer, config.data.window)
@@ -121,7 +133,8 @@ def execute(stage: Stage[Any]) -> Path:
     logger.info("training rows: %s", report)
     record(model, tokenizer, config, report, stage.record())
     model = prepare(model, stage.start, config.data.window, config.seed)
-    trainer = build_trainer(stage, model, tokenizer, train_set, eval_set)
+    accumulated = accumulation(config, run.resume_from, PartialState().num_processes)
+    trainer = build_trainer(stage, model, tokenizer, train_set, eval_set, accumulated)
     if config.eval_steps and eval_set is not None:
         for callback in stage.callbacks(trainer, tokenizer, held_out, run):
             trainer.add_callback(callback)
@@ -196,9 +209,12 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     train_set: Dataset,
     eval_set: Dataset | None,
+    accumulated: int = 0,
 ) -> DiffusionTrainer:
-    """The trainer of a run."""
+    """The trainer of a run; with another number of accumulated micro-batches, if one is given."""
     config: RunConfig = stage.config
+    if accumulated:
+        config = replace(config, gradient_accumulation_steps=accumulated)
     prior = stage.prior(tokenizer, model, train_set)
     trainer = stage.trainer(
         model,
@@ -214,6 +230,27 @@ def build_trainer(
     )
     trainer.prior = prior
     return trainer
+
+
+def accumulation(config: RunConfig, resume_from: Path | None, processes: int) -> int:
+    """Micro-batches that each process accumulates, so that a step has as many rows as when the run began.
+
+    Raises:
+        ConfigError: when they cannot be dealt out to this number of processes.
+    """
+    parts = micro_batches(resume_from) if resume_from else None
+    if parts is None or parts == config.gradient_accumulation_steps * processes:
+        return config.gradient_accumulation_steps
+    if parts % processes:
+        raise ConfigError(
+            f"{resume_from}: a step of this run has {parts} batches of {config.per_device_train_batch_size} "
+            f"rows, which {processes} processes cannot share; go on with a number that divides {parts}"
+        )
+    logger.warning(
+        "the run began with another number of processes: %d now accumulate %d batches each, so that a step "
+        "has the same rows", processes, parts // processes,
+    )  # fmt: skip
+    return parts // processes
 
 
 def collator(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> WindowCollator:

@@ -174,6 +174,61 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path, 
     assert losses(two)[1] == pytest.approx(losses(one)[1], rel=1e-4)
 
 
+def test_a_run_goes_on_with_another_number_of_processes_to_the_same_weights(tmp_path):
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 9}
+    train(settings(tmp_path / "one", **options))
+    train(settings(tmp_path / "two", **options))
+    for late in complete_checkpoints(tmp_path / "two")[1:]:  # back to step 4
+        (late / MARKER).unlink()
+    unfinish(tmp_path / "two")
+    script = tmp_path / "again.py"
+    script.write_text(
+        "from tests.finetune.test_train import settings\n"
+        "from finetune.sft import train\n"
+        f"train(settings({str(tmp_path / 'two')!r}, **{options!r}))\n"
+    )
+    on_two_processes(script)
+    expected = weights(tmp_path / "one")
+    for name, value in weights(tmp_path / "two").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_micro_batches_are_dealt_out_to_the_processes_that_there_are(whole, tmp_path):
+    import shutil
+
+    from finetune.run import accumulation
+
+    newest = last_checkpoint(whole)
+    four = settings(whole, gradient_accumulation_steps=4)
+    assert accumulation(four, None, 2) == 4
+    assert accumulation(settings(whole), newest, 1) == 1
+    with pytest.raises(ConfigError, match=r"has 1 batches of 8 rows, which 2 processes cannot share"):
+        accumulation(settings(whole), newest, 2)
+    copy = shutil.copytree(newest, tmp_path / newest.name)
+    state = json.loads((copy / "log_state.json").read_text())
+    (copy / "log_state.json").write_text(json.dumps({**state, "parts": 8}))
+    assert [accumulation(four, copy, n) for n in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    with pytest.raises(ConfigError, match="a number that divides 8"):
+        accumulation(four, copy, 3)
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    from dlm.lock import alone_in
+
+    with alone_in(tmp_path / "run"), pytest.raises(ConfigError, match="another process is writing there"):
+        train(settings(tmp_path / "run"))
+    assert not (tmp_path / "run" / "run.json").exists()
+    train(settings(tmp_path / "run", max_steps=1))
+
+
+def test_an_output_folder_is_tried_before_the_data_are_read(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("finetune.run.split_rows", lambda *_: pytest.fail("read"))
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        train(settings(tmp_path / "file" / "run"))
+
+
 def test_ema_is_updated_saved_and_what_the_final_model_holds(tmp_path):
     folder = tmp_path / "ema"
     train(settings(folder, ema_decay=0.9, max_steps=8))
