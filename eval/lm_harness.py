@@ -21,13 +21,19 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from dlm.errors import ConfigError, DLMError, unknown_name
-from dlm.tokenizer import template_name
+from dlm.tokenizer import Message, template_name
 from eval.variants import number, parse_decoders
 
 logger = logging.getLogger("lm_eval.dlm")  # below the harness's own, which it makes visible
 
 LIKELIHOODS = ("nelbo", "path")
 """Bounds on log-likelihoods, by name."""
+
+DRAWS = 32
+"""Model calls for each log-likelihood."""
+
+SIZES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What tasks call the longest answer, in the harness's order of precedence."""
 
 
 @register_model("dlm")
@@ -37,10 +43,10 @@ class DLM(LM):  # type: ignore[misc]
     Args:
         pretrained: folder or hub id.
         decoder: name, or name(option=number;…), of the decoder; the checkpoint's own if empty.
-        max_tokens: longest text, where the task does not say.
-        window: for a fixed canvas; with `steps`.
-        steps: denoising steps; 0 for a canvas that grows.
-        rate: tokens per model call on a canvas that grows; 0 for the default.
+        max_tokens: longest text, where the task does not say; on a canvas that grows. 0 for 256.
+        window: tokens of prompt and answer together, for a fixed canvas.
+        steps: denoising steps, on a fixed canvas; with a window and 0, the checkpoint's own.
+        rate: tokens per model call; 0 for the default.
         likelihood: "nelbo", or "path" for the bound along the decoder's own order, one token a call.
         draws: model calls for each log-likelihood by the NELBO. A continuation with no more maskings than
             that is exact; the standard error of the others falls with the root, and is logged.
@@ -54,12 +60,12 @@ class DLM(LM):  # type: ignore[misc]
         self,
         pretrained: str = "",
         decoder: str = "",
-        max_tokens: int | str = 256,
+        max_tokens: int | str = 0,
         window: int | str = 0,
         steps: int | str = 0,
         rate: float | str = 0,
         likelihood: str = "nelbo",
-        draws: int | str = 32,
+        draws: int | str = DRAWS,
         seed: int | str = 0,
         batch_size: int | str = 8,
         device: str | None = "auto",
@@ -85,12 +91,24 @@ class DLM(LM):  # type: ignore[misc]
         self.model, self.tokenizer = load_model(pretrained, device or "auto", dtype)
         self.sampler = Sampler(self.model, self.tokenizer)
         name, options = parse_decoders(str(decoder).replace(";", ","))[0]
+        if likelihood == "path" and int(draws) != DRAWS:
+            raise ConfigError("draws are for likelihood=nelbo; a path takes one call for each token")
         self.limit, self.likelihood, self.draws = int(max_tokens), likelihood, int(draws)
         self.seed = int(number(str(seed), "seed"))
         self.rows = int(batch_size) if str(batch_size).isdecimal() else 8
         self.steps, self.window = int(steps), int(window)
         pace = {"rate": float(rate)} if float(rate) else {}
         self.how = Variant(name, options, pace).how(seed=self.seed)
+        self.fixed: dict[str, Any] = {"window": self.window or None, "steps": self.steps or None}
+        self.fixed = self.fixed if self.window or self.steps else {}
+        if self.fixed and self.limit:
+            raise ConfigError(
+                "max_tokens is for a canvas that grows; a window, or steps, make it a fixed one"
+            )
+        checked = {name: value for name, value in self.how.items() if name != "seed"}
+        self.sampler.planner.plan(**checked, **self.fixed)  # before the questions are read
+        self._talks: dict[str, list[Message]] = {}
+        self._warned: set[str] = set()
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer each context until one of its stop texts; the model's template stands around it.
@@ -109,16 +127,36 @@ class DLM(LM):  # type: ignore[misc]
 
     def _asked_for(self, request: Instance) -> tuple[tuple[str, ...], tuple[tuple[str, int | None], ...]]:
         """The stop texts and the size that a request asks for."""
-        options = request.args[1]
-        until = options.get("until") or []
+        options = dict(request.args[1])
+        until = options.pop("until", None) or []
         stops = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
-        if self.steps:
-            return stops, (("window", self.window or None), ("steps", self.steps))
-        return stops, (("max_tokens", int(options.get("max_gen_toks", self.limit))),)
+        sizes = [options.pop(name) for name in SIZES if options.get(name) is not None]
+        for name in (*options, *(SIZES[:1] if sizes and self.fixed else ())):
+            self._ignored(name)
+        if self.fixed:
+            return stops, tuple(self.fixed.items())
+        return stops, (("max_tokens", int(sizes[0]) if sizes else self.limit or 256),)
 
-    def _fitting(self, context: str) -> str:
-        """The context, cut from the left where a window or the model would have no room for an answer."""
-        room = (self.window or self.sampler.window if self.steps else self.sampler.planner.limit) * 3 // 4
+    def _ignored(self, name: str) -> None:
+        """Say once that a task's option is not followed, and what decides in its place."""
+        if name in self._warned:
+            return
+        self._warned.add(name)
+        place = "the decoder's own options (model_args decoder=name(temperature=…)) decide"
+        if name in ("max_length", *SIZES):
+            place = "max_gen_toks, or window and steps among the model_args, decide"
+        logger.warning("the task's %s is not followed: %s", name, place)
+
+    def _fitting(self, context: str) -> str | list[Message]:
+        """The prompt, cut from the left where a window or the model would have no room for an answer."""
+        room = self.window or (self.sampler.window if self.steps else self.sampler.planner.limit)
+        room = room * 3 // 4
+        talk = list(self._talks.get(context, ()))
+        while len(talk) > 2 and self.sampler.prompt_length(talk) > room:
+            first = 1 if talk[0]["role"] == "system" and len(talk) > 3 else 0
+            del talk[first : first + 2]  # an example: a question and its answer
+        if talk:
+            return talk
         ids = self.sampler.rows.text(context)
         over = self.sampler.prompt_length(context) - room
         return context if over <= 0 else str(self.tokenizer.decode(ids[over:]))
@@ -210,15 +248,22 @@ class DLM(LM):  # type: ignore[misc]
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of one user's turn, system text first: the sampler puts the model's template around it.
+        """The text of a conversation: of one user's turn, system text first; else as the template has it.
+
+        The sampler puts the template around it; conversations of several turns are known again by their text.
 
         Raises:
-            ConfigError: for conversations of several turns.
+            ConfigError: for one that ends with the beginning of the answer.
         """
         del add_generation_prompt
-        if [message["role"] for message in chat_history if message["role"] != "system"] != ["user"]:
-            raise ConfigError("one user turn at a time: leave out --fewshot_as_multiturn")
-        return "\n\n".join(message["content"] for message in chat_history)
+        talk = [{"role": message["role"], "content": message["content"]} for message in chat_history]
+        if not talk or talk[-1]["role"] != "user":
+            raise ConfigError("the task begins the model's answer (gen_prefix), which is not supported")
+        if [message["role"] for message in talk if message["role"] != "system"] == ["user"]:
+            return "\n\n".join(message["content"] for message in talk)
+        text = str(self.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True))
+        self._talks[text] = talk
+        return text
 
     @property
     def tokenizer_name(self) -> str:

@@ -371,6 +371,10 @@ def test_systems_are_called_by_their_whole_name(path, name):
         ({"batch_size": 0}, "batch_size"),
         ({"limit": -1}, "limit"),
         ({"dtype": "float3"}, "Did you mean 'float32'"),
+        ({"endpoint_model": "x"}, "endpoint_model is for --endpoint"),
+        ({"model": "", "endpoint": "http://x", "eos_fill": False}, "eos_fill is for --model"),
+        ({"usual_rows": 10}, "usual_rows is for --usual"),
+        ({"usual": "rows.json", "reader": ""}, "usual is for a --reader"),
     ],
 )
 def test_settings_that_cannot_work(wrong, message):

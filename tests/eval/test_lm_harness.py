@@ -139,8 +139,78 @@ def test_requests_that_ask_for_the_same_share_the_model_calls(dlm):
 def test_conversations_of_one_turn(dlm):
     talk = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
     assert dlm.apply_chat_template(talk) == "Be short.\n\nHi"
-    with pytest.raises(ConfigError, match="fewshot_as_multiturn"):
-        dlm.apply_chat_template([*talk, {"role": "assistant", "content": "x"}, *talk])
+    with pytest.raises(ConfigError, match="gen_prefix"):
+        dlm.apply_chat_template([*talk, {"role": "assistant", "content": "x"}])
+
+
+def test_few_shot_examples_are_turns_of_the_conversation(dlm):
+    talk = [
+        {"role": role, "content": f"Count from {i}."}
+        for i in range(3)
+        for role in (("user", "assistant") if i < 2 else ("user",))
+    ]
+    text = dlm.apply_chat_template(talk)
+    (answer,) = dlm.generate_until([instance("generate_until", text, {"until": []})], disable_tqdm=True)
+    assert answer == dlm.sampler.generate([talk], max_tokens=256, **dlm.how)[0].text
+    before, _ = dlm._encoded(text, " 1")
+    assert before == dlm.sampler.rows.prompt(talk)
+    long = [{**turn, "content": turn["content"] * 400} for turn in talk[:4]]
+    kept = dlm._fitting(dlm.apply_chat_template([*long, *talk]))
+    assert kept == talk, "the first examples go"
+
+
+def test_the_harness_runs_few_shot_conversations(dlm, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(
+        "".join(json.dumps({"question": f"Count from {i}.", "answer": "1"}) + "\n" for i in range(4))
+    )
+    (tmp_path / "counting.yaml").write_text(GENERATE.format(file=data) + "fewshot_split: test\n")
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = lm_eval.simple_evaluate(
+        model=dlm, tasks=["counting"], task_manager=manager, bootstrap_iters=0, log_samples=True,
+        num_fewshot=2, apply_chat_template=True, fewshot_as_multiturn=True, limit=2,
+    )  # fmt: skip
+    assert "counting" in found["results"]
+    assert any(len(talk) == 5 for talk in dlm._talks.values())
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
+def test_the_longest_answer_has_several_names(dlm, name):
+    (short,) = dlm.generate_until(
+        [instance("generate_until", "Count from 1.", {"until": [], name: 3})], disable_tqdm=True
+    )
+    expected = dlm.sampler.generate(["Count from 1."], max_tokens=3, **dlm.how)[0]
+    assert short == expected.text
+
+
+def test_options_of_tasks_that_are_not_followed_are_named_once(dlm, caplog):
+    given = {"until": [], "temperature": 0.0, "do_sample": False, "max_length": 99, "max_gen_toks": 3}
+    dlm.generate_until([instance("generate_until", "Count.", given)] * 2, disable_tqdm=True)
+    for name in ("temperature", "do_sample", "max_length"):
+        assert caplog.text.count(f"the task's {name} is not followed") == 1
+    assert "max_gen_toks is not" not in caplog.text
+
+
+def test_a_window_is_a_fixed_canvas_with_or_without_steps(checkpoint):
+    long = [instance("generate_until", "Count from 1.", {"until": []})]
+    for arguments in ({"window": 40}, {"window": 40, "steps": 4}, {"window": 40, "rate": 2}, {"steps": 4}):
+        model = DLM(str(checkpoint), device="cpu", dtype="float32", **arguments)
+        expected = model.sampler.generate(["Count from 1."], decoder=None, **arguments)[0]
+        assert model.generate_until(long, disable_tqdm=True) == [expected.text], arguments
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"window": 40, "max_tokens": 20}, "max_tokens is for a canvas that grows"),
+        ({"steps": 4, "rate": 2}, "either steps or a rate"),
+        ({"likelihood": "path", "draws": 8}, "draws are for likelihood=nelbo"),
+        ({"decoder": "threshold", "rate": 2}, "give no rate"),
+    ],
+)
+def test_model_args_that_would_be_ignored_are_refused(checkpoint, wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        DLM(str(checkpoint), device="cpu", dtype="float32", **wrong)
 
 
 def test_the_name_is_registered_and_a_model_needed():
