@@ -10,7 +10,7 @@ from typing import Any
 
 from dlm.errors import DLMError, unknown_name
 from eval.answers import Answer
-from eval.judge import Judge, Request
+from eval.judge import Judge, Request, conclusion
 from eval.statistics import estimate
 from eval.tasks import Question
 
@@ -90,5 +90,5 @@ def expected_score(choice: dict[str, Any]) -> float | None:
             mass[digit] = mass.get(digit, 0.0) + math.exp(candidate["logprob"])
     if mass:
         return sum(digit * p for digit, p in mass.items()) / sum(mass.values())
-    found = re.search(r"\b([1-5])\b", choice["message"]["content"])
+    found = re.search(r"\b([1-5])\b", conclusion(choice["message"]["content"]))
     return float(found[1]) if found else None

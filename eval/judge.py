@@ -32,6 +32,13 @@ PAUSES = (1.0, 4.0)
 """Seconds before a reply that is none is asked for again (429, 5xx and timeouts have their own pauses)."""
 
 
+def conclusion(text: str) -> str:
+    """What a judge says behind its thoughts; of thoughts without an end, nothing is left."""
+    if "</think>" in text:
+        return text.rsplit("</think>", 1)[1]
+    return text.split("<think>", 1)[0]
+
+
 @dataclass(frozen=True)
 class Request:
     """One thing to ask.
