@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dlm.data.records import whole_characters
 from dlm.errors import ConfigError, unknown_name
 
 MASK_TOKEN = "<|mask|>"
@@ -217,7 +218,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    return list(tokenizer(whole_characters(text), add_special_tokens=False)["input_ids"]) if text else []
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -225,4 +226,4 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if not text:
         return []
     kwargs: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}
-    return list(tokenizer(text, **kwargs)["input_ids"])
+    return list(tokenizer(whole_characters(text), **kwargs)["input_ids"])

@@ -13,8 +13,9 @@ class DataConfig:
     """Where rows come from and how they become windows.
 
     Args:
-        source: hub id (tatsu-lab/alpaca), a .json, .jsonl or .json.gz file of Alpaca rows (instruction,
-            input, output), chat rows (messages) or plain rows (text), or "rules" for the built-in tasks.
+        source: hub id (tatsu-lab/alpaca), a file (.json, .jsonl, .json.gz, .csv, .parquet) of instruction
+            rows (instruction, input, output; prompt, completion), chat rows (messages) or plain rows (text),
+            or "rules" for the built-in tasks.
         split: split of a hub data set.
         limit: use only the first so many rows; 0 for all.
         validation_rows: rows held out from the end for validation.

@@ -95,8 +95,9 @@ def _encode_batch(
     batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, window: int
 ) -> dict[str, list[Any]]:
     out: dict[str, list[Any]] = {"input_ids": [], "prompt_length": [], "length": [], "fate": []}
+    most = window * 2 * max(map(len, tokenizer.get_vocab()))  # characters that fill the window in any case
     for prompt, answer in zip(batch["prompt"], batch["answer"], strict=True):
-        for ids, boundary, fate in _encode_row(prompt, answer, tokenizer, window):
+        for ids, boundary, fate in _encode_row(prompt, answer, tokenizer, window, most):
             out["input_ids"].append(ids)
             out["prompt_length"].append(boundary)
             out["length"].append(len(ids))
@@ -105,15 +106,21 @@ def _encode_batch(
 
 
 def _encode_row(
-    prompt: list[dict[str, str]], answer: str, tokenizer: PreTrainedTokenizerBase, window: int
+    prompt: list[dict[str, str]], answer: str, tokenizer: PreTrainedTokenizerBase, window: int, most: int
 ) -> list[tuple[list[int], int, str]]:
-    """(ids, prompt length, fate) of each window that a row gives; one, unless it is long plain text."""
+    """(ids, prompt length, fate) of each window that a row gives; one, unless it is long plain text.
+
+    Of a prompt, or an answer to one, what lies behind `most` characters is not tokenised: it has no place.
+    """
     if not answer.strip():
         return [([], 0, "empty")]
+    if sum(len(turn["content"]) for turn in prompt) > most:
+        return [([], 0, "long_prompt")]
     before = encode_prompt(tokenizer, prompt) if prompt else []
     if len(before) >= window:
         return [([], 0, "long_prompt")]
-    ids = before + encode_text(tokenizer, answer) + [tokenizer.eos_token_id]
+    seen = answer[:most] if prompt else answer
+    ids = before + encode_text(tokenizer, seen) + [tokenizer.eos_token_id]
     if prompt:
         return [(ids[:window], len(before), "truncated" if len(ids) > window else "whole")]
     return [(ids[start : start + window], 0, "whole") for start in range(0, len(ids), window)]

@@ -42,6 +42,19 @@ def test_dropped_and_truncated_rows_are_counted(tokenizer):
         encode_rows(dataset(("a", "")), tokenizer, 48)
 
 
+def test_what_has_no_place_is_not_tokenised(tokenizer, monkeypatch):
+    long = "The dog is happy. " * 20_000
+    seen = []
+    monkeypatch.setattr(
+        "dlm.data.encode.encode_text", lambda t, text: seen.append(len(text)) or encode_text(t, text)
+    )
+    rows, report = encode_rows(dataset(("a", long), (long, "b"), ("a", "b" * 30)), tokenizer, 48)
+    assert report.truncated == report.dropped_long_prompt == 1
+    assert max(seen) < 10_000
+    whole = [*encode_prompt(tokenizer, as_messages("a")), *encode_text(tokenizer, long)]
+    assert rows[0]["input_ids"] == whole[:48]
+
+
 def test_plain_text_loses_nothing(tokenizer):
     text = "The dog is happy. " * 30
     encoded, report = encode_rows(dataset(("", text)), tokenizer, 40)
