@@ -73,8 +73,11 @@ def _export_adapter(
 ) -> None:
     try:
         weights = load_file(source / WEIGHTS)
-        settings, config = PeftConfig.from_pretrained(str(source)), AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        settings, config = (
+            PeftConfig.from_pretrained(str(source)),
+            AutoConfig.from_pretrained(source, trust_remote_code=False),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{source}: not a whole adapter ({error})") from error
     target.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from decoding.path import PathCost
 from dlm.curves import plain
 from dlm.data.encode import encode_rows
 from dlm.data.rows import load_rows
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, DataError
 from eval.report.plots import LOOKS
 from eval.report.tables import Table
 from eval.statistics import Estimate, estimate, paired_test
@@ -178,11 +178,20 @@ class PathFolder:
         self.runs = self._load()
 
     def _load(self) -> dict[tuple[str, str, str], PathRun]:
-        """What was measured before under the same settings."""
-        known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
-        if known.get("settings") != self.settings:
-            return {}
-        runs = [PathRun(**{**run, "costs": [PathCost(**c) for c in run["costs"]]}) for run in known["runs"]]
+        """What was measured before under the same settings.
+
+        Raises:
+            DataError: when the file is not one of ours.
+        """
+        try:
+            known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
+            if known.get("settings") != self.settings:
+                return {}
+            runs = [
+                PathRun(**{**run, "costs": [PathCost(**c) for c in run["costs"]]}) for run in known["runs"]
+            ]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{self.file}: not what `dlm eval path` writes ({error!r})") from error
         return {run.key: run for run in runs}
 
     def save(self, run: PathRun) -> None:

@@ -209,8 +209,8 @@ def open_run(folder: Path, card: Card) -> None:
     file = folder / "run.json"
     if file.exists():
         try:
-            old = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            old = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{file}: damaged ({error}); remove the folder") from error
         new = json.loads(json.dumps(asdict(card)))
         for name in ("task", "fingerprint", "label", "decoder", "settings"):

@@ -128,8 +128,7 @@ def _execute(stage: Stage[Any], run: RunFolder) -> Path:
     rows, held_out = split_rows(config.data, config.seed)
     model, tokenizer = stage.first(rows, run.resume_from)
     train_set, report = encode_rows(rows, tokenizer, config.data.window)
-    seen = held_out.select(range(min(config.eval_rows or len(held_out), len(held_out))))
-    eval_set = encode_rows(seen, tokenizer, config.data.window)[0] if len(seen) else None
+    eval_set = validation_set(config, held_out, tokenizer)
     logger.info("training rows: %s", report)
     record(model, tokenizer, config, report, stage.record())
     model = prepare(model, stage.start, config.data.window, config.seed)
@@ -165,10 +164,34 @@ def split_rows(data: DataConfig, seed: int) -> tuple[Dataset, Dataset]:
     rows = rows.select(range(min(data.limit, len(rows)))) if data.limit else rows
     if data.validation_rows >= len(rows):
         raise DataError(
-            f"{data.source}: {len(rows)} rows leave none to train on with {data.validation_rows} held out"
+            f"{data.source}: {len(rows)} rows leave none to train on with {data.validation_rows} held out; "
+            "lower --data.validation_rows"
         )
     cut = len(rows) - data.validation_rows
-    return rows.select(range(cut)), rows.select(range(cut, len(rows)))
+    return rows.select(range(cut)), rows.select(list(range(cut, len(rows))))
+
+
+def validation_set(
+    config: RunConfig, held_out: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> Dataset | None:
+    """The encoded rows that the run validates on; None where it does not validate, or there are none.
+
+    Raises:
+        DataError: when none of them can be used.
+    """
+    seen = held_out.select(range(min(config.eval_rows or len(held_out), len(held_out))))
+    if not len(seen):
+        return None
+    try:
+        return encode_rows(seen, tokenizer, config.data.window)[0]
+    except DataError as error:
+        told = f"{config.data.source}: of the validation rows (the last {len(held_out)}), {error}"
+        if config.eval_steps:
+            raise DataError(
+                f"{told}; choose a longer --data.window, other --data.validation_rows, or --eval_steps 0"
+            ) from error
+        logger.warning("%s; the run goes on without them", told)
+        return None
 
 
 def save_final(trainer: DiffusionTrainer, start: StartConfig, folder: Path) -> None:

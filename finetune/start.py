@@ -103,7 +103,7 @@ def prepare(model: MaskedDiffusionModel, config: StartConfig, window: int, seed:
 def _from_nothing(config: TrainConfig, rows: Dataset, resume_from: Path | None) -> Pair:
     """Random weights and a tokenizer trained on the rows; the bare template where no row has a prompt."""
     if resume_from:
-        tokenizer = AutoTokenizer.from_pretrained(resume_from)
+        tokenizer = AutoTokenizer.from_pretrained(resume_from, trust_remote_code=False)
     else:
         tokenizer = train_tokenizer(_texts(rows), config.model.vocab_size)
         prompted = any(prompt for prompt in rows["prompt"])

@@ -6,8 +6,8 @@ import pytest
 from decoding import path
 from decoding.path import PathCost
 from dlm.cli import main
-from dlm.errors import ConfigError
-from eval.paths import PathRun, differences, draw, held_out, table
+from dlm.errors import ConfigError, DataError
+from eval.paths import PathFolder, PathRun, differences, draw, held_out, table
 
 original = path.path_costs
 
@@ -120,3 +120,10 @@ def test_what_cannot_be_measured_is_refused(capsys):
     assert "name one or more checkpoints" in capsys.readouterr().err
     assert main(["eval", "path", "default", "--last", "0"]) == 2
     assert "last must be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"settings": {"a": 1}}', '{"settings": {"a": 1}, "runs": [1]}'])
+def test_figures_that_are_none_are_named(tmp_path, text):
+    (tmp_path / "paths.json").write_text(text)
+    with pytest.raises(DataError, match=r"paths\.json: not what"):
+        PathFolder(tmp_path, {"a": 1})

@@ -275,11 +275,47 @@ def test_settings_that_cannot_work_say_so(tmp_path, whole):
         train(settings(tmp_path / "a", trainer={"lerning_rate": 1}))
     file = tmp_path / "rows.jsonl"
     file.write_text('{"instruction": "a", "output": "b"}\n' * 5)
-    with pytest.raises(DataError, match="5 rows leave none to train on with 5 held out"):
+    with pytest.raises(DataError, match="5 rows leave none .* with 5 held out; lower --data.valid"):
         train(settings(tmp_path / "b", data=DataConfig(source=str(file), validation_rows=5)))
     long = DataConfig(source="rules", window=4096, limit=99, validation_rows=9)
     with pytest.raises(ConfigError, match="longer than the"):
         train(settings(tmp_path / "c", model=ModelConfig(init=str(whole)), data=long))
+
+
+def few_rows(folder, long=0):
+    """A file of rows, the last of them longer than the window."""
+    file = folder / "rows.jsonl"
+    rows = [{"instruction": f"Count {i}.", "output": f"{i} {i + 1}"} for i in range(40)]
+    rows += [{"instruction": "Count on. " * 200, "output": "x"}] * long
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_a_run_may_do_without_validation_rows(tmp_path):
+    from finetune.run import split_rows
+
+    data = DataConfig(source=str(few_rows(tmp_path)), window=48, validation_rows=0)
+    rows, held_out = split_rows(data, 0)
+    assert (len(rows), len(held_out)) == (40, 0)
+    train(settings(tmp_path / "run", data=data, max_steps=2, eval_steps=1))
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_validation_rows_that_are_all_too_long_are_told_apart(tmp_path, caplog):
+    data = DataConfig(source=str(few_rows(tmp_path, long=5)), window=48, validation_rows=5)
+    with pytest.raises(
+        DataError, match=r"validation rows \(the last 5\), none of the 5 rows .*--eval_steps 0"
+    ):
+        train(settings(tmp_path / "a", data=data, max_steps=2, eval_steps=1))
+    train(settings(tmp_path / "b", data=data, max_steps=2, eval_steps=0))
+    assert "goes on without them" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", "{}", '{"config": 3}', "[" * 10_000])
+def test_a_record_that_is_none_is_named(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.json: not what a run writes"):
+        train(settings(tmp_path))
 
 
 def test_a_finished_run_is_left_as_it_is(whole):
