@@ -97,7 +97,7 @@ def test_an_endpoint_answers(monkeypatch, tmp_path):
     with serving(lambda body: f" heard {body['messages'][-1]['content']}", [429, 503]) as endpoint:
         system = Endpoint(endpoint.url, "m", 32, seed=7, concurrency=2)
         said = generate(QUESTIONS, system, AnswerFile(tmp_path / "a.jsonl"), quiet=True)
-        assert said["1", 1].text == "heard And two?"
+        assert said["1", 1].text == " heard And two?"
         assert said["1", 1].tokens == 3
         assert {body["seed"] for body in endpoint.seen} == {7}
         assert {body["max_tokens"] for body in endpoint.seen} == {32}
@@ -183,6 +183,12 @@ def test_an_endpoint_is_evaluated_graded_and_compared_by_command(tmp_path, monke
     assert first.answers["82", 1].text == "I am one"
     assert second.means["win"].mean == 0.5
     assert [verdict.method for verdict in second.verdicts] == ["mt_bench", "mt_bench_pairs"]
+
+
+def test_an_endpoints_text_is_kept_as_it_is(tmp_path):
+    with serving(lambda body: "    return 1\n") as endpoint:
+        (reply,) = Endpoint(endpoint.url, "m", 8).replies([[{"role": "user", "content": "x"}]])
+    assert reply.text == "    return 1\n"
 
 
 def test_a_model_by_name_is_told_by_its_files():
