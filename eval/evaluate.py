@@ -225,6 +225,7 @@ def _contestants(config: EvalConfig, loaded: _Loaded) -> Iterator[Contestant]:
     """Every variant of the system under test."""
     common = {
         "data": Path(config.data).name,
+        "source": str(Path(config.data).resolve()) if config.data else "",
         "task": config.task,
         "system": config.system,
         "model": config.where,

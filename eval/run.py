@@ -44,6 +44,7 @@ class Card:
         label: the variant.
         decoder: name of the decoder; empty for the checkpoint's own, and for systems that have none.
         settings: everything else that decides what comes out.
+        source: where the file of questions was.
     """
 
     task: str
@@ -54,6 +55,7 @@ class Card:
     label: str
     decoder: str
     settings: dict[str, Any]
+    source: str = ""
 
     @property
     def name(self) -> str:
@@ -61,8 +63,9 @@ class Card:
         return f"{self.system}, {self.label}" if self.label else self.system
 
     def folder(self, output: str | Path) -> Path:
-        """Where the run is."""
-        return Path(output) / self.task / re.sub(r"[^\w.=,-]+", "_", self.name.replace(", ", "+"))
+        """Where the run is: in `output`, whatever its name."""
+        name = re.sub(r"[^\w.=,-]+|^\.+", "_", self.name.replace(", ", "+"))
+        return Path(output) / self.task / (name or "_")
 
 
 @dataclass(frozen=True)

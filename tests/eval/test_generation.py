@@ -206,6 +206,16 @@ def test_answers_stay_with_their_questions(checkpoint, questions_file, tmp_path)
     assert main([*words, "--method", "geval", "--judge.dry_run"]) == 1
 
 
+def test_a_judge_finds_the_questions_that_a_run_was_given(checkpoint, questions_file, tmp_path, capsys):
+    (run,) = evaluate(config(checkpoint, questions_file, tmp_path, limit=2))
+    words = ["eval", "judge", str(run.folder), "--judge.model", "j", "--method", "geval", "--judge.dry_run"]
+    assert main(words) == 0
+    assert "2 requests" in capsys.readouterr().out
+    questions_file.unlink()
+    assert main(words) == 2
+    assert "its questions are no longer at" in capsys.readouterr().err
+
+
 def test_a_shorter_run_tells_of_no_more_than_it_measured(checkpoint, questions_file, tmp_path):
     evaluate(config(checkpoint, questions_file, tmp_path))
     (run,) = evaluate(config(checkpoint, questions_file, tmp_path, limit=2))
