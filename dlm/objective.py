@@ -18,22 +18,25 @@ def masked_diffusion_loss(
     maskable_count: torch.Tensor | int | float,
     schedule: LogLinear | None = None,
 ) -> torch.Tensor:
-    """Monte-Carlo NELBO per maskable token, in nats: sum over masked tokens of -log p / t, over the count.
+    """Monte-Carlo NELBO per maskable token, in nats: sum over masked tokens of -log p / m(t), over the count.
 
-    Unmasked tokens contribute nothing (SUBS: they predict themselves with probability 1), so only the
-    masked ones are passed.
+    m(t) = 1 - alpha(t) is the probability with which a token was masked, so that a token counts once in the
+    mean, whatever t. NELBO = ∫ from 0 to 1 of Σ -log p / m dm, for any schedule; with m = (1 - eps) t the
+    part above 1 - eps has no noise level of its own, and 1/t would leave it out: a model that knows nothing
+    would seem to know eps of its nats. Unmasked tokens contribute nothing (SUBS: they predict themselves with
+    probability 1), so only the masked ones are passed.
 
     Args:
         token_logp: [N] log p_theta(x_i | x_t) of the masked tokens.
         t: [N] time of the row that each token comes from.
         maskable_count: how many tokens could have been masked, in all rows; the divisor.
-        schedule: noise schedule, log-linear by default (weight 1/t).
+        schedule: noise schedule that the tokens were masked by, log-linear by default.
 
     Returns:
         Scalar, float32.
     """
-    weight = (schedule or LogLinear()).weight(t.float())
-    return -(token_logp.float() * weight).sum() / maskable_count
+    probability = (schedule or LogLinear()).mask_probability(t.float())
+    return -(token_logp.float() / probability).sum() / maskable_count
 
 
 def _token_logp(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:

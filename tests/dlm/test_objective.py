@@ -1,5 +1,7 @@
 import itertools
+import math
 
+import pytest
 import torch
 
 from dlm.diffusion import corrupt
@@ -9,18 +11,16 @@ from dlm.schedule import LogLinear
 
 
 def enumerated_nelbo(model, ids, maskable, mask_id):
-    """E over all maskings, integrated over t, of a single row: brute force, in float64.
+    """The NELBO of a single row by all its maskings: brute force, in float64.
 
-    For k of n maskable cells masked, the integral over t of m^k (1-m)^(n-k) / t with m = (1-eps) t is taken
-    by quadrature.
+    For k of n maskable cells masked with probability m each, the integral over m from 0 to 1 of
+    m^k (1-m)^(n-k) / m is B(k, n-k+1) = 1 / (k C(n, k)).
     """
     cells = maskable.nonzero()[:, 0].tolist()
     n = len(cells)
-    t = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    m = LogLinear().mask_probability(t)
     total = 0.0
     for size in range(1, n + 1):
-        weight = float((m**size * (1 - m) ** (n - size) / t).mean())
+        weight = 1 / (size * math.comb(n, size))
         for subset in itertools.combinations(cells, size):
             noisy = ids.clone()
             noisy[list(subset)] = mask_id
@@ -55,9 +55,30 @@ def test_nelbo_agrees_with_the_enumeration_of_all_maskings(model, tokenizer):
     assert error < 0.1 * exact
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-3, 0.1])
+def test_a_model_that_knows_nothing_has_the_nats_of_its_vocabulary(eps):
+    """Weight and probability belong together: in the mean every token counts once, at every time."""
+    schedule, rows, cells = LogLinear(eps), 4000, 50
+    t = (torch.arange(rows) + 0.5) / rows
+    whole = torch.ones(rows, cells, dtype=torch.bool)
+    noisy = corrupt(
+        torch.zeros(rows, cells).long(), whole, t, 9, torch.Generator().manual_seed(0), schedule=schedule
+    )
+    hit = noisy == 9
+    times = t[:, None].expand_as(hit)[hit]
+    logp = torch.full((int(hit.sum()),), -math.log(100.0))
+    found = float(masked_diffusion_loss(logp, times, rows * cells, schedule))
+    spread = (sum((1 - m) / m for m in schedule.mask_probability(t).tolist()) / cells) ** 0.5 / rows
+    assert abs(found / math.log(100.0) - 1) < 4 * spread
+    short = float(-(logp / times).sum()) / (rows * cells)
+    assert abs(short / math.log(100.0) - (1 - eps)) < 4 * spread, "with 1/t, eps of it is missing"
+
+
 def test_loss_is_the_weighted_sum_over_the_count():
     logp, t = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([0.5, 0.25, 1.0])
-    assert torch.isclose(masked_diffusion_loss(logp, t, 4), torch.tensor((2 + 8 + 0.5) / 4))
+    plain = LogLinear(eps=0.0)
+    assert torch.isclose(masked_diffusion_loss(logp, t, 4, plain), torch.tensor((2 + 8 + 0.5) / 4))
+    assert torch.isclose(masked_diffusion_loss(logp, t, 4), torch.tensor((2 + 8 + 0.5) / 4 / 0.999))
     assert float(masked_diffusion_loss(torch.empty(0), torch.empty(0), 4)) == 0
 
 
