@@ -56,7 +56,7 @@ def test_corrupt_refuses_shapes_that_do_not_fit():
 
 
 def test_a_fixed_number_of_masks_gives_the_nelbo_with_no_level_left_out():
-    """All numbers from 1 to n come equally often, all sets of a number too; n/l makes every cell count once."""
+    """Numbers from 1 to n come equally often, sets of a number too; n/l makes every cell count once."""
     n, rows = 6, 60_000
     x0, noise = (
         torch.arange(8).expand(rows, 8),
