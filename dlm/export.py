@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 from dlm.adapter import BASE, is_adapter
 from dlm.checkpoint import DTYPES, load_model
 from dlm.errors import CheckpointError, ConfigError
+from dlm.lock import check_writable
 from dlm.notice import carry_notice
 from dlm.pretrained.names import located
 from dlm.prior import FILE as COUNTS
@@ -47,11 +48,13 @@ def export(
 
     Raises:
         CheckpointError: when the source cannot be loaded.
-        ConfigError: when the target is not empty, or `base` is given for what keeps none.
+        ConfigError: when the target is not empty or cannot be written to, or `base` is given for what keeps
+            none.
     """
     source, target = Path(located(source)), Path(target)
     if target.is_dir() and any(target.iterdir()):
         raise ConfigError(f"{target} is not empty; choose another folder")
+    check_writable(target)
     alone = merge or not is_adapter(source)
     if base and alone:
         raise ConfigError(f"base is for adapters, and {source} is to be written as a model that stands alone")

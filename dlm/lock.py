@@ -1,8 +1,9 @@
-"""One process at a time in an output folder."""
+"""Output folders: one process at a time in each, and whether they can be written to."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,3 +42,18 @@ def alone_in(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def check_writable(folder: str | Path) -> None:
+    """Refuse an output folder that could not be made or written to, without making it.
+
+    Raises:
+        ConfigError: naming what stands in the way.
+    """
+    place = Path(folder).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"{folder}: cannot be written to ({place} is no folder)")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{folder}: cannot be written to (no right to write in {place})")

@@ -11,7 +11,7 @@ from typing import Any
 
 from dlm.data.records import read_records
 from dlm.errors import ConfigError
-from dlm.lock import alone_in
+from dlm.lock import alone_in, check_writable
 from eval.config import NUCLEUS, EvalConfig
 from eval.metrics import Instruments
 from eval.run import Card, Results, answer_all, finish, merge, open_run
@@ -46,6 +46,7 @@ def evaluated(config: EvalConfig) -> tuple[list[Results], list[str]]:
     """
     from accelerate import PartialState
 
+    check_writable(config.output)
     state = PartialState(cpu=config.device == "cpu")
     questions = load_questions(config.task, config.data, config.limit)
     if config.references:

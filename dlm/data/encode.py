@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +17,12 @@ from dlm.tokenizer import encode_prompt, encode_text
 
 _VERSION = 2
 """Raised when rows are encoded differently, so that old caches are not taken."""
+
+_PIECE = 200_000
+"""Characters of plain text that are tokenised at a time."""
+
+_SPACE = re.compile(r"(?<=\S) (?=\S)")
+"""A single space between two words."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +127,36 @@ def _encode_row(
     before = encode_prompt(tokenizer, prompt) if prompt else []
     if len(before) >= window:
         return [([], 0, "long_prompt")]
-    seen = answer[:most] if prompt else answer
-    ids = before + encode_text(tokenizer, seen) + [tokenizer.eos_token_id]
+    inside = encode_text(tokenizer, answer[:most]) if prompt else _encode_long(tokenizer, answer)
+    ids = [*before, *inside, tokenizer.eos_token_id]
     if prompt:
         return [(ids[:window], len(before), "truncated" if len(ids) > window else "whole")]
     return [(ids[start : start + window], 0, "whole") for start in range(0, len(ids), window)]
+
+
+def _encode_long(tokenizer: PreTrainedTokenizerBase, text: str, size: int = _PIECE) -> list[int]:
+    """Token ids of a text of any length, in pieces, so that memory does not grow with it.
+
+    Pieces end before a space between two words where the tokens around it are the same with and without the
+    cut; only a word without end is cut anywhere.
+    """
+    ids: list[int] = []
+    start = 0
+    while start < len(text):
+        end = _cut(tokenizer, text, start, start + size) if len(text) - start > size else len(text)
+        ids += encode_text(tokenizer, text[start:end])
+        start = end
+    return ids
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> int:
+    """The last good place for a cut before `end`; `end` if there is none in what stands before it."""
+    for found in itertools.islice(_SPACE.finditer(text[start:end][::-1]), 50):
+        place = end - found.end()
+        left, right = text[max(start, place - 100) : place], text[place : place + 100]
+        if place > start and encode_text(tokenizer, left + right) == [
+            *encode_text(tokenizer, left),
+            *encode_text(tokenizer, right),
+        ]:
+            return place
+    return end

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dlm.errors import ConfigError
-from dlm.lock import alone_in
+from dlm.lock import alone_in, check_writable
 
 HOLD = (
     "import sys, time; from dlm.lock import alone_in\n"
@@ -36,3 +36,18 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         alone_in(tmp_path / "file" / "run"),
     ):
         pass
+
+
+def test_a_folder_is_tried_without_being_made(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("")
+    for wrong in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match="file.*cannot be written to .*file is no folder"):
+            check_writable(wrong)
+
+
+def test_rights_are_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigError, match="no right to write"):
+        check_writable(tmp_path / "new")

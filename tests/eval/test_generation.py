@@ -266,6 +266,13 @@ def test_two_processes_do_not_answer_in_one_folder(checkpoint, questions_file, t
     assert len(other.answers) == 4
 
 
+def test_an_output_folder_is_tried_before_anything_is_loaded(questions_file, tmp_path, monkeypatch):
+    (tmp_path / "runs").write_text("")
+    monkeypatch.setattr("eval.evaluate.load_questions", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match="runs: cannot be written to"):
+        evaluate(config("no-model", questions_file, tmp_path))
+
+
 def test_a_model_that_began_with_nothing_has_no_reader(
     checkpoint, questions_file, tmp_path, monkeypatch, caplog
 ):

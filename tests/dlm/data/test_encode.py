@@ -3,7 +3,7 @@ import copy
 import pytest
 from datasets import Dataset
 
-from dlm.data.encode import encode_rows
+from dlm.data.encode import _encode_long, encode_rows
 from dlm.data.rows import FEATURES
 from dlm.errors import ConfigError, DataError
 from dlm.tokenizer import as_messages, encode_prompt, encode_text
@@ -27,6 +27,24 @@ def test_the_boundary_is_exactly_what_inference_uses(tokenizer):
         "<|im_start|>user\nCount from 3 to 5.<|im_end|>\n<|im_start|>assistant\n3 4 5<|im_end|>"
     )
     assert report.kept == 1
+
+
+@pytest.mark.parametrize("size", [50, 333])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The dog is happy, and 12 cats sleep.\n  Anna counts:  1 2 3\t4.\n\n" * 40,
+        "Grüße \U0001f600 an alle — 你好 世界 " * 50,
+        "\n \n" * 300,
+    ],
+)
+def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(tokenizer, text, size):
+    assert _encode_long(tokenizer, text, size) == encode_text(tokenizer, text)
+
+
+def test_a_word_without_end_is_cut_anywhere(tokenizer):
+    ids = _encode_long(tokenizer, "a" * 1000, 64)
+    assert tokenizer.decode(ids) == "a" * 1000
 
 
 def test_dropped_and_truncated_rows_are_counted(tokenizer):
