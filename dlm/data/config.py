@@ -49,6 +49,8 @@ class DataConfig:
             raise ConfigError(f"cut_share must lie in [0, 1], got {self.cut_share}")
         if self.cut_share and self.windows == "fixed":
             raise ConfigError("cut_share needs windows: grouped, whose rows have ends of their own")
+        if self.eos_tail != DataConfig.eos_tail and self.windows == "fixed":
+            raise ConfigError("eos_tail needs windows: grouped; fixed windows are filled with EOS")
         for name, choices in (("windows", ("fixed", "grouped")), ("eos_loss", ("first", "all"))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")

@@ -22,7 +22,7 @@ from datasets import Dataset, Features, Value, load_dataset
 from datasets import List as Sequence
 
 from dlm.data.records import SUFFIXES, read_records, whole_characters
-from dlm.errors import DataError, first_line
+from dlm.errors import ConfigError, DataError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +70,13 @@ def load_rows(source: str, split: str = "train") -> Dataset:
         A `datasets.Dataset` with the columns of `FEATURES`.
 
     Raises:
+        ConfigError: for a split of a file.
         DataError: naming the file and the row that cannot be used, or that most rows are odd.
     """
     path = Path(source)
     if source.endswith(SUFFIXES) or path.exists():
+        if split != "train":
+            raise ConfigError(f"split {split!r} is for data sets of the hub; {source} is a file")
         return _without_odd(_load_file(path), source)
     try:
         raw = load_dataset(source, split=split)

@@ -16,7 +16,7 @@ from dlm import load_model
 from dlm.checkpointing import MARKER, complete_checkpoints, is_complete, last_checkpoint
 from dlm.data.config import DataConfig
 from dlm.errors import ConfigError, DataError
-from finetune.config import ModelConfig, TrainConfig
+from finetune.config import LoraConfig, ModelConfig, TrainConfig
 from finetune.sft import SFT, train
 
 TINY = ModelConfig(
@@ -152,7 +152,8 @@ def gradient_step(folder, **kwargs):
 
 @pytest.mark.parametrize("windows", ["fixed", "grouped"])
 def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path, windows):
-    data = DataConfig(source="rules", window=48, limit=150, validation_rows=20, windows=windows, eos_tail=8)
+    tail = {"eos_tail": 8} if windows == "grouped" else {}
+    data = DataConfig(source="rules", window=48, limit=150, validation_rows=20, windows=windows, **tail)
     one, accumulated, two = tmp_path / "one", tmp_path / "accumulated", tmp_path / "two"
     train(gradient_step(one, per_device_train_batch_size=8, data=data))
     train(gradient_step(accumulated, per_device_train_batch_size=4, gradient_accumulation_steps=2, data=data))
@@ -280,6 +281,29 @@ def test_settings_that_cannot_work_say_so(tmp_path, whole):
     long = DataConfig(source="rules", window=4096, limit=99, validation_rows=9)
     with pytest.raises(ConfigError, match="longer than the"):
         train(settings(tmp_path / "c", model=ModelConfig(init=str(whole)), data=long))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ModelConfig(init="x", hidden_size=64), "model.hidden_size is for random weights"),
+        (lambda: ModelConfig(init="x", vocab_size=500), "model.vocab_size is for random weights"),
+        (lambda: ModelConfig(shift=False), "model.shift is for a causal LM"),
+        (lambda: LoraConfig(alpha=32.0), "lora.alpha is for an adapter: give lora.r"),
+        (lambda: LoraConfig(merge=True), "lora.merge is for an adapter"),
+        (lambda: DataConfig(eos_tail=8), "eos_tail needs windows: grouped"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_a_checkpoint_keeps_its_template_and_says_so(whole, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"model.template 'instruct' is for other starts; .* keeps 'chatml'"
+    ):
+        train(settings(tmp_path / "run", model=ModelConfig(init=str(whole), template="instruct")))
 
 
 def few_rows(folder, long=0):

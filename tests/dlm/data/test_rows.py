@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from dlm.data.rows import load_rows, parse_row
-from dlm.errors import DataError
+from dlm.errors import ConfigError, DataError
 from dlm.tokenizer import encode_prompt, encode_text
 
 ALPACA = [
@@ -194,6 +194,13 @@ def test_a_hub_data_set_gives_the_same_rows(monkeypatch):
     monkeypatch.setattr(module, "load_dataset", lambda *_, **__: Dataset.from_list([{"instruction": "x"}]))
     with pytest.raises(DataError, match=r"some/set\[train\], row 0: needs 'instruction' and 'output'"):
         load_rows("some/set")
+
+
+def test_a_file_has_no_splits(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(ALPACA))
+    with pytest.raises(ConfigError, match="split 'test' is for data sets of the hub"):
+        load_rows(str(path), "test")
 
 
 def test_a_missing_hub_data_set_says_so():
