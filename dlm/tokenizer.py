@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dlm.data.records import whole_characters
 from dlm.errors import ConfigError, unknown_name
 
 MASK_TOKEN = "<|mask|>"
@@ -113,11 +117,18 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> bool
 
 
 Message = dict[str, str]
-"""One turn of a conversation: `role` ("system", "user" or "assistant") and `content`."""
+"""One turn of a conversation: `role` (one of `ROLES`) and `content`."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Who may speak; templates write the role as it stands, so that nothing else may come in its place."""
 
 
 def as_messages(prompt: str | list[Message]) -> list[Message]:
-    """A prompt as chat messages; a string is one user turn."""
+    """A prompt as chat messages; a string is one user turn.
+
+    Raises:
+        ConfigError: for what is no conversation, and for roles that are none.
+    """
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     if not prompt:
@@ -125,41 +136,89 @@ def as_messages(prompt: str | list[Message]) -> list[Message]:
     for turn in prompt:
         if not isinstance(turn, dict) or not isinstance(turn.get("content"), str) or "role" not in turn:
             raise ConfigError(f"a chat message needs a 'role' and a text 'content', got {turn!r}")
+        if turn["role"] not in ROLES:
+            raise unknown_name("role", str(turn["role"]), ROLES)
     return list(prompt)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    """Token ids of a conversation up to where the answer begins.
+    """Token ids of a conversation up to where the answer begins, rendered by the tokenizer's own template.
 
     Training and inference both call this and append the answer's own tokens, so the boundary is the same
     in both. Special tokens written inside a message are text, never control tokens.
+
+    Raises:
+        ConfigError: for roles that are none, and when the template refuses the conversation.
     """
-    rendered = [{**m, "content": _slot(i)} for i, m in enumerate(messages)]
-    text = tokenizer.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
-    if not any(token in m["content"] for m in messages for token in _control_tokens(tokenizer)):
-        for i, message in enumerate(messages):
-            text = text.replace(_slot(i), message["content"])
-        return _encode(tokenizer, text)
+    talk = [{"role": turn["role"], "content": turn["content"]} for turn in as_messages(messages)]
+    controls = _control_tokens(tokenizer)
+    written = [token for token in controls if any(token in turn["content"] for turn in talk)]
+    if not written:
+        return _encode(tokenizer, _rendered(tokenizer, talk))
+    hidden = _Hidden(written, [turn["content"] for turn in talk] + [str(tokenizer.chat_template)])
+    text = _rendered(tokenizer, [{**turn, "content": hidden.hide(turn["content"])} for turn in talk])
     ids: list[int] = []
-    for i, message in enumerate(messages):
-        before, _, text = text.partition(_slot(i))
-        ids += _encode(tokenizer, before) + encode_text(tokenizer, message["content"])
-    return ids + _encode(tokenizer, text)
+    parts = _either(controls).split(text)  # what the template wrote, texts and control tokens in turn
+    for is_text, some in itertools.groupby(parts, hidden.holds):
+        plain = "".join(some)
+        ids += encode_text(tokenizer, hidden.show(plain)) if is_text else _encode(tokenizer, plain)
+    return ids
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
+    """The text that the template makes of a conversation."""
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        raise ConfigError(f"the chat template refuses the conversation: {error}") from error
+
+
+class _Hidden:
+    """Control tokens in messages, hidden from the template behind numbers that occur nowhere in the texts.
+
+    Args:
+        tokens: the control tokens that the messages hold.
+        texts: where the numbers must not occur.
+    """
+
+    def __init__(self, tokens: list[str], texts: list[str]) -> None:
+        digest = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).digest()
+        mark = int.from_bytes(digest[:10], "big") | 1 << 80
+        while any(str(mark) in text for text in texts):
+            mark += 1
+        self.tokens = {token: f"{mark}{i:03d}" for i, token in enumerate(tokens)}
+        self.mark = str(mark)
+
+    def hide(self, text: str) -> str:
+        """The text, numbers in the place of its control tokens."""
+        return _either(self.tokens).sub(lambda found: self.tokens[found[0]], text)
+
+    def holds(self, text: str) -> bool:
+        """Whether there are numbers in a text."""
+        return self.mark in text
+
+    def show(self, text: str) -> str:
+        """The text with its control tokens again."""
+        for token, number in self.tokens.items():
+            text = text.replace(number, token)
+        return text
+
+
+def _either(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Finds any of the tokens, the longest first; splitting by it keeps them."""
+    return re.compile("(" + "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ")")
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Every string that the tokenizer would turn into a control token."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-
-
-def _slot(i: int) -> str:
-    """A stand-in for the content of message i: a private-use character that no template touches."""
-    return chr(0xF0000 + i)
+    return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)} - {""}
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    return list(tokenizer(whole_characters(text), add_special_tokens=False)["input_ids"]) if text else []
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -167,4 +226,4 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if not text:
         return []
     kwargs: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}
-    return list(tokenizer(text, **kwargs)["input_ids"])
+    return list(tokenizer(whole_characters(text), **kwargs)["input_ids"])

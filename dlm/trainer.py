@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from dlm.checkpointing import keep_last, mark_complete
 from dlm.data.windows import Batch, EpochSampler, WindowCollator
-from dlm.diffusion import corrupt, stratified_times
+from dlm.diffusion import corrupt, corrupt_exactly, stratified_times
 from dlm.ema import EMA
 from dlm.errors import ConfigError
 from dlm.model import IGNORE
@@ -302,6 +302,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
                 "since_step": self._globalstep_last_logged,
                 "watched": watched,
                 "watched_since": self._watched_since,
+                "parts": self.args.gradient_accumulation_steps * max(1, self.args.world_size),
             }
             (folder / _LOG_STATE).write_text(json.dumps(log), encoding="utf-8")
             if self.ema:
@@ -323,6 +324,12 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             self.ema.load(resume_from_checkpoint)
         file = Path(resume_from_checkpoint) / _LOG_STATE
         self._resumed_log = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        parts = self.args.gradient_accumulation_steps * max(1, self.args.world_size)
+        if self._resumed_log.get("parts", parts) != parts:
+            raise ConfigError(
+                f"{resume_from_checkpoint}: a step of this run has {self._resumed_log['parts']} "
+                f"micro-batches, not {parts}; go on with as many processes as it began with"
+            )
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Take the weights (and the average) of a checkpoint, without training on."""
@@ -340,6 +347,13 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             }
             self._watched_since = self._resumed_log.get("watched_since", self._globalstep_last_logged)
             self._resumed_log = {}
+
+
+def micro_batches(checkpoint: str | Path) -> int | None:
+    """Micro-batches in a step of the run that wrote a checkpoint, over all its processes; None if unknown."""
+    file = Path(checkpoint) / _LOG_STATE
+    parts = json.loads(file.read_text(encoding="utf-8")).get("parts") if file.is_file() else None
+    return None if parts is None else int(parts)
 
 
 def add_noise(batch: Batch, slots: torch.Tensor, total: int, seed: int, step: int, mask_id: int) -> Batch:
@@ -363,20 +377,30 @@ def add_noise(batch: Batch, slots: torch.Tensor, total: int, seed: int, step: in
 def add_eval_noise(batch: Batch, draw: int, draws: int, mask_id: int) -> Batch:
     """A validation batch with noise that depends on the row's number and on `draw` (of `draws`) alone.
 
-    The levels of a row are evenly spaced, and rows are offset against each other by the golden ratio.
+    A row has a fixed number of masks in each draw (`corrupt_exactly`), and `t` is their share, so that
+    weights of 1/t give the NELBO. The numbers of a row are evenly spaced over its draws, and rows are offset
+    against each other by the golden ratio.
     """
     rows = batch["row"]
     offset = torch.remainder(rows.double() * 0.6180339887498949, 1.0)
-    t = stratified_times(offset, torch.full_like(rows, draw), draws)
-    return _noised(batch, t, fold(key_of("validation", draw, device=rows.device), rows), mask_id)
+    level = torch.remainder(offset + draw / draws, 1.0)
+    ids, maskable = batch["input_ids"], batch["maskable"]
+    keys = fold(key_of("validation", draw, device=rows.device), rows)
+    noise = uniform(keys[:, None], torch.arange(ids.shape[1], device=ids.device))
+    noisy, share = corrupt_exactly(ids, maskable, level, mask_id, noise)
+    return _with_targets(batch, share, noisy, mask_id)
 
 
 def _noised(batch: Batch, t: torch.Tensor, keys: torch.Tensor, mask_id: int) -> Batch:
     ids, maskable = batch["input_ids"], batch["maskable"]
     noise = uniform(keys[:, None], torch.arange(ids.shape[1], device=ids.device))
-    noisy = corrupt(ids, maskable, t, mask_id, noise=noise)
-    hit = maskable & (noisy == mask_id) & batch["loss_mask"]
-    return {**batch, "t": t, "noisy_ids": noisy, "targets": torch.where(hit, ids, IGNORE)}
+    return _with_targets(batch, t, corrupt(ids, maskable, t, mask_id, noise=noise), mask_id)
+
+
+def _with_targets(batch: Batch, t: torch.Tensor, noisy: torch.Tensor, mask_id: int) -> Batch:
+    hit = batch["maskable"] & (noisy == mask_id) & batch["loss_mask"]
+    targets = torch.where(hit, batch["input_ids"], IGNORE)
+    return {**batch, "t": t, "noisy_ids": noisy, "targets": targets}
 
 
 class _Bookkeeping(TrainerCallback):  # type: ignore[misc]

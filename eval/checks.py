@@ -8,42 +8,114 @@ from decimal import Decimal, InvalidOperation
 
 from eval.tasks import Question
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?")
+_GROUPED = r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?:[ '’\u00a0\u2009\u202f]\d{3})+(?!\d)|\d+"
+_NUMBER = re.compile(
+    rf"(?P<sign>[-+](?=[.\d]))?(?:(?P<whole>\d+) (?=\d+/\d))?(?P<value>(?:{_GROUPED})(?:\.\d+)?|\.\d+)"
+    r"(?:/(?P<below>\d+))?"
+)
+"""A number: 1,234.50, 1 200 000, -3, .5, 3/4, 2 1/2."""
+
+_LATEX = (
+    (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
+    (re.compile(r"\{,\}|\\[,;!:] ?(?=\d{3})"), ","),  # 9{,}500 and 9\,500
+    (re.compile(r"\\(?:text|mathrm|mbox|mathbf)\s*\{([^{}]*)\}"), r" \1 "),
+    (re.compile(r"\\times|\\cdot"), "*"),
+    (re.compile("[$£€\\\\]"), ""),
+    (re.compile("[\u2212\u2013\u2011]"), "-"),  # minus sign, en dash, hyphen that does not break
+)
+
+_NEXT = re.compile(
+    r"\n\s*(?:#+ *|\*\* *)?(?:(?:next |new |another )?(?:question|problem|exercise|instruction|q)(?: *\d+)?"
+    r"(?:\*\*)? *[:.)]|(?:user|human)(?:\*\*)? *:)|<\|",
+    re.IGNORECASE,
+)
+"""Where a model has gone on with a question of its own."""
+
+_MARKED = re.compile(r"####(?=[ \t]*[*$£€\\]*[-+\u2212]?[$£€\\]*\.?\d)")
+_ANSWER = re.compile(r"\banswer\b[^.\n]*?(?:\bis\b|[:=])", re.IGNORECASE)
+_OPERATOR = re.compile(r"\s*(?:[-+*/^=×÷]|x\b|times\b|plus\b|minus\b|divided\b|multiplied\b)", re.IGNORECASE)
 
 
 def numbers(text: str) -> list[Decimal]:
     """The numbers in a text, in order; "$1,234.50", "-3", ".5" and "3/4" are one each, units are left out."""
-    found, text = [], text.replace("$", "").replace("\N{MINUS SIGN}", "-")
-    for word in _NUMBER.finditer(text):
-        if not any(char.isdigit() for char in word[0]):
-            continue
-        hyphen = word[0][0] in "-+" and word.start() and text[word.start() - 1 : word.start()].isalnum()
-        number = _value(word[0][1:] if hyphen else word[0])  # "3-4" and "7-year" are no negative numbers
-        if number is not None:
-            found.append(number)
-    return found
+    text = _plain(text)
+    return [value for found in _NUMBER.finditer(text) if (value := _value(found, text)) is not None]
 
 
-def _value(word: str) -> Decimal | None:
-    above, _, below = word.replace(",", "").partition("/")
+def _plain(text: str) -> str:
+    """A text without the marks of LaTeX, currencies and other dashes."""
+    for pattern, instead in _LATEX:
+        text = pattern.sub(instead, text)
+    return text
+
+
+def _value(found: re.Match[str], text: str) -> Decimal | None:
+    """What a match of `_NUMBER` is; "3-4" and "7-year" are no negative numbers."""
+    above = re.sub("[^0-9.]", "", found["value"])
     try:
-        value = Decimal(above) / (Decimal(below) if below else 1)
+        value = Decimal(above) / Decimal(found["below"] or 1) + Decimal(found["whole"] or 0)
     except (InvalidOperation, ZeroDivisionError):
         return None
-    return value
+    negative = found["sign"] == "-" and not (found.start() and text[found.start() - 1].isalnum())
+    return -value if negative else value
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number that a solution ends with: behind "####" or "answer is" where one stands, else the last."""
-    marked = re.split(r"####|\banswer\b[^.\n]*?(?:\bis\b|[:=])", text, flags=re.IGNORECASE)
-    if len(marked) > 1:
-        first = (
-            marked[-1].strip().split("\n")[0]
-        )  # "10 + 5 = 15": what is worked out stands behind the last "="
-        if after := numbers(first.rsplit("=", 1)[-1]) or numbers(marked[-1]):
-            return after[0]
+    r"""The number that a solution ends with.
+
+    What is behind the end of a model's thoughts counts, up to where it asks itself another question. Of that,
+    the number behind the first "####"; else in the last \boxed{}; else behind the last "answer is"; else
+    the last one. Of an equation, the side that is worked out.
+    """
+    text = text.rsplit("</think>", 1)[-1]
+    begin = len(text) - len(text.lstrip())
+    ends = [found.start() for found in _NEXT.finditer(text) if text[begin : found.start()].strip()]
+    text = text[: ends[0]] if ends else text
+    marked = _MARKED.split(text, maxsplit=1)
+    if len(marked) > 1 and (behind := numbers(marked[1])):
+        return behind[0]
+    for box in reversed(_boxes(text)):
+        if inside := numbers(box):
+            return _worked_out(box, inside[-1])
+    marked = _ANSWER.split(text)
+    if len(marked) > 1 and (behind := numbers(marked[-1])):
+        line = next(line for line in marked[-1].split("\n") if numbers(line))
+        return _worked_out(line, behind[0])
     every = numbers(text)
-    return every[-1] if every else None
+    if not every:
+        return None
+    sentence = [part for part in re.split(r"\n|(?<=[.!?])\s", text) if numbers(part)][-1]
+    return _worked_out(sentence, every[-1]) if "=" in sentence else every[-1]
+
+
+def _boxes(text: str) -> list[str]:
+    r"""What stands in the braces of \boxed{…}, braces within them included."""
+    found = []
+    for start in re.finditer(r"\\boxed\s*\{", text):
+        depth, end = 1, start.end()
+        while end < len(text) and depth:
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        found.append(text[start.end() : end - (not depth)])
+    return found
+
+
+def _worked_out(text: str, otherwise: Decimal) -> Decimal:
+    """Of "10 + 5 = 15", "12 = 3 * 4" or "18, since 9 * 2 = 18" the result.
+
+    That is the first number, if nothing is done to it; else the last side of the equation with one number.
+    """
+    text = _plain(text)
+    if "=" not in text:
+        return otherwise
+    first = _NUMBER.search(text)
+    if first is not None and re.fullmatch(r"[\W_]*", text[: first.start()]):
+        value = _value(first, text)
+        if value is not None and not _OPERATOR.match(text, first.end()):
+            return value
+    sides = [numbers(side) for side in text.split("=")]
+    single = [side[0] for side in sides if len(side) == 1]
+    return single[-1] if single else otherwise
 
 
 def gsm8k(question: Question, answer: str) -> bool:

@@ -33,7 +33,7 @@ class EvalConfig:
         steps: denoising steps, several as "16,32" or as shares of the window, "L/16,L/4"; with them the
             canvas is fixed.
         max_tokens: longest answer on a canvas that grows, and of endpoints; 0 for 256.
-        rate: tokens per model call, several as "1,2"; for a canvas that grows.
+        rate: tokens per model call, several as "1,2"; in place of steps.
         seed: of the noise; equal for all decoders.
         eos_fill: once the end is written, everything to its right becomes the end token.
         batch_size: rows per model call, or requests at a time.
@@ -95,10 +95,19 @@ class EvalConfig:
             raise ConfigError("batch_size must be at least 1, and usual_rows at least 2")
         if not self.model and (self.decoders or self.steps or self.rate or self.window):
             raise ConfigError("decoders, steps, rate and window are for --model")
+        self._refuse_what_has_no_use()
         if self.dtype not in ("auto", "fastest", "float32", "bfloat16", "float16"):
             raise unknown_name("dtype", self.dtype, ("fastest", "float32", "bfloat16", "float16"))
         if self.nelbo_draws and not self.model:
             raise ConfigError("nelbo_draws is for --model")
+
+    def _refuse_what_has_no_use(self) -> None:
+        """Refuse options that would be ignored."""
+        for name, wanted in (("endpoint_model", "endpoint"), ("eos_fill", "model"), ("usual_rows", "usual")):
+            if getattr(self, name) != getattr(EvalConfig, name) and not getattr(self, wanted):
+                raise ConfigError(f"{name} is for --{wanted}")
+        if self.usual and not self.reader:
+            raise ConfigError("usual is for a --reader, which says what perplexity its rows have")
 
     @property
     def where(self) -> str:
@@ -118,8 +127,8 @@ class SweepConfig(EvalConfig):
     """Everything of `dlm eval`, and sizes and cuts to sweep over.
 
     Args:
-        kernel: sizes of the kernel, or of the blocks of decoders that have blocks, such as "33,65" or "L/4";
-            an even one is for kernels the next odd one.
+        kernel: sizes of the kernel, or of the blocks of decoders that have blocks, such as "33,65" or "L/4".
+            Kernels are odd: a share of the window is for them the next odd number.
         top_k: values of k for decoders that cut.
     """
 

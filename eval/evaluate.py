@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dlm.data.records import read_records
 from dlm.errors import ConfigError
+from dlm.lock import alone_in, check_writable
 from eval.config import NUCLEUS, EvalConfig
 from eval.metrics import Instruments
-from eval.run import Card, Results, answer_all, complete, finish, merge, open_run
+from eval.run import Card, Results, answer_all, finish, merge, open_run
 from eval.systems import Autoregressive, Endpoint, Local, System, fingerprint
 from eval.tasks import Question, load_questions, with_references
 from eval.variants import Variant, variants
@@ -29,13 +31,22 @@ class Contestant:
 
 
 def evaluate(config: EvalConfig) -> list[Results]:
+    """Run everything that the settings ask for; see `evaluated`."""
+    return evaluated(config)[0]
+
+
+def evaluated(config: EvalConfig) -> tuple[list[Results], list[str]]:
     """Run everything that the settings ask for; under `accelerate launch`, with the other processes.
 
     Returns:
-        The runs; empty in all processes but the first.
+        The runs, and what is missing, in words; both empty in all processes but the first.
+
+    Raises:
+        ConfigError: for settings that cannot work, and when another process is at work on one of the runs.
     """
     from accelerate import PartialState
 
+    check_writable(config.output)
     state = PartialState(cpu=config.device == "cpu")
     questions = load_questions(config.task, config.data, config.limit)
     if config.references:
@@ -44,25 +55,51 @@ def evaluate(config: EvalConfig) -> list[Results]:
     questions = _fitting(questions, loaded) if config.model and config.window else questions
     contestants = list(_contestants(config, loaded))
     instruments = loaded.instruments(questions) if state.is_main_process else Instruments()
-    folders = []
-    for contestant in contestants:
-        folder, card = contestant.card.folder(config.output), contestant.card
-        if state.is_main_process:
-            open_run(folder, card)
-            merge(folder, questions)
-        state.wait_for_everyone()
-        try:
-            answer_all(folder, card, questions, contestant.make(), (state.process_index, state.num_processes))
-        except ConfigError as error:
-            if len(contestants) == 1:
-                raise
-            logger.warning("%s is left out: %s", card.name, error)
-        state.wait_for_everyone()
-        if state.is_main_process and complete(questions, merge(folder, questions)):
-            folders.append((folder, card))
-    for folder, card in folders:
-        finish(folder, card, questions, merge(folder, questions), instruments)
-    return [Results.load(folder) for folder, _ in folders]
+    folders = [contestant.card.folder(config.output) for contestant in contestants]
+    with ExitStack() as alone:
+        for folder in dict.fromkeys(folders) if state.is_main_process else ():
+            alone.enter_context(alone_in(folder))
+        lacks = [_answered(c, questions, config, len(contestants) == 1) for c in contestants]
+        if not state.is_main_process:
+            return [], []
+        for folder, contestant, lack in zip(folders, contestants, lacks, strict=True):
+            if not lack:
+                finish(folder, contestant.card, questions, merge(folder, questions), instruments)
+    results = [Results.load(folder) for folder, lack in zip(folders, lacks, strict=True) if not lack]
+    return results, [lack for lack in lacks if lack]
+
+
+def _answered(contestant: Contestant, questions: list[Question], config: EvalConfig, only: bool) -> str:
+    """Have one contestant answer; returns what is missing in the end, in words.
+
+    Args:
+        contestant: who answers.
+        questions: of the task.
+        config: of the evaluation.
+        only: whether it is the only one, so that its errors are those of the evaluation.
+    """
+    from accelerate import PartialState
+
+    state, card = PartialState(), contestant.card
+    folder, lack = card.folder(config.output), ""
+    if state.is_main_process:
+        open_run(folder, card)
+        merge(folder, questions)
+    state.wait_for_everyone()
+    try:
+        answer_all(folder, card, questions, contestant.make(), (state.process_index, state.num_processes))
+    except ConfigError as error:
+        if only:
+            raise
+        logger.warning("%s is left out: %s", card.name, error)
+        lack = f"{card.name} ({error})"
+    state.wait_for_everyone()
+    if not state.is_main_process or lack:
+        return lack
+    said = merge(folder, questions)
+    wanted = [(question.id, turn) for question in questions for turn in range(len(question.turns))]
+    missing = [key for key in wanted if key not in said]
+    return f"{card.name}: {len(missing)} of {len(wanted)} answers" if missing else ""
 
 
 def _fitting(questions: list[Question], loaded: _Loaded) -> list[Question]:
@@ -125,6 +162,12 @@ class _Loaded:
         if path:
             out.reader = Reader(path, *self.place)
             out.band = self._band(out.reader, questions)
+        elif self.config.reader:
+            logger.warning(
+                "no reader: the records of %s name no autoregressive model that is still there, so nll and "
+                "inlier rate are not measured; --reader names one",
+                self.config.where,
+            )
         if self.config.encoder:
             from eval.relevance import Encoder
 
@@ -183,6 +226,7 @@ def _contestants(config: EvalConfig, loaded: _Loaded) -> Iterator[Contestant]:
     """Every variant of the system under test."""
     common = {
         "data": Path(config.data).name,
+        "source": str(Path(config.data).resolve()) if config.data else "",
         "task": config.task,
         "system": config.system,
         "model": config.where,

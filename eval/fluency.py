@@ -73,14 +73,14 @@ def base_of(model: str) -> str:
     from dlm.checkpoint import is_causal_lm
     from dlm.pretrained.names import located
 
-    if not model:
-        return ""
     for _ in range(10):  # stages of training
+        if not model:
+            return ""  # random weights, or nothing on record
         model = located(model)
         file = Path(model) / "run.json"
         if file.is_file():
             try:
-                model = str(json.loads(file.read_text(encoding="utf-8"))["config"]["model"]["init"])
+                model = str(json.loads(file.read_text(encoding="utf-8"))["config"]["model"]["init"] or "")
             except (ValueError, KeyError, TypeError):
                 return ""
         elif adapter.is_adapter(model):
@@ -91,7 +91,7 @@ def base_of(model: str) -> str:
         return ""
     if model.endswith(".gguf"):
         return model if Path(model).is_file() else ""
-    return model if Path(model).is_dir() and is_causal_lm(model) else ""
+    return model if (Path(model) / "config.json").is_file() and is_causal_lm(model) else ""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 from dlm.errors import DLMError, unknown_name
 from eval.answers import Answer
-from eval.judge import Judge, Request
-from eval.statistics import bootstrap
+from eval.judge import Judge, Request, conclusion
+from eval.statistics import estimate
 from eval.tasks import Question
 
 ASPECTS = {
@@ -77,7 +77,7 @@ def score(
     if asked and not scores:
         raise DLMError("the judge gave no score that can be read")
     malformed = len(asked) - len(scores) - unanswered
-    return Score(asdict(bootstrap(list(scores.values()))), scores, malformed, unanswered)
+    return Score(asdict(estimate(list(scores.values()))), scores, malformed, unanswered)
 
 
 def expected_score(choice: dict[str, Any]) -> float | None:
@@ -90,5 +90,5 @@ def expected_score(choice: dict[str, Any]) -> float | None:
             mass[digit] = mass.get(digit, 0.0) + math.exp(candidate["logprob"])
     if mass:
         return sum(digit * p for digit, p in mass.items()) / sum(mass.values())
-    found = re.search(r"\b([1-5])\b", choice["message"]["content"])
+    found = re.search(r"\b([1-5])\b", conclusion(choice["message"]["content"]))
     return float(found[1]) if found else None

@@ -21,7 +21,7 @@ from dlm.errors import DLMError
 from dlm.tokenizer import Message
 from eval.config import JudgeConfig
 from eval.formats import write_json
-from eval.systems import asked, client
+from eval.systems import Connection, client
 
 V = TypeVar("V")
 
@@ -30,6 +30,13 @@ CHARACTERS = 4
 
 PAUSES = (1.0, 4.0)
 """Seconds before a reply that is none is asked for again (429, 5xx and timeouts have their own pauses)."""
+
+
+def conclusion(text: str) -> str:
+    """What a judge says behind its thoughts; of thoughts without an end, nothing is left."""
+    if "</think>" in text:
+        return text.rsplit("</think>", 1)[1]
+    return text.split("<think>", 1)[0]
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class Judge:
         self.config = config
         self.folder = Path(config.cache) if config.cache else Path.home() / ".cache" / "dlm" / "judge"
         self.last_failure = ""
-        self._client: Any = None
+        self._client: Connection | None = None
 
     def ask(self, requests: Sequence[Request], label: str = "judge") -> list[dict[str, Any] | None]:
         """The choice that each request got, as the endpoint gave it; None where there is none in the end.
@@ -152,8 +159,9 @@ class Judge:
     def _asked(self, request: Request) -> dict[str, Any]:
         import openai
 
+        assert self._client is not None  # `ask` has made it
         try:
-            done = asked(self._client, model=self.config.model, messages=request.messages, **request.options)
+            done = self._client.ask(model=self.config.model, messages=request.messages, **request.options)
             choice: dict[str, Any] = done.choices[0].model_dump()
             usage = done.usage.total_tokens if done.usage else 0
         except DLMError as error:

@@ -1,4 +1,4 @@
-"""A masked diffusion model for lm-evaluation-harness: `generate_until`, and `loglikelihood` by the NELBO.
+"""A masked diffusion model for lm-evaluation-harness: `generate_until`, and `loglikelihood` by a bound.
 
     python -m eval.lm_harness run --model dlm --model_args pretrained=DIR,decoder=conv --tasks gsm8k
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import logging
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +21,19 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from dlm.errors import ConfigError, DLMError, unknown_name
+from dlm.tokenizer import Message, template_name
 from eval.variants import number, parse_decoders
+
+logger = logging.getLogger("lm_eval.dlm")  # below the harness's own, which it makes visible
+
+LIKELIHOODS = ("nelbo", "path")
+"""Bounds on log-likelihoods, by name."""
+
+DRAWS = 32
+"""Model calls for each log-likelihood."""
+
+SIZES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What tasks call the longest answer, in the harness's order of precedence."""
 
 
 @register_model("dlm")
@@ -29,12 +43,14 @@ class DLM(LM):  # type: ignore[misc]
     Args:
         pretrained: folder or hub id.
         decoder: name, or name(option=number;…), of the decoder; the checkpoint's own if empty.
-        max_tokens: longest text, where the task does not say.
-        window: for a fixed canvas; with `steps`.
-        steps: denoising steps; 0 for a canvas that grows.
-        rate: tokens per model call on a canvas that grows; 0 for the default.
-        draws: noise levels for each log-likelihood; the bound's standard deviation falls with its root.
-        seed: of the noise of texts.
+        max_tokens: longest text, where the task does not say; on a canvas that grows. 0 for 256.
+        window: tokens of prompt and answer together, for a fixed canvas.
+        steps: denoising steps, on a fixed canvas; with a window and 0, the checkpoint's own.
+        rate: tokens per model call; 0 for the default.
+        likelihood: "nelbo", or "path" for the bound along the decoder's own order, one token a call.
+        draws: model calls for each log-likelihood by the NELBO. A continuation with no more maskings than
+            that is exact; the standard error of the others falls with the root, and is logged.
+        seed: of the noise.
         batch_size: rows per model call.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
         dtype: type of the weights.
@@ -44,11 +60,12 @@ class DLM(LM):  # type: ignore[misc]
         self,
         pretrained: str = "",
         decoder: str = "",
-        max_tokens: int | str = 256,
+        max_tokens: int | str = 0,
         window: int | str = 0,
         steps: int | str = 0,
         rate: float | str = 0,
-        draws: int | str = 32,
+        likelihood: str = "nelbo",
+        draws: int | str = DRAWS,
         seed: int | str = 0,
         batch_size: int | str = 8,
         device: str | None = "auto",
@@ -67,16 +84,30 @@ class DLM(LM):  # type: ignore[misc]
         for name in rest:
             if name not in ("max_batch_size", "trust_remote_code"):  # what the harness adds by itself
                 raise unknown_name("model_args", name, list(inspect.signature(DLM.__init__).parameters)[1:-1])
+        if likelihood not in LIKELIHOODS:
+            raise unknown_name("likelihood", likelihood, LIKELIHOODS)
         if device and device.startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"  # the harness asks for cuda:0 unless it is told otherwise
         self.model, self.tokenizer = load_model(pretrained, device or "auto", dtype)
         self.sampler = Sampler(self.model, self.tokenizer)
         name, options = parse_decoders(str(decoder).replace(";", ","))[0]
-        self.limit, self.draws = int(max_tokens), int(draws)
+        if likelihood == "path" and int(draws) != DRAWS:
+            raise ConfigError("draws are for likelihood=nelbo; a path takes one call for each token")
+        self.limit, self.likelihood, self.draws = int(max_tokens), likelihood, int(draws)
+        self.seed = int(number(str(seed), "seed"))
         self.rows = int(batch_size) if str(batch_size).isdecimal() else 8
         self.steps, self.window = int(steps), int(window)
         pace = {"rate": float(rate)} if float(rate) else {}
-        self.variant, self.seed = Variant(name, options, pace), int(number(str(seed), "seed"))
+        self.variant = Variant(name, options, pace)
+        self.fixed: dict[str, Any] = {"window": self.window or None, "steps": self.steps or None}
+        self.fixed = self.fixed if self.window or self.steps else {}
+        if self.fixed and self.limit:
+            raise ConfigError(
+                "max_tokens is for a canvas that grows; a window, or steps, make it a fixed one"
+            )
+        self.sampler.plan(self.variant.request(**self.fixed))  # before the questions are read
+        self._talks: dict[str, list[Message]] = {}
+        self._warned: set[str] = set()
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer each context until one of its stop texts; the model's template stands around it.
@@ -96,16 +127,36 @@ class DLM(LM):  # type: ignore[misc]
 
     def _asked_for(self, request: Instance) -> tuple[tuple[str, ...], tuple[tuple[str, int | None], ...]]:
         """The stop texts and the size that a request asks for."""
-        options = request.args[1]
-        until = options.get("until") or []
+        options = dict(request.args[1])
+        until = options.pop("until", None) or []
         stops = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
-        if self.steps:
-            return stops, (("window", self.window or None), ("steps", self.steps))
-        return stops, (("max_tokens", int(options.get("max_gen_toks", self.limit))),)
+        sizes = [options.pop(name) for name in SIZES if options.get(name) is not None]
+        for name in (*options, *(SIZES[:1] if sizes and self.fixed else ())):
+            self._ignored(name)
+        if self.fixed:
+            return stops, tuple(self.fixed.items())
+        return stops, (("max_tokens", int(sizes[0]) if sizes else self.limit or 256),)
 
-    def _fitting(self, context: str) -> str:
-        """The context, cut from the left where a window or the model would have no room for an answer."""
-        room = (self.window or self.sampler.window if self.steps else self.sampler.spec.positions) * 3 // 4
+    def _ignored(self, name: str) -> None:
+        """Say once that a task's option is not followed, and what decides in its place."""
+        if name in self._warned:
+            return
+        self._warned.add(name)
+        place = "the decoder's own options (model_args decoder=name(temperature=…)) decide"
+        if name in ("max_length", *SIZES):
+            place = "max_gen_toks, or window and steps among the model_args, decide"
+        logger.warning("the task's %s is not followed: %s", name, place)
+
+    def _fitting(self, context: str) -> str | list[Message]:
+        """The prompt, cut from the left where a window or the model would have no room for an answer."""
+        room = self.window or (self.sampler.window if self.steps else self.sampler.spec.positions)
+        room = room * 3 // 4
+        talk = list(self._talks.get(context, ()))
+        while len(talk) > 2 and self.sampler.prompt_length(talk) > room:
+            first = 1 if talk[0]["role"] == "system" and len(talk) > 3 else 0
+            del talk[first : first + 2]  # an example: a question and its answer
+        if talk:
+            return talk
         ids = self.sampler.rows.text(context)
         over = self.sampler.prompt_length(context) - room
         return context if over <= 0 else str(self.tokenizer.decode(ids[over:]))
@@ -113,19 +164,65 @@ class DLM(LM):  # type: ignore[misc]
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """-NELBO of each continuation given its context, and whether it is what greedy filling writes.
+        """A bound on log p of each continuation as an answer, and whether it is what greedy filling writes.
 
-        The second is asked in one pass: all of the continuation masked, the likeliest token everywhere.
+        The model's template stands around the context, as in `generate_until`. The second is asked in one
+        pass: all of the continuation masked, the likeliest token everywhere.
         """
         del disable_tqdm
-        from eval.nelbo import nelbo
-
         rows = [self._encoded(*request.args) for request in requests]
-        bounds = nelbo(self.model, rows, self.draws, self.rows)
-        return [(-bound, self._greedy(*row)) for bound, row in zip(bounds, rows, strict=True)]
+        found = self._bounds(rows)
+        return [(-nats, greedy) for nats, greedy in found]
+
+    def _bounds(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Nats of each answer given its prompt, bounded from above, and whether greedy filling writes it."""
+        from eval.nelbo import bounds
+
+        path = self.likelihood == "path"
+        found = bounds(self.model, rows, 1 if path else self.draws, self.rows, self.seed)
+        greedy = [bound.greedy for bound in found]
+        if path:
+            return list(zip(self._paths(rows), greedy, strict=True))
+        errors = [bound.error for bound in found if bound.error != 0]  # NaN too: of a single draw
+        logger.info("%d log-likelihoods, %d of them exact bounds", len(found), len(found) - len(errors))
+        if errors:
+            known = [error for error in errors if not math.isnan(error)] or [math.nan]
+            logger.info(
+                "standard error of the others: %.3f nats in the mean, %.3f at most (draws=%d)",
+                sum(known) / len(known), max(known), self.draws,
+            )  # fmt: skip
+        return [(bound.nats, bound.greedy) for bound in found]
+
+    def _paths(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """Nats of each answer along the path of the decoder, on a canvas of its length."""
+        from decoding.presets import Decoder
+        from eval.path import path_costs
+
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))
+        found = [0.0] * len(rows)
+        for size, some in itertools.groupby(order, lambda i: len(rows[i][1])):
+            if not size:
+                continue
+            same, decoder = list(some), self.variant.request().decoder
+            rate = 1.0 if not isinstance(decoder, Decoder) or decoder.reveal.paced else None
+            plan = self.sampler.plan(decoder=decoder, max_tokens=size, rate=rate)
+            several = [rows[i] for i in same]
+            costs = path_costs(self.model, several, plan, seed=self.seed, batch_size=self.rows)
+            for i, cost in zip(same, costs, strict=True):
+                found[i] = cost.total
+        return found
 
     def _encoded(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of both, cut apart where the context ends; its spaces at the end belong to the continuation."""
+        """Ids of the prompt and of the answer.
+
+        An answer begins without the space that the harness puts before it. Without a context, or for models
+        that were trained on plain text, both are cut apart where the context ends; spaces at its end belong
+        to the continuation.
+        """
+        if context and template_name(self.tokenizer) != "plain":
+            before = self.sampler.rows.prompt(self._fitting(context))
+            after = self.sampler.rows.text(continuation.lstrip() or continuation)
+            return before, after[: self.sampler.spec.positions - len(before)]
         space = len(context) - len(context.rstrip())
         context, continuation = (
             context[: len(context) - space],
@@ -133,46 +230,41 @@ class DLM(LM):  # type: ignore[misc]
         )
         whole = self.sampler.rows.text(context + continuation)
         before = self.sampler.rows.text(context) if context else [int(self.model.config.eos_token_id)]
-        after = whole[len(before) :] if context and whole[: len(before)] == before else None
-        after = after or self.sampler.rows.text(continuation)
+        cut = whole[len(before) :] if context and whole[: len(before)] == before else None
+        after = cut or self.sampler.rows.text(continuation)
         room = self.sampler.spec.positions - len(after)
         return before[-room:] if room > 0 else [], after[: self.sampler.spec.positions]
 
-    def _greedy(self, context: list[int], continuation: list[int]) -> bool:
-        import torch
-
-        mask = [int(self.model.config.mask_token_id)] * len(continuation)
-        with torch.inference_mode():
-            hidden = self.model.hidden(torch.tensor([context + mask]))[0, len(context) :]
-            best: list[int] = self.model.logits(hidden).argmax(-1).tolist()
-        return best == continuation
-
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """-NELBO of whole texts; those that are longer than the model's positions, in pieces."""
+        """A bound on log p of whole texts; those longer than the model's positions, in pieces."""
         del disable_tqdm
-        from eval.nelbo import nelbo
-
         eos, room = [int(self.model.config.eos_token_id)], self.sampler.spec.positions - 1
         texts = [self.sampler.rows.text(request.args[0]) for request in requests]
         pieces = [(i, ids[at : at + room]) for i, ids in enumerate(texts) for at in range(0, len(ids), room)]
         total = [0.0] * len(texts)
-        bounds = nelbo(self.model, [(eos, ids) for _, ids in pieces], self.draws, self.rows)
-        for (i, _), bound in zip(pieces, bounds, strict=True):
-            total[i] -= bound
+        for (i, _), (nats, _) in zip(pieces, self._bounds([(eos, ids) for _, ids in pieces]), strict=True):
+            total[i] -= nats
         return total
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of one user's turn, system text first: the sampler puts the model's template around it.
+        """The text of a conversation: of one user's turn, system text first; else as the template has it.
+
+        The sampler puts the template around it; conversations of several turns are known again by their text.
 
         Raises:
-            ConfigError: for conversations of several turns.
+            ConfigError: for one that ends with the beginning of the answer.
         """
         del add_generation_prompt
-        if [message["role"] for message in chat_history if message["role"] != "system"] != ["user"]:
-            raise ConfigError("one user turn at a time: leave out --fewshot_as_multiturn")
-        return "\n\n".join(message["content"] for message in chat_history)
+        talk = [{"role": message["role"], "content": message["content"]} for message in chat_history]
+        if not talk or talk[-1]["role"] != "user":
+            raise ConfigError("the task begins the model's answer (gen_prefix), which is not supported")
+        if [message["role"] for message in talk if message["role"] != "system"] == ["user"]:
+            return "\n\n".join(message["content"] for message in talk)
+        text = str(self.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True))
+        self._talks[text] = talk
+        return text
 
     @property
     def tokenizer_name(self) -> str:

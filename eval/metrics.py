@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from dlm.repetition import repetition, stutter
 from dlm.tokenizer import Message
 from eval.answers import Answer
 from eval.checks import CHECKS
-from eval.statistics import Estimate, bootstrap
+from eval.statistics import Estimate, estimate, jackknife
 from eval.tasks import TASKS, Question
 
 
@@ -89,19 +88,17 @@ def distinct(texts: Sequence[str], n: int) -> float:
     return _distinct([_grams(text, n) for text in texts])
 
 
-def distinct_interval(texts: Sequence[str], n: int, draws: int = 100) -> tuple[float, float]:
-    """Half the width of the 95 % bootstrap interval of distinct-n over texts, downwards and upwards.
-
-    A resample has some texts twice and therefore fewer distinct n-grams; the interval is taken around the
-    resamples' own mean.
-    """
+def distinct_around(texts: Sequence[str], n: int) -> float:
+    """Half the width of the 95 % interval of distinct-n, over sets of as many texts; NaN for few of them."""
     grams = [_grams(text, n) for text in texts]
-    generator = np.random.default_rng(0)
-    found = np.array(
-        [_distinct([grams[i] for i in generator.integers(0, len(grams), len(grams))]) for _ in range(draws)]
-    )
-    low, high = np.nanquantile(found, [0.025, 0.975]) if grams else (float("nan"), float("nan"))
-    return float(np.nanmean(found) - low), float(high - np.nanmean(found))
+    total, sets = sum(map(len, grams)), [set(some) for some in grams]
+    owners = Counter(itertools.chain.from_iterable(sets))
+    without = [  # distinct-n of the others: what only this text has is missing
+        (len(owners) - sum(owners[gram] == 1 for gram in own)) / (total - len(some))
+        for own, some in zip(sets, grams, strict=True)
+        if total > len(some)
+    ]
+    return jackknife(without) if len(without) == len(texts) else math.nan
 
 
 def _grams(text: str, n: int) -> list[tuple[str, ...]]:
@@ -196,7 +193,7 @@ def summary(measured: Mapping[str, Mapping[str, float]]) -> dict[str, Estimate]:
     """Mean over answers, and its interval, of every measure that some answer has."""
     questions = [key.rpartition("/")[0] for key in measured]
     found = {
-        name: bootstrap([row.get(name, float("nan")) for row in measured.values()], questions)
-        for name in MEASURES
+        name: estimate([row.get(name, float("nan")) for row in measured.values()], questions, measure.percent)
+        for name, measure in MEASURES.items()
     }
     return {name: value for name, value in found.items() if value.count}

@@ -15,8 +15,8 @@ from dlm.data.records import read_records
 from dlm.errors import ConfigError, DataError, DLMError
 from dlm.tokenizer import Message
 from eval.answers import Answer
-from eval.judge import Judge, Request, Tally
-from eval.statistics import bootstrap
+from eval.judge import Judge, Request, Tally, conclusion
+from eval.statistics import estimate
 from eval.tasks import FASTCHAT, Question, with_references
 
 MATHS = ("math", "reasoning", "coding", "arena-hard-200")
@@ -122,7 +122,11 @@ def _texts(question: Question, turn: int) -> dict[str, str]:
 
 
 def read_grade(text: str) -> float | None:
-    """The number in "[[7]]" (or, as FastChat has it, "[7]"); None if there is none between 1 and 10."""
+    """The first number in "[[7]]" (else in "[7]") behind a judge's thoughts, as FastChat reads it.
+
+    None if there is none between 1 and 10.
+    """
+    text = conclusion(text)
     found = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
     grade = float(found[1]) if found else None
     return grade if grade is not None and 1 <= grade <= 10 else None
@@ -168,7 +172,7 @@ def grade(questions: Sequence[Question], said: Said, judge: Judge, prompts: dict
         raise DLMError(f"the judge gave no grade that can be read: {tally}")
     return Grades(
         [_mean([g for _, turn, g in pairs if turn == i]) for i in turns],
-        asdict(bootstrap([g for _, _, g in pairs], [q.id for q, _, _ in pairs])),
+        asdict(estimate([g for _, _, g in pairs], [q.id for q, _, _ in pairs])),
         {c: _mean([g for q, _, g in pairs if q.category == c]) for c in categories},
         grades,
         asdict(tally),
@@ -183,9 +187,12 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def read_winner(text: str) -> Winner | None:
-    """What "[[A]]", "[[B]]" or "[[C]]" (a tie) says; None if none of them stands there."""
-    found = re.findall(r"\[\[([ABC])\]\]", text)
-    return _WINNERS[found[-1]] if found else None
+    """What "[[A]]", "[[B]]" or "[[C]]" (a tie) says behind a judge's thoughts; None if none stands there.
+
+    Of several the first of A, B and C counts, as FastChat reads it.
+    """
+    text = conclusion(text)
+    return next((winner for letter, winner in _WINNERS.items() if f"[[{letter}]]" in text), None)
 
 
 @dataclass(frozen=True)

@@ -1,67 +1,168 @@
-"""The bound on likelihood that a masked diffusion model gives: Monte-Carlo NELBO of given answers."""
+"""The bound on likelihood that a masked diffusion model gives: the NELBO of given answers, with its error."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dlm.model import IGNORE
-from dlm.trainer import add_eval_noise
+from dlm.noise import fold, key_of, uniform
+
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Prompt and answer as ids."""
+
+_CELLS = 1024
+"""Masked cells that pass through the LM head at a time; bounds the logits that live at once."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A bound on -log p(answer | prompt)."""
+
+    nats: float
+    """All tokens of the answer together."""
+    error: float
+    """Standard error of `nats` over the draws; 0 where every masking was looked at."""
+    greedy: bool
+    """Whether, all of the answer being masked, the likeliest token everywhere is the answer's."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One noisy row, and the rows of which it is a masking."""
+
+    owners: list[int]
+    """Rows whose noisy row this is; several where nothing of their answers is visible."""
+    cells: list[int]
+    """Places in the answer that are masked."""
+    weight: float
+    """What the summed -log p of the cells counts in the bound."""
+
+
+def nelbo(
+    model: Any, rows: Sequence[Pair], draws: int = 32, batch_size: int = 16, seed: int = 0
+) -> list[float]:
+    """Nats of each answer; see `bounds`."""
+    return [bound.nats for bound in bounds(model, rows, draws, batch_size, seed)]
 
 
 @torch.inference_mode()
-def nelbo(
-    model: Any, rows: Sequence[tuple[list[int], list[int]]], draws: int = 32, batch_size: int = 16
-) -> list[float]:
+def bounds(
+    model: Any, rows: Sequence[Pair], draws: int = 32, batch_size: int = 16, seed: int = 0
+) -> list[Bound]:
     """-log p(answer | prompt), bounded from above (MDLM, arXiv 2406.07524).
 
-    The mean over t of Σ_{i masked} -log p(x_i | x_t) / t.
-    Noise levels of a row are evenly spaced over its draws; the noise depends on the row's number and the draw
-    alone, as in the validation of training.
+    With n tokens in the answer and M a set of l of them, all such sets being equally likely,
+
+        NELBO = 1/n Σ_{l=1…n} n/l · E_M[Σ_{i∈M} -log p(x_i | the others, prompt)]
+
+    which is the integral over t of Σ_{i masked} -log p(x_i | x_t) / t with masks of probability t. All sets
+    are looked at where there are no more of them than draws, so that one token is exact in one call.
+    Otherwise l = n is looked at once, and the other l are drawn from strata of equal size.
+
+    The noise depends on the seed and the prompt alone: answers to one question share it, so that what sets
+    them apart is not noise, and a row's result does not depend on its neighbours.
 
     Args:
         model: a masked diffusion model.
-        rows: prompt and answer as ids; answers that end hold their end token.
-        draws: noise levels for each row.
-        batch_size: forward passes at a time.
+        rows: prompts and answers; answers that end hold their end token.
+        draws: model calls for each row, two at least where not all sets are looked at.
+        batch_size: noisy rows in a model call.
+        seed: of the noise.
 
     Returns:
-        Nats of each answer, all its tokens together.
+        One bound for each row; of an answer without tokens, zero.
     """
-    jobs = [(row, draw) for row in range(len(rows)) for draw in range(draws)]
-    jobs.sort(key=lambda job: sum(map(len, rows[job[0]])))  # little padding
-    total = torch.zeros(len(rows), dtype=torch.float64)
+    jobs = list(_jobs(rows, draws, seed))
+    jobs.sort(key=lambda job: sum(map(len, rows[job.owners[0]])))  # little padding
+    parts: list[list[float]] = [[] for _ in rows]
+    greedy = [True] * len(rows)
     for i in range(0, len(jobs), batch_size):
         some = jobs[i : i + batch_size]
-        total.index_add_(0, torch.tensor([row for row, _ in some]), _nats(model, rows, some, draws))
-    return (total / draws).tolist()
+        for job, found in zip(some, _looked_at(model, rows, some), strict=True):
+            for row, (nats, right) in zip(job.owners, found, strict=True):
+                if len(job.cells) == len(rows[row][1]):
+                    greedy[row] = right
+                    parts[row].insert(0, job.weight * nats)
+                else:
+                    parts[row].append(job.weight * nats)
+    return [
+        Bound(sum(values), 0.0 if _few(len(answer), draws) else _error(values[1:]), right)
+        for (_, answer), values, right in zip(rows, parts, greedy, strict=True)
+    ]
 
 
-def _nats(
-    model: Any, rows: Sequence[tuple[list[int], list[int]]], jobs: Sequence[tuple[int, int]], draws: int
-) -> torch.Tensor:
-    """[n] float64, weighted negative log-likelihood of rows, each at one of its noise levels."""
-    width = max(sum(map(len, rows[row])) for row, _ in jobs)
-    mask_id = int(model.config.mask_token_id)
-    noised: dict[str, list[torch.Tensor]] = {"noisy_ids": [], "targets": [], "t": [], "valid": []}
-    for row, draw in jobs:
-        prompt, answer = rows[row]
-        n = len(prompt) + len(answer)
-        ids = torch.tensor([prompt + answer + [0] * (width - n)])
-        place = torch.arange(width)[None]
-        maskable = (place >= len(prompt)) & (place < n)
-        batch = {"input_ids": ids, "maskable": maskable, "loss_mask": maskable, "row": torch.tensor([row])}
-        for name, value in add_eval_noise(batch, draw, draws, mask_id).items():
-            if name in noised:
-                noised[name].append(value)
-        noised["valid"].append(place < n)
-    one = {name: torch.cat(parts) for name, parts in noised.items()}
-    cells = one["targets"] != IGNORE
-    hidden = model.hidden(one["noisy_ids"], one["valid"])
-    logp = torch.zeros(cells.shape, dtype=torch.float64)
-    where = cells.nonzero().unbind(1)
-    logits = model.logits(hidden[where]).float().log_softmax(-1).cpu()
-    logp[where] = logits.gather(1, one["targets"][where][:, None])[:, 0].double()
-    return -(logp / one["t"].double()[:, None]).sum(1)
+def _few(n: int, draws: int) -> bool:
+    """Whether there are no more sets of n cells than draws."""
+    return n <= draws.bit_length() and 2**n - 1 <= max(draws, 1)
+
+
+def _jobs(rows: Sequence[Pair], draws: int, seed: int) -> Iterator[_Job]:
+    """The maskings to look at; rows that look alike when all of the answer is masked share that one."""
+    blank: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    for row, (prompt, answer) in enumerate(rows):
+        if answer:
+            blank.setdefault((tuple(prompt), len(answer)), []).append(row)
+    for (prompt, n), owners in blank.items():
+        yield _Job(owners, list(range(n)), 1 / n)
+        some = _all_sets(n) if _few(n, draws) else _drawn_sets(n, draws, key_of("nelbo", seed, repr(prompt)))
+        for cells, weight in some:
+            yield from (_Job([row], cells, weight) for row in owners)
+
+
+def _all_sets(n: int) -> Iterator[tuple[list[int], float]]:
+    """Sets of fewer than n cells with their weights."""
+    for size in range(1, n):
+        for cells in itertools.combinations(range(n), size):
+            yield list(cells), 1 / (size * math.comb(n, size))
+
+
+def _drawn_sets(n: int, draws: int, key: torch.Tensor) -> Iterator[tuple[list[int], float]]:
+    """Drawn sets of fewer than n cells with their weights; one size from each stratum of 1 … n-1."""
+    count = max(1, draws - 1)  # one draw is for l = n
+    offset = float(uniform(key, -1))
+    for draw in range(count):
+        size = 1 + int((draw + offset) / count * (n - 1))
+        order = uniform(fold(key, draw), torch.arange(n)).argsort()
+        yield sorted(order[:size].tolist()), (n - 1) / (size * count)
+
+
+def _error(values: Sequence[float]) -> float:
+    """Standard error of a sum over strata, from the differences of neighbours; NaN for a single one."""
+    if len(values) < 2:
+        return math.nan
+    squares = sum((b - a) ** 2 for a, b in itertools.pairwise(values))
+    return math.sqrt(squares * len(values) / (2 * (len(values) - 1)))
+
+
+def _looked_at(model: Any, rows: Sequence[Pair], jobs: Sequence[_Job]) -> list[list[tuple[float, bool]]]:
+    """For each job and each of its rows: nats of the masked cells, and whether all are the likeliest."""
+    shown = [rows[job.owners[0]] for job in jobs]
+    width = max(len(prompt) + len(answer) for prompt, answer in shown)
+    ids, places = torch.zeros(len(jobs), width, dtype=torch.long), torch.arange(width)
+    for row, (job, (prompt, answer)) in enumerate(zip(jobs, shown, strict=True)):
+        ids[row, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
+        ids[row, len(prompt) + torch.tensor(job.cells)] = int(model.config.mask_token_id)
+    lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in shown])
+    hidden = model.hidden(ids, places < lengths[:, None])
+    found = []
+    for row, (job, (prompt, _)) in enumerate(zip(jobs, shown, strict=True)):
+        cells = torch.tensor(job.cells)
+        truth = torch.tensor([[rows[owner][1][i] for owner in job.owners] for i in job.cells])
+        found.append(_compared(model, hidden[row, len(prompt) + cells], truth))
+    return found
+
+
+def _compared(model: Any, hidden: torch.Tensor, truth: torch.Tensor) -> list[tuple[float, bool]]:
+    """States [l, D] against candidates [l, K]: nats of each, and whether it is the likeliest everywhere."""
+    nats = torch.zeros(truth.shape[1], dtype=torch.float64)
+    right = torch.ones(truth.shape[1], dtype=torch.bool)
+    for states, tokens in zip(hidden.split(_CELLS), truth.split(_CELLS), strict=True):
+        logp = model.logits(states).float().log_softmax(-1).cpu()
+        nats -= logp.gather(1, tokens).double().sum(0)
+        right &= (logp.argmax(-1)[:, None] == tokens).all(0)
+    return list(zip(nats.tolist(), right.tolist(), strict=True))

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from dlm.curves import plain
 from dlm.data.encode import encode_rows
 from dlm.data.rows import load_rows
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, DataError
 from eval.path import PathCost
 from eval.report.plots import LOOKS
 from eval.report.tables import Table
-from eval.statistics import Estimate, bootstrap, paired_test
+from eval.statistics import Estimate, estimate, paired_test
 
 LEVEL = 0.1
 """Runs whose model calls differ by less than this part have as many calls."""
@@ -82,7 +82,7 @@ class PathRun:
     def nats(self) -> Estimate:
         """Nats per token of the answers; the interval is over answers."""
         owner = [str(i) for i, cost in enumerate(self.costs) for _ in cost.nats]
-        return bootstrap([nats for cost in self.costs for nats in cost.nats], owner)
+        return estimate([nats for cost in self.costs for nats in cost.nats], owner)
 
     @property
     def lengths(self) -> list[int]:
@@ -124,7 +124,8 @@ def table(runs: Sequence[PathRun]) -> Table:
     for run in runs:
         nats = run.nats
         half = max(nats.high - nats.mean, nats.mean - nats.low)
-        rows.append([_name(run), str(len(run.costs)), f"{run.calls:.1f}", f"{nats.mean:.3f} ± {half:.3f}"])
+        around = "" if math.isnan(half) else f" ± {half:.3f}"
+        rows.append([_name(run), str(len(run.costs)), f"{run.calls:.1f}", f"{nats.mean:.3f}{around}"])
     title = "What the order and the pace cost: the true answers, tokens at temperature 1"
     return Table(title, ["", "answers", "model calls", "nats per token"], rows)
 
@@ -177,11 +178,20 @@ class PathFolder:
         self.runs = self._load()
 
     def _load(self) -> dict[tuple[str, str, str], PathRun]:
-        """What was measured before under the same settings."""
-        known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
-        if known.get("settings") != self.settings:
-            return {}
-        runs = [PathRun(**{**run, "costs": [PathCost(**c) for c in run["costs"]]}) for run in known["runs"]]
+        """What was measured before under the same settings.
+
+        Raises:
+            DataError: when the file is not one of ours.
+        """
+        try:
+            known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
+            if known.get("settings") != self.settings:
+                return {}
+            runs = [
+                PathRun(**{**run, "costs": [PathCost(**c) for c in run["costs"]]}) for run in known["runs"]
+            ]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{self.file}: not what `dlm eval path` writes ({error!r})") from error
         return {run.key: run for run in runs}
 
     def save(self, run: PathRun) -> None:

@@ -27,8 +27,8 @@ class Encoder:
         if path == "package":
             path = packaged()
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-            self.model: Any = AutoModel.from_pretrained(path).to(device).eval()
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            self.model: Any = AutoModel.from_pretrained(path, trust_remote_code=False).to(device).eval()
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be read as a sentence encoder ({error})") from error
 

@@ -22,7 +22,7 @@ from dlm.errors import ConfigError, DataError
 from eval.answers import Answer, AnswerFile
 from eval.formats import model_answers, model_outputs, without_nan, write_json, write_lines
 from eval.generation import check, generate
-from eval.metrics import Instruments, distinct, distinct_interval, measure, summary
+from eval.metrics import Instruments, distinct, distinct_around, measure, summary
 from eval.statistics import Estimate
 from eval.systems import System
 from eval.tasks import Question
@@ -44,6 +44,7 @@ class Card:
         label: the variant.
         decoder: name of the decoder; empty for the checkpoint's own, and for systems that have none.
         settings: everything else that decides what comes out.
+        source: where the file of questions was.
     """
 
     task: str
@@ -54,6 +55,7 @@ class Card:
     label: str
     decoder: str
     settings: dict[str, Any]
+    source: str = ""
 
     @property
     def name(self) -> str:
@@ -61,8 +63,9 @@ class Card:
         return f"{self.system}, {self.label}" if self.label else self.system
 
     def folder(self, output: str | Path) -> Path:
-        """Where the run is."""
-        return Path(output) / self.task / re.sub(r"[^\w.=,-]+", "_", self.name.replace(", ", "+"))
+        """Where the run is: in `output`, whatever its name."""
+        name = re.sub(r"[^\w.=,-]+|^\.+", "_", self.name.replace(", ", "+"))
+        return Path(output) / self.task / (name or "_")
 
 
 @dataclass(frozen=True)
@@ -209,8 +212,8 @@ def open_run(folder: Path, card: Card) -> None:
     file = folder / "run.json"
     if file.exists():
         try:
-            old = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            old = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{file}: damaged ({error}); remove the folder") from error
         new = json.loads(json.dumps(asdict(card)))
         for name in ("task", "fingerprint", "label", "decoder", "settings"):
@@ -260,11 +263,6 @@ def merge(folder: Path, questions: Sequence[Question]) -> dict[tuple[str, int], 
     return found
 
 
-def complete(questions: Sequence[Question], said: Mapping[tuple[str, int], Answer]) -> bool:
-    """Whether all turns are answered."""
-    return all((q.id, turn) in said for q in questions for turn in range(len(q.turns)))
-
-
 def finish(
     folder: Path,
     card: Card,
@@ -281,7 +279,7 @@ def finish(
     whole = {"seconds": sum(answer.seconds for answer in said.values())}
     for n in (1, 2, 3):
         whole[f"distinct_{n}"] = distinct(texts, n)
-        whole[f"distinct_{n}_around"] = max(distinct_interval(texts, n))
+        whole[f"distinct_{n}_around"] = distinct_around(texts, n)
     if instruments.band is not None:
         whole |= dict(zip(BAND, (instruments.band.mean, instruments.band.deviation), strict=True))
     write_json(folder / "metrics.json", without_nan({"whole": whole, "answers": measured}))

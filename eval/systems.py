@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
+import re
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +20,8 @@ from dlm.errors import ConfigError, DLMError
 from dlm.pretrained.names import located
 from dlm.tokenizer import Message
 from eval.config import NUCLEUS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class Autoregressive:
                 )  # fmt: skip
             new = whole[0, ids.shape[1] :].tolist()
             ended = bool(new) and new[-1] == self.tokenizer.eos_token_id
-            text = self.tokenizer.decode(new, skip_special_tokens=True).strip()
+            text = self.tokenizer.decode(new, skip_special_tokens=True)
             yield Reply(text, len(new) - ended, "stop" if ended else "length", len(new), len(new))
 
 
@@ -141,13 +146,78 @@ class Endpoint:
                 pool.shutdown(cancel_futures=True)
 
     def _reply(self, talk: list[Message]) -> Reply:
-        done = asked(self.client, model=self.model, messages=talk, **self.body)
+        done = self.client.ask(model=self.model, messages=talk, **self.body)
         choice = done.choices[0]
         tokens = done.usage.completion_tokens if done.usage else 0
-        return Reply((choice.message.content or "").strip(), tokens, choice.finish_reason or "stop")
+        return Reply(choice.message.content or "", tokens, choice.finish_reason or "stop")
 
 
-def client(url: str, timeout: float = 120.0, retries: int = 6) -> Any:
+class Connection:
+    """An endpoint, and what it has been found to refuse.
+
+    The first request goes alone: what it is refused for (a name of a setting, a temperature) is known before
+    the others are sent.
+
+    Args:
+        client: of the `openai` package.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+        self.instead: dict[str, str] = {}
+        """For settings that are refused, the name to use in their place; empty to leave them out."""
+        self._first, self._tried = threading.Lock(), False
+
+    def ask(self, **request: Any) -> Any:
+        """A chat completion.
+
+        Raises:
+            DLMError: when the endpoint still fails after all retries, or sends something else.
+        """
+        if self._tried:
+            return self._asked(request)
+        with self._first:
+            try:
+                return self._asked(request)
+            finally:
+                self._tried = True
+
+    def _asked(self, request: dict[str, Any]) -> Any:
+        import openai
+
+        try:
+            while True:
+                try:
+                    done = self.client.chat.completions.create(**self._accepted(request))
+                    break
+                except openai.BadRequestError as error:
+                    if not self._learn(str(error), request):
+                        raise
+        except (openai.OpenAIError, json.JSONDecodeError) as error:
+            raise DLMError(f"{self.client.base_url}: {type(error).__name__}: {error}") from error
+        if not getattr(done, "choices", None):
+            raise DLMError(f"{self.client.base_url}: the reply holds no choices")
+        return done
+
+    def _accepted(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The request with what the endpoint accepts."""
+        named = {self.instead.get(name, name): value for name, value in request.items()}
+        named.pop("", None)
+        return named
+
+    def _learn(self, message: str, request: dict[str, Any]) -> bool:
+        """Whether a refusal names a setting that can be had otherwise, which is done from now on."""
+        for name, other in (("max_tokens", "max_completion_tokens"), ("temperature", ""), ("seed", "")):
+            refused = re.search(rf"\b{name}\b", message) is not None and (not other or other in message)
+            if refused and name in request and name not in self.instead:
+                self.instead[name] = other
+                what = f"takes {other} in place of {name}" if other else f"refuses {name}, which is left out"
+                logger.warning("%s %s", self.client.base_url, what)
+                return True
+        return False
+
+
+def client(url: str, timeout: float = 120.0, retries: int = 6) -> Connection:
     """A client of the `openai` package, which tries again, ever later, after 429, 5xx and timeouts.
 
     The key comes from the environment (OPENAI_API_KEY) and is written nowhere; a URL of one's own may do
@@ -163,24 +233,10 @@ def client(url: str, timeout: float = 120.0, retries: int = 6) -> Any:
     key = os.environ.get("OPENAI_API_KEY") or ("none" if url else "")
     if not key:
         raise ConfigError("OPENAI_API_KEY is not set, and no URL of another endpoint was given")
-    return openai.OpenAI(api_key=key, base_url=url or None, timeout=timeout, max_retries=retries)
-
-
-def asked(connection: Any, **request: Any) -> Any:
-    """A chat completion.
-
-    Raises:
-        DLMError: when the endpoint still fails after all retries, or sends something else.
-    """
-    import openai
-
-    try:
-        done = connection.chat.completions.create(**request)
-        if not getattr(done, "choices", None):
-            raise DLMError(f"{connection.base_url}: the reply holds no choices")
-        return done
-    except (openai.OpenAIError, json.JSONDecodeError) as error:
-        raise DLMError(f"{connection.base_url}: {type(error).__name__}: {error}") from error
+    for name in ("httpx", "httpx2", "openai"):  # a line for each request
+        logging.getLogger(name).setLevel(logging.WARNING)
+    made = openai.OpenAI(api_key=key, base_url=url or None, timeout=timeout, max_retries=retries)
+    return Connection(made)
 
 
 def fingerprint(path: str) -> str:

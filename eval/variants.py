@@ -12,6 +12,9 @@ from typing import Any
 from decoding.request import Request
 from dlm.errors import ConfigError
 
+SIZES = ("kernel_size", "block_size")
+"""What the size of a decoder's window is called."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -118,20 +121,25 @@ def variants(
 ) -> list[Variant]:
     """All combinations; `kernel` is the size of whatever a decoder has, a kernel or blocks.
 
-    A decoder that has none, or cuts nothing, appears once. An even size is for kernels the next odd one.
+    A decoder that has none, or cuts nothing, appears once.
 
     Raises:
-        ConfigError: for what cannot be read, and for unknown names.
+        ConfigError: for what cannot be read, unknown names, kernels of even size, and for sizes or cuts that
+            none of the decoders has.
     """
     out: list[Variant] = []
     paces = list(_paces(window, steps, max_tokens, rate))
-    sizes, cuts = whole(listed(kernel, "kernel", window), "kernel"), whole(listed(top_k, "top_k"), "top_k")
+    values, cuts = whole(listed(kernel, "kernel", window), "kernel"), whole(listed(top_k, "top_k"), "top_k")
+    sizes = list(zip(values, ("L" in part for part in kernel.split(",")), strict=False))
     for name, options in parse_decoders(decoders):
         for more, pace in itertools.product(_options(name, sizes, cuts), paces):
             variant = Variant(name, {**more, **options}, pace)
             variant.request()
             if variant not in out:
                 out.append(variant)
+    for option, given, names in (("kernel", sizes, SIZES), ("top_k", cuts, ("top_k",))):
+        if given and not any(name in variant.options for variant in out for name in names):
+            raise ConfigError(f"--{option}: none of the decoders that --decoders names has one to set")
     return out
 
 
@@ -141,7 +149,9 @@ def _paces(window: int, steps: str, max_tokens: int, rate: str) -> Iterator[dict
         raise ConfigError(f"rate must be at least 1 token per model call, got {min(rates):g}")
     if fixed and (rates or max_tokens):
         raise ConfigError("give --steps (in a window) or --rate (length-free, up to --max_tokens), not both")
-    common = {"window": window} if window and not rates else {}
+    if window and max_tokens:
+        raise ConfigError("give --window (a fixed canvas) or --max_tokens (one that grows), not both")
+    common = {"window": window} if window else {}
     common |= {"max_tokens": max_tokens} if max_tokens else {}
     if not fixed and not rates:
         yield common
@@ -149,20 +159,23 @@ def _paces(window: int, steps: str, max_tokens: int, rate: str) -> Iterator[dict
     yield from ({**common, "rate": float(value)} for value in rates)
 
 
-def _options(name: str, sizes: Sequence[float], cuts: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """The options that a decoder has, at every size and cut asked for."""
+def _options(name: str, sizes: Sequence[tuple[int, bool]], cuts: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """The options that a decoder has, at every size and cut asked for.
+
+    Kernels are odd: a share of the window, which sizes have True with them, is for them the next odd number.
+    """
     from decoding.presets import PRESETS
     from dlm.errors import unknown_name
 
     if name and name not in PRESETS:
         raise unknown_name("decoder", name, PRESETS)
     known = PRESETS[name].options if name else {}
-    own = next((x for x in ("kernel_size", "block_size") if known.get(x, 0) != 0), None)
-    every: list[list[float | None]] = [list(sizes) or [None], list(cuts) or [None]]
-    for size, cut in itertools.product(*every):
+    own = next((x for x in SIZES if known.get(x, 0) != 0), None)
+    for size, cut in itertools.product([*sizes] if sizes else [None], [*cuts] if cuts else [None]):
         options: dict[str, Any] = {}
         if size is not None and own:
-            options[own] = int(size) | 1 if own == "kernel_size" else int(size)
+            value, share = size
+            options[own] = value | 1 if share and own == "kernel_size" else value
         if cut is not None and "top_k" in known and known["top_k"] != 0:
-            options["top_k"] = int(cut)
+            options["top_k"] = cut
         yield options

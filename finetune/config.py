@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from dlm.data.config import DataConfig
 from dlm.errors import ConfigError
+
+
+def _refuse(config: Any, names: Iterable[str], prefix: str, wanted: str) -> None:
+    """Refuse settings that would be ignored: those that are not their defaults."""
+    for name in names:
+        if getattr(config, name) != getattr(type(config), name):
+            raise ConfigError(f"{prefix}{name} is for {wanted}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,8 @@ class LoraConfig:
             raise ConfigError(
                 f"lora.alpha must be above 0 and lora.dropout lie in [0, 1), got {self.alpha}, {self.dropout}"
             )
+        if not self.r:
+            _refuse(self, ("alpha", "dropout", "targets", "merge"), "lora.", "an adapter: give lora.r")
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,15 @@ class ModelConfig(StartConfig):
     num_attention_heads: int = 8
     intermediate_size: int = 1408
     vocab_size: int = 16384
+
+    def __post_init__(self) -> None:
+        """Check that nothing is given that the checkpoint brings with it."""
+        super().__post_init__()
+        if self.init:
+            sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+            _refuse(self, (*sizes, "vocab_size"), "model.", "random weights; model.init brings its own")
+        else:
+            _refuse(self, ("shift",), "model.", "a causal LM as a start: give model.init")
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from contextlib import nullcontext
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from dlm.adapter import merged
@@ -25,11 +27,12 @@ from dlm.data.rows import load_rows
 from dlm.data.rules import rule_rows
 from dlm.data.windows import WindowCollator
 from dlm.errors import ConfigError, DataError, unknown_name
+from dlm.lock import alone_in
 from dlm.model import MaskedDiffusionModel
 from dlm.notice import carry_notice
 from dlm.prior import TokenPrior
 from dlm.tokenizer import template_name
-from dlm.trainer import DiffusionTrainer
+from dlm.trainer import DiffusionTrainer, micro_batches
 from finetune.config import RunConfig, StartConfig
 from finetune.deadline import Deadline
 from finetune.run_folder import RunFolder
@@ -108,7 +111,7 @@ def execute(stage: Stage[Any]) -> Path:
 
     Raises:
         DLMError: for settings, data or checkpoints that cannot be used, and when the folder holds a run with
-            other settings.
+            other settings, or another process is at work in it.
     """
     config: RunConfig = stage.config
     training_arguments(config, evaluate=True)  # a misspelt setting should not cost the time to read the data
@@ -117,16 +120,25 @@ def execute(stage: Stage[Any]) -> Path:
         logger.info("%s: this run is finished", run.path)
         return run.path
     stage.check()
+    with alone_in(run.path) if PartialState().is_main_process else nullcontext():
+        return _execute(stage, RunFolder(config))
+
+
+def _execute(stage: Stage[Any], run: RunFolder) -> Path:
+    """Run a stage in a folder that no other process writes to."""
+    config: RunConfig = stage.config
+    if run.finished:  # by another process, meanwhile
+        return run.path
     rows, held_out = split_rows(config.data, config.seed)
     model, tokenizer = stage.first(rows, run.resume_from)
     train_set, report = encode_rows(rows, tokenizer, config.data.window)
-    seen = held_out.select(range(min(config.eval_rows or len(held_out), len(held_out))))
-    eval_set = encode_rows(seen, tokenizer, config.data.window)[0] if len(seen) else None
+    eval_set = validation_set(config, held_out, tokenizer)
     logger.info("training rows: %s", report)
     record(model, tokenizer, config, report, stage.record())
     model = prepare(model, stage.start, config.data.window, config.seed)
     deadline = Deadline(run, config) if config.max_minutes else None
-    trainer = build_trainer(stage, model, tokenizer, train_set, eval_set, deadline)
+    accumulated = accumulation(config, run.resume_from, PartialState().num_processes)
+    trainer = build_trainer(stage, model, tokenizer, train_set, eval_set, deadline, accumulated)
     if config.eval_steps and eval_set is not None:
         for callback in stage.callbacks(trainer, tokenizer, held_out, run):
             trainer.add_callback(callback)
@@ -163,10 +175,34 @@ def split_rows(data: DataConfig, seed: int) -> tuple[Dataset, Dataset]:
     rows = rows.select(range(min(data.limit, len(rows)))) if data.limit else rows
     if data.validation_rows >= len(rows):
         raise DataError(
-            f"{data.source}: {len(rows)} rows leave none to train on with {data.validation_rows} held out"
+            f"{data.source}: {len(rows)} rows leave none to train on with {data.validation_rows} held out; "
+            "lower --data.validation_rows"
         )
     cut = len(rows) - data.validation_rows
-    return rows.select(range(cut)), rows.select(range(cut, len(rows)))
+    return rows.select(range(cut)), rows.select(list(range(cut, len(rows))))
+
+
+def validation_set(
+    config: RunConfig, held_out: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> Dataset | None:
+    """The encoded rows that the run validates on; None where it does not validate, or there are none.
+
+    Raises:
+        DataError: when none of them can be used.
+    """
+    seen = held_out.select(range(min(config.eval_rows or len(held_out), len(held_out))))
+    if not len(seen):
+        return None
+    try:
+        return encode_rows(seen, tokenizer, config.data.window)[0]
+    except DataError as error:
+        told = f"{config.data.source}: of the validation rows (the last {len(held_out)}), {error}"
+        if config.eval_steps:
+            raise DataError(
+                f"{told}; choose a longer --data.window, other --data.validation_rows, or --eval_steps 0"
+            ) from error
+        logger.warning("%s; the run goes on without them", told)
+        return None
 
 
 def save_final(trainer: DiffusionTrainer, start: StartConfig, folder: Path) -> None:
@@ -208,9 +244,12 @@ def build_trainer(
     train_set: Dataset | EncodedRows,
     eval_set: Dataset | EncodedRows | None,
     deadline: Deadline | None = None,
+    accumulated: int = 0,
 ) -> DiffusionTrainer:
-    """The trainer of a run."""
+    """The trainer of a run; with another number of accumulated micro-batches, if one is given."""
     config: RunConfig = stage.config
+    if accumulated:
+        config = replace(config, gradient_accumulation_steps=accumulated)
     prior = stage.prior(tokenizer, model, train_set)
     trainer = stage.trainer(
         model,
@@ -227,6 +266,27 @@ def build_trainer(
     )
     trainer.prior = prior
     return trainer
+
+
+def accumulation(config: RunConfig, resume_from: Path | None, processes: int) -> int:
+    """Micro-batches that each process accumulates, so that a step has as many rows as when the run began.
+
+    Raises:
+        ConfigError: when they cannot be dealt out to this number of processes.
+    """
+    parts = micro_batches(resume_from) if resume_from else None
+    if parts is None or parts == config.gradient_accumulation_steps * processes:
+        return config.gradient_accumulation_steps
+    if parts % processes:
+        raise ConfigError(
+            f"{resume_from}: a step of this run has {parts} batches of {config.per_device_train_batch_size} "
+            f"rows, which {processes} processes cannot share; go on with a number that divides {parts}"
+        )
+    logger.warning(
+        "the run began with another number of processes: %d now accumulate %d batches each, so that a step "
+        "has the same rows", processes, parts // processes,
+    )  # fmt: skip
+    return parts // processes
 
 
 def collator(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> WindowCollator:

@@ -35,7 +35,7 @@ class RunFolder:
         self.config = config
         self.path = Path(config.output_dir)
         self._file = self.path / "run.json"
-        self._stored: dict[str, Any] = json.loads(self._file.read_text()) if self._file.is_file() else {}
+        self._stored = self._read()
         if not self._stored and any(self.path.glob("checkpoint-*")):
             raise ConfigError(f"{self.path} holds checkpoints but no run.json; choose another output_dir")
         if self._stored:
@@ -43,6 +43,20 @@ class RunFolder:
         self.resume_from = last_checkpoint(self.path)
         if self.resume_from and not config.resume:
             raise ConfigError(f"{self.path} holds a run already; resume it or choose another output_dir")
+
+    def _read(self) -> dict[str, Any]:
+        """What stands in run.json; empty if there is none."""
+        if not self._file.is_file():
+            return {}
+        try:
+            stored = json.loads(self._file.read_text(encoding="utf-8"))
+            if not isinstance(stored["config"], dict):
+                raise TypeError("its config is no object")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ConfigError(
+                f"{self._file}: not what a run writes ({error!r}); choose another output_dir"
+            ) from error
+        return dict(stored)
 
     def _compare(self, new: dict[str, Any], old: dict[str, Any]) -> None:
         for name, value in _flat(old).items():

@@ -117,7 +117,7 @@ def prepare(model: MaskedDiffusionModel, config: StartConfig, window: int, seed:
 def _from_nothing(config: TrainConfig, rows: Dataset, resume_from: Path | None) -> Pair:
     """Random weights and a tokenizer trained on the rows; the bare template where no row has a prompt."""
     if resume_from:
-        tokenizer = AutoTokenizer.from_pretrained(resume_from)
+        tokenizer = AutoTokenizer.from_pretrained(resume_from, trust_remote_code=False)
     else:
         tokenizer = train_tokenizer(_texts(rows), config.model.vocab_size)
         prompted = any(prompt for prompt in rows["prompt"])
@@ -134,6 +134,13 @@ def _from_checkpoint(config: ModelConfig) -> Pair:
     if is_causal_lm(config.init):
         return from_causal_lm(config.init, template=config.template, shift=config.shift)
     model, tokenizer = load_model(config.init, device="cpu", dtype="float32")
+    given = {"template": config.template, "shift": config.shift}
+    own = {"template": template_name(tokenizer), "shift": model.config.shift}
+    for name, value in given.items():
+        if value not in (getattr(ModelConfig, name), own[name], "model"):
+            raise ConfigError(
+                f"model.{name} {value!r} is for other starts; {config.init} keeps {own[name]!r}"
+            )
     logger.info(
         "%s: keeps its template (%s) and shift=%s", config.init, template_name(tokenizer), model.config.shift
     )

@@ -55,6 +55,12 @@ def test_help_names_every_command_and_every_option_with_its_default(capsys):
         (["train", "--output_dir", "x", "--data.windows", "groupd"], "Literal['fixed', 'grouped']"),
         (["train", "--output_dir", "x", "--max_steps", "-3"], "max_steps must not be negative, got -3"),
         (["generate", "--modle", "x"], "Did you mean model?"),
+        (
+            ["eval", "rules", "--model", "x", "--eos_fil", "false"],
+            "unknown option eos_fil. Did you mean eos_fill?",
+        ),
+        (["train", "--output_d", "x"], "unknown option output_d. Did you mean output_dir?"),
+        (["train", "--output_dir", "x", "--data.win", "9"], "unknown option data.win."),
         (["generate", "--model", "", "hi"], "--model must name"),
         (["generate", "--model", "x", "--decoder", "cnov", "hi"], "Did you mean 'conv'?"),
         (["generate", "--model", "x", "--decoder", "conv", "--options.kernel_size", "8", "hi"], "use 7 or 9"),

@@ -13,8 +13,9 @@ class DataConfig:
     """Where rows come from and how they become windows.
 
     Args:
-        source: hub id (tatsu-lab/alpaca), a .json, .jsonl or .json.gz file of Alpaca rows (instruction,
-            input, output), chat rows (messages) or plain rows (text), or "rules" for the built-in tasks.
+        source: hub id (tatsu-lab/alpaca), a file (.json, .jsonl, .json.gz, .csv, .parquet) of instruction
+            rows (instruction, input, output; prompt, completion), chat rows (messages) or plain rows (text),
+            or "rules" for the built-in tasks.
         split: split of a hub data set.
         limit: use only the first so many rows; 0 for all.
         validation_rows: rows held out from the end for validation.
@@ -48,6 +49,8 @@ class DataConfig:
             raise ConfigError(f"cut_share must lie in [0, 1], got {self.cut_share}")
         if self.cut_share and self.windows == "fixed":
             raise ConfigError("cut_share needs windows: grouped, whose rows have ends of their own")
+        if self.eos_tail != DataConfig.eos_tail and self.windows == "fixed":
+            raise ConfigError("eos_tail needs windows: grouped; fixed windows are filled with EOS")
         for name, choices in (("windows", ("fixed", "grouped")), ("eos_loss", ("first", "all"))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")

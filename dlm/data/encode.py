@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +18,14 @@ from dlm.tokenizer import encode_prompt, encode_text
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_VERSION = 1
+_VERSION = 2
 """Raised when rows are encoded differently, so that old caches are not taken."""
+
+_PIECE = 200_000
+"""Characters of plain text that are tokenised at a time."""
+
+_SPACE = re.compile(r"(?<=\S) (?=\S)")
+"""A single space between two words."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +109,9 @@ def _encode_batch(
     batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, window: int
 ) -> dict[str, list[Any]]:
     out: dict[str, list[Any]] = {"input_ids": [], "prompt_length": [], "length": [], "fate": []}
+    most = window * 2 * max(map(len, tokenizer.get_vocab()))  # characters that fill the window in any case
     for prompt, answer in zip(batch["prompt"], batch["answer"], strict=True):
-        for ids, boundary, fate in _encode_row(prompt, answer, tokenizer, window):
+        for ids, boundary, fate in _encode_row(prompt, answer, tokenizer, window, most):
             out["input_ids"].append(ids)
             out["prompt_length"].append(boundary)
             out["length"].append(len(ids))
@@ -111,15 +120,49 @@ def _encode_batch(
 
 
 def _encode_row(
-    prompt: list[dict[str, str]], answer: str, tokenizer: PreTrainedTokenizerBase, window: int
+    prompt: list[dict[str, str]], answer: str, tokenizer: PreTrainedTokenizerBase, window: int, most: int
 ) -> list[tuple[list[int], int, str]]:
-    """(ids, prompt length, fate) of each window that a row gives; one, unless it is long plain text."""
+    """(ids, prompt length, fate) of each window that a row gives; one, unless it is long plain text.
+
+    Of a prompt, or an answer to one, what lies behind `most` characters is not tokenised: it has no place.
+    """
     if not answer.strip():
         return [([], 0, "empty")]
+    if sum(len(turn["content"]) for turn in prompt) > most:
+        return [([], 0, "long_prompt")]
     before = encode_prompt(tokenizer, prompt) if prompt else []
     if len(before) >= window:
         return [([], 0, "long_prompt")]
-    ids = before + encode_text(tokenizer, answer) + [tokenizer.eos_token_id]
+    inside = encode_text(tokenizer, answer[:most]) if prompt else _encode_long(tokenizer, answer)
+    ids = [*before, *inside, tokenizer.eos_token_id]
     if prompt:
         return [(ids[:window], len(before), "truncated" if len(ids) > window else "whole")]
     return [(ids[start : start + window], 0, "whole") for start in range(0, len(ids), window)]
+
+
+def _encode_long(tokenizer: PreTrainedTokenizerBase, text: str, size: int = _PIECE) -> list[int]:
+    """Token ids of a text of any length, in pieces, so that memory does not grow with it.
+
+    Pieces end before a space between two words where the tokens around it are the same with and without the
+    cut; only a word without end is cut anywhere.
+    """
+    ids: list[int] = []
+    start = 0
+    while start < len(text):
+        end = _cut(tokenizer, text, start, start + size) if len(text) - start > size else len(text)
+        ids += encode_text(tokenizer, text[start:end])
+        start = end
+    return ids
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> int:
+    """The last good place for a cut before `end`; `end` if there is none in what stands before it."""
+    for found in itertools.islice(_SPACE.finditer(text[start:end][::-1]), 50):
+        place = end - found.end()
+        left, right = text[max(start, place - 100) : place], text[place : place + 100]
+        if place > start and encode_text(tokenizer, left + right) == [
+            *encode_text(tokenizer, left),
+            *encode_text(tokenizer, right),
+        ]:
+            return place
+    return end

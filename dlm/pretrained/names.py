@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dlm.errors import CheckpointError
 from dlm.pretrained import base
 
 ADAPTERS = {"default": "r2ft", "default-sft": "sft"}
@@ -16,9 +17,12 @@ def located(path: str | Path) -> str:
     """Where a model is: for one of `NAMES` its folder, fetched if it is not there yet; else `path` itself.
 
     Raises:
-        CheckpointError: when the base of the default model has to be fetched and cannot be.
+        CheckpointError: for an empty path, which would be the current folder; and when the base of the
+            default model has to be fetched and cannot be.
     """
     name = str(path)
+    if not name.strip():
+        raise CheckpointError("the name of a model must not be empty")
     if name in ADAPTERS:
         return str(Path(__file__).parent / ADAPTERS[name])
     return str(base.folder()) if name == base.NAME else name

@@ -9,18 +9,20 @@ from eval.config import EvalConfig, SweepConfig
 
 
 def run(config: EvalConfig) -> int:
-    """Answer, measure, and print the table."""
+    """Answer, measure, and print the table; 1 if something is missing in the end."""
     from rich.console import Console
 
-    from eval.evaluate import evaluate
+    from eval.evaluate import evaluated
     from eval.report.tables import quality
 
-    results = evaluate(config)
+    results, lacks = evaluated(config)
     if results:
         console = Console() if sys.stdout.isatty() else Console(width=160)
         console.print(quality(results).rich())
         console.print(f"runs: {results[0].folder.parent}; a page: dlm eval report {results[0].folder.parent}")
-    return 0
+    for lack in lacks:
+        print(f"dlm eval: missing: {lack}", file=sys.stderr)
+    return 1 if lacks else 0
 
 
 COMMAND = Command(

@@ -28,7 +28,7 @@ class JudgeCommandConfig:
         method: alpaca_eval (pairwise against references, by the package of that name; for Wiki and
             Arena-Hard too), mt_bench (grades from 1 to 10), mt_bench_pairs (both orders), geval (1 to 5).
         judge: who judges.
-        data: local copy of the questions.
+        data: local copy of the questions; by default the file that each run was given.
         references: for alpaca_eval the reference outputs, a file in AlpacaEval's format or the folder of a
             run, and by default those of the task; for MT-Bench the reference answers.
         annotator: for alpaca_eval, a config of the package by name, or its folder.
@@ -83,7 +83,7 @@ def _judged(config: JudgeCommandConfig, judge: Judge, result: Results, first: Re
     from eval.run import Verdict
     from eval.tasks import load_questions
 
-    questions = load_questions(result.card.task, config.data)
+    questions = load_questions(result.card.task, config.data or _own_data(result))
     for each in (result, first):
         if each.card.task == result.card.task:
             check(questions, each.answers, str(each.folder))
@@ -96,6 +96,18 @@ def _judged(config: JudgeCommandConfig, judge: Judge, result: Results, first: Re
         by_answer = {f"{question}/0": value for question, value in found.scores.items()}
         return Verdict("geval", judge.config.model, config.aspect, "score", by_answer, _told(found, "scores"))
     return _mt_bench(config, judge, result, first, questions)
+
+
+def _own_data(result: Results) -> str:
+    """The file of questions that a run was given; empty if it was given none, or does not know where it was.
+
+    Raises:
+        ConfigError: when the file is no longer there.
+    """
+    source = result.card.source
+    if source and not Path(source).is_file():
+        raise ConfigError(f"{result.folder}: its questions are no longer at {source}; give --data")
+    return source
 
 
 def _mt_bench(

@@ -69,8 +69,10 @@ def run(config: PathConfig) -> int:
     """Measure each model with each decoder, and show the table."""
     from rich.console import Console
 
+    from dlm.lock import check_writable
     from eval.paths import PathFolder, table
 
+    check_writable(config.output)
     common = {name: getattr(config, name) for name in ("data", "last", "limit", "seed")}
     folder = PathFolder(config.output, common)
     runs = measured(config, folder)

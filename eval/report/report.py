@@ -88,8 +88,9 @@ def write(
         caption = "Mean probability mass on a fresh canvas, by distance from the prompt."
         parts.append(Part("The long decoding window", plots=[_plot("ldw", caption, plots.ldw(curves))]))
     lead = (
-        f"{len(runs)} runs on {', '.join(tasks)}. Means over answers; ± is half of the 95 % bootstrap "
-        "interval. Equal seeds for all decoders. p by paired permutation tests on the questions both have."
+        f"{len(runs)} runs on {', '.join(tasks)}. Means over answers; ± is half of the 95 % interval, "
+        "where there are five or more. Equal seeds for all decoders. "
+        "p by paired permutation tests on the questions both have."
     )
     side = [(task, *_side_by_side(some, texts)) for task, some in several]
     files = [output / "report.md", output / "report.html"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +47,13 @@ class Table:
 
 
 def _cell(name: str, value: Estimate | None) -> str:
-    """A mean, and half the width of its interval."""
+    """A mean, and half the width of its interval if it has one."""
     if value is None or math.isnan(value.mean):
         return "–"
     measure = MEASURES[name]
     half = max(value.high - value.mean, value.mean - value.low)
+    if math.isnan(half):
+        return measure.show(value.mean)
     around = f"{100 * half:.1f}" if measure.percent else f"{half:.{max(measure.digits, 1)}f}"
     return f"{measure.show(value.mean).removesuffix(' %')} ± {around}{' %' if measure.percent else ''}"
 
@@ -85,7 +87,9 @@ def quality(runs: Sequence[Results]) -> Table:
 
 def _distinct(run: Results, n: int) -> str:
     value, around = (run.whole.get(name, math.nan) for name in (f"distinct_{n}", f"distinct_{n}_around"))
-    return "–" if math.isnan(value) else f"{value:.3f} ± {around:.3f}"
+    if math.isnan(value) or math.isnan(around):
+        return "–" if math.isnan(value) else f"{value:.3f}"
+    return f"{value:.3f} ± {around:.3f}"
 
 
 def repetitions(runs: Sequence[Results]) -> Table:
@@ -191,19 +195,34 @@ def judged(runs: Sequence[Results]) -> Table | None:
 
 
 def _figures(verdict: Verdict) -> list[tuple[str, str]]:
-    """The figures of a verdict, and their values."""
+    """The figures of a verdict, and their values with half of the 95 % interval."""
     found = verdict.figures
     if verdict.method == "alpaca_eval":
-        rates = [
-            ("win rate", f"{found['win_rate']:.1f} ± {found['standard_error']:.1f} % of {found['count']}")
-        ]
+        error = found["standard_error"]
+        rates = [("win rate", f"{_around(found['win_rate'], error, 1)} % of {found['count']}")]
         if found["lc_win_rate"] is not None:
-            error = found["lc_standard_error"]
-            rates.append((f"LC win rate ({found['lc_kind']})", f"{found['lc_win_rate']:.1f} ± {error:.1f} %"))
+            value = _around(found["lc_win_rate"], found["lc_standard_error"], 1)
+            rates.append((f"LC win rate ({found['lc_kind']})", f"{value} %"))
         return rates
     if verdict.method == "mt_bench":
         turns = [(f"grade, turn {i}", f"{grade:.2f}") for i, grade in enumerate(found["by_turn"], start=1)]
-        return [*turns, ("grade", f"{found['overall']['mean']:.2f}")]
+        return [*turns, ("grade", _interval(found["overall"]))]
     if verdict.method == "mt_bench_pairs":
         return [("win rate, ties as halves", f"{100 * found['win_rate']:.1f} %")]
-    return [(verdict.measure, f"{found['mean']['mean']:.2f}")]
+    return [(verdict.measure, _interval(found["mean"]))]
+
+
+def _around(value: float, error: float | None, digits: int) -> str:
+    """A figure with half of its 95 % interval, from its standard error where that is known."""
+    known = error is not None and not math.isnan(error)
+    half = f" ± {1.96 * error:.{digits}f}" if known and error is not None else ""
+    return f"{value:.{digits}f}{half}"
+
+
+def _interval(found: Mapping[str, float | None]) -> str:
+    """A mean with half of its interval, as a verdict's file has it."""
+    mean, low, high = (found.get(name) for name in ("mean", "low", "high"))
+    if mean is None:
+        return "–"
+    half = "" if low is None or high is None else f" ± {max(high - mean, mean - low):.2f}"
+    return f"{mean:.2f}{half}"

@@ -82,11 +82,12 @@ def _material(config: NegativesConfig) -> tuple[Any, Any, Any]:
     from dlm.data.encode import encode_rows
     from dlm.data.encoded import SUFFIX
     from dlm.errors import CheckpointError
+    from dlm.pretrained.names import located
     from dlm.prior import TokenPrior
     from finetune.run import collator, split_rows
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        tokenizer = AutoTokenizer.from_pretrained(located(config.model), trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(f"{config.model}: no tokenizer to be had ({error})") from error
     if tokenizer.mask_token_id is None:

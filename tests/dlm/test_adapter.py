@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dlm import load_model
 from dlm.adapter import MaskShift, add_adapter, base_of, merged
@@ -199,3 +199,78 @@ def test_a_folded_adapter_is_the_same_function_with_the_same_gradients(model, dt
     tolerance = {"rtol": 1e-3, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.02}
     for plain, folded in zip(*found, strict=True):
         torch.testing.assert_close(folded, plain, **tolerance)
+
+
+def saved(base, folder):
+    model, tokenizer = adapted(base)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kept", [0, 1, -1])
+def test_an_adapter_that_lacks_weights_is_refused(base, tmp_path, kept):
+    folder = saved(base, tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    names = sorted(weights)
+    some = names[:kept]
+    save_file({name: weights[name] for name in some}, file, {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=rf"lacks {len(names) - len(some)} of its weights, the first is "
+    ):
+        load_model(folder, device="cpu")
+
+
+def test_an_adapter_with_weights_too_many_is_refused(base, tmp_path):
+    folder = saved(base, tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if ".layers.1." in name)
+    extra = {name.replace(".layers.1.", ".layers.7."): weights[name].clone()}
+    save_file({**weights, **extra}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"has no place for 1 of its weights.*layers\.7"):
+        load_model(folder, device="cpu")
+
+
+def test_another_base_of_the_same_shapes_is_refused(base, tokenizer, tmp_path):
+    folder = saved(base, tmp_path / "adapter")
+    from_scratch(TINY, tokenizer, seed=99).save_pretrained(base)
+    with pytest.raises(CheckpointError, match="is not the model that it was trained on"):
+        load_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize(("noise", "known"), [(0.0, True), (0.02, False)])
+def test_a_base_is_known_again_when_it_is_rounded(base, tmp_path, noise, known):
+    folder = saved(base, tmp_path / "adapter")
+    model, _ = load_model(base, device="cpu")
+    with torch.no_grad():
+        weight = model.get_submodule("backbone.layers.0.mlp.up_proj").weight
+        weight += noise * weight.std() * torch.randn_like(weight)
+    model.bfloat16().save_pretrained(base)
+    if known:
+        load_model(folder, device="cpu")
+        return
+    with pytest.raises(
+        CheckpointError, match=r"1 of \d+ weights differ, the first is .*layers.0.mlp.up_proj"
+    ):
+        load_model(folder, device="cpu")
+
+
+def test_an_adapter_on_an_adapter_knows_both(base, tmp_path):
+    one = saved(base, tmp_path / "one")
+    two = saved(one, tmp_path / "two")
+    load_model(two, device="cpu")
+    model, _ = adapted(base, scale=0.5)
+    model.save_pretrained(one)
+    with pytest.raises(CheckpointError, match=r"two: its base .*one is not the model"):
+        load_model(two, device="cpu")
+
+
+def test_a_damaged_record_of_the_base_is_named(base, tmp_path):
+    folder = saved(base, tmp_path / "adapter")
+    (folder / "base.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"base\.json is damaged"):
+        load_model(folder, device="cpu")
+    (folder / "base.json").unlink()
+    load_model(folder, device="cpu")  # as older versions wrote it

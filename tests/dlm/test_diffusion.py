@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dlm.diffusion import corrupt, stratified_times
+from dlm.diffusion import corrupt, corrupt_exactly, stratified_times
 from dlm.errors import ConfigError
 from dlm.schedule import LogLinear
 
@@ -53,3 +53,36 @@ def test_corrupt_masks_the_right_share_of_the_maskable_cells_and_nothing_else():
 def test_corrupt_refuses_shapes_that_do_not_fit():
     with pytest.raises(ConfigError, match=r"\(2, 3\), \(2, 4\) and \(2,\)"):
         corrupt(torch.zeros(2, 3).long(), torch.ones(2, 4).bool(), torch.ones(2), 9)
+
+
+def test_a_fixed_number_of_masks_gives_the_nelbo_with_no_level_left_out():
+    """Numbers from 1 to n come equally often, sets of a number too; n/l makes every cell count once."""
+    n, rows = 6, 60_000
+    x0, noise = (
+        torch.arange(8).expand(rows, 8),
+        torch.rand(rows, 8, generator=torch.Generator().manual_seed(0)),
+    )
+    maskable = (torch.arange(8) >= 2).expand(rows, 8)
+    level = (torch.arange(rows) + 0.5) / rows
+    noisy, share = corrupt_exactly(x0, maskable, level, 9, noise)
+    hit = noisy == 9
+    assert torch.equal(noisy[~hit], x0[~hit])
+    assert not hit[:, :2].any()
+    masks = hit.sum(1)
+    assert torch.equal(masks.bincount(), torch.tensor([0, *[rows // n] * n]))
+    torch.testing.assert_close(share, masks / n)
+    each = (hit / share[:, None]).mean(0)[2:]
+    torch.testing.assert_close(each, torch.ones(n), atol=0.02, rtol=0)
+    torch.testing.assert_close((hit.sum(1) / share).mean(), torch.tensor(float(n)))  # without any noise
+    pairs = hit[masks == 2].float().T @ hit[masks == 2].float() * n / rows
+    off = pairs[2:, 2:][~torch.eye(n).bool()]
+    torch.testing.assert_close(off, torch.full_like(off, 1 / 15), atol=0.01, rtol=0)
+
+
+def test_rows_without_maskable_cells_stay_as_they_are():
+    x0 = torch.randint(0, 9, (2, 5))
+    noisy, share = corrupt_exactly(
+        x0, torch.zeros(2, 5).bool(), torch.tensor([0.0, 0.99]), 9, torch.rand(2, 5)
+    )
+    assert torch.equal(noisy, x0)
+    assert share.tolist() == [1.0, 1.0]

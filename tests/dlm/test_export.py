@@ -58,6 +58,7 @@ def test_an_adapter_in_bfloat16_is_the_same_up_to_rounding(trained, tmp_path):
     out = export(folder, tmp_path / "out")
     assert types(out / "adapter_model.safetensors") == {"BF16"}
     torch.testing.assert_close(logits(out), logits(folder), atol=0.1, rtol=0.02)
+    assert (out / "base.json").read_bytes() == (folder / "base.json").read_bytes()
     assert TokenPrior.load(out).counts.tolist() == list(range(400))
     assert not (out / "README.md").exists(), "the card is to be written by hand"
     assert not (out / "NOTICE").exists()

@@ -217,3 +217,28 @@ def test_import_is_light():
         "import sys, dlm, decoding; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: {}, r"lacks \d+ weights, the first is"),
+        (lambda weights: dict(list(weights.items())[1:]), "lacks 1 weights"),
+        (lambda weights: {**weights, "model.more.weight": torch.zeros(3)}, "has 1 weights that its config"),
+        (lambda weights: {**weights, "model.norm.weight": torch.zeros(3)}, "cannot be read|another shape"),
+    ],
+)
+def test_a_causal_lm_whose_weights_are_others_is_refused(tokenizer, tmp_path, change, message):
+    from safetensors.torch import load_file, save_file
+
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    LlamaForCausalLM(shape).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    from_causal_lm(str(tmp_path))
+    file = tmp_path / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        from_causal_lm(str(tmp_path))

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -100,6 +101,33 @@ def test_a_damaged_copy_is_made_anew(shop, damage, caplog):
     assert "is incomplete, and is made anew" in caplog.text
     assert (folder / "model.safetensors").read_bytes() == weights
     assert base.whole(folder)
+
+
+def test_a_file_that_was_overwritten_is_noticed(shop, caplog):
+    """At its full size; whether it was is looked at once for each change of its time."""
+    folder = Path(located(base.NAME))
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-64] + bytes(64))
+    assert not base.is_there()
+    located(base.NAME)
+    assert weights.read_bytes() == whole
+
+
+def test_a_copy_of_the_cache_is_looked_at_once(shop, monkeypatch):
+    folder = Path(located(base.NAME))
+    looked = []
+    digest = base._digest
+    monkeypatch.setattr(base, "_digest", lambda file: looked.append(file.name) or digest(file))
+    assert base.is_there()
+    assert looked == []
+    os.utime(folder / "model.safetensors", (1, 1))
+    for _ in range(2):
+        assert base.is_there()
+    assert looked == ["model.safetensors"]
+    facts = json.loads((folder / base.MANIFEST).read_text())
+    (folder / base.MANIFEST).write_text(json.dumps({"files": facts["files"]}))
+    assert base.is_there(), "as older versions wrote it"
 
 
 def test_a_damaged_copy_stays_until_there_is_another(shop):
@@ -280,3 +308,9 @@ def test_the_default_model_answers():
     sampler = Sampler(*load_model("default", device="cpu", dtype="float32"))
     (output,) = sampler.generate(["What is the capital of France?"], max_tokens=48, seed=0)
     assert "Paris" in output.text
+
+
+@pytest.mark.parametrize("path", ["", "  "])
+def test_an_empty_path_is_not_the_current_folder(path):
+    with pytest.raises(CheckpointError, match="must not be empty"):
+        located(path)

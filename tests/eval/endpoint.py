@@ -13,7 +13,7 @@ class Endpoint:
     """Answers POST /v1/chat/completions.
 
     Attributes:
-        reply: request body -> text, or a whole choice as a dict.
+        reply: request body -> text, or a whole choice as a dict, or a status and what is said with it.
         faults: what goes wrong with the first requests: a status, "garbage", "partial", "slow", "empty",
             "no choices".
         seen: bodies of all requests; `keys` of their Authorization headers.
@@ -44,6 +44,8 @@ class Endpoint:
         if fault == "no choices":
             return 200, json.dumps({"id": "x", "choices": []})
         choice = self.reply(body)
+        if isinstance(choice, tuple):
+            return choice[0], json.dumps({"error": {"message": choice[1]}})
         if isinstance(choice, str):
             choice = {"message": {"role": "assistant", "content": choice}}
         choice = {"index": 0, "finish_reason": "stop", "logprobs": None, **choice}

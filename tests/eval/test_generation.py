@@ -13,13 +13,14 @@ import pytest
 from decoding import Request, Sampler
 from dlm.cli import main
 from dlm.errors import ConfigError, DataError, DLMError
+from dlm.lock import alone_in
 from dlm.pretrained.names import located
 from eval.answers import AnswerFile
 from eval.config import EvalConfig
-from eval.evaluate import evaluate
+from eval.evaluate import evaluate, evaluated
 from eval.formats import model_answers, model_outputs
 from eval.generation import generate
-from eval.run import Results
+from eval.run import Results, answer_all
 from eval.systems import Endpoint, Local, Reply, fingerprint
 from eval.tasks import Question
 from tests.eval.endpoint import serving
@@ -96,7 +97,7 @@ def test_an_endpoint_answers(monkeypatch, tmp_path):
     with serving(lambda body: f" heard {body['messages'][-1]['content']}", [429, 503]) as endpoint:
         system = Endpoint(endpoint.url, "m", 32, seed=7, concurrency=2)
         said = generate(QUESTIONS, system, AnswerFile(tmp_path / "a.jsonl"), quiet=True)
-        assert said["1", 1].text == "heard And two?"
+        assert said["1", 1].text == " heard And two?"
         assert said["1", 1].tokens == 3
         assert {body["seed"] for body in endpoint.seen} == {7}
         assert {body["max_tokens"] for body in endpoint.seen} == {32}
@@ -184,6 +185,12 @@ def test_an_endpoint_is_evaluated_graded_and_compared_by_command(tmp_path, monke
     assert [verdict.method for verdict in second.verdicts] == ["mt_bench", "mt_bench_pairs"]
 
 
+def test_an_endpoints_text_is_kept_as_it_is(tmp_path):
+    with serving(lambda body: "    return 1\n") as endpoint:
+        (reply,) = Endpoint(endpoint.url, "m", 8).replies([[{"role": "user", "content": "x"}]])
+    assert reply.text == "    return 1\n"
+
+
 def test_a_model_by_name_is_told_by_its_files():
     assert fingerprint("default") == fingerprint(located("default")) != fingerprint("default-sft")
     assert fingerprint("someone/something").startswith("name:")
@@ -197,6 +204,16 @@ def test_answers_stay_with_their_questions(checkpoint, questions_file, tmp_path)
         evaluate(config(checkpoint, questions_file, tmp_path, limit=2))
     words = ["eval", "judge", str(run.folder), "--data", str(questions_file), "--judge.model", "j"]
     assert main([*words, "--method", "geval", "--judge.dry_run"]) == 1
+
+
+def test_a_judge_finds_the_questions_that_a_run_was_given(checkpoint, questions_file, tmp_path, capsys):
+    (run,) = evaluate(config(checkpoint, questions_file, tmp_path, limit=2))
+    words = ["eval", "judge", str(run.folder), "--judge.model", "j", "--method", "geval", "--judge.dry_run"]
+    assert main(words) == 0
+    assert "2 requests" in capsys.readouterr().out
+    questions_file.unlink()
+    assert main(words) == 2
+    assert "its questions are no longer at" in capsys.readouterr().err
 
 
 def test_a_shorter_run_tells_of_no_more_than_it_measured(checkpoint, questions_file, tmp_path):
@@ -216,6 +233,58 @@ def test_a_variant_that_cannot_be_does_not_take_the_others_with_it(
     assert "too few" in caplog.text
     with pytest.raises(ConfigError, match="too few"):
         evaluate(config(checkpoint, questions_file, tmp_path, decoders="semi-ar(block_size=2)", limit=2))
+
+
+def test_an_evaluation_that_lacks_something_says_so_and_ends_with_1(
+    checkpoint, questions_file, tmp_path, capsys
+):
+    words = ["eval", "alpaca_eval", "--model", str(checkpoint), "--data", str(questions_file), "--limit", "2"]
+    words += ["--window", "48", "--steps", "6", "--device", "cpu", "--output", str(tmp_path / "runs")]
+    assert main([*words, "--decoders", "semi-ar(block_size=2),top-k"]) == 1
+    out = capsys.readouterr()
+    assert "missing: tiny, semi-ar,B=2,L=48,S=6" in out.err
+    assert "top-k" in out.out
+    assert main([*words, "--decoders", "top-k"]) == 0
+
+
+def test_answers_that_do_not_come_are_counted(checkpoint, questions_file, tmp_path, monkeypatch):
+    def lose(folder, card, questions, system, share):
+        answer_all(folder, card, questions[:4], system, share)
+
+    monkeypatch.setattr("eval.evaluate.answer_all", lose)
+    results, lacks = evaluated(config(checkpoint, questions_file, tmp_path))
+    assert results == []
+    assert lacks == ["tiny, default,L=48,S=6: 2 of 6 answers"]
+
+
+def test_two_processes_do_not_answer_in_one_folder(checkpoint, questions_file, tmp_path):
+    (run,) = evaluate(config(checkpoint, questions_file, tmp_path, limit=2))
+    with alone_in(run.folder), pytest.raises(ConfigError, match="another process is writing there"):
+        evaluate(config(checkpoint, questions_file, tmp_path, limit=4))
+    assert len(Results.load(run.folder).answers) == 2
+    (other,) = evaluate(config(checkpoint, questions_file, tmp_path, limit=4))
+    assert len(other.answers) == 4
+
+
+def test_an_output_folder_is_tried_before_anything_is_loaded(questions_file, tmp_path, monkeypatch):
+    (tmp_path / "runs").write_text("")
+    monkeypatch.setattr("eval.evaluate.load_questions", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match="runs: cannot be written to"):
+        evaluate(config("no-model", questions_file, tmp_path))
+
+
+def test_a_model_that_began_with_nothing_has_no_reader(
+    checkpoint, questions_file, tmp_path, monkeypatch, caplog
+):
+    """Nor is the current folder taken for one."""
+    (checkpoint / "run.json").write_text(json.dumps({"config": {"model": {"init": ""}}}))
+    monkeypatch.chdir(tmp_path)
+    (run,) = evaluate(config(checkpoint, questions_file, tmp_path, limit=2))
+    assert "nll" not in run.means
+    assert "no reader: the records of" in caplog.text
+    caplog.clear()
+    evaluate(config(checkpoint, questions_file, tmp_path, limit=2, reader=""))
+    assert "no reader" not in caplog.text
 
 
 def test_questions_that_fill_the_window_are_left_out_for_all(checkpoint, questions_file, tmp_path, caplog):
@@ -325,6 +394,10 @@ def test_systems_are_called_by_their_whole_name(path, name):
         ({"batch_size": 0}, "batch_size"),
         ({"limit": -1}, "limit"),
         ({"dtype": "float3"}, "Did you mean 'float32'"),
+        ({"endpoint_model": "x"}, "endpoint_model is for --endpoint"),
+        ({"model": "", "endpoint": "http://x", "eos_fill": False}, "eos_fill is for --model"),
+        ({"usual_rows": 10}, "usual_rows is for --usual"),
+        ({"usual": "rows.json", "reader": ""}, "usual is for a --reader"),
     ],
 )
 def test_settings_that_cannot_work(wrong, message):

@@ -28,6 +28,11 @@ def test_scores_are_weighted_by_their_probabilities():
     assert expected_score(choice("9")) is None
 
 
+def test_a_digit_counts_behind_a_judges_thoughts():
+    assert expected_score({"message": {"content": "<think>1 or 2?</think> 4"}}) == 4.0
+    assert expected_score({"message": {"content": "<think>1 or 2?"}}) is None
+
+
 def test_answers_are_scored_and_what_holds_no_score_is_counted(tmp_path):
     questions = [Question(str(i), (f"Ask {i}",)) for i in range(3)]
     said = {(q.id, 0): Answer(q.id, 0, f"answer {q.id}") for q in questions}

@@ -42,6 +42,42 @@ def test_a_fault_that_passes_is_tried_again(fault, tmp_path):
         assert len(endpoint.seen) == 2
 
 
+def reasoning(body):
+    """As the endpoints of reasoning models: each refusal names one setting."""
+    if "max_tokens" in body:
+        return 400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    if body.get("temperature") == 0:
+        return 400, "Unsupported value: 'temperature' does not support 0 with this model."
+    return "[[5]]"
+
+
+def test_what_an_endpoint_refuses_is_learnt_from_the_first_request(tmp_path, caplog):
+    with serving(reasoning) as endpoint:
+        one = judge(endpoint, tmp_path, concurrency=8)
+        found = one.ask([request(str(i), temperature=0.0) for i in range(20)])
+        assert [choice["message"]["content"] for choice in found] == ["[[5]]"] * 20
+        assert len(endpoint.seen) == 22
+        assert {body.get("max_completion_tokens") for body in endpoint.seen[2:]} == {8}
+        assert "max_completion_tokens in place of max_tokens" in caplog.text
+        assert "refuses temperature" in caplog.text
+        assert one.ask([request("1", temperature=0.0)]) == found[1:2], "kept under what was asked"
+        assert len(endpoint.seen) == 22
+
+
+def test_other_refusals_are_what_they_are(tmp_path):
+    with serving(lambda body: (400, "the text is too long")) as endpoint:
+        with pytest.raises(DLMError, match="too long"):
+            judge(endpoint, tmp_path).ask([request("1", temperature=0.0)])
+        assert len(endpoint.seen) == 1
+
+
+def test_requests_are_no_lines_of_the_log(tmp_path, caplog):
+    caplog.set_level("INFO")
+    with serving(echo) as endpoint:
+        judge(endpoint, tmp_path).ask([request("5")])
+    assert "HTTP" not in caplog.text
+
+
 def test_one_that_never_answers_is_counted_and_the_others_go_on(tmp_path):
     def moody(body):
         return (

@@ -3,14 +3,17 @@
 import itertools
 import json
 import math
+import statistics
 
+import numpy as np
 import pytest
 import torch
 
 from eval.answers import Answer
 from eval.fluency import Band, Reader, base_of
-from eval.metrics import Instruments, basic, by_question, distinct, distinct_interval, measure, summary
-from eval.nelbo import nelbo
+from eval.metrics import Instruments, basic, by_question, distinct, distinct_around, measure, summary
+from eval.nelbo import bounds, nelbo
+from eval.statistics import student
 from eval.tasks import Question
 from tests.fakes import FakeDenoiser
 
@@ -101,12 +104,32 @@ def test_turns_of_a_question_count_as_one():
     assert found == summary({f"{q}/0": {"right": float(q % 2)} for q in range(20)})["right"]
 
 
-def test_distinct_n_has_an_interval():
-    texts = [f"the word {i} is {i % 3}" for i in range(50)]
-    low, high = distinct_interval(texts, 1)
-    assert 0 < low < 0.2
-    assert 0 < high < 0.2
-    assert distinct_interval(["a b", "a b"], 2) == (0.0, 0.0)
+@pytest.mark.parametrize("size", [5, 10, 50, 200])
+def test_the_interval_of_distinct_n_covers_sets_of_its_size(size):
+    """The truth is the mean over sets of the same size, which falls with the size."""
+    generator = np.random.default_rng(size)
+    chances = 1 / np.arange(1, 401)
+    chances /= chances.sum()
+
+    def texts():
+        lengths = generator.integers(5, 60, size)
+        return [" ".join(map(str, generator.choice(400, n, p=chances))) for n in lengths]
+
+    for n in (1, 2):
+        sets = [texts() for _ in range(120)]
+        values = np.array([distinct(some, n) for some in sets])
+        around = np.array([distinct_around(some, n) for some in sets])
+        truth = values.mean()
+        assert (abs(values - truth) <= around).mean() >= 0.9
+        assert around.mean() < 1.6 * 1.96 * values.std() * (student(size - 1) / 1.96), "and is no wider"
+
+
+def test_few_texts_have_no_interval_of_distinct_n():
+    texts = [f"the word {i} is {i % 3}" for i in range(5)]
+    assert 0 < distinct_around(texts, 1) < 0.3
+    assert math.isnan(distinct_around(texts[:4], 1))
+    assert math.isnan(distinct_around([*[""] * 5, "one text alone"], 1))
+    assert distinct_around(["a b"] * 6, 2) == pytest.approx(0)
 
 
 @pytest.fixture
@@ -148,6 +171,12 @@ def test_the_base_is_found_by_the_records_of_training(causal, tmp_path, monkeypa
     sft = run("sft", causal)
     assert base_of(str(run("r2ft", sft))) == base_of(str(sft)) == str(causal)
     assert base_of(str(run("scratch", "scratch"))) == ""
+    monkeypatch.chdir(tmp_path)
+    for i, nothing in enumerate(("", None)):
+        file = run(f"nothing-{i}", "") / "run.json"
+        file.write_text(json.dumps({"config": {"model": {"init": nothing}}}))
+        assert base_of(str(file.parent)) == ""
+    assert base_of(str(run("no-model", tmp_path))) == ""
     assert base_of(str(run("lost", tmp_path / "gone.gguf"))) == ""
     (sft / "run.json").write_text("{")
     assert base_of(str(sft)) == ""
@@ -168,8 +197,61 @@ def test_the_nelbo_is_the_mean_over_orders_of_unmasking():
             total -= float(logp[2 + i, answer[i]])
             row[2 + i] = answer[i]
     exact = total / 6
-    found = nelbo(model, [(prompt, answer)], draws=4000, batch_size=64)[0]
-    assert found == pytest.approx(exact, rel=0.05)
+    (found,) = bounds(model, [(prompt, answer)], draws=7, batch_size=64)
+    assert found.nats == pytest.approx(exact, rel=1e-6)  # all seven maskings
+    assert found.error == 0
+    many = [bounds(model, [(prompt, answer)], 5, 64, seed)[0] for seed in range(600)]
+    spread = statistics.stdev(bound.nats for bound in many)
+    assert statistics.fmean(bound.nats for bound in many) == pytest.approx(exact, abs=4 * spread / 600**0.5)
+
+
+def test_one_token_is_exact_in_one_call():
+    model = FakeDenoiser(vocab=7, mask_id=6, eos_id=0)
+    rows = [([1, 2], [token]) for token in (0, 3, 4, 5)]
+    logp = model.logits(model.hidden(torch.tensor([[1, 2, 6]]))[0, 2]).double().log_softmax(-1)
+    model.rows = 0
+    found = bounds(model, rows, draws=32)
+    assert model.rows == 1, "what the choices of a question share is computed once"
+    assert [bound.nats for bound in found] == pytest.approx([-float(logp[answer[0]]) for _, answer in rows])
+    assert [bound.greedy for bound in found] == [int(logp.argmax()) == answer[0] for _, answer in rows]
+
+
+def test_a_model_that_knows_nothing_has_the_nats_it_has():
+    """A bound must not lie below -log p, here the same for every order."""
+
+    model = FakeDenoiser(vocab=6, mask_id=6)
+    model.logits = lambda hidden: torch.zeros(*hidden.shape[:-1], 6)
+    for n in (1, 3, 40):
+        rows = [([1, 2], [3] * n)]
+        for draws in (1, 8, 32):
+            assert nelbo(model, rows, draws=draws) == pytest.approx([n * math.log(6)], rel=1e-6)
+
+
+def test_the_standard_error_of_a_bound_is_its_spread_over_seeds():
+    model = FakeDenoiser(vocab=7, mask_id=6, eos_id=0)
+    found = [bounds(model, [([1, 2], [3, 0, 4, 5, 2, 1, 3, 4])], 24, 64, seed)[0] for seed in range(150)]
+    spread = statistics.stdev(bound.nats for bound in found)
+    assert statistics.fmean(bound.error for bound in found) == pytest.approx(spread, rel=0.25)
+
+
+def test_noise_comes_from_the_content():
+    model = FakeDenoiser(vocab=7, mask_id=6, eos_id=0)
+    rows = [([1, 2], [3, 0, 4, 5, 2]), ([2, 1], [1] * 9), ([1], [2] * 6)]
+    alone = [nelbo(model, [row], draws=6)[0] for row in rows]
+    assert nelbo(model, rows, draws=6) == pytest.approx(alone)
+    assert nelbo(model, rows[::-1], draws=6) == pytest.approx(alone[::-1])
+    assert nelbo(model, rows, draws=6, seed=1) != pytest.approx(alone)
+
+
+def test_answers_to_one_question_share_their_noise():
+    """Answers that differ in one token have the same masks, so that their difference is sure."""
+    model = FakeDenoiser(vocab=7, mask_id=6, eos_id=0, context=False)
+    first = [3, 0, 4, 5, 2, 1] * 3
+    second = [*first[:-1], 4]
+    sure = [nelbo(model, [([1], first), ([1], second)], 9, seed=seed) for seed in range(200)]
+    shared = statistics.stdev(b - a for a, b in sure)
+    apart = statistics.stdev(sure[i][1] - sure[i + 1][0] for i in range(199))
+    assert shared < 0.6 * apart
 
 
 def test_rows_of_a_nelbo_do_not_depend_on_each_other(model, tokenizer):

@@ -86,6 +86,11 @@ def test_malformed_grades_are_counted_and_left_out(tmp_path):
         ("[[11]]", None),
         ("7/10", None),
         ("", None),
+        ("<think>At first I would say [[3]].</think>Rating: [[8]]", 8),
+        ("Perhaps [[3]].</think>\nRating: [[8]], not [[9]]", 8),
+        ("<think>[[3]]", None),
+        ("<think>[[3]]</think>I cannot say.", None),
+        ("<think>[3]</think>[4]", 4),
     ],
 )
 def test_grades_are_read(text, value):
@@ -93,7 +98,18 @@ def test_grades_are_read(text, value):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("so [[A]]", "A"), ("[[B]]", "B"), ("[[C]]", "tie"), ("A", None), ("[[D]]", None)]
+    ("text", "value"),
+    [
+        ("so [[A]]", "A"),
+        ("[[B]]", "B"),
+        ("[[C]]", "tie"),
+        ("A", None),
+        ("[[D]]", None),
+        ("<think>[[A]] is better</think>[[B]]", "B"),
+        ("<think>[[A]]", None),
+        ("[[B]], for [[A]] errs", "A"),  # FastChat asks for A first
+        ("[[C]] or [[B]]", "B"),
+    ],
 )
 def test_winners_are_read(text, value):
     assert read_winner(text) == value

@@ -4,10 +4,10 @@ import math
 import pytest
 
 from dlm.cli import main
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, DataError
 from eval import path
 from eval.path import PathCost
-from eval.paths import PathRun, differences, draw, held_out, table
+from eval.paths import PathFolder, PathRun, differences, draw, held_out, table
 
 original = path.path_costs
 
@@ -38,8 +38,13 @@ def test_the_rows_are_the_last_that_fit(file, tokenizer):
 def test_means_go_over_tokens_and_intervals_over_answers():
     run = PathRun("m", "conv", "S=4", "", [PathCost([1, 2, 3], 4), PathCost([5], 2)])
     assert run.nats.mean == pytest.approx(11 / 4)
-    assert (run.nats.low, run.nats.high, run.nats.count) == (2.0, 5.0, 2)  # of two answers, either one alone
-    assert table([run]).rows == [["m, conv, S=4", "2", "3.0", "2.750 ± 2.250"]]
+    assert run.nats.count == 2
+    assert table([run]).rows == [["m, conv, S=4", "2", "3.0", "2.750"]]  # no interval of two answers
+    several = PathRun("m", "conv", "S=4", "", [PathCost([1, 2, 3], 4), PathCost([5], 2)] * 5)
+    residuals = [6 - 3 * 11 / 4, 5 - 11 / 4] * 5  # of the sums, from what their sizes let expect
+    half = 2.2622 * (10 / 9 * sum(r**2 for r in residuals)) ** 0.5 / 20
+    assert several.nats.high - several.nats.mean == pytest.approx(half, rel=1e-3)
+    assert table([several]).rows == [["m, conv, S=4", "10", "3.0", f"2.750 ± {half:.3f}"]]
 
 
 def test_runs_that_differ_in_one_thing_are_compared():
@@ -115,3 +120,10 @@ def test_what_cannot_be_measured_is_refused(capsys):
     assert "name one or more checkpoints" in capsys.readouterr().err
     assert main(["eval", "path", "default", "--last", "0"]) == 2
     assert "last must be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"settings": {"a": 1}}', '{"settings": {"a": 1}, "runs": [1]}'])
+def test_figures_that_are_none_are_named(tmp_path, text):
+    (tmp_path / "paths.json").write_text(text)
+    with pytest.raises(DataError, match=r"paths\.json: not what"):
+        PathFolder(tmp_path, {"a": 1})

@@ -8,10 +8,10 @@ import pytest
 
 from dlm.cli import main
 from dlm.errors import DataError
-from eval.answers import Answer
+from eval.answers import Answer, AnswerFile
 from eval.metrics import Instruments, summary
 from eval.report import plots, tables
-from eval.report.report import find_runs
+from eval.report.report import find_runs, write
 from eval.run import Card, Results, Verdict, comparable, finish, open_run, representatives
 from eval.tasks import Question
 from tests.eval.endpoint import serving
@@ -29,8 +29,6 @@ def run(folder, decoder, steps, kernel=0, right=6, count=12):
     for i, q in enumerate(QUESTIONS[:count]):
         text = f"It <is> {i + 1 if i < right else 99} | of course"
         said[q.id, 0] = Answer(q.id, 0, text, 4, "stop", steps - 1, steps, 0.25, [0, 1, 2, steps - 1])
-    from eval.answers import AnswerFile
-
     AnswerFile(place / "answers.jsonl").write(said.values())
     finish(place, card, QUESTIONS[:count], said, Instruments())
     return Results.load(place)
@@ -167,6 +165,42 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+
+def test_judges_figures_have_intervals_not_standard_errors(runs):
+    rate = {"win_rate": 40.0, "standard_error": 5.0, "count": 90, "lc_kind": "length only"}
+    rate |= {"lc_win_rate": 41.0, "lc_standard_error": 6.0}
+    grade = {"by_turn": [7.0], "overall": {"mean": 7.0, "low": 6.5, "high": 7.25, "count": 9}}
+    verdicts = [
+        Verdict("alpaca_eval", "j", "refs", "win", {}, rate),
+        Verdict("alpaca_eval", "k", "refs", "win", {}, {**rate, "standard_error": None, "lc_win_rate": None}),
+        Verdict("mt_bench", "j", "", "grade", {}, grade),
+        Verdict("geval", "j", "fluency", "score", {}, {"mean": {"mean": 3.5, "low": None, "high": None}}),
+    ]
+    table = tables.judged([replace(runs[0], verdicts=verdicts)])
+    assert [row[-1] for row in table.rows] == [
+        "40.0 ± 9.8 % of 90", "41.0 ± 11.8 %", "40.0 % of 90", "7.00", "7.00 ± 0.50", "3.50",
+    ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("count", [1, 12])
+def test_empty_answers_make_a_report_without_warnings(tmp_path, count):
+    card = Card("gsm8k", "q.json", "tiny", "runs/tiny", "abc", "conv,S=8", "conv", {"steps": 8})
+    place = card.folder(tmp_path / "runs")
+    open_run(place, card)
+    said = {(q.id, 0): Answer(q.id, 0, "", 0, "stop", 8, 8) for q in QUESTIONS[:count]}
+    AnswerFile(place / "answers.jsonl").write(said.values())
+    finish(place, card, QUESTIONS[:count], said, Instruments())
+    write(find_runs([str(tmp_path / "runs")]), tmp_path / "report", "t", 4, "", [])
+    assert "100.0" in (tmp_path / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("system", ["..", ".", "../../x", ".hidden", "a/b", ""])
+def test_a_name_never_leaves_its_folder(tmp_path, system):
+    for label in ("", "conv"):
+        card = Card("gsm8k", "", system, "m", "", label, "", {})
+        assert card.folder(tmp_path).resolve().parent == (tmp_path / "gsm8k").resolve()
 
 
 def test_a_report_is_one_page_and_markdown(runs, tmp_path, capsys):

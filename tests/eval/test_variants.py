@@ -34,15 +34,27 @@ def test_shares_of_the_window_and_all_combinations():
 
 
 def test_sizes_are_kernels_or_blocks_and_cuts_go_where_there_are_some():
-    found = variants("conv,semi-ar,llada,categorical", kernel="16,32", top_k="5")
+    found = variants("conv,semi-ar,llada,categorical", kernel="15,33", top_k="5")
     assert [v.label for v in found] == [
-        "conv,K=17,top_k=5",
+        "conv,K=15,top_k=5",
         "conv,K=33,top_k=5",
-        "semi-ar,B=16,top_k=5",
-        "semi-ar,B=32,top_k=5",
+        "semi-ar,B=15,top_k=5",
+        "semi-ar,B=33,top_k=5",
         "llada",
         "categorical",
     ]
+
+
+def test_shares_of_the_window_are_odd_for_kernels_alone():
+    found = variants("conv,semi-ar", window=128, steps="8", kernel="L/4,65")
+    assert [v.options for v in found] == [
+        {"kernel_size": 33}, {"kernel_size": 65}, {"block_size": 32}, {"block_size": 65},
+    ]  # fmt: skip
+
+
+def test_a_window_and_a_rate_go_together():
+    (found,) = variants("conv", window=64, rate="2")
+    assert found.pace == {"window": 64, "rate": 2.0}
 
 
 def test_length_free_paces():
@@ -66,6 +78,12 @@ def test_length_free_paces():
         ({"steps": "0"}, "whole numbers"),
         ({"rate": "0.5"}, "rate must be at least 1"),
         ({"kernel": "1.7"}, "whole numbers"),
+        ({"kernel": "32"}, "odd and positive, got 32; use 31 or 33"),
+        ({"decoders": "conv,semi-ar", "kernel": "32"}, "use 31 or 33"),
+        ({"decoders": "", "kernel": "33"}, "--kernel: none of the decoders"),
+        ({"decoders": "llada", "kernel": "33"}, "--kernel: none of the decoders"),
+        ({"decoders": "llada,categorical", "top_k": "5"}, "--top_k: none of the decoders"),
+        ({"window": 64, "max_tokens": 20}, "not both"),
         ({"decoders": "conv,,semi-ar"}, "cannot read"),
         ({"decoders": "convv"}, "Did you mean 'conv'"),
         ({"decoders": "conv(kernel=3)"}, "kernel_size"),

@@ -272,3 +272,11 @@ def test_bad_rules_say_what_is_wrong():
     ids, start, length = rows(2, 6, 20, 64)
     with pytest.raises(ConfigError, match="at least one high-prior"):
         make_negative(ids, start, length, torch.arange(2), mask_id=2, eos_id=1, frequent=FREQUENT[:0])
+
+
+def test_the_command_takes_the_names_that_every_command_takes(capsys):
+    from dlm.cli import main
+
+    words = ["--data.source", "rules", "--data.limit", "40", "--data.validation_rows", "0", "--rows", "2"]
+    assert main(["inspect", "negatives", "default", "--data.window", "96", *words]) == 0
+    assert "negative" in capsys.readouterr().out

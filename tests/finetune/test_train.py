@@ -16,7 +16,7 @@ from dlm import load_model
 from dlm.checkpointing import MARKER, complete_checkpoints, is_complete, last_checkpoint
 from dlm.data.config import DataConfig
 from dlm.errors import ConfigError, DataError
-from finetune.config import ModelConfig, TrainConfig
+from finetune.config import LoraConfig, ModelConfig, TrainConfig
 from finetune.sft import SFT, train
 
 TINY = ModelConfig(
@@ -152,7 +152,8 @@ def gradient_step(folder, **kwargs):
 
 @pytest.mark.parametrize("windows", ["fixed", "grouped"])
 def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path, windows):
-    data = DataConfig(source="rules", window=48, limit=150, validation_rows=20, windows=windows, eos_tail=8)
+    tail = {"eos_tail": 8} if windows == "grouped" else {}
+    data = DataConfig(source="rules", window=48, limit=150, validation_rows=20, windows=windows, **tail)
     one, accumulated, two = tmp_path / "one", tmp_path / "accumulated", tmp_path / "two"
     train(gradient_step(one, per_device_train_batch_size=8, data=data))
     train(gradient_step(accumulated, per_device_train_batch_size=4, gradient_accumulation_steps=2, data=data))
@@ -172,6 +173,61 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path, 
         worst = max(float((got[name] - value).abs().max()) for name, value in expected.items())
         assert worst < 2e-5 * max(1.0, start_scale), (other.name, worst)
     assert losses(two)[1] == pytest.approx(losses(one)[1], rel=1e-4)
+
+
+def test_a_run_goes_on_with_another_number_of_processes_to_the_same_weights(tmp_path):
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 9}
+    train(settings(tmp_path / "one", **options))
+    train(settings(tmp_path / "two", **options))
+    for late in complete_checkpoints(tmp_path / "two")[1:]:  # back to step 4
+        (late / MARKER).unlink()
+    unfinish(tmp_path / "two")
+    script = tmp_path / "again.py"
+    script.write_text(
+        "from tests.finetune.test_train import settings\n"
+        "from finetune.sft import train\n"
+        f"train(settings({str(tmp_path / 'two')!r}, **{options!r}))\n"
+    )
+    on_two_processes(script)
+    expected = weights(tmp_path / "one")
+    for name, value in weights(tmp_path / "two").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_micro_batches_are_dealt_out_to_the_processes_that_there_are(whole, tmp_path):
+    import shutil
+
+    from finetune.run import accumulation
+
+    newest = last_checkpoint(whole)
+    four = settings(whole, gradient_accumulation_steps=4)
+    assert accumulation(four, None, 2) == 4
+    assert accumulation(settings(whole), newest, 1) == 1
+    with pytest.raises(ConfigError, match=r"has 1 batches of 8 rows, which 2 processes cannot share"):
+        accumulation(settings(whole), newest, 2)
+    copy = shutil.copytree(newest, tmp_path / newest.name)
+    state = json.loads((copy / "log_state.json").read_text())
+    (copy / "log_state.json").write_text(json.dumps({**state, "parts": 8}))
+    assert [accumulation(four, copy, n) for n in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    with pytest.raises(ConfigError, match="a number that divides 8"):
+        accumulation(four, copy, 3)
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    from dlm.lock import alone_in
+
+    with alone_in(tmp_path / "run"), pytest.raises(ConfigError, match="another process is writing there"):
+        train(settings(tmp_path / "run"))
+    assert not (tmp_path / "run" / "run.json").exists()
+    train(settings(tmp_path / "run", max_steps=1))
+
+
+def test_an_output_folder_is_tried_before_the_data_are_read(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("finetune.run.split_rows", lambda *_: pytest.fail("read"))
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        train(settings(tmp_path / "file" / "run"))
 
 
 def test_ema_is_updated_saved_and_what_the_final_model_holds(tmp_path):
@@ -220,11 +276,70 @@ def test_settings_that_cannot_work_say_so(tmp_path, whole):
         train(settings(tmp_path / "a", trainer={"lerning_rate": 1}))
     file = tmp_path / "rows.jsonl"
     file.write_text('{"instruction": "a", "output": "b"}\n' * 5)
-    with pytest.raises(DataError, match="5 rows leave none to train on with 5 held out"):
+    with pytest.raises(DataError, match="5 rows leave none .* with 5 held out; lower --data.valid"):
         train(settings(tmp_path / "b", data=DataConfig(source=str(file), validation_rows=5)))
     long = DataConfig(source="rules", window=4096, limit=99, validation_rows=9)
     with pytest.raises(ConfigError, match="longer than the"):
         train(settings(tmp_path / "c", model=ModelConfig(init=str(whole)), data=long))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ModelConfig(init="x", hidden_size=64), "model.hidden_size is for random weights"),
+        (lambda: ModelConfig(init="x", vocab_size=500), "model.vocab_size is for random weights"),
+        (lambda: ModelConfig(shift=False), "model.shift is for a causal LM"),
+        (lambda: LoraConfig(alpha=32.0), "lora.alpha is for an adapter: give lora.r"),
+        (lambda: LoraConfig(merge=True), "lora.merge is for an adapter"),
+        (lambda: DataConfig(eos_tail=8), "eos_tail needs windows: grouped"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_a_checkpoint_keeps_its_template_and_says_so(whole, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"model.template 'instruct' is for other starts; .* keeps 'chatml'"
+    ):
+        train(settings(tmp_path / "run", model=ModelConfig(init=str(whole), template="instruct")))
+
+
+def few_rows(folder, long=0):
+    """A file of rows, the last of them longer than the window."""
+    file = folder / "rows.jsonl"
+    rows = [{"instruction": f"Count {i}.", "output": f"{i} {i + 1}"} for i in range(40)]
+    rows += [{"instruction": "Count on. " * 200, "output": "x"}] * long
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_a_run_may_do_without_validation_rows(tmp_path):
+    from finetune.run import split_rows
+
+    data = DataConfig(source=str(few_rows(tmp_path)), window=48, validation_rows=0)
+    rows, held_out = split_rows(data, 0)
+    assert (len(rows), len(held_out)) == (40, 0)
+    train(settings(tmp_path / "run", data=data, max_steps=2, eval_steps=1))
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_validation_rows_that_are_all_too_long_are_told_apart(tmp_path, caplog):
+    data = DataConfig(source=str(few_rows(tmp_path, long=5)), window=48, validation_rows=5)
+    with pytest.raises(
+        DataError, match=r"validation rows \(the last 5\), none of the 5 rows .*--eval_steps 0"
+    ):
+        train(settings(tmp_path / "a", data=data, max_steps=2, eval_steps=1))
+    train(settings(tmp_path / "b", data=data, max_steps=2, eval_steps=0))
+    assert "goes on without them" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", "{}", '{"config": 3}', "[" * 10_000])
+def test_a_record_that_is_none_is_named(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.json: not what a run writes"):
+        train(settings(tmp_path))
 
 
 def test_a_finished_run_is_left_as_it_is(whole):
@@ -353,4 +468,4 @@ def test_the_trainers_nelbo_is_that_of_the_enumeration(tokenizer, tmp_path):
     trainer.data_collator.window = len(ids)  # no padding: every maskable cell carries loss
     trainer.model.eval()
     exact = enumerated_nelbo(trainer.model, window, torch.arange(len(ids)) >= start, tokenizer.mask_token_id)
-    assert trainer.evaluate()["eval_nelbo"] == pytest.approx(exact, rel=0.03)
+    assert trainer.evaluate()["eval_nelbo"] == pytest.approx(exact, rel=0.01)

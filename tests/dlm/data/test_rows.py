@@ -1,10 +1,13 @@
 import gzip
 import json
+import re
 
 import pytest
+from datasets import Dataset
 
 from dlm.data.rows import load_rows, parse_row
-from dlm.errors import DataError
+from dlm.errors import ConfigError, DataError
+from dlm.tokenizer import encode_prompt, encode_text
 
 ALPACA = [
     {"instruction": "Add.", "input": "1 2", "output": "3"},
@@ -40,9 +43,6 @@ def test_chat_and_text_rows():
         ({"instruction": "x", "output": 3}, "'output' must be text, got int 3"),
         ({"instruction": None, "output": "y"}, "'instruction' must be text, got NoneType"),
         (["x"], "expected an object, got list"),
-        ({"messages": []}, "must be a list of turns"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "the last turn must be the assistant's"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "turn 0 needs a role"),
         ({"text": 1}, "'text' must be text"),
     ],
 )
@@ -53,8 +53,133 @@ def test_a_malformed_row_names_its_file_and_index(tmp_path, row, message):
         load_rows(str(path))
 
 
+USER, ASSISTANT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+PICTURE = {"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "image", "url": "x"}]}
+ODD = [
+    ([], "must be a list of turns"),
+    ("u", "must be a list of turns"),
+    ([USER], "the last turn must be the assistant's, got 'user'"),
+    ([USER, ASSISTANT, {"role": "tool", "content": "{}"}, ASSISTANT], "turn 2 needs a role"),
+    ([{"role": "robot", "content": "x"}, ASSISTANT], "turn 0 needs a role.*got 'robot'"),
+    ([USER, {"role": "assistant", "content": None, "tool_calls": []}], "turn 1 needs .* a text content"),
+    ([PICTURE, ASSISTANT], "turn 0 needs .* a text content"),
+    ([USER, "a"], "turn 1 must be an object"),
+]
+
+
+@pytest.mark.parametrize(("turns", "message"), ODD)
+def test_odd_chat_rows_are_left_out_counted_and_one_is_shown(tmp_path, turns, message, caplog):
+    path = tmp_path / "chat.jsonl"
+    good = {"messages": [USER, ASSISTANT]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (good, {"messages": turns}, good)))
+    for _ in range(2):  # read, and from the cache
+        caplog.clear()
+        rows = load_rows(str(path))
+        assert rows.to_list() == [{"prompt": [USER], "answer": "a"}] * 2
+        assert rows.column_names == ["prompt", "answer"]
+        assert re.search(rf"1 of 3 rows .* the first: .*chat\.jsonl, row 1: .*{message}", caplog.text)
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in ({"messages": turns}, good, {"messages": turns}))
+    )
+    with pytest.raises(DataError, match=rf"2 of 3 rows .* the first: .*row 0: .*{message}"):
+        load_rows(str(path))
+
+
+def test_speakers_have_many_names_and_contents_parts():
+    parts = [{"type": "text", "text": "on"}, {"type": "text", "text": "ce"}]
+    for user, assistant in (("human", "gpt"), ("Human", "AI"), ("prompter", "assistant"), ("user", "model")):
+        turns = [{"from": user, "value": parts}, {"from": assistant, "value": "a"}]
+        assert parse_row({"conversations": turns}, "f", 0) == {
+            "prompt": [{"role": "user", "content": "once"}], "answer": "a",
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Add.\n\n1 2", "completion": "3"},
+        {"prompt": "Add.\n\n1 2", "response": "3", "text": "both"},
+        {"instruction": "Add.", "context": "1 2", "response": "3", "category": "maths"},  # Dolly
+        {"question": "Add.\n\n1 2", "answer": "3"},
+        {"prompt": [{"role": "user", "content": "Add.\n\n1 2"}],
+         "completion": [{"role": "assistant", "content": "3"}]},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv", "parquet"])
+def test_rows_of_other_data_sets(tmp_path, row, ending):
+    path = tmp_path / f"rows.{ending}"
+    rows = Dataset.from_list([row, row])
+    if ending == "parquet":
+        rows.to_parquet(path)
+    elif isinstance(row.get("prompt"), list) and ending != "jsonl":
+        return  # a table has no lists
+    elif ending == "jsonl":
+        path.write_text(f"{json.dumps(row)}\n" * 2)
+    else:
+        rows.to_csv(path, sep="\t" if ending == "tsv" else ",", index=False)
+    assert load_rows(str(path)).to_list() == EXPECTED[:1] * 2
+
+
+def test_a_table_may_be_divided_by_semicolons_and_must_be_whole(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes('\ufeffinstruction;input;output\r\nAdd.;1 2;3\r\nGreet.;;"Hello."\r\n'.encode())
+    assert load_rows(str(path)).to_list() == EXPECTED
+    path.write_text("instruction,output\nAdd.,3,4\n")
+    with pytest.raises(DataError, match=r"rows\.csv, row 0: has not as many fields"):
+        load_rows(str(path))
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"PAR1 not really")
+    with pytest.raises(DataError, match=r"rows\.parquet: cannot be read"):
+        load_rows(str(path))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv"])
+def test_encodings(tmp_path, name):
+    row = {"instruction": "Grüße", "output": "Schöne Grüße"}
+    text = json.dumps(row, ensure_ascii=False)
+    text = {"a.json": f"[{text}]", "a.jsonl": text, "a.csv": "instruction,output\nGrüße,Schöne Grüße\n"}[name]
+    path = tmp_path / name
+    expected = [{"prompt": [{"role": "user", "content": "Grüße"}], "answer": "Schöne Grüße"}]
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert load_rows(str(path)).to_list() == expected
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(DataError, match=rf"{name}.*UTF-16"):
+        load_rows(str(path))
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=rf"{name}.*not UTF-8 \(byte 0xfc .*Latin-1"):
+        load_rows(str(path))
+
+
+def test_halves_of_surrogate_pairs_are_replaced(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"instruction": "a \\ud800 b \\ud83d\\ude00", "output": "\\udfff"}\n')
+    (row,) = load_rows(str(path)).to_list()
+    assert row == {"prompt": [{"role": "user", "content": "a \ufffd b \U0001f600"}], "answer": "\ufffd"}
+    assert encode_text(tokenizer, "a\ud800") == encode_text(tokenizer, "a\ufffd")
+    encode_prompt(tokenizer, [{"role": "user", "content": "\ud800 <|mask|>"}])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no rows"),
+        ("\n\n", "holds no rows"),
+        ('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1: nested too deeply"),
+        ('{"text": ' + "9" * 5000 + "}", "line 1: not valid JSON"),
+        ('{"text": 1e999}', "row 0: 'text' must be text"),
+    ],
+)
+def test_extremes_are_named(tmp_path, text, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError, match=rf"a\.jsonl.*{message}"):
+        load_rows(str(path))
+    (tmp_path / "b.json").write_text("")
+    with pytest.raises(DataError, match=r"b\.json: the file is empty"):
+        load_rows(str(tmp_path / "b.json"))
+
+
 def test_a_hub_data_set_gives_the_same_rows(monkeypatch):
-    from datasets import Dataset
 
     asked = []
 
@@ -68,6 +193,13 @@ def test_a_hub_data_set_gives_the_same_rows(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Dataset.from_list([{"instruction": "x"}]))
     with pytest.raises(DataError, match=r"some/set\[train\], row 0: needs 'instruction' and 'output'"):
         load_rows("some/set")
+
+
+def test_a_file_has_no_splits(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(ALPACA))
+    with pytest.raises(ConfigError, match="split 'test' is for data sets of the hub"):
+        load_rows(str(path), "test")
 
 
 def test_a_missing_hub_data_set_says_so():
@@ -90,7 +222,7 @@ def test_unreadable_files_say_why(tmp_path):
     table.write_bytes(b"not gzip")
     with pytest.raises(DataError, match="cannot be read"):
         load_rows(str(table))
-    other = tmp_path / "a.csv"
+    other = tmp_path / "a.xml"
     other.write_text("x")
     with pytest.raises(DataError, match=r"expected one of .json, .jsonl"):
         load_rows(str(other))
