@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dlm.errors import ConfigError
-from dlm.schedule import LogLinear
+from dlm.schedule import LogLinear, NoiseSchedule
 
 
 def stratified_times(
@@ -38,7 +38,7 @@ def corrupt(
     generator: torch.Generator | None = None,
     *,
     noise: torch.Tensor | None = None,
-    schedule: LogLinear | None = None,
+    schedule: NoiseSchedule | None = None,
 ) -> torch.Tensor:
     """Mask each maskable position independently with probability 1 - alpha(t): a sample of q(x_t | x_0).
 

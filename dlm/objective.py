@@ -20,9 +20,10 @@ def masked_diffusion_loss(
 ) -> torch.Tensor:
     """Monte-Carlo NELBO per maskable token, in nats: sum over masked tokens of -w(t) log p, over the count.
 
-    w(t) = -alpha'(t) / (1 - alpha(t)), which is 1/t for the log-linear schedule. That schedule stops at a mask
-    probability of 1 - eps: the mean of this loss is eps (0.1 %) below the bound, a constant factor to training.
-    What is reported as NELBO, in validation and evaluation, draws fixed numbers of masks and leaves nothing out.
+    w(t) = -alpha'(t) / (1 - alpha(t)), which is 1/t for the log-linear schedule. That schedule stops at a
+    mask probability of 1 - eps: the mean of this loss is eps (0.1 %) below the bound, a constant factor to
+    training. What is reported as NELBO, in validation and evaluation, draws fixed numbers of masks, which is
+    the bound whatever the schedule.
     Unmasked tokens contribute nothing (SUBS: they predict themselves with probability 1), so only the
     masked ones are passed.
 

@@ -30,6 +30,8 @@ from dlm.model import IGNORE
 from dlm.noise import fold, key_of, uniform
 from dlm.objective import masked_diffusion_loss
 from dlm.prior import TokenPrior
+from dlm.schedule import NoiseSchedule
+from dlm.spec import ModelSpec
 
 _LOG_STATE = "log_state.json"
 """In a checkpoint: the loss summed since the last log line, so that a resumed curve is the same curve."""
@@ -141,11 +143,16 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
 
     def with_noise(self, batch: Batch, slots: torch.Tensor, total: int, step: int) -> Batch:
         """A batch and everything random that its loss needs; see `add_noise` for the arguments."""
-        return add_noise(batch, slots, total, self.args.seed, step, self.mask_id)
+        return add_noise(batch, slots, total, self.args.seed, step, self.mask_id, self.schedule)
 
     def divisor(self, batch: Batch) -> torch.Tensor:
         """Scalar, what a batch adds to the number that the global loss is divided by: its loss cells."""
         return batch["loss_mask"].sum()
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule of the model."""
+        return ModelSpec.of_config(self.accelerator.unwrap_model(self.model).config).schedule
 
     @property
     def mask_id(self) -> int:
@@ -173,7 +180,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             input_ids=inputs["noisy_ids"], attention_mask=inputs["attention_mask"], targets=inputs["targets"]
         )
         times = inputs["t"][:, None].expand_as(cells)[cells]
-        return masked_diffusion_loss(out.token_logp, times, count)
+        return masked_diffusion_loss(out.token_logp, times, count, self.schedule)
 
     def start_clock(self) -> None:
         """Measure the training speed from now on."""
@@ -356,7 +363,15 @@ def micro_batches(checkpoint: str | Path) -> int | None:
     return None if parts is None else int(parts)
 
 
-def add_noise(batch: Batch, slots: torch.Tensor, total: int, seed: int, step: int, mask_id: int) -> Batch:
+def add_noise(
+    batch: Batch,
+    slots: torch.Tensor,
+    total: int,
+    seed: int,
+    step: int,
+    mask_id: int,
+    schedule: NoiseSchedule | None = None,
+) -> Batch:
     """A training batch with its noise.
 
     Args:
@@ -366,12 +381,14 @@ def add_noise(batch: Batch, slots: torch.Tensor, total: int, seed: int, step: in
         seed: seed of the run.
         step: optimiser step.
         mask_id: id of the mask token.
+        schedule: noise schedule, log-linear by default.
 
     Returns:
         The batch and `t` [B], `noisy_ids` [B, L], `targets` [B, L] (-100 where there is no loss).
     """
     key = key_of(seed, "noise", step, device=slots.device)
-    return _noised(batch, stratified_times(uniform(key, -1), slots, total), fold(key, slots), mask_id)
+    times = stratified_times(uniform(key, -1), slots, total)
+    return _noised(batch, times, fold(key, slots), mask_id, schedule)
 
 
 def add_eval_noise(batch: Batch, draw: int, draws: int, mask_id: int) -> Batch:
@@ -391,10 +408,14 @@ def add_eval_noise(batch: Batch, draw: int, draws: int, mask_id: int) -> Batch:
     return _with_targets(batch, share, noisy, mask_id)
 
 
-def _noised(batch: Batch, t: torch.Tensor, keys: torch.Tensor, mask_id: int) -> Batch:
+def _noised(
+    batch: Batch, t: torch.Tensor, keys: torch.Tensor, mask_id: int, schedule: NoiseSchedule | None
+) -> Batch:
     ids, maskable = batch["input_ids"], batch["maskable"]
     noise = uniform(keys[:, None], torch.arange(ids.shape[1], device=ids.device))
-    return _with_targets(batch, t, corrupt(ids, maskable, t, mask_id, noise=noise), mask_id)
+    return _with_targets(
+        batch, t, corrupt(ids, maskable, t, mask_id, noise=noise, schedule=schedule), mask_id
+    )
 
 
 def _with_targets(batch: Batch, t: torch.Tensor, noisy: torch.Tensor, mask_id: int) -> Batch:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from dlm.data.config import DataConfig
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, unknown_name
 
 
 def _refuse(config: Any, names: Iterable[str], prefix: str, wanted: str) -> None:
@@ -76,6 +76,10 @@ class StartConfig:
             raise ConfigError("lora needs model.init: random weights cannot be adapted, only trained")
 
 
+SCHEDULES = ("log-linear", "cosine")
+"""Noise schedules by name, see `dlm.schedule`."""
+
+
 @dataclass(frozen=True)
 class ModelConfig(StartConfig):
     """Where the first weights come from.
@@ -86,6 +90,7 @@ class ModelConfig(StartConfig):
         template: chat template to record with the model: "chatml", "instruct", "plain" (bare text, for
             pretraining), or "model" for the checkpoint's own. A diffusion checkpoint keeps its own.
         shift: whether the state at i-1 predicts token i, for a causal LM as a start.
+        schedule: noise schedule, "log-linear" or "cosine"; by default the checkpoint's, or log-linear.
         hidden_size: width of a random model.
         num_hidden_layers: layers of a random model.
         num_attention_heads: heads of a random model.
@@ -95,6 +100,7 @@ class ModelConfig(StartConfig):
 
     template: str = "chatml"
     shift: bool = True
+    schedule: str = ""
     hidden_size: int = 512
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
@@ -104,6 +110,8 @@ class ModelConfig(StartConfig):
     def __post_init__(self) -> None:
         """Check that nothing is given that the checkpoint brings with it."""
         super().__post_init__()
+        if self.schedule not in ("", *SCHEDULES):
+            raise unknown_name("schedule", self.schedule, SCHEDULES)
         if self.init:
             sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
             _refuse(self, (*sizes, "vocab_size"), "model.", "random weights; model.init brings its own")

@@ -34,7 +34,11 @@ def first_model(config: TrainConfig, rows: Dataset, resume_from: Path | None = N
         rows: what a new tokenizer is trained on.
         resume_from: a checkpoint of this run, whose tokenizer is taken instead of training one again.
     """
-    return _from_checkpoint(config.model) if config.model.init else _from_nothing(config, rows, resume_from)
+    make = _from_checkpoint(config.model) if config.model.init else _from_nothing(config, rows, resume_from)
+    model, tokenizer = make
+    if config.model.schedule:
+        model.config.schedule = {"name": config.model.schedule}
+    return model, tokenizer
 
 
 def fine_tuned_model(config: StartConfig, prompted: bool) -> Pair:

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("lm_eval")
 
 import lm_eval
-from decoding.path import path_costs
+from eval.path import path_costs
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
