@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 
-from decoding import kernels
 from dlm.device import sent
 from dlm.errors import ConfigError
 
@@ -151,11 +150,8 @@ class TokenRule:
         """
         logits = self.allowed(logits)
         if self.width is not None:
-            k = min(self.width, logits.shape[1])
-            if logits.is_cuda and kernels.applies(logits, k):
-                cuts = {"temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p}
-                return Choice(*kernels.choose(logits, noise, k, **cuts))
-        elif not self.keeps_all:
+            return self.draw(self.candidates(logits), noise)
+        if not self.keeps_all:
             return self._choose_of_nucleus(logits, noise)
         return self.draw(self.candidates(logits), noise)
 

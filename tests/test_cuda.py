@@ -120,7 +120,7 @@ def masses(logits, k):
     ("vocab", "dtype"), [(500, torch.float32), (49_153, torch.bfloat16), (151_936, torch.bfloat16)]
 )
 def test_the_kernel_of_a_step_finds_what_pytorch_finds(device, record_property, vocab, dtype):
-    choose = pytest.importorskip("decoding.kernels").choose
+    choose = pytest.importorskip("benchmarks.gpu.step_kernel").choose
     pytest.importorskip("triton")
     if device.type == "cpu" and vocab > 500:
         pytest.skip("the interpreter is slow")
@@ -145,7 +145,7 @@ def test_the_kernel_of_a_step_finds_what_pytorch_finds(device, record_property, 
 
 def test_the_kernel_draws_by_the_law(device):
     """Frequencies of many draws from one row lie within five deviations of the kept probabilities."""
-    choose = pytest.importorskip("decoding.kernels").choose
+    choose = pytest.importorskip("benchmarks.gpu.step_kernel").choose
     pytest.importorskip("triton")
     count, vocab = (40_000, 2000) if device.type == "cuda" else (4, 300)
     row = torch.randn(vocab, generator=torch.Generator().manual_seed(0)) * 3

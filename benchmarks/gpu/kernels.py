@@ -46,7 +46,7 @@ def run(context: Context) -> None:
 
 def measure(context: Context, name: str, cells: int, vocab: int, compiled: Any) -> None:
     """Times of the kernel, of PyTorch, of PyTorch compiled; what the kernel has of the bandwidth."""
-    from decoding.kernels import choose
+    from benchmarks.gpu.step_kernel import choose
 
     dtype = torch.bfloat16 if context.cuda else torch.float32
     size = cells * vocab * dtype.itemsize

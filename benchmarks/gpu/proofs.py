@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 from benchmarks.gpu.context import Context
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("tests/test_cuda.py", "tests/decoding/test_kernels.py")
+FILES = ("tests/test_cuda.py", "tests/test_step_kernel.py")
 
 
 def run(context: Context) -> None:

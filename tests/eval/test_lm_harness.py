@@ -8,7 +8,6 @@ import pytest
 pytest.importorskip("lm_eval")
 
 import lm_eval
-from eval.path import path_costs
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
@@ -16,6 +15,7 @@ from dlm.errors import ConfigError
 from dlm.tokenizer import set_template
 from eval.lm_harness import DLM, main
 from eval.nelbo import nelbo
+from eval.path import path_costs
 
 GENERATE = """
 task: counting

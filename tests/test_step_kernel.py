@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from decoding.kernels import MOST, applies, choose
+from benchmarks.gpu.step_kernel import MOST, choose
 from decoding.tokens import TokenRule
 from dlm.noise import key_of, uniform
 
@@ -23,7 +23,7 @@ RULES = {
 @pytest.fixture(autouse=True)
 def _triton(monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr("decoding.kernels.BLOCK", BLOCK)
+    monkeypatch.setattr("benchmarks.gpu.step_kernel.BLOCK", BLOCK)
 
 
 def noise(n):
@@ -116,20 +116,6 @@ def test_nan_shows_in_the_probabilities():
 
 def test_no_positions_at_all():
     assert [x.shape for x in choose(torch.zeros(0, 9, device=DEVICE), noise(0), 3)] == [(0,)] * 3
-
-
-def test_a_rule_uses_the_kernel_where_it_applies(monkeypatch):
-    logits, rule = torch.randn(4, 40, device=DEVICE), TokenRule(0.8, top_k=5, top_p=0.9, forbidden=(3,))
-    assert applies(logits, 5) is (DEVICE == "cuda")
-    expected = rule.draw(
-        rule.candidates(logits.index_fill(1, torch.tensor([3], device=DEVICE), -math.inf)), noise(4)
-    )
-    called = []
-    monkeypatch.setattr("decoding.kernels.applies", lambda *_: called.append(1) or True)
-    got = rule.choose(logits, noise(4))
-    assert called
-    assert torch.equal(got.token, expected.token)
-    torch.testing.assert_close(got.mass, expected.mass)
 
 
 def test_the_k_best_have_their_share_of_the_vocabulary():
