@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from dlm.config import FAMILIES, MaskedDiffusionConfig
 from dlm.errors import CheckpointError, ConfigError, first_line
 from dlm.model import MaskedDiffusionModel
-from dlm.pretrained.names import located
 from dlm.tokenizer import prepare_tokenizer
 
 
@@ -94,7 +93,7 @@ def load_causal_lm(
     Raises:
         CheckpointError: when the checkpoint cannot be read, is of another family, or lacks weights.
     """
-    where = _location(located(path))
+    where = _location(path)
     try:
         config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
         if families is not None and config.model_type not in families:

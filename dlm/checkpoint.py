@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -52,15 +52,7 @@ def load_model(
     """
     path = located(path)
     device, torch_dtype = place(device, dtype)
-    if is_causal_lm(path):
-        logger.warning(
-            "%s is an autoregressive model: made bidirectional, not yet trained to fill masks", path
-        )
-        model, tokenizer = from_causal_lm(path, dtype=torch_dtype)
-    elif is_adapter(path):
-        model, tokenizer = _load_with_adapter(path, torch_dtype)
-    else:
-        model, tokenizer = _load_diffusion(path, torch_dtype)
+    model, tokenizer = format_of(path).read(path, torch_dtype)
     model.set_attn_implementation(attn_implementation or _attention_for(device, torch_dtype))
     return model.to(device).eval(), tokenizer
 
@@ -90,7 +82,7 @@ def computes_bfloat16() -> bool:
 
 def is_causal_lm(path: str) -> bool:
     """Whether a path is an autoregressive model, which has still to be trained to fill masks."""
-    return path.endswith(".gguf") or model_type(path) in FAMILIES
+    return CausalFormat().detect(path)
 
 
 def _attention_for(device: str, dtype: torch.dtype) -> str:
@@ -103,7 +95,6 @@ def _attention_for(device: str, dtype: torch.dtype) -> str:
 
 def model_type(path: str) -> str:
     """The `model_type` of a folder's or hub repository's config.json."""
-    path = located(path)
     folder = Path(path)
     if folder.exists():
         file = folder / "config.json"
@@ -114,7 +105,7 @@ def model_type(path: str) -> str:
         except json.JSONDecodeError as error:
             raise CheckpointError(f"{path}: config.json is damaged ({error})") from error
     try:
-        return str(AutoConfig.from_pretrained(path).model_type)
+        return str(AutoConfig.from_pretrained(path, trust_remote_code=False).model_type)
     except Exception as error:
         raise CheckpointError(
             f"{path}: no such folder, not a model that the hub could give, and none of {', '.join(NAMES)}."
@@ -122,28 +113,109 @@ def model_type(path: str) -> str:
         ) from error
 
 
-def _load_with_adapter(path: str, dtype: torch.dtype) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
-    """The adapter's base with the adapter merged in; configuration and tokenizer are the adapter's own."""
-    config, base = _diffusion_config(path), base_of(path)
-    try:
-        if is_causal_lm(base):
-            model, _ = from_causal_lm(base, shift=config.shift, dtype=torch.float32)
-        else:
-            model, _ = load_model(base, device="cpu", dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:
-        if base in NAMES and isinstance(error, CheckpointError):
-            raise  # what comes with the package or is fetched says by itself what it lacks
-        raise CheckpointError(f"{path}: an adapter of {base}, which cannot be loaded ({error})") from error
-    model = load_adapter(model, path).to(dtype)
-    model.config.training, model.config.generation = config.training, config.generation
-    _check(path, model, tokenizer, {})
-    return model, tokenizer
+Loaded = tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]
+
+
+class CheckpointFormat(Protocol):
+    """A layout in which a model may lie on disk or on the hub; paths are real ones, names are resolved."""
+
+    def detect(self, path: str) -> bool:
+        """True for a path of this format."""
+        ...
+
+    def read(self, path: str, dtype: torch.dtype) -> Loaded:
+        """Read the model, on the CPU, and its tokenizer.
+
+        Raises:
+            CheckpointError: when something is missing, damaged or does not belong together.
+        """
+        ...
+
+
+class AdapterFormat:
+    """A low-rank adapter of `peft`; its base is read first, and the adapter merged into it."""
+
+    def detect(self, path: str) -> bool:
+        """See `CheckpointFormat`."""
+        return is_adapter(path)
+
+    def read(self, path: str, dtype: torch.dtype) -> Loaded:
+        """See `CheckpointFormat`; configuration and tokenizer are the adapter's own."""
+        config, base = _diffusion_config(path), base_of(path)
+        try:
+            where = located(base)
+            if CausalFormat().detect(where):
+                model, _ = from_causal_lm(where, shift=config.shift, dtype=torch.float32)
+            else:
+                model, _ = load_model(where, device="cpu", dtype="float32")
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        except Exception as error:
+            if base in NAMES and isinstance(error, CheckpointError):
+                raise  # what comes with the package or is fetched says by itself what it lacks
+            raise CheckpointError(
+                f"{path}: an adapter of {base}, which cannot be loaded ({error})"
+            ) from error
+        model = load_adapter(model, path).to(dtype)
+        model.config.training, model.config.generation = config.training, config.generation
+        model.config.schedule = config.schedule
+        _check(path, model, tokenizer, {})
+        return model, tokenizer
+
+
+class CausalFormat:
+    """An autoregressive model of transformers, folder, hub id or `.gguf`: it is made bidirectional."""
+
+    def detect(self, path: str) -> bool:
+        """See `CheckpointFormat`."""
+        return path.endswith(".gguf") or model_type(path) in FAMILIES
+
+    def read(self, path: str, dtype: torch.dtype) -> Loaded:
+        """See `CheckpointFormat`."""
+        logger.warning(
+            "%s is an autoregressive model: made bidirectional, not yet trained to fill masks", path
+        )
+        return from_causal_lm(path, dtype=dtype)
+
+
+class DiffusionFormat:
+    """This toolkit's own layout, that of transformers: config.json, safetensors, tokenizer files."""
+
+    def detect(self, path: str) -> bool:
+        """See `CheckpointFormat`; whatever is of no other format is read as this one, or refused by it."""
+        del path
+        return True
+
+    def read(self, path: str, dtype: torch.dtype) -> Loaded:
+        """See `CheckpointFormat`."""
+        _diffusion_config(path)
+        try:
+            model, info = MaskedDiffusionModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        except Exception as error:
+            raise CheckpointError(
+                f"{path}: weights or tokenizer missing, truncated or damaged ({error})"
+            ) from error
+        _check(path, model, tokenizer, info)
+        return model, tokenizer
+
+    def write(self, model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        """Write a model and its tokenizer."""
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+FORMATS: list[CheckpointFormat] = [AdapterFormat(), CausalFormat(), DiffusionFormat()]
+"""Formats in the order in which they are tried."""
+
+
+def format_of(path: str) -> CheckpointFormat:
+    """The first format that knows a path; further ones are added to `FORMATS`."""
+    return next(each for each in FORMATS if each.detect(path))
 
 
 def _diffusion_config(path: str) -> MaskedDiffusionConfig:
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(f"{path}: config.json cannot be used ({error})") from error
     if not isinstance(config, MaskedDiffusionConfig):
@@ -152,19 +224,6 @@ def _diffusion_config(path: str) -> MaskedDiffusionConfig:
             f"of this toolkit nor one of {', '.join(FAMILIES)}"
         )
     return config
-
-
-def _load_diffusion(path: str, dtype: torch.dtype) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
-    _diffusion_config(path)
-    try:
-        model, info = MaskedDiffusionModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: weights or tokenizer missing, truncated or damaged ({error})"
-        ) from error
-    _check(path, model, tokenizer, info)
-    return model, tokenizer
 
 
 def _check(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from dlm.adapter import BASE, is_adapter
-from dlm.checkpoint import DTYPES, load_model
+from dlm.checkpoint import DTYPES, DiffusionFormat, load_model
 from dlm.errors import CheckpointError, ConfigError
 from dlm.lock import check_writable
 from dlm.notice import carry_notice
@@ -61,8 +61,7 @@ def export(
     if alone:
         model, tokenizer = load_model(source, "cpu", dtype)
         _cleaned(model.config, generation)
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        DiffusionFormat().write(model, tokenizer, target)
     else:
         _export_adapter(source, target, DTYPES[dtype], base, generation)
     if (source / COUNTS).is_file():

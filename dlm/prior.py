@@ -19,7 +19,6 @@ from transformers.utils import cached_file
 
 from dlm.data.encoded import EncodedRows
 from dlm.errors import CheckpointError
-from dlm.pretrained.names import located
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -100,7 +99,6 @@ def _answers(rows: Dataset | EncodedRows) -> Iterator[np.ndarray[Any, Any]]:
 
 def _file(folder: str | Path) -> Path | None:
     """The file of counts, fetched from the hub when `folder` is none."""
-    folder = located(folder)
     if Path(folder).is_dir():
         file = Path(folder) / FILE
         return file if file.is_file() else None

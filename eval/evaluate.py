@@ -12,6 +12,7 @@ from typing import Any
 from dlm.data.records import read_records
 from dlm.errors import ConfigError
 from dlm.lock import alone_in, check_writable
+from dlm.pretrained.names import located
 from eval.config import NUCLEUS, EvalConfig
 from eval.metrics import Instruments
 from eval.run import Card, Results, answer_all, finish, merge, open_run
@@ -148,7 +149,7 @@ class _Loaded:
         from dlm.backbone import load_causal_lm
 
         device, dtype = self.place
-        model, tokenizer = load_causal_lm(self.config.autoregressive, dtype)
+        model, tokenizer = load_causal_lm(located(self.config.autoregressive), dtype)
         return model.to(device).eval(), tokenizer
 
     def instruments(self, questions: list[Question]) -> Instruments:
@@ -197,7 +198,7 @@ class _Loaded:
         from dlm.prior import TokenPrior
         from dlm.tokenizer import encode_text
 
-        prior = TokenPrior.load(self.config.model)
+        prior = TokenPrior.load(located(self.config.model))
         if prior is None:
             return None
         table, tokenizer = prior.log_prior(), self.sampler.tokenizer

@@ -27,9 +27,10 @@ class Reader:
 
     def __init__(self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         from dlm.backbone import load_causal_lm
+        from dlm.pretrained.names import located
 
         self.model: Any
-        self.model, self.tokenizer = load_causal_lm(path, dtype)
+        self.model, self.tokenizer = load_causal_lm(located(path), dtype)
         self.model.to(device).eval()
 
     @torch.inference_mode()

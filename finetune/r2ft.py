@@ -23,6 +23,7 @@ from dlm.data.windows import Batch
 from dlm.errors import ConfigError, DLMError
 from dlm.model import IGNORE, MaskedDiffusionModel
 from dlm.noise import fold, key_of
+from dlm.pretrained.names import located
 from dlm.prior import TokenPrior
 from dlm.trainer import DiffusionTrainer
 from finetune.config import NegativeConfig, ObjectiveConfig, R2FTConfig, StartConfig
@@ -315,7 +316,7 @@ class R2FT(Stage[R2FTConfig]):
 
     def prior(self, tokenizer: PreTrainedTokenizerBase, model: Any, rows: Dataset) -> TokenPrior:
         """The counts that the checkpoint brings; those of `rows` if it has none."""
-        stored = TokenPrior.load(self.config.model.init)
+        stored = TokenPrior.load(located(self.config.model.init))
         return stored or super().prior(tokenizer, model, rows)
 
     def callbacks(

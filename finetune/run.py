@@ -30,6 +30,7 @@ from dlm.errors import ConfigError, DataError, unknown_name
 from dlm.lock import alone_in
 from dlm.model import MaskedDiffusionModel
 from dlm.notice import carry_notice
+from dlm.pretrained.names import located
 from dlm.prior import TokenPrior
 from dlm.tokenizer import template_name
 from dlm.trainer import DiffusionTrainer, micro_batches
@@ -78,7 +79,7 @@ class Stage(Generic[Config]):
     def check(self) -> None:
         """Refuse, before the data are read, a start that does not exist."""
         if self.start.init:
-            is_causal_lm(self.start.init)
+            is_causal_lm(located(self.start.init))
 
     def prior(self, tokenizer: PreTrainedTokenizerBase, model: Any, rows: Dataset) -> TokenPrior:
         """Token counts of the training answers, stored with the model."""

@@ -15,6 +15,7 @@ from dlm.checkpoint import is_causal_lm, load_model
 from dlm.data.encoded import EncodedRows
 from dlm.errors import CheckpointError, ConfigError
 from dlm.model import MaskedDiffusionModel
+from dlm.pretrained.names import located
 from dlm.tokenizer import set_template, template_name, train_tokenizer
 from finetune.config import ModelConfig, StartConfig, TrainConfig
 
@@ -64,7 +65,7 @@ def fine_tuned_model(config: StartConfig, prompted: bool) -> Pair:
 
 def refuse_causal_lm(path: str) -> None:
     """Raise a CheckpointError for an autoregressive model, without loading its weights."""
-    if is_causal_lm(path):
+    if is_causal_lm(located(path)):
         raise CheckpointError(f"{path}: an autoregressive model, never trained to fill masks; {_how(path)}")
 
 
@@ -135,8 +136,9 @@ def _from_nothing(config: TrainConfig, rows: Dataset, resume_from: Path | None) 
 
 def _from_checkpoint(config: ModelConfig) -> Pair:
     """A causal LM made bidirectional, or a diffusion checkpoint with its own template and shift."""
-    if is_causal_lm(config.init):
-        return from_causal_lm(config.init, template=config.template, shift=config.shift)
+    path = located(config.init)
+    if is_causal_lm(path):
+        return from_causal_lm(path, template=config.template, shift=config.shift)
     model, tokenizer = load_model(config.init, device="cpu", dtype="float32")
     given = {"template": config.template, "shift": config.shift}
     own = {"template": template_name(tokenizer), "shift": model.config.shift}

@@ -1,9 +1,9 @@
 """One pass over the logits: the softmax's normaliser, the k best tokens, and the draw among them, in Triton.
 
-An experiment, measured by stage `kernels` and not used by `decoding`. It has the law of `decoding.tokens`, and
-on an NVIDIA H200 it takes 1.9 to 18 times as long as the same in PyTorch (docs/results/gpu.md): one program
-sorts all of a position's logits, 1,024 at a time, which neither fills the GPU nor reads fast. A kernel that is
-to win has to split the vocabulary over programs and select by threshold before it sorts.
+An experiment, measured by stage `kernels` and not used by `decoding`. It has the law of `decoding.tokens`,
+and on an NVIDIA H200 it takes 1.4 to 12 times as long as the same in PyTorch (docs/results/gpu.md): one
+program sorts all of a position's logits, 1,024 at a time, which neither fills the GPU nor reads fast. To win,
+a kernel has to split the vocabulary over programs and select by threshold before it sorts.
 """
 
 from __future__ import annotations

@@ -60,8 +60,8 @@ def describe(path: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: a {kind!r} model, not a masked diffusion checkpoint; dlm train can start from it"
         )
-    config = AutoConfig.from_pretrained(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     shape = config.backbone or {}
     layers = shape.get("num_hidden_layers")
     return {

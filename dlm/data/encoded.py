@@ -21,6 +21,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
 from dlm.errors import DataError
+from dlm.pretrained.names import located
 from dlm.tokenizer import encode_prompt
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=0, help="only the first so many rows")
     parser.add_argument("--output", type=Path, default=Path("rows.npz"))
     options = parser.parse_args()
-    _, tokenizer = from_causal_lm(options.model, template=options.template)
+    _, tokenizer = from_causal_lm(located(options.model), template=options.template)
     rows = load_rows(options.source)
     rows = rows.select(range(min(options.limit, len(rows)))) if options.limit else rows
     kept, report = encode_rows(rows, tokenizer, options.window)

@@ -60,15 +60,6 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: cannot be read ({error})") from error
 
 
-def whole_characters(text: str) -> str:
-    """A text with U+FFFD for every half of a surrogate pair, which JSON may hold and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
 def parsed(text: str, where: str, hint: str = "") -> Any:
     """A value in JSON.
 

@@ -132,7 +132,9 @@ def token_prior(config: LDWConfig, tokenizer: Any) -> Any:
         rows, _ = encode_rows(source, tokenizer, 2048)
         return TokenPrior.of(rows, len(tokenizer), tuple(tokenizer.all_special_ids))
     for path in config.checkpoints:
-        prior = TokenPrior.load(path)
+        from dlm.pretrained.names import located
+
+        prior = TokenPrior.load(located(path))
         if prior is not None:
             return prior
     raise ConfigError(f"none of the checkpoints has its {FILE}; name the training rows with --counts")

@@ -95,7 +95,7 @@ def _material(config: NegativesConfig) -> tuple[Any, Any, Any]:
     if config.data.source.endswith(SUFFIX):
         raise ConfigError(f"{config.data.source}: encoded rows; name those that they were made of")
     rows, _ = split_rows(config.data, config.seed)
-    prior = TokenPrior.load(config.model)
+    prior = TokenPrior.load(located(config.model))
     if prior is None:  # then all rows have to be counted
         everything, _ = encode_rows(rows, tokenizer, config.data.window)
         prior = TokenPrior.of(everything, len(tokenizer), tuple(tokenizer.all_special_ids))
