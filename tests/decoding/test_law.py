@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from decoding import Decoder
+from decoding.pace import Steps
+from dlm.schedule import Cosine
 from tests.decoding.rig import decode, plan_of
 from tests.fakes import FakeDenoiser
 
@@ -55,6 +57,8 @@ def chances(name, row, p, step):
     """Reveal probability of each masked position, by the definition of the method."""
     masked = [i for i in range(LENGTH) if row[i] == MASK]
     t, s = 1 - step / STEPS, 1 - (step + 1) / STEPS
+    if name == "cosine":
+        t, s = math.sin(math.pi * t / 2), math.sin(math.pi * s / 2)
     times = dict.fromkeys(masked, (t, s))
     w = dict.fromkeys(masked, 1.0)
     if name == "conv":
@@ -237,6 +241,12 @@ def agree(slowly, quickly):
 )
 def test_texts_have_the_law_of_the_definition(name, top_k, options, eos_bias):
     agree(slow(name, top_k, eos_bias), fast(Decoder.named(name, **options), eos_bias, steps=STEPS))
+
+
+@pytest.mark.parametrize("eos_bias", [-9.0, 1.0])
+def test_under_another_noise_schedule_texts_have_the_law_of_its_curve(eos_bias):
+    pace = Steps(STEPS, Cosine())
+    agree(slow("cosine", 3, eos_bias), fast(Decoder.named("top-k", top_k=3), eos_bias, pace=pace))
 
 
 def test_at_rate_one_texts_have_the_law_of_infinitely_fine_steps():

@@ -1,11 +1,13 @@
 """Whole runs of a tiny model: resuming, killing, distributing, averaging."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -418,6 +420,31 @@ def trainer_on(rows, tokenizer, folder, **kwargs):
     config = settings(folder, **kwargs)
     encoded, _ = encode_rows(rows, tokenizer, config.data.window)
     return build_trainer(SFT(config), from_scratch(SHAPE, tokenizer), tokenizer, encoded, encoded)
+
+
+def test_training_noise_and_weights_follow_the_models_schedule(rows, tokenizer, tmp_path):
+    from datasets import Dataset
+
+    from dlm.schedule import Cosine
+
+    encoded = Dataset.from_list([{"prompt": r["prompt"], "answer": r["answer"]} for r in rows])
+    trainer = trainer_on(encoded, tokenizer, tmp_path)
+    trainer.model.config.schedule = Cosine().as_dict()
+    assert trainer.schedule == Cosine()
+    ids = torch.full((400, 64), 7)
+    batch = {
+        "input_ids": ids,
+        "maskable": torch.ones_like(ids).bool(),
+        "loss_mask": torch.ones_like(ids).bool(),
+    }
+    noised = trainer.with_noise(batch, torch.arange(400), 400, 0)
+    share = (noised["noisy_ids"] == trainer.mask_id).double().mean(1)
+    expected = torch.sin(math.pi / 2 * noised["t"].double())
+    assert float((share - expected).abs().mean()) < 0.05
+    assert float((share - noised["t"].double()).mean()) > 0.1  # more masks than log-linear has
+    cosine = replace(TINY, schedule="cosine")
+    model, _ = load_model(train(settings(tmp_path / "run", max_steps=2, model=cosine)), device="cpu")
+    assert model.spec.schedule == Cosine()
 
 
 def test_a_part_of_the_held_out_rows_can_be_measured(tmp_path):
