@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dlm", "decoding", "finetune", "eval", "serve")
 ROW = re.compile(r"^\| `([\w/]+\.py)` \| .+ \| (?:its own|`([\w/]+\.py)`) \|$", re.MULTILINE)
-TESTED_IN = {module: test for module, test in ROW.findall((ROOT / "CONTRIBUTING.md").read_text("utf-8"))}
+TESTED_IN = dict(ROW.findall((ROOT / "CONTRIBUTING.md").read_text("utf-8")))
 MODULES = sorted(
     path.relative_to(ROOT).as_posix()
     for package in PACKAGES
