@@ -6,7 +6,9 @@ STAMP   = $(VENV)/.installed
 # Where there is no virtual environment, and no network to make one, `make gpu` takes the Python that is there.
 ANY     = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help setup demo test check bench gpu gpu-bundle clean
+STAMP_DOCS = $(VENV)/.installed-docs
+
+.PHONY: help setup demo test check docs bench gpu gpu-bundle clean
 
 help:
 	@echo "make setup   create $(VENV) and install the project into it"
@@ -14,6 +16,7 @@ help:
 	@echo "             (minutes; DEMO=quick leaves the training out)"
 	@echo "make test    run the tests (minutes, CPU, offline)"
 	@echo "make check   ruff, mypy --strict, import-linter"
+	@echo "make docs    build the documentation into site/"
 	@echo "make bench   training and decoding benchmarks"
 	@echo "make gpu     tests, benchmarks and training on a GPU, with a report in runs/gpu; needs no make setup"
 	@echo "             (GPU=\"--tiny --device cpu\" tries it in miniature)"
@@ -45,6 +48,14 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+$(STAMP_DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	@touch $(STAMP_DOCS)
+
+docs: $(STAMP_DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.r2ft
@@ -59,4 +70,4 @@ gpu-bundle: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu.bundle --output runs/gpu-bundle $(BUNDLE)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
