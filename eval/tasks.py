@@ -170,10 +170,12 @@ def load_questions(task: str, data: str = "", limit: int = 0) -> list[Question]:
 def _question(task: Task, row: Any, index: int, where: str) -> Question:
     try:
         question = task.read(row, index)
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise DataError(f"{where}, row {index}: not a question of this task ({error!r})") from error
     if not question.turns or not all(isinstance(turn, str) and turn.strip() for turn in question.turns):
         raise DataError(f"{where}, row {index}: a question must be a text that is not empty")
+    if not all(isinstance(text, str) for text in question.reference):
+        raise DataError(f"{where}, row {index}: the references must be texts, got {question.reference!r:.80}")
     if task.checks and not question.reference:
         raise DataError(f"{where}, row {index}: needs an answer to check against")
     return question
