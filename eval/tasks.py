@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm.data.records import SUFFIXES, read_records
+from dlm.data.rows import instruction_text
 from dlm.errors import ConfigError, DataError, unknown_name
 
 
@@ -69,7 +70,7 @@ def _web(url: str) -> Callable[[], Iterable[dict[str, Any]]]:
 
 def _instruction(row: dict[str, Any], index: int) -> Question:
     """Alpaca's fields; the row may have a reference output."""
-    text = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
+    text = instruction_text(row, "instruction", f"question {index}")
     reference = (row["output"],) if row.get("output") else ()
     category = str(row.get("category") or row.get("dataset") or "")
     return Question(str(index), (text,), reference, category, str(row.get("generator") or "reference"))
