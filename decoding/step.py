@@ -181,7 +181,7 @@ class Batch:
             noise=lambda stream: self._noise(rows, step, stream),
             ids=self._cut(canvas.ids, rows),
             scope=scope & self._cut(canvas.valid, rows) & (torch.arange(self.width) >= start[:, None]),
-            progress=(~masked & ~pinned).sum(1) / canvas.initial[rows].sum(1).clamp(min=1),
+            progress=lambda: (~masked & ~pinned).sum(1) / canvas.initial[rows].sum(1).clamp(min=1),
             step=step,
             beyond=self._beyond(rows),
             rate=pace.rate,
@@ -224,7 +224,8 @@ class Batch:
     def _grow(self, rows: torch.Tensor, ahead: int) -> None:
         """Give the rows [b] masks on the right; none where an end token has closed them."""
         canvas = self.canvas
-        canvas.grow(rows, ahead, self.plan.ending.closed(self._has_end(rows), canvas.done[rows]))
+        closed = self.plan.ending.closed(self._has_end(rows), canvas.done[rows])
+        canvas.grow(rows, ahead, closed | (canvas.failed[rows] >= 0))
 
     # ---- the model -----------------------------------------------------------------------------------
 
@@ -322,6 +323,10 @@ class Batch:
         if decision.remask is not None:
             new_ids = torch.where(decision.remask, self.plan.mask_id, new_ids)
             new_masked = new_masked | decision.remask
+        broken = canvas.failed[rows] >= 0  # what was found there is nothing to write
+        new_ids = torch.where(broken[:, None], ids, new_ids)
+        new_masked = torch.where(broken[:, None], masked, new_masked)
+        written = written & ~broken[:, None]
         after = self.plan.ending.apply(new_ids, new_masked, ~self._cut(canvas.pinned, rows))
         self._note(rows, masked, written, after)
         changed = ((after.ids != ids) | (after.masked != masked)).any(1)
@@ -332,8 +337,11 @@ class Batch:
         canvas.ids[rows, : self.width], canvas.masked[rows, : self.width] = after.ids, after.masked
         canvas.revision[rows] += changed
         canvas.step[rows] += 1
-        done = after.complete if decision.settled is None else after.complete & decision.settled
-        canvas.done[rows] = done | (canvas.failed[rows] >= 0)
+        done = after.complete
+        if decision.settled is not None:
+            endless = self.plan.pace.steps is None  # a row that stays as it is would be looked at for ever
+            done = done & (decision.settled | (~changed & endless))
+        canvas.done[rows] = done | broken
 
     def _note(self, rows: torch.Tensor, masked: torch.Tensor, written: torch.Tensor, after: Ended) -> None:
         """Record when tokens appeared and how probable they were; forget those that are masked again."""

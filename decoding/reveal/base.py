@@ -47,8 +47,8 @@ class StepView:
     """[b, W] int64, the rows as they are."""
     scope: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[b, W] bool, all positions of the current stage, given ones included."""
-    progress: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    """[b] share of the positions to be written that hold a token."""
+    progress: Callable[[], torch.Tensor] = lambda: torch.empty(0)
+    """Gives [b], the share of the positions to be written that hold a token."""
     step: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[b] int64, steps that the row has taken."""
     beyond: torch.Tensor | None = None
