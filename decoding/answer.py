@@ -18,7 +18,7 @@ BLANK = "░"
 """Stands for a position that is not yet written, in the text of events."""
 
 HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
-"""How tokenizers decode bytes that are not yet a whole character."""
+"""The character that stands for bytes which are not yet a whole one."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ GAP = re.compile(r"<mask:(\d{1,7})(?:-(\d{1,7}))?>")
 """A gap in a text that is to be filled: its number of tokens, or the least and the greatest."""
 
 MOST_LENGTHS = 256
-"""How many combinations of lengths the gaps of one text may have."""
+"""Greatest number of combinations of lengths of the gaps of one text."""
 
 NEIGHBOURS = 4
 """Given tokens on each side of a gap whose likelihood counts when its length is open."""
@@ -41,7 +41,7 @@ class Infilled:
     text: str
     """All of it."""
     gaps: list[str]
-    """What was written into each gap; neighbouring gaps count as one."""
+    """Texts written into the gaps; neighbouring gaps count as one."""
     token_ids: list[int]
     model_calls: int
     """Model calls, those for other lengths of the gaps included."""

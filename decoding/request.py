@@ -299,7 +299,7 @@ class Plan:
 
     @cached_property
     def batch_key(self) -> tuple[Any, ...]:
-        """What rows must have in common to share the arithmetic of a step."""
+        """Key that rows must have in common to share the arithmetic of a step."""
         return self.decoder, self.pace, self.ending, self.margin, self.reuse, self.mask_id
 
     @property

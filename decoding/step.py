@@ -160,7 +160,7 @@ class Batch:
         self.canvas.done[rows] = True
 
     def _view(self, rows: torch.Tensor) -> StepView:
-        """What the reveal rule may look at, before any score."""
+        """View of the rows [b] before any score."""
         canvas, pace = self.canvas, self.plan.pace
         masked, pinned = self._cut(canvas.masked, rows), self._cut(canvas.pinned, rows)
         start, end, step = canvas.start[rows], canvas.end[rows], canvas.step[rows]
@@ -252,7 +252,7 @@ class Batch:
         self.scores.put(rows, missing, found[:, 0].long(), found[:, 1].float(), found[:, 2:].float())
 
     def _given(self, rows: torch.Tensor, where: torch.Tensor) -> list[torch.Tensor]:
-        """What `_columns` needs beside logits, [N, …] each: uniform numbers, and the rule's state."""
+        """Uniform numbers and the rule's state at the positions, [N, …] each, for `_columns`."""
         noise = self._noise(rows, self.canvas.revision[rows], TOKEN_NOISE)[where]
         memory = [x for x in self.canvas.memory.values() if x.dim() > 1]
         return [noise, *(self._cut(x, rows)[where] for x in memory)]

@@ -1,7 +1,4 @@
-"""Two requests with different decoders, limits and stop texts on one engine, streamed; a third is cancelled.
-
-python -m examples.many_requests [MODEL]
-"""
+"""Three requests on one engine: two are streamed as confirmed text, one is cancelled."""
 
 import sys
 
@@ -11,25 +8,21 @@ from dlm import load_model
 model, tokenizer = load_model(sys.argv[1] if len(sys.argv) > 1 else "default")
 engine = Engine(model, tokenizer, max_rows=8)
 
-short = Request(max_tokens=40, stop=["\n\n"]).resolve(model)
-paced = Request(decoder="llada-conv", max_tokens=60, rate=2.0, stop=["."]).resolve(model)
+tips = Request(max_tokens=40, stop=["\n\n"]).resolve(model)
+capital = Request(decoder="llada-conv", max_tokens=60, rate=2.0, stop=["."]).resolve(model)
 names = {
-    engine.submit("Give three tips for staying healthy.", short, seed=1): "tips",
-    engine.submit([{"role": "user", "content": "What is the capital of France?"}], paced, seed=2): "capital",
+    engine.submit("Give three tips for staying healthy.", tips, seed=1): "tips",
+    engine.submit(
+        [{"role": "user", "content": "What is the capital of France?"}], capital, seed=2
+    ): "capital",
 }
-unwanted = engine.submit("Write a very long story.", short, seed=3)
+engine.cancel(engine.submit("Write a very long story.", tips, seed=3))
 
 shown = dict.fromkeys(names, "")
 while len(engine):
     for update in engine.step():
-        if update.ticket == unwanted:
-            engine.cancel(unwanted)
-            continue
-        delta = update.confirmed[len(shown[update.ticket]) :]  # text that can no longer change
-        shown[update.ticket] += delta
-        if delta:
-            print(f"{names[update.ticket]}: {delta!r}")
+        name, text = names[update.ticket], update.confirmed  # text that can no longer change
+        print(f"{name}: {text[len(shown[update.ticket]) :]!r}")
+        shown[update.ticket] = text
         if update.output:
-            print(
-                f"{names[update.ticket]}: ({update.output.finish_reason}, {update.output.model_calls} calls)"
-            )
+            print(f"{name}: {update.output.finish_reason} after {update.output.model_calls} calls")

@@ -1,4 +1,4 @@
-"""What a reveal rule is asked, what it is shown, and what it answers.
+"""The interface of reveal rules: the question, the view of a step, the decision.
 
 A rule owns its score: `score` reduces the logits of a position to one number or several, which `decide` sees
 for all positions together. State that a rule needs between steps belongs to the row: `memory` says what there
@@ -21,7 +21,7 @@ REVEAL_NOISE, TOKEN_NOISE, REMASK_NOISE = 0, 1, 2
 
 @dataclass(frozen=True)
 class StepView:
-    """What a rule may look at, for the rows [b] of one step."""
+    """The rows [b] of one step, as a rule sees them."""
 
     masked: torch.Tensor
     """[b, W] bool, positions of the current stage that hold no token."""
@@ -66,7 +66,7 @@ class StepView:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a rule decided."""
+    """The decision of a rule."""
 
     reveal: torch.Tensor
     """[b, W] bool, masked positions that get their token."""
