@@ -91,7 +91,8 @@ class Batch:
             raise ConfigError(f"a canvas lies on the host, whatever the model is on; got {canvas.ids.device}")
         self.model, self.canvas, self.plan = model, canvas, plan
         self.window, self.rule, self.tokens = plan.decoder.window, plan.decoder.reveal, plan.decoder.tokens
-        self.width = canvas.ids.shape[1]
+        self.width, self.ahead = canvas.ids.shape[1], plan.ahead
+        self.constant_score = self.rule.constant_score(self.tokens)
         self.scores = ScoreCache(canvas)
         self.states = StateCache(canvas, plan.mask_id, reuse=plan.reuse)
         self.unconditional_states: StateCache | None = None
@@ -132,13 +133,12 @@ class Batch:
     def _denoise(self, rows: torch.Tensor) -> Work:
         """Take one step of the rows [b]."""
         view = self._view(rows)
-        constant = self.rule.constant_score(self.tokens)
-        if constant is None:
+        if self.constant_score is None:
             needed = self.rule.needs(view)
             yield from self._look(rows, needed)
             score = self.scores.scores(rows, needed)
         else:
-            score = torch.full(view.masked.shape, constant)
+            score = torch.full(view.masked.shape, self.constant_score)
         view = replace(
             view,
             score=score,
@@ -149,8 +149,8 @@ class Batch:
         written = decision.reveal if decision.replace is None else decision.reveal | decision.replace
         yield from self._look(rows, written)
         self._write(rows, decision, written)
-        if self.plan.ahead is not None:
-            self._grow(rows, self.plan.ahead)
+        if self.ahead is not None:
+            self._grow(rows, self.ahead)
 
     def _fill(self, rows: torch.Tensor) -> Work:
         """The last denoising pass: every position that is still masked gets its token."""
