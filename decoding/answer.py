@@ -18,7 +18,7 @@ BLANK = "░"
 """Stands for a position that is not yet written, in the text of events."""
 
 HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
-"""How tokenizers decode bytes that are not yet a whole character."""
+"""The character that stands for bytes which are not yet a whole one."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a stop text ends an answer."""
+    """The part of an answer before a stop text."""
 
     tokens: int
     """Tokens that lie before it whole."""
@@ -109,7 +109,7 @@ def confirmed(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) ->
     It ends before the first mask, at a whole character, and before anything that may yet turn out to be the
     beginning of a stop text. Under a rule that revises tokens nothing is confirmed before the row is done.
     """
-    if bool(canvas.done[0]):
+    if bool(canvas.done[0]) and int(canvas.failed[0]) < 0:
         return output(canvas, plan, tokenizer).text
     if not plan.keeps_tokens:
         return ""
@@ -146,12 +146,13 @@ def output(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Ou
 
 def event(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Event:
     """The row as it is now."""
-    ids = answer_ids(canvas)
-    cut = find_stop(canvas, plan, tokenizer) if plan.keeps_tokens or bool(canvas.done[0]) else None
+    ids, finished = answer_ids(canvas), bool(canvas.done[0])
+    cut = find_stop(canvas, plan, tokenizer) if plan.keeps_tokens or finished else None
     step = int(canvas.step[0]) - 1
     if cut is not None:
         return Event(step, ids[: cut.tokens], cut.text)
-    return Event(step, ids, show(ids, plan, tokenizer))
+    text = output(canvas, plan, tokenizer).text if finished else show(ids, plan, tokenizer)
+    return Event(step, ids, text)
 
 
 def show(ids: list[int], plan: Plan, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -147,7 +147,7 @@ class StateCache:
         """Keep the states [N, D] of the positions `where` [b, W] of the rows [b]."""
         row, position = where.nonzero().unbind(1)
         width = -(-(int(position.max()) + 1) // 64) * 64  # in steps, so that a growing canvas seldom copies
-        size = len(self.canvas)
+        size = len(self.canvas.ids)
         if self.states is None:
             self.states = states.new_zeros(size, width, states.shape[-1])
         if self.states.shape[1] < width:

@@ -1,4 +1,4 @@
-"""What decoding asks of a model, and one call over rows of different lengths."""
+"""The model as decoding sees it, and one call over rows of different lengths."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dlm.device import sent
 
 
 class Denoiser(Protocol):
-    """What decoding needs of a model; `MaskedDiffusionModel` has it, and tests bring their own.
+    """A model as decoding sees it; `MaskedDiffusionModel` is one, and tests bring their own.
 
     Ids and masks come from the host, whatever device the model is on. What a model can do beyond this it
     declares in `capabilities`: "packed" (`packed_hidden`) and "partial" (`partial_hidden`, `new_memory`; keys

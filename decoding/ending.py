@@ -1,4 +1,4 @@
-"""How a row ends: what an end token does to the positions behind it, and when nothing is left to write."""
+"""The end of a row: the effect of end tokens on the positions behind them, and when a row is complete."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Ending:
-    """What end tokens do.
+    """The effect of end tokens.
 
     Attributes:
         eos_id: the end token that is written.

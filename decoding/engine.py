@@ -146,7 +146,7 @@ class Engine:
             )
         ticket = next(self._numbers)
         self._plans[ticket] = plan
-        self._waiting.append((ticket, canvas))
+        self._waiting.append((ticket, canvas.take(torch.tensor([0]))))
         return ticket
 
     @torch.inference_mode()
@@ -175,6 +175,8 @@ class Engine:
     def remove(self, ticket: int) -> Canvas:
         """Give a row away as a canvas of its own, which another engine can go on with (see `add`).
 
+        Its text is the same there; with reused keys and values, which stay behind, the move is a refresh.
+
         Raises:
             KeyError: for a ticket that is not there.
         """
@@ -193,7 +195,7 @@ class Engine:
             raise KeyError(f"no row has the ticket {ticket}")
         for waiting, canvas in self._waiting:
             if waiting == ticket:
-                return canvas
+                return canvas.take(torch.tensor([0]))
         group = self._groups[self._plans[ticket].batch_key]
         return group.batch.canvas.take(torch.tensor([group.tickets.index(ticket)]))
 
@@ -221,7 +223,7 @@ class Engine:
                 self._groups[key] = _Group(Batch(self.model, canvas, self._plans[tickets[0]]), tickets)
 
     def _updates(self, group: _Group) -> list[Update]:
-        """What has become of the rows of a group."""
+        """Updates of the rows of a group."""
         canvas = group.batch.canvas
         done, failed = canvas.done.tolist(), canvas.failed.tolist()
         return [self._update(ticket, canvas, i, done[i], failed[i]) for i, ticket in enumerate(group.tickets)]

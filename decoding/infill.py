@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from decoding.canvas import Canvas
 from decoding.denoiser import hidden_of_rows
 from decoding.ending import Ending
 from decoding.pace import OwnPace, Pace, Rate, Steps
-from decoding.presets import Decoder
 from decoding.request import OPEN_LENGTH, Plan, Request
 from decoding.rows import Prompt, Row, RowMaker
 from dlm.device import sent
@@ -26,13 +25,13 @@ GAP = re.compile(r"<mask:(\d{1,7})(?:-(\d{1,7}))?>")
 """A gap in a text that is to be filled: its number of tokens, or the least and the greatest."""
 
 MOST_LENGTHS = 256
-"""How many combinations of lengths the gaps of one text may have."""
+"""Greatest number of combinations of lengths of the gaps of one text."""
 
 NEIGHBOURS = 4
 """Given tokens on each side of a gap whose likelihood counts when its length is open."""
 
-NOT_FOR_GAPS = ("window", "max_tokens", "eos_fill", "canvas", "margin", "stop", "begin", "ending", "forced")
-"""Fields of a request that mean nothing for a text with gaps."""
+FOR_GAPS = ("decoder", "options", "steps", "rate", "reuse", "refresh")
+"""Fields of a request that mean something for a text with gaps."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Infilled:
     text: str
     """All of it."""
     gaps: list[str]
-    """What was written into each gap; neighbouring gaps count as one."""
+    """Texts written into the gaps; neighbouring gaps count as one."""
     token_ids: list[int]
     model_calls: int
     """Model calls, those for other lengths of the gaps included."""
@@ -121,13 +120,13 @@ def plan_infilling(request: Request, spec: ModelSpec, tokenizer: PreTrainedToken
     Raises:
         ConfigError: for fields that mean nothing here.
     """
-    for name in NOT_FOR_GAPS:
+    for name in (field.name for field in fields(Request) if field.name not in FOR_GAPS):
         if getattr(request, name) is not None:
             raise ConfigError(f"{name} means nothing here: a text with gaps has the length it has")
     chosen = request.decoder_for(spec)
-    decoder = Decoder(
-        chosen.window.fitted(OPEN_LENGTH), chosen.reveal, chosen.tokens, chosen.name, chosen.guidance
-    ).without(*spec.end_token_ids, *getattr(tokenizer, "all_special_ids", ()))
+    decoder = replace(chosen, window=chosen.window.fitted(OPEN_LENGTH)).without(
+        *spec.end_token_ids, *getattr(tokenizer, "all_special_ids", ())
+    )
     fixed = Plan(
         decoder=decoder,
         pace=_pace(request, decoder, spec),
@@ -142,7 +141,7 @@ def plan_infilling(request: Request, spec: ModelSpec, tokenizer: PreTrainedToken
     return fixed
 
 
-def _pace(request: Request, decoder: Decoder, spec: ModelSpec) -> Pace:
+def _pace(request: Request, decoder: Any, spec: ModelSpec) -> Pace:
     if request.steps is not None or (decoder.timed and request.rate is None):
         default = int(spec.generation.get("steps", OPEN_LENGTH // 4))
         return Steps(request.steps or default, spec.schedule)
@@ -191,16 +190,28 @@ def _row(
     return Row(before + ids, len(before), name)
 
 
-@torch.inference_mode()
-def gap_scores(model: Any, tries: Sequence[Canvas], plan: Plan) -> list[float]:
-    """Log-likelihood of each way to fill a text's gaps (see `Infilled.score`); one model call for all.
+def gap_scores(model: Any, tries: Sequence[Canvas], plan: Plan, batch_size: int) -> list[float]:
+    """Log-likelihood of each way to fill a text's gaps (see `Infilled.score`), so many at a time.
 
     The terms are summed, not averaged: a longer gap has more tokens to explain, and given tokens that are
     certain anyway must not dilute the others.
     """
-    written = [canvas.confidence[0][canvas.initial[0]].double().log() for canvas in tries]
     if len(tries) == 1:
-        return [float(written[0].sum())]
+        return [float(_written(tries[0]).sum())]
+    scores: list[float] = []
+    for i in range(0, len(tries), batch_size):
+        scores += _scores(model, tries[i : i + batch_size], plan)
+    return scores
+
+
+def _written(canvas: Canvas) -> torch.Tensor:
+    """Log-probabilities of the tokens in the gaps, each when it was written."""
+    return canvas.confidence[0][canvas.initial[0]].double().log()
+
+
+@torch.inference_mode()
+def _scores(model: Any, tries: Sequence[Canvas], plan: Plan) -> list[float]:
+    """Scores of some tries, in one model call."""
     rows = [canvas.ids[0, : int(canvas.end[0])] for canvas in tries]
     near = [_beside(canvas.initial[0, : len(row)]) for canvas, row in zip(tries, rows, strict=True)]
     shown = [torch.where(where, plan.mask_id, row) for where, row in zip(near, rows, strict=True)]
@@ -209,6 +220,7 @@ def gap_scores(model: Any, tries: Sequence[Canvas], plan: Plan) -> list[float]:
     likely = model.logits(states[sent(cells, states.device)]).float().log_softmax(1)
     tokens = sent(torch.cat(rows)[cells, None], states.device)
     given = likely.gather(1, tokens)[:, 0].double().cpu().split([int(x.sum()) for x in near])
+    written = map(_written, tries)
     return [float(torch.cat(pair).sum()) for pair in zip(written, given, strict=True)]
 
 

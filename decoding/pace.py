@@ -41,7 +41,7 @@ def stage_clock(step: torch.Tensor | int, steps: int, stages: torch.Tensor) -> C
 
 
 class Pace(Protocol):
-    """What a step asks of the pace."""
+    """The interface of paces."""
 
     @property
     def steps(self) -> int | None:

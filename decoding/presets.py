@@ -82,7 +82,8 @@ class Decoder:
                 raise unknown_name(f"option of decoder {name!r}:", option, preset.options)
         for option, value in options.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if isinstance(preset.options[option], int | float) and not number and value is not None:
+            optional = value is None and option not in preset.common
+            if isinstance(preset.options[option], int | float) and not number and not optional:
                 raise ConfigError(f"option {option} of decoder {name!r} must be a number, got {value!r}")
         chosen = {option: options.pop(option, default) for option, default in preset.common.items()}
         guidance = chosen.pop("guidance")

@@ -47,7 +47,8 @@ class Reuse:
         scope: what is kept: "prompt", the given tokens on the left; "prefix", every token that is written
             (prefix cache of Fast-dLLM, arXiv 2505.22618, without its blocks); "dual", also the masks that
             cannot be written in this step.
-        refresh: at every so many changes of a row, all its positions are computed.
+        refresh: at every so many changes of a row, all its positions are computed; also when the row has
+            moved to another engine.
     """
 
     scope: str = "dual"
@@ -67,7 +68,7 @@ def _is_int(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Request:
-    """How an answer is to be decoded; a field that is None is not given.
+    """A wish for an answer: how it is to be decoded; a field that is None is not given.
 
     Either a canvas that grows, with `max_tokens` as a limit: text and cost do not depend on the limit unless
     the canvas meets it. Or a fixed canvas, `window` tokens of prompt and answer together, filled in `steps`
@@ -114,6 +115,10 @@ class Request:
     def __post_init__(self) -> None:
         """Check each field by itself, and what does not go together for any model."""
         self._check_types()
+        self._check_forced()
+        for name in ("options", "forced"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, dict(getattr(self, name)))  # the caller's may change
         if self.max_tokens is not None and (self.window is not None or self.steps is not None):
             raise ConfigError("max_tokens is a limit for a canvas that grows; it has no window and no steps")
         if self.rate is not None and self.steps is not None:
@@ -153,12 +158,18 @@ class Request:
             and not hasattr(self.decoder, "reveal")
         ):
             raise ConfigError(f"decoder must be a name or a Decoder, got {self.decoder!r}")
+        if self.options is not None and not isinstance(self.options, Mapping):
+            raise ConfigError(f"options must be names with values, got {self.options!r}")
+
+    def _check_forced(self) -> None:
+        if not isinstance(self.forced, Mapping | None):
+            raise ConfigError(f"forced must be places with texts, got {self.forced!r}")
+        if not all(isinstance(text, str) for text in (self.forced or {}).values()):
+            raise ConfigError(f"forced must hold texts, got {self.forced!r}")
         if not all(re.fullmatch(r"-?\d+", str(place)) for place in self.forced or {}):
             raise ConfigError(
                 f"forced must name places by number, got {', '.join(map(str, self.forced or {}))}"
             )
-        if self.options is not None and not isinstance(self.options, Mapping):
-            raise ConfigError(f"options must be names with values, got {self.options!r}")
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -189,10 +200,13 @@ class Request:
         Raises:
             ConfigError: naming the choices.
         """
-        from decoding.presets import Decoder
+        from decoding.presets import Decoder, option_names
 
         if isinstance(self.decoder, str):
             Decoder.named(self.decoder, **(self.options or {}))
+        for name in self.options or {}:
+            if name not in option_names():
+                raise unknown_name("option of decoders:", name, option_names())
 
     def reuse_settings(self) -> Reuse | None:
         """Which keys and values are reused; None for none."""
@@ -228,9 +242,15 @@ class Request:
         usual = str(spec.generation.get("decoder", "conv"))
         defaults = spec.generation.get("options", {}) if self.decoder in (None, usual) else {}
         chosen = Decoder.named(self.decoder or usual, **{**defaults, **(self.options or {})})
-        if self.decoder is None and (self.rate is not None or self.steps is not None):
-            return chosen.at_pace()
-        return chosen
+        if self.decoder is not None or (self.rate is None and self.steps is None):
+            return chosen
+        for option in self.options or {}:
+            others = {k: v for k, v in (self.options or {}).items() if k != option}
+            if Decoder.named(usual, **{**defaults, **others}).at_pace() == chosen.at_pace() != chosen:
+                raise ConfigError(
+                    f"option {option} of decoder {usual!r} sets a pace of its own: give no rate and no steps"
+                )
+        return chosen.at_pace()
 
 
 def _unknown_field(name: str, names: list[str]) -> ConfigError:
@@ -279,7 +299,7 @@ class Plan:
 
     @cached_property
     def batch_key(self) -> tuple[Any, ...]:
-        """What rows must have in common to share the arithmetic of a step."""
+        """Key that rows must have in common to share the arithmetic of a step."""
         return self.decoder, self.pace, self.ending, self.margin, self.reuse, self.mask_id
 
     @property

@@ -287,7 +287,7 @@ class Sampler:
                 return
             rest = itertools.islice(finished, tries[number] - 1)
             canvases: list[Canvas] = [first.canvas, *(update.canvas for update in rest)]
-            scores = gap_scores(self.model, canvases, plan)
+            scores = gap_scores(self.model, canvases, plan, batch_size)
             best = max(range(len(canvases)), key=scores.__getitem__)
             compared = len(canvases) if len(canvases) > 1 else 0
             calls = sum(int(canvas.model_calls[0]) for canvas in canvases) + compared

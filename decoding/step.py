@@ -91,7 +91,8 @@ class Batch:
             raise ConfigError(f"a canvas lies on the host, whatever the model is on; got {canvas.ids.device}")
         self.model, self.canvas, self.plan = model, canvas, plan
         self.window, self.rule, self.tokens = plan.decoder.window, plan.decoder.reveal, plan.decoder.tokens
-        self.width = canvas.ids.shape[1]
+        self.width, self.ahead = canvas.ids.shape[1], plan.ahead
+        self.constant_score = self.rule.constant_score(self.tokens)
         self.scores = ScoreCache(canvas)
         self.states = StateCache(canvas, plan.mask_id, reuse=plan.reuse)
         self.unconditional_states: StateCache | None = None
@@ -132,13 +133,12 @@ class Batch:
     def _denoise(self, rows: torch.Tensor) -> Work:
         """Take one step of the rows [b]."""
         view = self._view(rows)
-        constant = self.rule.constant_score(self.tokens)
-        if constant is None:
+        if self.constant_score is None:
             needed = self.rule.needs(view)
             yield from self._look(rows, needed)
             score = self.scores.scores(rows, needed)
         else:
-            score = torch.full(view.masked.shape, constant)
+            score = torch.full(view.masked.shape, self.constant_score)
         view = replace(
             view,
             score=score,
@@ -149,8 +149,8 @@ class Batch:
         written = decision.reveal if decision.replace is None else decision.reveal | decision.replace
         yield from self._look(rows, written)
         self._write(rows, decision, written)
-        if self.plan.ahead is not None:
-            self._grow(rows, self.plan.ahead)
+        if self.ahead is not None:
+            self._grow(rows, self.ahead)
 
     def _fill(self, rows: torch.Tensor) -> Work:
         """The last denoising pass: every position that is still masked gets its token."""
@@ -160,7 +160,7 @@ class Batch:
         self.canvas.done[rows] = True
 
     def _view(self, rows: torch.Tensor) -> StepView:
-        """What the reveal rule may look at, before any score."""
+        """View of the rows [b] before any score."""
         canvas, pace = self.canvas, self.plan.pace
         masked, pinned = self._cut(canvas.masked, rows), self._cut(canvas.pinned, rows)
         start, end, step = canvas.start[rows], canvas.end[rows], canvas.step[rows]
@@ -181,7 +181,7 @@ class Batch:
             noise=lambda stream: self._noise(rows, step, stream),
             ids=self._cut(canvas.ids, rows),
             scope=scope & self._cut(canvas.valid, rows) & (torch.arange(self.width) >= start[:, None]),
-            progress=(~masked & ~pinned).sum(1) / canvas.initial[rows].sum(1).clamp(min=1),
+            progress=lambda: (~masked & ~pinned).sum(1) / canvas.initial[rows].sum(1).clamp(min=1),
             step=step,
             beyond=self._beyond(rows),
             rate=pace.rate,
@@ -224,7 +224,8 @@ class Batch:
     def _grow(self, rows: torch.Tensor, ahead: int) -> None:
         """Give the rows [b] masks on the right; none where an end token has closed them."""
         canvas = self.canvas
-        canvas.grow(rows, ahead, self.plan.ending.closed(self._has_end(rows), canvas.done[rows]))
+        closed = self.plan.ending.closed(self._has_end(rows), canvas.done[rows])
+        canvas.grow(rows, ahead, closed | (canvas.failed[rows] >= 0))
 
     # ---- the model -----------------------------------------------------------------------------------
 
@@ -251,7 +252,7 @@ class Batch:
         self.scores.put(rows, missing, found[:, 0].long(), found[:, 1].float(), found[:, 2:].float())
 
     def _given(self, rows: torch.Tensor, where: torch.Tensor) -> list[torch.Tensor]:
-        """What `_columns` needs beside logits, [N, …] each: uniform numbers, and the rule's state."""
+        """Uniform numbers and the rule's state at the positions, [N, …] each, for `_columns`."""
         noise = self._noise(rows, self.canvas.revision[rows], TOKEN_NOISE)[where]
         memory = [x for x in self.canvas.memory.values() if x.dim() > 1]
         return [noise, *(self._cut(x, rows)[where] for x in memory)]
@@ -322,6 +323,10 @@ class Batch:
         if decision.remask is not None:
             new_ids = torch.where(decision.remask, self.plan.mask_id, new_ids)
             new_masked = new_masked | decision.remask
+        broken = canvas.failed[rows] >= 0  # what was found there is nothing to write
+        new_ids = torch.where(broken[:, None], ids, new_ids)
+        new_masked = torch.where(broken[:, None], masked, new_masked)
+        written = written & ~broken[:, None]
         after = self.plan.ending.apply(new_ids, new_masked, ~self._cut(canvas.pinned, rows))
         self._note(rows, masked, written, after)
         changed = ((after.ids != ids) | (after.masked != masked)).any(1)
@@ -332,8 +337,11 @@ class Batch:
         canvas.ids[rows, : self.width], canvas.masked[rows, : self.width] = after.ids, after.masked
         canvas.revision[rows] += changed
         canvas.step[rows] += 1
-        done = after.complete if decision.settled is None else after.complete & decision.settled
-        canvas.done[rows] = done | (canvas.failed[rows] >= 0)
+        done = after.complete
+        if decision.settled is not None:
+            endless = self.plan.pace.steps is None  # a row that stays as it is would be looked at for ever
+            done = done & (decision.settled | (~changed & endless))
+        canvas.done[rows] = done | broken
 
     def _note(self, rows: torch.Tensor, masked: torch.Tensor, written: torch.Tensor, after: Ended) -> None:
         """Record when tokens appeared and how probable they were; forget those that are masked again."""

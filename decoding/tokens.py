@@ -125,7 +125,7 @@ class TokenRule:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether no token is cut, so that the mass is 1 whatever the logits."""
+        """True when no token is cut, so that the mass is 1 whatever the logits."""
         return self.top_k == 0 and self.top_p == 1 and self.min_p == 0
 
     def penalised(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
@@ -136,7 +136,7 @@ class TokenRule:
 
     @property
     def width(self) -> int | None:
-        """How many candidates are enough to draw a token and to know the mass; None for the vocabulary."""
+        """Number of candidates that are enough to draw a token and to know the mass; None for all."""
         if self.top_k:
             return self.top_k
         return 1 if self.temperature == 0 and self.keeps_all else None

@@ -6,15 +6,25 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlm.version import __version__
+
+if TYPE_CHECKING:
+    from dlm.checkpoint import load_model as load_model
+    from dlm.config import MaskedDiffusionConfig as MaskedDiffusionConfig
+    from dlm.diffusion import corrupt as corrupt
+    from dlm.model import MaskedDiffusionModel as MaskedDiffusionModel
+    from dlm.objective import masked_diffusion_loss as masked_diffusion_loss
+    from dlm.schedule import LogLinear as LogLinear
+    from dlm.spec import ModelSpec as ModelSpec
 
 _LAZY = {
     "load_model": "dlm.checkpoint",
     "MaskedDiffusionConfig": "dlm.config",
     "MaskedDiffusionModel": "dlm.model",
     "LogLinear": "dlm.schedule",
+    "ModelSpec": "dlm.spec",
     "corrupt": "dlm.diffusion",
     "masked_diffusion_loss": "dlm.objective",
 }

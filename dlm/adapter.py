@@ -20,7 +20,7 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 from torch.nn import functional as F
 
-from dlm.errors import CheckpointError
+from dlm.errors import CheckpointError, first_line
 from dlm.model import MaskedDiffusionModel
 from dlm.pretrained.names import NAMES
 
@@ -170,8 +170,8 @@ def _check_base(base: MaskedDiffusionModel, path: str | Path) -> None:
         recorded = {
             name: torch.tensor(values) for name, values in json.loads(file.read_text("utf-8")).items()
         }
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: {BASE} is damaged ({error})") from error
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {BASE} is damaged ({first_line(error)})") from error
     now = {name: torch.tensor(values) for name, values in sketch(base).items()}
     names = {*recorded, *now}
     wrong = sorted(name for name in names if not _alike(recorded.get(name), now.get(name)))
@@ -206,10 +206,10 @@ def base_of(path: str | Path) -> str:
         CheckpointError: when the adapter does not say.
     """
     try:
-        base = json.loads((Path(path) / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: {CONFIG} is damaged ({error})") from error
-    if not base:
+        base = dict(json.loads((Path(path) / CONFIG).read_text("utf-8"))).get("base_model_name_or_path")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {CONFIG} is damaged ({first_line(error)})") from error
+    if not base or not isinstance(base, str):
         raise CheckpointError(f"{path}: {CONFIG} does not name the model that the adapter belongs to")
     beside = Path(path).resolve().parent / Path(base).name
     moved = base not in NAMES and not Path(base).exists()

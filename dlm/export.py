@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
-from safetensors import SafetensorError
+from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from dlm.adapter import BASE, is_adapter
 from dlm.checkpoint import DTYPES, DiffusionFormat, load_model
-from dlm.errors import CheckpointError, ConfigError
+from dlm.errors import CheckpointError, ConfigError, first_line
 from dlm.lock import check_writable
 from dlm.notice import carry_notice
 from dlm.pretrained.names import located
@@ -80,8 +79,10 @@ def _export_adapter(
             AutoConfig.from_pretrained(source, trust_remote_code=False),
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{source}: not a whole adapter ({error})") from error
+        if not isinstance(settings, LoraConfig):
+            raise TypeError("its settings are not those of a LoRA adapter")
+    except Exception as error:  # whatever peft and transformers raise when a file is not what it should be
+        raise CheckpointError(f"{source}: not a whole adapter ({first_line(error)})") from error
     target.mkdir(parents=True, exist_ok=True)
     save_file({name: w.to(dtype) for name, w in weights.items()}, target / WEIGHTS, {"format": "pt"})
     settings.base_model_name_or_path = base or settings.base_model_name_or_path

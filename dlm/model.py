@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from dlm.attention import KeyValues, Packed, Partial, with_layouts
 from dlm.config import MaskedDiffusionConfig
 from dlm.device import sent
+from dlm.errors import ConfigError
 from dlm.objective import token_log_probabilities
 from dlm.spec import ModelSpec
 
@@ -73,6 +74,11 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
     _tied_weights_keys = {"lm_head.weight": "backbone.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: MaskedDiffusionConfig) -> None:
+        if config.block_size is not None:
+            raise ConfigError(
+                f"block_size {config.block_size}: block-causal models cannot be run yet, only those whose "
+                "positions see the whole row"
+            )
         super().__init__(config)
         inner = config.backbone_config()
         inner._attn_implementation = with_layouts(self.config._attn_implementation)

@@ -14,7 +14,7 @@ _UNLIMITED = 2**31
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which positions a position attends to.
+    """Attention between positions.
 
     Attributes:
         block_size: None for all of the row ("full"); else a position attends to its own block of so many

@@ -66,7 +66,10 @@ class AnswerFile:
         """
         if not self.path.exists():
             return {}
-        text = self.path.read_text(encoding="utf-8")
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.path}: cannot be read ({error})") from error
         found: dict[tuple[str, int], Answer] = {}
         for number, line in enumerate(text.split("\n")[:-1], start=1):
             answer = self._parse(line, number)
@@ -76,9 +79,13 @@ class AnswerFile:
     def _parse(self, line: str, number: int) -> Answer:
         try:
             row: dict[str, Any] = json.loads(line)
-            return Answer(**{name: row[name] for name in (f.name for f in fields(Answer)) if name in row})
-        except (ValueError, TypeError) as error:
+            answer = Answer(**{name: row[name] for name in (f.name for f in fields(Answer)) if name in row})
+            for name, kind in (("id", str), ("turn", int), ("text", str), ("tokens", int)):
+                if not isinstance(getattr(answer, name), kind):
+                    raise TypeError(f"its {name} is {getattr(answer, name)!r:.80}")
+        except (ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{self.path}, line {number}: not an answer ({error})") from error
+        return answer
 
     def append(self, answers: Iterable[Answer]) -> Iterable[Answer]:
         """Write answers as they come, each safe on disk before it is passed on."""

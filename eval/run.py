@@ -94,7 +94,7 @@ class Results:
             metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             measured = {key: _numbers(row) for key, row in metrics["answers"].items()}
             whole = _numbers(metrics["whole"])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(f"{folder}: not a finished run of `dlm eval` ({error!r})") from error
         verdicts = load_verdicts(folder)
         for verdict in verdicts:
@@ -182,8 +182,10 @@ def load_verdicts(folder: Path) -> list[Verdict]:
     for file in sorted((folder / "verdicts").glob("*.json")):
         try:
             verdict = Verdict(**json.loads(file.read_text(encoding="utf-8")))
-            found.append(replace(verdict, by_answer=_numbers(verdict.by_answer)))
-        except (ValueError, TypeError, AttributeError) as error:
+            found.append(
+                replace(verdict, by_answer=_numbers(verdict.by_answer), figures=dict(verdict.figures))
+            )
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{file}: not a verdict of `dlm eval judge` ({error})") from error
     return found
 

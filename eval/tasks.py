@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm.data.records import SUFFIXES, read_records
+from dlm.data.rows import instruction_text
 from dlm.errors import ConfigError, DataError, unknown_name
 
 
@@ -69,7 +70,7 @@ def _web(url: str) -> Callable[[], Iterable[dict[str, Any]]]:
 
 def _instruction(row: dict[str, Any], index: int) -> Question:
     """Alpaca's fields; the row may have a reference output."""
-    text = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
+    text = instruction_text(row, "instruction", f"question {index}")
     reference = (row["output"],) if row.get("output") else ()
     category = str(row.get("category") or row.get("dataset") or "")
     return Question(str(index), (text,), reference, category, str(row.get("generator") or "reference"))
@@ -170,10 +171,12 @@ def load_questions(task: str, data: str = "", limit: int = 0) -> list[Question]:
 def _question(task: Task, row: Any, index: int, where: str) -> Question:
     try:
         question = task.read(row, index)
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise DataError(f"{where}, row {index}: not a question of this task ({error!r})") from error
     if not question.turns or not all(isinstance(turn, str) and turn.strip() for turn in question.turns):
         raise DataError(f"{where}, row {index}: a question must be a text that is not empty")
+    if not all(isinstance(text, str) for text in question.reference):
+        raise DataError(f"{where}, row {index}: the references must be texts, got {question.reference!r:.80}")
     if task.checks and not question.reference:
         raise DataError(f"{where}, row {index}: needs an answer to check against")
     return question

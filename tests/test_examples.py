@@ -3,7 +3,9 @@
 import io
 import json
 import re
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -172,3 +174,14 @@ def test_colours_go_from_the_first_step_to_the_last():
     assert style(9, 9) == "black on rgb(253,231,36)"
     assert style(0, 0) == style(0, 9)
     assert legend(["a", "b"]).plain == "step:  a  b "
+
+
+def test_many_requests_share_an_engine(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.many_requests", str(tmp_path)],
+        capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True,
+    )  # fmt: skip
+    for name in ("tips", "capital"):
+        assert re.search(rf"^{name}: (stop|length) after \d+ calls$", done.stdout, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What a reveal rule is asked, what it is shown, and what it answers.
+"""The interface of reveal rules: the question, the view of a step, the decision.
 
 A rule owns its score: `score` reduces the logits of a position to one number or several, which `decide` sees
 for all positions together. State that a rule needs between steps belongs to the row: `memory` says what there
@@ -21,7 +21,7 @@ REVEAL_NOISE, TOKEN_NOISE, REMASK_NOISE = 0, 1, 2
 
 @dataclass(frozen=True)
 class StepView:
-    """What a rule may look at, for the rows [b] of one step."""
+    """The rows [b] of one step, as a rule sees them."""
 
     masked: torch.Tensor
     """[b, W] bool, positions of the current stage that hold no token."""
@@ -47,8 +47,8 @@ class StepView:
     """[b, W] int64, the rows as they are."""
     scope: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[b, W] bool, all positions of the current stage, given ones included."""
-    progress: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    """[b] share of the positions to be written that hold a token."""
+    progress: Callable[[], torch.Tensor] = lambda: torch.empty(0)
+    """Gives [b], the share of the positions to be written that hold a token."""
     step: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[b] int64, steps that the row has taken."""
     beyond: torch.Tensor | None = None
@@ -66,7 +66,7 @@ class StepView:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a rule decided."""
+    """The decision of a rule."""
 
     reveal: torch.Tensor
     """[b, W] bool, masked positions that get their token."""

@@ -45,7 +45,7 @@ class Editing(RevealRule):
         return Quota(order="confidence")
 
     def memory(self, rows: int, length: int) -> dict[str, torch.Tensor]:
-        """How often each position has been replaced; see `RevealRule`."""
+        """Number of replacements at each position; see `RevealRule`."""
         return {"replaced": torch.zeros(rows, length, dtype=torch.int64)}
 
     def _editable(self, view: StepView) -> torch.Tensor:

@@ -13,7 +13,7 @@ from decoding.tokens import Choice, TokenRule
 from dlm.errors import ConfigError, unknown_name
 
 Order = Literal["confidence", "margin", "entropy"]
-"""What makes a position certain."""
+"""The measure by which positions are ordered."""
 
 
 def certainty(logits: torch.Tensor, choice: Choice, tokens: TokenRule, order: Order) -> torch.Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dlm.data.records import SUFFIXES, read_records
+from dlm.data.records import SUFFIXES, read_records, read_text
+from dlm.data.rows import dialogue, instruction_text
 from dlm.errors import DataError
 
 
@@ -25,8 +26,7 @@ def read_prompts(file: str) -> Iterator[Any]:
         for index, record in enumerate(read_records(path)):
             yield _prompt(record, f"{file}, row {index}")
         return
-    with path.open(encoding="utf-8") as lines:
-        yield from _lines(lines)
+    yield from _lines(read_text(path).splitlines())
 
 
 def _lines(lines: Iterable[str]) -> Iterator[str]:
@@ -39,9 +39,10 @@ def _prompt(record: Any, where: str) -> Any:
     if isinstance(record, str):
         return record
     if isinstance(record, dict):
-        if isinstance(record.get("instruction"), str) and record.get("input"):
-            return f"{record['instruction']}\n\n{record['input']}"
-        for key in ("messages", "instruction", "prompt", "text"):
-            if record.get(key):
-                return record[key]
+        for key in ("messages", "conversations", "prompt"):
+            if isinstance(record.get(key), list) and record[key]:
+                return dialogue(record[key], where)
+        for key in ("instruction", "prompt", "question", "text"):
+            if isinstance(record.get(key), str) and record[key]:
+                return instruction_text(record, key, where)
     raise DataError(f"{where}: needs 'instruction', 'prompt', 'text' or 'messages'")

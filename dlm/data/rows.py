@@ -185,13 +185,27 @@ def _parse_pair(row: Row, asked: str, answered: str, where: str) -> Row:
     """A row with an instruction and its answer; both may be lists of messages."""
     if isinstance(row[asked], list) and isinstance(row[answered], list):
         return _parse_chat([*row[asked], *row[answered]], where)
-    content, answer = _text(row, asked, where), _text(row, answered, where)
+    content = instruction_text(row, asked, where)
+    return {"prompt": [{"role": "user", "content": content}], "answer": _text(row, answered, where)}
+
+
+def instruction_text(row: Row, asked: str, where: str) -> str:
+    """The instruction of a row with its input, if that holds more than spaces: what a user says.
+
+    Args:
+        row: a record.
+        asked: name of the instruction.
+        where: file and row, for errors.
+
+    Raises:
+        DataError: for an instruction or an input that is no text.
+    """
+    content = _text(row, asked, where)
     for name in ("input", "context"):
         extra = _text(row, name, where) if row.get(name) is not None else ""
         if extra.strip():
-            content = f"{content}\n\n{extra}"
-            break
-    return {"prompt": [{"role": "user", "content": content}], "answer": answer}
+            return f"{content}\n\n{extra}"
+    return content
 
 
 def _text(row: Row, key: str, where: str) -> str:
@@ -201,10 +215,19 @@ def _text(row: Row, key: str, where: str) -> str:
     return whole_characters(value)
 
 
-def _parse_chat(turns: Any, where: str) -> Row:
+def dialogue(turns: Any, where: str) -> list[dict[str, str]]:
+    """The turns of a conversation as chat messages, whatever its speakers are called.
+
+    Raises:
+        OddRowError: for what is no list of turns with a role and a text.
+    """
     if not isinstance(turns, list) or not turns:
         raise OddRowError(f"{where}: 'messages' must be a list of turns, got {turns!r:.80}")
-    messages = [_parse_turn(turn, f"{where}: turn {number}") for number, turn in enumerate(turns)]
+    return [_parse_turn(turn, f"{where}: turn {number}") for number, turn in enumerate(turns)]
+
+
+def _parse_chat(turns: Any, where: str) -> Row:
+    messages = dialogue(turns, where)
     if messages[-1]["role"] != "assistant":
         raise OddRowError(f"{where}: the last turn must be the assistant's, got {messages[-1]['role']!r}")
     return {"prompt": messages[:-1], "answer": messages[-1]["content"]}

@@ -69,15 +69,15 @@ def run(config: PathConfig) -> int:
     """Measure each model with each decoder, and show the table."""
     from rich.console import Console
 
-    from dlm.lock import check_writable
+    from dlm.lock import alone_in
     from eval.paths import PathFolder, table
 
-    check_writable(config.output)
     common = {name: getattr(config, name) for name in ("data", "last", "limit", "seed")}
-    folder = PathFolder(config.output, common)
-    runs = measured(config, folder)
-    Console(width=None if Console().is_terminal else 120).print(table(runs).rich())
-    print(*folder.publish(), sep="\n")
+    with alone_in(config.output):
+        folder = PathFolder(config.output, common)
+        runs = measured(config, folder)
+        Console(width=None if Console().is_terminal else 120).print(table(runs).rich())
+        print(*folder.publish(), sep="\n")
     return 0
 
 

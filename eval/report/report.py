@@ -201,7 +201,7 @@ def _questions(run: Results) -> dict[tuple[str, int], str]:
         asked = json.loads((run.folder / "model_outputs.json").read_text(encoding="utf-8"))
         keys = [key for key in run.answers if key[1] == 0]
         return {key: row["instruction"] for key, row in zip(keys, asked, strict=True)}
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}
 
 

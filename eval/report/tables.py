@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dlm.errors import DataError
 from eval.metrics import MEASURES, by_question
 from eval.run import Results, Verdict
 from eval.statistics import Estimate, paired_test
@@ -184,14 +185,28 @@ def _pace(run: Results) -> tuple[Any, ...]:
 
 
 def judged(runs: Sequence[Results]) -> Table | None:
-    """What judges said, where they were asked; None where they were not."""
+    """What judges said, where they were asked; None where they were not.
+
+    Raises:
+        DataError: for a verdict whose file does not hold the figures of its method.
+    """
     rows = [
         [run.card.name, verdict.judge, verdict.method, verdict.against, figure, value]
         for run in runs
         for verdict in run.verdicts
-        for figure, value in _figures(verdict)
+        for figure, value in _told_by(run, verdict)
     ]
     return Table("Judges", ["", "judge", "method", "against", "figure", "value"], rows) if rows else None
+
+
+def _told_by(run: Results, verdict: Verdict) -> list[tuple[str, str]]:
+    try:
+        return _figures(verdict)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{run.folder / 'verdicts'}: the verdict of {verdict.judge} ({verdict.method}) lacks figures "
+            f"({error!r})"
+        ) from error
 
 
 def _figures(verdict: Verdict) -> list[tuple[str, str]]:

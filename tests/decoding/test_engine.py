@@ -158,6 +158,17 @@ def test_what_does_not_fit_leaves_the_engine_as_it_was():
         engine_of(FakeDenoiser(), max_rows=0)
 
 
+def test_a_row_that_is_given_to_an_engine_is_copied():
+    engine, plan = engine_of(FakeDenoiser(eos_bias=-50.0)), plan_of("llada", 4)
+    canvas = canvas_of(torch.tensor([[1] + [MASK] * 9]), plan)
+    for _ in range(2):
+        ticket = engine.add(canvas, plan)
+    waiting = engine.canvas(ticket)
+    run(engine)
+    assert canvas.ids[0].tolist() == waiting.ids[0].tolist() == [1] + [MASK] * 9
+    assert int(canvas.step) == 0
+
+
 def test_rows_wait_in_order_for_rows_and_positions():
     engine = engine_of(FakeDenoiser(eos_bias=-50.0), max_rows=3, max_positions=70)
     tickets = [engine.submit(Row([1] + [MASK] * 29, 1), plan_of("llada", 4), i) for i in range(5)]

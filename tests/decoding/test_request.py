@@ -76,6 +76,8 @@ def test_a_request_and_a_plan_are_frozen_and_plans_compare():
         ({"stop": ""}, "a stop text must not be empty"),
         ({"stop": [3]}, "stop must be a text or several"),
         ({"begin": 4}, "begin must be a text, got 4"),
+        ({"forced": [3]}, "forced must be places with texts"),
+        ({"forced": {3: 5}}, "forced must hold texts"),
         ({"reuse": "dual", "refresh": 0}, "refresh must be a whole number of at least 1, got 0"),
         ({"ending": "x", "canvas": "growing"}, "cannot grow"),
     ],
@@ -83,6 +85,25 @@ def test_a_request_and_a_plan_are_frozen_and_plans_compare():
 def test_each_field_is_checked_when_it_is_given(given, message):
     with pytest.raises(ConfigError, match=message):
         Request(**given)
+
+
+def test_options_that_a_pace_would_drop_are_refused():
+    usual = {"decoder": "threshold", "options": {"kernel_size": 5}}
+    assert resolve(usual, rate=2.0).decoder == Decoder.named("threshold", kernel_size=5).at_pace()
+    assert resolve(usual, options={"temperature": 1.0}, rate=2.0).decoder.tokens.temperature == 1
+    with pytest.raises(ConfigError, match="option tau of decoder 'threshold' sets a pace of its own"):
+        resolve(usual, options={"tau": 0.2}, rate=2.0)
+    with pytest.raises(ConfigError, match="option temperature of decoder 'conv' must be a number, got None"):
+        resolve(decoder="conv", options={"temperature": None})
+    with pytest.raises(ConfigError, match="option of decoders: 'temprature'"):
+        Request(options={"temprature": 1}).check_decoder()
+
+
+def test_a_request_keeps_what_it_was_given():
+    options = {"top_k": 3}
+    request = Request(decoder="conv", options=options)
+    options["top_k"] = 9
+    assert request.options == {"top_k": 3}
 
 
 def test_an_unknown_keyword_names_the_right_one():

@@ -1,6 +1,7 @@
 """Export: the same model, smaller, and without the paths of the machine it was trained on."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from dlm import load_model
-from dlm.adapter import add_adapter
+from dlm.adapter import add_adapter, base_of
 from dlm.backbone import from_scratch
 from dlm.cli import main
 from dlm.errors import CheckpointError, ConfigError
@@ -126,3 +127,33 @@ def test_the_command(trained, tmp_path, capsys):
     assert config.generation["window"] == 48, "what is not named stays"
     assert main(["export", "--model", str(trained[1])]) == 2
     assert "output must name" in capsys.readouterr().err
+
+
+JUNK = [
+    b"",
+    b"{",
+    b"[]",
+    b"5",
+    b"null",
+    b'"x"',
+    b"\xff\xfe",
+    b"{}",
+    b"[" * 100_000,
+    b'{"peft_type": 3, "r": "x"}',
+]
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=range(len(JUNK)))
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "config.json", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_a_file_that_is_not_what_it_should_be_gives_one_clear_error(trained, tmp_path, name, junk):
+    """Or none, where the file can be done without."""
+    _, folder = trained
+    (folder / name).write_bytes(junk)
+    for call in (lambda: export(folder, tmp_path / "out"), lambda: base_of(folder)):
+        with suppress(CheckpointError):
+            call()
+    if name == "adapter_config.json":
+        with pytest.raises(CheckpointError, match="adapter"):
+            base_of(folder)

@@ -60,8 +60,13 @@ def test_the_harness_runs_both_kinds_of_task(dlm, tmp_path):
     assert set(found["results"]) == {"counting", "choosing"}
     assert 0 <= found["results"]["choosing"]["acc,none"] <= 1
     (texts,) = found["samples"]["counting"][0]["resps"]
-    expected = dlm.sampler.generate(["Count from 0."], stop=["\n"], max_tokens=12, **dlm.how)
+    expected = answers(dlm, "Count from 0.", stop=["\n"], max_tokens=12)
     assert texts == [expected[0].text]
+
+
+def answers(dlm, prompt, **fields):
+    """Those of the sampler itself."""
+    return dlm.sampler.generate([prompt], request=dlm.variant.request(**fields), seed=dlm.seed)
 
 
 def instance(kind, *arguments):
@@ -151,7 +156,7 @@ def test_few_shot_examples_are_turns_of_the_conversation(dlm):
     ]
     text = dlm.apply_chat_template(talk)
     (answer,) = dlm.generate_until([instance("generate_until", text, {"until": []})], disable_tqdm=True)
-    assert answer == dlm.sampler.generate([talk], max_tokens=256, **dlm.how)[0].text
+    assert answer == answers(dlm, talk, max_tokens=256)[0].text
     before, _ = dlm._encoded(text, " 1")
     assert before == dlm.sampler.rows.prompt(talk)
     long = [{**turn, "content": turn["content"] * 400} for turn in talk[:4]]
@@ -179,7 +184,7 @@ def test_the_longest_answer_has_several_names(dlm, name):
     (short,) = dlm.generate_until(
         [instance("generate_until", "Count from 1.", {"until": [], name: 3})], disable_tqdm=True
     )
-    expected = dlm.sampler.generate(["Count from 1."], max_tokens=3, **dlm.how)[0]
+    expected = answers(dlm, "Count from 1.", max_tokens=3)[0]
     assert short == expected.text
 
 

@@ -1,0 +1,140 @@
+"""Text of rows: what is confirmed, what is cut, what a finished row says."""
+
+import torch
+
+from decoding import Decoder, Sampler
+from decoding.answer import BLANK, HALF_CHARACTER, confirmed, event, find_stop, output, show
+from decoding.engine import Engine
+from tests.decoding.rig import canvas_of, plan_of
+from tests.fakes import FakeDenoiser, FakeTokenizer
+
+MASK = 22
+
+
+class Bytes(FakeTokenizer):
+    """Token i is the i-th byte of a text with characters of several bytes."""
+
+    text = " aé€😀b".encode()
+
+    def decode(self, ids, skip_special_tokens=True):
+        return bytes(self.text[i - 1] for i in ids if 0 < i <= len(self.text)).decode(errors="replace")
+
+
+def row(answer, done=False, **plan_fields):
+    """A canvas of a prompt of two tokens and an answer, None being a mask."""
+    ids = torch.tensor([[3, 4, *(MASK for _ in answer)]])
+    plan = plan_of(Decoder.named("llada"), 9, **plan_fields)
+    canvas = canvas_of(ids, plan, answer=[2])
+    for i, token in enumerate(answer):
+        if token is not None:
+            canvas.ids[0, 2 + i], canvas.masked[0, 2 + i] = token, False
+    canvas.done[0] = done
+    return canvas, plan
+
+
+def test_text_is_what_the_tokens_say_white_space_included():
+    canvas, plan = row([1, 2, 1, 0, 0], done=True)
+    out = output(canvas, plan, Bytes())
+    assert out.text == " a "
+    assert (out.token_ids, out.finish_reason) == ([1, 2, 1], "stop")
+    canvas, plan = row([1, 2, 1], done=True)
+    assert output(canvas, plan, Bytes()).finish_reason == "length"
+
+
+def test_confirmed_text_ends_at_whole_characters_before_the_first_mask():
+    every = list(range(1, len(Bytes.text) + 1))
+    texts = []
+    for n in range(len(every) + 1):
+        canvas, plan = row([*every[:n], *[None] * (len(every) - n + 1)])
+        texts.append(confirmed(canvas, plan, Bytes()))
+    whole = Bytes.text.decode()
+    assert all(whole.startswith(text) for text in texts)
+    assert [len(text) for text in texts] == [0, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5, 6]
+    assert not any(HALF_CHARACTER in text for text in texts)
+
+
+def test_confirmed_text_waits_where_a_stop_text_may_begin():
+    tokenizer = FakeTokenizer()  # letters: token i is chr(97 + i)
+    for answer, expected in (
+        ([2, 3, None], "cd"),
+        ([2, 3, 4, None], "cd"),
+        ([2, 3, 4, 5, None], "cd"),
+        ([2, 3, 4, 7, None], "cdeh"),
+        ([2, 3, 4, 5, 6, None], "cd"),
+    ):
+        canvas, plan = row(answer)
+        plan = plan_with(plan, stop=("efg",))
+        assert confirmed(canvas, plan, tokenizer) == expected
+    canvas, plan = row([2, 3, 4, 5, 6, None])
+    cut = find_stop(canvas, plan_with(plan, stop=("efg", "g")), tokenizer)
+    assert (cut.tokens, cut.text) == (2, "cd")
+
+
+def plan_with(plan, **fields):
+    from dataclasses import replace
+
+    return replace(plan, **fields)
+
+
+def test_nothing_is_confirmed_while_tokens_may_be_revised():
+    canvas, _ = row([2, 3, None])
+    assert confirmed(canvas, plan_of(Decoder.named("editing")), FakeTokenizer()) == ""
+
+
+def test_half_characters_beside_masks_are_blanks_and_a_finished_row_says_its_text():
+    canvas, plan = row([1, 3, None, 2, None])
+    assert show(canvas.ids[0, 2:].tolist(), plan, Bytes()) == f" {BLANK}{BLANK}a"
+    canvas, plan = row([1, 3, 2, 0], done=True)
+    assert event(canvas, plan, Bytes()).text == output(canvas, plan, Bytes()).text == f" {HALF_CHARACTER}a"
+
+
+def test_the_last_event_is_the_answer_for_every_decoder():
+    sampler = Sampler(FakeDenoiser(eos_bias=-1.0), FakeTokenizer())
+    for name in ("conv", "editing", "remdm", "stability"):
+        for seed in range(5):
+            how = {"decoder": Decoder.named(name), "seed": seed, "window": 40}
+            assert list(sampler.stream("abc", **how))[-1].text == sampler.generate("abc", **how)[0].text
+
+
+class Peaked(FakeDenoiser):
+    """A model that is sure of everything, and of another token for the same place now and then."""
+
+    def logits(self, hidden):
+        return 20 * super().logits(hidden)
+
+
+def test_rules_with_a_pace_of_their_own_always_end():
+    for model in (Peaked(eos_bias=3.0), Peaked(eos_bias=0.5), Peaked(eos_bias=-9.0)):
+        for name in ("editing", "threshold", "stability", "entropy-bound", "dilated"):
+            for grow in (False, True):
+                plan = plan_of(Decoder.named(name), grow=grow, fit=40)
+                engine = Engine(model, FakeTokenizer())
+                for seed in range(20):
+                    engine.add(canvas_of(torch.tensor([[1, 2] + [MASK] * 38]), plan, [seed]), plan)
+                steps = 0
+                while len(engine):
+                    engine.step()
+                    steps += 1
+                    assert steps < 200, (name, grow)
+
+
+def test_a_failed_row_stays_failed_and_shows_no_junk():
+    class Broken(FakeDenoiser):
+        def logits(self, hidden):
+            logits = super().logits(hidden)
+            return logits * float("nan") if self.calls >= 3 else logits
+
+    for name in ("threshold", "editing", "stability", "conv"):
+        model = Broken(eos_bias=-50.0, eos_id=5)
+        decoder = Decoder.named(name)
+        pace = {"rate": 2.0} if decoder.reveal.paced else {}
+        plan = plan_of(decoder, grow=True, eos=5, **pace)
+        engine, seen, steps = Engine(model, FakeTokenizer()), "", 0
+        engine.add(canvas_of(torch.tensor([[1, 2] + [MASK] * 90]), plan), plan)
+        while len(engine):
+            (update,) = engine.step()
+            assert update.confirmed.startswith(seen)
+            assert update.canvas.ids[0, :92].tolist().count(MASK) > 0
+            seen, steps = update.confirmed, steps + 1
+        assert (update.finished, update.output, steps) == (True, None, 3)
+        assert "NaN in step 2" in str(update.error)

@@ -1,0 +1,55 @@
+"""Prompts of files are those of training: one reader of records."""
+
+import json
+
+import pytest
+
+from dlm.data.prompts import read_prompts
+from dlm.data.rows import parse_row
+from dlm.errors import DataError
+
+TURNS = [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "What?"}]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Add.", "input": "  ", "output": "3"},
+        {"instruction": "Add.", "input": "", "output": "3"},
+        {"instruction": "Add.", "context": "1 2", "response": "3"},
+        {"prompt": "Add.", "completion": "3"},
+        {"question": "Add.", "answer": "3"},
+    ],
+)
+def test_a_record_gives_the_prompt_that_training_sees(tmp_path, name, record):
+    file = tmp_path / name
+    file.write_text(json.dumps([record] if name == "a.json" else record))
+    (prompt,) = read_prompts(str(file))
+    assert parse_row(record, "f", 0)["prompt"] == [{"role": "user", "content": prompt}]
+
+
+def test_conversations_by_any_name(tmp_path):
+    file = tmp_path / "a.jsonl"
+    other = [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "What?"}]
+    file.write_text("\n".join(json.dumps(r) for r in ({"messages": TURNS}, {"conversations": other})))
+    assert list(read_prompts(str(file))) == [TURNS, TURNS]
+    file.write_text(json.dumps({"messages": [{"role": "user"}]}))
+    with pytest.raises(DataError, match=r"a\.jsonl, row 0: turn 0 needs a role"):
+        list(read_prompts(str(file)))
+    file.write_text(json.dumps({"other": 1}))
+    with pytest.raises(DataError, match=r"row 0: needs 'instruction'"):
+        list(read_prompts(str(file)))
+    file.write_text(json.dumps({"prompt": 5}))
+    with pytest.raises(DataError, match=r"row 0: needs 'instruction'"):
+        list(read_prompts(str(file)))
+
+
+def test_lines_and_encodings(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes("\ufeffGrüße\n\n  two \n".encode())
+    assert list(read_prompts(str(file))) == ["Grüße", "  two "]
+    file.write_bytes("Grüße".encode("utf-16"))
+    with pytest.raises(DataError, match="UTF-16"):
+        list(read_prompts(str(file)))
