@@ -29,3 +29,9 @@ def test_a_module_is_in_the_tour_with_the_test_that_tests_it(module):
 
 def test_the_tour_names_no_module_that_is_gone():
     assert sorted(set(TESTED_IN) - set(MODULES)) == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_to_files_of_the_repository_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text("utf-8"))
+    assert [link for link in links if not (ROOT / link).exists()] == []
