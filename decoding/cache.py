@@ -112,7 +112,7 @@ class StateCache:
         self.states: torch.Tensor | None = None  # [B, ≤ L, D]
         self.computed_ids = torch.full_like(canvas.ids, -1)  # [B, L] ids that keys and values were made of
         self.refreshed_at = torch.full_like(canvas.start, -1)  # [B] revision of the last full computation
-        self.memory: Any = None
+        self.key_values: Any = None
 
     def of(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """[N, D] at the positions [N] of the rows [N], which have been computed."""
@@ -127,7 +127,7 @@ class StateCache:
         if rows is not None:
             self.computed_ids, self.refreshed_at = self.computed_ids[rows], self.refreshed_at[rows]
             self.states = None if self.states is None else self.states[sent(rows, self.states.device)]
-            self.memory = None if self.memory is None else self.memory.take(rows)
+            self.key_values = None if self.key_values is None else self.key_values.take(rows)
         size, width = canvas.ids.shape
         self.computed_ids = resized(self.computed_ids, size, width, -1)
         self.refreshed_at = resized(self.refreshed_at[:, None], size, 1, -1)[:, 0]
@@ -174,9 +174,11 @@ class StateCache:
             changed[:, : where.shape[1]] |= where
         active = (changed | due[:, None]) & valid
         width = int(valid.any(0).nonzero()[-1]) + 1
-        if self.memory is None:
-            self.memory = model.new_memory()
-        states = model.partial_hidden(ids[:, :width], active[:, :width], valid[:, :width], self.memory, rows)
+        if self.key_values is None:
+            self.key_values = model.new_memory()
+        states = model.partial_hidden(
+            ids[:, :width], active[:, :width], valid[:, :width], self.key_values, rows
+        )
         self.computed_ids[rows] = torch.where(active, ids, self.computed_ids[rows])
         self.refreshed_at[rows] = torch.where(due, revision, self.refreshed_at[rows])
         self.put(rows, active, states)

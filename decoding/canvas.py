@@ -47,7 +47,7 @@ class Canvas:
     """[B] int64, the first position at which an end token may be written."""
     stages: torch.Tensor
     """[B] int64, stages (blocks) that the row goes through, each with its own time from 1 to 0."""
-    memory: dict[str, torch.Tensor] = field(default_factory=dict)
+    rule_state: dict[str, torch.Tensor] = field(default_factory=dict)
     """State of the reveal rule, by name: [B, L, …] or [B]."""
     reveal_step: torch.Tensor = field(init=False)
     """[B, L] int64, step at which each token appeared; -1 for given ones."""
@@ -99,8 +99,8 @@ class Canvas:
 
     def take(self, rows: torch.Tensor) -> Canvas:
         """Some rows [b], as a canvas of their own."""
-        values = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "memory"}
-        return self._of_fields(values, {name: x[rows] for name, x in self.memory.items()})
+        values = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "rule_state"}
+        return self._of_fields(values, {name: x[rows] for name, x in self.rule_state.items()})
 
     @classmethod
     def join(cls, canvases: Sequence[Canvas]) -> Canvas:
@@ -109,16 +109,19 @@ class Canvas:
             return canvases[0]
         width = max(c.ids.shape[1] for c in canvases)
         fill = {"pinned": True, "reveal_step": -1, "confidence": torch.nan}
-        wide = [{f.name: getattr(c, f.name) for f in fields(cls) if f.name != "memory"} for c in canvases]
+        wide = [{f.name: getattr(c, f.name) for f in fields(cls) if f.name != "rule_state"} for c in canvases]
         values = {name: _stacked([w[name] for w in wide], width, fill.get(name, 0)) for name in wide[0]}
-        memory = {name: _stacked([c.memory[name] for c in canvases], width, 0) for name in canvases[0].memory}
-        return cls._of_fields(values, memory)
+        rule_state = {
+            name: _stacked([c.rule_state[name] for c in canvases], width, 0)
+            for name in canvases[0].rule_state
+        }
+        return cls._of_fields(values, rule_state)
 
     @classmethod
-    def _of_fields(cls, values: Mapping[str, torch.Tensor], memory: dict[str, torch.Tensor]) -> Canvas:
+    def _of_fields(cls, values: Mapping[str, torch.Tensor], rule_state: dict[str, torch.Tensor]) -> Canvas:
         """A canvas from all its fields, also those that a new one begins with by itself."""
         given: dict[str, Any] = {f.name: values[f.name] for f in fields(cls) if f.init and f.name in values}
-        canvas = cls(**given, memory=memory)
+        canvas = cls(**given, rule_state=rule_state)
         for name, value in values.items():
             setattr(canvas, name, value)
         return canvas
@@ -164,7 +167,7 @@ def make_canvas(rows: Sequence[Row], seeds: Sequence[int], plan: Plan) -> Canvas
         answer=torch.tensor([row.answer for row in rows]),
         ends_from=torch.tensor([row.ends_from for row in rows]),
         stages=stages,
-        memory=plan.decoder.reveal.memory(len(rows), width),
+        rule_state=plan.decoder.reveal.initial_state(len(rows), width),
     )
 
 

@@ -30,7 +30,7 @@ from dlm.errors import ConfigError, DLMError
 from dlm.noise import fold, uniform
 
 _CELLS = 1024
-"""Positions whose logits [cells, V] are in memory at once."""
+"""Positions whose logits [cells, V] are held at once."""
 
 Work = Generator[list[StateQuery], None, None]
 """Work that stops where it needs hidden states, and goes on when `compute_states` has seen to them."""
@@ -185,8 +185,8 @@ class Batch:
             step=step,
             beyond=self._beyond(rows),
             rate=pace.rate,
-            memory={
-                name: self._cut(x, rows) if x.dim() > 1 else x[rows] for name, x in canvas.memory.items()
+            state={
+                name: self._cut(x, rows) if x.dim() > 1 else x[rows] for name, x in canvas.rule_state.items()
             },
         )
 
@@ -254,14 +254,14 @@ class Batch:
     def _given(self, rows: torch.Tensor, where: torch.Tensor) -> list[torch.Tensor]:
         """Uniform numbers and the rule's state at the positions, [N, …] each, for `_columns`."""
         noise = self._noise(rows, self.canvas.revision[rows], TOKEN_NOISE)[where]
-        memory = [x for x in self.canvas.memory.values() if x.dim() > 1]
-        return [noise, *(self._cut(x, rows)[where] for x in memory)]
+        tensors = [x for x in self.canvas.rule_state.values() if x.dim() > 1]
+        return [noise, *(self._cut(x, rows)[where] for x in tensors)]
 
-    def _columns(self, logits: torch.Tensor, noise: torch.Tensor, *memory: torch.Tensor) -> torch.Tensor:
+    def _columns(self, logits: torch.Tensor, noise: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         """[N, V] -> [N, 2 + C] float64: the token drawn, its probability, and the rule's score."""
         choice = self.tokens.choose(logits, noise.to(logits.device, non_blocking=True))
-        names = [name for name, x in self.canvas.memory.items() if x.dim() > 1]
-        state = {name: x.to(logits.device, non_blocking=True) for name, x in zip(names, memory, strict=True)}
+        names = [name for name, x in self.canvas.rule_state.items() if x.dim() > 1]
+        state = {name: x.to(logits.device, non_blocking=True) for name, x in zip(names, tensors, strict=True)}
         score = self.rule.score(logits, choice, state, self.tokens).double()
         columns = [choice.token.double()[:, None], choice.probability.double()[:, None]]
         return torch.cat([*columns, score[:, None] if score.dim() == 1 else score], dim=1)
@@ -330,10 +330,10 @@ class Batch:
         after = self.plan.ending.apply(new_ids, new_masked, ~self._cut(canvas.pinned, rows))
         self._note(rows, masked, written, after)
         changed = ((after.ids != ids) | (after.masked != masked)).any(1)
-        for name, value in decision.memory.items():
+        for name, value in decision.state.items():
             place = (rows, slice(None, self.width)) if value.dim() > 1 else rows
             keep = changed.view(-1, *[1] * (value.dim() - 1))
-            canvas.memory[name][place] = torch.where(keep, value, canvas.memory[name][place])
+            canvas.rule_state[name][place] = torch.where(keep, value, canvas.rule_state[name][place])
         canvas.ids[rows, : self.width], canvas.masked[rows, : self.width] = after.ids, after.masked
         canvas.revision[rows] += changed
         canvas.step[rows] += 1

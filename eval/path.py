@@ -121,8 +121,8 @@ class _TrueBatch(Batch):
 
     def _given(self, rows: torch.Tensor, where: torch.Tensor) -> list[torch.Tensor]:
         """The true tokens [N] too."""
-        noise, *memory = super()._given(rows, where)
-        return [noise, self._cut(self.truth, rows)[where], *memory]
+        noise, *state = super()._given(rows, where)
+        return [noise, self._cut(self.truth, rows)[where], *state]
 
     def _columns(self, logits: torch.Tensor, noise: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
         """The decoder's own score; the true token or, where there is none, one drawn; its probability."""

@@ -96,10 +96,10 @@ class MassRule(RevealRule):
         return 1.0 if tokens.keeps_all else None
 
     def score(
-        self, logits: torch.Tensor, choice: Choice, memory: Mapping[str, torch.Tensor], tokens: TokenRule
+        self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
     ) -> torch.Tensor:
         """[N] probability of all tokens that are kept; see `RevealRule`."""
-        del logits, memory, tokens
+        del logits, state, tokens
         return choice.mass
 
 

@@ -1,8 +1,8 @@
 """The interface of reveal rules: the question, the view of a step, the decision.
 
 A rule owns its score: `score` reduces the logits of a position to one number or several, which `decide` sees
-for all positions together. State that a rule needs between steps belongs to the row: `memory` says what there
-is at first, and what `decide` returns replaces it when the row changes.
+for all positions together. State that a rule needs between steps belongs to the row: it begins as
+`initial_state`, and what `decide` returns replaces it when the row changes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class StepView:
     """[b] masks of the process that are not on the canvas yet and count in |M| all the same; None for 0."""
     rate: float | None = None
     """Expected tokens of this step, where the pace is a rate; `t` and `s` mean nothing then."""
-    memory: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """The rule's state of these rows: [b, W, …] or [b]."""
 
     @property
@@ -76,7 +76,7 @@ class Decision:
     """[b, W] bool, written positions that get another token."""
     settled: torch.Tensor | None = None
     """[b] bool, rows in which no written token will change any more; None for all."""
-    memory: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """New state; it is kept if the row changes in this step."""
 
 
@@ -113,23 +113,23 @@ class RevealRule:
         return view.open
 
     def score(
-        self, logits: torch.Tensor, choice: Choice, memory: Mapping[str, torch.Tensor], tokens: TokenRule
+        self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
     ) -> torch.Tensor:
         """Reduce logits to what `decide` needs; by default the probability of the token.
 
         Args:
             logits: [N, V] on the model's device.
             choice: the tokens drawn there.
-            memory: the rule's state at these positions, [N, …].
+            state: the rule's state at these positions, [N, …].
             tokens: the token rule; its `allowed` shuts forbidden tokens.
 
         Returns:
             [N], or [N, C] for C numbers a position.
         """
-        del logits, memory, tokens
+        del logits, state, tokens
         return choice.probability
 
-    def memory(self, rows: int, length: int) -> dict[str, torch.Tensor]:
+    def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """State of new rows, by name: tensors [rows, length, …] or [rows]; by default none."""
         del rows, length
         return {}

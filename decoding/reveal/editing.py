@@ -44,12 +44,12 @@ class Editing(RevealRule):
         """Return the rule that takes the most confident first; see `RevealRule`."""
         return Quota(order="confidence")
 
-    def memory(self, rows: int, length: int) -> dict[str, torch.Tensor]:
+    def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """Number of replacements at each position; see `RevealRule`."""
         return {"replaced": torch.zeros(rows, length, dtype=torch.int64)}
 
     def _editable(self, view: StepView) -> torch.Tensor:
-        return view.written & (view.memory["replaced"] < self.edits)
+        return view.written & (view.state["replaced"] < self.edits)
 
     def needs(self, view: StepView) -> torch.Tensor:
         """[b, W] bool, the open masks and the tokens that may still be replaced."""
@@ -65,5 +65,5 @@ class Editing(RevealRule):
             reveal,
             replace=replace,
             settled=~(replace | reveal).any(1),  # what was written in this step is looked at once more
-            memory={"replaced": view.memory["replaced"] + replace},
+            state={"replaced": view.state["replaced"] + replace},
         )

@@ -41,10 +41,10 @@ class EntropyBound(RevealRule):
         return Quota(order="entropy")
 
     def score(
-        self, logits: torch.Tensor, choice: Choice, memory: Mapping[str, torch.Tensor], tokens: TokenRule
+        self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
     ) -> torch.Tensor:
         """[N] exp(-H), H the entropy; see `RevealRule`."""
-        del choice, memory
+        del choice, state
         return tokens.certainty(logits, "entropy")
 
     def decide(self, view: StepView) -> Decision:

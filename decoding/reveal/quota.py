@@ -59,10 +59,10 @@ class Quota(RevealRule):
         return quota if self.per_step is None else torch.full_like(quota, self.per_step)
 
     def score(
-        self, logits: torch.Tensor, choice: Choice, memory: Mapping[str, torch.Tensor], tokens: TokenRule
+        self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
     ) -> torch.Tensor:
         """[N] certainty by the rule's order; see `RevealRule`."""
-        del memory
+        del state
         return certainty(logits, choice, tokens, self.order)
 
     def needs(self, view: StepView) -> torch.Tensor:

@@ -49,7 +49,7 @@ class Stability(RevealRule):
         """Return the rule that takes the most confident first; see `RevealRule`."""
         return Quota(order="confidence")
 
-    def memory(self, rows: int, length: int) -> dict[str, torch.Tensor]:
+    def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """Tracked tokens, their probabilities (0 at first) and comparisons passed; see `RevealRule`."""
         return {
             "tracked": torch.zeros(rows, length, TRACKED, dtype=torch.int64),
@@ -58,17 +58,17 @@ class Stability(RevealRule):
         }
 
     def score(
-        self, logits: torch.Tensor, choice: Choice, memory: Mapping[str, torch.Tensor], tokens: TokenRule
+        self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
     ) -> torch.Tensor:
         """[N, 2 + 2·TRACKED]: confidence, divergence, and the tracked tokens with their probabilities."""
         logits = tokens.allowed(logits)
         total = log_normaliser(logits)
-        now = (logits.gather(1, memory["tracked"]).float() - total).exp()
+        now = (logits.gather(1, state["tracked"]).float() - total).exp()
         best = logits.topk(min(TRACKED, logits.shape[1]), dim=1)
         missing = TRACKED - best.indices.shape[1]
         ids = torch.nn.functional.pad(best.indices, (0, missing)).double()
         probability = torch.nn.functional.pad((best.values.float() - total).exp(), (0, missing)).double()
-        gap = divergence(now, memory["probability"])
+        gap = divergence(now, state["probability"])
         return torch.cat(
             [choice.probability.double()[:, None], gap.double()[:, None], ids, probability], dim=1
         )
@@ -76,17 +76,17 @@ class Stability(RevealRule):
     def decide(self, view: StepView) -> Decision:
         """Take what is confident and stable, and the most confident position in any case."""
         confidence, gap = view.score[..., 0], view.score[..., 1]
-        stable = torch.where(gap < self.epsilon, view.memory["stable"] + 1, 0)
+        stable = torch.where(gap < self.epsilon, view.state["stable"] + 1, 0)
         best = ranked(confidence, view.weight, view.masked) == 0
         chosen = view.open & (((confidence >= self.tau) & (stable >= self.history)) | best)
         looked = view.open[..., None]
         tracked, probability = view.score[..., 2 : 2 + TRACKED], view.score[..., 2 + TRACKED :]
         return Decision(
             chosen,
-            memory={
-                "tracked": torch.where(looked, tracked.long(), view.memory["tracked"]),
-                "probability": torch.where(looked, probability.float(), view.memory["probability"]),
-                "stable": torch.where(view.open, stable, view.memory["stable"]),
+            state={
+                "tracked": torch.where(looked, tracked.long(), view.state["tracked"]),
+                "probability": torch.where(looked, probability.float(), view.state["probability"]),
+                "stable": torch.where(view.open, stable, view.state["stable"]),
             },
         )
 
