@@ -2,9 +2,8 @@
 
 A graph repeats a recorded call on the same memory, without launching its kernels one by one; so its shape is
 fixed, and compiled code is best for the shapes that it was compiled for. Calls are therefore padded to a few
-shapes (`bucket`). On an H200 they make a
-small model four times as fast at batch 1 (docs/results/gpu.md). Without them the call is simply made again in the
-padded shape, which is how the padding is tested on a CPU.
+shapes (`bucket`). On an H200 graphs make a small model four times as fast at batch 1 (docs/results/gpu.md).
+Without them the call is simply made again in the padded shape, which is how the padding is tested on a CPU.
 """
 
 from __future__ import annotations
