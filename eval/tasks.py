@@ -70,7 +70,7 @@ def _web(url: str) -> Callable[[], Iterable[dict[str, Any]]]:
 
 def _instruction(row: dict[str, Any], index: int) -> Question:
     """Alpaca's fields; the row may have a reference output."""
-    text = instruction_text(row, "instruction", f"question {index}")
+    text = instruction_text(row, "instruction", "the question")
     reference = (row["output"],) if row.get("output") else ()
     category = str(row.get("category") or row.get("dataset") or "")
     return Question(str(index), (text,), reference, category, str(row.get("generator") or "reference"))
@@ -171,6 +171,8 @@ def load_questions(task: str, data: str = "", limit: int = 0) -> list[Question]:
 def _question(task: Task, row: Any, index: int, where: str) -> Question:
     try:
         question = task.read(row, index)
+    except DataError as error:
+        raise DataError(f"{where}, row {index}: {error}") from error
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise DataError(f"{where}, row {index}: not a question of this task ({error!r})") from error
     if not question.turns or not all(isinstance(turn, str) and turn.strip() for turn in question.turns):

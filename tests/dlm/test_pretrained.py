@@ -45,7 +45,7 @@ def shop(tmp_path, monkeypatch, gguf_file):
 
 
 def test_the_base_is_fetched_once_and_its_weights_are_those_of_the_file(shop, gguf_file, monkeypatch):
-    fetched, tokenizer = load_causal_lm(base.NAME)
+    fetched, tokenizer = load_causal_lm(located(base.NAME))
     known, same = load_causal_lm(str(gguf_file[0]))
     expected = known.state_dict()
     assert fetched.state_dict().keys() == expected.keys()
@@ -146,7 +146,7 @@ def test_a_copy_of_the_users_own_is_taken_as_it_is(shop, gguf_file, tmp_path, mo
     for part in (model, tokenizer):
         part.save_pretrained(base.cache() / base.NAME)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("fetched"))
-    found, _ = load_causal_lm(base.NAME)
+    found, _ = load_causal_lm(located(base.NAME))
     weights = found.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
 
@@ -292,7 +292,7 @@ class TestAdapters:
         config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         assert tokenizer.mask_token_id == config.mask_token_id
         assert len(tokenizer) == config.num_tokens
-        prior = TokenPrior.load(name)
+        prior = TokenPrior.load(located(name))
         assert prior is not None
         assert prior.counts.sum() > 2e6
         for file in Path(folder).glob("*.json"):
