@@ -139,7 +139,7 @@ def test_the_kernel_of_a_step_finds_what_pytorch_finds(device, record_property, 
         :, 0
     ]  # equal logits may come in another order, with equal probabilities
     agreed = torch.isclose(probability.double(), expected, rtol=1e-3, atol=1e-9).float().mean()
-    assert agreed > 0.97  # a draw on the edge of a token may differ
+    assert agreed > 0.98  # a draw on the edge of a token may differ
     assert (logits.gather(-1, token[:, None])[:, 0].double() >= logits.gather(-1, kept)[:, -1].double()).all()
 
 
@@ -213,7 +213,7 @@ def test_the_host_waits_once_for_each_model_call(gpu, tokenizer, record_property
     waits = sum("synchroniz" in str(w.message) for w in caught)
     record_property(f"waits_{name}", f"{waits} in {still.calls} calls")
     assert still.calls > 0
-    assert waits <= still.calls + len(PROMPTS)
+    assert waits <= still.calls
 
 
 class Broken:
@@ -312,6 +312,15 @@ def test_noise_is_the_same_on_cpu_and_gpu(device):
     cpu = uniform(keys[:, None], torch.arange(100))
     gpu = uniform(keys.to(device)[:, None], torch.arange(100, device=device))
     assert torch.equal(cpu, gpu.cpu())
+
+
+def test_logits_agree_with_the_cpu(model, gpu):
+    ids, mask = ids_and_mask()
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        found = gpu(input_ids=ids.to(gpu.device), attention_mask=mask.to(gpu.device)).logits.cpu()
+    finite = torch.isfinite(expected) & mask[..., None]
+    assert torch.allclose(found[finite], expected[finite], atol=1e-3)
 
 
 def test_negatives_are_the_same_on_cpu_and_gpu(device):

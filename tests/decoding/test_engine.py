@@ -88,7 +88,8 @@ def test_rows_that_come_and_go_are_bit_identical_to_rows_alone(arrivals, leaving
                 done[at_work.pop(update.ticket)] = update.canvas
         if turn in leaving and at_work:
             ticket = min(at_work)
-            engine.cancel(ticket)
+            left = engine.remove(ticket)
+            assert int(left.step[0]) <= turn + 1
             at_work.pop(ticket)
         assert len(engine) == len(at_work)
         assert limit is None or engine.running <= limit
