@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
@@ -29,7 +29,8 @@ class Output:
     token_ids: list[int]
     """The answer's tokens, without its end token, its stop text and what stands behind."""
     finish_reason: str
-    """"stop" when the model ended the answer itself or wrote a stop text, "length" when the window did."""
+    """"stop" when the model ended the answer itself or wrote a stop text, "length" when the window did; empty
+    for a part of an answer (see `partial`)."""
     model_calls: int
     """Model calls that ran this row."""
     reveal_step: list[int]
@@ -39,6 +40,9 @@ class Output:
     confidence: list[float | None]
     """For each of `token_ids`, the model's probability of it when it was written (temperature 1, before any
     cut); None for given ones."""
+    top_logprobs: list[list[tuple[int, float]] | None] = field(default_factory=list)
+    """For each of `token_ids`, the likeliest tokens and their log-probabilities (natural, temperature 1,
+    before any cut) when it was written; None for given ones. Empty unless they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -97,50 +101,78 @@ def find_stop(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) ->
     places = [place for place in found if place >= 0]
     if not places:
         return None
+    return _cut(tokenizer, ids, text[: min(places)])
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> Cut:
+    """A beginning of the text of `ids`, with the number of tokens that lie in it whole."""
     size = len(ids)
-    while size and len(decode(tokenizer, ids[:size])) > min(places):
+    while size and len(decode(tokenizer, ids[:size])) > len(text):
         size -= 1
-    return Cut(size, text[: min(places)])
+    return Cut(size, text)
 
 
 def confirmed(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text that can no longer change: later texts of the row begin with it.
+    """Text that can no longer change: later texts of the row begin with it; see `partial`."""
+    return _confirmed(canvas, plan, tokenizer).text
+
+
+def partial(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Output:
+    """The part of an answer that can no longer change; its finish reason is empty before the row is done.
 
     It ends before the first mask, at a whole character, and before anything that may yet turn out to be the
     beginning of a stop text. Under a rule that revises tokens nothing is confirmed before the row is done.
     """
     if bool(canvas.done[0]) and int(canvas.failed[0]) < 0:
-        return output(canvas, plan, tokenizer).text
+        return output(canvas, plan, tokenizer)
+    return _output(canvas, plan, _confirmed(canvas, plan, tokenizer), "")
+
+
+def _confirmed(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Cut:
+    if bool(canvas.done[0]) and int(canvas.failed[0]) < 0:
+        answer = output(canvas, plan, tokenizer)
+        return Cut(len(answer.token_ids), answer.text)
     if not plan.keeps_tokens:
-        return ""
+        return Cut(0, "")
     cut = find_stop(canvas, plan, tokenizer)
     if cut is not None:
-        return cut.text
+        return cut
     ids = written_prefix(canvas, plan)
     text = decode(tokenizer, ids).rstrip(HALF_CHARACTER)
     longest = max(map(len, plan.stop), default=1) - 1
     for size in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-size:]) for stop in plan.stop):
-            return text[:-size]
-    return text
+            return _cut(tokenizer, ids, text[:-size])
+    return _cut(tokenizer, ids, text)
 
 
 def output(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Output:
     """The answer of a row that is done, or that a stop text has ended."""
-    start = int(canvas.answer[0])
-    ids = canvas.ids[0, start : int(canvas.end[0])].tolist()
+    ids = canvas.ids[0, int(canvas.answer[0]) : int(canvas.end[0])].tolist()
     answer = until_end(ids, plan)
     cut = find_stop(canvas, plan, tokenizer)
-    size, text = (len(answer), decode(tokenizer, answer)) if cut is None else (cut.tokens, cut.text)
-    confidence = canvas.confidence[0, start : start + size].tolist()
+    ended = "length" if cut is None and len(answer) == len(ids) else "stop"
+    return _output(canvas, plan, cut or Cut(len(answer), decode(tokenizer, answer)), ended)
+
+
+def _output(canvas: Canvas, plan: Plan, part: Cut, finish_reason: str) -> Output:
+    """The part of a row's answer that is given."""
+    start = int(canvas.answer[0])
+    where = slice(start, start + part.tokens)
+    confidence = canvas.confidence[0, where].tolist()
+    alternatives = canvas.alternatives[0, where].tolist() if plan.top_logprobs else []
     return Output(
-        text=text,
-        token_ids=ids[:size],
-        finish_reason="length" if cut is None and len(answer) == len(ids) else "stop",
+        text=part.text,
+        token_ids=canvas.ids[0, where].tolist(),
+        finish_reason=finish_reason,
         model_calls=int(canvas.model_calls[0]),
-        reveal_step=canvas.reveal_step[0, start : start + size].tolist(),
+        reveal_step=canvas.reveal_step[0, where].tolist(),
         steps=plan.pace.steps or int(canvas.step[0]),
         confidence=[None if math.isnan(p) else p for p in confidence],
+        top_logprobs=[
+            None if math.isnan(p) else [(int(token), logprob) for token, logprob in pairs]
+            for p, pairs in zip(confidence, alternatives, strict=False)
+        ],
     )
 
 

@@ -63,6 +63,7 @@ class ScoreCache:
         self.token = torch.zeros_like(canvas.ids)  # [B, L]
         self.probability = torch.zeros(canvas.ids.shape)  # [B, L]
         self.score = torch.zeros(*canvas.ids.shape, 1)  # [B, L, C]
+        self.alternatives = torch.zeros_like(canvas.alternatives)  # [B, L, k, 2]
 
     def put(
         self,
@@ -71,13 +72,24 @@ class ScoreCache:
         token: torch.Tensor,
         probability: torch.Tensor,
         score: torch.Tensor,
+        alternatives: torch.Tensor,
     ) -> None:
-        """Keep what was found, [N] each and [N, C], at the positions `where` [b, W] of the rows [b]."""
+        """Keep scores of the positions `where` [b, W] of the rows [b].
+
+        Args:
+            rows: [b].
+            where: [b, W] bool, N of them true.
+            token: [N].
+            probability: [N].
+            score: [N, C].
+            alternatives: [N, 2k], see `Canvas.alternatives`.
+        """
         if self.score.shape[2] != score.shape[1]:
             self.score = score.new_zeros(*self.token.shape, score.shape[1])
         row, position = where.nonzero().unbind(1)
         at = rows[row], position
         self.token[at], self.probability[at], self.score[at] = token, probability, score.to(self.score.dtype)
+        self.alternatives[at] = alternatives.view(len(token), *self.alternatives.shape[2:])
         self.entries.add(rows, where)
 
     def scores(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
@@ -88,7 +100,7 @@ class ScoreCache:
     def follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
         """Go on with another canvas; see `_Entries.follow`."""
         self.entries.follow(canvas, rows)
-        for name in ("token", "probability", "score"):
+        for name in ("token", "probability", "score", "alternatives"):
             kept = getattr(self, name)
             kept = kept if rows is None else kept[rows]
             setattr(self, name, resized(kept, *canvas.ids.shape))

@@ -47,6 +47,9 @@ class Canvas:
     """[B] int64, the first position at which an end token may be written."""
     stages: torch.Tensor
     """[B] int64, stages (blocks) that the row goes through, each with its own time from 1 to 0."""
+    alternatives: torch.Tensor
+    """[B, L, k, 2] float64, the k likeliest tokens and their log-probabilities when a position was written
+    (see `Output.top_logprobs`)."""
     rule_state: dict[str, torch.Tensor] = field(default_factory=dict)
     """State of the reveal rule, by name: [B, L, …] or [B]."""
     reveal_step: torch.Tensor = field(init=False)
@@ -167,6 +170,7 @@ def make_canvas(rows: Sequence[Row], seeds: Sequence[int], plan: Plan) -> Canvas
         answer=torch.tensor([row.answer for row in rows]),
         ends_from=torch.tensor([row.ends_from for row in rows]),
         stages=stages,
+        alternatives=torch.zeros(len(rows), width, plan.top_logprobs, 2, dtype=torch.float64),
         rule_state=plan.decoder.reveal.initial_state(len(rows), width),
     )
 

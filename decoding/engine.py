@@ -55,6 +55,11 @@ class Update:
         return answer.confirmed(self.canvas, self.plan, self.tokenizer)
 
     @property
+    def partial(self) -> Output:
+        """The part of the answer that can no longer change, token by token."""
+        return answer.partial(self.canvas, self.plan, self.tokenizer)
+
+    @property
     def event(self) -> Event:
         """The row as it is now, masks included."""
         return answer.event(self.canvas, self.plan, self.tokenizer)
@@ -120,11 +125,11 @@ class Engine:
         """Number of rows at work."""
         return len(self._plans) - len(self._waiting)
 
-    def submit(self, prompt: Prompt | Row, plan: Plan, seed: int = 0) -> int:
+    def submit(self, prompt: Prompt | list[int] | Row, plan: Plan, seed: int = 0) -> int:
         """Take up an answer to a prompt, or a row that has been made already.
 
         Args:
-            prompt: a text, chat messages, or a `Row`.
+            prompt: a text, chat messages, token ids as they are, or a `Row`.
             plan: how it is decoded, from `Request.resolve`.
             seed: of its noise; equal seeds and prompts give equal texts, whatever rows are beside them.
 

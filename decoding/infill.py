@@ -30,7 +30,7 @@ MOST_LENGTHS = 256
 NEIGHBOURS = 4
 """Given tokens on each side of a gap whose likelihood counts when its length is open."""
 
-FOR_GAPS = ("decoder", "options", "steps", "rate", "reuse", "refresh")
+FOR_GAPS = ("decoder", "options", "steps", "rate", "reuse", "refresh", "top_logprobs")
 """Fields of a request that mean something for a text with gaps."""
 
 
@@ -135,6 +135,7 @@ def plan_infilling(request: Request, spec: ModelSpec, tokenizer: PreTrainedToken
         reuse=request.reuse_settings(),
         positions=spec.positions,
         tokens=spec.positions,
+        top_logprobs=request.top_logprobs or 0,
     )
     if request.rate is not None and not decoder.reveal.paced:
         raise ConfigError(f"decoder {decoder.name!r} says itself how many tokens it writes; give no rate")

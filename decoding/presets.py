@@ -96,7 +96,16 @@ class Decoder:
 
 Axes = tuple[Window, RevealRule]
 
-TOKENS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+TOKENS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+)
 """Options of the token rule, which every preset has."""
 
 

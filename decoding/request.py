@@ -29,6 +29,9 @@ DEFAULT_RATE = 2.0
 DEFAULT_MAX_TOKENS = 256
 """Longest answer, when neither it nor a window is given."""
 
+MOST_LOGPROBS = 100
+"""Most likeliest tokens noted beside a token."""
+
 OPEN_LENGTH = 256
 """Length for which kernels and blocks of open size are chosen where the canvas has no length of its own."""
 
@@ -94,6 +97,7 @@ class Request:
         begin: text that the answer begins with.
         ending: text that the answer ends with, at the last positions of the window or of max_tokens.
         forced: texts at places of the answer, counted in tokens from 0, such as --forced.7 " Paris".
+        top_logprobs: note this many of the likeliest tokens beside each token that is written, at most 100.
     """
 
     decoder: DecoderLike | None = None
@@ -111,6 +115,7 @@ class Request:
     begin: str | None = None
     ending: str | None = None
     forced: dict[Any, str] | None = None
+    top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         """Check each field by itself, and what does not go together for any model."""
@@ -138,8 +143,12 @@ class Request:
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 1):
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if self.margin is not None and (not _is_int(self.margin) or self.margin < 0):
-            raise ConfigError(f"margin must be a whole number, not negative, got {self.margin!r}")
+        for name in ("margin", "top_logprobs"):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or value < 0):
+                raise ConfigError(f"{name} must be a whole number, not negative, got {value!r}")
+        if self.top_logprobs is not None and self.top_logprobs > MOST_LOGPROBS:
+            raise ConfigError(f"top_logprobs must be at most {MOST_LOGPROBS}, got {self.top_logprobs}")
         rate = self.rate
         if rate is not None and (
             isinstance(rate, bool) or not isinstance(rate, int | float) or not rate >= 1
@@ -277,6 +286,7 @@ class Plan:
         tokens: longest answer.
         stop: texts that end an answer.
         begin, ending_text, forced: given parts of the answer.
+        top_logprobs: number of likeliest tokens noted beside each token that is written.
     """
 
     decoder: Decoder
@@ -291,6 +301,7 @@ class Plan:
     begin: str = ""
     ending_text: str = ""
     forced: tuple[tuple[int, str], ...] = ()
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         """Check that the decoder can go at this pace."""
@@ -300,7 +311,7 @@ class Plan:
     @cached_property
     def batch_key(self) -> tuple[Any, ...]:
         """Key that rows must have in common to share the arithmetic of a step."""
-        return self.decoder, self.pace, self.ending, self.margin, self.reuse, self.mask_id
+        return self.decoder, self.pace, self.ending, self.margin, self.reuse, self.mask_id, self.top_logprobs
 
     @property
     def ahead(self) -> int | None:
@@ -350,6 +361,7 @@ def _resolve(request: Request, spec: ModelSpec) -> Plan:
         begin=request.begin or "",
         ending_text=request.ending or "",
         forced=tuple(sorted((int(at), text) for at, text in (request.forced or {}).items())),
+        top_logprobs=request.top_logprobs or 0,
     )
 
 

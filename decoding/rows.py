@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -46,9 +47,28 @@ class RowMaker:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> None:
         self.tokenizer, self.spec = tokenizer, spec
 
-    def prompt(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, template included."""
-        return encode_prompt(self.tokenizer, as_messages(prompt))
+    def prompt(self, prompt: Prompt | list[int]) -> list[int]:
+        """Token ids of a prompt, template included; token ids are taken as they are.
+
+        Raises:
+            ConfigError: for a conversation that is none, and token ids that no prompt can have.
+        """
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+            return self._token_ids(prompt)
+        return encode_prompt(self.tokenizer, as_messages(cast("str | list[Message]", prompt)))
+
+    def _token_ids(self, ids: list[Any]) -> list[int]:
+        size = len(self.tokenizer)
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size:
+                raise ConfigError(
+                    f"a prompt of token ids holds whole numbers from 0 to {size - 1}, got {token!r}"
+                )
+            if token == self.spec.mask_token_id:
+                raise ConfigError(
+                    f"a prompt must not hold the mask token ({token}): it is what is to be written"
+                )
+        return list(ids)
 
     def _room(self, tokens: int, plan: Plan) -> str:
         """Say what a prompt that is too long does not fit into."""
@@ -60,7 +80,7 @@ class RowMaker:
         """Token ids of plain text; what looks like a control token is text."""
         return encode_text(self.tokenizer, text)
 
-    def answer(self, prompt: Prompt, plan: Plan, name: str = "the prompt") -> Row:
+    def answer(self, prompt: Prompt | list[int], plan: Plan, name: str = "the prompt") -> Row:
         """A prompt, and masks for its answer, in which the plan's given texts stand.
 
         Raises:

@@ -26,6 +26,7 @@ from decoding.ending import Ended
 from decoding.pace import Clock
 from decoding.request import Plan
 from decoding.reveal.base import TOKEN_NOISE, Decision, StepView
+from dlm.device import sent
 from dlm.errors import ConfigError, DLMError
 from dlm.noise import fold, uniform
 
@@ -249,7 +250,10 @@ class Batch:
         found = torch.cat(pieces).cpu()
         self._fail_broken(rows, missing, found)
         found = found.nan_to_num()
-        self.scores.put(rows, missing, found[:, 0].long(), found[:, 1].float(), found[:, 2:].float())
+        score, alternatives = found[:, 2:].tensor_split(
+            [found.shape[1] - 2 - 2 * self.plan.top_logprobs], dim=1
+        )
+        self.scores.put(rows, missing, found[:, 0].long(), found[:, 1].float(), score.float(), alternatives)
 
     def _given(self, rows: torch.Tensor, where: torch.Tensor) -> list[torch.Tensor]:
         """Uniform numbers and the rule's state at the positions, [N, …] each, for `_columns`."""
@@ -258,13 +262,20 @@ class Batch:
         return [noise, *(self._cut(x, rows)[where] for x in tensors)]
 
     def _columns(self, logits: torch.Tensor, noise: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        """[N, V] -> [N, 2 + C] float64: the token drawn, its probability, and the rule's score."""
+        """Columns for N positions, [N, V] -> [N, 2 + C + 2k] float64.
+
+        The token drawn, its probability, the rule's score, and the k likeliest tokens (see
+        `TokenRule.likeliest`).
+        """
         choice = self.tokens.choose(logits, noise.to(logits.device, non_blocking=True))
         names = [name for name, x in self.canvas.rule_state.items() if x.dim() > 1]
         state = {name: x.to(logits.device, non_blocking=True) for name, x in zip(names, tensors, strict=True)}
         score = self.rule.score(logits, choice, state, self.tokens).double()
         columns = [choice.token.double()[:, None], choice.probability.double()[:, None]]
-        return torch.cat([*columns, score[:, None] if score.dim() == 1 else score], dim=1)
+        columns.append(score[:, None] if score.dim() == 1 else score)
+        if self.plan.top_logprobs:
+            columns.append(self.tokens.likeliest(logits, self.plan.top_logprobs).flatten(1))
+        return torch.cat(columns, dim=1)
 
     def _queries(self, rows: torch.Tensor, where: torch.Tensor) -> list[StateQuery]:
         queries = [StateQuery(self.states, rows, where)]
@@ -282,7 +293,7 @@ class Batch:
         no_end = position < self.canvas.ends_from[rows][owner]
         any_shut, shut = bool(no_end.any()), no_end.to(cells.device, non_blocking=True).split(_CELLS)
         owners = owner.to(cells.device, non_blocking=True).split(_CELLS)
-        present: torch.Tensor | None = None
+        present: tuple[torch.Tensor, torch.Tensor] | None = None
         for i, hidden in enumerate(cells.split(_CELLS)):
             logits = self.model.logits(hidden)
             if any_shut:
@@ -290,20 +301,26 @@ class Batch:
                     logits[:, end_id].masked_fill_(shut[i], -math.inf)
             if without is not None:
                 logits = guided(logits, self.model.logits(without[i]), guidance)
-            if self.tokens.repetition_penalty != 1:
+            logits = self.tokens.biased(logits)
+            if self.tokens.penalises:
                 present = self._present(rows, logits) if present is None else present
-                logits = self.tokens.penalised(logits, present[owners[i]])
+                seen, written = present
+                logits = self.tokens.penalised(logits, seen[owners[i]], written[owners[i]])
             yield logits
 
-    def _present(self, rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """[b, V] bool, the tokens that a row holds; never an end token, which templates hold too."""
-        written = self._cut(self.canvas.valid & ~self.canvas.masked, rows)
-        ids = torch.where(written, self._cut(self.canvas.ids, rows), self.plan.mask_id)
-        present = torch.zeros(len(rows), logits.shape[1], dtype=torch.bool, device=logits.device)
-        present.scatter_(1, ids.to(logits.device, non_blocking=True), True)
+    def _present(self, rows: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens that each row holds [b, V] bool, and how often it has written each [b, V].
+
+        End tokens count for neither: templates hold them too.
+        """
+        held = self._cut(self.canvas.valid & ~self.canvas.masked, rows)
+        ids = self._cut(self.canvas.ids, rows)
+        counts = torch.zeros(2, len(rows), logits.shape[1], device=logits.device)
+        for count, where in zip(counts, (held, held & self._cut(self.canvas.initial, rows)), strict=True):
+            count.scatter_add_(1, sent(ids, logits.device), sent(where.float(), logits.device))
         for end_id in self.plan.ending.end_ids:
-            present[:, end_id] = False
-        return present
+            counts[:, :, end_id] = 0
+        return counts[0] > 0, counts[1]
 
     def _fail_broken(self, rows: torch.Tensor, where: torch.Tensor, found: torch.Tensor) -> None:
         """Mark the rows [b] for which the model returned NaN; the others go on."""
@@ -354,3 +371,7 @@ class Batch:
         ):
             old = self._cut(record, rows)
             record[rows, : self.width] = torch.where(after.masked, none, torch.where(appeared, new, old))
+        if self.plan.top_logprobs:
+            old = self._cut(canvas.alternatives, rows)
+            new = self._cut(self.scores.alternatives, rows)
+            canvas.alternatives[rows, : self.width] = torch.where(written[..., None, None], new, old)

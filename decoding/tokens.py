@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -96,6 +96,11 @@ class TokenRule:
         forbidden: ids that never come out; they are shut before anything is cut.
         repetition_penalty: θ of CTRL (arXiv 1909.05858): the logit of a token that is in the row already is
             divided by θ where it is positive, and multiplied by θ where it is not; 1 for none.
+        presence_penalty: taken from the logit of a token that the row has written already (as OpenAI's API);
+            0 for none.
+        frequency_penalty: taken from the logit of a token once for each time that the row has written it;
+            0 for none.
+        logit_bias: numbers added to the logits of token ids, before any penalty; a mapping, or pairs.
     """
 
     temperature: float = 1.0
@@ -104,6 +109,9 @@ class TokenRule:
     min_p: float = 0.0
     forbidden: tuple[int, ...] = ()
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -119,20 +127,45 @@ class TokenRule:
             raise ConfigError(f"min_p must lie in [0, 1], got {self.min_p}")
         if not 0 < self.repetition_penalty < math.inf:
             raise ConfigError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name} must be a finite number, got {getattr(self, name)}")
         object.__setattr__(self, "forbidden", tuple(self.forbidden))
         if any(token < 0 for token in self.forbidden):
             raise ConfigError(f"forbidden must hold token ids, got {self.forbidden}")
+        object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
 
     @property
     def keeps_all(self) -> bool:
         """True when no token is cut, so that the mass is 1 whatever the logits."""
         return self.top_k == 0 and self.top_p == 1 and self.min_p == 0
 
-    def penalised(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] after the repetition penalty; `seen` [N, V] says which tokens the row holds."""
-        logits = logits.float()
-        lower = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
-        return torch.where(seen, lower, logits)
+    @property
+    def penalises(self) -> bool:
+        """True when logits depend on the tokens that the row holds."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    def penalised(self, logits: torch.Tensor, seen: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+        """Logits after the penalties: repetition, then frequency and presence.
+
+        Args:
+            logits: [N, V].
+            seen: [N, V] bool, tokens that the row holds, those of the prompt included.
+            written: [N, V], how often the row has written each token.
+        """
+        logits, theta = logits.float(), self.repetition_penalty
+        if theta != 1:
+            logits = torch.where(seen, torch.where(logits > 0, logits / theta, logits * theta), logits)
+        return logits - self.frequency_penalty * written - self.presence_penalty * (written > 0)
+
+    def biased(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] after `logit_bias`."""
+        pairs = [(token, bias) for token, bias in self.logit_bias if token < logits.shape[1]]
+        if not pairs:
+            return logits
+        ids = sent(torch.tensor([token for token, _ in pairs]), logits.device)
+        bias = sent(torch.tensor([bias for _, bias in pairs]), logits.device)
+        return logits.float().index_add(1, ids, bias.expand(len(logits), -1))
 
     @property
     def width(self) -> int | None:
@@ -224,6 +257,16 @@ class TokenRule:
         token = index if ids is None else ids.gather(1, at)[:, 0]
         return Choice(token, probability.gather(1, at)[:, 0], candidates.mass)
 
+    def likeliest(self, logits: torch.Tensor, count: int) -> torch.Tensor:
+        """Likeliest tokens that may come out, and their log-probabilities: [N, V] -> [N, count, 2] float64.
+
+        At temperature 1, before any cut, the likeliest first.
+        """
+        logits = self.allowed(logits)
+        values, ids = logits.float().topk(min(count, logits.shape[1]), dim=1)
+        logprobs = values - log_normaliser(logits)
+        return torch.stack([ids.double(), logprobs.double()], dim=2)
+
     def certainty(self, logits: torch.Tensor, kind: Certainty) -> torch.Tensor:
         """[N, V] -> [N], how sure the model is there, forbidden tokens apart."""
         return certainty(self.allowed(logits), kind)
@@ -234,6 +277,17 @@ class TokenRule:
             return logits
         shut = torch.tensor([token for token in self.forbidden if token < logits.shape[1]], dtype=torch.int64)
         return logits.index_fill(1, sent(shut, logits.device), -math.inf)
+
+
+def _bias_pairs(bias: Any) -> tuple[tuple[int, float], ...]:
+    """Token ids with finite numbers, in order, from a mapping or pairs; JSON's keys are texts."""
+    try:
+        pairs = sorted((int(token), float(number)) for token, number in dict(bias or ()).items())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"logit_bias must map token ids to numbers, got {bias!r}") from error
+    if any(token < 0 or not math.isfinite(number) for token, number in pairs):
+        raise ConfigError(f"logit_bias must map token ids to finite numbers, got {bias!r}")
+    return tuple(pairs)
 
 
 def _invert(weight: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,12 @@
 """Text of rows: what is confirmed, what is cut, what a finished row says."""
 
+import pytest
 import torch
 
-from decoding import Decoder, Sampler
-from decoding.answer import BLANK, HALF_CHARACTER, confirmed, event, find_stop, output, show
+from decoding import Decoder, Request, Sampler
+from decoding.answer import BLANK, HALF_CHARACTER, confirmed, event, find_stop, output, partial, show
 from decoding.engine import Engine
+from dlm.errors import ConfigError
 from tests.decoding.rig import canvas_of, plan_of
 from tests.fakes import FakeDenoiser, FakeTokenizer
 
@@ -138,3 +140,68 @@ def test_a_failed_row_stays_failed_and_shows_no_junk():
             seen, steps = update.confirmed, steps + 1
         assert (update.finished, update.output, steps) == (True, None, 3)
         assert "NaN in step 2" in str(update.error)
+
+
+def test_the_likeliest_tokens_are_those_of_the_call_that_wrote_the_token():
+    """Recomputed from the row as it stood before each step, moved to another engine on the way."""
+    model = FakeDenoiser(eos_bias=-50.0)
+    plan = Request(decoder="llada", max_tokens=9, rate=1.0, top_logprobs=3).resolve(model)
+    first, second = Engine(model, FakeTokenizer()), Engine(model, FakeTokenizer())
+    ticket = first.submit("abc", plan)
+    before, outputs = [], []
+    for step in range(20):
+        engine = first if len(first) else second
+        before.append(engine.canvas(ticket))
+        (update,) = engine.step()
+        if update.finished:
+            outputs.append(update.output)
+            break
+        if step == 4:
+            ticket = second.add(first.remove(ticket), plan)
+    (out,) = outputs
+    assert len(out.top_logprobs) == len(out.token_ids) == 9
+    for i, (step, token, pairs) in enumerate(
+        zip(out.reveal_step, out.token_ids, out.top_logprobs, strict=True)
+    ):
+        canvas = before[step]
+        width = int(canvas.valid.sum())
+        logp = model.logits(model.hidden(canvas.ids[:, :width]))[0, 3 + i].log_softmax(0)
+        best = logp.topk(3)
+        assert float(logp[token].exp()) == pytest.approx(out.confidence[i], abs=1e-6)
+        assert [t for t, _ in pairs] == best.indices.tolist()
+        assert [x for _, x in pairs] == pytest.approx(best.values.tolist(), abs=1e-5)
+        assert pairs[0][0] == token  # greedy
+    assert Request().resolve(model).top_logprobs == 0
+    with pytest.raises(ConfigError, match="top_logprobs must be at most 100, got 101"):
+        Request(top_logprobs=101)
+
+
+def test_a_part_of_an_answer_holds_the_tokens_whose_text_is_confirmed():
+    canvas, plan = row([2, 3, 4, None, 5])
+    plan = plan_with(plan, stop=("eg",))
+    part = partial(canvas, plan, FakeTokenizer())
+    assert (part.text, part.token_ids, part.finish_reason) == (
+        "cd",
+        [2, 3],
+        "",
+    )  # "e" may begin the stop text
+    assert part.text == confirmed(canvas, plan, FakeTokenizer())
+    canvas, plan = row([2, 3, 0, 0], done=True)
+    assert partial(canvas, plan, FakeTokenizer()) == output(canvas, plan, FakeTokenizer())
+
+
+def test_token_ids_are_a_prompt_as_they_are():
+    model = FakeDenoiser()
+    plan = Request(decoder="llada", max_tokens=5).resolve(model)
+    engine = Engine(model, FakeTokenizer())
+    engine.rows.tokenizer = Sized()
+    ticket = engine.submit([4, 5, 6], plan)
+    assert engine.canvas(ticket).ids[0, :3].tolist() == [4, 5, 6]
+    for prompt, message in (([4, 99], "from 0 to 22, got 99"), ([4, MASK], r"must not hold the mask token")):
+        with pytest.raises(ConfigError, match=message):
+            engine.submit(prompt, plan)
+
+
+class Sized(FakeTokenizer):
+    def __len__(self):
+        return 23

@@ -344,6 +344,35 @@ def test_the_repetition_penalty_sees_what_the_row_holds_and_spares_the_end_token
     assert second == [0, 6]  # 5 and 6 are both penalised now in the first row, the end token never is
 
 
+def test_the_frequency_penalty_counts_what_the_row_has_written_and_not_its_prompt():
+    """One token a step from constant logits: each choice is the argmax of what the counts leave, by hand."""
+    base = torch.full((23,), -9.0)
+    base[5], base[6], base[7] = 2.0, 1.9, 1.55
+
+    class Constant(FakeDenoiser):
+        def logits(self, hidden):
+            out = base.expand(len(hidden), -1).clone()
+            out[:, self.mask_id] = float("-inf")
+            return out
+
+    ids = torch.full((1, 9), 22)
+    ids[0, :3] = 5  # the prompt holds 5 three times, which costs it nothing
+    decoder = Decoder.named("llada", frequency_penalty=0.3, presence_penalty=0.1, logit_bias={7: 0.2})
+    plan = plan_of(decoder, 6, eos_fill=False, early_exit=False)
+    canvas = canvas_of(ids, plan)
+    list(denoise(Constant(), canvas, plan))
+    order = canvas.reveal_step[0, 3:].argsort()
+    written = canvas.ids[0, 3:][order].tolist()
+    counts, expected = dict.fromkeys((5, 6, 7), 0), []
+    for _ in range(6):
+        value = {t: float(base[t]) + 0.2 * (t == 7) - 0.3 * n - 0.1 * (n > 0) for t, n in counts.items()}
+        best = max(value, key=value.__getitem__)
+        counts[best] += 1
+        expected.append(best)
+    assert written == expected
+    assert set(expected) == {5, 6, 7}
+
+
 def test_guidance_mixes_the_distributions_with_and_without_the_prompt():
     model = FakeDenoiser()
     ids = torch.full((1, 9), 22)

@@ -148,10 +148,46 @@ def test_certainties_are_those_of_the_definition():
 def test_the_repetition_penalty_divides_positive_logits_and_multiplies_negative_ones():
     logits = torch.tensor([[2.0, -2.0, 3.0, -1.0, -math.inf]])
     seen = torch.tensor([[True, True, False, False, True]])
-    got = TokenRule(repetition_penalty=1.25).penalised(logits, seen)
+    got = TokenRule(repetition_penalty=1.25).penalised(logits, seen, torch.zeros(1, 5))
     assert got[0].tolist() == pytest.approx([1.6, -2.5, 3.0, -1.0, -math.inf])
     with pytest.raises(ConfigError, match="repetition_penalty must be above 0"):
         TokenRule(repetition_penalty=0)
+
+
+def test_frequency_and_presence_penalties_are_those_of_openai():
+    """mu[j] - c[j] * frequency - float(c[j] > 0) * presence, after repetition has had its say."""
+    logits = torch.tensor([[2.0, -2.0, 3.0, -1.0]])
+    seen, written = torch.tensor([[True, True, True, False]]), torch.tensor([[0.0, 1.0, 3.0, 0.0]])
+    rule = TokenRule(repetition_penalty=2, frequency_penalty=0.5, presence_penalty=0.25)
+    assert rule.penalises
+    got = rule.penalised(logits, seen, written)
+    assert got[0].tolist() == pytest.approx([1.0, -4.0 - 0.5 - 0.25, 1.5 - 1.5 - 0.25, -1.0])
+    negative = TokenRule(presence_penalty=-1.0).penalised(logits, seen, written)
+    assert negative[0].tolist() == pytest.approx([2.0, -1.0, 4.0, -1.0])
+    assert not TokenRule().penalises
+    for name in ("presence_penalty", "frequency_penalty"):
+        with pytest.raises(ConfigError, match=f"{name} must be a finite number"):
+            TokenRule(**{name: math.nan})
+
+
+def test_the_bias_is_added_to_the_logits_of_its_tokens():
+    logits = torch.tensor([[2.0, -2.0, 3.0], [0.0, 1.0, -math.inf]], dtype=torch.bfloat16)
+    rule = TokenRule(logit_bias={"0": -100, 2: 1.5, 999: 5})
+    assert rule.logit_bias == ((0, -100.0), (2, 1.5), (999, 5.0))
+    assert rule.biased(logits).tolist() == [[-98.0, -2.0, 4.5], [-100.0, 1.0, -math.inf]]
+    assert TokenRule().biased(logits) is logits
+    assert hash(rule) == hash(TokenRule(logit_bias=((999, 5), (2, 1.5), (0, -100))))
+    for bad in ({"a": 1}, {-1: 1}, {1: math.inf}, {1: None}, 5):
+        with pytest.raises(ConfigError, match="logit_bias must map token ids to"):
+            TokenRule(logit_bias=bad)
+
+
+def test_the_likeliest_tokens_come_with_their_log_probabilities():
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(1))
+    expected, order = logits[:, 1:].double().log_softmax(1).sort(1, descending=True)
+    got = TokenRule(temperature=0.3, top_k=2, forbidden=(0,)).likeliest(logits, 4)
+    assert got[..., 0].tolist() == (order[:, :4] + 1).tolist()
+    assert torch.allclose(got[..., 1], expected[:, :4], atol=1e-5)
 
 
 @pytest.mark.parametrize(
