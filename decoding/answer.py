@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -43,6 +43,8 @@ class Output:
     top_logprobs: list[list[tuple[int, float]] | None] = field(default_factory=list)
     """For each of `token_ids`, the likeliest tokens and their log-probabilities (natural, temperature 1,
     before any cut) when it was written; None for given ones. Empty unless they were asked for."""
+    stop_text: str | None = None
+    """The stop text that ended the answer, if one did."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Cut:
     """Tokens that lie before it whole."""
     text: str
     """The answer before it."""
+    stop: str | None = None
+    """The stop text."""
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
@@ -97,11 +101,12 @@ def find_stop(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) ->
     text = decode(tokenizer, ids)
     begins_with = int((~canvas.initial[0, int(canvas.answer[0]) :]).int().cumprod(0).sum())
     given = len(decode(tokenizer, ids[:begins_with])) if begins_with else 0
-    found = (text.find(stop, max(0, given - len(stop) + 1)) for stop in plan.stop)
-    places = [place for place in found if place >= 0]
+    places = [(text.find(stop, max(0, given - len(stop) + 1)), stop) for stop in plan.stop]
+    places = [(place, stop) for place, stop in places if place >= 0]
     if not places:
         return None
-    return _cut(tokenizer, ids, text[: min(places)])
+    place, stop = min(places)
+    return replace(_cut(tokenizer, ids, text[:place]), stop=stop)
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> Cut:
@@ -173,6 +178,7 @@ def _output(canvas: Canvas, plan: Plan, part: Cut, finish_reason: str) -> Output
             None if math.isnan(p) else [(int(token), logprob) for token, logprob in pairs]
             for p, pairs in zip(confidence, alternatives, strict=False)
         ],
+        stop_text=part.stop,
     )
 
 

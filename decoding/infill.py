@@ -58,6 +58,18 @@ class Gap:
 
     least: int
     most: int
+    coarse: bool = False
+    """Try few of the lengths, each a fifth longer than the last, in place of all."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """The lengths that are tried, rising."""
+        if not self.coarse:
+            return list(range(self.least, self.most + 1))
+        lengths = [self.least]
+        while lengths[-1] < self.most:
+            lengths.append(min(self.most, max(lengths[-1] + 1, lengths[-1] * 6 // 5)))
+        return lengths
 
     def __post_init__(self) -> None:
         """Check the bounds."""
@@ -70,18 +82,25 @@ class Gap:
 Piece = str | Gap
 
 
-def pieces_of(text: str) -> list[Piece]:
+def pieces_of(text: str, open_until: int = 0) -> list[Piece]:
     """A text cut at its gaps, which are written `<mask:3>` or `<mask:2-6>`.
+
+    Args:
+        text: the text.
+        open_until: greatest length of a gap written `<mask>`; 0 to leave such a word as it is.
 
     Raises:
         ConfigError: for a text without a gap, or a gap that can have no length.
     """
+    if open_until:
+        text = text.replace("<mask>", f"<mask:0-{open_until}>")
     parts = GAP.split(text)
     if len(parts) == 1:
         raise ConfigError("there is no gap; write one as <mask:3> (three tokens) or <mask:2-6>")
     pieces: list[Piece] = [parts[0]]
     for least, most, rest in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
-        pieces += [Gap(int(least), int(most or least)), rest]
+        is_open = open_until > 0 and least == "0" and most == str(open_until)
+        pieces += [Gap(1, int(most), True) if is_open else Gap(int(least), int(most or least)), rest]
     return pieces
 
 
@@ -161,7 +180,7 @@ def rows_with_gaps(
     Raises:
         ConfigError: for a text that is too long, and for too many combinations.
     """
-    lengths = [range(piece.least, piece.most + 1) for piece in pieces if isinstance(piece, Gap)]
+    lengths = [piece.lengths for piece in pieces if isinstance(piece, Gap)]
     combinations = 1
     for each in lengths:
         combinations *= len(each)

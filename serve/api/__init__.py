@@ -1,0 +1,1 @@
+"""Interfaces: each module speaks one protocol and knows nothing of the others."""

@@ -1,0 +1,319 @@
+"""The native interface, /v1/canvas: every cell of an answer, as it is written.
+
+A canvas is an answer to a prompt, in which texts may be given, or a text with gaps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
+
+from decoding.canvas import Canvas
+from decoding.cells import Cell, cells
+from decoding.engine import Update
+from decoding.infill import pieces_of
+from decoding.presets import PRESETS
+from decoding.request import Plan
+from decoding.request import Request as DecodingRequest
+from decoding.rows import Prompt
+from dlm.errors import ConfigError
+from serve.api import schema
+from serve.api.fill import Filled, Filling, fill, filling_steps, prepare_filling
+from serve.api.openai import ERRORS, streamed
+from serve.api.parameters import Generation, Sampling, Texts, faults_named, first_seed, new_id, stop_texts
+from serve.api.sse import Events, event, stream
+from serve.api.tokens import TokenTexts
+from serve.errors import APIError
+from serve.job import Sample
+from serve.service import Service
+
+OPEN_GAP = 32
+"""Longest text of a gap written `<mask>`, where no `max_tokens` is given."""
+
+
+class CanvasRequest(Sampling):
+    """Body of /v1/canvas: a text with gaps, or a prompt to answer."""
+
+    model: str | None = None
+    text: str | None = Field(
+        None, description="Text with gaps: <mask:3>, <mask:2-6>, or <mask> (up to max_tokens)."
+    )
+    prompt: str | None = Field(None, description="The user's words.")
+    messages: Annotated[list[schema.Message], Field(min_length=1)] | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    stop: Texts | None = None
+    begin: str | None = Field(None, description="Text that the answer begins with.")
+    ending: str | None = Field(None, description="Text that the answer ends with.")
+    forced: dict[str, str] | None = Field(None, description="Texts at places, counted in tokens from 0.")
+    canvas: Literal["full", "growing"] | None = None
+    margin: int | None = Field(None, ge=0)
+    stream: bool | None = None
+
+
+class CellModel(BaseModel):
+    """One position behind the prompt."""
+
+    token_id: int
+    text: str
+    state: Literal["given", "written", "open", "shut"]
+    probability: float | None
+    step: int | None
+
+
+class CanvasResponse(BaseModel):
+    """Response of /v1/canvas."""
+
+    id: str
+    object: Literal["canvas"] = "canvas"
+    created: int
+    model: str
+    text: str
+    gaps: list[str] | None = None
+    cells: list[CellModel]
+    finish_reason: Literal["stop", "length"]
+    step: int
+    model_calls: int
+    seed: int
+    usage: schema.Usage
+
+
+class DecoderModel(BaseModel):
+    """A decoder and its options."""
+
+    name: str
+    summary: str
+    paper: str
+    exact: bool
+    options: dict[str, Any]
+
+
+class DecoderList(BaseModel):
+    """Response of /v1/decoders."""
+
+    default: str
+    default_options: dict[str, Any]
+    data: list[DecoderModel]
+
+
+def _prompt(body: CanvasRequest) -> Prompt | None:
+    """What the canvas is the answer to; None for a text that stands alone.
+
+    Raises:
+        APIError: 400.
+    """
+    if body.prompt is not None and body.messages is not None:
+        raise APIError(400, "give prompt or messages, not both", param="messages")
+    if body.messages is None:
+        return body.prompt
+    return [{"role": turn.role, "content": turn.text} for turn in body.messages]
+
+
+def _answer_sample(service: Service, body: CanvasRequest) -> Sample:
+    """The row of an answer in which texts may be given."""
+    prompt = _prompt(body)
+    if prompt is None:
+        raise APIError(400, "give a prompt, messages, or a text with gaps", param="prompt")
+    generation = Generation(body, body.max_tokens, stop_texts(body.stop))
+    generation.check(service.config)
+
+    def sample() -> Sample:
+        ids = service.rows.prompt(prompt)
+        request = generation.request(len(ids))
+        given = {name: getattr(body, name) for name in ("begin", "ending", "forced", "canvas", "margin")}
+        fields = {name: getattr(request, name) for name in DecodingRequest.__dataclass_fields__}
+        request = DecodingRequest.of(**{**fields, **given})
+        request.check_decoder()
+        plan = request.resolve_for(service.spec)
+        return Sample(service.rows.answer(ids, plan), plan, first_seed(body.seed))
+
+    with faults_named():
+        made = sample()
+    service.check_samples([made])
+    return made
+
+
+def _filling(service: Service, body: CanvasRequest) -> Filling:
+    """The rows of a text with gaps."""
+    for name in ("stop", "begin", "ending", "forced", "canvas", "margin"):
+        if getattr(body, name) is not None:
+            raise APIError(400, f"{name} means nothing for a text with gaps", param=name)
+    text, prompt = body.text or "", _prompt(body)
+
+    try:
+        pieces = pieces_of(text, body.max_tokens or OPEN_GAP)
+    except ConfigError as error:
+        raise APIError(400, str(error), param="text", code="invalid_value") from error
+    return prepare_filling(service, pieces, prompt, body)
+
+
+class _View:
+    """A canvas as JSON.
+
+    Args:
+        texts: of tokens.
+        body: the request.
+        model: name of the model.
+    """
+
+    def __init__(self, texts: TokenTexts, body: CanvasRequest, model: str) -> None:
+        self.texts = texts
+        self.head = {"id": new_id("canvas"), "object": "canvas", "created": int(time.time()), "model": model}
+
+    def cells(self, canvas: Canvas, plan: Plan) -> list[dict[str, Any]]:
+        """Every cell, with its text."""
+        return [self._cell(cell) for cell in cells(canvas, plan)]
+
+    def _cell(self, cell: Cell) -> dict[str, Any]:
+        text = "" if cell.state in ("open", "shut") else self.texts.text(cell.token_id)
+        return {**asdict(cell), "text": text}
+
+    def step(self, update: Update) -> dict[str, Any]:
+        """The canvas after a step."""
+        canvas = update.canvas
+        return {
+            "step": int(canvas.step[0]),
+            "model_calls": int(canvas.model_calls[0]),
+            "text": update.event.text,
+            "cells": self.cells(canvas, update.plan),
+        }
+
+    def answer(self, canvas: Canvas, update: Update, sample: Sample) -> dict[str, Any]:
+        """The response for a finished answer."""
+        output = update.output
+        assert output is not None
+        prompt, tokens = sample.row.answer, len(output.token_ids)
+        return {
+            **self.head,
+            "text": output.text,
+            "gaps": None,
+            "cells": self.cells(canvas, update.plan)[:tokens],
+            "finish_reason": output.finish_reason,
+            "step": int(canvas.step[0]),
+            "model_calls": output.model_calls,
+            "seed": sample.seed,
+            "usage": {
+                "prompt_tokens": prompt,
+                "completion_tokens": tokens,
+                "total_tokens": prompt + tokens,
+            },
+        }
+
+    def filled(self, filled: Filled, prompt_tokens: int) -> dict[str, Any]:
+        """The response for a text with gaps."""
+        return {
+            **self.head,
+            "text": filled.result.text,
+            "gaps": filled.result.gaps,
+            "cells": self.cells(filled.canvas, filled.plan),
+            "finish_reason": "stop",
+            "step": int(filled.canvas.step[0]),
+            "model_calls": filled.result.model_calls,
+            "seed": filled.seed,
+            "usage": {
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": filled.written,
+                "total_tokens": prompt_tokens + filled.written,
+            },
+        }
+
+
+class _Canvases:
+    """The two kinds of canvas, whole or as a stream.
+
+    Args:
+        service: decodes.
+        view: makes JSON of canvases.
+        body: the request.
+    """
+
+    def __init__(self, service: Service, view: _View, body: CanvasRequest) -> None:
+        self.service, self.view, self.body = service, view, body
+
+    async def answer_events(self, sample: Sample) -> Events:
+        """Each step of an answer, then the answer."""
+        async with aclosing(self._answer(sample, self.view.step)) as items:
+            async for finished, value in items:
+                yield event(value, "done" if finished else "canvas")
+
+    async def _answer(self, sample: Sample, watch: Callable[[Update], Any] | None) -> Any:
+        def finish(update: Update) -> dict[str, Any]:
+            return self.view.answer(update.canvas, update, sample)
+
+        notices = self.service.notices([sample], watch=watch, finish=finish, timeout=self.body.timeout)
+        async with aclosing(notices):
+            async for notice in notices:
+                yield notice.finished, notice.value
+
+    async def answer(self, sample: Sample) -> dict[str, Any]:
+        """The finished answer."""
+        async with aclosing(self._answer(sample, None)) as items:
+            async for _, value in items:
+                return value  # type: ignore[no-any-return]
+        raise AssertionError("an answer without an end")
+
+    async def filled_events(self, filling: Filling) -> Events:
+        """Each step of a text with gaps whose lengths are fixed, then the text."""
+        watch = self.view.step if filling.lengths == 1 else None
+        async with aclosing(filling_steps(self.service, filling, self.body.timeout, watch)) as steps:
+            async for value in steps:
+                if isinstance(value, list):
+                    yield event(self.view.filled(value[0], filling.prompt_tokens), "done")
+                else:
+                    yield event(value, "canvas")
+
+    async def filled(self, filling: Filling) -> dict[str, Any]:
+        """The filled text."""
+        (result,) = await fill(self.service, filling, self.body.timeout)
+        return self.view.filled(result, filling.prompt_tokens)
+
+
+def router(service: Service) -> APIRouter:
+    """The paths of this interface."""
+    api = APIRouter(prefix="/v1", tags=["dlm"])
+
+    @api.post("/canvas", responses=streamed(CanvasResponse))
+    async def canvas(body: CanvasRequest, http: Request) -> Response:
+        """Write an answer, or fill the gaps of a text, and tell of every cell.
+
+        As a stream: `event: canvas` after each step, then `event: done`.
+        """
+        service.check_model(body.model)
+        service.check_ready()
+        view = _View(TokenTexts(service.tokenizer), body, service.config.served_name)
+        canvases = _Canvases(service, view, body)
+        if body.text is not None:
+            filling = await service.prepare(lambda: _filling(service, body))
+            if body.stream:
+                return stream(canvases.filled_events(filling), done=False, error_name="error")
+            return JSONResponse(await service.unless_gone(http, canvases.filled(filling)))
+        sample = await service.prepare(lambda: _answer_sample(service, body))
+        if body.stream:
+            return stream(canvases.answer_events(sample), done=False, error_name="error")
+        return JSONResponse(await service.unless_gone(http, canvases.answer(sample)))
+
+    @api.get("/decoders", response_model=DecoderList, responses=ERRORS)
+    async def decoders() -> Any:
+        """List the decoders and their options."""
+        service.check_loaded()
+        generation = service.spec.generation
+        listed = [
+            {
+                "name": name,
+                "summary": preset.summary,
+                "paper": preset.paper,
+                "exact": preset.exact,
+                "options": preset.options,
+            }
+            for name, preset in PRESETS.items()
+        ]
+        usual = str(generation.get("decoder", "conv"))
+        return {"default": usual, "default_options": generation.get("options", {}), "data": listed}
+
+    return api

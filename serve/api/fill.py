@@ -1,0 +1,206 @@
+"""Gaps in texts: the suffix of /v1/completions, and the way in which all interfaces fill gaps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from decoding.canvas import Canvas
+from decoding.engine import Update
+from decoding.infill import (
+    Gap,
+    Infilled,
+    Piece,
+    gap_scores,
+    infilled,
+    plan_infilling,
+    rows_with_gaps,
+)
+from decoding.request import Plan
+from decoding.request import Request as DecodingRequest
+from decoding.rows import Prompt
+from dlm.version import __version__
+from serve.api import schema
+from serve.api.parameters import Sampling, faults_named, first_seed, new_id, wrapped
+from serve.api.sse import Events, event, stream
+from serve.errors import APIError
+from serve.job import Sample
+from serve.service import Service
+
+SCORED = 16
+"""Rows of one call that compares lengths."""
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A text with its gaps filled, and the row that it is."""
+
+    result: Infilled
+    canvas: Canvas
+    plan: Plan
+    seed: int
+
+    @property
+    def written(self) -> int:
+        """Number of tokens in the gaps."""
+        return sum(step >= 0 for step in self.result.reveal_step)
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A text whose gaps are to be filled: the rows of all lengths that are tried, under each seed."""
+
+    plan: Plan
+    samples: list[Sample]
+    seeds: list[int]
+
+    @property
+    def lengths(self) -> int:
+        """Number of lengths that are tried."""
+        return len(self.samples) // len(self.seeds)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that are given."""
+        ids = self.samples[0].row.ids
+        return sum(token != self.plan.mask_id for token in ids)
+
+
+def prepare_filling(
+    service: Service, pieces: Sequence[Piece], prompt: Prompt | None, sampling: Sampling, n: int = 1
+) -> Filling:
+    """Rows of a text with gaps; to be called on the thread that encodes.
+
+    Raises:
+        APIError: 400, for a text that does not fit and parameters that mean nothing here.
+    """
+    if n > service.config.max_n:
+        raise APIError(400, f"n must be at most {service.config.max_n}, got {n}", param="n")
+    with faults_named():
+        return _filling(service, pieces, prompt, sampling, n)
+
+
+def _filling(
+    service: Service, pieces: Sequence[Piece], prompt: Prompt | None, sampling: Sampling, n: int
+) -> Filling:
+    request = DecodingRequest.of(
+        decoder=sampling.decoder,
+        options=sampling.decoder_options() or None,
+        steps=sampling.steps,
+        rate=sampling.rate,
+        reuse=sampling.reuse,
+        refresh=sampling.refresh,
+        window=sampling.window,
+        eos_fill=sampling.eos_fill,
+    )
+    request.check_decoder()
+    plan = plan_infilling(request, service.spec, service.tokenizer)
+    rows = rows_with_gaps(service.rows, pieces, prompt, plan, "the text")
+    seeds = [wrapped(first_seed(sampling.seed) + i) for i in range(n)]
+    samples = [Sample(row, plan, seed) for seed in seeds for row in rows]
+    service.check_samples(samples)
+    return Filling(plan, samples, seeds)
+
+
+async def fill(service: Service, filling: Filling, timeout: float | None) -> list[Filled]:
+    """The text with its gaps filled, once for each seed; the likeliest length is taken."""
+    async with aclosing(filling_steps(service, filling, timeout)) as steps:
+        async for value in steps:
+            return value  # type: ignore[no-any-return]
+    raise AssertionError("a text without an end")
+
+
+async def filling_steps(
+    service: Service, filling: Filling, timeout: float | None, watch: Callable[[Update], Any] | None = None
+) -> AsyncGenerator[Any, None]:
+    """What `watch` makes of each step, then the filled texts, see `fill`."""
+    canvases: dict[int, Canvas] = {}
+    notices = service.notices(
+        filling.samples, watch=watch, finish=lambda update: update.canvas, timeout=timeout
+    )
+    async with aclosing(notices):
+        async for notice in notices:
+            if notice.finished:
+                canvases[notice.index] = notice.value
+            else:
+                yield notice.value
+    size, plan = filling.lengths, filling.plan
+    out = []
+    for i, seed in enumerate(filling.seeds):
+        tries = [canvases[j] for j in range(i * size, (i + 1) * size)]
+        scores = await service.call(partial(gap_scores, tries=tries, plan=plan, batch_size=SCORED))
+        best = max(range(size), key=scores.__getitem__)
+        calls = sum(int(canvas.model_calls[0]) for canvas in tries) + (size if size > 1 else 0)
+        result = infilled(tries[best], service.tokenizer, calls, scores[best])
+        out.append(Filled(result, tries[best], plan, seed))
+    yield out
+
+
+async def fill_suffix(service: Service, body: schema.CompletionRequest, http: Request) -> Response:
+    """Answer /v1/completions with a suffix: the text between the two, of any length up to `max_tokens`."""
+    for name in ("echo", "logprobs", "stop", "diffusing"):
+        if getattr(body, name) not in (None, False, [], 0):
+            raise APIError(400, f"{name} means nothing beside a suffix", param=name)
+    if not isinstance(body.prompt, str):
+        raise APIError(400, "with a suffix, the prompt must be one text", param="prompt")
+    if body.stream_options is not None and not body.stream:
+        raise APIError(400, "stream_options needs stream to be true", param="stream_options")
+    pieces: list[Piece] = [body.prompt, Gap(1, body.max_tokens or 16, coarse=True), body.suffix or ""]
+    filling = await service.prepare(lambda: prepare_filling(service, pieces, None, body, body.n or 1))
+    head = {
+        "id": new_id("cmpl"),
+        "created": int(time.time()),
+        "model": service.config.served_name,
+        "system_fingerprint": f"dlm-{__version__}",
+        "object": "text_completion",
+    }
+
+    async def answer() -> tuple[list[dict[str, Any]], dict[str, int]]:
+        results = await fill(service, filling, body.timeout)
+        choices = [_choice(i, each, body, filling) for i, each in enumerate(results)]
+        written = sum(each.written for each in results)
+        prompt = filling.prompt_tokens
+        usage = {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+        return choices, usage
+
+    async def events() -> Events:
+        choices, usage = await answer()
+        options = body.stream_options or schema.StreamOptions()
+        extra: dict[str, Any] = {"usage": None} if options.include_usage else {}
+        extra |= {"usage": usage} if options.continuous_usage_stats else {}
+        for choice in choices:
+            yield event({**head, "choices": [choice], **extra})
+        if options.include_usage:
+            yield event({**head, "choices": [], "usage": usage})
+
+    if body.stream:
+        return stream(events())
+    choices, usage = await service.unless_gone(http, answer())
+    return JSONResponse({**head, "choices": choices, "usage": usage})
+
+
+def _choice(index: int, filled: Filled, body: schema.CompletionRequest, filling: Filling) -> dict[str, Any]:
+    choice: dict[str, Any] = {
+        "index": index,
+        "text": "".join(filled.result.gaps),
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
+    if body.return_metadata:
+        calls, written = filled.result.model_calls, filled.written
+        choice["metadata"] = {
+            "model_calls": calls,
+            "steps": int(filled.canvas.step[0]),
+            "tokens_per_call": round(written / max(1, calls), 4),
+            "reveal_steps": [step for step in filled.result.reveal_step if step >= 0],
+            "prompt_tokens": filling.prompt_tokens,
+            "completion_tokens": written,
+        }
+    return choice

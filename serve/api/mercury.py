@@ -1,0 +1,152 @@
+"""Mercury's paths for infilling and editing: /v1/fim/completions and /v1/edit/completions."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Annotated, Any, ClassVar
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field
+
+from decoding.infill import Gap, Piece, without_span
+from dlm.version import __version__
+from serve.api import schema
+from serve.api.fill import Filled, Filling, fill, fill_suffix, prepare_filling
+from serve.api.openai import streamed
+from serve.api.parameters import Sampling, faults_named, new_id
+from serve.api.sse import Events, event, stream
+from serve.errors import APIError
+from serve.service import Service
+
+REGION = re.compile(r"<\|code_to_edit\|>(.*?)<\|/code_to_edit\|>", re.DOTALL)
+"""The words to write again, in Mercury's marks."""
+
+FILE = re.compile(r"<\|current_file_content\|>(.*?)<\|/current_file_content\|>", re.DOTALL)
+"""The file that they stand in."""
+
+MARK = re.compile(r"<\|/?[a-z_]+\|>[^\n]*\n?|^current_file_path:[^\n]*\n", re.MULTILINE)
+"""Other marks, and lines about the file."""
+
+
+class FimRequest(schema.CompletionRequest):
+    """Body of /v1/fim/completions: `prompt`, `suffix`."""
+
+    prompt: str
+    suffix: str = ""
+
+
+class EditRequest(Sampling):
+    """Body of /v1/edit/completions: a text and a span of it, or a message with Mercury's marks."""
+
+    model: str | None = None
+    text: str | None = Field(None, description="The text.")
+    span: str | Annotated[list[int], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="Words that occur once, or where they begin and end in characters."
+    )
+    instruction: str | None = Field(None, description="What the text is the answer to.")
+    messages: Annotated[list[schema.Message], Field(min_length=1, max_length=1)] | None = None
+    min_tokens: int | None = Field(None, ge=1, description="Shortest replacement; with max_tokens.")
+    max_tokens: int | None = Field(None, ge=1, description="Longest replacement; as long as before.")
+    stream: bool | None = None
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"n": (1,), "stop": ([],)}
+
+
+def marked(message: str) -> tuple[str, tuple[int, int]]:
+    """The file in a message with Mercury's marks, and where the words to edit stand in it.
+
+    Raises:
+        APIError: 400, for a message without them.
+    """
+    whole = FILE.search(message)
+    text = whole[1] if whole else message
+    region = REGION.search(text)
+    if region is None:
+        raise APIError(
+            400,
+            "the message holds no <|code_to_edit|>…<|/code_to_edit|>",
+            param="messages",
+            code="invalid_value",
+        )
+    before, after = (MARK.sub("", part) for part in (text[: region.start()], text[region.end() :]))
+    words = region[1].strip("\n")
+    words = MARK.sub("", words)
+    return before + words + after, (len(before), len(before) + len(words))
+
+
+def _pieces(service: Service, body: EditRequest) -> list[Piece]:
+    if body.messages is not None:
+        if body.text is not None or body.span is not None:
+            raise APIError(400, "give messages, or a text and a span", param="messages")
+        text, span = marked(body.messages[0].text)
+        where: str | tuple[int, int] = span
+    elif body.text is None or body.span is None:
+        raise APIError(400, "give a text and a span of it, or messages", param="text")
+    else:
+        text = body.text
+        where = body.span if isinstance(body.span, str) else (body.span[0], body.span[1])
+    gap = None
+    if body.max_tokens is not None:
+        gap = Gap(body.min_tokens or 1, body.max_tokens, coarse=True)
+    return without_span(text, where, gap, lambda words: len(service.rows.text(words)))
+
+
+def router(service: Service) -> APIRouter:
+    """The paths of this interface."""
+    api = APIRouter(prefix="/v1", tags=["Mercury"])
+
+    @api.post("/fim/completions", responses=streamed(schema.Completion))
+    async def fim(body: FimRequest, http: Request) -> Response:
+        """Fill the gap between a prompt and a suffix."""
+        service.check_model(body.model)
+        service.check_ready()
+        return await fill_suffix(service, body, http)
+
+    @api.post("/edit/completions", responses=streamed(schema.ChatCompletion))
+    async def edit(body: EditRequest, http: Request) -> Response:
+        """Write a span of a text again; the answer is the new text of the span."""
+        service.check_model(body.model)
+        service.check_ready()
+
+        def prepare() -> Filling:
+            with faults_named():
+                return prepare_filling(service, _pieces(service, body), body.instruction, body)
+
+        filling = await service.prepare(prepare)
+        head = {
+            "id": new_id("chatcmpl"),
+            "created": int(time.time()),
+            "model": service.config.served_name,
+            "system_fingerprint": f"dlm-{__version__}",
+        }
+
+        async def answer() -> Filled:
+            return (await fill(service, filling, body.timeout))[0]
+
+        async def events() -> Events:
+            filled = await answer()
+            delta = {"role": "assistant", "content": "".join(filled.result.gaps)}
+            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": "stop"}
+            yield event({**head, "object": "chat.completion.chunk", "choices": [choice]})
+
+        if body.stream:
+            return stream(events())
+        filled = await service.unless_gone(http, answer())
+        message = {"role": "assistant", "content": "".join(filled.result.gaps), "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+        response = {
+            **head,
+            "object": "chat.completion",
+            "choices": [choice],
+            "usage": _usage(filled, filling),
+        }
+        return JSONResponse(response)
+
+    return api
+
+
+def _usage(filled: Filled, filling: Filling) -> dict[str, int]:
+    prompt, written = filling.prompt_tokens, filled.written
+    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}

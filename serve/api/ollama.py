@@ -1,0 +1,202 @@
+"""The part of Ollama's interface that clients need: /api/chat, /api/generate, /api/tags, /api/version."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from datetime import UTC, datetime
+from typing import Annotated, Any, ClassVar
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field
+
+from decoding.answer import Output
+from dlm.tokenizer import Message
+from dlm.version import __version__
+from serve.api import schema
+from serve.api.lines import LinesResponse
+from serve.api.openai import ERRORS, confirmed_part, raw_ids
+from serve.api.parameters import Body, Generation, Sampling, Texts, faults_named, stop_texts
+from serve.errors import APIError
+from serve.job import Sample
+from serve.service import Service
+
+
+class Options(Sampling):
+    """Ollama's options, and ours."""
+
+    num_predict: int | None = Field(None, description="Longest answer; below 1 for the model's own.")
+    stop: Texts | None = None
+    repeat_penalty: float | None = Field(None, gt=0)
+    num_ctx: int | None = Field(None, description="Taken, and not used: rows are as long as they need.")
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "mirostat": (0,),
+        "repeat_last_n": (64, -1),
+        "num_keep": (0,),
+        "num_gpu": (),
+        "num_thread": (),
+        "num_batch": (),
+        "typical_p": (1, 1.0),
+        "tfs_z": (1, 1.0),
+    }
+
+
+class Ollama(Body):
+    """Parameters of both paths."""
+
+    model: str
+    stream: bool | None = Field(None, description="True by default.")
+    options: Options | None = None
+    keep_alive: str | float | int | None = Field(None, description="Taken, and not used.")
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "format": ("",),
+        "tools": ([],),
+        "think": (False,),
+        "images": ([],),
+        "template": ("",),
+        "context": ([],),
+        "suffix": ("",),
+    }
+
+
+class ChatRequest(Ollama):
+    """Body of /api/chat."""
+
+    messages: Annotated[list[schema.Message], Field(min_length=1)]
+
+
+class GenerateRequest(Ollama):
+    """Body of /api/generate."""
+
+    prompt: str
+    system: str | None = None
+    raw: bool | None = None
+
+
+class _Answer:
+    """One answer in Ollama's form.
+
+    Args:
+        service: decodes.
+        body: the request.
+        key: name of the field that holds text: "message" or "response".
+    """
+
+    def __init__(self, service: Service, body: Ollama, key: str) -> None:
+        self.service, self.body, self.key = service, body, key
+        self.sample: Sample
+        self.begun = time.monotonic_ns()
+
+    def prepare(self, ids: list[int]) -> None:
+        """Make the row; on the thread that encodes."""
+        options = self.body.options or Options()
+        if options.repeat_penalty is not None:
+            options = options.model_copy(update={"repetition_penalty": options.repeat_penalty})
+        longest = options.num_predict if (options.num_predict or 0) > 0 else None
+        generation = Generation(options, longest, stop_texts(options.stop))
+        (self.sample,) = generation.samples(self.service, [ids])
+
+    def line(self, text: str, output: Output | None) -> dict[str, Any]:
+        """One line of the answer; with `output`, the last."""
+        content: Any = {"role": "assistant", "content": text} if self.key == "message" else text
+        line = {
+            "model": self.service.config.served_name,
+            "created_at": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+            self.key: content,
+            "done": output is not None,
+        }
+        if output is None:
+            return line
+        return line | {
+            "done_reason": output.finish_reason,
+            "total_duration": time.monotonic_ns() - self.begun,
+            "prompt_eval_count": self.sample.row.answer,
+            "eval_count": len(output.token_ids),
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        (output,) = await self.service.results([self.sample])
+        return self.line(output.text, output)
+
+    async def lines(self) -> AsyncIterator[str]:
+        """The answer as lines of JSON."""
+        sent = 0
+        try:
+            async with aclosing(self.service.notices([self.sample], watch=confirmed_part)) as notices:
+                async for notice in notices:
+                    output: Output = notice.value
+                    text, sent = output.text[sent:], len(output.text)
+                    if text or notice.finished:
+                        line = self.line(text, output if notice.finished else None)
+                        yield json.dumps(line, ensure_ascii=False) + "\n"
+        except APIError as error:
+            yield json.dumps({"error": error.message}, ensure_ascii=False) + "\n"
+
+
+def router(service: Service) -> APIRouter:
+    """The paths of this interface."""
+    api = APIRouter(prefix="/api", tags=["Ollama"])
+    content = {"application/x-ndjson": {"schema": {"type": "string"}}, "application/json": {}}
+    answers: dict[int | str, dict[str, Any]] = {200: {"content": content}, **ERRORS}
+
+    async def respond(http: Request, answer: _Answer) -> Response:
+        if answer.body.stream is False:
+            return JSONResponse(await service.unless_gone(http, answer.whole()))
+        return LinesResponse(answer.lines(), media_type="application/x-ndjson")
+
+    def templated(messages: list[Message]) -> list[int]:
+        with faults_named():
+            return service.rows.prompt(messages)
+
+    def check(body: Ollama) -> None:
+        service.check_model(body.model.removesuffix(":latest"))
+        service.check_ready()
+
+    @api.post("/chat", response_class=Response, responses=answers)
+    async def chat(body: ChatRequest, http: Request) -> Response:
+        """Answer a conversation."""
+        check(body)
+        answer = _Answer(service, body, "message")
+        messages = [{"role": turn.role, "content": turn.text} for turn in body.messages]
+        await service.prepare(lambda: answer.prepare(templated(messages)))
+        return await respond(http, answer)
+
+    @api.post("/generate", response_class=Response, responses=answers)
+    async def generate(body: GenerateRequest, http: Request) -> Response:
+        """Answer a prompt, by the template unless it is raw."""
+        check(body)
+        answer = _Answer(service, body, "response")
+        messages = [{"role": "user", "content": body.prompt}]
+        if body.system:
+            messages.insert(0, {"role": "system", "content": body.system})
+
+        def ids() -> list[int]:
+            if body.raw:
+                return raw_ids(service, body.prompt)
+            return templated(messages)
+
+        await service.prepare(lambda: answer.prepare(ids()))
+        return await respond(http, answer)
+
+    @api.get("/tags", responses=ERRORS)
+    async def tags() -> dict[str, Any]:
+        """List the model of this server."""
+        created = datetime.fromtimestamp(service.created, UTC).isoformat().replace("+00:00", "Z")
+        name = service.config.served_name
+        details = {"format": "safetensors", "family": "dlm"}
+        return {
+            "models": [{"name": name, "model": name, "modified_at": created, "size": 0, "details": details}]
+        }
+
+    @api.get("/version", responses=ERRORS)
+    async def version() -> dict[str, str]:
+        """Version of this server."""
+        return {"version": __version__}
+
+    return api

@@ -1,0 +1,390 @@
+"""OpenAI's interface: /v1/completions, /v1/chat/completions, /v1/models.
+
+Both kinds of completion are one thing: prompts of token ids, answers, and a form to put them in (`_Form`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from decoding.answer import Output
+from decoding.engine import Update
+from dlm.errors import ConfigError
+from dlm.tokenizer import encode_prompt, encode_text
+from dlm.version import __version__
+from serve.api import schema
+from serve.api.fill import fill_suffix
+from serve.api.parameters import Generation, faults_named, metadata, new_id, stop_texts
+from serve.api.sse import Events, event, stream
+from serve.api.tokens import TokenTexts, chat_logprobs, completion_logprobs
+from serve.errors import APIError
+from serve.job import Notice, Sample
+from serve.service import Service
+
+COMPLETION_TOKENS = 16
+"""Longest answer of /v1/completions where none is given, as OpenAI's."""
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": schema.Error} for status in (400, 401, 404, 413, 429, 500, 503, 504)
+}
+
+
+def streamed(model: Any) -> dict[int | str, dict[str, Any]]:
+    """Responses of a path that answers with `model`, or with a stream."""
+    content = {"text/event-stream": {"schema": {"type": "string"}}}
+    return {200: {"model": model, "content": content}, **ERRORS}
+
+
+class _Form:
+    """Form of the answers: what differs between completions and chat.
+
+    Args:
+        body: the request.
+        texts: of tokens.
+        name: of the model.
+        prefixes: texts that answers begin with (`echo`), one for each choice.
+    """
+
+    prefix = "cmpl"
+    object = "text_completion"
+    chunk = "text_completion"
+
+    def __init__(self, body: Any, texts: TokenTexts, name: str, prefixes: list[str]) -> None:
+        self.body, self.texts, self.prefixes = body, texts, prefixes
+        self.head = {
+            "id": new_id(self.prefix),
+            "created": int(time.time()),
+            "model": name,
+            "system_fingerprint": f"dlm-{__version__}",
+        }
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        """The first chunk of a choice, if there is one before any text."""
+        if not self.prefixes[index]:
+            return None
+        return {"index": index, "text": self.prefixes[index], "logprobs": None, "finish_reason": None}
+
+    def delta(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+        """A chunk of a choice."""
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def choice(self, index: int, text: str, logprobs: Any, reason: str) -> dict[str, Any]:
+        """A finished choice."""
+        return self.delta(index, self.prefixes[index] + text, logprobs, reason)
+
+    def logprobs(self, index: int, output: Output, characters: int, tokens: int) -> Any:
+        """Log-probabilities of the tokens from `tokens` on, which begin after so many characters."""
+        if self.body.logprobs is None:
+            return None
+        offset = len(self.prefixes[index]) + characters
+        return completion_logprobs(output, self.texts, offset, tokens, self.body.logprobs)
+
+
+class _ChatForm(_Form):
+    prefix = "chatcmpl"
+    object = "chat.completion"
+    chunk = "chat.completion.chunk"
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def delta(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+        delta = {"content": text} if text else {}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def choice(self, index: int, text: str, logprobs: Any, reason: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def logprobs(self, index: int, output: Output, characters: int, tokens: int) -> Any:
+        if not self.body.logprobs:
+            return None
+        return chat_logprobs(output, self.texts, tokens, self.body.top_logprobs or 0)
+
+
+@dataclass
+class _Progress:
+    """How far the stream of one choice has come."""
+
+    characters: int = 0
+    tokens: int = 0
+    last: float = field(default_factory=time.monotonic)
+
+
+# ---- preparing ---------------------------------------------------------------------------------------
+
+
+def check_answering(body: schema.Answering) -> None:
+    """Refuse options of streams without a stream, and what does not go together.
+
+    Raises:
+        APIError: 400.
+    """
+    if body.stream_options is not None and not body.stream:
+        raise APIError(400, "stream_options needs stream to be true", param="stream_options")
+    if body.diffusing and not body.stream:
+        raise APIError(400, "diffusing needs stream to be true", param="diffusing")
+
+
+def chat_generation(body: schema.ChatRequest) -> Generation:
+    """Parameters of a chat completion."""
+    check_answering(body)
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        raise APIError(400, "give max_tokens or max_completion_tokens, not both", param="max_tokens")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise APIError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+    longest = body.max_tokens or body.max_completion_tokens
+    return Generation(body, longest, stop_texts(body.stop), body.n or 1, body.top_logprobs or 0)
+
+
+def completion_generation(body: schema.CompletionRequest) -> Generation:
+    """Parameters of a completion."""
+    check_answering(body)
+    longest = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    if body.window is not None and body.max_tokens is None:
+        return Generation(body, None, stop_texts(body.stop), body.n or 1, body.logprobs or 0)
+    return Generation(body, longest, stop_texts(body.stop), body.n or 1, body.logprobs or 0)
+
+
+def chat_prompt(service: Service, body: schema.ChatRequest) -> list[int]:
+    """Token ids of a conversation.
+
+    Raises:
+        APIError: 400, for a conversation that the template refuses.
+    """
+    messages = [{"role": turn.role, "content": turn.text} for turn in body.messages]
+    try:
+        if not body.continue_final_message:
+            return encode_prompt(service.tokenizer, messages)
+        if messages[-1]["role"] != "assistant" or len(messages) < 2:
+            raise ConfigError("continue_final_message needs a last message of the assistant, after others")
+        given = encode_text(service.tokenizer, messages[-1]["content"])
+        return encode_prompt(service.tokenizer, messages[:-1]) + given
+    except ConfigError as error:
+        raise APIError(400, str(error), param="messages", code="invalid_value") from error
+
+
+def raw_prompts(service: Service, prompt: Any) -> list[list[int]]:
+    """Token ids of prompts as they are, without a template; control tokens in them are control tokens."""
+    several = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+    return [raw_ids(service, each) for each in several]
+
+
+def raw_ids(service: Service, prompt: str | list[int]) -> list[int]:
+    """Token ids of a text as it is; token ids are checked by the maker of rows."""
+    if isinstance(prompt, str):
+        prompt = list(service.tokenizer(prompt)["input_ids"]) if prompt else [service.spec.eos_token_id]
+    with faults_named():
+        return service.rows.prompt(prompt)
+
+
+# ---- answering ---------------------------------------------------------------------------------------
+
+
+class Answers:
+    """Answers of one request, whole or as a stream.
+
+    Args:
+        service: decodes.
+        samples: the rows, one for each choice.
+        form: what they are put in.
+        prompt_tokens: tokens of all prompts.
+    """
+
+    def __init__(self, service: Service, samples: list[Sample], form: _Form, prompt_tokens: int) -> None:
+        self.service, self.samples, self.form = service, samples, form
+        self.prompt_tokens = prompt_tokens
+
+    def usage(self, completion_tokens: int) -> dict[str, int]:
+        """OpenAI's usage object."""
+        total = self.prompt_tokens + completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": total,
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        """The response when all answers are finished."""
+        outputs = await self.service.results(self.samples, timeout=self.form.body.timeout)
+        choices = []
+        for i, output in enumerate(outputs):
+            logprobs = self.form.logprobs(i, output, 0, 0)
+            choice = self.form.choice(i, output.text, logprobs, output.finish_reason)
+            choices.append(choice | self._metadata(i, output))
+        usage = self.usage(sum(len(output.token_ids) for output in outputs))
+        return {**self.form.head, "object": self.form.object, "choices": choices, "usage": usage}
+
+    def _metadata(self, index: int, output: Output) -> dict[str, Any]:
+        if not self.form.body.return_metadata:
+            return {}
+        return {"metadata": metadata(self.samples[index].row, output)}
+
+    async def events(self) -> Events:
+        """The response as a stream: deltas of confirmed text, or snapshots of the whole canvas."""
+        body = self.form.body
+        options = body.stream_options or schema.StreamOptions()
+        progress = [_Progress() for _ in self.samples]
+        for i in range(len(self.samples)):
+            if (first := self.form.first(i)) is not None:
+                yield event(self._chunk([first], progress, options))
+        watch = _snapshot if body.diffusing else confirmed_part
+        notices = self.service.notices(self.samples, watch=watch, timeout=body.timeout)
+        async with aclosing(notices):
+            async for notice in notices:
+                for choice in self._deltas(notice, progress[notice.index]):
+                    yield event(self._chunk([choice], progress, options))
+        if options.include_usage:
+            tokens = sum(each.tokens for each in progress)
+            yield event(self._chunk([], progress, options) | {"usage": self.usage(tokens)})
+
+    def _chunk(
+        self, choices: list[Any], progress: list[_Progress], options: schema.StreamOptions
+    ) -> dict[str, Any]:
+        chunk = {**self.form.head, "object": self.form.chunk, "choices": choices}
+        if options.continuous_usage_stats:
+            return chunk | {"usage": self.usage(sum(each.tokens for each in progress))}
+        return chunk | ({"usage": None} if options.include_usage else {})
+
+    def _deltas(self, notice: Notice, progress: _Progress) -> Iterator[dict[str, Any]]:
+        """Chunks that a notice gives rise to."""
+        if isinstance(notice.value, str):  # a snapshot
+            yield self.form.delta(notice.index, notice.value, None, None)
+            return
+        output: Output = notice.value
+        if self.form.body.diffusing:
+            progress.tokens = len(output.token_ids)
+            yield self._last(notice.index, output, output.text, None)
+            return
+        text = output.text[progress.characters :]
+        fresh = len(output.token_ids) - progress.tokens
+        if not notice.finished and not text and not fresh:
+            return
+        logprobs = None
+        if fresh:
+            logprobs = self.form.logprobs(notice.index, output, progress.characters, progress.tokens)
+        self._measure(progress, fresh)
+        progress.characters, progress.tokens = len(output.text), len(output.token_ids)
+        if notice.finished:
+            yield self._last(notice.index, output, text, logprobs)
+        else:
+            yield self.form.delta(notice.index, text, logprobs, None)
+
+    def _last(self, index: int, output: Output, text: str, logprobs: Any) -> dict[str, Any]:
+        """The chunk that holds the finish reason."""
+        chunk = self.form.delta(index, text, logprobs, output.finish_reason)
+        return chunk | self._metadata(index, output)
+
+    def _measure(self, progress: _Progress, fresh: int) -> None:
+        """Note times of deltas."""
+        now, metrics = time.monotonic(), self.service.metrics
+        if fresh and not progress.tokens:
+            metrics.first_token.observe(now - progress.last)
+        elif fresh:
+            metrics.between.observe((now - progress.last) / fresh)
+        if fresh:
+            progress.last = now
+
+
+def confirmed_part(update: Update) -> Output | None:
+    """The confirmed part of an answer; None where there is nothing."""
+    part = update.partial
+    return part if part.text or part.token_ids else None
+
+
+def _snapshot(update: Update) -> str:
+    """The whole text as it stands, a blank for each mask."""
+    return update.event.text
+
+
+# ---- paths -------------------------------------------------------------------------------------------
+
+
+def router(service: Service) -> APIRouter:
+    """The paths of this interface."""
+    api = APIRouter(prefix="/v1", tags=["OpenAI"])
+    texts: list[TokenTexts] = []
+
+    def token_texts() -> TokenTexts:
+        if not texts:
+            texts.append(TokenTexts(service.tokenizer))
+        return texts[0]
+
+    async def respond(http: Request, answers: Answers) -> Response:
+        if answers.form.body.stream:
+            return stream(answers.events())
+        return JSONResponse(await service.unless_gone(http, answers.whole()))
+
+    @api.post("/chat/completions", responses=streamed(schema.ChatCompletion))
+    async def chat_completions(body: schema.ChatRequest, http: Request) -> Response:
+        """Answer a conversation."""
+        service.check_model(body.model)
+        service.check_ready()
+
+        def prepare() -> tuple[list[Sample], int]:
+            generation = chat_generation(body)
+            ids = chat_prompt(service, body)
+            return generation.samples(service, [ids]), len(ids)
+
+        samples, tokens = await service.prepare(prepare)
+        form = _ChatForm(body, token_texts(), service.config.served_name, [""] * len(samples))
+        return await respond(http, Answers(service, samples, form, tokens))
+
+    @api.post("/completions", responses=streamed(schema.Completion))
+    async def completions(body: schema.CompletionRequest, http: Request) -> Response:
+        """Go on with texts as they are, or fill the gap before a suffix."""
+        service.check_model(body.model)
+        service.check_ready()
+        if body.suffix is not None:
+            return await fill_suffix(service, body, http)
+
+        def prepare() -> tuple[list[Sample], int, list[str]]:
+            generation = completion_generation(body)
+            prompts = raw_prompts(service, body.prompt)
+            texts = [service.tokenizer.decode(ids) if body.echo else "" for ids in prompts]
+            tokens = sum(map(len, prompts))
+            return (
+                generation.samples(service, prompts),
+                tokens,
+                [t for t in texts for _ in range(generation.n)],
+            )
+
+        if body.max_tokens == 0:
+            raise APIError(400, "max_tokens must be at least 1", param="max_tokens")
+        samples, tokens, prefixes = await service.prepare(prepare)
+        form = _Form(body, token_texts(), service.config.served_name, prefixes)
+        return await respond(http, Answers(service, samples, form, tokens))
+
+    def card() -> dict[str, Any]:
+        spec = service.spec
+        return {
+            "id": service.config.served_name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "dlm",
+            "max_model_len": spec.positions,
+            "decoder": str(spec.generation.get("decoder", "conv")),
+        }
+
+    @api.get("/models", response_model=schema.ModelList, responses=ERRORS)
+    async def models() -> Any:
+        """List the model of this server."""
+        service.check_loaded()
+        return {"object": "list", "data": [card()]}
+
+    @api.get("/models/{name:path}", response_model=schema.ModelCard, responses=ERRORS)
+    async def model(name: str) -> Any:
+        """Describe a model."""
+        service.check_loaded()
+        service.check_model(name)
+        return card()
+
+    return api

@@ -1,0 +1,57 @@
+"""What those who run the server look at: /health, /ready, /metrics; and the page at /."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+
+from dlm.version import __version__
+from serve.metrics import CONTENT_TYPE
+from serve.service import Service
+
+PAGE = Path(__file__).parent.parent / "page"
+KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'"
+"""The page loads nothing from elsewhere."""
+
+
+def router(service: Service) -> APIRouter:
+    """The paths of this interface."""
+    api = APIRouter(tags=["operations"])
+
+    @api.get("/health")
+    async def health() -> JSONResponse:
+        """200 while the process does its work, 503 once the worker has died."""
+        worker = service.worker
+        alive = worker.alive or not worker.loaded.done()
+        body = {"status": "alive" if alive else "dead", "version": __version__}
+        return JSONResponse(body, 200 if alive else 503)
+
+    @api.get("/ready")
+    async def ready() -> JSONResponse:
+        """200 when requests will be answered; 503 while the model is loaded, and during shutdown."""
+        worker = service.worker
+        state = "ready" if worker.ready else "draining" if worker.draining else "loading"
+        return JSONResponse({"status": state}, 200 if worker.ready else 503)
+
+    @api.get("/metrics")
+    async def metrics() -> Response:
+        """Numbers for Prometheus."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+    if service.config.page:
+
+        def add(path: str, file: Path) -> None:
+            async def send() -> Response:
+                headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache"}
+                return Response(file.read_bytes(), media_type=KINDS[file.suffix], headers=headers)
+
+            api.add_api_route(path, send, methods=["GET"], include_in_schema=False)
+
+        add("/", PAGE / "index.html")
+        for file in sorted(PAGE.iterdir()):
+            if file.suffix in KINDS:
+                add(f"/page/{file.name}", file)
+    return api

@@ -1,0 +1,252 @@
+"""Parameters that the interfaces share, and the way from them to a `Request`.
+
+A parameter that has no effect here is refused by name, unless its value asks for nothing.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from decoding.request import Plan, Request
+from decoding.rows import Row
+from dlm.errors import ConfigError
+from serve.config import ServeConfig
+from serve.errors import APIError, refused
+from serve.job import Sample
+from serve.service import Service
+
+SEEDS = 2**63 - 1
+
+Texts = str | list[str]
+Seed = Annotated[int, Field(ge=-SEEDS - 1, le=SEEDS)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class Body(BaseModel):
+    """A JSON body: unknown names are refused, and nothing is guessed from another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Names of parameters that cannot be honoured, with the values that ask for nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        for name, neutral in cls.unsupported.items():
+            if name in body and body[name] is not None and body[name] not in neutral:
+                raise PydanticCustomError(
+                    "unsupported", "{name} is not supported by this server", {"name": name}
+                )
+        return {name: value for name, value in body.items() if name not in cls.unsupported}
+
+
+class Diffusion(Body):
+    """Options of decoding beyond OpenAI's; by `extra_body` of its client."""
+
+    decoder: str | None = Field(None, description="A decoder by name, see /v1/decoders.")
+    options: dict[str, Any] | None = Field(None, description="Options of the decoder.")
+    rate: float | None = Field(None, ge=1, description="Tokens written per model call, on average.")
+    steps: int | None = Field(None, ge=1, description="Denoising steps, on a canvas of fixed length.")
+    window: int | None = Field(None, ge=1, description="Tokens of prompt and answer, on a fixed canvas.")
+    reuse: Literal["prompt", "prefix", "dual"] | None = Field(
+        None, description="Keys and values that are reused (approximate)."
+    )
+    refresh: int | None = Field(None, ge=1, description="With reuse, changes until all is computed again.")
+    kernel_size: int | None = Field(None, description="Width of the convolution, for decoders with one.")
+    eos_fill: bool | None = Field(None, description="After an end token, everything is the end token.")
+    seed: Seed | None = Field(None, description="Equal seeds and requests give equal texts.")
+    timeout: float | None = Field(None, gt=0, description="Seconds until the request is given up.")
+    return_metadata: bool | None = Field(None, description="Report model calls, steps and reveal steps.")
+
+
+class Sampling(Diffusion):
+    """Sampling parameters with OpenAI's names, and those that vLLM adds."""
+
+    temperature: float | None = Field(None, ge=0, le=100, description="0 takes the likeliest token.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, description="0 or -1 for all.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Bias] | None = Field(None, max_length=1024)
+
+    def decoder_options(self) -> dict[str, Any]:
+        """Options of a decoder that these parameters set."""
+        given = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": None if self.top_k is None else max(0, self.top_k),
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": self.logit_bias,
+            "kernel_size": self.kernel_size,
+        }
+        return {**(self.options or {}), **{k: v for k, v in given.items() if v is not None}}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Answers to be written: parameters of any interface, in one form.
+
+    Attributes:
+        sampling: the parameters that all interfaces share.
+        max_tokens: longest answer; None for the model's default.
+        stop: texts that end it.
+        n: answers to each prompt.
+        logprobs: likeliest tokens noted beside each token written.
+    """
+
+    sampling: Sampling
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    logprobs: int = 0
+
+    def check(self, config: ServeConfig) -> None:
+        """Hold to the server's limits.
+
+        Raises:
+            APIError: 400, naming the parameter.
+        """
+        if self.n > config.max_n:
+            raise APIError(400, f"n must be at most {config.max_n}, got {self.n}", param="n")
+        if len(self.stop) > config.max_stop:
+            message = f"stop must hold at most {config.max_stop} texts, got {len(self.stop)}"
+            raise APIError(400, message, param="stop")
+        for text in self.stop:
+            if len(text) > config.max_stop_length:
+                message = (
+                    f"stop must hold texts of at most {config.max_stop_length} characters, got {len(text)}"
+                )
+                raise APIError(400, message, param="stop")
+
+    def request(self, prompt_tokens: int) -> Request:
+        """The request, for a prompt of this length: steps need a canvas of fixed length."""
+        s = self.sampling
+        fixed: dict[str, Any] = {"max_tokens": self.max_tokens}
+        if s.window is not None and self.max_tokens is not None:
+            raise ConfigError("window is the length of prompt and answer together; give no max_tokens then")
+        if s.window is not None:
+            fixed = {"window": s.window, "steps": s.steps}
+        elif s.steps is not None:
+            length = self.max_tokens or 256
+            fixed = {"window": prompt_tokens + length, "steps": s.steps}
+        return Request.of(
+            decoder=s.decoder,
+            options=s.decoder_options() or None,
+            rate=s.rate,
+            reuse=s.reuse,
+            refresh=s.refresh,
+            eos_fill=s.eos_fill,
+            stop=list(self.stop) or None,
+            top_logprobs=self.logprobs or None,
+            **fixed,
+        )
+
+    def samples(self, service: Service, prompts: list[list[int]]) -> list[Sample]:
+        """Rows for all answers, those of the first prompt first; the i-th answer has the seed `seed + i`.
+
+        Raises:
+            APIError: 400, for prompts that do not fit and parameters out of range.
+        """
+        self.check(service.config)
+        seed = first_seed(self.sampling.seed)
+        out = []
+        for ids in prompts:
+            with_limits(service, ids, self.max_tokens)
+            with faults_named():
+                plan = self.plan(service, ids)
+                row = service.rows.answer(ids, plan)
+            out += [Sample(row, plan, wrapped(seed + i)) for i in range(self.n)]
+        service.check_samples(out)
+        return out
+
+    def plan(self, service: Service, ids: list[int]) -> Plan:
+        """The plan for a prompt of these tokens."""
+        request = self.request(len(ids))
+        request.check_decoder()
+        return request.resolve_for(service.spec)
+
+
+def with_limits(service: Service, ids: list[int], max_tokens: int | None) -> None:
+    """Refuse a prompt that leaves no room for its answer.
+
+    Raises:
+        APIError: 400, naming both lengths.
+    """
+    positions, tokens = service.spec.positions, len(ids)
+    if not tokens:
+        raise APIError(400, "the prompt is empty", param="prompt", code="invalid_value")
+    if tokens >= positions or tokens + (max_tokens or 1) > positions:
+        answer = f" and max_tokens asks for {max_tokens} more" if max_tokens and tokens < positions else ""
+        raise APIError(
+            400,
+            f"the prompt has {tokens} tokens{answer}; this model has {positions} positions",
+            param="max_tokens" if answer else "prompt",
+            code="context_length_exceeded",
+        )
+
+
+@contextmanager
+def faults_named() -> Iterator[None]:
+    """Settings that do not fit become a 400 that names the parameter.
+
+    Raises:
+        APIError: 400.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise refused(error, PARAMETERS) from error
+
+
+def first_seed(seed: int | None) -> int:
+    """The seed given, or a random one."""
+    return secrets.randbelow(2**31) if seed is None else seed
+
+
+def wrapped(seed: int) -> int:
+    """A seed within 64 bits, where counting up has left them."""
+    return (seed + SEEDS + 1) % (2 * SEEDS + 2) - SEEDS - 1
+
+
+def stop_texts(stop: Texts | None) -> tuple[str, ...]:
+    """The texts that end an answer; an empty one is refused by `Request`."""
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())
+
+
+def new_id(prefix: str) -> str:
+    """An id for a response."""
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def metadata(row: Row, output: Any) -> dict[str, Any]:
+    """What `return_metadata` adds to an answer."""
+    tokens = len(output.token_ids)
+    return {
+        "model_calls": output.model_calls,
+        "steps": output.steps,
+        "tokens_per_call": round(tokens / max(1, output.model_calls), 4),
+        "reveal_steps": output.reveal_step,
+        "prompt_tokens": row.answer,
+        "completion_tokens": tokens,
+    }
+
+
+PARAMETERS = frozenset(
+    {*Sampling.model_fields, "stop", "max_tokens", "begin", "ending", "forced", "text", "n"}
+)

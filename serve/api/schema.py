@@ -1,0 +1,280 @@
+"""OpenAI's objects, requests and responses."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, Field
+
+from serve.api.parameters import Body, Sampling, Texts
+from serve.errors import APIError
+
+TokenIds = Annotated[list[int], Field(min_length=1)]
+
+_NOTHING: tuple[Any, ...] = (False, [], {})
+_EVERYWHERE: dict[str, tuple[Any, ...]] = {
+    "use_beam_search": _NOTHING,
+    "length_penalty": (1, 1.0),
+    "early_stopping": _NOTHING,
+    "stop_token_ids": _NOTHING,
+    "include_stop_str_in_output": _NOTHING,
+    "ignore_eos": _NOTHING,
+    "min_tokens": (0,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "prompt_logprobs": (),
+    "bad_words": _NOTHING,
+    "allowed_token_ids": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "priority": (0,),
+}
+
+
+class StreamOptions(Body):
+    """What a stream says beside text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class Answering(Sampling):
+    """Parameters of both kinds of completion."""
+
+    model: str | None = None
+    n: int | None = Field(None, ge=1)
+    stop: Texts | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    diffusing: bool | None = Field(
+        None, description="With stream: each delta is the whole text so far, and replaces the last."
+    )
+    user: str | None = Field(None, description="Taken, and not used.")
+    safety_identifier: str | None = Field(None, description="Taken, and not used.")
+    prompt_cache_key: str | None = Field(None, description="Taken, and not used.")
+
+
+class CompletionRequest(Answering):
+    """Body of /v1/completions."""
+
+    prompt: str | list[str] | TokenIds | list[TokenIds]
+    suffix: str | None = Field(None, description="Text after the answer: the gap before it is filled.")
+    max_tokens: int | None = Field(None, ge=0, description="16 by default.")
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool | None = None
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {**_EVERYWHERE, "best_of": (1,)}
+
+
+class Message(Body):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text.
+
+        Raises:
+            APIError: 400, for a message without content.
+        """
+        if self.content is None:
+            raise APIError(400, "a message needs content", param="messages", code="invalid_value")
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "tool_calls": _NOTHING,
+        "function_call": (),
+        "tool_call_id": (),
+        "audio": (),
+        "refusal": (),
+        "annotations": _NOTHING,
+        "reasoning": (),
+        "reasoning_content": (),
+    }
+
+
+class TextPart(Body):
+    """A part of a message; only text is understood."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatRequest(Answering):
+    """Body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = Field(
+        None, description="Go on with the last message in place of answering it."
+    )
+    metadata: dict[str, str] | None = Field(None, description="Taken, and not used.")
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **_EVERYWHERE,
+        "tools": _NOTHING,
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (False, True),
+        "functions": _NOTHING,
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "audio": (),
+        "modalities": (["text"],),
+        "prediction": (),
+        "reasoning_effort": ("none",),
+        "verbosity": (),
+        "web_search_options": (),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "echo": _NOTHING,
+        "chat_template": (),
+        "chat_template_kwargs": _NOTHING,
+        "documents": _NOTHING,
+    }
+
+
+# ---- responses ---------------------------------------------------------------------------------------
+
+
+class Usage(BaseModel):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Metadata(BaseModel):
+    """How an answer came about."""
+
+    model_calls: int
+    steps: int
+    tokens_per_call: float
+    reveal_steps: list[int]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities of tokens when they were written; null for given ones."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Literal["stop", "length"]
+    metadata: Metadata | None = None
+
+
+class Completion(BaseModel):
+    """Response of /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class TopLogprob(BaseModel):
+    """A token that might have been written."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+
+
+class TokenLogprob(TopLogprob):
+    """A token that was written."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities of tokens when they were written."""
+
+    content: list[TokenLogprob]
+
+
+class AssistantMessage(BaseModel):
+    """The answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length"]
+    metadata: Metadata | None = None
+
+
+class ChatCompletion(BaseModel):
+    """Response of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    """A model of this server."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    max_model_len: int
+    decoder: str
+
+
+class ModelList(BaseModel):
+    """Response of /v1/models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Error(BaseModel):
+    """Body of every response that is no success."""
+
+    error: ErrorDetail

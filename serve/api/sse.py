@@ -1,0 +1,46 @@
+"""Server-sent events: the one way in which streams are written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from sse_starlette import EventSourceResponse, ServerSentEvent
+
+from serve.errors import APIError
+
+Events = AsyncGenerator[ServerSentEvent, None]
+
+PING_SECONDS = 15
+"""Seconds between comments that keep an idle connection open."""
+
+
+def event(data: Any, name: str | None = None) -> ServerSentEvent:
+    """One event whose data is JSON."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return ServerSentEvent(text, event=name, sep="\n")
+
+
+def stream(events: Events, *, done: bool = True, error_name: str | None = None) -> EventSourceResponse:
+    """A response that streams events; when the client goes away, the generator is closed.
+
+    Args:
+        events: the events; an `APIError` from them becomes the last one.
+        done: end with `[DONE]`, as OpenAI does.
+        error_name: name of the event of an error.
+    """
+    guarded = _guarded(events, done, error_name)
+    return EventSourceResponse(guarded, ping=PING_SECONDS, sep="\n")
+
+
+async def _guarded(events: Events, done: bool, error_name: str | None) -> Events:
+    try:
+        async with aclosing(events):
+            async for each in events:
+                yield each
+    except APIError as error:
+        yield event(error.body, error_name)
+    if done:
+        yield ServerSentEvent("[DONE]", sep="\n")

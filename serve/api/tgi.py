@@ -1,0 +1,240 @@
+"""The interface of Hugging Face's text-generation-inference: /generate, /generate_stream, /info and /."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import Annotated, Any, ClassVar
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
+
+from decoding.answer import Output
+from decoding.engine import Update
+from dlm.version import __version__
+from serve.api.openai import ERRORS, raw_ids
+from serve.api.parameters import Body, Generation, Sampling
+from serve.api.sse import Events, event, stream
+from serve.api.tokens import LEAST, TokenTexts, logprob
+from serve.errors import APIError
+from serve.job import Sample
+from serve.service import Service
+
+NEW_TOKENS = 100
+"""Longest answer where none is given, as TGI's."""
+
+
+class Parameters(Sampling):
+    """TGI's parameters, and ours."""
+
+    max_new_tokens: int | None = Field(None, ge=1)
+    do_sample: bool | None = Field(None, description="False takes the likeliest token.")
+    stop: Annotated[list[str], Field(max_length=64)] | None = None
+    return_full_text: bool | None = None
+    details: bool | None = None
+    decoder_input_details: bool | None = None
+    truncate: int | None = Field(None, ge=1, description="Keep so many of the prompt's last tokens.")
+    top_n_tokens: int | None = Field(None, ge=0, le=20)
+    best_of: int | None = Field(None, ge=1, le=1)
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "watermark": (False,),
+        "typical_p": (1, 1.0),
+        "grammar": (),
+        "adapter_id": (),
+        "frequency_penalty_range": (),
+    }
+
+
+class GenerateRequest(Body):
+    """Body of /generate and /generate_stream."""
+
+    inputs: str
+    parameters: Parameters | None = None
+
+
+class CompatRequest(GenerateRequest):
+    """Body of /, which says itself whether it wants a stream."""
+
+    stream: bool | None = None
+
+
+class Token(BaseModel):
+    """A token of the answer."""
+
+    id: int
+    text: str
+    logprob: float
+    special: bool
+
+
+class Details(BaseModel):
+    """How an answer came about."""
+
+    finish_reason: str
+    generated_tokens: int
+    seed: int | None
+    prefill: list[dict[str, Any]]
+    tokens: list[Token]
+    top_tokens: list[list[Token]] | None = None
+
+
+class GenerateResponse(BaseModel):
+    """Response of /generate."""
+
+    generated_text: str
+    details: Details | None = None
+
+
+class _Answer:
+    """One answer in TGI's form.
+
+    Args:
+        service: decodes.
+        body: the request.
+        texts: of tokens.
+    """
+
+    def __init__(self, service: Service, body: GenerateRequest, texts: TokenTexts) -> None:
+        self.service, self.texts = service, texts
+        self.inputs = body.inputs
+        self.parameters = body.parameters or Parameters()
+        self.sample: Sample
+
+    def prepare(self) -> None:
+        """Encode the prompt; on the thread for that."""
+        p = self.parameters
+        if p.do_sample is False and p.temperature is None:
+            p = p.model_copy(update={"temperature": 0.0})
+        ids = raw_ids(self.service, self.inputs)
+        ids = ids[-p.truncate :] if p.truncate else ids
+        longest = (
+            None if p.window is not None and p.max_new_tokens is None else p.max_new_tokens or NEW_TOKENS
+        )
+        generation = Generation(p, longest, tuple(p.stop or ()), 1, p.top_n_tokens or 0)
+        (self.sample,) = generation.samples(self.service, [ids])
+
+    def text(self, output: Output) -> str:
+        """The generated text, with the prompt if that was asked for."""
+        return self.inputs + output.text if self.parameters.return_full_text else output.text
+
+    def tokens(self, output: Output, first: int = 0) -> list[dict[str, Any]]:
+        """Tokens from `first` on."""
+        pairs = zip(output.token_ids[first:], output.confidence[first:], strict=True)
+        return [self._token(token, logprob(p)) for token, p in pairs]
+
+    def _token(self, token: int, value: float | None) -> dict[str, Any]:
+        text = self.texts.text(token)
+        return {"id": token, "text": text, "logprob": LEAST if value is None else value, "special": False}
+
+    def details(self, output: Output) -> dict[str, Any]:
+        """TGI's details."""
+        p = self.parameters
+        details = {
+            "finish_reason": _finish_reason(output),
+            "generated_tokens": len(output.token_ids),
+            "seed": self.sample.seed,
+            "prefill": [],
+            "tokens": self.tokens(output),
+        }
+        if p.top_n_tokens:
+            pairs = [pairs or [] for pairs in output.top_logprobs]
+            details["top_tokens"] = [[self._token(t, x) for t, x in each] for each in pairs]
+        return details
+
+    async def whole(self) -> dict[str, Any]:
+        """The response."""
+        (output,) = await self.service.results([self.sample], timeout=self.parameters.timeout)
+        response: dict[str, Any] = {"generated_text": self.text(output)}
+        wanted = self.parameters.details or self.parameters.decoder_input_details
+        return response | ({"details": self.details(output)} if wanted else {})
+
+    async def events(self) -> Events:
+        """One event a token, the last with the whole text."""
+        notices = self.service.notices([self.sample], watch=_part, timeout=self.parameters.timeout)
+        sent, held = 0, None
+        async with aclosing(notices):
+            async for notice in notices:
+                output: Output = notice.value
+                for token in self.tokens(output, sent):
+                    if held is not None:
+                        yield event(held)
+                    sent += 1
+                    held = {"index": sent, "token": token, "generated_text": None, "details": None}
+                if notice.finished:
+                    end = {k: v for k, v in self.details(output).items() if k in END}
+                    held = held or {"index": 0, "token": self._token(self.service.spec.eos_token_id, None)}
+                    yield event({**held, "generated_text": self.text(output), "details": end})
+
+
+END = ("finish_reason", "generated_tokens", "seed")
+"""Details that the last event of a stream holds."""
+
+
+def _part(update: Update) -> Output:
+    return update.partial
+
+
+def _finish_reason(output: Output) -> str:
+    if output.finish_reason == "length":
+        return "length"
+    return "eos_token" if output.stop_text is None else "stop_sequence"
+
+
+def router(service: Service) -> APIRouter:
+    """The paths of this interface."""
+    api = APIRouter(tags=["TGI"])
+
+    async def prepared(body: GenerateRequest) -> _Answer:
+        service.check_ready()
+        answer = _Answer(service, body, TokenTexts(service.tokenizer))
+        await service.prepare(answer.prepare)
+        return answer
+
+    streams: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        **ERRORS,
+    }
+
+    @api.post("/generate", responses={200: {"model": GenerateResponse}, **ERRORS})
+    async def generate(body: GenerateRequest, http: Request) -> Response:
+        """Go on with a text as it is."""
+        answer = await prepared(body)
+        return JSONResponse(await service.unless_gone(http, answer.whole()))
+
+    @api.post("/generate_stream", response_class=Response, responses=streams)
+    async def generate_stream(body: GenerateRequest) -> Response:
+        """Go on with a text, one event a token."""
+        if (body.parameters or Parameters()).return_full_text:
+            raise APIError(400, "return_full_text means nothing in a stream", param="return_full_text")
+        return stream((await prepared(body)).events(), done=False)
+
+    @api.post("/", responses={200: {"model": list[GenerateResponse]}, **ERRORS})
+    async def root(body: CompatRequest, http: Request) -> Response:
+        """As /generate or /generate_stream, by `stream`; the answer in a list of one."""
+        answer = await prepared(body)
+        if body.stream:
+            return stream(answer.events(), done=False)
+        return JSONResponse([await service.unless_gone(http, answer.whole())])
+
+    @api.get("/info", responses=ERRORS)
+    async def info() -> dict[str, Any]:
+        """Describe the model and the limits."""
+        service.check_loaded()
+        positions, config = service.spec.positions, service.config
+        model = service.worker.engine.model
+        return {
+            "model_id": config.served_name,
+            "model_dtype": str(getattr(model, "dtype", "")).removeprefix("torch."),
+            "model_device_type": getattr(getattr(model, "device", None), "type", ""),
+            "model_pipeline_tag": "text-generation",
+            "max_concurrent_requests": config.max_waiting,
+            "max_best_of": 1,
+            "max_stop_sequences": config.max_stop,
+            "max_input_tokens": config.max_prompt or positions - 1,
+            "max_total_tokens": min(positions, config.max_positions),
+            "version": __version__,
+            "router": "dlm",
+        }
+
+    return api

@@ -1,0 +1,108 @@
+"""Tokens and their log-probabilities, as OpenAI's two interfaces show them."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+from decoding.answer import Output
+
+LEAST = -9999.0
+"""Log-probability that stands for one too small to be a number."""
+
+
+class TokenTexts:
+    """Texts and bytes of single tokens.
+
+    Args:
+        tokenizer: the model's.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._alphabet = _byte_alphabet()
+        self._decode = cache(self._text)
+
+    def text(self, token: int) -> str:
+        """Text of a token; U+FFFD for bytes that are no whole character."""
+        return self._decode(token)
+
+    def _text(self, token: int) -> str:
+        return str(self._tokenizer.decode([token]))
+
+    def bytes(self, token: int) -> list[int]:
+        """Bytes of a token."""
+        text = self.text(token)
+        if "\N{REPLACEMENT CHARACTER}" in text:
+            written = self._tokenizer.convert_ids_to_tokens(token)
+            if all(character in self._alphabet for character in written):
+                return [self._alphabet[character] for character in written]
+        return list(text.encode())
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """The characters by which byte-level BPE writes bytes: printable ones for themselves, others from 256."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def logprob(probability: float | None) -> float | None:
+    """Natural logarithm, at least `LEAST`; None for a token that was given."""
+    if probability is None:
+        return None
+    return max(LEAST, math.log(probability)) if probability > 0 else LEAST
+
+
+def completion_logprobs(
+    output: Output, texts: TokenTexts, offset: int, first: int, count: int
+) -> dict[str, Any]:
+    """The `logprobs` object of /v1/completions for the tokens from `first` on.
+
+    Args:
+        output: the answer, or a part of it.
+        texts: of tokens.
+        offset: characters before the first of them.
+        first: index of the first token.
+        count: number of alternatives that were asked for.
+    """
+    tokens = output.token_ids[first:]
+    written = [texts.text(token) for token in tokens]
+    values = [logprob(p) for p in output.confidence[first:]]
+    offsets = []
+    for text in written:
+        offsets.append(offset)
+        offset += len(text)
+    top: list[dict[str, float] | None] = []
+    for i, (token, value) in enumerate(zip(written, values, strict=True)):
+        pairs = output.top_logprobs[first + i] if output.top_logprobs else []
+        if value is None or pairs is None:
+            top.append(None)
+            continue
+        likeliest = {texts.text(t): max(LEAST, x) for t, x in reversed(pairs[:count])}
+        top.append(dict(reversed((likeliest | {token: value}).items())))
+    return {"tokens": written, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+
+
+def chat_logprobs(output: Output, texts: TokenTexts, first: int, count: int) -> dict[str, Any]:
+    """The `logprobs` object of /v1/chat/completions for the tokens from `first` on; see above."""
+    content = []
+    for i, token in enumerate(output.token_ids[first:], start=first):
+        pairs = (output.top_logprobs[i] if output.top_logprobs else None) or []
+        content.append(
+            {
+                **_named(texts, token, logprob(output.confidence[i])),
+                "top_logprobs": [_named(texts, t, max(LEAST, x)) for t, x in pairs[:count]],
+            }
+        )
+    return {"content": content}
+
+
+def _named(texts: TokenTexts, token: int, value: float | None) -> dict[str, Any]:
+    return {
+        "token": texts.text(token),
+        "logprob": 0.0 if value is None else value,
+        "bytes": texts.bytes(token),
+    }

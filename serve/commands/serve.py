@@ -1,0 +1,22 @@
+"""`dlm serve`: the text-generation server."""
+
+from __future__ import annotations
+
+from dlm.cli import Command
+from dlm.errors import ConfigError
+from serve.config import ServeConfig
+
+
+def run(config: ServeConfig) -> int:
+    """Serve until a signal comes."""
+    try:
+        from serve.server import serve
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] in ("serve", "dlm", "decoding"):
+            raise
+        raise ConfigError(f"dlm serve needs the package {error.name}: pip install 'dlm[serve]'") from error
+    config.keys()
+    return serve(config)
+
+
+COMMAND = Command("serve a model over HTTP (OpenAI's, TGI's and Ollama's interfaces)", ServeConfig, run)

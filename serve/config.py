@@ -1,0 +1,102 @@
+"""Settings of `dlm serve`; importable without torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+
+from decoding.config import LoadConfig
+from dlm.errors import ConfigError, DataError, unknown_name
+
+
+@dataclass(frozen=True)
+class ServeConfig(LoadConfig):
+    """Settings of `dlm serve`.
+
+    Args:
+        host: address to listen on; 0.0.0.0 for all interfaces (give a key then).
+        port: port to listen on; 0 takes a free one.
+        model_name: name of the model in the API; by default the last part of --model.
+        max_rows: answers written at a time; others wait.
+        max_positions: tokens of all answers at work, prompts included and each at its longest.
+        max_waiting: requests that may wait; more are refused with status 429.
+        timeout: seconds until a request is given up, unless it says so itself; 0 for none.
+        grace: seconds that running requests have to finish after SIGTERM.
+        api_key: keys that clients must send; also DLM_API_KEY. Prefer --api_key_file.
+        api_key_file: file of keys, one a line.
+        max_body: longest body of a request, in bytes.
+        max_prompt: longest prompt, in tokens; 0 for what the model can hold.
+        max_n: most answers to one request.
+        max_stop: most stop texts of a request.
+        max_stop_length: longest stop text, in characters.
+        cors: origins whose pages may call the server, such as '["https://example.org"]'; none by default.
+        log_format: "plain" or "json", one line a request on stderr.
+        log_prompts: write prompts to the log.
+        page: serve the page at /.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    model_name: str = ""
+    max_rows: int = 32
+    max_positions: int = 32768
+    max_waiting: int = 256
+    timeout: float = 600.0
+    grace: float = 30.0
+    api_key: list[str] = field(default_factory=list)
+    api_key_file: str = ""
+    max_body: int = 1 << 20
+    max_prompt: int = 0
+    max_n: int = 16
+    max_stop: int = 16
+    max_stop_length: int = 256
+    cors: list[str] = field(default_factory=list)
+    log_format: str = "plain"
+    log_prompts: bool = False
+    page: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        LoadConfig.__post_init__(self)
+        for name in ("max_rows", "max_positions", "max_body", "max_n"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_waiting", "timeout", "grace", "max_prompt", "max_stop", "max_stop_length"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must lie between 0 and 65535, got {self.port}")
+        if self.log_format not in ("plain", "json"):
+            raise unknown_name("log_format", self.log_format, ("plain", "json"))
+
+    @property
+    def served_name(self) -> str:
+        """Name of the model in the API."""
+        return self.model_name or Path(self.model).name
+
+    @property
+    def public(self) -> bool:
+        """True when other machines can reach the address."""
+        try:
+            return not ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host != "localhost"
+
+    def keys(self) -> list[str]:
+        """Keys that clients may send; none when the server is open.
+
+        Raises:
+            DataError: for a file of keys that cannot be read, or holds none.
+        """
+        keys = [*self.api_key, *filter(None, [os.environ.get("DLM_API_KEY")])]
+        if self.api_key_file:
+            try:
+                lines = Path(self.api_key_file).read_text(encoding="utf-8-sig").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"{self.api_key_file}: cannot be read as a file of keys ({error})") from error
+            if not any(line.strip() for line in lines):
+                raise DataError(f"{self.api_key_file}: holds no key; write one a line")
+            keys += [line.strip() for line in lines if line.strip()]
+        return keys

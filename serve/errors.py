@@ -1,0 +1,71 @@
+"""Errors as OpenAI's API reports them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from dlm.errors import DLMError
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    499: "cancelled",
+    500: "server_error",
+    503: "service_unavailable",
+    504: "timeout",
+}
+"""OpenAI's `type` for each status."""
+
+
+class APIError(DLMError):
+    """A request that is answered with an error.
+
+    Attributes:
+        status: of HTTP.
+        message: for people.
+        param: the parameter at fault, if there is one.
+        code: for programs.
+        retry_after: seconds after which to try again, if that may help.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after = retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers that go with it."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+
+def refused(error: DLMError, names: Iterable[str]) -> APIError:
+    """A 400 for settings that do not fit, naming the parameter that the message begins with.
+
+    Args:
+        error: whose message says what was wrong and what would be right.
+        names: parameters of the request.
+    """
+    words = re.findall(r"\w+", str(error))
+    param = next((word for word in words[:6] if word in set(names)), None)
+    return APIError(400, str(error), param=param, code="invalid_value")

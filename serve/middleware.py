@@ -1,0 +1,176 @@
+"""What every request passes: an id, a line in the log, a limit of its body, a key.
+
+Plain ASGI, so that streams and disconnections pass through untouched.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.errors import APIError
+from serve.metrics import Metrics
+
+logger = logging.getLogger("serve.access")
+
+OPEN = re.compile(r"/(health|ready|metrics|docs|openapi\.json|page/[\w.]+)?")
+"""Paths that need no key; / for GET alone."""
+
+ID = re.compile(r"[\w.:-]{1,128}")
+"""Ids that a client may give to its request."""
+
+
+class RequestLog:
+    """Gives each request an id (`x-request-id`) and writes a line about it; never its body.
+
+    Args:
+        app: what comes behind.
+        json_lines: write JSON.
+        bodies: write the beginning of each body too.
+    """
+
+    def __init__(self, app: ASGIApp, json_lines: bool, bodies: bool) -> None:
+        self.app, self.json_lines, self.bodies = app, json_lines, bodies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer as an ASGI application."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if ID.fullmatch(given) else secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = request_id
+        begun, status, body = time.monotonic(), 0, bytearray()
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        async def receiving() -> Message:
+            message = await receive()
+            if self.bodies and len(body) < 10_000:
+                body.extend(message.get("body", b""))
+            return message
+
+        try:
+            await self.app(scope, receiving, sending)
+        finally:
+            client = scope.get("client") or ("", 0)
+            line = {
+                "request_id": request_id,
+                "client": client[0],
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "seconds": round(time.monotonic() - begun, 4),
+            }
+            if self.bodies:
+                line["body"] = bytes(body).decode(errors="replace")
+            self._write(line)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.json_lines:
+            logger.info(json.dumps({"time": time.time(), **line}))
+        else:
+            logger.info(" ".join(f"{name}={value!s}" for name, value in line.items()))
+
+
+class BodyLimit:
+    """Refuses bodies that are too long, before they are read whole.
+
+    Args:
+        app: what comes behind.
+        limit: bytes.
+        metrics: where to count.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int, metrics: Metrics) -> None:
+        self.app, self.limit, self.metrics = app, limit, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer as an ASGI application."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        announced = Headers(scope=scope).get("content-length", "0")
+        if announced.isdigit() and int(announced) > self.limit:
+            await self._refuse(scope, receive, send)
+            return
+        read, started = 0, False
+
+        async def receiving() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.limit:
+                raise _TooLong
+            return message
+
+        async def sending(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receiving, sending)
+        except _TooLong:
+            if not started:
+                await self._refuse(scope, receive, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.metrics.refused.inc(label="body_too_long")
+        error = APIError(413, f"a body may have {self.limit} bytes at most", code="body_too_long")
+        headers = {"Connection": "close"}
+        await JSONResponse(error.body, error.status, headers)(scope, receive, send)
+
+
+class _TooLong(BaseException):
+    """Raised through the application, past its handlers of exceptions."""
+
+
+class Keys:
+    """Lets those pass who send a key, `Authorization: Bearer …`; some paths are open to all.
+
+    Args:
+        app: what comes behind.
+        keys: those that are accepted; none for an open server.
+        metrics: where to count.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+        self.keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer as an ASGI application."""
+        if scope["type"] != "http" or not self.keys or self._is_open(scope) or self._has_key(scope):
+            await self.app(scope, receive, send)
+            return
+        self.metrics.refused.inc(label="invalid_api_key")
+        message = "this server needs a key, sent as 'Authorization: Bearer KEY'"
+        error = APIError(401, message, code="invalid_api_key")
+        await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+
+    def _is_open(self, scope: Scope) -> bool:
+        if scope["method"] == "OPTIONS":
+            return True
+        return scope["method"] in ("GET", "HEAD") and OPEN.fullmatch(scope["path"]) is not None
+
+    def _has_key(self, scope: Scope) -> bool:
+        kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        given = key.strip().encode("utf-8", "replace")
+        matches = [hmac.compare_digest(given, each) for each in self.keys]  # all, in equal time
+        return kind.lower() == "bearer" and any(matches)

@@ -1,0 +1,120 @@
+"""The process: uvicorn around the application, with a shutdown that lets running requests finish."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import time
+from types import FrameType
+
+import uvicorn
+
+from dlm.errors import DLMError
+from serve.app import create_app
+from serve.config import ServeConfig
+from serve.metrics import Metrics
+from serve.worker import Worker
+
+logger = logging.getLogger("serve")
+
+
+def make_worker(config: ServeConfig, metrics: Metrics) -> Worker:
+    """A worker for the model of the settings, not yet started."""
+    return Worker(config.load, max_rows=config.max_rows, max_positions=config.max_positions, metrics=metrics)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server; the first signal drains, the second stops at once.
+
+    Args:
+        config: uvicorn's.
+        worker: owns the model.
+        grace: seconds that running requests have to finish.
+    """
+
+    def __init__(self, config: uvicorn.Config, worker: Worker, grace: float) -> None:
+        super().__init__(config)
+        self.worker, self.grace = worker, grace
+        self._drain: asyncio.Task[None] | None = None
+        self.failure: BaseException | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; at a second signal, stop."""
+        del frame
+        if self.worker.draining or not self.worker.ready:
+            self.should_exit = self.force_exit = True
+            return
+        logger.info("%s: finishing what runs, %g seconds at most", signal.Signals(sig).name, self.grace)
+        self.worker.drain()
+        loop = asyncio.get_running_loop()
+        self._drain = loop.create_task(self._wait_for_idle())
+
+    async def _wait_for_idle(self) -> None:
+        deadline = time.monotonic() + self.grace
+        while time.monotonic() < deadline and not self.worker.idle:
+            await asyncio.sleep(0.02)
+        self.worker.stop(timeout=0)
+        await asyncio.sleep(0.1)  # let the last lines go out
+        self.should_exit = True
+
+    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        """Listen, and say so when the model is there."""
+        await super().startup(sockets)  # type: ignore[arg-type]
+        if self.should_exit:
+            return
+        self.worker.start()
+        asyncio.get_running_loop().create_task(self._announce())
+
+    async def _announce(self) -> None:
+        try:
+            await asyncio.wrap_future(self.worker.loaded)
+        except BaseException as error:
+            self.failure = error
+            self.should_exit = True
+            return
+        print(f"dlm serve: ready at {self.address}", flush=True)
+
+    @property
+    def address(self) -> str:
+        """Where it listens, as a URL."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(config: ServeConfig) -> int:
+    """Run until a signal comes; returns the exit status.
+
+    Raises:
+        DLMError: when the model cannot be loaded, or the address is taken.
+    """
+    metrics = Metrics(config.served_name)
+    worker = make_worker(config, metrics)
+    app = create_app(worker, config, metrics)
+    if config.public and not config.keys():
+        print(
+            f"dlm serve: warning: {config.host} can be reached from other machines and there is no key; "
+            "give --api_key_file",
+            file=sys.stderr,
+        )
+    settings = uvicorn.Config(
+        app,
+        host=config.host,
+        port=config.port,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=5,
+        timeout_keep_alive=30,
+    )
+    server = Server(settings, worker, config.grace)
+    try:
+        server.run()
+    except SystemExit as stop:
+        raise DLMError(f"cannot listen on {config.host}:{config.port}; is something else there?") from stop
+    finally:
+        worker.stop()
+    if server.failure is not None:
+        raise server.failure
+    return 0

@@ -1,0 +1,237 @@
+"""Between HTTP and the worker: jobs as something to await.
+
+Prompts are encoded on one thread of their own, so that a long one stalls neither the event loop nor a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+from anyio import CapacityLimiter, to_thread
+from starlette.requests import Request as HTTPRequest
+
+from decoding.engine import Update
+from decoding.rows import RowMaker
+from dlm.errors import ConfigError, DLMError
+from dlm.spec import ModelSpec
+from serve.config import ServeConfig
+from serve.errors import APIError
+from serve.job import DrainingError, ExpiredError, Job, Notice, Sample, StoppedError
+from serve.metrics import Metrics
+from serve.worker import Worker
+
+T = TypeVar("T")
+
+
+class Service:
+    """A worker, as handlers of requests use it.
+
+    Args:
+        worker: owns the model.
+        config: the limits.
+        metrics: where to count.
+    """
+
+    def __init__(self, worker: Worker, config: ServeConfig, metrics: Metrics) -> None:
+        self.worker, self.config, self.metrics = worker, config, metrics
+        self.created = int(time.time())
+        self._limiter: CapacityLimiter | None = None
+        self._rows: RowMaker | None = None
+
+    # ---- the model -----------------------------------------------------------------------------------
+
+    def check_ready(self) -> None:
+        """Refuse what cannot be answered now.
+
+        Raises:
+            APIError: 503 while the model is loaded or the server shuts down; 429 when too many wait.
+        """
+        self.check_loaded()
+        if self.worker.draining:
+            raise self._refused(503, "the server is shutting down", "draining")
+        if not self.worker.ready:
+            raise self._refused(503, "the model is not there", "dead")
+        if self.worker.waiting >= self.config.max_waiting:
+            seconds = math.ceil(self.worker.row_seconds * self.worker.waiting / self.config.max_rows)
+            waiting = self.config.max_waiting
+            message = f"{waiting} requests wait already; try again later"
+            raise self._refused(429, message, "queue_full", retry_after=max(1, seconds))
+
+    def check_loaded(self) -> None:
+        """Refuse what needs the model before it is there.
+
+        Raises:
+            APIError: 503.
+        """
+        if not self.worker.loaded.done():
+            raise self._refused(503, "the model is being loaded", "loading", retry_after=2)
+
+    def _refused(self, status: int, message: str, code: str, retry_after: int | None = None) -> APIError:
+        self.metrics.refused.inc(label=code)
+        return APIError(status, message, code=code, retry_after=retry_after)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's."""
+        return ModelSpec.of(self.worker.engine.model)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's."""
+        return self.worker.engine.tokenizer
+
+    @property
+    def rows(self) -> RowMaker:
+        """Makes rows of prompts."""
+        if self._rows is None:
+            self._rows = RowMaker(self.tokenizer, self.spec)
+        return self._rows
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse the name of another model.
+
+        Raises:
+            APIError: 404.
+        """
+        served = self.config.served_name
+        if name is not None and name != served:
+            self.metrics.refused.inc(label="model_not_found")
+            message = f"the model {name!r} does not exist; this server has {served!r}"
+            raise APIError(404, message, param="model", code="model_not_found")
+
+    # ---- jobs ----------------------------------------------------------------------------------------
+
+    async def prepare(self, function: Callable[[], T]) -> T:
+        """Call a function that encodes prompts, on the thread for that."""
+        if self._limiter is None:
+            self._limiter = CapacityLimiter(1)
+        return await to_thread.run_sync(function, limiter=self._limiter)
+
+    def check_samples(self, samples: Sequence[Sample]) -> None:
+        """Refuse rows that the server could never hold.
+
+        Raises:
+            APIError: 400, naming both numbers.
+        """
+        for sample in samples:
+            if self.config.max_prompt and sample.row.answer > self.config.max_prompt:
+                raise APIError(
+                    400,
+                    f"the prompt has {sample.row.answer} tokens; this server takes {self.config.max_prompt}",
+                    code="context_length_exceeded",
+                )
+            if sample.positions > self.config.max_positions:
+                raise APIError(
+                    400,
+                    f"prompt and answer have {sample.positions} tokens; this server holds "
+                    f"{self.config.max_positions}",
+                    code="context_length_exceeded",
+                )
+
+    async def notices(
+        self,
+        samples: Sequence[Sample],
+        *,
+        watch: Callable[[Update], Any] | None = None,
+        finish: Callable[[Update], Any] | None = None,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[Notice, None]:
+        """Decode rows; yields news of them until the last is finished. Leaving early frees the rows.
+
+        Args:
+            samples: the rows.
+            watch: what is made of each step.
+            finish: what is made of the end of a row; by default its output.
+            timeout: seconds until they are given up; the server's by default.
+
+        Raises:
+            APIError: when the rows could not be finished.
+        """
+        loop = asyncio.get_running_loop()
+        news: asyncio.Queue[list[Notice] | Exception] = asyncio.Queue()
+
+        def deliver(item: list[Notice] | Exception) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(news.put_nowait, item)
+
+        seconds = self.config.timeout if timeout is None else timeout
+        deadline = time.monotonic() + seconds if seconds else None
+        job = Job(samples, deliver, watch, finish, deadline)
+        remaining = len(samples)
+        if not remaining:
+            return
+        self.worker.submit(job)
+        try:
+            while remaining:
+                item = await news.get()
+                if isinstance(item, Exception):
+                    remaining = 0
+                    raise as_api_error(item)
+                for notice in item:
+                    remaining -= notice.finished
+                    yield notice
+        finally:
+            if remaining:
+                self.worker.cancel(job)
+
+    async def results(
+        self,
+        samples: Sequence[Sample],
+        *,
+        finish: Callable[[Update], Any] | None = None,
+        timeout: float | None = None,
+    ) -> list[Any]:
+        """The ends of all rows, in order; see `notices`."""
+        found: dict[int, Any] = {}
+        async with aclosing(self.notices(samples, finish=finish, timeout=timeout)) as notices:
+            async for notice in notices:
+                found[notice.index] = notice.value
+        return [found[i] for i in range(len(samples))]
+
+    async def call(self, function: Callable[[Any], T]) -> T:
+        """Call `function(model)` on the worker's thread."""
+        return await asyncio.wrap_future(self.worker.call(function))
+
+    async def unless_gone(self, http: HTTPRequest, work: Awaitable[T]) -> T:
+        """Await `work`, which is cancelled when the client goes away.
+
+        Raises:
+            APIError: 499 then, which nobody will read.
+        """
+        task = asyncio.ensure_future(work)
+        gone = asyncio.ensure_future(_gone(http))
+        try:
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise APIError(499, "the client has closed the connection", code="cancelled")
+        finally:
+            for each in (task, gone):
+                each.cancel()
+            await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(http: HTTPRequest) -> None:
+    """Return when the client has gone away."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def as_api_error(error: Exception) -> APIError:
+    """The error with which a request ends, for one that its job had."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, ExpiredError):
+        return APIError(504, str(error), param="timeout", code="timeout")
+    if isinstance(error, DrainingError | StoppedError):
+        return APIError(503, str(error), code="draining")
+    if isinstance(error, ConfigError):
+        return APIError(400, str(error), code="invalid_value")
+    if isinstance(error, DLMError):
+        return APIError(500, str(error), code="model_failure")
+    return APIError(500, f"{type(error).__name__}: {error}", code="internal_error")

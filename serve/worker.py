@@ -1,0 +1,298 @@
+"""The one thread that owns the model and its engine.
+
+Other threads leave messages; the worker takes them between two steps, so no lock is ever held across a model
+call, and whoever goes away is gone before the next step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+from decoding.answer import Output
+from decoding.engine import Engine, Update
+from decoding.request import Request
+from dlm.errors import DLMError
+from serve.job import DrainingError, ExpiredError, Job, Notice, Sample, StoppedError
+from serve.metrics import Metrics
+from serve.queue import Queue
+
+logger = logging.getLogger("serve")
+
+T = TypeVar("T")
+
+
+class Worker:
+    """Decodes jobs on a thread of its own.
+
+    Args:
+        load: makes the model and its tokenizer; called on the worker's thread.
+        max_rows: rows at work at a time.
+        max_positions: positions of all rows at work, each at its longest.
+        metrics: where to count.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], tuple[Any, Any]],
+        *,
+        max_rows: int,
+        max_positions: int,
+        metrics: Metrics,
+    ) -> None:
+        self.metrics = metrics
+        self.max_rows, self.max_positions = max_rows, max_positions
+        self._load = load
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._queue: Queue[Job] = Queue(max_rows, max_positions)
+        self._jobs: dict[int, tuple[Job, int]] = {}  # by ticket
+        self._engine: Engine | None = None
+        self._stopping = False
+        self.draining = False
+        self.loaded: Future[tuple[Any, Any]] = Future()
+        """The model and its tokenizer, when they are there and warm."""
+        self.row_seconds = 1.0
+        """Moving average of the time that a row is at work."""
+        self._thread = threading.Thread(target=self._run, name="dlm-worker", daemon=True)
+
+    # ---- for other threads ---------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to load the model, and then to work."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """False once the worker has ended, or died."""
+        return self._thread.is_alive()
+
+    @property
+    def ready(self) -> bool:
+        """True when requests will be answered."""
+        done = self.loaded.done() and self.loaded.exception() is None
+        return done and self.alive and not self.draining
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; only its `spec`-like properties may be used by other threads."""
+        assert self._engine is not None
+        return self._engine
+
+    @property
+    def waiting(self) -> int:
+        """Requests of which no row has begun, those in the inbox included."""
+        return self._queue.waiting + self._inbox.qsize()
+
+    @property
+    def idle(self) -> bool:
+        """True when no request is at work or waiting."""
+        return not self._queue and self._inbox.empty()
+
+    def submit(self, job: Job) -> None:
+        """Take up a job; its news come through `Job.deliver`."""
+        self.metrics.accepted.inc()
+        self._inbox.put(lambda: self._take(job))
+
+    def cancel(self, job: Job) -> None:
+        """Forget a job, before the next step; one that has ended already is left alone."""
+        self._inbox.put(lambda: self._cancel(job))
+
+    def call(self, function: Callable[[Any], T]) -> Future[T]:
+        """Call `function(model)` on the worker's thread, between two steps."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(self.engine.model))
+                except Exception as error:
+                    future.set_exception(error)
+
+        self._inbox.put(run)
+        return future
+
+    def drain(self) -> None:
+        """Refuse jobs that have not begun; those at work go on."""
+        self.draining = True
+        self._inbox.put(self._refuse_waiting)
+
+    def stop(self, timeout: float | None = 5.0) -> None:
+        """End the thread before its next step; jobs that are not finished are told."""
+        self.draining = True
+        self._inbox.put(self._end)
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+
+    # ---- the thread ----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            model, tokenizer = self._load()
+            self._engine = Engine(model, tokenizer)
+            self._warm_up()
+        except BaseException as error:
+            self.loaded.set_exception(error)
+            return
+        self.loaded.set_result((model, tokenizer))
+        while self._read_inbox():
+            self._expire()
+            self._admit()
+            if len(self.engine):
+                self._step()
+            self._measure()
+
+    def _warm_up(self) -> None:
+        """Answer a word, so that the first request does not pay for what is made on first use."""
+        engine = self.engine
+        engine.submit("a", Request(max_tokens=4).resolve(engine.model))
+        while len(engine):
+            engine.step()
+
+    def _read_inbox(self) -> bool:
+        """Act on all messages; waits for one where there is nothing else to do. False to stop."""
+        idle = not len(self.engine) and not self._queue
+        try:
+            self._inbox.get(block=idle)()
+            while True:
+                self._inbox.get_nowait()()
+        except Empty:
+            return not self._stopping
+
+    def _take(self, job: Job) -> None:
+        if self.draining:
+            self._fail(job, DrainingError("the server is shutting down"), "draining")
+            return
+        self._queue.add(job, [sample.positions for sample in job.samples])
+
+    def _cancel(self, job: Job) -> None:
+        if self._forget(job):
+            self.metrics.cancelled.inc()
+
+    def _forget(self, job: Job) -> bool:
+        """Take a job's rows out of the queue and the engine; False when it is not there."""
+        if job not in self._queue:
+            return False
+        self._queue.remove(job)
+        for ticket in job.tickets.values():
+            del self._jobs[ticket]
+            with contextlib.suppress(KeyError):  # finished in this very step
+                self.engine.cancel(ticket)
+        job.tickets.clear()
+        return True
+
+    def _fail(self, job: Job, error: Exception, reason: str) -> None:
+        self._forget(job)
+        self.metrics.failed.inc(label=reason)
+        job.deliver(error)
+
+    def _refuse_waiting(self) -> None:
+        for job in self._queue.waiting_jobs():
+            self._fail(job, DrainingError("the server is shutting down"), "draining")
+
+    def _end(self) -> None:
+        self._stopping = True
+        for job in self._queue.jobs():
+            self._fail(job, StoppedError("the server has stopped"), "stopped")
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for job in self._queue.jobs():
+            if job.deadline is not None and now >= job.deadline:
+                seconds = job.deadline - job.arrived
+                self._fail(
+                    job, ExpiredError(f"the request was not finished in {seconds:g} seconds"), "timeout"
+                )
+
+    def _admit(self) -> None:
+        for job, index in self._queue.admit():
+            sample: Sample = job.samples[index]
+            try:
+                ticket = self.engine.submit(sample.row, sample.plan, sample.seed)
+            except DLMError as error:
+                self._fail(job, error, "invalid")
+                continue
+            if job.begun is None:
+                job.begun = time.monotonic()
+                self.metrics.queue_time.observe(job.begun - job.arrived)
+            job.tickets[index] = ticket
+            self._jobs[ticket] = (job, index)
+
+    def _step(self) -> None:
+        """One step of all rows, and the news of it."""
+        begun = time.perf_counter()
+        try:
+            updates = self.engine.step()
+        except Exception as error:
+            self._start_again(error)
+            return
+        self.metrics.steps.inc()
+        news: dict[Job, list[Notice]] = {}
+        for update in updates:
+            job, index = self._jobs.get(update.ticket, (None, 0))
+            if job is None:
+                continue  # another of its rows has failed in this step
+            try:
+                self._follow(job, index, update, news.setdefault(job, []))
+            except Exception as error:
+                news.pop(job, None)
+                if not isinstance(error, DLMError):
+                    logger.exception("an answer could not be read")
+                self._fail(job, error, "model")
+        for job, notices in news.items():
+            if notices:
+                job.deliver(notices)
+        self.metrics.step_time.observe(time.perf_counter() - begun)
+
+    def _follow(self, job: Job, index: int, update: Update, notices: list[Notice]) -> None:
+        """Note what a step did to a row."""
+        if not update.finished:
+            if job.watch is not None and (value := job.watch(update)) is not None:
+                notices.append(Notice(index, value))
+            return
+        del self._jobs[update.ticket], job.tickets[index]
+        if update.error is not None:
+            raise update.error
+        output = update.output
+        assert output is not None
+        notices.append(Notice(index, output if job.finish is None else job.finish(update), finished=True))
+        self._queue.release(job, index)
+        job.finished += 1
+        self._count(job, output)
+
+    def _count(self, job: Job, output: Output) -> None:
+        metrics = self.metrics
+        now = time.monotonic()
+        self.row_seconds += 0.1 * (now - (job.begun or now) - self.row_seconds)
+        metrics.model_calls.inc(output.model_calls)
+        metrics.generation_tokens.inc(len(output.token_ids))
+        metrics.tokens_per_call.observe(len(output.token_ids) / max(1, output.model_calls))
+        metrics.answers.inc(label=output.finish_reason)
+        if job.finished == len(job.samples):
+            metrics.finished.inc()
+            metrics.prompt_tokens.inc(job.samples[0].row.answer)
+            metrics.end_to_end.observe(now - job.arrived)
+
+    def _start_again(self, error: Exception) -> None:
+        """After a step that failed as a whole (memory, a device), fail what was at work and go on afresh."""
+        logger.exception("a step failed")
+        engine = self.engine
+        self._engine = Engine(engine.model, engine.tokenizer)
+        for job in self._queue.jobs():
+            if job.tickets:
+                for ticket in job.tickets.values():
+                    del self._jobs[ticket]
+                job.tickets.clear()
+                self._fail(job, DLMError(f"the model failed: {type(error).__name__}: {error}"), "model")
+
+    def _measure(self) -> None:
+        queue, metrics = self._queue, self.metrics
+        metrics.waiting.set(queue.waiting)
+        metrics.running.set(len(queue) - queue.waiting)
+        metrics.rows.set(queue.rows)
+        metrics.positions.set(queue.positions)
