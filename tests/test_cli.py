@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -226,3 +227,22 @@ def test_given_tokens_stop_texts_and_edits_on_the_command_line(model, tokenizer,
     listed = capsys.readouterr().out
     assert "MDLM, 2406.07524; exact" in listed
     assert "2509.15188; approximate" in listed
+
+
+@pytest.mark.parametrize("layout", ["decoding/__init__.py", "eval.py", "eval/notes.txt"])
+def test_a_project_with_packages_of_the_same_names_does_not_break_the_program(tmp_path, layout):
+    (tmp_path / layout).parent.mkdir(exist_ok=True)
+    (tmp_path / layout).write_text("raise RuntimeError('not mine')" if layout.endswith(".py") else "")
+    home = str(Path(__file__).parents[1])
+    done = dlm(
+        "generate" if layout.startswith("decoding") else "eval", "--help",
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), home])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    name, hides = layout.split("/")[0], layout.endswith(".py")
+    lines = done.stderr.splitlines()
+    assert len(lines) == hides
+    if hides:
+        package = name.removesuffix(".py")
+        hidden = f"{tmp_path / name} hides the package {package!r} of this program"
+        assert lines[0] == f"dlm: note: {hidden}; {home}/{package} is used"
