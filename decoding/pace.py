@@ -130,7 +130,7 @@ class Steps:
     def within(self, positions: int) -> Steps:
         """This pace, with no more steps than so many masked positions can use, and a note if it had more.
 
-        A position is written once, so that most steps beyond their number are empty, and each costs time. What
+        A position is written once, so that most steps beyond their number are empty. What
         finer steps still change is that two tokens fall into one step: of n positions, (n - 1)/32 pairs on
         average with `STEPS_PER_POSITION` each (log-linear); none at a rate of 1, which is the limit.
         """
