@@ -37,8 +37,8 @@ def load_model(
             or hub id of a checkpoint of this toolkit, or folder of an adapter; also a causal LM (folder, hub
             id or `.gguf` file), which is made bidirectional and has then still to be trained.
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
-        dtype: "float32", "bfloat16", "float16"; "auto": bfloat16 on a GPU, float32 on a CPU; or "fastest":
-            bfloat16 also on a CPU that computes in it.
+        dtype: "float32", "bfloat16", "float16"; or "auto": bfloat16 on a GPU, and on a CPU that computes in
+            it, else float32. Commands have the same default.
         attn_implementation: transformers' name of the attention kernel; by default flash-attn where it
             is installed and applies, else SDPA.
 
@@ -64,13 +64,11 @@ def place(device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype]:
         ConfigError: for an unknown `dtype`.
     """
     if dtype not in ("auto", "fastest", *DTYPES):
-        raise unknown_name("dtype", dtype, ["auto", "fastest", *DTYPES])
+        raise unknown_name("dtype", dtype, ["auto", *DTYPES])
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "fastest" and device == "cpu" and computes_bfloat16():
-        dtype = "bfloat16"
-    if dtype not in DTYPES:
-        dtype = "float32" if device == "cpu" else "bfloat16"
+    if dtype not in DTYPES:  # "fastest" is an older name of "auto"
+        dtype = "bfloat16" if device != "cpu" or computes_bfloat16() else "float32"
     return device, DTYPES[dtype]
 
 

@@ -112,7 +112,7 @@ def test_generate_reads_words_files_and_stdin_and_writes_text_or_json(checkpoint
     generate("--options.temperature", "0.5", "--forbidden", '["a"]', "hello")  # of the checkpoint's decoder
     assert main(["generate", "--model", checkpoint, "--window", "10", "a prompt that does not fit"]) == 2
     assert "the window must be at least" in capsys.readouterr().err
-    piped = dlm("generate", "--model", checkpoint, input="Count from 2 to 5.\n")
+    piped = dlm("generate", "--model", checkpoint, "--dtype", "float32", input="Count from 2 to 5.\n")
     assert piped.returncode == 0, piped.stderr
     assert piped.stdout.strip() == rows[0]["text"].strip()
     assert "Traceback" not in piped.stderr
@@ -246,3 +246,26 @@ def test_a_project_with_packages_of_the_same_names_does_not_break_the_program(tm
         package = name.removesuffix(".py")
         hidden = f"{tmp_path / name} hides the package {package!r} of this program"
         assert lines[0] == f"dlm: note: {hidden}; {home}/{package} is used"
+
+
+def program_dtype(checkpoint):
+    """Type of the weights that a command loads without being told one."""
+    code = "import sys; from decoding.config import LoadConfig as C; print(C(sys.argv[1]).load()[0].dtype)"
+    done = subprocess.run([sys.executable, "-c", code, checkpoint], capture_output=True, check=True)
+    return done.stdout.decode().strip()
+
+
+def test_the_program_and_python_give_the_same_text(checkpoint):
+    """Neither is told a type of the weights; both run in processes of their own, as users run them."""
+    prompt = "Count from 2 to 5."
+    script = f"""
+from decoding import Sampler
+from dlm import load_model
+model, tokenizer = load_model({checkpoint!r})
+print(model.dtype, Sampler(model, tokenizer).generate([{prompt!r}])[0].token_ids)
+"""
+    python = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    program = dlm("generate", "--model", checkpoint, "--json", prompt)
+    dtype, ids = python.stdout.split(" ", 1)
+    assert json.loads(ids) == json.loads(program.stdout)["token_ids"]
+    assert dtype == program_dtype(checkpoint)
