@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--last", type=int, default=1000, help="held-out rows, from the end")
     options = parser.parse_args()
-    sampler = Sampler(*load_model(options.model, dtype="fastest"))
+    sampler = Sampler(*load_model(options.model))
     rows = load_rows(options.data)
     held_out = rows.select(range(len(rows) - options.last, len(rows)))
     chosen = [s for s, _ in zip(sentences(held_out, sampler), range(options.limit), strict=False)]

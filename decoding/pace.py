@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -11,6 +13,11 @@ import torch
 from decoding.window import Window
 from dlm.errors import ConfigError
 from dlm.schedule import LogLinear, NoiseSchedule
+
+logger = logging.getLogger(__name__)
+
+STEPS_PER_POSITION = 16
+"""Most denoising steps for each position that is to be written; see `Steps.within`."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,28 @@ class Steps:
     def late(self, step: torch.Tensor) -> torch.Tensor:
         """See `Pace`."""
         return step >= self.steps
+
+    def within(self, positions: int) -> Steps:
+        """This pace, with no more steps than so many masked positions can use, and a note if it had more.
+
+        A position is written once, so that most steps beyond their number are empty. What
+        finer steps still change is that two tokens fall into one step: of n positions, (n - 1)/32 pairs on
+        average with `STEPS_PER_POSITION` each (log-linear); none at a rate of 1, which is the limit.
+        """
+        most = STEPS_PER_POSITION * positions
+        if self.steps <= most:
+            return self
+        _note_unused(self.steps, most, positions)
+        return replace(self, steps=most)
+
+
+@cache
+def _note_unused(steps: int, most: int, positions: int) -> None:
+    """Say once that steps are left out."""
+    logger.warning(
+        "steps %d are more than %d positions can use: %d are taken, %d for each (rate 1 is their limit)",
+        steps, positions, most, STEPS_PER_POSITION,
+    )  # fmt: skip
 
 
 class _Untimed:

@@ -87,7 +87,8 @@ class Request:
         rate: tokens written per model call on average, at least 1; by default the checkpoint's rate, or 2 on
             a canvas that grows. Not for decoders with a pace of their own.
         window: tokens of prompt and answer together, on a fixed canvas.
-        steps: denoising steps on a fixed canvas; by default the checkpoint's, or a quarter of the window.
+        steps: denoising steps on a fixed canvas; by default the checkpoint's, or a quarter of the window. At
+            most 16 for each position of the window are taken.
         stop: a text that ends an answer, which is cut before it; several as '["one", "two"]'.
         eos_fill: once an end token is written, everything to its right becomes the end token; on by default.
         canvas: "growing" with a window and steps shows the model no more than can open soon (approximate).
@@ -318,6 +319,14 @@ class Plan:
         """Masks that a growing canvas begins with; None where the canvas is whole."""
         return None if self.margin is None else self.decoder.window.ahead + self.margin
 
+    def within(self, masks: int) -> Plan:
+        """This plan, for a row of so many masks: with no more steps than they can use (`Steps.within`)."""
+        from decoding.pace import Steps
+
+        if not isinstance(self.pace, Steps) or self.pace.within(masks) is self.pace:
+            return self
+        return replace(self, pace=self.pace.within(masks))
+
     @property
     def keeps_tokens(self) -> bool:
         """True when what is written stays, so that text can be confirmed and a stop text ends the answer."""
@@ -387,7 +396,7 @@ def _pace(request: Request, spec: ModelSpec, decoder: Decoder, window: int | Non
     from decoding.pace import OwnPace, Rate, Steps
 
     if request.steps is not None:
-        return Steps(request.steps, spec.schedule)
+        return Steps(request.steps, spec.schedule).within(window or spec.positions)
     if not decoder.reveal.paced:
         return OwnPace()
     if request.rate is not None:
@@ -395,7 +404,7 @@ def _pace(request: Request, spec: ModelSpec, decoder: Decoder, window: int | Non
     if grows:
         return Rate(float(spec.generation.get("rate", DEFAULT_RATE)))
     assert window is not None
-    return Steps(int(spec.generation.get("steps", max(1, window // 4))), spec.schedule)
+    return Steps(int(spec.generation.get("steps", max(1, window // 4))), spec.schedule).within(window)
 
 
 def _check_fixed_canvas(request: Request, pace: Pace) -> None:

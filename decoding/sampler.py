@@ -91,8 +91,8 @@ class Sampler:
         """
         plan = self.plan(request, **fields)
         seeded = enumerate(_with_seeds(prompts, seed))
-        rows = ((self.rows.answer(prompt, plan, f"prompt {i}"), each) for i, (prompt, each) in seeded)
-        for update in self._finished(rows, plan, batch_size):
+        rows = ((self.rows.answer(prompt, plan, f"prompt {i}"), plan, each) for i, (prompt, each) in seeded)
+        for update in self._finished(rows, batch_size):
             assert update.output is not None
             yield update.output
 
@@ -236,8 +236,8 @@ class Sampler:
         """Text of a partly written answer, up to its end, with a blank for each mask."""
         return show(ids, self.plan(), self.tokenizer)
 
-    def _finished(self, rows: Iterator[tuple[Row, int]], plan: Plan, batch_size: int) -> Iterator[Update]:
-        """Decode rows with their seeds, so many at a time; yields their last updates in order."""
+    def _finished(self, rows: Iterator[tuple[Row, Plan, int]], batch_size: int) -> Iterator[Update]:
+        """Decode rows with their plans and seeds, so many at a time; yields their last updates in order."""
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         engine = Engine(self.model, self.tokenizer)
@@ -246,7 +246,7 @@ class Sampler:
         following, failure = 0, None
         while True:
             try:
-                for row, seed in itertools.islice(rows, batch_size - len(engine)):
+                for row, plan, seed in itertools.islice(rows, batch_size - len(engine)):
                     names[engine.submit(row, plan, seed)] = row.name
             except Exception as error:  # first let what is at work be finished
                 failure, rows = error, iter(())
@@ -274,13 +274,13 @@ class Sampler:
         """Fill texts that have been cut at their gaps."""
         tries: list[int] = []
 
-        def rows() -> Iterator[tuple[Row, int]]:
+        def rows() -> Iterator[tuple[Row, Plan, int]]:
             for name, pieces, seed in texts:
                 several = rows_with_gaps(self.rows, pieces, prompt, plan, name)
                 tries.append(len(several))
-                yield from ((row, seed) for row in several)
+                yield from ((row, plan.within(row.ids.count(plan.mask_id)), seed) for row in several)
 
-        finished = self._finished(rows(), plan, batch_size)
+        finished = self._finished(rows(), batch_size)
         for number in itertools.count():
             first = next(finished, None)
             if first is None:

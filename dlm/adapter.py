@@ -19,6 +19,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from dlm.errors import CheckpointError, first_line
 from dlm.model import MaskedDiffusionModel
@@ -37,8 +38,14 @@ _VALUES = 8
 _TOLERANCE = 3e-3
 """Relative difference of a weight's values that rounding to bfloat16 explains."""
 
-TARGETS: dict[str, str | list[str]] = {"all": "all-linear", "attention": ["q_proj", "k_proj", "v_proj"]}
-"""Layers that get an adapter, by name: every linear layer of the backbone, or those of the attention."""
+TARGETS: dict[str, str | list[str]] = {
+    "all": "all-linear",
+    "attention": ["q_proj", "k_proj", "v_proj", "c_attn"],
+}
+"""Layers that get an adapter, by name: every linear layer of the backbone, or those of the attention.
+
+GPT-2 has one layer, `c_attn`, for queries, keys and values.
+"""
 
 
 class MaskShift(nn.Module):
@@ -65,7 +72,8 @@ class FoldedLinear(LoraLinear):  # type: ignore[misc]
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         (name,) = self.active_adapters
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        weight = torch.addmm(self.base_layer.weight, up, down, alpha=self.scaling[name])
+        stored = self.base_layer.weight.T if self.fan_in_fan_out else self.base_layer.weight
+        weight = torch.addmm(stored, up, down, alpha=self.scaling[name])
         return F.linear(x, weight, self.base_layer.bias)
 
 
@@ -127,7 +135,8 @@ def add_adapter(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=TARGETS[targets],
-        modules_to_save=["norm", "mask_shift"],
+        modules_to_save=["norm", "ln_1", "ln_2", "ln_f", "mask_shift"],
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -197,6 +206,11 @@ def is_adapter(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
+def saved_by_peft(path: str | Path) -> bool:
+    """Whether an adapter's folder is as `peft` alone writes it: without the model's config.json."""
+    return is_adapter(path) and not (Path(path) / "config.json").is_file()
+
+
 def base_of(path: str | Path) -> str:
     """The base that an adapter was trained on: a name, a hub id, or a folder where it was then.
 
@@ -224,7 +238,7 @@ def merged(model: Any) -> MaskedDiffusionModel:
     plain.requires_grad_(True)  # the adapter froze it
     if isinstance(plain.mask_shift, MaskShift):
         with torch.no_grad():
-            table: torch.Tensor = plain.get_parameter("backbone.embed_tokens.weight")
+            table: torch.Tensor = plain.get_input_embeddings().get_parameter("weight")
             table[plain.config.mask_token_id] += plain.mask_shift.weight
         plain.mask_shift = None
     return plain
@@ -239,22 +253,43 @@ def load_adapter(base: MaskedDiffusionModel, path: str | Path) -> MaskedDiffusio
     """
     _check_base(base, path)
     base.mask_shift = MaskShift(base.config.hidden_size).to(base.device, base.dtype)
+    return merged(_attached(base, path, AdaptedModel))
+
+
+def with_adapter(causal: Any, path: str | Path) -> Any:
+    """A causal LM with the adapter that peft saved in `path` merged into it.
+
+    Raises:
+        CheckpointError: see `load_adapter`; and for kinds of adapters that cannot be merged.
+    """
+    adapted = _attached(causal, path, PeftModel)
+    if not hasattr(adapted, "merge_and_unload"):
+        kind = adapted.peft_config["default"].peft_type
+        raise CheckpointError(f"{path}: adapters of the kind {kind} cannot be merged; LoRA and its kin can")
+    return adapted.merge_and_unload().requires_grad_(True)
+
+
+def _attached(base: Any, path: str | Path, kind: type[PeftModel]) -> Any:
+    """`base` with the adapter in `path` around it, its weights checked."""
     try:
         config = PeftConfig.from_pretrained(str(path))
         config.inference_mode = True
-        adapted, stored = AdaptedModel(base, config), load_peft_weights(str(path), device="cpu")
-        _check_names(path, set(get_peft_model_state_dict(adapted, save_embedding_layers=False)), set(stored))
+        adapted, stored = kind(base, config), load_peft_weights(str(path), device="cpu")
+        least, most = (
+            set(get_peft_model_state_dict(adapted, save_embedding_layers=both)) for both in (False, True)
+        )
+        _check_names(path, lacking=least - stored.keys(), superfluous=stored.keys() - most)
         set_peft_model_state_dict(adapted, stored)
     except CheckpointError:
         raise
     except Exception as error:
         raise CheckpointError(f"{path}: the adapter does not fit its base ({error})") from error
-    return merged(adapted)
+    return adapted
 
 
-def _check_names(path: str | Path, wanted: set[str], stored: set[str]) -> None:
+def _check_names(path: str | Path, lacking: set[str], superfluous: set[str]) -> None:
     """Refuse an adapter's file that holds other weights than its settings name."""
-    for what, names in (("lacks", wanted - stored), ("has no place for", stored - wanted)):
+    for what, names in (("lacks", lacking), ("has no place for", superfluous)):
         if names:
             raise CheckpointError(
                 f"{path}: the adapter {what} {len(names)} of its weights, the first is {min(names)}"

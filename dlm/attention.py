@@ -7,6 +7,7 @@ start; training and plain forward passes have no layout and take the implementat
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
@@ -19,7 +20,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
 from dlm.device import sent
@@ -69,7 +69,8 @@ def attend(
         return layout.attend(module.layer_idx, query, key, value, scaling), None
     if usual.startswith("flash"):
         return _flash(module, query, key, value, attention_mask, scaling, usual, **kwargs), None
-    plain = ALL_ATTENTION_FUNCTIONS.get_interface(usual, eager_attention_forward)
+    eager = sys.modules[type(module).__module__].eager_attention_forward  # every family has its own
+    plain = ALL_ATTENTION_FUNCTIONS.get_interface(usual, eager)
     return plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
 
 

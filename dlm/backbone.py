@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from dlm.config import FAMILIES, MaskedDiffusionConfig
+from dlm.adapter import base_of, is_adapter, with_adapter
+from dlm.config import FAMILIES, MaskedDiffusionConfig, bidirectional
 from dlm.errors import CheckpointError, ConfigError, first_line
 from dlm.model import MaskedDiffusionModel
 from dlm.tokenizer import prepare_tokenizer
@@ -67,7 +67,8 @@ def from_causal_lm(
     mean of the others (arXiv 2410.17891).
 
     Args:
-        path: hub id, folder, or `.gguf` file of a Llama, Qwen2 or Qwen3 model; or "smollm2-135m-instruct".
+        path: hub id, folder, or `.gguf` file of a model of one of `FAMILIES`, or folder of an adapter that
+            peft saved; or "smollm2-135m-instruct".
         template: name of the chat template to record, or "model" for the checkpoint's own.
         shift: whether the state at i-1 keeps predicting token i.
         dtype: type of the weights.
@@ -75,36 +76,42 @@ def from_causal_lm(
     Raises:
         CheckpointError: when the checkpoint cannot be read or is of another family.
     """
-    causal, tokenizer = load_causal_lm(path, dtype, FAMILIES)
+    causal, tokenizer = load_causal_lm(path, dtype, all_to_all=True)
     new_mask = prepare_tokenizer(tokenizer, template)
     return _wrap(causal, tokenizer, shift, new_mask), tokenizer
 
 
 def load_causal_lm(
-    path: str, dtype: torch.dtype = torch.float32, families: Collection[str] | None = None
+    path: str, dtype: torch.dtype = torch.float32, *, all_to_all: bool = False
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """An autoregressive model of transformers as it is, and its tokenizer.
 
     Args:
-        path: hub id, folder, or `.gguf` file.
+        path: hub id, folder, or `.gguf` file; or the folder of an adapter that peft saved, which is merged.
         dtype: type of the weights.
-        families: model types that will do; any by default.
+        all_to_all: whether every position is to see the whole row; only `FAMILIES` can.
 
     Raises:
         CheckpointError: when the checkpoint cannot be read, is of another family, or lacks weights.
     """
+    if is_adapter(path):
+        return _load_adapted(path, dtype, all_to_all)
     where = _location(path)
     try:
         config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
-        if families is not None and config.model_type not in families:
+        if all_to_all and config.model_type not in FAMILIES:
             raise CheckpointError(
-                f"{path}: family {config.model_type!r} is not supported; supported: {', '.join(families)}"
+                f"{path}: family {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
             )
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         if "gguf_file" in where:
             _settle_marks(tokenizer, config)
         model, info = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            **where,
+            config=bidirectional(config) if all_to_all else config,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
         _check_weights(path, info)
         return model, tokenizer
@@ -114,6 +121,16 @@ def load_causal_lm(
         raise CheckpointError(
             f"{path}: cannot be read as a causal language model ({first_line(error)})"
         ) from error
+
+
+def _load_adapted(path: str, dtype: torch.dtype, all_to_all: bool) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A causal LM with the adapter in `path` merged into it; the adapter's tokenizer where it has one."""
+    causal, tokenizer = load_causal_lm(base_of(path), all_to_all=all_to_all)
+    if (Path(path) / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if len(tokenizer) > causal.config.vocab_size:  # tokens that were added before the adapter was trained
+            causal.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return with_adapter(causal, path).to(dtype), tokenizer
 
 
 def _settle_marks(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
@@ -182,10 +199,9 @@ def _wrap(
     backbone["tie_word_embeddings"] = bool(causal.config.tie_word_embeddings)
     config = _diffusion_config(backbone, tokenizer, shift)
     _resize(causal, config, initialise_mask)
-    causal.config.is_causal, causal.config.use_cache = False, False
     with torch.device("meta"):
         model = MaskedDiffusionModel(config)
-    model.backbone = causal.model
+    model.backbone = causal.base_model
     model.set_attn_implementation(causal.config._attn_implementation)
     model.lm_head.weight = causal.get_output_embeddings().weight
     model.tie_weights()

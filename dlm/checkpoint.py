@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
-from dlm.adapter import base_of, is_adapter, load_adapter
+from dlm.adapter import base_of, is_adapter, load_adapter, saved_by_peft
 from dlm.backbone import from_causal_lm
 from dlm.config import FAMILIES, MaskedDiffusionConfig
 from dlm.errors import CheckpointError, did_you_mean, unknown_name
@@ -37,8 +37,8 @@ def load_model(
             or hub id of a checkpoint of this toolkit, or folder of an adapter; also a causal LM (folder, hub
             id or `.gguf` file), which is made bidirectional and has then still to be trained.
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
-        dtype: "float32", "bfloat16", "float16"; "auto": bfloat16 on a GPU, float32 on a CPU; or "fastest":
-            bfloat16 also on a CPU that computes in it.
+        dtype: "float32", "bfloat16", "float16"; or "auto": bfloat16 on a GPU, and on a CPU that computes in
+            it, else float32. Commands have the same default.
         attn_implementation: transformers' name of the attention kernel; by default flash-attn where it
             is installed and applies, else SDPA.
 
@@ -64,13 +64,11 @@ def place(device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype]:
         ConfigError: for an unknown `dtype`.
     """
     if dtype not in ("auto", "fastest", *DTYPES):
-        raise unknown_name("dtype", dtype, ["auto", "fastest", *DTYPES])
+        raise unknown_name("dtype", dtype, ["auto", *DTYPES])
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "fastest" and device == "cpu" and computes_bfloat16():
-        dtype = "bfloat16"
-    if dtype not in DTYPES:
-        dtype = "float32" if device == "cpu" else "bfloat16"
+    if dtype not in DTYPES:  # "fastest" is an older name of "auto"
+        dtype = "bfloat16" if device != "cpu" or computes_bfloat16() else "float32"
     return device, DTYPES[dtype]
 
 
@@ -96,6 +94,14 @@ def _attention_for(device: str, dtype: torch.dtype) -> str:
 def model_type(path: str) -> str:
     """The `model_type` of a folder's or hub repository's config.json."""
     folder = Path(path)
+    if saved_by_peft(path):
+        base = base_of(path)
+        try:
+            return model_type(located(base))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{path}: an adapter of {base}, which cannot be loaded ({error})"
+            ) from error
     if folder.exists():
         file = folder / "config.json"
         if not file.is_file():
@@ -137,18 +143,20 @@ class AdapterFormat:
 
     def detect(self, path: str) -> bool:
         """See `CheckpointFormat`."""
-        return is_adapter(path)
+        return is_adapter(path) and not is_causal_lm(path)
 
     def read(self, path: str, dtype: torch.dtype) -> Loaded:
         """See `CheckpointFormat`; configuration and tokenizer are the adapter's own."""
-        config, base = _diffusion_config(path), base_of(path)
+        base = base_of(path)
+        described = located(base) if saved_by_peft(path) else path  # where configuration and tokenizer lie
+        config = _diffusion_config(described)
         try:
             where = located(base)
             if CausalFormat().detect(where):
                 model, _ = from_causal_lm(where, shift=config.shift, dtype=torch.float32)
             else:
                 model, _ = load_model(where, device="cpu", dtype="float32")
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(described, trust_remote_code=False)
         except Exception as error:
             if base in NAMES and isinstance(error, CheckpointError):
                 raise  # what comes with the package or is fetched says by itself what it lacks

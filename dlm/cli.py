@@ -20,6 +20,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
+from dlm import packages
 from dlm.errors import ConfigError, DLMError, did_you_mean
 from dlm.version import __version__
 
@@ -80,6 +81,8 @@ def _guarded(run: Callable[[list[str]], int], argv: Sequence[str] | None) -> int
 
 
 def _dispatch(words: list[str]) -> int:
+    for line in packages.claim():
+        print(f"dlm: note: {line}", file=sys.stderr)
     known = commands()
     if not words or words[0] in ("-h", "--help"):
         print(_overview(known))

@@ -8,8 +8,29 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from dlm.errors import ConfigError
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 """Backbone families (transformers `model_type`) whose attention can be made bidirectional."""
+
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
+
+
+def bidirectional(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of a causal decoder, changed in place: every position sees the whole row.
+
+    Sliding windows are opened. Dropout is switched off: the masks of the forward process take its place, and
+    all random numbers of a run are counted (`dlm.noise`).
+    """
+    config.is_causal, config.use_cache = False, False
+    changes: dict[str, Any] = dict.fromkeys(_DROPOUTS, 0.0) | {
+        "sliding_window": None,
+        "use_sliding_window": False,
+    }
+    if getattr(config, "layer_types", None):
+        changes["layer_types"] = ["full_attention"] * config.num_hidden_layers
+    for name, value in changes.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    return config
 
 
 class MaskedDiffusionConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -56,13 +77,12 @@ class MaskedDiffusionConfig(PreTrainedConfig):  # type: ignore[misc]
             ConfigError: when the family is not one of `FAMILIES`.
         """
         settings = dict(self.backbone or {})
-        family = settings.pop("model_type", None)
+        family = str(settings.pop("model_type", None))
         if family not in FAMILIES:
             raise ConfigError(
                 f"backbone family {family!r} is not supported; supported: {', '.join(FAMILIES)}"
             )
-        settings.update(vocab_size=self.vocab_size, is_causal=False, use_cache=False)
-        return AutoConfig.for_model(family, **settings)
+        return bidirectional(AutoConfig.for_model(family, **{**settings, "vocab_size": self.vocab_size}))
 
     @property
     def hidden_size(self) -> int:

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from dlm.adapter import BASE, is_adapter
+from dlm.adapter import BASE, is_adapter, saved_by_peft
 from dlm.checkpoint import DTYPES, DiffusionFormat, load_model
 from dlm.errors import CheckpointError, ConfigError, first_line
 from dlm.lock import check_writable
@@ -54,7 +54,7 @@ def export(
     if target.is_dir() and any(target.iterdir()):
         raise ConfigError(f"{target} is not empty; choose another folder")
     check_writable(target)
-    alone = merge or not is_adapter(source)
+    alone = merge or not is_adapter(source) or saved_by_peft(source)
     if base and alone:
         raise ConfigError(f"base is for adapters, and {source} is to be written as a model that stands alone")
     if alone:

@@ -18,9 +18,12 @@ STEP = 64
 """Lengths are padded to a multiple of this."""
 
 
-def bucket(rows: int, length: int) -> tuple[int, int]:
-    """The shape that a call [rows, length] is padded to: a power of two, and a multiple of `STEP`."""
-    return 1 << (rows - 1).bit_length(), -(-length // STEP) * STEP
+def bucket(rows: int, length: int, positions: int) -> tuple[int, int]:
+    """The shape that a call [rows, length] is padded to: a power of two, and a multiple of `STEP`.
+
+    Never longer than the `positions` of the model, of which some (GPT-2) have no more.
+    """
+    return 1 << (rows - 1).bit_length(), min(-(-length // STEP) * STEP, max(length, positions))
 
 
 @dataclass
@@ -67,7 +70,7 @@ class BucketedModel:
     def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """[B, L] -> [B, L, D]; see `MaskedDiffusionModel.hidden`."""
         rows, length = input_ids.shape
-        shape = bucket(rows, length)
+        shape = bucket(rows, length, self.model.spec.positions)
         if shape not in self.recorded:
             self.recorded[shape] = self._record(*shape)
         call = self.recorded[shape]

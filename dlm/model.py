@@ -70,8 +70,9 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"]  # noqa: RUF012
-    _tied_weights_keys = {"lm_head.weight": "backbone.embed_tokens.weight"}  # noqa: RUF012
+    _no_split_modules = [  # noqa: RUF012
+        "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GPT2Block",
+    ]  # fmt: skip
 
     def __init__(self, config: MaskedDiffusionConfig) -> None:
         if config.block_size is not None:
@@ -83,6 +84,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         inner = config.backbone_config()
         inner._attn_implementation = with_layouts(self.config._attn_implementation)
         self.backbone = AutoModel.from_config(inner)
+        self._tied_weights_keys = {"lm_head.weight": f"backbone.{_name_of_embedding(self.backbone)}.weight"}
         self.lm_head = DenoisingHead(
             config.hidden_size, config.vocab_size, int(config.mask_token_id or 0), config.num_tokens
         )
@@ -108,6 +110,12 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         """Choose the attention kernel of plain calls (transformers' name); decoding has its own layouts."""
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
         self.backbone.config._attn_implementation = with_layouts(self.config._attn_implementation)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The backbone's layers, in order."""
+        layers: nn.ModuleList = getattr(self.backbone, "h" if hasattr(self.backbone, "h") else "layers")
+        return layers
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
@@ -239,6 +247,12 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         return MaskedDiffusionOutput(
             token_logp=token_log_probabilities(hidden[cells], self.lm_head, targets[cells])
         )
+
+
+def _name_of_embedding(backbone: nn.Module) -> str:
+    """Name of the token embedding among the modules of a backbone: the first of its tables."""
+    names: list[str] = [name for name, module in backbone.named_modules() if isinstance(module, nn.Embedding)]
+    return names[0]
 
 
 def _shifted(states: torch.Tensor) -> torch.Tensor:

@@ -114,7 +114,7 @@ def tokens(path: Path) -> None:
 
 def order(path: Path, model: str) -> None:
     """Step at which each position of a window was written, by four decoders, with a real model."""
-    sampler = Sampler(*load_model(model))
+    sampler = Sampler(*load_model(model, dtype="float32"))
     prompt = "Give three tips for staying healthy."
     length = sampler.prompt_length(prompt)
     some: dict[str, dict[str, Any]] = {

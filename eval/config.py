@@ -46,7 +46,7 @@ class EvalConfig:
             id; empty for none.
         nelbo_draws: noise levels for the NELBO of the references under the model; 0 for none.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
-        dtype: "float32", "bfloat16", "float16", or "fastest": bfloat16 where the machine computes in it.
+        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it.
     """
 
     task: str = ""
@@ -74,7 +74,7 @@ class EvalConfig:
     encoder: str = ""
     nelbo_draws: int = 0
     device: str = "auto"
-    dtype: str = "fastest"
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
@@ -97,7 +97,7 @@ class EvalConfig:
             raise ConfigError("decoders, steps, rate and window are for --model")
         self._refuse_what_has_no_use()
         if self.dtype not in ("auto", "fastest", "float32", "bfloat16", "float16"):
-            raise unknown_name("dtype", self.dtype, ("fastest", "float32", "bfloat16", "float16"))
+            raise unknown_name("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         if self.nelbo_draws and not self.model:
             raise ConfigError("nelbo_draws is for --model")
 

@@ -69,7 +69,7 @@ class DLM(LM):  # type: ignore[misc]
         seed: int | str = 0,
         batch_size: int | str = 8,
         device: str | None = "auto",
-        dtype: str = "fastest",
+        dtype: str = "auto",
         **rest: Any,
     ) -> None:
         super().__init__()

@@ -85,7 +85,7 @@ def main() -> int:
         title, "Blocks of 16 against a kernel of 9, one token in a call for both.", LEGEND, sep="\n"
     )
     try:
-        samplers = {model: Sampler(*load_model(name, dtype="fastest")) for model, name in MODELS.items()}
+        samplers = {model: Sampler(*load_model(name)) for model, name in MODELS.items()}
     except CheckpointError as error:
         console.print("[red]The default model cannot answer:[/red]", escape(str(error)), highlight=False)
         return 1

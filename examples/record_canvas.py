@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--output", default="docs/canvas.svg", type=Path)
     parser.add_argument("--rate", type=float, default=None)
     arguments = parser.parse_args()
-    sampler = Sampler(*load_model(arguments.model))
+    sampler = Sampler(*load_model(arguments.model, dtype="float32"))
     settings = {} if arguments.rate is None else {"rate": arguments.rate}
     recording = record(sampler, arguments.prompt, max_tokens=96, **settings)
     arguments.output.write_text(drawn(recording), "utf-8")

@@ -85,7 +85,7 @@ class ModelConfig(StartConfig):
     """Where the first weights come from.
 
     Args:
-        init: causal LM (folder, hub id or .gguf of the Llama, Qwen2 or Qwen3 family) or diffusion checkpoint
+        init: causal LM (folder, hub id or .gguf; Llama, Mistral, Qwen2, Qwen3, GPT-2) or diffusion checkpoint
             to start from; empty for random weights.
         template: chat template to record with the model: "chatml", "instruct", "plain" (bare text, for
             pretraining), or "model" for the checkpoint's own. A diffusion checkpoint keeps its own.

@@ -102,7 +102,7 @@ def prepare(model: MaskedDiffusionModel, config: StartConfig, window: int, seed:
     if config.attn_implementation:
         model.set_attn_implementation(config.attn_implementation)
     if config.compile:
-        for layer in model.backbone.layers:
+        for layer in model.layers:
             layer.compile(dynamic=True)
     lora = config.lora
     if not lora.r:

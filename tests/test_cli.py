@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -111,7 +112,7 @@ def test_generate_reads_words_files_and_stdin_and_writes_text_or_json(checkpoint
     generate("--options.temperature", "0.5", "--forbidden", '["a"]', "hello")  # of the checkpoint's decoder
     assert main(["generate", "--model", checkpoint, "--window", "10", "a prompt that does not fit"]) == 2
     assert "the window must be at least" in capsys.readouterr().err
-    piped = dlm("generate", "--model", checkpoint, input="Count from 2 to 5.\n")
+    piped = dlm("generate", "--model", checkpoint, "--dtype", "float32", input="Count from 2 to 5.\n")
     assert piped.returncode == 0, piped.stderr
     assert piped.stdout.strip() == rows[0]["text"].strip()
     assert "Traceback" not in piped.stderr
@@ -226,3 +227,45 @@ def test_given_tokens_stop_texts_and_edits_on_the_command_line(model, tokenizer,
     listed = capsys.readouterr().out
     assert "MDLM, 2406.07524; exact" in listed
     assert "2509.15188; approximate" in listed
+
+
+@pytest.mark.parametrize("layout", ["decoding/__init__.py", "eval.py", "eval/notes.txt"])
+def test_a_project_with_packages_of_the_same_names_does_not_break_the_program(tmp_path, layout):
+    (tmp_path / layout).parent.mkdir(exist_ok=True)
+    (tmp_path / layout).write_text("raise RuntimeError('not mine')" if layout.endswith(".py") else "")
+    home = str(Path(__file__).parents[1])
+    done = dlm(
+        "generate" if layout.startswith("decoding") else "eval", "--help",
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), home])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    name, hides = layout.split("/")[0], layout.endswith(".py")
+    lines = done.stderr.splitlines()
+    assert len(lines) == hides
+    if hides:
+        package = name.removesuffix(".py")
+        hidden = f"{tmp_path / name} hides the package {package!r} of this program"
+        assert lines[0] == f"dlm: note: {hidden}; {home}/{package} is used"
+
+
+def program_dtype(checkpoint):
+    """Type of the weights that a command loads without being told one."""
+    code = "import sys; from decoding.config import LoadConfig as C; print(C(sys.argv[1]).load()[0].dtype)"
+    done = subprocess.run([sys.executable, "-c", code, checkpoint], capture_output=True, check=True)
+    return done.stdout.decode().strip()
+
+
+def test_the_program_and_python_give_the_same_text(checkpoint):
+    """Neither is told a type of the weights; both run in processes of their own, as users run them."""
+    prompt = "Count from 2 to 5."
+    script = f"""
+from decoding import Sampler
+from dlm import load_model
+model, tokenizer = load_model({checkpoint!r})
+print(model.dtype, Sampler(model, tokenizer).generate([{prompt!r}])[0].token_ids)
+"""
+    python = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    program = dlm("generate", "--model", checkpoint, "--json", prompt)
+    dtype, ids = python.stdout.split(" ", 1)
+    assert json.loads(ids) == json.loads(program.stdout)["token_ids"]
+    assert dtype == program_dtype(checkpoint)

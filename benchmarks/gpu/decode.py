@@ -228,7 +228,7 @@ def _ours(subject: Subject, way: Way, model: Any) -> Callable[[], int]:
 def shares(context: Context, timed: Any, took: float) -> dict[str, Any]:
     """Which part of the time is not the model's, and which the model would need at the machine's ceilings."""
     model = timed.model
-    weights = sum(p.numel() for p in model.backbone.layers.parameters())
+    weights = sum(p.numel() for p in model.layers.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     ceiling = ceilings(context)
     floor = max(timed.calls * size / ceiling["copy"], 2 * weights * timed.positions / ceiling["matmul"])

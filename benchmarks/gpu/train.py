@@ -102,7 +102,7 @@ def measure(context: Context, speed: Speed) -> None:
     shape, rows, width = (MINIATURE, 2, 32) if context.tiny else (speed.shape, speed.rows, 256)
     model: Any = shaped(context.device, torch.float32, **shape).train()
     if speed.compiled:
-        for layer in model.backbone.layers:
+        for layer in model.layers:
             layer.compile(dynamic=True)
     if speed.rank:
         model = add_adapter(model, "random", r=speed.rank, alpha=speed.rank, folded=speed.folded)

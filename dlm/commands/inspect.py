@@ -50,6 +50,7 @@ def describe(path: str) -> dict[str, Any]:
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    from dlm.adapter import base_of, saved_by_peft
     from dlm.checkpoint import model_type
     from dlm.config import MaskedDiffusionConfig
     from dlm.pretrained.names import located
@@ -60,8 +61,9 @@ def describe(path: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: a {kind!r} model, not a masked diffusion checkpoint; dlm train can start from it"
         )
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    described = located(base_of(path)) if saved_by_peft(path) else path
+    config = AutoConfig.from_pretrained(described, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(described, trust_remote_code=False)
     shape = config.backbone or {}
     layers = shape.get("num_hidden_layers")
     return {

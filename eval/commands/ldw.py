@@ -75,7 +75,7 @@ def run(config: LDWConfig) -> int:
 
     console, measured = Console(record=True), {}
     asked = [*([config.prompt] if config.prompt else []), *(read_prompts(config.file) if config.file else [])]
-    models = {path: load_model(path) for path in config.checkpoints}
+    models = {path: load_model(path, dtype="float32") for path in config.checkpoints}
     first = Sampler(*models[config.checkpoints[0]])
     check_comparable(models)
     window, prior = config.window or first.window, token_prior(config, first.tokenizer)

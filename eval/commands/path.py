@@ -38,7 +38,7 @@ class PathConfig:
         output: folder for the figures (paths.json), the table (.md) and the plot (.svg); what was measured
             there under the same settings is not measured again.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
-        dtype: "float32", "bfloat16", "float16", or "fastest": bfloat16 where the machine computes in it.
+        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it.
     """
 
     models: list[str] = field(default_factory=list)
@@ -54,7 +54,7 @@ class PathConfig:
     batch_size: int = 16
     output: str = "runs/paths"
     device: str = "auto"
-    dtype: str = "fastest"
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""

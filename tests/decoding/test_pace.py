@@ -2,14 +2,18 @@
 
 import itertools
 import math
+import time
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import decoding.pace
+from decoding import Sampler
 from decoding.pace import OwnPace, Rate, Steps
 from decoding.window import Block, Full
+from dlm.cli import main
 from dlm.errors import ConfigError
 from dlm.schedule import Cosine, LogLinear
 
@@ -78,3 +82,64 @@ def test_out_of_range():
     for rate in (0.5, math.inf, math.nan):
         with pytest.raises(ConfigError, match="rate must be at least 1"):
             Rate(rate)
+
+
+@pytest.fixture
+def notes(caplog):
+    decoding.pace._note_unused.cache_clear()  # so that every test hears its note
+    return lambda: [r.getMessage() for r in caplog.records if "can use" in r.getMessage()]
+
+
+def test_sixteen_steps_a_position_leave_a_pair_in_thirty_two():
+    """Positions of n that fall into a step with another one, on average: (n - 1)/32 pairs."""
+    n = 40
+    pace = Steps(10**6).within(n)
+    times = [clock(pace, i) for i in range(pace.steps)]
+    pairs = n * (n - 1) / 2 * sum(float(c.t - c.s) ** 2 for c in times)
+    assert pairs == pytest.approx((n - 1) / 32)
+
+
+@pytest.mark.parametrize("name", ["categorical", "conv", "remdm", "llada", "dilated", "semi-ar"])
+def test_steps_that_a_row_cannot_use_are_left_out_with_one_note(model, tokenizer, notes, name):
+    sampler = Sampler(model, tokenizer)
+    prompts, given = ["Count 2.", "Hi"], {"decoder": name, "window": 28, "eos_fill": False}
+    started = time.perf_counter()
+    capped = sampler.generate(prompts, steps=10**6, **given)
+    events = list(sampler.stream(prompts[0], steps=10**6, **given))
+    taken = time.perf_counter() - started
+    (note,) = notes()
+    assert note.startswith("steps 1000000 are more than 28 positions can use: 448 are taken")
+    started = time.perf_counter()
+    assert capped == sampler.generate(prompts, steps=448, **given)
+    assert events[-1].text == list(sampler.stream(prompts[0], steps=448, **given))[-1].text
+    assert taken < 3 * (time.perf_counter() - started) + 1
+    assert len(notes()) == 1
+
+
+def test_steps_of_a_text_with_gaps_are_those_of_its_gaps(model, tokenizer, notes):
+    sampler = Sampler(model, tokenizer)
+    text = "Count <mask:3> to 5."
+    capped = sampler.infill([text], decoder="conv", steps=10**6)
+    assert notes() == [note for note in notes() if "than 3 positions can use: 48 are taken" in note] != []
+    assert capped == sampler.infill([text], decoder="conv", steps=48)
+    assert len(notes()) == 1
+
+
+def test_the_command_line_and_the_evaluation_say_it_too(model, tokenizer, notes, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    words = ["--model", str(tmp_path / "m"), "--window", "40", "--steps", "1000000", "--decoder", "conv"]
+    assert main(["generate", *words, "Hi", "Count from 2 to 5."]) == 0
+    assert len(notes()) == 1
+    decoding.pace._note_unused.cache_clear()
+    words = [word.replace("--decoder", "--decoders") for word in words]
+    assert (
+        main(["eval", "rules", *words, "--limit", "3", "--reader", "", "--output", str(tmp_path / "e")]) == 0
+    )
+    assert len(notes()) == 2
+
+
+def test_steps_that_can_be_used_are_all_taken(notes):
+    for positions in (1, 7, 256):
+        assert Steps(16 * positions).within(positions).steps == 16 * positions
+    assert notes() == []

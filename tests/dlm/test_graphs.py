@@ -12,10 +12,11 @@ from tests.dlm.test_attention import MASK, tiny
 
 
 def test_shapes_are_few():
-    assert bucket(1, 1) == (1, STEP)
-    assert bucket(3, STEP) == (4, STEP)
-    assert bucket(8, STEP + 1) == (8, 2 * STEP)
-    assert len({bucket(b, n) for b in range(1, 33) for n in range(1, 513)}) == 6 * 8
+    assert bucket(1, 1, 999) == (1, STEP)
+    assert bucket(3, STEP, 999) == (4, STEP)
+    assert bucket(8, STEP + 1, 999) == (8, 2 * STEP)
+    assert bucket(8, STEP + 1, STEP + 5) == (8, STEP + 5)  # no position beyond those of the model
+    assert len({bucket(b, n, 999) for b in range(1, 33) for n in range(1, 513)}) == 6 * 8
 
 
 def test_padding_and_earlier_calls_leave_no_trace():

@@ -6,8 +6,12 @@ import pytest
 import torch
 from transformers import (
     AutoModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -15,10 +19,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from decoding.config import LoadConfig
 from dlm import load_model
 from dlm.backbone import from_causal_lm
+from dlm.checkpoint import place
 from dlm.errors import CheckpointError, ConfigError
 from dlm.model import IGNORE
+from eval.config import EvalConfig
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -28,6 +35,8 @@ CAUSAL = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "gpt2": (GPT2Config, GPT2LMHeadModel),
 }
 
 
@@ -148,10 +157,12 @@ def test_save_and_load_are_the_same_model(model, tokenizer, tmp_path, monkeypatc
     assert tokens.mask_token_id == again.config.mask_token_id
     assert AutoModel.from_pretrained(tmp_path).config.model_type == "masked_diffusion"
     assert load_model(tmp_path, device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
-    assert load_model(tmp_path, device="cpu")[0].dtype == torch.float32
     for can, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr("dlm.checkpoint.computes_bfloat16", lambda can=can: can)
-        assert load_model(tmp_path, device="cpu", dtype="fastest")[0].dtype == expected
+        for dtype in ({}, {"dtype": "auto"}, {"dtype": "fastest"}):
+            assert load_model(tmp_path, device="cpu", **dtype)[0].dtype == expected
+        assert LoadConfig(model=str(tmp_path), device="cpu").load()[0].dtype == expected
+        assert place("cpu", EvalConfig("rules", model="x").dtype) == ("cpu", expected)
 
 
 @pytest.mark.parametrize(
