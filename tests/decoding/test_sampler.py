@@ -140,7 +140,7 @@ def test_unknown_names_and_options_list_the_choices():
         Decoder.named("convv")
     with pytest.raises(
         ValueError,
-        match="'kernel_sise'. Did you mean 'kernel_size'. Choices: frequency_penalty, guidance, kernel_size, logit_bias",
+        match="'kernel_sise'. Did you mean 'kernel_size'. Choices: frequency_penalty, guidance, kernel_size",
     ):
         Decoder.named("conv", kernel_sise=3)
     with pytest.raises(ConfigError, match="use 127 or 129"):
