@@ -20,10 +20,9 @@ from statistics import median
 import torch
 
 from benchmarks.models import EOS, SMOLLM2, VOCAB, Ending, smollm2
-from decoding.canvas import make_canvas
+from decoding.canvas import Row, make_canvas
 from decoding.presets import PRESETS, Decoder
 from decoding.request import Request
-from decoding.rows import Row
 from decoding.step import denoise
 from dlm.checkpoint import DTYPES, load_model
 from dlm.config import MaskedDiffusionConfig

@@ -70,9 +70,34 @@ class Cut:
     """The stop text."""
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """Text of tokens, without control tokens."""
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
+@dataclass
+class Reader:
+    """Makes text of tokens, without control tokens; remembers the prefix that it has read."""
+
+    tokenizer: PreTrainedTokenizerBase
+    _ids: list[int] = field(default_factory=list)
+    _text: str = ""
+    _begin: int = 0
+
+    def text(self, ids: list[int]) -> str:
+        """Text of tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def prefix(self, ids: list[int]) -> str:
+        """Text of a prefix that is longer in each call; equal to `text`, but only what is new is decoded.
+
+        `_ids` have been read, and `_text` is theirs: they end at a whole character. New tokens are decoded
+        behind those from `_begin` on, since a token's text may depend on the one before it.
+        """
+        size = len(self._ids)
+        if ids[:size] != self._ids:
+            self._ids, self._text, self._begin, size = [], "", 0, 0
+        before = self.text(self._ids[self._begin :]) if size else ""
+        new = self.text(ids[self._begin :])[len(before) :]
+        if not new or new.endswith(HALF_CHARACTER):
+            return self._text + new
+        self._ids, self._text, self._begin = ids, self._text + new, size
+        return self._text
 
 
 def answer_ids(canvas: Canvas) -> list[int]:
@@ -90,7 +115,7 @@ def written_prefix(canvas: Canvas, plan: Plan) -> list[int]:
     return list(itertools.takewhile(lambda token: token != plan.mask_id, until_end(answer_ids(canvas), plan)))
 
 
-def find_stop(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Cut | None:
+def find_stop(canvas: Canvas, plan: Plan, reader: Reader) -> Cut | None:
     """The first stop text in what is written without a gap; None if there is none.
 
     A stop text that lies wholly in what the answer was given to begin with does not count.
@@ -98,66 +123,62 @@ def find_stop(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) ->
     if not plan.stop:
         return None
     ids = written_prefix(canvas, plan)
-    text = decode(tokenizer, ids)
+    text = reader.prefix(ids)
     begins_with = int((~canvas.initial[0, int(canvas.answer[0]) :]).int().cumprod(0).sum())
-    given = len(decode(tokenizer, ids[:begins_with])) if begins_with else 0
+    given = len(reader.text(ids[:begins_with])) if begins_with else 0
     places = [(text.find(stop, max(0, given - len(stop) + 1)), stop) for stop in plan.stop]
     places = [(place, stop) for place, stop in places if place >= 0]
     if not places:
         return None
     place, stop = min(places)
-    return replace(_cut(tokenizer, ids, text[:place]), stop=stop)
+    return replace(_cut(reader, ids, text[:place]), stop=stop)
 
 
-def _cut(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> Cut:
+def _cut(reader: Reader, ids: list[int], text: str) -> Cut:
     """A beginning of the text of `ids`, with the number of tokens that lie in it whole."""
     size = len(ids)
-    while size and len(decode(tokenizer, ids[:size])) > len(text):
+    while size and len(reader.text(ids[:size])) > len(text):
         size -= 1
     return Cut(size, text)
 
 
-def confirmed(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text that can no longer change: later texts of the row begin with it; see `partial`."""
-    return _confirmed(canvas, plan, tokenizer).text
-
-
-def partial(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Output:
-    """The part of an answer that can no longer change; its finish reason is empty before the row is done.
+def confirmed(canvas: Canvas, plan: Plan, reader: Reader) -> str:
+    """Text that can no longer change: later texts of the row begin with it.
 
     It ends before the first mask, at a whole character, and before anything that may yet turn out to be the
     beginning of a stop text. Under a rule that revises tokens nothing is confirmed before the row is done.
     """
     if bool(canvas.done[0]) and int(canvas.failed[0]) < 0:
-        return output(canvas, plan, tokenizer)
-    return _output(canvas, plan, _confirmed(canvas, plan, tokenizer), "")
-
-
-def _confirmed(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Cut:
-    if bool(canvas.done[0]) and int(canvas.failed[0]) < 0:
-        answer = output(canvas, plan, tokenizer)
-        return Cut(len(answer.token_ids), answer.text)
+        return output(canvas, plan, reader).text
     if not plan.keeps_tokens:
-        return Cut(0, "")
-    cut = find_stop(canvas, plan, tokenizer)
+        return ""
+    cut = find_stop(canvas, plan, reader)
     if cut is not None:
-        return cut
-    ids = written_prefix(canvas, plan)
-    text = decode(tokenizer, ids).rstrip(HALF_CHARACTER)
+        return cut.text
+    text = reader.prefix(written_prefix(canvas, plan)).rstrip(HALF_CHARACTER)
     longest = max(map(len, plan.stop), default=1) - 1
     for size in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-size:]) for stop in plan.stop):
-            return _cut(tokenizer, ids, text[:-size])
-    return _cut(tokenizer, ids, text)
+            return text[:-size]
+    return text
 
 
-def output(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Output:
+def partial(canvas: Canvas, plan: Plan, reader: Reader) -> Output:
+    """The confirmed part of an answer, token by token; its finish reason is empty before the row is done."""
+    if bool(canvas.done[0]) and int(canvas.failed[0]) < 0:
+        return output(canvas, plan, reader)
+    text = confirmed(canvas, plan, reader)
+    ids = written_prefix(canvas, plan) if plan.keeps_tokens else []
+    return _output(canvas, plan, _cut(reader, ids, text), "")
+
+
+def output(canvas: Canvas, plan: Plan, reader: Reader) -> Output:
     """The answer of a row that is done, or that a stop text has ended."""
     ids = canvas.ids[0, int(canvas.answer[0]) : int(canvas.end[0])].tolist()
     answer = until_end(ids, plan)
-    cut = find_stop(canvas, plan, tokenizer)
-    ended = "length" if cut is None and len(answer) == len(ids) else "stop"
-    return _output(canvas, plan, cut or Cut(len(answer), decode(tokenizer, answer)), ended)
+    cut = find_stop(canvas, plan, reader)
+    reason = "length" if cut is None and len(answer) == len(ids) else "stop"
+    return _output(canvas, plan, cut or Cut(len(answer), reader.text(answer)), reason)
 
 
 def _output(canvas: Canvas, plan: Plan, part: Cut, finish_reason: str) -> Output:
@@ -182,18 +203,18 @@ def _output(canvas: Canvas, plan: Plan, part: Cut, finish_reason: str) -> Output
     )
 
 
-def event(canvas: Canvas, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Event:
+def event(canvas: Canvas, plan: Plan, reader: Reader) -> Event:
     """The row as it is now."""
     ids, finished = answer_ids(canvas), bool(canvas.done[0])
-    cut = find_stop(canvas, plan, tokenizer) if plan.keeps_tokens or finished else None
+    cut = find_stop(canvas, plan, reader) if plan.keeps_tokens or finished else None
     step = int(canvas.step[0]) - 1
     if cut is not None:
         return Event(step, ids[: cut.tokens], cut.text)
-    text = output(canvas, plan, tokenizer).text if finished else show(ids, plan, tokenizer)
+    text = output(canvas, plan, reader).text if finished else show(ids, plan, reader)
     return Event(step, ids, text)
 
 
-def show(ids: list[int], plan: Plan, tokenizer: PreTrainedTokenizerBase) -> str:
+def show(ids: list[int], plan: Plan, reader: Reader) -> str:
     """Text of a partly written answer up to its end, `BLANK` for each mask.
 
     Bytes beside a mask that are not yet a whole character are shown as blanks too.
@@ -202,5 +223,5 @@ def show(ids: list[int], plan: Plan, tokenizer: PreTrainedTokenizerBase) -> str:
     while ids and ids[-1] == plan.mask_id:
         ids = ids[:-1]
     runs = itertools.groupby(ids, key=lambda token: token == plan.mask_id)
-    parts = [BLANK * len(list(run)) if blank else decode(tokenizer, list(run)) for blank, run in runs]
+    parts = [BLANK * len(list(run)) if blank else reader.text(list(run)) for blank, run in runs]
     return "".join(parts).replace(HALF_CHARACTER, BLANK)

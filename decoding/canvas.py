@@ -6,16 +6,48 @@ between any two steps without changing the text. Hidden states and scores are ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import torch
 
 from decoding.request import Plan
-from decoding.rows import Row
 from dlm.errors import ConfigError
 from dlm.noise import key_of
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row, before it becomes part of a canvas."""
+
+    ids: list[int]
+    """The mask token where something is to be written."""
+    answer: int
+    """First position of the answer; what stands before it is the prompt."""
+    name: str = "the row"
+    """For errors: "prompt 3", "text 0"."""
+    ends_from: int = 0
+    """The first position at which an end token may be written."""
+
+    def stages(self, plan: Plan) -> torch.Tensor:
+        """[1] int64, stages (blocks) that the row goes through.
+
+        Raises:
+            ConfigError: when they are more than the plan has steps.
+        """
+        start = self.ids.index(plan.mask_id) if plan.mask_id in self.ids else 0
+        stages = plan.decoder.window.stages(torch.tensor([start]), torch.tensor([len(self.ids)]))
+        if plan.pace.steps is not None and plan.pace.steps < int(stages):
+            raise ConfigError(
+                f"{plan.pace.steps} steps are too few for {int(stages)} blocks; each block needs at least one"
+            )
+        return stages
+
+    def key(self, seed: int, mask_id: int) -> torch.Tensor:
+        """Key [] of the row's noise: a function of the seed and the given tokens, whatever the window."""
+        given = [token for token in self.ids if token != mask_id]
+        return key_of(int(seed), hashlib.blake2b(repr(given).encode(), digest_size=8).digest())
 
 
 @dataclass
@@ -50,42 +82,28 @@ class Canvas:
     alternatives: torch.Tensor
     """[B, L, k, 2] float64, the k likeliest tokens and their log-probabilities when a position was written
     (see `Output.top_logprobs`)."""
-    rule_state: dict[str, torch.Tensor] = field(default_factory=dict)
-    """State of the reveal rule, by name: [B, L, …] or [B]."""
-    reveal_step: torch.Tensor = field(init=False)
+    reveal_step: torch.Tensor
     """[B, L] int64, step at which each token appeared; -1 for given ones."""
-    confidence: torch.Tensor = field(init=False)
+    confidence: torch.Tensor
     """[B, L] float32, the model's probability of each token when it was written (temperature 1, before any
     cut); NaN for given ones, and for end tokens that only fill up."""
-    step: torch.Tensor = field(init=False)
+    step: torch.Tensor
     """[B] int64, steps taken."""
-    revision: torch.Tensor = field(init=False)
+    revision: torch.Tensor
     """[B] int64, how often the row has changed. The noise of tokens is keyed by it: what was drawn for a
     revision is the same whenever it is drawn."""
-    model_calls: torch.Tensor = field(init=False)
+    model_calls: torch.Tensor
     """[B] int64, model calls that ran the row."""
-    done: torch.Tensor = field(init=False)
+    done: torch.Tensor
     """[B] bool."""
-    failed: torch.Tensor = field(init=False)
+    failed: torch.Tensor
     """[B] int64, the step in which the model returned NaN for the row; -1 for none."""
-
-    def __post_init__(self) -> None:
-        """Start with nothing revealed."""
-        self.reveal_step = torch.full_like(self.ids, -1)
-        self.confidence = torch.full(self.ids.shape, torch.nan)
-        self.step, self.revision, self.model_calls = (torch.zeros_like(self.start) for _ in range(3))
-        self.failed = torch.full_like(self.start, -1)
-        self.done = ~self.masked.any(1)
+    rule_state: dict[str, torch.Tensor] = field(default_factory=dict)
+    """State of the reveal rule, by name: [B, L, …] or [B]."""
 
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.ids)
-
-    @property
-    def width(self) -> int:
-        """Positions that at least one unfinished row has."""
-        reached = self.valid[~self.done].any(0)
-        return int(reached.nonzero()[-1]) + 1 if bool(reached.any()) else self.ids.shape[1]
 
     def grow(self, rows: torch.Tensor, ahead: int, closed: torch.Tensor) -> None:
         """Give the rows [b] new masks on the right until they have `ahead`; none to those `closed` [b]."""
@@ -100,10 +118,10 @@ class Canvas:
             self.pinned[rows] &= ~new
             self.done[rows] &= ~grown
 
-    def take(self, rows: torch.Tensor) -> Canvas:
-        """Some rows [b], as a canvas of their own."""
-        values = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "rule_state"}
-        return self._of_fields(values, {name: x[rows] for name, x in self.rule_state.items()})
+    def take(self, rows: torch.Tensor | slice) -> Canvas:
+        """The rows [b], as a canvas of their own; a slice of rows shares their memory."""
+        state = {name: x[rows] for name, x in self.rule_state.items()}
+        return Canvas(**{name: getattr(self, name)[rows] for name in _TENSORS}, rule_state=state)
 
     @classmethod
     def join(cls, canvases: Sequence[Canvas]) -> Canvas:
@@ -112,22 +130,16 @@ class Canvas:
             return canvases[0]
         width = max(c.ids.shape[1] for c in canvases)
         fill = {"pinned": True, "reveal_step": -1, "confidence": torch.nan}
-        wide = [{f.name: getattr(c, f.name) for f in fields(cls) if f.name != "rule_state"} for c in canvases]
-        values = {name: _stacked([w[name] for w in wide], width, fill.get(name, 0)) for name in wide[0]}
-        rule_state = {
-            name: _stacked([c.rule_state[name] for c in canvases], width, 0)
-            for name in canvases[0].rule_state
-        }
-        return cls._of_fields(values, rule_state)
 
-    @classmethod
-    def _of_fields(cls, values: Mapping[str, torch.Tensor], rule_state: dict[str, torch.Tensor]) -> Canvas:
-        """A canvas from all its fields, also those that a new one begins with by itself."""
-        given: dict[str, Any] = {f.name: values[f.name] for f in fields(cls) if f.init and f.name in values}
-        canvas = cls(**given, rule_state=rule_state)
-        for name, value in values.items():
-            setattr(canvas, name, value)
-        return canvas
+        def stacked(parts: list[torch.Tensor], padding: float) -> torch.Tensor:
+            return torch.cat([x if x.dim() == 1 else resized(x, len(x), width, padding) for x in parts])
+
+        values = {name: stacked([getattr(c, name) for c in canvases], fill.get(name, 0)) for name in _TENSORS}
+        names = canvases[0].rule_state
+        return cls(**values, rule_state={x: stacked([c.rule_state[x] for c in canvases], 0) for x in names})
+
+
+_TENSORS = [field.name for field in fields(Canvas) if field.name != "rule_state"]
 
 
 def make_canvas(rows: Sequence[Row], seeds: Sequence[int], plan: Plan) -> Canvas:
@@ -141,43 +153,38 @@ def make_canvas(rows: Sequence[Row], seeds: Sequence[int], plan: Plan) -> Canvas
     Raises:
         ConfigError: when a row has more stages than the plan has steps.
     """
-    mask_id = plan.mask_id
     width = max(len(row.ids) for row in rows)
-    ids = torch.tensor([row.ids + [mask_id] * (width - len(row.ids)) for row in rows])
-    end = torch.tensor([len(row.ids) for row in rows])
-    keys = [key_of(int(seed), row.digest(mask_id)) for row, seed in zip(rows, seeds, strict=True)]
-    position = torch.arange(width)
+    ids = torch.tensor([row.ids + [plan.mask_id] * (width - len(row.ids)) for row in rows])
+    end, position = torch.tensor([len(row.ids) for row in rows]), torch.arange(width)
     valid = position < end[:, None]
-    initial = (ids == mask_id) & valid
+    initial = (ids == plan.mask_id) & valid
     start = initial.int().argmax(1)
     if plan.ahead is not None:
         last = torch.where(valid & ~initial, position + 1, 0).amax(1)  # masks before it are all there
         valid = valid & (position < (torch.maximum(start, last) + plan.ahead)[:, None])
-    stages, steps = plan.decoder.window.stages(start, end), plan.pace.steps
-    if steps is not None and steps < int(stages.max()):
-        raise ConfigError(
-            f"{steps} steps are too few for {int(stages.max())} blocks; each block needs at least one"
-        )
+    masked, zero = initial & valid, torch.zeros_like(start)
     return Canvas(
         ids=ids,
-        masked=initial & valid,
-        pinned=~(initial & valid),
+        masked=masked,
+        pinned=~masked,
         valid=valid,
         initial=initial,
         start=start,
-        key=torch.stack(keys),
+        key=torch.stack([row.key(seed, plan.mask_id) for row, seed in zip(rows, seeds, strict=True)]),
         end=end,
         answer=torch.tensor([row.answer for row in rows]),
         ends_from=torch.tensor([row.ends_from for row in rows]),
-        stages=stages,
+        stages=torch.cat([row.stages(plan) for row in rows]),
         alternatives=torch.zeros(len(rows), width, plan.top_logprobs, 2, dtype=torch.float64),
+        reveal_step=torch.full_like(ids, -1),
+        confidence=torch.full(ids.shape, torch.nan),
+        step=zero,
+        revision=zero.clone(),
+        model_calls=zero.clone(),
+        done=~masked.any(1),
+        failed=torch.full_like(start, -1),
         rule_state=plan.decoder.reveal.initial_state(len(rows), width),
     )
-
-
-def _stacked(parts: Sequence[torch.Tensor], width: int, fill: float) -> torch.Tensor:
-    """Rows of several tensors, those of [b, w, …] padded to the width."""
-    return torch.cat([x if x.dim() == 1 else resized(x, len(x), width, fill) for x in parts])
 
 
 def resized(x: torch.Tensor, rows: int, width: int, fill: float = 0) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from decoding.canvas import Canvas
 from decoding.request import Plan
+from decoding.step import open_window
 
 State = Literal["given", "written", "open", "shut"]
 
@@ -48,15 +49,7 @@ def cells(canvas: Canvas, plan: Plan) -> list[Cell]:
 
 
 def open_positions(canvas: Canvas, plan: Plan) -> torch.Tensor:
-    """Masks [B, L] at which the window has weight in the coming step; all, where it has none anywhere."""
-    window, masked = plan.decoder.window, canvas.masked
-    late = plan.pace.late(canvas.step)
-    if not bool(masked.any()) or bool(late.all()):
-        return masked.clone()
-    clock = plan.pace.clock(canvas.step, canvas.stages, masked, canvas.start, window)
-    scope = window.scope(canvas.start, clock.stage, masked.shape[1])
-    _, _, under_way = window.times(clock.t, clock.s, canvas.start, canvas.end, masked.shape[1])
-    active = masked & scope & under_way
-    weight = window.weights(~masked & canvas.valid, start=canvas.start, stage=clock.stage)
-    inside = active & (weight > 0)
-    return torch.where(late[:, None], masked, torch.where(inside.any(1, keepdim=True), inside, active))
+    """Masks [B, L] at which a token can be written in the coming step; all of a row in its last pass."""
+    late = canvas.step >= plan.pace.steps if plan.pace.steps else torch.zeros_like(canvas.done)
+    opening = open_window(canvas, plan, torch.arange(len(canvas)), canvas.ids.shape[1])
+    return torch.where(late[:, None], canvas.masked, opening.active & (opening.weight > 0))

@@ -1,21 +1,28 @@
-"""The model as decoding sees it, and one call over rows of different lengths."""
+"""The model as decoding sees it: one call over rows of different lengths, and caches of what it computed.
+
+An entry of a cache belongs to a version of its row; dropping all of them between two steps costs time and
+changes no text. (Keys and values that are reused on purpose are the exception, see `Reuse`.)
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from dlm.device import sent
+from decoding.canvas import Canvas, resized
+from decoding.request import Reuse
+from dlm.errors import ConfigError
 
 
 class Denoiser(Protocol):
     """A model as decoding sees it; `MaskedDiffusionModel` is one, and tests bring their own.
 
     Ids and masks come from the host, whatever device the model is on. What a model can do beyond this it
-    declares in `capabilities`: "packed" (`packed_hidden`) and "partial" (`partial_hidden`, `new_memory`; keys
-    and values can be reused), see `dlm.model`.
+    declares, see `Capable`.
     """
 
     def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -27,9 +34,23 @@ class Denoiser(Protocol):
         ...
 
 
+@runtime_checkable
+class Capable(Protocol):
+    """A model that declares what it can do beyond `Denoiser`.
+
+    "packed" stands for `packed_hidden`; "partial" for `partial_hidden` and `new_memory`, with which keys and
+    values can be reused. See `dlm.model`.
+    """
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """Names of capabilities."""
+        ...
+
+
 def can(model: Any, capability: str) -> bool:
     """True when the model declares a capability."""
-    return capability in getattr(model, "capabilities", frozenset())
+    return isinstance(model, Capable) and capability in model.capabilities
 
 
 def hidden_of_rows(model: Any, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
@@ -52,5 +73,205 @@ def hidden_of_rows(model: Any, ids: torch.Tensor, lengths: Sequence[int]) -> tor
     padded = ids.new_zeros(valid.shape)
     padded[valid] = ids
     states = model.hidden(padded, valid)
-    row, position = (sent(x, states.device) for x in valid.nonzero().unbind(1))
+    row, position = (x.to(states.device, non_blocking=True) for x in valid.nonzero().unbind(1))
     return states[row, position]  # type: ignore[no-any-return]
+
+
+class _Entries:
+    """For each position of a canvas, True where the cache holds an entry for the row's present version."""
+
+    def __init__(self, canvas: Canvas) -> None:
+        self.canvas = canvas
+        self.version = torch.full_like(canvas.revision, -1)  # [B]
+        self.cached = torch.zeros_like(canvas.masked)  # [B, L]
+
+    def _present(self, rows: torch.Tensor) -> torch.Tensor:
+        """[b] a number that changes whenever the model would see another row: revision and size."""
+        return (self.canvas.revision[rows] << 24) + self.canvas.valid[rows].sum(1)
+
+    def at(self, rows: torch.Tensor, width: int) -> torch.Tensor:
+        """[b, width] bool, positions of the rows [b] that have an entry."""
+        return self.cached[rows, :width] & (self.version[rows] == self._present(rows))[:, None]
+
+    def add(self, rows: torch.Tensor, where: torch.Tensor) -> None:
+        """Note entries for the present version of the rows [b] at `where` [b, W]."""
+        version = self._present(rows)
+        cached = self.cached[rows] & (self.version[rows] == version)[:, None]
+        cached[:, : where.shape[1]] |= where
+        self.cached[rows], self.version[rows] = cached, version
+
+    def follow(self, canvas: Canvas, rows: torch.Tensor | None) -> None:
+        """Go on with another canvas: `rows` of the old one, or the old one with more rows behind it."""
+        self.canvas = canvas
+        if rows is not None:
+            self.cached, self.version = self.cached[rows], self.version[rows]
+        size, width = canvas.ids.shape
+        self.cached = resized(self.cached, size, width)
+        self.version = resized(self.version[:, None], size, 1, -1)[:, 0]
+
+
+class ScoreCache:
+    """Scores of the reveal rule, the token that each position would receive, and its probability."""
+
+    def __init__(self, canvas: Canvas) -> None:
+        self.entries = _Entries(canvas)
+        self.token = torch.zeros_like(canvas.ids)  # [B, L]
+        self.probability = torch.zeros(canvas.ids.shape)  # [B, L]
+        self.score = torch.zeros(*canvas.ids.shape, 1)  # [B, L, C]
+        self.alternatives = torch.zeros_like(canvas.alternatives)  # [B, L, k, 2]
+
+    def put(self, rows: torch.Tensor, where: torch.Tensor, columns: torch.Tensor) -> None:
+        """Keep token, probability, score and alternatives [N, 2 + C + 2k] of the positions `where` [b, W]."""
+        token, probability, rest = columns[:, 0].long(), columns[:, 1].float(), columns[:, 2:]
+        size = self.alternatives[0, 0].numel()
+        score, alternatives = rest.tensor_split([rest.shape[1] - size], dim=1)
+        if self.score.shape[2] != score.shape[1]:
+            self.score = self.score.new_zeros(*self.token.shape, score.shape[1])
+        row, position = where.nonzero().unbind(1)
+        at = rows[row], position
+        self.token[at], self.probability[at], self.score[at] = token, probability, score.float()
+        self.alternatives[at] = alternatives.view(len(row), *self.alternatives.shape[2:])
+        self.entries.add(rows, where)
+
+    def scores(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        """[b, W] or [b, W, C] scores of the rows [b], 0 outside `where` [b, W]."""
+        score = torch.where(where[..., None], self.score[rows, : where.shape[1]], 0)
+        return score[..., 0] if score.shape[2] == 1 else score
+
+    def follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
+        """Go on with another canvas; see `_Entries.follow`."""
+        self.entries.follow(canvas, rows)
+        for name in ("token", "probability", "score", "alternatives"):
+            values = getattr(self, name)
+            values = values if rows is None else values[rows]
+            setattr(self, name, resized(values, *canvas.ids.shape))
+
+
+class StateCache:
+    """Hidden states of a batch, with or without its prompts.
+
+    Args:
+        canvas: the rows.
+        mask_id: id of the mask token.
+        unconditional: True when the model is shown the rows with their prompts masked (for guidance).
+        reuse: which keys and values are reused, if any.
+    """
+
+    def __init__(
+        self, canvas: Canvas, mask_id: int, unconditional: bool = False, reuse: Reuse | None = None
+    ) -> None:
+        self.canvas, self.mask_id, self.unconditional, self.reuse = canvas, mask_id, unconditional, reuse
+        self.entries = _Entries(canvas)
+        self.states: torch.Tensor | None = None  # [B, ≤ L, D]
+        self.computed_ids = torch.full_like(canvas.ids, -1)  # [B, L] ids that keys and values were made of
+        self.refreshed_at = torch.full_like(canvas.start, -1)  # [B] revision of the last full computation
+        self.key_values: Any = None
+
+    def follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
+        """Go on with another canvas; the rows stay in order."""
+        self.canvas = canvas
+        self.entries.follow(canvas, rows)
+        if rows is not None:
+            self.computed_ids, self.refreshed_at = self.computed_ids[rows], self.refreshed_at[rows]
+            self.states = (
+                None if self.states is None else self.states[rows.to(self.states.device, non_blocking=True)]
+            )
+            self.key_values = None if self.key_values is None else self.key_values.take(rows)
+        size, width = canvas.ids.shape
+        self.computed_ids = resized(self.computed_ids, size, width, -1)
+        self.refreshed_at = resized(self.refreshed_at[:, None], size, 1, -1)[:, 0]
+        if self.states is not None:
+            self.states = resized(self.states, size, self.states.shape[1])
+
+    def shown_ids(self, rows: torch.Tensor) -> torch.Tensor:
+        """[b, L] the ids that the model is shown."""
+        ids = self.canvas.ids[rows]
+        if not self.unconditional:
+            return ids
+        position = torch.arange(ids.shape[1])
+        prompt = (position < self.canvas.answer[rows, None]) & self.canvas.valid[rows]
+        return torch.where(prompt, self.mask_id, ids)
+
+    def put(self, rows: torch.Tensor, where: torch.Tensor, states: torch.Tensor) -> None:
+        """Keep the states [N, D] of the positions `where` [b, W] of the rows [b]."""
+        row, position = where.nonzero().unbind(1)
+        width = -(-(int(position.max()) + 1) // 64) * 64  # in steps, so that a growing canvas seldom copies
+        size = len(self.canvas.ids)
+        if self.states is None:
+            self.states = states.new_zeros(size, width, states.shape[-1])
+        if self.states.shape[1] < width:
+            self.states = resized(self.states, size, width)
+        place = (x.to(states.device, non_blocking=True) for x in (rows[row], position))
+        self.states[tuple(place)] = states
+        self.entries.add(rows, where)
+        self.canvas.model_calls[rows] += 1
+
+    def compute_partly(self, model: Any, rows: torch.Tensor, where: torch.Tensor) -> None:
+        """Compute the rows [b] again, except what `reuse` keeps; `where` [b, W] is needed."""
+        assert self.reuse is not None
+        if not can(model, "partial"):
+            raise ConfigError("this model cannot reuse keys and values: it has no partial_hidden")
+        canvas, ids = self.canvas, self.shown_ids(rows)
+        masked, valid, revision = canvas.masked[rows], canvas.valid[rows], canvas.revision[rows]
+        due = (revision % self.reuse.refresh == 0) & (self.refreshed_at[rows] != revision)
+        changed = ids != self.computed_ids[rows]
+        if self.reuse.scope == "prompt":
+            changed |= torch.arange(ids.shape[1]) >= canvas.start[rows, None]
+        elif self.reuse.scope == "prefix":
+            changed |= masked
+        else:
+            changed[:, : where.shape[1]] |= where
+        active = (changed | due[:, None]) & valid
+        width = int(valid.any(0).nonzero()[-1]) + 1
+        if self.key_values is None:
+            self.key_values = model.new_memory()
+        states = model.partial_hidden(
+            ids[:, :width], active[:, :width], valid[:, :width], self.key_values, rows
+        )
+        self.computed_ids[rows] = torch.where(active, ids, self.computed_ids[rows])
+        self.refreshed_at[rows] = torch.where(due, revision, self.refreshed_at[rows])
+        self.put(rows, active, states)
+
+
+@dataclass(frozen=True)
+class StateQuery:
+    """A need for the states of the rows [b] of a cache, at the positions `where` [b, W]."""
+
+    cache: StateCache
+    rows: torch.Tensor
+    where: torch.Tensor
+
+
+def compute_states(model: Denoiser, queries: Sequence[StateQuery]) -> list[torch.Tensor]:
+    """States [N, D] that answer each query, in row-major order of its positions.
+
+    Rows whose states are there already cost nothing. The others share one model call, except for batches that
+    reuse keys and values, which have one each.
+    """
+    due = []
+    for query in queries:
+        cache, rows, where = query.cache, query.rows, query.where
+        stale = (where & ~cache.entries.at(rows, where.shape[1])).any(1)
+        if not bool(stale.any()):
+            continue
+        rows = rows[stale]
+        if cache.reuse is not None:
+            cache.compute_partly(model, rows, where[stale])
+        else:
+            due.append((cache, rows, cache.canvas.valid[rows]))
+    if due:
+        ids = torch.cat([cache.shown_ids(rows)[valid] for cache, rows, valid in due])
+        lengths = torch.cat([valid.sum(1) for _, _, valid in due]).tolist()
+        each = iter(lengths)
+        sizes = [sum(itertools.islice(each, len(rows))) for _, rows, _ in due]
+        computed = hidden_of_rows(model, ids, lengths).split(sizes)
+        for (cache, rows, valid), states in zip(due, computed, strict=True):
+            cache.put(rows, valid, states)
+    answers = []
+    for query in queries:
+        row, position = query.where.nonzero().unbind(1)
+        states = query.cache.states
+        assert states is not None
+        place = (x.to(states.device, non_blocking=True) for x in (query.rows[row], position))
+        answers.append(states[tuple(place)])
+    return answers

@@ -9,7 +9,8 @@ An engine belongs to one thread; several engines may share a model.
 from __future__ import annotations
 
 import itertools
-from collections import deque
+import operator
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,11 +20,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from decoding import answer
-from decoding.answer import Event, Output
-from decoding.canvas import Canvas, make_canvas
+from decoding.answer import Event, Output, Reader
+from decoding.canvas import Canvas, Row, make_canvas
 from decoding.denoiser import Denoiser
 from decoding.request import Plan
-from decoding.rows import Prompt, Row, RowMaker
+from decoding.rows import Prompt, RowMaker
 from decoding.step import Batch, run_work
 from dlm.errors import ConfigError, DLMError
 from dlm.spec import ModelSpec
@@ -41,35 +42,35 @@ class Update:
     error: DLMError | None
     """Set when the model failed on this row; it is finished then, and has no output."""
     plan: Plan = field(repr=False)
-    tokenizer: PreTrainedTokenizerBase = field(repr=False)
-    _read: Callable[[], Canvas] = field(repr=False)
+    reader: Reader = field(repr=False)
+    _canvas: Callable[[], Canvas] = field(repr=False)
 
     @property
     def canvas(self) -> Canvas:
         """The row, a canvas of its own."""
-        return self._read()
+        return self._canvas()
 
     @property
     def confirmed(self) -> str:
         """Text that can no longer change."""
-        return answer.confirmed(self.canvas, self.plan, self.tokenizer)
+        return answer.confirmed(self.canvas, self.plan, self.reader)
 
     @property
     def partial(self) -> Output:
         """The part of the answer that can no longer change, token by token."""
-        return answer.partial(self.canvas, self.plan, self.tokenizer)
+        return answer.partial(self.canvas, self.plan, self.reader)
 
     @property
     def event(self) -> Event:
         """The row as it is now, masks included."""
-        return answer.event(self.canvas, self.plan, self.tokenizer)
+        return answer.event(self.canvas, self.plan, self.reader)
 
     @property
     def output(self) -> Output | None:
         """The answer, when the row is finished."""
         if not self.finished or self.error is not None:
             return None
-        return answer.output(self.canvas, self.plan, self.tokenizer)
+        return answer.output(self.canvas, self.plan, self.reader)
 
 
 @dataclass
@@ -78,6 +79,26 @@ class _Group:
 
     batch: Batch
     tickets: list[int]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A row that the engine has taken up."""
+
+    plan: Plan
+    row: Row | Canvas
+    """Until it begins: a row not yet on a canvas, or a canvas from another engine."""
+    reader: Reader
+    seed: int = 0
+
+    @property
+    def size(self) -> int:
+        """Positions of the row at its longest."""
+        return len(self.row.ids) if isinstance(self.row, Row) else int(self.row.end[0])
+
+    def canvas(self) -> Canvas:
+        """A canvas of the row as it begins."""
+        return make_canvas([self.row], [self.seed], self.plan) if isinstance(self.row, Row) else self.row
 
 
 class Engine:
@@ -106,10 +127,10 @@ class Engine:
                 raise ConfigError(f"{name} must be at least 1, got {limit}")
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.max_positions = max_rows, max_positions
+        self._waiting: OrderedDict[int, _Entry] = OrderedDict()
+        self._running: dict[int, _Entry] = {}
         self._groups: dict[Any, _Group] = {}
-        self._plans: dict[int, Plan] = {}
-        self._waiting: deque[tuple[int, Canvas]] = deque()
-        self._numbers = itertools.count()
+        self._tickets = itertools.count()
 
     @cached_property
     def rows(self) -> RowMaker:
@@ -118,12 +139,17 @@ class Engine:
 
     def __len__(self) -> int:
         """Number of rows, those that wait included."""
-        return len(self._plans)
+        return len(self._waiting) + len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Number of rows that wait their turn."""
+        return len(self._waiting)
 
     @property
     def running(self) -> int:
         """Number of rows at work."""
-        return len(self._plans) - len(self._waiting)
+        return len(self._running)
 
     def submit(self, prompt: Prompt | list[int] | Row, plan: Plan, seed: int = 0) -> int:
         """Take up an answer to a prompt, or a row that has been made already.
@@ -140,18 +166,21 @@ class Engine:
             ConfigError: for a prompt that does not fit; nothing is taken up then.
         """
         row = prompt if isinstance(prompt, Row) else self.rows.answer(prompt, plan)
-        return self.add(make_canvas([row], [seed], plan), plan)
+        row.stages(plan)
+        return self._wait(_Entry(plan, row, Reader(self.tokenizer), operator.index(seed)))
 
     def add(self, canvas: Canvas, plan: Plan) -> int:
         """Take up a row as it is, a canvas of one, perhaps from another engine; returns its ticket."""
-        size = int(canvas.end[0])
-        if self.max_positions is not None and size > self.max_positions:
+        return self._wait(_Entry(plan, canvas.take(slice(0, 1)), Reader(self.tokenizer)))
+
+    def _wait(self, entry: _Entry) -> int:
+        """Put a row at the end of the queue; returns its ticket."""
+        if self.max_positions is not None and entry.size > self.max_positions:
             raise ConfigError(
-                f"a row of {size} positions is longer than the engine's limit of {self.max_positions}"
+                f"a row of {entry.size} positions is longer than the engine's limit of {self.max_positions}"
             )
-        ticket = next(self._numbers)
-        self._plans[ticket] = plan
-        self._waiting.append((ticket, canvas.take(torch.tensor([0]))))
+        ticket = next(self._tickets)
+        self._waiting[ticket] = entry
         return ticket
 
     @torch.inference_mode()
@@ -162,10 +191,15 @@ class Engine:
             One update for each row that took a step. A row for which the model fails is finished with an
             error; the others go on.
         """
-        self._admit()
-        run_work(self.model, [work for group in self._groups.values() for work in group.batch.step()])
-        updates = [update for group in self._groups.values() for update in self._updates(group)]
-        self._drop([update.ticket for update in updates if update.finished])
+        if self._waiting:
+            self._admit()
+        run_work(self.model, [group.batch.step() for group in self._groups.values()])
+        updates = [
+            self._update(ticket, group.batch.canvas, index)
+            for group in self._groups.values()
+            for index, ticket in enumerate(group.tickets)
+        ]
+        self._drop({update.ticket for update in updates if update.finished})
         return updates
 
     def cancel(self, ticket: int) -> None:
@@ -174,7 +208,11 @@ class Engine:
         Raises:
             KeyError: for a ticket that is not there.
         """
-        self.remove(ticket)
+        if self._waiting.pop(ticket, None) is not None:
+            return
+        if ticket not in self._running:
+            raise KeyError(f"no row has the ticket {ticket}")
+        self._drop({ticket})
 
     @torch.inference_mode()
     def remove(self, ticket: int) -> Canvas:
@@ -186,7 +224,7 @@ class Engine:
             KeyError: for a ticket that is not there.
         """
         canvas = self.canvas(ticket)
-        self._drop([ticket])
+        self.cancel(ticket)
         return canvas
 
     @torch.inference_mode()
@@ -196,66 +234,54 @@ class Engine:
         Raises:
             KeyError: for a ticket that is not there.
         """
-        if ticket not in self._plans:
+        if ticket in self._waiting:
+            return self._waiting[ticket].canvas().take(torch.tensor([0]))
+        if ticket not in self._running:
             raise KeyError(f"no row has the ticket {ticket}")
-        for waiting, canvas in self._waiting:
-            if waiting == ticket:
-                return canvas.take(torch.tensor([0]))
-        group = self._groups[self._plans[ticket].batch_key]
+        group = self._groups[self._running[ticket].plan.batch_key]
         return group.batch.canvas.take(torch.tensor([group.tickets.index(ticket)]))
 
     def _admit(self) -> None:
         """Let rows that wait begin, in order, as far as the limits allow."""
-        running = self.running
         positions = sum(int(group.batch.canvas.end.sum()) for group in self._groups.values())
-        admitted: dict[Any, list[tuple[int, Canvas]]] = {}
-        while self._waiting:
-            ticket, canvas = self._waiting[0]
-            positions += int(canvas.end[0])
-            if self.max_rows is not None and running >= self.max_rows:
+        admitted: dict[Any, list[int]] = {}
+        for ticket, entry in self._waiting.items():
+            positions += entry.size
+            if self.max_rows is not None and len(self._running) >= self.max_rows:
                 break
             if self.max_positions is not None and positions > self.max_positions:
                 break
-            admitted.setdefault(self._plans[ticket].batch_key, []).append(self._waiting.popleft())
-            running += 1
-        for key, rows in admitted.items():
-            canvas = Canvas.join([canvas for _, canvas in rows])
-            tickets = [ticket for ticket, _ in rows]
+            admitted.setdefault(entry.plan.batch_key, []).append(ticket)
+            self._running[ticket] = entry
+        for key, tickets in admitted.items():
+            entries = [self._waiting.pop(ticket) for ticket in tickets]
+            canvas = Canvas.join([entry.canvas() for entry in entries])
             if key in self._groups:
                 self._groups[key].batch.join(canvas)
                 self._groups[key].tickets += tickets
             else:
-                self._groups[key] = _Group(Batch(self.model, canvas, self._plans[tickets[0]]), tickets)
+                self._groups[key] = _Group(Batch(self.model, canvas, entries[0].plan), tickets)
 
-    def _updates(self, group: _Group) -> list[Update]:
-        """Updates of the rows of a group."""
-        canvas = group.batch.canvas
-        done, failed = canvas.done.tolist(), canvas.failed.tolist()
-        return [self._update(ticket, canvas, i, done[i], failed[i]) for i, ticket in enumerate(group.tickets)]
-
-    def _update(self, ticket: int, canvas: Canvas, index: int, done: bool, failed: int) -> Update:
-        plan = self._plans[ticket]
-        row: Canvas | None = None
+    def _update(self, ticket: int, canvas: Canvas, index: int) -> Update:
+        """The update of a row, which is number `index` of its batch."""
+        entry = self._running[ticket]
+        plan, reader = entry.plan, entry.reader
+        done, failed = bool(canvas.done[index]), int(canvas.failed[index])
         if plan.stop and plan.keeps_tokens and not done:
-            row = canvas.take(torch.tensor([index]))
-            done = answer.find_stop(row, plan, self.tokenizer) is not None
-            row.done |= done
-        if done:
-            kept = canvas.take(torch.tensor([index])) if row is None else row
-            error = DLMError(f"the model returned NaN in step {failed}") if failed >= 0 else None
-            return Update(ticket, True, error, plan, self.tokenizer, lambda: kept)
-        return Update(ticket, False, None, plan, self.tokenizer, lambda: self.canvas(ticket))
+            done = answer.find_stop(canvas.take(slice(index, index + 1)), plan, reader) is not None
+        if not done:
+            return Update(ticket, False, None, plan, reader, lambda: self.canvas(ticket))
+        row = canvas.take(torch.tensor([index]))
+        row.done |= done
+        error = DLMError(f"the model returned NaN in step {failed}") if failed >= 0 else None
+        return Update(ticket, True, error, plan, reader, lambda: row)
 
-    def _drop(self, tickets: list[int]) -> None:
-        """Forget rows; batches that are empty go too."""
-        gone = set(tickets)
-        if not gone:
-            return
-        for ticket in gone:
-            del self._plans[ticket]
-        self._waiting = deque(item for item in self._waiting if item[0] not in gone)
-        for key, group in list(self._groups.items()):
-            staying = [i for i, ticket in enumerate(group.tickets) if ticket not in gone]
+    def _drop(self, tickets: set[int]) -> None:
+        """Forget rows at work; batches that are empty go too."""
+        for ticket in tickets:
+            del self._running[ticket]
+        for key, group in list(self._groups.items()) if tickets else ():
+            staying = [i for i, ticket in enumerate(group.tickets) if ticket not in tickets]
             if len(staying) == len(group.tickets):
                 continue
             group.tickets = [group.tickets[i] for i in staying]

@@ -5,18 +5,17 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from decoding.canvas import Canvas
+from decoding.canvas import Canvas, Row
 from decoding.denoiser import hidden_of_rows
-from decoding.ending import Ending
-from decoding.pace import OwnPace, Pace, Rate, Steps
+from decoding.pace import Ending
 from decoding.request import OPEN_LENGTH, Plan, Request
-from decoding.rows import Prompt, Row, RowMaker
+from decoding.rows import Prompt, RowMaker
 from dlm.device import sent
 from dlm.errors import ConfigError
 from dlm.spec import ModelSpec
@@ -142,32 +141,19 @@ def plan_infilling(request: Request, spec: ModelSpec, tokenizer: PreTrainedToken
     for name in (field.name for field in fields(Request) if field.name not in FOR_GAPS):
         if getattr(request, name) is not None:
             raise ConfigError(f"{name} means nothing here: a text with gaps has the length it has")
-    chosen = request.decoder_for(spec)
-    decoder = replace(chosen, window=chosen.window.fitted(OPEN_LENGTH)).without(
-        *spec.end_token_ids, *getattr(tokenizer, "all_special_ids", ())
-    )
-    fixed = Plan(
+    decoder = request.decoder_for(spec).fitted(OPEN_LENGTH)
+    decoder = decoder.without(*spec.end_token_ids, *getattr(tokenizer, "all_special_ids", ()))
+    steps = int(spec.generation.get("steps", OPEN_LENGTH // 4)) if decoder.timed else None
+    return Plan(
         decoder=decoder,
-        pace=_pace(request, decoder, spec),
-        ending=Ending(spec.eos_token_id, tuple(sorted(spec.end_token_ids)), fill=False, early_exit=False),
+        pace=request.pace_for(decoder, spec, steps, rate=1.0),
+        ending=Ending.of(spec, fill=False, early_exit=False),
         mask_id=spec.mask_token_id,
         reuse=request.reuse_settings(),
         positions=spec.positions,
         tokens=spec.positions,
         top_logprobs=request.top_logprobs or 0,
     )
-    if request.rate is not None and not decoder.reveal.paced:
-        raise ConfigError(f"decoder {decoder.name!r} says itself how many tokens it writes; give no rate")
-    return fixed
-
-
-def _pace(request: Request, decoder: Any, spec: ModelSpec) -> Pace:
-    if request.steps is not None or (decoder.timed and request.rate is None):
-        default = int(spec.generation.get("steps", OPEN_LENGTH // 4))
-        return Steps(request.steps or default, spec.schedule)
-    if not decoder.reveal.paced:
-        return OwnPace()
-    return Rate(float(request.rate or 1))
 
 
 def rows_with_gaps(

@@ -1,4 +1,4 @@
-"""The pace of a row: how its time passes, how many tokens fall to a step, and when it is late."""
+"""The course of a row: how its time passes, how many tokens fall to a step, and how it ends."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from decoding.window import Window
 from dlm.errors import ConfigError
 from dlm.schedule import LogLinear, NoiseSchedule
+from dlm.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -24,27 +25,16 @@ STEPS_PER_POSITION = 16
 class Clock:
     """Stage and time of the rows [b] in one step."""
 
+    scope: torch.Tensor
+    """[b, L] bool, the positions of the stage."""
     stage: torch.Tensor
     """[b] int64, number of the stage (the block, for windows that have blocks)."""
     t: torch.Tensor
     """[b] float64, share of masks before the step, by the noise schedule at the time within the stage."""
     s: torch.Tensor
     """[b] float64, share of masks after it."""
-    index: torch.Tensor
-    """[b] int64, number of the step within its stage."""
-    count: torch.Tensor
-    """[b] int64, steps of the stage."""
-
-
-def stage_clock(step: torch.Tensor | int, steps: int, stages: torch.Tensor) -> Clock:
-    """Clock of step number `step` ([b] or one for all) for rows with `stages` [b] stages.
-
-    Stage j of b runs from step ⌊jS/b⌋ to ⌊(j+1)S/b⌋ and its own time from 1 to 0.
-    """
-    stage = ((step + 1) * stages - 1) // steps
-    first, last = stage * steps // stages, (stage + 1) * steps // stages
-    index, count = step - first, last - first
-    return Clock(stage, 1 - index.double() / count, 1 - (index + 1).double() / count, index, count)
+    quota: torch.Tensor
+    """[b] int64, tokens that fall to this step."""
 
 
 class Pace(Protocol):
@@ -65,19 +55,33 @@ class Pace(Protocol):
         step: torch.Tensor,
         stages: torch.Tensor,
         masked: torch.Tensor,
+        initial: torch.Tensor,
         start: torch.Tensor,
         window: Window,
     ) -> Clock:
-        """Clock of the rows [b] at their steps [b], `stages` [b] and masks [b, W] from `start` [b] on."""
+        """Clock of rows.
+
+        Args:
+            step: [b] int64, steps that each row has taken.
+            stages: [b] int64, stages that it goes through.
+            masked: [b, W] bool, its masks.
+            initial: [b, L] bool, the positions to be written.
+            start: [b] int64, the first of them.
+            window: says which stage a row is in, and what belongs to it.
+        """
         ...
 
-    def quota(self, step: torch.Tensor, clock: Clock, total: torch.Tensor) -> torch.Tensor:
-        """[b] int64, tokens that fall to this step, of `total` [b] in the stage."""
-        ...
 
-    def late(self, step: torch.Tensor) -> torch.Tensor:
-        """[b] bool, rows that have no step left, so that one last pass fills what is masked."""
-        ...
+def stage_of(
+    step: torch.Tensor, steps: int, stages: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Stage, number of the step within it, and steps of it, [b] each, at step number `step` [b] of `steps`.
+
+    Stage j of b runs from step ⌊jS/b⌋ to ⌊(j+1)S/b⌋ and its own time from 1 to 0.
+    """
+    stage = ((step + 1) * stages - 1) // steps
+    first, last = stage * steps // stages, (stage + 1) * steps // stages
+    return stage, step - first, last - first
 
 
 @dataclass(frozen=True)
@@ -103,29 +107,26 @@ class Steps:
         step: torch.Tensor,
         stages: torch.Tensor,
         masked: torch.Tensor,
+        initial: torch.Tensor,
         start: torch.Tensor,
         window: Window,
     ) -> Clock:
-        """See `Pace`: time runs from 1 to 0 within each stage of the window."""
-        del masked, start, window
-        clock = stage_clock(step, self.steps, stages)
-        t, s = self.schedule.mask_share(torch.stack([clock.t, clock.s]))
-        return replace(clock, t=t, s=s)
+        """See `Pace`: time runs from 1 to 0 within each stage of the window.
 
-    def quota(self, step: torch.Tensor, clock: Clock, total: torch.Tensor) -> torch.Tensor:
-        """See `Pace`: what falls between the mask shares before and after the step.
-
-        The log-linear schedule spreads the stage evenly, larger steps first (as LLaDA's loop).
+        The quota is what falls between the mask shares before and after the step; the log-linear schedule
+        spreads the stage evenly, larger steps first (as LLaDA's loop).
         """
-        del step
+        del masked
+        stage, index, count = stage_of(step.clamp(max=self.steps - 1), self.steps, stages)
+        times = torch.stack([1 - index.double() / count, 1 - (index + 1).double() / count])
+        t, s = self.schedule.mask_share(times)
+        scope = window.scope(start, stage, initial.shape[1])
+        total = (initial & scope).sum(1)
         if isinstance(self.schedule, LogLinear):
-            return total // clock.count + (clock.index < total % clock.count)
-        before, after = ((total * share).round().long() for share in (clock.t, clock.s))
-        return before - after
-
-    def late(self, step: torch.Tensor) -> torch.Tensor:
-        """See `Pace`."""
-        return step >= self.steps
+            quota = total // count + (index < total % count)
+        else:
+            quota = (total * t).round().long() - (total * s).round().long()
+        return Clock(scope, stage, t, s, quota)
 
     def within(self, positions: int) -> Steps:
         """This pace, with no more steps than so many masked positions can use, and a note if it had more.
@@ -155,23 +156,24 @@ class _Untimed:
 
     steps: None = None
 
+    def quota(self, step: torch.Tensor) -> torch.Tensor:
+        """[b] int64, tokens that fall to the steps [b]."""
+        raise NotImplementedError
+
     def clock(
         self,
         step: torch.Tensor,
         stages: torch.Tensor,
         masked: torch.Tensor,
+        initial: torch.Tensor,
         start: torch.Tensor,
         window: Window,
     ) -> Clock:
-        """See `Pace`; only the stage means something."""
+        """See `Pace`; `t` and `s` mean nothing."""
         del stages
-        one = torch.ones(len(step), dtype=torch.float64)
-        stage = window.current(masked, start)
-        return Clock(stage, one, torch.zeros_like(one), torch.zeros_like(stage), torch.ones_like(stage))
-
-    def late(self, step: torch.Tensor) -> torch.Tensor:
-        """See `Pace`: never."""
-        return torch.zeros_like(step, dtype=torch.bool)
+        stage, one = window.current(masked, start), torch.ones(len(step), dtype=torch.float64)
+        scope = window.scope(start, stage, initial.shape[1])
+        return Clock(scope, stage, one, torch.zeros_like(one), self.quota(step))
 
 
 @dataclass(frozen=True)
@@ -192,9 +194,8 @@ class Rate(_Untimed):
         if not 1 <= self.rate < math.inf:
             raise ConfigError(f"rate must be at least 1 token per model call, got {self.rate}")
 
-    def quota(self, step: torch.Tensor, clock: Clock, total: torch.Tensor) -> torch.Tensor:
-        """See `Pace`: whole tokens whose mean is the rate."""
-        del clock, total
+    def quota(self, step: torch.Tensor) -> torch.Tensor:
+        """Whole tokens whose mean is the rate; see `_Untimed`."""
         done = step.double()
         return (((done + 1) * self.rate).floor() - (done * self.rate).floor()).long()
 
@@ -205,7 +206,74 @@ class OwnPace(_Untimed):
 
     rate: None = field(default=None, init=False, repr=False)
 
-    def quota(self, step: torch.Tensor, clock: Clock, total: torch.Tensor) -> torch.Tensor:
-        """See `Pace`; such a rule does not look at it."""
-        del clock, total
+    def quota(self, step: torch.Tensor) -> torch.Tensor:
+        """One; such a rule does not look at it."""
         return torch.ones_like(step)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Rows [b, W] after end tokens have had their effect."""
+
+    ids: torch.Tensor
+    """[b, W] int64."""
+    masked: torch.Tensor
+    """[b, W] bool, positions still to be written."""
+    complete: torch.Tensor
+    """[b] bool, rows in which nothing is left to write."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The effect of end tokens.
+
+    Attributes:
+        eos_id: the end token that is written.
+        end_ids: all tokens that end an answer, sorted.
+        fill: everything right of an end token becomes `eos_id`.
+        early_exit: a row is complete when everything before its first end token is written (exact, where
+            written tokens stay: no later step could change the answer).
+        closes: a canvas that grows takes no more masks once there is an end token.
+    """
+
+    eos_id: int
+    end_ids: tuple[int, ...]
+    fill: bool = True
+    early_exit: bool = True
+    closes: bool = True
+
+    @classmethod
+    def of(cls, spec: ModelSpec, **effects: bool) -> Ending:
+        """The effects of a model's end tokens."""
+        return cls(spec.eos_token_id, tuple(sorted(spec.end_token_ids)), **effects)
+
+    def is_end(self, ids: torch.Tensor) -> torch.Tensor:
+        """Mark the end tokens, bool in the shape of `ids`."""
+        if len(self.end_ids) == 1:
+            return ids == self.end_ids[0]
+        return torch.isin(ids, torch.tensor(self.end_ids))
+
+    def apply(self, ids: torch.Tensor, masked: torch.Tensor, free: torch.Tensor) -> Ended:
+        """Let the end tokens that have been written have their effect.
+
+        Args:
+            ids: [b, W] int64.
+            masked: [b, W] bool, positions still to be written.
+            free: [b, W] bool, positions that are not given; only there can an answer end.
+        """
+        ended = self.is_end(ids) & free & ~masked
+        if self.fill:
+            behind = (ended.cumsum(1) - ended.int() > 0) & free
+            ids, masked = torch.where(behind, self.eos_id, ids), masked & ~behind
+        complete = ~masked.any(1)
+        if self.early_exit:
+            first = torch.where(ended.any(1), ended.int().argmax(1), -1)
+            waiting = (masked & (torch.arange(ids.shape[1]) < first[:, None])).any(1)
+            complete = complete | ((first >= 0) & ~waiting)
+            rest = complete[:, None] & masked
+            ids, masked = torch.where(rest, self.eos_id, ids), masked & ~rest
+        return Ended(ids, masked, complete)
+
+    def closed(self, ended: torch.Tensor, done: torch.Tensor) -> torch.Tensor:
+        """[b] bool, rows that take no more masks: `ended` [b] hold an end token, `done` [b] are finished."""
+        return ended if self.closes else ended & done & self.early_exit

@@ -55,6 +55,11 @@ class Decoder:
         """True when it goes by time, so that the pace must be a number of steps and not a rate."""
         return self.window.timed or (self.reveal.revises and self.reveal.paced)
 
+    def fitted(self, length: int) -> Decoder:
+        """This decoder with sizes of its window that were left open chosen for `length` positions."""
+        window = self.window.fitted(length)
+        return self if window is self.window else replace(self, window=window)
+
     def at_pace(self) -> Decoder:
         """This decoder, or where it has a pace of its own, the same order at a pace that is given."""
         if self.reveal.paced:

@@ -6,7 +6,7 @@ Importable without torch: commands fill requests before a model is loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dlm.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
-    from decoding.ending import Ending
-    from decoding.pace import Pace
+    from decoding.pace import Ending, Pace
     from decoding.presets import Decoder
     from dlm.spec import ModelSpec
 
@@ -69,6 +68,47 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        ("max_tokens", "window", "steps", "refresh"),
+        lambda value: _is_int(value) and value >= 1,
+        "be a whole number of at least 1",
+    ),
+    (
+        ("margin", "top_logprobs"),
+        lambda value: _is_int(value) and value >= 0,
+        "be a whole number, not negative",
+    ),
+    (("top_logprobs",), lambda value: value <= MOST_LOGPROBS, f"be at most {MOST_LOGPROBS}"),
+    (
+        ("rate",),
+        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and value >= 1,
+        "be at least 1 token per model call",
+    ),
+    (("eos_fill",), lambda value: value in (True, False), "be true or false"),
+    (("canvas", "reuse", "begin", "ending"), lambda value: isinstance(value, str), "be a text"),
+    (("stop",), lambda value: all(isinstance(text, str) for text in value), "be a text or several"),
+    (
+        ("decoder",),
+        lambda value: isinstance(value, str) or hasattr(value, "reveal"),
+        "be a name or a Decoder",
+    ),
+    (("options",), lambda value: isinstance(value, Mapping), "be names with values"),
+    (("forced",), lambda value: isinstance(value, Mapping), "be places with texts"),
+    (
+        ("forced",),
+        lambda value: all(isinstance(text, str) for text in value.values()),
+        "hold texts",
+    ),
+    (
+        ("forced",),
+        lambda value: all(re.fullmatch(r"-?\d+", str(place)) for place in value),
+        "name places by number",
+    ),
+)
+"""Fields of a request, a test of their values, and the rest of the sentence "… must …"."""
+
+
 @dataclass(frozen=True)
 class Request:
     """A wish for an answer: how it is to be decoded; a field that is None is not given.
@@ -120,8 +160,11 @@ class Request:
 
     def __post_init__(self) -> None:
         """Check each field by itself, and what does not go together for any model."""
-        self._check_types()
-        self._check_forced()
+        for names, right, wish in _CHECKS:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not right(value):
+                    raise ConfigError(f"{name} must {wish}, got {value!r}")
         for name in ("options", "forced"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, dict(getattr(self, name)))  # the caller's may change
@@ -138,48 +181,6 @@ class Request:
         if self.ending and (self.canvas == "growing" or self.margin is not None):
             raise ConfigError("an ending stands at the end of the canvas, which therefore cannot grow")
         self.reuse_settings()
-
-    def _check_types(self) -> None:
-        for name in ("max_tokens", "window", "steps", "refresh"):
-            value = getattr(self, name)
-            if value is not None and (not _is_int(value) or value < 1):
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
-        for name in ("margin", "top_logprobs"):
-            value = getattr(self, name)
-            if value is not None and (not _is_int(value) or value < 0):
-                raise ConfigError(f"{name} must be a whole number, not negative, got {value!r}")
-        if self.top_logprobs is not None and self.top_logprobs > MOST_LOGPROBS:
-            raise ConfigError(f"top_logprobs must be at most {MOST_LOGPROBS}, got {self.top_logprobs}")
-        rate = self.rate
-        if rate is not None and (
-            isinstance(rate, bool) or not isinstance(rate, int | float) or not rate >= 1
-        ):
-            raise ConfigError(f"rate must be at least 1 token per model call, got {rate!r}")
-        if self.eos_fill not in (None, True, False):
-            raise ConfigError(f"eos_fill must be true or false, got {self.eos_fill!r}")
-        for name in ("canvas", "reuse", "begin", "ending"):
-            if not isinstance(getattr(self, name), str | None):
-                raise ConfigError(f"{name} must be a text, got {getattr(self, name)!r}")
-        if not all(isinstance(text, str) for text in self.stop_texts):
-            raise ConfigError(f"stop must be a text or several, got {self.stop!r}")
-        if (
-            self.decoder is not None
-            and not isinstance(self.decoder, str)
-            and not hasattr(self.decoder, "reveal")
-        ):
-            raise ConfigError(f"decoder must be a name or a Decoder, got {self.decoder!r}")
-        if self.options is not None and not isinstance(self.options, Mapping):
-            raise ConfigError(f"options must be names with values, got {self.options!r}")
-
-    def _check_forced(self) -> None:
-        if not isinstance(self.forced, Mapping | None):
-            raise ConfigError(f"forced must be places with texts, got {self.forced!r}")
-        if not all(isinstance(text, str) for text in (self.forced or {}).values()):
-            raise ConfigError(f"forced must hold texts, got {self.forced!r}")
-        if not all(re.fullmatch(r"-?\d+", str(place)) for place in self.forced or {}):
-            raise ConfigError(
-                f"forced must name places by number, got {', '.join(map(str, self.forced or {}))}"
-            )
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -228,18 +229,82 @@ class Request:
         """Fill in what was left open, from the model's own defaults.
 
         Args:
-            model: anything with a `spec` (or a configuration, see `ModelSpec.of`).
+            model: anything with a `spec` (or a configuration, see `ModelSpec.of`), or a spec.
 
         Raises:
             ConfigError: for settings that are out of range for the model or do not go together.
         """
+        from decoding.pace import Ending
+        from decoding.window import MARGIN
         from dlm.spec import ModelSpec
 
-        return self.resolve_for(ModelSpec.of(model))
+        spec = ModelSpec.of(model)
+        decoder, defaults = self.decoder_for(spec), spec.generation
+        window = self._window(decoder, spec)
+        decoder = decoder.fitted(window or OPEN_LENGTH)
+        steps = None if window is None else int(defaults.get("steps", max(1, window // 4)))
+        pace = self.pace_for(decoder, spec, steps, float(defaults.get("rate", DEFAULT_RATE)))
+        ends = not self.ending
+        fill = self.eos_fill is not False and ends
+        self._check_canvas(window, pace)
+        whole = not ends or (window is not None and self.canvas != "growing")
+        return Plan(
+            decoder=decoder,
+            pace=pace,
+            ending=Ending.of(
+                spec,
+                fill=fill,
+                early_exit=ends and not decoder.reveal.revises,
+                closes=fill or pace.steps is None,
+            ),
+            mask_id=spec.mask_token_id,
+            margin=None if whole else MARGIN if self.margin is None else self.margin,
+            reuse=self.reuse_settings(),
+            positions=window or spec.positions,
+            tokens=window or int(self.max_tokens or defaults.get("max_tokens", DEFAULT_MAX_TOKENS)),
+            stop=self.stop_texts,
+            begin=self.begin or "",
+            ending_text=self.ending or "",
+            forced=tuple(sorted((int(at), text) for at, text in (self.forced or {}).items())),
+            top_logprobs=self.top_logprobs or 0,
+        ).within(window or spec.positions)
 
-    def resolve_for(self, spec: ModelSpec) -> Plan:
-        """Fill in what was left open, for a model with this spec; see `resolve`."""
-        return _resolve(self, spec)
+    def _window(self, decoder: Decoder, spec: ModelSpec) -> int | None:
+        """Positions of a fixed canvas; None for one that grows."""
+        fixed = self.window is not None or self.steps is not None or (decoder.timed and self.rate is None)
+        if self.max_tokens is not None or not fixed:
+            return None
+        window = self.window or min(int(spec.generation.get("window", 256)), spec.positions)
+        if not 1 <= window <= spec.positions:
+            raise ConfigError(
+                f"window must lie between 1 and the model's {spec.positions} positions, got {window}"
+            )
+        return window
+
+    def pace_for(self, decoder: Decoder, spec: ModelSpec, steps: int | None, rate: float) -> Pace:
+        """Steps or a rate where they are given, the decoder's own pace, or else `steps` or `rate`."""
+        from decoding.pace import OwnPace, Rate, Steps
+
+        if self.rate is not None and not decoder.reveal.paced:
+            raise ConfigError(f"decoder {decoder.name!r} says itself how many tokens it writes; give no rate")
+        if self.steps is not None:
+            return Steps(self.steps, spec.schedule)
+        if not decoder.reveal.paced:
+            return OwnPace()
+        if self.rate is None and steps is not None:
+            return Steps(steps, spec.schedule)
+        return Rate(float(rate if self.rate is None else self.rate))
+
+    def _check_canvas(self, window: int | None, pace: Pace) -> None:
+        """Refuse what does not go with a canvas that grows, or with one that does not."""
+        if window is None:
+            if self.canvas == "full":
+                raise ConfigError('canvas "full" needs a window; with max_tokens the canvas grows')
+            return
+        if self.canvas == "growing" and pace.steps is None:
+            raise ConfigError('canvas "growing" with a rate is what max_tokens gives; give it, or steps')
+        if self.margin is not None and self.canvas != "growing":
+            raise ConfigError('a margin is for a canvas that grows; give max_tokens, or canvas="growing"')
 
     def decoder_for(self, spec: ModelSpec) -> Decoder:
         """The decoder that is given, named, or the checkpoint's own (at a pace, if one is given)."""
@@ -314,7 +379,7 @@ class Plan:
         """Key that rows must have in common to share the arithmetic of a step."""
         return self.decoder, self.pace, self.ending, self.margin, self.reuse, self.mask_id, self.top_logprobs
 
-    @property
+    @cached_property
     def ahead(self) -> int | None:
         """Masks that a growing canvas begins with; None where the canvas is whole."""
         return None if self.margin is None else self.decoder.window.ahead + self.margin
@@ -331,84 +396,3 @@ class Plan:
     def keeps_tokens(self) -> bool:
         """True when what is written stays, so that text can be confirmed and a stop text ends the answer."""
         return not self.decoder.reveal.revises
-
-
-def _resolve(request: Request, spec: ModelSpec) -> Plan:
-    from decoding.ending import Ending
-    from decoding.window import MARGIN
-
-    decoder = request.decoder_for(spec)
-    if request.rate is not None and not decoder.reveal.paced:
-        raise ConfigError(f"decoder {decoder.name!r} says itself how many tokens it writes; give no rate")
-    fixed = request.window is not None or request.steps is not None
-    grows = request.max_tokens is not None or not (fixed or (decoder.timed and request.rate is None))
-    window = _window(request, spec, grows)
-    pace = _pace(request, spec, decoder, window, grows)
-    whole = not (grows or request.canvas == "growing") or bool(request.ending)
-    if grows and request.canvas == "full":
-        raise ConfigError('canvas "full" needs a window; with max_tokens the canvas grows')
-    if not grows:
-        _check_fixed_canvas(request, pace)
-    free = not request.ending
-    fill = (request.eos_fill is None or request.eos_fill) and free
-    return Plan(
-        decoder=_fitted(decoder, window or OPEN_LENGTH),
-        pace=pace,
-        ending=Ending(
-            spec.eos_token_id,
-            tuple(sorted(spec.end_token_ids)),
-            fill=fill,
-            early_exit=free and not decoder.reveal.revises,
-            closes=fill or pace.steps is None,
-        ),
-        mask_id=spec.mask_token_id,
-        margin=None if whole else MARGIN if request.margin is None else request.margin,
-        reuse=request.reuse_settings(),
-        positions=window or spec.positions,
-        tokens=window or int(request.max_tokens or spec.generation.get("max_tokens", DEFAULT_MAX_TOKENS)),
-        stop=request.stop_texts,
-        begin=request.begin or "",
-        ending_text=request.ending or "",
-        forced=tuple(sorted((int(at), text) for at, text in (request.forced or {}).items())),
-        top_logprobs=request.top_logprobs or 0,
-    )
-
-
-def _fitted(decoder: Decoder, length: int) -> Decoder:
-    window = decoder.window.fitted(length)
-    return decoder if window is decoder.window else replace(decoder, window=window)
-
-
-def _window(request: Request, spec: ModelSpec, grows: bool) -> int | None:
-    """Positions of a fixed canvas; None for one that grows."""
-    if grows:
-        return None
-    window = request.window or min(int(spec.generation.get("window", 256)), spec.positions)
-    if not 1 <= window <= spec.positions:
-        raise ConfigError(
-            f"window must lie between 1 and the model's {spec.positions} positions, got {window}"
-        )
-    return window
-
-
-def _pace(request: Request, spec: ModelSpec, decoder: Decoder, window: int | None, grows: bool) -> Pace:
-    """Steps, a rate, or the decoder's own pace."""
-    from decoding.pace import OwnPace, Rate, Steps
-
-    if request.steps is not None:
-        return Steps(request.steps, spec.schedule).within(window or spec.positions)
-    if not decoder.reveal.paced:
-        return OwnPace()
-    if request.rate is not None:
-        return Rate(float(request.rate))
-    if grows:
-        return Rate(float(spec.generation.get("rate", DEFAULT_RATE)))
-    assert window is not None
-    return Steps(int(spec.generation.get("steps", max(1, window // 4))), spec.schedule).within(window)
-
-
-def _check_fixed_canvas(request: Request, pace: Pace) -> None:
-    if request.canvas == "growing" and pace.steps is None:
-        raise ConfigError('canvas "growing" with a rate is what max_tokens gives; give it, or steps')
-    if request.margin is not None and request.canvas != "growing":
-        raise ConfigError('a margin is for a canvas that grows; give max_tokens, or canvas="growing"')

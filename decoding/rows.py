@@ -1,13 +1,12 @@
-"""Rows of tokens: a prompt and the masks of its answer."""
+"""Rows of texts: a prompt becomes tokens, and masks for its answer."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from decoding.canvas import Row
 from decoding.request import Plan
 from dlm.errors import ConfigError
 from dlm.spec import ModelSpec
@@ -15,25 +14,6 @@ from dlm.tokenizer import Message, as_messages, encode_prompt, encode_text
 
 Prompt = str | list[Message]
 """A text (one user turn) or chat messages."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row, before it becomes part of a canvas."""
-
-    ids: list[int]
-    """The mask token where something is to be written."""
-    answer: int
-    """First position of the answer; what stands before it is the prompt."""
-    name: str = "the row"
-    """For errors: "prompt 3", "text 0"."""
-    ends_from: int = 0
-    """The first position at which an end token may be written."""
-
-    def digest(self, mask_id: int) -> bytes:
-        """A hash of the row's given tokens, whatever the length of the window."""
-        given = [token for token in self.ids if token != mask_id]
-        return hashlib.blake2b(repr(given).encode(), digest_size=8).digest()
 
 
 class RowMaker:
@@ -92,18 +72,19 @@ class RowMaker:
                 f"{name}: the prompt has {len(before)} tokens and {self._room(len(before), plan)}"
             )
         answer = [plan.mask_id] * min(plan.tokens, plan.positions - len(before))
-        forced = dict(plan.forced)
+        if not (plan.begin or plan.forced or plan.ending_text):
+            return Row(before + answer, len(before), name)
         last = [*self.text(plan.ending_text), self.spec.eos_token_id] if plan.ending_text else []
-        if plan.begin and 0 in forced:
+        if plan.begin and 0 in dict(plan.forced):
             raise ConfigError("begin and forced both name place 0")
-        given = [(0, self.text(plan.begin)), *((at, self.text(text)) for at, text in forced.items())]
-        for at, ids in [*given, (len(answer) - len(last), last)]:
+        begin, *forced = [(at, self.text(text)) for at, text in ((0, plan.begin), *plan.forced)]
+        for at, ids in [begin, *forced, (len(answer) - len(last), last)]:
             _put(answer, at, ids, plan.mask_id, name)
         if plan.mask_id not in answer:
             raise ConfigError(
                 f"{name}: the given tokens leave nothing to write in an answer of {len(answer)}"
             )
-        until = len(answer) if last else max((at + len(ids) for at, ids in given[1:] if ids), default=0)
+        until = len(answer) if last else max((at + len(ids) for at, ids in forced if ids), default=0)
         return Row(before + answer, len(before), name, len(before) + until if until else 0)
 
 

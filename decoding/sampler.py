@@ -9,8 +9,8 @@ from typing import Any, TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from decoding.answer import Event, Output, show
-from decoding.canvas import Canvas
+from decoding.answer import Event, Output, Reader, show
+from decoding.canvas import Canvas, Row
 from decoding.engine import Engine, Update
 from decoding.infill import (
     Gap,
@@ -25,7 +25,7 @@ from decoding.infill import (
 )
 from decoding.presets import Decoder
 from decoding.request import Plan, Request
-from decoding.rows import Prompt, Row, RowMaker
+from decoding.rows import Prompt, RowMaker
 from dlm.errors import ConfigError, DLMError
 from dlm.spec import ModelSpec
 from dlm.tokenizer import Message
@@ -221,7 +221,7 @@ class Sampler:
 
     def plan(self, request: Request | None = None, **fields: Any) -> Plan:
         """The plan that a request, or its fields, come to for this model."""
-        return _request(request, fields).resolve_for(self.spec)
+        return _request(request, fields).resolve(self.spec)
 
     @property
     def window(self) -> int:
@@ -234,7 +234,7 @@ class Sampler:
 
     def show(self, ids: list[int]) -> str:
         """Text of a partly written answer, up to its end, with a blank for each mask."""
-        return show(ids, self.plan(), self.tokenizer)
+        return show(ids, self.plan(), Reader(self.tokenizer))
 
     def _finished(self, rows: Iterator[tuple[Row, Plan, int]], batch_size: int) -> Iterator[Update]:
         """Decode rows with their plans and seeds, so many at a time; yields their last updates in order."""

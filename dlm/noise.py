@@ -53,3 +53,9 @@ def uniform(key: torch.Tensor, counter: torch.Tensor | int) -> torch.Tensor:
     """
     bits = _shift_right(fold(key, counter), 41)  # 23 bits
     return (bits.to(torch.float32) + 0.5) * 2.0**-23
+
+
+def cell_noise(key: torch.Tensor, count: torch.Tensor, width: int, stream: int) -> torch.Tensor:
+    """[b, width] uniform numbers, a function of (key [b], count [b], stream, position) alone."""
+    keys = fold(fold(key, count), stream)
+    return uniform(keys[:, None], torch.arange(width))

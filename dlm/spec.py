@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from dlm.errors import ConfigError
 from dlm.schedule import LogLinear, NoiseSchedule, schedule_named
@@ -86,6 +86,17 @@ class ModelSpec:
 
     @classmethod
     def of(cls, model: Any) -> ModelSpec:
-        """The spec that a model carries, or else what its configuration says."""
-        spec = getattr(model, "spec", None)
-        return spec if isinstance(spec, ModelSpec) else cls.of_config(model.config)
+        """The spec that a model carries, or else what its configuration says; a spec is its own."""
+        if isinstance(model, ModelSpec):
+            return model
+        return model.spec if isinstance(model, Specified) else cls.of_config(model.config)
+
+
+@runtime_checkable
+class Specified(Protocol):
+    """A model that carries its spec."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """See `ModelSpec`."""
+        ...

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from decoding.canvas import make_canvas
+from decoding.canvas import Row, make_canvas
 from decoding.presets import Decoder
 from decoding.request import Request
-from decoding.rows import Row
 from decoding.step import denoise
 from decoding.window import Convolution
 

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from decoding.canvas import Canvas, make_canvas
+from decoding.canvas import Canvas, Row, make_canvas
 from decoding.denoiser import Denoiser
 from decoding.request import Plan
-from decoding.rows import Row
 from decoding.step import Batch, run_work
 from decoding.tokens import TokenRule
 from dlm.device import sent
@@ -106,7 +105,7 @@ def _batch(
         true_ids[len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
     batch = _TrueBatch(truth, model, canvas, plan)
     while not bool(canvas.done.all()):
-        run_work(model, batch.step())
+        run_work(model, [batch.step()])
     for row, (prompt, answer) in enumerate(rows):
         chance = canvas.confidence[row, len(prompt) : len(prompt) + len(answer)]
         yield PathCost((-chance.double().log()).tolist(), int(canvas.model_calls[row]))
@@ -119,17 +118,14 @@ class _TrueBatch(Batch):
         super().__init__(model, canvas, plan)
         self.truth = truth
 
-    def _given(self, rows: torch.Tensor, where: torch.Tensor) -> list[torch.Tensor]:
-        """The true tokens [N] too."""
-        noise, *state = super()._given(rows, where)
-        return [noise, self._cut(self.truth, rows)[where], *state]
-
-    def _columns(self, logits: torch.Tensor, noise: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+    def _columns(
+        self, logits: torch.Tensor, row: torch.Tensor, position: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
         """The decoder's own score; the true token or, where there is none, one drawn; its probability."""
-        truth = sent(given[0], logits.device)
-        columns = super()._columns(logits, noise, *given[1:])
-        choice = TokenRule().choose(logits, sent(noise, logits.device))
-        likely = logits.float().log_softmax(1).gather(1, truth.clamp(min=0)[:, None])[:, 0].exp()
-        columns[:, 0] = torch.where(truth == _NO_TRUTH, choice.token, truth).double()
-        columns[:, 1] = torch.where(truth == _NO_TRUTH, 1.0, likely).double()
+        columns = super()._columns(logits, row, position, noise)
+        truth, noise = (sent(x, logits.device) for x in (self.truth[row, position], noise))
+        token = TokenRule().choose(logits, noise).token
+        probability = logits.float().log_softmax(1).gather(1, truth.clamp(min=0)[:, None])[:, 0].exp()
+        columns[:, 0] = torch.where(truth == _NO_TRUTH, token, truth).double()
+        columns[:, 1] = torch.where(truth == _NO_TRUTH, 1.0, probability).double()
         return columns

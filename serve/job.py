@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from decoding.canvas import Row
 from decoding.engine import Update
 from decoding.request import Plan
-from decoding.rows import Row
 from dlm.errors import DLMError
 
 _numbers = itertools.count(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +20,12 @@ import dlm.checkpoint
 from dlm.backbone import ScratchConfig, from_scratch
 from dlm.data.rules import make_examples, rule_rows
 from dlm.tokenizer import train_tokenizer
+
+with contextlib.suppress(ImportError):  # a bare machine with a GPU
+    from hypothesis import settings
+
+    settings.register_profile("dlm", deadline=None)  # a busy machine is no failure
+    settings.load_profile("dlm")
 
 
 @pytest.fixture(scope="session", autouse=True)

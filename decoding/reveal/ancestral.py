@@ -112,8 +112,8 @@ class Ancestral(MassRule):
 
     def decide(self, view: StepView) -> Decision:
         """Flip independent coins, or at a rate take the next arrivals."""
-        noise = view.noise(REVEAL_NOISE)
         if view.rate is not None:
+            noise = view.noise(REVEAL_NOISE)
             return Decision(first_arrivals(view.score, view.weight, view.masked, noise, view.rate))
         chance = reveal_probability(view.score, view.weight, view.masked, view.t, view.s, view.beyond)
-        return Decision(view.masked & (noise < chance))
+        return Decision(view.masked & (view.noise(REVEAL_NOISE) < chance))

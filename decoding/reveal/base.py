@@ -8,7 +8,7 @@ for all positions together. State that a rule needs between steps belongs to the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -78,6 +78,15 @@ class Decision:
     """[b] bool, rows in which no written token will change any more; None for all."""
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """New state; it is kept if the row changes in this step."""
+
+    def filled(self, rows: torch.Tensor, masked: torch.Tensor) -> Decision:
+        """This decision, but in `rows` [b, 1] all that is `masked` [b, W] is revealed, and nothing else."""
+        return replace(
+            self,
+            reveal=torch.where(rows, masked, self.reveal),
+            remask=None if self.remask is None else self.remask & ~rows,
+            replace=None if self.replace is None else self.replace & ~rows,
+        )
 
 
 class RevealRule:

@@ -130,7 +130,7 @@ def _answer_sample(service: Service, body: CanvasRequest) -> Sample:
         fields = {name: getattr(request, name) for name in DecodingRequest.__dataclass_fields__}
         request = DecodingRequest.of(**{**fields, **given})
         request.check_decoder()
-        plan = request.resolve_for(service.spec)
+        plan = request.resolve(service.spec)
         return Sample(service.rows.answer(ids, plan), plan, first_seed(body.seed))
 
     with faults_named():

@@ -14,8 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from decoding.canvas import Row
 from decoding.request import Plan, Request
-from decoding.rows import Row
 from dlm.errors import ConfigError
 from serve.config import ServeConfig
 from serve.errors import APIError, refused
@@ -179,7 +179,7 @@ class Generation:
         """The plan for a prompt of these tokens."""
         request = self.request(len(ids))
         request.check_decoder()
-        return request.resolve_for(service.spec)
+        return request.resolve(service.spec)
 
 
 def with_limits(service: Service, ids: list[int], max_tokens: int | None) -> None:

@@ -3,11 +3,9 @@
 import torch
 
 from decoding import Decoder
-from decoding.canvas import make_canvas
-from decoding.ending import Ending
-from decoding.pace import OwnPace, Rate, Steps
+from decoding.canvas import Row, make_canvas
+from decoding.pace import Ending, OwnPace, Rate, Steps
 from decoding.request import OPEN_LENGTH, Plan, Reuse
-from decoding.rows import Row
 from decoding.step import denoise
 from decoding.window import MARGIN
 

@@ -1,10 +1,14 @@
 """Text of rows: what is confirmed, what is cut, what a finished row says."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from decoding import Decoder, Request, Sampler
-from decoding.answer import BLANK, HALF_CHARACTER, confirmed, event, find_stop, output, partial, show
+from decoding.answer import BLANK, HALF_CHARACTER, Reader, confirmed, event, find_stop, output, partial, show
 from decoding.engine import Engine
 from dlm.errors import ConfigError
 from tests.decoding.rig import canvas_of, plan_of
@@ -36,11 +40,11 @@ def row(answer, done=False, **plan_fields):
 
 def test_text_is_what_the_tokens_say_white_space_included():
     canvas, plan = row([1, 2, 1, 0, 0], done=True)
-    out = output(canvas, plan, Bytes())
+    out = output(canvas, plan, Reader(Bytes()))
     assert out.text == " a "
     assert (out.token_ids, out.finish_reason) == ([1, 2, 1], "stop")
     canvas, plan = row([1, 2, 1], done=True)
-    assert output(canvas, plan, Bytes()).finish_reason == "length"
+    assert output(canvas, plan, Reader(Bytes())).finish_reason == "length"
 
 
 def test_confirmed_text_ends_at_whole_characters_before_the_first_mask():
@@ -48,7 +52,7 @@ def test_confirmed_text_ends_at_whole_characters_before_the_first_mask():
     texts = []
     for n in range(len(every) + 1):
         canvas, plan = row([*every[:n], *[None] * (len(every) - n + 1)])
-        texts.append(confirmed(canvas, plan, Bytes()))
+        texts.append(confirmed(canvas, plan, Reader(Bytes())))
     whole = Bytes.text.decode()
     assert all(whole.startswith(text) for text in texts)
     assert [len(text) for text in texts] == [0, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5, 6]
@@ -66,9 +70,9 @@ def test_confirmed_text_waits_where_a_stop_text_may_begin():
     ):
         canvas, plan = row(answer)
         plan = plan_with(plan, stop=("efg",))
-        assert confirmed(canvas, plan, tokenizer) == expected
+        assert confirmed(canvas, plan, Reader(tokenizer)) == expected
     canvas, plan = row([2, 3, 4, 5, 6, None])
-    cut = find_stop(canvas, plan_with(plan, stop=("efg", "g")), tokenizer)
+    cut = find_stop(canvas, plan_with(plan, stop=("efg", "g")), Reader(tokenizer))
     assert (cut.tokens, cut.text) == (2, "cd")
 
 
@@ -80,14 +84,18 @@ def plan_with(plan, **fields):
 
 def test_nothing_is_confirmed_while_tokens_may_be_revised():
     canvas, _ = row([2, 3, None])
-    assert confirmed(canvas, plan_of(Decoder.named("editing")), FakeTokenizer()) == ""
+    assert confirmed(canvas, plan_of(Decoder.named("editing")), Reader(FakeTokenizer())) == ""
 
 
 def test_half_characters_beside_masks_are_blanks_and_a_finished_row_says_its_text():
     canvas, plan = row([1, 3, None, 2, None])
-    assert show(canvas.ids[0, 2:].tolist(), plan, Bytes()) == f" {BLANK}{BLANK}a"
+    assert show(canvas.ids[0, 2:].tolist(), plan, Reader(Bytes())) == f" {BLANK}{BLANK}a"
     canvas, plan = row([1, 3, 2, 0], done=True)
-    assert event(canvas, plan, Bytes()).text == output(canvas, plan, Bytes()).text == f" {HALF_CHARACTER}a"
+    assert (
+        event(canvas, plan, Reader(Bytes())).text
+        == output(canvas, plan, Reader(Bytes())).text
+        == f" {HALF_CHARACTER}a"
+    )
 
 
 def test_the_last_event_is_the_answer_for_every_decoder():
@@ -179,15 +187,15 @@ def test_the_likeliest_tokens_are_those_of_the_call_that_wrote_the_token():
 def test_a_part_of_an_answer_holds_the_tokens_whose_text_is_confirmed():
     canvas, plan = row([2, 3, 4, None, 5])
     plan = plan_with(plan, stop=("eg",))
-    part = partial(canvas, plan, FakeTokenizer())
+    part = partial(canvas, plan, Reader(FakeTokenizer()))
     assert (part.text, part.token_ids, part.finish_reason) == (
         "cd",
         [2, 3],
         "",
     )  # "e" may begin the stop text
-    assert part.text == confirmed(canvas, plan, FakeTokenizer())
+    assert part.text == confirmed(canvas, plan, Reader(FakeTokenizer()))
     canvas, plan = row([2, 3, 0, 0], done=True)
-    assert partial(canvas, plan, FakeTokenizer()) == output(canvas, plan, FakeTokenizer())
+    assert partial(canvas, plan, Reader(FakeTokenizer())) == output(canvas, plan, Reader(FakeTokenizer()))
 
 
 def test_token_ids_are_a_prompt_as_they_are():
@@ -205,3 +213,36 @@ def test_token_ids_are_a_prompt_as_they_are():
 class Sized(FakeTokenizer):
     def __len__(self):
         return 23
+
+
+@given(
+    pieces=st.lists(st.sampled_from([*b"ab", *"é€😀".encode(), 0xFF, 0xC3, 0xE2]), max_size=24),
+    sizes=st.lists(st.integers(1, 4), min_size=24, max_size=24),
+)
+def test_a_prefix_that_grows_is_read_as_if_all_of_it_were_decoded(pieces, sizes):
+    """Also over half-written characters, bytes that are none, and a token that writes nothing."""
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: bytes(ids).decode(errors="replace"))
+    growing, size = Reader(tokenizer), 0
+    for step in sizes:
+        size = min(size + step, len(pieces))
+        assert growing.prefix(pieces[:size]) == growing.text(pieces[:size])
+    assert growing.prefix([98, 98]) == "bb"  # another row: read from its beginning
+
+
+def test_a_prefix_that_grows_decodes_what_is_new_alone():
+    decoded = []
+    tokenizer = SimpleNamespace(
+        decode=lambda ids, skip_special_tokens: (decoded.append(len(ids)), "x" * len(ids))[1]
+    )
+    reader = Reader(tokenizer)
+    for size in range(1, 100):
+        assert reader.prefix([7] * size) == "x" * size
+    assert max(decoded) == 2
+
+
+def test_a_prefix_that_grows_is_exact_with_a_real_tokenizer(tokenizer):
+    text = "Ünïcode – 100 %: “naïve” 😀 漢字\n\n  two  spaces ."
+    ids = tokenizer(text)["input_ids"]
+    reader = Reader(tokenizer)
+    for size in range(len(ids) + 1):
+        assert reader.prefix(ids[:size]) == reader.text(ids[:size])

@@ -14,6 +14,7 @@ from decoding.step import denoise
 from dlm.errors import ConfigError
 from dlm.graphs import BucketedModel
 from dlm.model import MaskedDiffusionModel
+from dlm.spec import ModelSpec
 from eval.bench import Problem
 from tests.decoding.rig import canvas_of, plan_of
 from tests.elsewhere import AWAY, Elsewhere
@@ -50,6 +51,7 @@ class FarModel:
         self.backbone, self.mask_shift, self.calls = Backbone(), None, 0
         self.device, self.dtype = torch.device(device), torch.float32
         self.config = SimpleNamespace(mask_token_id=MASK, eos_token_id=EOS, shift=True, generation=None)
+        self.spec = ModelSpec.of(self)
 
     def get_input_embeddings(self):
         def embedding(ids):

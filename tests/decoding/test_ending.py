@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decoding.ending import Ending
+from decoding.pace import Ending
 from decoding.presets import Decoder
 from tests.decoding.rig import decode, plan_of, rows
 from tests.fakes import FakeDenoiser

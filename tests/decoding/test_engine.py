@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding import Decoder, Request, Sampler
+from decoding.canvas import Row
 from decoding.engine import Engine
 from decoding.presets import PRESETS
 from decoding.request import Reuse
-from decoding.rows import Row
 from dlm.errors import ConfigError
 from tests.decoding.rig import EOS, MASK, canvas_of, decode, plan_of, rows
 from tests.dlm.test_attention import MASK as TINY_MASK
@@ -326,3 +326,34 @@ def test_several_threads_share_a_model():
         thread.join()
     assert not errors
     assert EOS == 0
+
+
+def test_rows_wait_in_order_and_one_that_waits_is_cancelled_without_a_canvas(monkeypatch):
+    from decoding import engine as module
+
+    made = []
+    maker = module.make_canvas
+    monkeypatch.setattr(module, "make_canvas", lambda rows, *rest: made.extend(rows) or maker(rows, *rest))
+    engine = engine_of(FakeDenoiser(eos_bias=-50.0), max_rows=2)
+    tickets = [engine.submit(*request(number)) for number in range(8)]
+    assert (engine.waiting, engine.running, len(engine), made) == (8, 0, 8, [])
+    engine.cancel(tickets[3])
+    engine.step()
+    assert (engine.waiting, engine.running, len(made)) == (5, 2, 2)
+    engine.cancel(tickets[2])
+    with pytest.raises(KeyError, match=str(tickets[2])):
+        engine.cancel(tickets[2])
+    finished = []
+    while len(engine):
+        assert engine.running <= 2
+        finished += [update.ticket for update in engine.step() if update.finished]
+    assert sorted(finished) == [tickets[i] for i in (0, 1, 4, 5, 6, 7)]
+    assert [row.ids for row in made] == [request(i)[0].ids for i in (0, 1, 4, 5, 6, 7)]  # in order
+
+
+def test_a_row_that_has_more_blocks_than_steps_is_refused_when_it_is_submitted():
+    engine = engine_of(FakeDenoiser())
+    plan = plan_of(Decoder.named("semi-ar", block_size=4), steps=3)
+    with pytest.raises(ConfigError, match="3 steps are too few for 7 blocks"):
+        engine.submit(Row([5, 5] + [MASK] * 28, 2), plan)
+    assert len(engine) == 0

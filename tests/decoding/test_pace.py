@@ -21,13 +21,13 @@ from dlm.schedule import Cosine, LogLinear
 def clock(pace, step, length=20, window=None):
     start, end = torch.tensor([2]), torch.tensor([length])
     masked, window = torch.arange(length)[None] >= 2, window or Full()
-    return pace.clock(torch.tensor([step]), window.stages(start, end), masked, start, window)
+    return pace.clock(torch.tensor([step]), window.stages(start, end), masked, masked, start, window)
 
 
 @given(total=st.integers(0, 90), steps=st.integers(1, 30))
 def test_quotas_of_all_steps_are_the_whole_and_as_even_as_can_be(total, steps):
     pace = Steps(steps)
-    quotas = [int(pace.quota(torch.tensor([i]), clock(pace, i), torch.tensor([total]))) for i in range(steps)]
+    quotas = [int(clock(pace, i, total + 2).quota) for i in range(steps)]
     assert sum(quotas) == total
     assert max(quotas) - min(quotas) <= 1
     assert quotas == sorted(quotas, reverse=True)  # as LLaDA: the larger steps first
@@ -37,7 +37,7 @@ def test_quotas_of_all_steps_are_the_whole_and_as_even_as_can_be(total, steps):
 def test_quotas_of_a_cosine_follow_its_curve(total, steps):
     pace, written = Steps(steps, Cosine()), 0
     for i in range(steps):
-        written += int(pace.quota(torch.tensor([i]), clock(pace, i), torch.tensor([total])))
+        written += int(clock(pace, i, total + 2).quota)
         share = math.sin(math.pi / 2 * (1 - (i + 1) / steps))
         assert abs(written - (total - total * share)) <= 0.5 + 1e-9
     assert written == total
@@ -46,21 +46,22 @@ def test_quotas_of_a_cosine_follow_its_curve(total, steps):
 @given(rate=st.floats(1, 9), steps=st.integers(1, 60))
 def test_a_rate_is_kept_by_whole_tokens(rate, steps):
     pace = Rate(rate)
-    quotas = [int(pace.quota(torch.tensor([i]), None, None)) for i in range(steps)]
+    quotas = [int(clock(pace, i).quota) for i in range(steps)]
     assert abs(sum(quotas) - rate * steps) < 1
-    assert not pace.late(torch.tensor([10**6])).any()
 
 
-def test_only_steps_are_ever_late():
-    step = torch.tensor([0, 3, 4, 9])
-    assert Steps(4).late(step).tolist() == [False, False, True, True]
-    assert not OwnPace().late(step).any()
+def test_a_late_step_has_the_times_of_the_last_one():
+    late, last = clock(Steps(4), 9), clock(Steps(4), 3)
+    assert (late.stage, late.t, late.s, late.quota) == (last.stage, last.t, last.s, last.quota)
+
+
+def test_only_steps_are_limited_and_only_a_rate_has_one():
     assert (Steps(4).rate, Rate(2.0).steps, OwnPace().steps, OwnPace().rate) == (None, None, None, None)
 
 
 def test_without_times_a_stage_lasts_until_it_is_written():
     start, masked = torch.tensor([2]), torch.arange(20)[None] >= 9
-    at = Rate(2.0).clock(torch.tensor([5]), torch.tensor([5]), masked, start, Block(4))
+    at = Rate(2.0).clock(torch.tensor([5]), torch.tensor([5]), masked, masked, start, Block(4))
     assert int(at.stage) == (9 - 2) // 4
 
 

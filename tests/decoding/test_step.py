@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding import Decoder, Sampler
-from decoding.pace import Steps, stage_clock
+from decoding.pace import Steps, stage_of
 from decoding.presets import PRESETS
 from decoding.reveal import Quota, Remask
 from decoding.step import denoise, guided
@@ -274,9 +274,10 @@ def test_clock_gives_every_block_its_share_and_its_own_time():
     stages = torch.tensor([1, 3, 4])
     seen = {int(b): [] for b in stages}
     for step in range(10):
-        at = stage_clock(step, 10, stages)
+        stage, index, count = stage_of(torch.tensor(step), 10, stages)
         for i, b in enumerate(stages.tolist()):
-            seen[b].append((int(at.stage[i]), float(at.t[i]), float(at.s[i])))
+            begin, end = (1 - float((index[i] + later) / count[i]) for later in (0, 1))
+            seen[b].append((int(stage[i]), begin, end))
     assert [round(t, 6) for _, t, _ in seen[1]] == [round(1 - k / 10, 6) for k in range(10)]
     assert [j for j, _, _ in seen[3]] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
     for b, steps in seen.items():

@@ -3,8 +3,7 @@
 import torch
 import torch._dynamo.testing
 
-from decoding.canvas import make_canvas
-from decoding.rows import Row
+from decoding.canvas import Row, make_canvas
 from decoding.step import denoise
 from dlm.graphs import STEP, BucketedModel, bucket
 from tests.decoding.rig import plan_of
