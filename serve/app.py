@@ -86,7 +86,7 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
         return JSONResponse(APIError(500, "the server failed", code="internal_error").body, 500)
 
 
-def explain(errors: Sequence[Any]) -> APIError:
+def explain(errors: Sequence[Any]) -> APIError:  # noqa: PLR0911
     """A 400 for a body that does not fit its schema: the first fault, by the name of its parameter."""
     fault = errors[0]
     kind = str(fault["type"])
@@ -98,6 +98,9 @@ def explain(errors: Sequence[Any]) -> APIError:
         param = ".".join([*names, name])
         message = f"{param} is not supported by this server"
         return APIError(400, message, param=param, code="unsupported_parameter")
+    if kind == "half_character":
+        param = ".".join([*names, str(fault["ctx"]["name"])])
+        return APIError(400, f"{param} holds half of a surrogate pair", param=param, code="invalid_value")
     if kind == "json_invalid":
         return APIError(400, "the body is no JSON", code="invalid_json")
     if not place:

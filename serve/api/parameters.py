@@ -48,7 +48,19 @@ class Body(BaseModel):
                 raise PydanticCustomError(
                     "unsupported", "{name} is not supported by this server", {"name": name}
                 )
+        for name, value in body.items():
+            if _has_half_character(value):
+                raise PydanticCustomError(
+                    "half_character", "{name} holds half of a surrogate pair", {"name": name}
+                )
         return {name: value for name, value in body.items() if name not in cls.unsupported}
+
+
+def _has_half_character(value: Any) -> bool:
+    """True for texts that no encoding can write, which JSON may hold."""
+    if isinstance(value, list):
+        return any(map(_has_half_character, value))
+    return isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value)
 
 
 class Diffusion(Body):
@@ -140,6 +152,8 @@ class Generation:
         fixed: dict[str, Any] = {"max_tokens": self.max_tokens}
         if s.window is not None and self.max_tokens is not None:
             raise ConfigError("window is the length of prompt and answer together; give no max_tokens then")
+        if s.window is not None and prompt_tokens >= s.window:
+            raise ConfigError(f"window {s.window} is too short for a prompt of {prompt_tokens} tokens")
         if s.window is not None:
             fixed = {"window": s.window, "steps": s.steps}
         elif s.steps is not None:

@@ -1,0 +1,382 @@
+"""OpenAI's interface, by its own client: what a client may rely on, whatever server it talks to."""
+
+import json
+import math
+
+import openai
+import pytest
+
+from decoding import Sampler
+from tests.serve.rig import events, stream_of
+
+CHAT = {"messages": [{"role": "user", "content": "Sort the words: b a c"}], "max_tokens": 24}
+TEXT = {"prompt": "Sort the words:", "max_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def text_of(choice):
+    return choice["text"] if "text" in choice else choice["message"]["content"]
+
+
+def joined(chunks, index=0):
+    """Text, finish reasons and number of roles of one choice of a stream."""
+    text, reasons, roles = "", [], 0
+    for chunk in chunks:
+        for choice in chunk["choices"] if chunk != "[DONE]" else []:
+            if choice["index"] == index:
+                delta = choice.get("delta", choice)
+                text += delta.get("content", delta.get("text", "")) or ""
+                roles += delta.get("role") == "assistant"
+                reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
+    return text, reasons, roles
+
+
+def test_the_same_text_as_the_python_api(server, client, tiny, tokenizer):
+    sampler = Sampler(tiny, tokenizer)
+    for seed in (0, 7):
+        for options in ({}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.0}):
+            expected = sampler.generate(
+                "Sort the words: b a c", max_tokens=24, seed=seed, options=options or None
+            )[0]
+            got = client.chat.completions.create(model="tiny", seed=seed, **CHAT, **options)
+            assert got.choices[0].message.content == expected.text
+            assert got.choices[0].finish_reason == expected.finish_reason
+            assert got.usage.completion_tokens == len(expected.token_ids)
+            assert got.usage.prompt_tokens == sampler.prompt_length("Sort the words: b a c")
+            assert got.usage.total_tokens == got.usage.prompt_tokens + got.usage.completion_tokens
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)])
+@pytest.mark.parametrize("decoder", ["conv", "llada", "remdm", "entropy-bound"])
+def test_a_stream_says_what_the_whole_answer_says(server, path, body, decoder):
+    body = {**body, "seed": 3, "n": 3, "decoder": decoder, "stop": ["e"]}
+    if decoder == "remdm":
+        body |= {"steps": 12}
+    whole = server.post(path, **body).json()
+    chunks = stream_of(server, path, **body, stream_options={"include_usage": True})
+    assert chunks[-1] == "[DONE]"
+    assert chunks[-2]["choices"] == []
+    assert chunks[-2]["usage"] == whole["usage"]
+    assert all(chunk["usage"] is None for chunk in chunks[:-2])
+    assert len({chunk["id"] for chunk in chunks[:-1]}) == 1
+    for i, choice in enumerate(whole["choices"]):
+        text, reasons, roles = joined(chunks, i)
+        assert text == text_of(choice)
+        assert reasons == [choice["finish_reason"]]
+        assert roles == (path == "/v1/chat/completions")
+        assert "e" not in text
+    if roles:
+        assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert sum(len(text_of(choice)) > 0 for choice in whole["choices"]) > 0
+    assert len({text_of(choice) for choice in whole["choices"]}) > 1 or decoder in ("llada", "entropy-bound")
+
+
+def test_usage_can_come_with_every_chunk(server):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = stream_of(server, "/v1/chat/completions", **CHAT, seed=1, stream_options=options)[:-1]
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[0] == 0 < counts[-1]
+    assert all(
+        c["usage"]["total_tokens"] == c["usage"]["prompt_tokens"] + c["usage"]["completion_tokens"]
+        for c in chunks
+    )
+
+
+def test_the_answers_of_one_request_are_those_of_its_seeds(server):
+    several = server.post("/v1/chat/completions", **CHAT, n=4, seed=10).json()["choices"]
+    assert [choice["index"] for choice in several] == [0, 1, 2, 3]
+    for i, choice in enumerate(several):
+        alone = server.post("/v1/chat/completions", **CHAT, seed=10 + i).json()["choices"][0]
+        assert alone["message"] == choice["message"]
+    unseeded = {server.post("/v1/chat/completions", **CHAT).text.split('"content":')[1] for _ in range(6)}
+    assert len(unseeded) > 1
+
+
+def test_prompts_in_lists_and_of_token_ids(server, tokenizer):
+    one, two = (list(tokenizer(text)["input_ids"]) for text in ("Sort the words:", "Count to"))
+    body = {"max_tokens": 12, "seed": 2, "n": 2}
+    texts = server.post("/v1/completions", prompt=["Sort the words:", "Count to"], **body).json()
+    ids = server.post("/v1/completions", prompt=[one, two], **body).json()
+    assert texts["choices"] == ids["choices"]
+    assert [choice["index"] for choice in ids["choices"]] == [0, 1, 2, 3]
+    assert texts["usage"]["prompt_tokens"] == len(one) + len(two)
+    alone = server.post("/v1/completions", prompt=two, **body).json()
+    assert [c["text"] for c in alone["choices"]] == [c["text"] for c in ids["choices"][2:]]
+
+
+def test_an_echo_begins_with_the_prompt_in_whole_and_in_parts(server):
+    body = {**TEXT, "seed": 4, "echo": True, "logprobs": 2}
+    whole = server.post("/v1/completions", **body).json()["choices"][0]
+    plain = server.post("/v1/completions", **{**body, "echo": False}).json()["choices"][0]
+    assert whole["text"] == TEXT["prompt"] + plain["text"]
+    assert joined(stream_of(server, "/v1/completions", **body))[0] == whole["text"]
+    assert [x - len(TEXT["prompt"]) for x in whole["logprobs"]["text_offset"]] == plain["logprobs"][
+        "text_offset"
+    ]
+
+
+def test_log_probabilities_are_those_of_the_tokens_when_they_were_written(server, client, tiny, tokenizer):
+    got = client.chat.completions.create(model="tiny", seed=3, logprobs=True, top_logprobs=4, **CHAT)
+    expected = Sampler(tiny, tokenizer).generate("Sort the words: b a c", max_tokens=24, seed=3)[0]
+    content = got.choices[0].logprobs.content
+    assert [math.exp(x.logprob) for x in content] == pytest.approx(expected.confidence, rel=1e-5)
+    assert all(len(x.top_logprobs) == 4 for x in content)
+    assert all(x.top_logprobs[0].logprob >= x.logprob - 1e-6 for x in content)
+    assert (
+        b"".join(bytes(x.bytes) for x in content).decode(errors="replace") == got.choices[0].message.content
+    )
+    whole = server.post("/v1/completions", **TEXT, seed=3, logprobs=3).json()["choices"][0]["logprobs"]
+    size = len(whole["tokens"])
+    assert {len(whole[name]) for name in ("token_logprobs", "top_logprobs", "text_offset")} == {size}
+    assert all(
+        token in top and len(top) <= 4
+        for token, top in zip(whole["tokens"], whole["top_logprobs"], strict=True)
+    )
+    parts = stream_of(server, "/v1/completions", **TEXT, seed=3, logprobs=3)[:-1]
+    streamed = {name: [] for name in whole}
+    for part in parts:
+        for name, values in (part["choices"][0]["logprobs"] or {}).items():
+            streamed[name] += values
+    assert streamed == whole
+    none = server.post("/v1/completions", **TEXT, seed=3, logprobs=0).json()["choices"][0]["logprobs"]
+    assert none["token_logprobs"] == whole["token_logprobs"]
+    assert all(len(top) == 1 for top in none["top_logprobs"])
+
+
+def test_sampling_parameters_are_honoured(server, tokenizer):
+    base = {**TEXT, "seed": 5, "max_tokens": 40, "logprobs": 0}
+
+    def tokens(**given):
+        return server.post("/v1/completions", **base, **given).json()["choices"][0]["logprobs"]["tokens"]
+
+    greedy = [tuple(tokens(temperature=0)) for _ in range(2)]
+    assert greedy[0] == greedy[1]
+    plain = tokens()
+    for given in (
+        {"temperature": 0.2}, {"top_p": 0.3}, {"top_k": 1}, {"min_p": 0.9}, {"repetition_penalty": 3.0},
+        {"presence_penalty": 2.0}, {"frequency_penalty": 2.0}, {"logit_bias": {"50": 100}}, {"rate": 8},
+        {"decoder": "llada"}, {"kernel_size": 3}, {"options": {"kernel_size": 3}},
+    ):  # fmt: skip
+        assert tokens(**given) != plain, given
+    word = tokenizer.decode([50])
+    assert set(tokens(logit_bias={"50": 100})) == {word}
+    banned = tokenizer(plain[0])["input_ids"][0]
+    assert plain[0] not in tokens(logit_bias={str(banned): -100})
+
+
+def test_options_of_diffusion_come_by_extra_body(client):
+    extra = {"decoder": "llada-conv", "steps": 6, "kernel_size": 9, "return_metadata": True}
+    got = client.chat.completions.create(model="tiny", seed=1, extra_body=extra, **CHAT)
+    metadata = got.choices[0].model_extra["metadata"]
+    assert metadata["steps"] == 6
+    assert metadata["model_calls"] <= 7
+    assert len(metadata["reveal_steps"]) == metadata["completion_tokens"] == got.usage.completion_tokens
+    assert metadata["tokens_per_call"] == pytest.approx(
+        metadata["completion_tokens"] / metadata["model_calls"], abs=1e-3
+    )
+
+
+def test_snapshots_replace_each_other_and_end_with_the_answer(server):
+    chunks = stream_of(server, "/v1/chat/completions", **CHAT, seed=3, diffusing=True)
+    snapshots = [
+        c["choices"][0]["delta"]["content"] for c in chunks[:-1] if "content" in c["choices"][0]["delta"]
+    ]
+    whole = server.post("/v1/chat/completions", **CHAT, seed=3).json()["choices"][0]
+    assert snapshots[-1] == whole["message"]["content"]
+    assert any("░" in text for text in snapshots)
+    assert joined(chunks)[1] == [whole["finish_reason"]]
+
+
+def test_the_last_message_can_be_gone_on_with(server):
+    turns = [*CHAT["messages"], {"role": "assistant", "content": "Sorted:"}]
+    got = server.post(
+        "/v1/chat/completions", messages=turns, max_tokens=9, seed=1, continue_final_message=True
+    ).json()
+    assert got["choices"][0]["message"]["content"]
+    assert (
+        got["usage"]["prompt_tokens"]
+        > server.post("/v1/chat/completions", **CHAT).json()["usage"]["prompt_tokens"]
+    )
+    for bad in (CHAT["messages"], [turns[1]]):
+        refused = server.post("/v1/chat/completions", messages=bad, continue_final_message=True)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
+
+
+def test_a_gap_before_a_suffix_is_filled(server):
+    body = {"prompt": "The words are", "suffix": " and that is all.", "max_tokens": 6, "seed": 1}
+    whole = server.post("/v1/completions", **body).json()
+    (choice,) = whole["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert 1 <= whole["usage"]["completion_tokens"] <= 6
+    chunks = stream_of(server, "/v1/completions", **body, stream_options={"include_usage": True})
+    assert joined(chunks)[:2] == (choice["text"], ["stop"])
+    assert chunks[-2]["usage"] == whole["usage"]
+    two = server.post("/v1/completions", **body, n=2).json()["choices"]
+    assert two[0]["text"] == choice["text"]
+
+
+def test_models_are_listed_and_described(client):
+    (card,) = client.models.list().data
+    assert card.id == "tiny"
+    assert client.models.retrieve("tiny").model_extra["max_model_len"] > 100
+    for call in (
+        lambda: client.models.retrieve("other"),
+        lambda: client.chat.completions.create(model="other", **CHAT),
+    ):
+        with pytest.raises(openai.NotFoundError) as error:
+            call()
+        assert (error.value.code, error.value.param) == ("model_not_found", "model")
+
+
+REFUSED = [
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": "0.5"}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.5}, "top_p"),
+    ({"top_k": 1.5}, "top_k"),
+    ({"n": 0}, "n"),
+    ({"n": 17}, "n"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"max_tokens": 10**9}, "max_tokens"),
+    ({"stop": ["x"] * 17}, "stop"),
+    ({"stop": ["x" * 300]}, "stop"),
+    ({"stop": ""}, "stop"),
+    ({"stop": [5]}, "stop"),
+    ({"seed": 2**70}, "seed"),
+    ({"seed": 1.5}, "seed"),
+    ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+    ({"presence_penalty": 3}, "presence_penalty"),
+    ({"decoder": "convv"}, "decoder"),
+    ({"options": {"kernel_sise": 5}}, None),
+    ({"decoder": "llada", "kernel_size": 9}, None),
+    ({"rate": 0.5}, "rate"),
+    ({"steps": 4, "rate": 2}, "steps"),
+    ({"window": 9, "max_tokens": None}, "window"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"diffusing": True}, "diffusing"),
+    ({"temprature": 1}, "temprature"),
+    ({"best_of": 3}, "best_of"),
+    ({"ignore_eos": True}, "ignore_eos"),
+]
+
+
+@pytest.mark.parametrize(("given", "param"), REFUSED, ids=lambda x: json.dumps(x)[:40])
+def test_what_cannot_be_honoured_is_refused_by_name(server, given, param):
+    for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)):
+        response = server.post(path, **{**body, **given})
+        error = response.json()["error"]
+        assert response.status_code == 400, (path, response.text)
+        assert error["type"] == "invalid_request_error"
+        if param is not None:
+            assert error["param"] == param, error
+
+
+CHAT_ONLY = [
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"audio": {"voice": "x"}}, "audio"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"max_completion_tokens": 5}, "max_tokens"),
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "god", "content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, None),
+    ({"messages": [{"role": "user"}]}, "messages"),
+]
+
+
+@pytest.mark.parametrize(("given", "param"), CHAT_ONLY, ids=lambda x: json.dumps(x)[:40])
+def test_what_a_chat_cannot_have_is_refused_by_name(server, given, param):
+    response = server.post("/v1/chat/completions", **{**CHAT, **given})
+    assert response.status_code == 400, response.text
+    if param is not None:
+        assert response.json()["error"]["param"] == param, response.text
+    assert server.post("/v1/chat/completions", **CHAT).status_code == 200
+
+
+def test_values_that_ask_for_nothing_are_taken(server):
+    nothing = {
+        "tools": None, "tool_choice": "none", "response_format": {"type": "text"}, "user": "me", "store": False,
+        "metadata": {"a": "b"}, "service_tier": "auto", "parallel_tool_calls": True, "modalities": ["text"],
+        "logit_bias": None, "stop": None, "n": 1, "stream": False, "temperature": None,
+    }  # fmt: skip
+    got = server.post("/v1/chat/completions", **CHAT, seed=1, **nothing)
+    assert got.status_code == 200, got.text
+    plain = server.post("/v1/chat/completions", **CHAT, seed=1).json()
+    assert got.json()["choices"] == plain["choices"]
+    parts = [{"type": "text", "text": "Sort the words:"}, {"type": "text", "text": " b a c"}]
+    body = {**CHAT, "messages": [{"role": "user", "content": parts}]}
+    assert server.post("/v1/chat/completions", **body, seed=1).json()["choices"] == plain["choices"]
+
+
+@pytest.mark.parametrize(
+    "body", [b"{}", b"[]", b"5", b"null", b"", b"{", b'{"prompt": NaN}', b"\xff", b"[" * 20000]
+)
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/completions", "/generate", "/v1/canvas", "/api/chat"]
+)
+def test_bodies_that_are_no_requests_are_400(server, path, body):
+    response = server.client.post(path, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["message"]
+
+
+def test_a_prompt_too_long_names_both_lengths(server, tiny):
+    positions = tiny.spec.positions
+    response = server.post("/v1/completions", prompt=[5] * (positions + 3))
+    assert response.status_code == 400
+    assert f"{positions + 3} tokens" in response.text
+    assert f"{positions} positions" in response.text
+    response = server.post("/v1/completions", prompt=[5] * (positions - 3), max_tokens=9)
+    assert "max_tokens asks for 9 more" in response.json()["error"]["message"]
+    for prompt, message in (([10**6], "whole numbers from 0"), ([tiny.spec.mask_token_id], "mask token")):
+        response = server.post("/v1/completions", prompt=prompt)
+        assert response.status_code == 400
+        assert message in response.text
+
+
+def test_half_a_surrogate_pair_is_refused_and_other_characters_are_not(server):
+    body = b'{"prompt": "a \\ud800 b", "echo": true}'
+    response = server.client.post(
+        "/v1/completions", content=body, headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 400
+    for text in ("😀 é 漢", "\x00", "a\u2028b", "<|im_end|>"):
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": 4}
+        assert server.post("/v1/chat/completions", **body).status_code == 200
+
+
+def test_the_async_client_streams_and_may_leave_half_way(server):
+    import asyncio
+
+    async def run():
+        client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        whole = await client.completions.create(model="tiny", seed=1, **TEXT)
+        text = ""
+        async for chunk in await client.completions.create(model="tiny", seed=1, stream=True, **TEXT):
+            text += chunk.choices[0].text
+        assert text == whole.choices[0].text
+        stream = await client.completions.create(
+            model="tiny", prompt="a", max_tokens=100, stream=True, seed=1
+        )
+        async for _ in stream:
+            break
+        await stream.close()
+        await client.close()
+
+    asyncio.run(run())
+
+
+def test_events_are_one_line_of_json_each(server):
+    with server.client.stream("POST", "/v1/completions", json={**TEXT, "stream": True}) as response:
+        assert events(response)[-1] == (None, "[DONE]")

@@ -1,0 +1,341 @@
+"""The worker: rows that join and leave, ends of all kinds, and a queue that is fair."""
+
+import threading
+import time
+
+import httpx2 as httpx
+import pytest
+import torch
+
+from decoding.request import Request
+from dlm.errors import DLMError
+from serve.errors import APIError
+from serve.job import ExpiredError, Job, Sample
+from serve.metrics import Metrics
+from serve.queue import PATIENCE, Queue
+from serve.worker import Worker
+from tests.serve.rig import Running, running, stream_of, wait_for
+
+CHAT = {"messages": [{"role": "user", "content": "Sort the words: b a c"}]}
+
+
+class Slow:
+    """A model whose calls take a while, or wait until they are let go.
+
+    Args:
+        model: the model.
+        seconds: of each call.
+    """
+
+    def __init__(self, model, seconds=0.0):
+        self.model, self.seconds, self.calls = model, seconds, 0
+        self.gate = threading.Event()
+        self.gate.set()
+        self.broken = None  # None, "raise", or ids of a row that gives NaN
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def _wait(self):
+        self.calls += 1
+        assert self.gate.wait(30)
+        time.sleep(self.seconds)
+        if self.broken == "raise":
+            raise RuntimeError("out of memory")
+
+    def packed_hidden(self, *args, **kwargs):
+        self._wait()
+        return self.model.packed_hidden(*args, **kwargs)
+
+    def hidden(self, *args, **kwargs):
+        self._wait()
+        return self.model.hidden(*args, **kwargs)
+
+    def logits(self, hidden):
+        logits = self.model.logits(hidden)
+        return logits * float("nan") if self.broken == "nan" else logits
+
+
+def test_texts_do_not_depend_on_the_server_or_on_its_load(tiny, tokenizer):
+    """Two servers, batches of one and of eight, requests at once and one by one: equal texts."""
+    bodies = [{**CHAT, "max_tokens": 10 + 3 * i, "seed": i, "n": 1 + i % 3} for i in range(10)]
+    texts = []
+    for rows, threads in ((1, 1), (8, 10), (3, 5)):
+        with running(tiny, tokenizer, max_rows=rows) as server:
+            results = [None] * len(bodies)
+
+            def ask(numbers, server=server, results=results):
+                for i in numbers:
+                    results[i] = server.post("/v1/chat/completions", **bodies[i]).json()["choices"]
+
+            parts = [threading.Thread(target=ask, args=(range(k, 10, threads),)) for k in range(threads)]
+            for part in parts:
+                part.start()
+            for part in parts:
+                part.join()
+            texts.append([[c["message"]["content"] for c in choices] for choices in results])
+            assert server.rows == 0
+    assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_goes_away_frees_its_rows_within_one_step(tiny, tokenizer, streamed):
+    model = Slow(tiny)
+    with running(model, tokenizer, max_rows=8) as server:
+        body = {**CHAT, "max_tokens": 200, "n": 3, "stream": streamed, "rate": 1, "logit_bias": {"0": -100}}
+        client = httpx.Client(base_url=server.url, timeout=30)
+        if streamed:
+            context = client.stream("POST", "/v1/chat/completions", json=body)
+            response = context.__enter__()
+            next(response.iter_lines())
+            wait_for(lambda: len(server.worker.engine) == 3)
+            context.__exit__(None, None, None)
+        else:
+            thread = threading.Thread(target=lambda: _post_and_fail(client, body))
+            thread.start()
+            wait_for(lambda: len(server.worker.engine) == 3)
+            model.gate.clear()
+            client.close()
+            thread.join()
+        steps = server.metric("engine_steps_total")
+        model.gate.set()
+        wait_for(lambda: server.rows == 0)
+        assert server.metric("engine_steps_total") - steps < 60  # far from the 200 that were asked for
+        assert server.metric("request_cancelled_total") == 1
+        assert server.metric("num_rows_running") == 0
+        assert server.post("/v1/chat/completions", **CHAT, max_tokens=4).status_code == 200
+
+
+def _post_and_fail(client, body):
+    with pytest.raises((httpx.HTTPError, RuntimeError)):
+        client.post("/v1/chat/completions", json=body, timeout=0.3)
+
+
+def test_a_row_that_gives_nan_fails_alone_and_says_so(tiny, tokenizer):
+    model = Slow(tiny)
+    with running(model, tokenizer) as server:
+        model.broken = "nan"
+        response = server.post("/v1/chat/completions", **CHAT, n=2)
+        assert (response.status_code, response.json()["error"]["code"]) == (500, "model_failure")
+        assert "NaN in step" in response.text
+        chunks = stream_of(server, "/v1/chat/completions", **CHAT)
+        assert "NaN" in chunks[-2]["error"]["message"]
+        model.broken = "raise"
+        response = server.post("/v1/chat/completions", **CHAT)
+        assert (response.status_code, "out of memory" in response.text) == (500, True)
+        model.broken = None
+        assert server.post("/v1/chat/completions", **CHAT, max_tokens=4).status_code == 200
+        assert server.metric("request_failure_total", reason="model") == 3
+        assert server.rows == 0
+        accepted, finished = server.metric("requests_accepted_total"), server.metric("request_success_total")
+        assert accepted == finished + 3
+
+
+def test_a_request_is_given_up_at_its_deadline(tiny, tokenizer):
+    model = Slow(tiny, 0.02)
+    with running(model, tokenizer) as server:
+        begun = time.monotonic()
+        response = server.post("/v1/chat/completions", **CHAT, max_tokens=250, rate=1, timeout=0.3)
+        assert time.monotonic() - begun < 5
+        assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
+        assert response.json()["error"]["param"] == "timeout"
+        assert server.rows == 0
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_again(tiny, tokenizer):
+    model = Slow(tiny)
+    with running(model, tokenizer, max_rows=1, max_waiting=2) as server:
+        model.gate.clear()
+        answers = []
+        threads = [
+            threading.Thread(
+                target=lambda: answers.append(
+                    httpx.post(
+                        f"{server.url}/v1/chat/completions", json={**CHAT, "max_tokens": 3}, timeout=60
+                    )
+                )
+            )
+            for _ in range(3)
+        ]
+        threads[0].start()
+        wait_for(lambda: len(server.worker._queue) == 1)
+        for thread in threads[1:]:
+            thread.start()
+        wait_for(lambda: server.worker.waiting >= 2)
+        response = server.post("/v1/chat/completions", **CHAT)
+        assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
+        assert int(response.headers["retry-after"]) >= 1
+        model.gate.set()
+        for thread in threads:
+            thread.join()
+        assert [answer.status_code for answer in answers] == [200] * 3
+        assert server.metric("request_refused_total", reason="queue_full") == 1
+
+
+def test_a_drain_refuses_what_waits_and_finishes_what_runs(tiny, tokenizer):
+    model = Slow(tiny)
+    server = Running(model, tokenizer, max_rows=1).ready()
+    try:
+        model.gate.clear()
+        answers = {}
+
+        def ask(name):
+            url = f"{server.url}/v1/chat/completions"
+            answers[name] = httpx.post(url, json={**CHAT, "max_tokens": 6, "seed": 1}, timeout=60)
+
+        threads = [threading.Thread(target=ask, args=(name,)) for name in ("running", "waiting")]
+        threads[0].start()
+        wait_for(lambda: len(server.worker._jobs) == 1)
+        threads[1].start()
+        wait_for(lambda: server.worker.waiting == 1)
+        server.worker.drain()
+        assert server.client.get("/ready").status_code == 503
+        assert server.client.get("/health").status_code == 200
+        response = server.post("/v1/chat/completions", **CHAT)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
+        model.gate.set()
+        for thread in threads:
+            thread.join()
+        assert answers["running"].status_code == 200
+        assert answers["running"].json()["choices"][0]["message"]["content"]
+        assert answers["waiting"].status_code == 503
+        wait_for(lambda: server.worker.idle)
+    finally:
+        server.stop()
+
+
+def test_nothing_is_answered_before_the_model_is_there(tiny, tokenizer):
+    gate = threading.Event()
+
+    def load():
+        assert gate.wait(30)
+        return tiny, tokenizer
+
+    server = Running(load)
+    try:
+        assert server.client.get("/ready").json() == {"status": "loading"}
+        assert server.client.get("/health").status_code == 200
+        response = server.post("/v1/chat/completions", **CHAT)
+        assert (response.status_code, response.headers["retry-after"]) == (503, "2")
+        gate.set()
+        server.ready()
+        wait_for(lambda: server.client.get("/ready").status_code == 200)
+    finally:
+        server.stop()
+
+
+def test_the_worker_tells_why_a_model_could_not_be_loaded():
+    def load():
+        raise DLMError("no such checkpoint")
+
+    worker = Worker(load, max_rows=1, max_positions=100, metrics=Metrics("x"))
+    worker.start()
+    assert str(worker.loaded.exception(10)) == "no such checkpoint"
+    assert not worker.ready
+
+
+def test_a_job_cancelled_after_its_end_is_left_alone(tiny, tokenizer):
+    metrics = Metrics("x")
+    worker = Worker(lambda: (tiny, tokenizer), max_rows=2, max_positions=5000, metrics=metrics)
+    worker.start()
+    worker.loaded.result(60)
+    plan = Request(max_tokens=3).resolve(tiny)
+    row = worker.engine.rows.answer("a", plan)
+    done = threading.Event()
+    news = []
+
+    def deliver(item):
+        news.append(item)
+        done.set()
+
+    job = Job([Sample(row, plan, 0)], deliver)
+    worker.submit(job)
+    assert done.wait(30)
+    worker.cancel(job)
+    late = Job([Sample(row, plan, 0)], deliver, deadline=time.monotonic() - 1)
+    done.clear()
+    worker.submit(late)
+    assert done.wait(30)
+    assert isinstance(news[-1], ExpiredError)
+    worker.stop()
+    assert not worker.alive
+    assert b'request_cancelled_total{model_name="x"} 0.0' in metrics.text()
+
+
+# ---- the queue ---------------------------------------------------------------------------------------
+
+
+def test_a_request_of_many_rows_does_not_starve_others():
+    queue = Queue(max_rows=4, max_positions=10**6)
+    queue.add("many", [10] * 8)
+    assert queue.admit() == [("many", 0), ("many", 1), ("many", 2), ("many", 3)]
+    queue.add("one", [10])
+    queue.add("two", [10, 10])
+    order = []
+    for i in range(4):
+        queue.release("many", i)
+        order += queue.admit()
+    assert order == [("one", 0), ("two", 0), ("two", 1), ("many", 4)]
+    assert queue.rows == 4
+
+
+def test_a_long_row_does_not_stall_short_ones_and_comes_to_its_turn():
+    queue = Queue(max_rows=100, max_positions=100)
+    queue.add("running", [60])
+    queue.admit()
+    queue.add("long", [90])
+    for i in range(2 * PATIENCE):
+        queue.add(i, [20])
+    passed = queue.admit()
+    assert passed == [(0, 0), (1, 0)]
+    for i in range(2 * PATIENCE):
+        if i not in queue or not queue._entries[i].working:
+            break
+        queue.release(i, 0)
+        passed += queue.admit()
+    assert len(passed) == PATIENCE  # then all wait for the long one
+    assert queue.positions == 60
+    queue.release("running", 0)
+    assert queue.admit() == [("long", 0)]
+    queue.release("long", 0)
+    assert len(queue.admit()) == 5
+
+
+def test_no_limit_is_ever_passed_and_everything_is_served():
+    """Random arrivals, ends and removals: the counts are those of a plain recount, and nothing is left."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n):
+        return int(torch.randint(n, (1,), generator=generator))
+
+    queue, working, served, removed = Queue(5, 60), [], set(), set()
+    for step in range(3000):
+        if step < 2000 and draw(3) == 0:
+            queue.add(step, [1 + draw(50) for _ in range(1 + draw(4))])
+        for job, index in queue.admit():
+            working.append((job, index))
+        assert queue.rows == len(working) <= 5
+        assert queue.positions == sum(queue._sizes[job][i] for job, i in working) <= 60
+        if working and draw(2):
+            job, index = working.pop(draw(len(working)))
+            queue.release(job, index)
+            served.add(job) if job not in queue else None
+        if draw(20) == 0 and queue.jobs():
+            job = queue.jobs()[draw(len(queue))]
+            queue.remove(job)
+            removed.add(job)
+            working = [pair for pair in working if pair[0] != job]
+    while working or len(queue):
+        working += queue.admit()
+        queue.release(*working.pop())
+    assert (queue.rows, queue.positions, len(queue)) == (0, 0, 0)
+    assert len(served) > 300
+    assert removed
+
+
+def test_errors_carry_what_openai_clients_read():
+    error = APIError(429, "later", code="queue_full", retry_after=3)
+    assert error.body == {
+        "error": {"message": "later", "type": "rate_limit_error", "param": None, "code": "queue_full"}
+    }
+    assert error.headers == {"Retry-After": "3"}
