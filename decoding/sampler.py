@@ -25,7 +25,7 @@ from decoding.infill import (
     without_span,
 )
 from decoding.presets import Decoder
-from decoding.request import Plan, Request
+from decoding.request import Plan, Request, is_whole
 from decoding.rows import Prompt, RowMaker
 from dlm.errors import ConfigError, DLMError
 from dlm.spec import ModelSpec
@@ -214,7 +214,7 @@ class Sampler:
         """
         plan = plan_infilling(_request(request, fields), self.spec, self.tokenizer)
         seeded = ((f"text {i}", *pair) for i, pair in enumerate(_with_seeds(texts, seed)))
-        pieces = ((name, _named(name, partial(pieces_of, str(text))), each) for name, text, each in seeded)
+        pieces = ((name, _named(name, text, partial(pieces_of, text)), each) for name, text, each in seeded)
         yield from self._fill(pieces, prompt, plan, batch_size)
 
     @overload
@@ -282,11 +282,10 @@ class Sampler:
             ConfigError: for a span that is not in a text or not clear.
         """
         plan = plan_infilling(_request(request, fields), self.spec, self.tokenizer)
-        bounds = (length, length) if isinstance(length, int) else length
-        gap = None if bounds is None else Gap(*bounds)
+        gap = None if length is None else Gap.of(length)
         seeded = ((f"text {i}", *pair) for i, pair in enumerate(_with_seeds(texts, seed)))
         pieces = (
-            (name, _named(name, partial(without_span, text, span, gap, self.text_length)), each)
+            (name, _named(name, text, partial(without_span, text, span, gap, self.text_length)), each)
             for name, text, each in seeded
         )
         yield from self._fill(pieces, prompt, plan, batch_size)
@@ -355,8 +354,8 @@ class Sampler:
 
     def _finished(self, rows: Iterator[tuple[Row, Plan, int]], batch_size: int) -> Iterator[Update]:
         """Decode rows with their plans and seeds, so many at a time; yields their last updates in order."""
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        if not is_whole(batch_size) or batch_size < 1:
+            raise ConfigError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         engine = Engine(self.model, self.tokenizer)
         done: dict[int, Update] = {}
         names: dict[int, str] = {}
@@ -420,8 +419,10 @@ def _request(request: Request | None, fields: dict[str, Any]) -> Request:
     return request
 
 
-def _named(name: str, cut: Callable[[], list[Piece]]) -> list[Piece]:
+def _named(name: str, text: Any, cut: Callable[[], list[Piece]]) -> list[Piece]:
     """The pieces of a text, errors beginning with its name."""
+    if not isinstance(text, str):
+        raise ConfigError(f"{name} must be a text, got {text!r}")
     try:
         return cut()
     except ConfigError as error:
@@ -432,6 +433,8 @@ def _listed(prompts: Any) -> tuple[bool, Any]:
     """True and a list of one for a lone text or a lone conversation; else False and what was given."""
     if isinstance(prompts, dict):
         raise ConfigError("prompts must be a text, chat messages, or several of them; got one message alone")
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
+        raise ConfigError(f"prompts must be a text, chat messages, or several of them; got {prompts!r}")
     one = isinstance(prompts, str) or (
         isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], dict)
     )
@@ -440,6 +443,9 @@ def _listed(prompts: Any) -> tuple[bool, Any]:
 
 def _with_seeds(prompts: Iterable[T], seed: int | Sequence[int]) -> Iterator[tuple[T, int]]:
     """Each prompt with its seed: one for all, or as many seeds as there are prompts."""
+    several = isinstance(seed, Sequence) and not isinstance(seed, str | bytes)
+    if not all(map(is_whole, seed if several else [seed])):  # type: ignore[arg-type]
+        raise ConfigError(f"seed must be a whole number, or one for each prompt, got {seed!r}")
     if not isinstance(seed, Sequence):
         yield from zip(prompts, itertools.repeat(operator.index(seed)), strict=False)
         return

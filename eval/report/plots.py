@@ -231,8 +231,8 @@ def ldw(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Any:
     """The long decoding window: mass on frequent and prompt tokens by distance (arXiv 2509.15188, figure 3).
 
     Args:
-        curves: for each model what `dlm inspect ldw` wrote, by distance: "frequent", "prompt", "end", "rows". A
-            line ends where the first prompt has no position any more.
+        curves: for each model what `dlm inspect ldw` wrote, by distance: "frequent", "prompt", "end", "rows".
+            A line ends where the first prompt has no position any more.
     """
     from matplotlib.figure import Figure
 

@@ -183,7 +183,7 @@ def test_unknown_names_and_options_list_the_choices():
 def test_windows_that_cannot_be_are_refused(sampler):
     with pytest.raises(ConfigError, match="between 1 and the model's 2048 positions, got 4096"):
         sampler.generate(["x"], window=4096)
-    with pytest.raises(ConfigError, match="batch_size must be at least 1"):
+    with pytest.raises(ConfigError, match="batch_size must be a whole number of at least 1"):
         sampler.generate(["x"], window=40, steps=2, batch_size=0)
     with pytest.raises(ConfigError, match="'role' and a text 'content'"):
         sampler.generate([[{"content": 3}]], window=40, steps=2)
