@@ -46,8 +46,9 @@ class ExportConfig:
             if name not in DEFAULTS:
                 raise unknown_name("default of decoding:", name, DEFAULTS)
         given = dict(self.generation)
-        together = {name: given.pop(name) for name in ("decoder", "options") if name in given}
-        parts: list[dict[str, Any]] = [together, *({name: value} for name, value in given.items())]
+        pair = ("decoder", "options")
+        together: dict[str, Any] = {name: given.pop(name) for name in pair if name in given}
+        parts = [together, *({name: value} for name, value in given.items())]
         for part in parts:
             wish(**part).check_decoder()
 
