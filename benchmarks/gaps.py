@@ -66,7 +66,7 @@ def measure(sampler: Sampler, chosen: list[Sentence], prompted: bool) -> str:
     lengths, right = [], []
     for one in tqdm(chosen, unit="sentence", leave=False):
         text = f"{one.before}<mask:1-{MOST}>{one.behind}"
-        out = sampler.infill([text], prompt=one.prompt if prompted else None)[0]
+        out = sampler.infill(text, prompt=one.prompt if prompted else None)
         written = sum(step >= 0 for step in out.reveal_step)
         lengths.append(written - one.tokens)
         right.append(" ".join(out.gaps).strip() == one.gap)

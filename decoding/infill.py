@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from decoding.canvas import Canvas, Row
 from decoding.denoiser import hidden_of_rows
 from decoding.pace import Ending
-from decoding.request import OPEN_LENGTH, Plan, Request
+from decoding.request import OPEN_LENGTH, Plan, Request, is_whole
 from decoding.rows import Prompt, RowMaker
 from dlm.device import sent
 from dlm.errors import ConfigError
@@ -70,6 +70,18 @@ class Gap:
             lengths.append(min(self.most, max(lengths[-1] + 1, lengths[-1] * 6 // 5)))
         return lengths
 
+    @classmethod
+    def of(cls, length: int | tuple[int, int]) -> Gap:
+        """A gap of so many tokens, or of a number between two.
+
+        Raises:
+            ConfigError: for what is neither.
+        """
+        bounds = (length, length) if isinstance(length, int) else length
+        if not isinstance(bounds, tuple | list) or len(bounds) != 2 or not all(map(is_whole, bounds)):
+            raise ConfigError(f"length must be a number of tokens or two such as (2, 6), got {length!r}")
+        return cls(*bounds)
+
     def __post_init__(self) -> None:
         """Check the bounds."""
         if self.least < 1:
@@ -117,11 +129,15 @@ def without_span(
     Raises:
         ConfigError: for a span that does not occur, occurs several times, or lies outside the text.
     """
+    if not isinstance(span, str | tuple | list):
+        raise ConfigError(f"a span is words of the text or their place as (begin, end), got {span!r}")
     if isinstance(span, str):
         if text.count(span) != 1 or not span:
             times = "does not occur" if span not in text or not span else "occurs several times"
             raise ConfigError(f"the span {span!r} {times} in the text; give its place as (begin, end)")
         span = (text.index(span), text.index(span) + len(span))
+    if len(span) != 2 or not all(map(is_whole, span)):
+        raise ConfigError(f"a span is words of the text or their place as (begin, end), got {span!r}")
     begin, end = span
     if not 0 <= begin < end <= len(text):
         raise ConfigError(f"the span ({begin}, {end}) does not lie in a text of {len(text)} characters")

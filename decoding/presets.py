@@ -88,7 +88,8 @@ class Decoder:
         for option, value in options.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
             optional = value is None and option not in preset.common
-            if isinstance(preset.options[option], int | float) and not number and not optional:
+            numeric = isinstance(preset.options[option], int | float) or isinstance(value, bool)
+            if numeric and not number and not optional:
                 raise ConfigError(f"option {option} of decoder {name!r} must be a number, got {value!r}")
         chosen = {option: options.pop(option, default) for option, default in preset.common.items()}
         guidance = chosen.pop("guidance")

@@ -6,7 +6,7 @@ Importable without torch: commands fill requests before a model is loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -60,23 +60,24 @@ class Reuse:
         """Check the name and the number."""
         if self.scope not in REUSE_SCOPES:
             raise unknown_name("reuse", self.scope, REUSE_SCOPES)
-        if not _is_int(self.refresh) or self.refresh < 1:
+        if not is_whole(self.refresh) or self.refresh < 1:
             raise ConfigError(f"refresh must be a whole number of at least 1, got {self.refresh!r}")
 
 
-def _is_int(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
         ("max_tokens", "window", "steps", "refresh"),
-        lambda value: _is_int(value) and value >= 1,
+        lambda value: is_whole(value) and value >= 1,
         "be a whole number of at least 1",
     ),
     (
         ("margin", "top_logprobs"),
-        lambda value: _is_int(value) and value >= 0,
+        lambda value: is_whole(value) and value >= 0,
         "be a whole number, not negative",
     ),
     (("top_logprobs",), lambda value: value <= MOST_LOGPROBS, f"be at most {MOST_LOGPROBS}"),
@@ -87,7 +88,11 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     (("eos_fill",), lambda value: value in (True, False), "be true or false"),
     (("canvas", "reuse", "begin", "ending"), lambda value: isinstance(value, str), "be a text"),
-    (("stop",), lambda value: all(isinstance(text, str) for text in value), "be a text or several"),
+    (
+        ("stop",),
+        lambda value: isinstance(value, Sequence) and all(isinstance(text, str) for text in value),
+        "be a text or several",
+    ),
     (
         ("decoder",),
         lambda value: isinstance(value, str) or hasattr(value, "reveal"),

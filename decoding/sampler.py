@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar, overload
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,13 +25,15 @@ from decoding.infill import (
     without_span,
 )
 from decoding.presets import Decoder
-from decoding.request import Plan, Request
+from decoding.request import Plan, Request, is_whole
 from decoding.rows import Prompt, RowMaker
 from dlm.errors import ConfigError, DLMError
 from dlm.spec import ModelSpec
-from dlm.tokenizer import Message
 
 T = TypeVar("T")
+
+Span = str | tuple[int, int]
+"""Words of a text, or where they begin and end in characters."""
 
 
 class Sampler:
@@ -49,6 +52,18 @@ class Sampler:
         self.spec = ModelSpec.of(model)
         self.rows = RowMaker(tokenizer, self.spec)
 
+    @overload
+    def generate(
+        self, prompts: Prompt, *, request: Request | None = None, seed: int | Sequence[int] = 0,
+        batch_size: int = 16, **fields: Any,
+    ) -> Output: ...  # fmt: skip
+
+    @overload
+    def generate(
+        self, prompts: Iterable[Prompt], *, request: Request | None = None, seed: int | Sequence[int] = 0,
+        batch_size: int = 16, **fields: Any,
+    ) -> list[Output]: ...  # fmt: skip
+
     def generate(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -57,10 +72,15 @@ class Sampler:
         seed: int | Sequence[int] = 0,
         batch_size: int = 16,
         **fields: Any,
-    ) -> list[Output]:
-        """Answer prompts; see `iter_generate` for the arguments. A single prompt gives a list of one."""
-        several = _several(prompts)
-        return list(self.iter_generate(several, request=request, seed=seed, batch_size=batch_size, **fields))
+    ) -> Output | list[Output]:
+        """Answer one prompt, or several in a list; see `iter_generate` for the arguments.
+
+        Returns:
+            One `Output` for a text or a conversation, a list of them for a list of prompts.
+        """
+        one, several = _listed(prompts)
+        outputs = self.iter_generate(several, request=request, seed=seed, batch_size=batch_size, **fields)
+        return next(outputs) if one else list(outputs)
 
     def iter_generate(
         self,
@@ -96,18 +116,49 @@ class Sampler:
             assert update.output is not None
             yield update.output
 
+    @overload
     def stream(
-        self, prompt: Prompt, *, request: Request | None = None, seed: int = 0, **fields: Any
-    ) -> Iterator[Event]:
-        """Answer one prompt and show the canvas after every step; arguments as in `iter_generate`."""
-        plan = self.plan(request, **fields)
-        engine = Engine(self.model, self.tokenizer)
-        engine.submit(self.rows.answer(prompt, plan, "prompt 0"), plan, seed)
-        while len(engine):
-            for update in engine.step():
-                if update.error is not None:
-                    raise DLMError(f"{update.error}, row 0 (prompt 0)")
-                yield update.event
+        self, prompts: Prompt, *, request: Request | None = None, seed: int | Sequence[int] = 0,
+        **fields: Any,
+    ) -> Iterator[Event]: ...  # fmt: skip
+
+    @overload
+    def stream(
+        self, prompts: Iterable[Prompt], *, request: Request | None = None, seed: int | Sequence[int] = 0,
+        **fields: Any,
+    ) -> Iterator[list[Event]]: ...  # fmt: skip
+
+    def stream(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        request: Request | None = None,
+        seed: int | Sequence[int] = 0,
+        **fields: Any,
+    ) -> Iterator[Event] | Iterator[list[Event]]:
+        """Answer one prompt, or several in a list, and show the canvas after every step.
+
+        Arguments as in `iter_generate`; all prompts are answered together.
+
+        Yields:
+            An `Event` for a text or a conversation; for a list of prompts a list of events, one for each, in
+            which a finished answer stays as it is.
+        """
+        one, several = _listed(prompts)
+        events = self._stream(several, self.plan(request, **fields), seed)
+        return (event for (event,) in events) if one else events
+
+    @overload
+    def infill(
+        self, texts: str, *, prompt: Prompt | None = None, request: Request | None = None,
+        seed: int | Sequence[int] = 0, batch_size: int = 16, **fields: Any,
+    ) -> Infilled: ...  # fmt: skip
+
+    @overload
+    def infill(
+        self, texts: Iterable[str], *, prompt: Prompt | None = None, request: Request | None = None,
+        seed: int | Sequence[int] = 0, batch_size: int = 16, **fields: Any,
+    ) -> list[Infilled]: ...  # fmt: skip
 
     def infill(
         self,
@@ -118,11 +169,16 @@ class Sampler:
         seed: int | Sequence[int] = 0,
         batch_size: int = 16,
         **fields: Any,
-    ) -> list[Infilled]:
-        """Fill the gaps of texts; see `iter_infill` for the arguments. A single text gives a list of one."""
-        several = [texts] if isinstance(texts, str) else texts
-        settings: dict[str, Any] = {"prompt": prompt, "seed": seed, "batch_size": batch_size}
-        return list(self.iter_infill(several, request=request, **settings, **fields))
+    ) -> Infilled | list[Infilled]:
+        """Fill the gaps of one text, or of several in a list; see `iter_infill` for the arguments.
+
+        Returns:
+            One `Infilled` for a text, a list of them for a list of texts.
+        """
+        settings: dict[str, Any] = {"prompt": prompt, "request": request, "seed": seed, **fields}
+        one, several = _listed(texts)
+        filled = self.iter_infill(several, batch_size=batch_size, **settings)
+        return next(filled) if one else list(filled)
 
     def iter_infill(
         self,
@@ -158,42 +214,81 @@ class Sampler:
         """
         plan = plan_infilling(_request(request, fields), self.spec, self.tokenizer)
         seeded = ((f"text {i}", *pair) for i, pair in enumerate(_with_seeds(texts, seed)))
-        pieces = ((name, _cut(name, text), each) for name, text, each in seeded)
+        pieces = ((name, _named(name, text, partial(pieces_of, text)), each) for name, text, each in seeded)
         yield from self._fill(pieces, prompt, plan, batch_size)
+
+    @overload
+    def edit(
+        self, texts: str, span: Span, *, length: int | tuple[int, int] | None = None,
+        prompt: Prompt | None = None, request: Request | None = None, seed: int | Sequence[int] = 0,
+        batch_size: int = 16, **fields: Any,
+    ) -> Infilled: ...  # fmt: skip
+
+    @overload
+    def edit(
+        self, texts: Iterable[str], span: Span, *, length: int | tuple[int, int] | None = None,
+        prompt: Prompt | None = None, request: Request | None = None, seed: int | Sequence[int] = 0,
+        batch_size: int = 16, **fields: Any,
+    ) -> list[Infilled]: ...  # fmt: skip
 
     def edit(
         self,
-        text: str,
-        span: str | tuple[int, int],
+        texts: str | Iterable[str],
+        span: Span,
         *,
         length: int | tuple[int, int] | None = None,
         prompt: Prompt | None = None,
         request: Request | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         batch_size: int = 16,
         **fields: Any,
-    ) -> Infilled:
-        """Write a span of a text again, seeing what stands on both sides of it.
+    ) -> Infilled | list[Infilled]:
+        """Write a span of one text again, or of several in a list; see `iter_edit` for the arguments.
+
+        Returns:
+            One `Infilled` for a text, a list of them for a list of texts.
+        """
+        settings: dict[str, Any] = {"prompt": prompt, "request": request, "seed": seed, **fields}
+        one, several = _listed(texts)
+        edited = self.iter_edit(several, span, length=length, batch_size=batch_size, **settings)
+        return next(edited) if one else list(edited)
+
+    def iter_edit(
+        self,
+        texts: Iterable[str],
+        span: Span,
+        *,
+        length: int | tuple[int, int] | None = None,
+        prompt: Prompt | None = None,
+        request: Request | None = None,
+        seed: int | Sequence[int] = 0,
+        batch_size: int = 16,
+        **fields: Any,
+    ) -> Iterator[Infilled]:
+        """Write a span of texts again, seeing what stands on both sides of it.
 
         Args:
-            text: the text; nothing in it is taken for a gap.
+            texts: the texts; nothing in them is taken for a gap.
             span: the words to write again (which must occur once), or where they begin and end in characters.
             length: tokens that come in their place, or the least and the greatest number; by default as many
                 as they have.
-            prompt: what the text is the answer to; by default it stands alone.
-            request: how it is decoded; or give its fields as keyword arguments.
-            seed: seed of the noise.
+            prompt: what the texts are the answer to; by default they stand alone.
+            request: how they are decoded; or give its fields as keyword arguments.
+            seed: one seed for all texts, or one per text.
             batch_size: rows per model call.
             **fields: as in `iter_infill`.
 
         Raises:
-            ConfigError: for a span that is not in the text or not clear.
+            ConfigError: for a span that is not in a text or not clear.
         """
         plan = plan_infilling(_request(request, fields), self.spec, self.tokenizer)
-        bounds = (length, length) if isinstance(length, int) else length
-        gap = None if bounds is None else Gap(*bounds)
-        pieces = without_span(text, span, gap, lambda words: len(self.rows.text(words)))
-        return next(self._fill(iter([("the text", pieces, seed)]), prompt, plan, batch_size))
+        gap = None if length is None else Gap.of(length)
+        seeded = ((f"text {i}", *pair) for i, pair in enumerate(_with_seeds(texts, seed)))
+        pieces = (
+            (name, _named(name, text, partial(without_span, text, span, gap, self.text_length)), each)
+            for name, text, each in seeded
+        )
+        yield from self._fill(pieces, prompt, plan, batch_size)
 
     def without(
         self, texts: Sequence[str], decoder: Decoder | str | None = None, *, request: Request | None = None,
@@ -232,14 +327,35 @@ class Sampler:
         """Tokens of a prompt, template included; a window must be longer."""
         return len(self.rows.prompt(prompt))
 
+    def text_length(self, text: str) -> int:
+        """Tokens of a plain text."""
+        return len(self.rows.text(text))
+
     def show(self, ids: list[int]) -> str:
         """Text of a partly written answer, up to its end, with a blank for each mask."""
         return show(ids, self.plan(), Reader(self.tokenizer))
 
+    def _stream(
+        self, prompts: Iterable[Prompt], plan: Plan, seed: int | Sequence[int]
+    ) -> Iterator[list[Event]]:
+        """Events of several prompts after every step, in order."""
+        engine = Engine(self.model, self.tokenizer)
+        places: dict[int, int] = {}  # of the tickets
+        for i, (prompt, each) in enumerate(_with_seeds(prompts, seed)):
+            places[engine.submit(self.rows.answer(prompt, plan, f"prompt {i}"), plan, each)] = i
+        events: dict[int, Event] = {}
+        while len(engine):
+            for update in engine.step():
+                place = places[update.ticket]
+                if update.error is not None:
+                    raise DLMError(f"{update.error}, row {place} (prompt {place})")
+                events[place] = update.event
+            yield [events[place] for place in sorted(events)]
+
     def _finished(self, rows: Iterator[tuple[Row, Plan, int]], batch_size: int) -> Iterator[Update]:
         """Decode rows with their plans and seeds, so many at a time; yields their last updates in order."""
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        if not is_whole(batch_size) or batch_size < 1:
+            raise ConfigError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         engine = Engine(self.model, self.tokenizer)
         done: dict[int, Update] = {}
         names: dict[int, str] = {}
@@ -303,27 +419,33 @@ def _request(request: Request | None, fields: dict[str, Any]) -> Request:
     return request
 
 
-def _cut(name: str, text: str) -> list[Piece]:
+def _named(name: str, text: Any, cut: Callable[[], list[Piece]]) -> list[Piece]:
     """The pieces of a text, errors beginning with its name."""
+    if not isinstance(text, str):
+        raise ConfigError(f"{name} must be a text, got {text!r}")
     try:
-        return pieces_of(str(text))
+        return cut()
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
 
 
-def _several(prompts: Prompt | Iterable[Prompt]) -> Iterable[Prompt]:
-    """A lone text or a lone conversation as a list of one."""
-    if isinstance(prompts, str):
-        return [prompts]
+def _listed(prompts: Any) -> tuple[bool, Any]:
+    """True and a list of one for a lone text or a lone conversation; else False and what was given."""
     if isinstance(prompts, dict):
         raise ConfigError("prompts must be a text, chat messages, or several of them; got one message alone")
-    if isinstance(prompts, list) and prompts and isinstance(prompts[0], dict):
-        return [cast("list[Message]", prompts)]
-    return cast("Iterable[Prompt]", prompts)
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
+        raise ConfigError(f"prompts must be a text, chat messages, or several of them; got {prompts!r}")
+    one = isinstance(prompts, str) or (
+        isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], dict)
+    )
+    return one, [prompts] if one else prompts
 
 
 def _with_seeds(prompts: Iterable[T], seed: int | Sequence[int]) -> Iterator[tuple[T, int]]:
     """Each prompt with its seed: one for all, or as many seeds as there are prompts."""
+    several = isinstance(seed, Sequence) and not isinstance(seed, str | bytes)
+    if not all(map(is_whole, seed if several else [seed])):  # type: ignore[arg-type]
+        raise ConfigError(f"seed must be a whole number, or one for each prompt, got {seed!r}")
     if not isinstance(seed, Sequence):
         yield from zip(prompts, itertools.repeat(operator.index(seed)), strict=False)
         return

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from dlm.spec import ModelSpec
+
 STEP = 64
 """Lengths are padded to a multiple of this."""
 
@@ -52,7 +54,7 @@ class BucketedModel:
     """
 
     def __init__(self, model: Any, graphs: bool = True) -> None:
-        self.model, self.graphs = model, graphs
+        self.model, self.graphs, self.positions = model, graphs, ModelSpec.of(model).positions
         self.recorded: dict[tuple[int, int], Recorded] = {}
 
     @property
@@ -70,7 +72,7 @@ class BucketedModel:
     def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """[B, L] -> [B, L, D]; see `MaskedDiffusionModel.hidden`."""
         rows, length = input_ids.shape
-        shape = bucket(rows, length, self.model.spec.positions)
+        shape = bucket(rows, length, self.positions)
         if shape not in self.recorded:
             self.recorded[shape] = self._record(*shape)
         call = self.recorded[shape]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dlm.errors import DLMError
 
-NAMES = ("decoding", "finetune", "eval")
+NAMES = ("decoding", "finetune", "eval", "serve")
 """Packages beside `dlm`, with names that other projects may have too."""
 
 

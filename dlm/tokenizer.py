@@ -130,6 +130,8 @@ def as_messages(prompt: str | list[Message]) -> list[Message]:
     """
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list | tuple):
+        raise ConfigError(f"a prompt must be a text or chat messages, got {prompt!r}")
     if not prompt:
         raise ConfigError("a conversation needs at least one message")
     for turn in prompt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,8 +168,10 @@ def _at_equal_length(won: np.ndarray, extra: np.ndarray) -> float:
 
 def _package() -> Any:
     try:
-        import alpaca_eval
-        import alpaca_eval.metrics
+        with warnings.catch_warnings():  # it imports pkg_resources, which says that it will be gone
+            warnings.filterwarnings("ignore", "pkg_resources is deprecated")
+            import alpaca_eval
+            import alpaca_eval.metrics
     except ImportError as error:
         raise ConfigError(
             f"AlpacaEval needs its package: pip install 'dlm[eval]' (with setuptools<81) ({error})"

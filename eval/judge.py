@@ -21,7 +21,7 @@ from dlm.errors import DLMError
 from dlm.tokenizer import Message
 from eval.config import JudgeConfig
 from eval.formats import write_json
-from eval.systems import Connection, client
+from eval.systems import Connection, UnreachableError, client
 
 V = TypeVar("V")
 
@@ -103,7 +103,8 @@ class Judge:
 
         Raises:
             DryRunError: with an estimate, where only that is wanted.
-            DLMError: when the endpoint refuses for good (wrong key, unknown model), or answers nothing.
+            DLMError: when the endpoint cannot be reached, refuses for good (wrong key, unknown model), or
+                answers nothing.
         """
         if self.config.dry_run:
             raise DryRunError(self.estimate(requests))
@@ -164,6 +165,8 @@ class Judge:
             done = self._client.ask(model=self.config.model, messages=request.messages, **request.options)
             choice: dict[str, Any] = done.choices[0].model_dump()
             usage = done.usage.total_tokens if done.usage else 0
+        except UnreachableError:
+            raise
         except DLMError as error:
             reason = error.__cause__
             if isinstance(reason, openai.APIStatusError) and reason.status_code in (401, 403, 404):

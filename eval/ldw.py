@@ -40,6 +40,11 @@ class DecodingWindow:
     rows: torch.Tensor
     """int64, prompts that have a position at this distance."""
 
+    @property
+    def shared(self) -> int:
+        """Distances that every prompt has: beyond them the means are over other prompts at each."""
+        return int((self.rows == self.rows[0]).sum())
+
     def as_dict(self) -> dict[str, list[float]]:
         """Plain lists, for JSON."""
         return {field.name: getattr(self, field.name).tolist() for field in fields(self)}
@@ -158,8 +163,8 @@ _LINES: Sequence[tuple[str, Any]] = (
 def draw_decoding_windows(measured: dict[str, DecodingWindow], top: int = 100) -> Any:
     """Masses and entropy over distance, one line per model, as a matplotlib figure.
 
-    A line ends where less than half of the prompts still have a position: prompts of different length leave
-    different room.
+    A line ends where the first prompt has no position any more: prompts of different length leave different
+    room, and a mean over others would jump.
     """
     from matplotlib.figure import Figure
 
@@ -174,8 +179,9 @@ def draw_decoding_windows(measured: dict[str, DecodingWindow], top: int = 100) -
     for axes, (field, title) in zip(panels, titles.items(), strict=True):
         for i, (name, figures) in enumerate(measured.items()):
             colour, line = _LINES[i % len(_LINES)]
-            masses = getattr(figures, field)[2 * figures.rows >= figures.rows[0]].tolist()
-            axes.plot(masses, linestyle=line, color=colour, linewidth=1.6, label=name)
+            masses = getattr(figures, field)[: figures.shared].tolist()
+            label = f"{name} (n = {int(figures.rows[0])})"
+            axes.plot(masses, linestyle=line, color=colour, linewidth=1.6, label=label)
         axes.set(xlabel="distance from the prompt, tokens", title=title)
         axes.set_ylim(bottom=0)
         plain(axes)

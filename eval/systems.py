@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -152,11 +153,19 @@ class Endpoint:
         return Reply(choice.message.content or "", tokens, choice.finish_reason or "stop")
 
 
+class UnreachableError(DLMError):
+    """An endpoint that nothing can be sent to: no network, no such host, nobody who listens."""
+
+
+_PASSING = (408, 409, 429)
+"""Refusals that may pass, besides 5xx."""
+
+
 class Connection:
     """An endpoint, and what it has been found to refuse.
 
     The first request goes alone: what it is refused for (a name of a setting, a temperature) is known before
-    the others are sent.
+    the others are sent, and an endpoint that nothing can be sent to is not tried again.
 
     Args:
         client: of the `openai` package.
@@ -166,7 +175,7 @@ class Connection:
         self.client = client
         self.instead: dict[str, str] = {}
         """For settings that are refused, the name to use in their place; empty to leave them out."""
-        self._first, self._tried = threading.Lock(), False
+        self._first, self._tried, self._reached = threading.Lock(), False, False
 
     def ask(self, **request: Any) -> Any:
         """A chat completion.
@@ -174,24 +183,25 @@ class Connection:
         Raises:
             DLMError: when the endpoint still fails after all retries, or sends something else.
         """
-        if self._tried:
-            return self._asked(request)
-        with self._first:
-            try:
-                return self._asked(request)
-            finally:
-                self._tried = True
+        with contextlib.nullcontext() if self._tried else self._first:
+            if not self._tried:
+                try:
+                    return self._asked(request)
+                finally:
+                    self._tried = self._reached
+        return self._asked(request)
 
     def _asked(self, request: dict[str, Any]) -> Any:
         import openai
 
         try:
             while True:
+                sent = self._accepted(request)
                 try:
-                    done = self.client.chat.completions.create(**self._accepted(request))
+                    done = self._sent(sent)
                     break
                 except openai.BadRequestError as error:
-                    if not self._learn(str(error), request):
+                    if not self._learn(str(error), sent):
                         raise
         except (openai.OpenAIError, json.JSONDecodeError) as error:
             raise DLMError(f"{self.client.base_url}: {type(error).__name__}: {error}") from error
@@ -199,21 +209,41 @@ class Connection:
             raise DLMError(f"{self.client.base_url}: the reply holds no choices")
         return done
 
+    def _sent(self, request: dict[str, Any]) -> Any:
+        """The reply to a request; a first connection that fails is tried again once only."""
+        import openai
+
+        if not self._reached:
+            self._reached = True
+            try:
+                return self.client.with_options(max_retries=1).chat.completions.create(**request)
+            except openai.APIConnectionError as error:
+                if not isinstance(error, openai.APITimeoutError):
+                    self._reached = False
+                    reason = error.__cause__ or error
+                    raise UnreachableError(f"{self.client.base_url} cannot be reached ({reason})") from error
+            except openai.APIStatusError as error:
+                if error.status_code < 500 and error.status_code not in _PASSING:
+                    raise
+        return self.client.chat.completions.create(**request)
+
     def _accepted(self, request: dict[str, Any]) -> dict[str, Any]:
         """The request with what the endpoint accepts."""
         named = {self.instead.get(name, name): value for name, value in request.items()}
         named.pop("", None)
         return named
 
-    def _learn(self, message: str, request: dict[str, Any]) -> bool:
-        """Whether a refusal names a setting that can be had otherwise, which is done from now on."""
+    def _learn(self, message: str, sent: dict[str, Any]) -> bool:
+        """Whether a refusal names a setting that was sent and can be had otherwise from now on."""
         for name, other in (("max_tokens", "max_completion_tokens"), ("temperature", ""), ("seed", "")):
             refused = re.search(rf"\b{name}\b", message) is not None and (not other or other in message)
-            if refused and name in request and name not in self.instead:
+            if not refused or name not in sent:
+                continue
+            if name not in self.instead:  # else another thread has learnt it while this one was under way
                 self.instead[name] = other
                 what = f"takes {other} in place of {name}" if other else f"refuses {name}, which is left out"
                 logger.warning("%s %s", self.client.base_url, what)
-                return True
+            return True
         return False
 
 

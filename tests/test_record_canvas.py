@@ -12,7 +12,7 @@ def test_a_recording_says_when_each_position_and_token_appeared(model, tokenizer
     sampler = Sampler(model, tokenizer)
     settings = {"decoder": "conv", "options": {"kernel_size": 5}, "max_tokens": 40, "margin": 4}
     recording = record(sampler, "add 2 3", **settings)
-    output = sampler.generate("add 2 3", **settings)[0]
+    output = sampler.generate("add 2 3", **settings)
     assert recording.token_step == output.reveal_step
     assert "".join(recording.pieces) == output.text
     assert all(first <= last for first, last in zip(recording.mask_step, recording.token_step, strict=True))

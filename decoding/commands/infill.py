@@ -95,7 +95,7 @@ def run(config: InfillConfig) -> int:
     outputs: Iterable[Infilled] = sampler.iter_infill(texts, **settings)
     if config.edit:
         length = _length(config.length)
-        outputs = (sampler.edit(text, config.edit, length=length, **settings) for text in texts)
+        outputs = sampler.iter_edit(texts, config.edit, length=length, **settings)
     for output in outputs:
         print(json.dumps(asdict(output), ensure_ascii=False) if config.json else output.text, flush=True)
     return 0

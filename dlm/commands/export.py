@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dlm.cli import Command
-from dlm.errors import ConfigError
+from dlm.cli import Command, commands
+from dlm.errors import ConfigError, unknown_name
+
+DEFAULTS = ("decoder", "options", "window", "steps", "rate", "max_tokens")
+"""Defaults of decoding that a checkpoint can have."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,20 @@ class ExportConfig:
         """Check that there is somewhere to write."""
         if not self.output:
             raise ConfigError("output must name the folder to write")
+        self._check_generation()
+
+    def _check_generation(self) -> None:
+        """Refuse defaults that `dlm generate`, which is to follow them, would refuse."""
+        wish = commands()["generate"].load().config  # decoding is not for this package to import
+        for name in self.generation:
+            if name not in DEFAULTS:
+                raise unknown_name("default of decoding:", name, DEFAULTS)
+        given = dict(self.generation)
+        pair = ("decoder", "options")
+        together: dict[str, Any] = {name: given.pop(name) for name in pair if name in given}
+        parts = [together, *({name: value} for name, value in given.items())]
+        for part in parts:
+            wish(**part).check_decoder()
 
 
 def run(config: ExportConfig) -> int:

@@ -16,17 +16,22 @@ def read_prompts(file: str) -> Iterator[Any]:
     """Prompts of a file (or of stdin when the name is empty or "-"), one at a time.
 
     Raises:
-        DataError: naming the row that holds no prompt.
+        DataError: naming the row that holds no prompt, or the file that holds none.
     """
     if file in ("", "-"):
         yield from _lines(sys.stdin)
         return
-    path = Path(file)
+    path, empty = Path(file), True
     if file.endswith(SUFFIXES):
-        for index, record in enumerate(read_records(path)):
-            yield _prompt(record, f"{file}, row {index}")
-        return
-    yield from _lines(read_text(path).splitlines())
+        records = enumerate(read_records(path))
+        prompts: Iterable[Any] = (_prompt(record, f"{file}, row {i}") for i, record in records)
+    else:
+        prompts = _lines(read_text(path).splitlines())
+    for prompt in prompts:
+        empty = False
+        yield prompt
+    if empty:
+        raise DataError(f"{file}: holds no prompts")
 
 
 def _lines(lines: Iterable[str]) -> Iterator[str]:
@@ -45,4 +50,7 @@ def _prompt(record: Any, where: str) -> Any:
         for key in ("instruction", "prompt", "question", "text"):
             if isinstance(record.get(key), str) and record[key]:
                 return instruction_text(record, key, where)
+        for key in ("instruction", "prompt", "question", "text"):
+            if record.get(key):
+                raise DataError(f"{where}: {key!r} must be a text, got {str(record[key])[:60]}")
     raise DataError(f"{where}: needs 'instruction', 'prompt', 'text' or 'messages'")

@@ -94,6 +94,7 @@ def run(config: LDWConfig) -> int:
     question = prompts[0] if isinstance(prompts[0], str) else prompts[0][-1]["content"]
     console.print(f"The table shows a fresh canvas behind the prompt {question!r}.", legend(), sep="\n")
     console.print(summary(measured))
+    console.print(counts(next(iter(measured.values())).rows))
     if config.output:
         picture = Path(config.output)
         draw_decoding_windows(measured, config.top).savefig(picture, dpi=150)
@@ -173,19 +174,30 @@ def legend() -> Any:
 
 
 def summary(measured: dict[str, Any]) -> Any:
-    """Masses and entropy next to the prompt, where the problem peaks, and far away."""
+    """Masses and entropy next to the prompt, where the problem peaks, and far away; over all prompts."""
     from rich.table import Table
 
-    out = Table("model", "distance", "frequent tokens", "prompt tokens", "end token", "entropy, nats")
+    head = ("model", "distance", "prompts", "frequent tokens", "prompt tokens", "end token", "entropy, nats")
+    out = Table(*head)
     for path, figures in measured.items():
-        last = len(figures.rows) - 1
-        for name, low, high in (("0", 0, 1), ("5 to 10", 5, 11), ("11 on", 11, last + 1)):
-            if low <= last:
-                part = slice(low, high)
+        last = figures.shared
+        for name, low, high in (("0", 0, 1), ("5 to 10", 5, 11), (f"11 to {last - 1}", 11, last)):
+            if low < last:
+                part = slice(low, min(high, last))
                 masses = (figures.frequent, figures.prompt, figures.end)
                 shown = [f"{float(mass[part].mean()):.3f}" for mass in masses]
-                out.add_row(path, name, *shown, f"{float(figures.entropy[part].mean()):.2f}")
+                entropy = f"{float(figures.entropy[part].mean()):.2f}"
+                out.add_row(path, name, str(int(figures.rows[0])), *shown, entropy)
     return out
+
+
+def counts(rows: Any) -> str:
+    """How many prompts have a position at each distance, as "3 up to distance 5, 2 up to 6"."""
+    numbers = rows.tolist()
+    ends = [i for i, n in enumerate(numbers) if i + 1 == len(numbers) or numbers[i + 1] != n]
+    listed = [f"{numbers[i]} up to {i}" for i in ends[:8]]
+    rest = f", … {numbers[-1]} up to {ends[-1]}" if len(ends) > 8 else ""
+    return f"prompts by distance: {', '.join(listed)}{rest}; table and curves end at {ends[0]}"
 
 
 COMMAND = Command(

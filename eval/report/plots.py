@@ -231,7 +231,8 @@ def ldw(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Any:
     """The long decoding window: mass on frequent and prompt tokens by distance (arXiv 2509.15188, figure 3).
 
     Args:
-        curves: for each model what `dlm inspect ldw` wrote: "frequent", "prompt" and "end" by distance.
+        curves: for each model what `dlm inspect ldw` wrote, by distance: "frequent", "prompt", "end", "rows".
+            A line ends where the first prompt has no position any more.
     """
     from matplotlib.figure import Figure
 
@@ -244,7 +245,13 @@ def ldw(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Any:
     panels = figure.subplots(1, 3, squeeze=False).ravel()
     for panel, (field, title) in zip(panels, titles.items(), strict=True):
         for (name, curve), (colour, _, line) in zip(curves.items(), LOOKS, strict=False):
-            panel.plot(curve[field], color=colour, linestyle=line, linewidth=1.3, label=Path(name).name)
+            panel.plot(
+                curve[field][: _shared(curve)],
+                color=colour,
+                linestyle=line,
+                linewidth=1.3,
+                label=Path(name).name,
+            )
         panel.set_title(f"probability {title}", fontsize=9, loc="left")
         panel.set_xlabel("distance from the prompt, tokens", fontsize=8)
         panel.set_ylim(bottom=0)
@@ -254,3 +261,9 @@ def ldw(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Any:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
+
+
+def _shared(curve: Mapping[str, Sequence[float]]) -> int | None:
+    """Distances that every prompt has; None, for all, where the figures do not say how many there are."""
+    rows = curve.get("rows")
+    return list(rows).count(rows[0]) if rows else None

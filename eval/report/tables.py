@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dlm.errors import DataError
-from eval.metrics import MEASURES, by_question
+from eval.metrics import MEASURES, by_question, summary
 from eval.run import Results, Verdict
 from eval.statistics import Estimate, paired_test
 
@@ -213,8 +213,7 @@ def _figures(verdict: Verdict) -> list[tuple[str, str]]:
     """The figures of a verdict, and their values with half of the 95 % interval."""
     found = verdict.figures
     if verdict.method == "alpaca_eval":
-        error = found["standard_error"]
-        rates = [("win rate", f"{_around(found['win_rate'], error, 1)} % of {found['count']}")]
+        rates = [("win rate", f"{_rate(verdict)} of {found['count']}")]
         if found["lc_win_rate"] is not None:
             value = _around(found["lc_win_rate"], found["lc_standard_error"], 1)
             rates.append((f"LC win rate ({found['lc_kind']})", f"{value} %"))
@@ -223,8 +222,14 @@ def _figures(verdict: Verdict) -> list[tuple[str, str]]:
         turns = [(f"grade, turn {i}", f"{grade:.2f}") for i, grade in enumerate(found["by_turn"], start=1)]
         return [*turns, ("grade", _interval(found["overall"]))]
     if verdict.method == "mt_bench_pairs":
-        return [("win rate, ties as halves", f"{100 * found['win_rate']:.1f} %")]
+        return [("win rate, ties as halves", _rate(verdict))]
     return [(verdict.measure, _interval(found["mean"]))]
+
+
+def _rate(verdict: Verdict) -> str:
+    """The win rate with half of its interval, which has a width also where every answer wins."""
+    answers = {key: {verdict.measure: value} for key, value in verdict.by_answer.items()}
+    return _cell(verdict.measure, summary(answers).get(verdict.measure))
 
 
 def _around(value: float, error: float | None, digits: int) -> str:

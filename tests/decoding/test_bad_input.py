@@ -37,7 +37,7 @@ def sampler(positions=4096, tokenizer=FakeTokenizer, **kwargs):
         ({"refresh": 3}, "refresh says how often .* give reuse"),
         ({"decoder": "sliding", "rate": 2.0, "window": 30}, "goes by time: it needs steps, not a rate"),
         ({"decoder": "conf"}, "'conf'. Did you mean 'conv'"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"seed": [1, 2]}, "seed lists 2 seeds, but there are fewer prompts"),
     ],
 )
@@ -171,3 +171,46 @@ def test_the_modules_that_make_and_the_docs_run_are_there():
     assert len(named) > 5
     for module in named:
         assert importlib.util.find_spec(module), module
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"stop": 3}, "stop must be a text or several, got 3"),
+        ({"seed": 1.5}, "seed must be a whole number, or one for each prompt, got 1.5"),
+        ({"seed": "ab"}, "seed must be a whole number, or one for each prompt, got 'ab'"),
+        ({"seed": None}, "seed must be a whole number"),
+        ({"seed": [None]}, "seed must be a whole number"),
+        ({"batch_size": "a"}, "batch_size must be a whole number of at least 1, got 'a'"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number of at least 1, got 2.5"),
+        ({"decoder": "conv", "options": {"kernel_size": True}}, "kernel_size .* must be a number, got True"),
+    ],
+)
+def test_arguments_of_other_types_are_named(given, message):
+    with pytest.raises(ConfigError, match=message):
+        sampler().generate(["ab"], max_tokens=4, **given)
+
+
+@pytest.mark.parametrize("verb", ["generate", "stream", "infill"])
+@pytest.mark.parametrize("given", [5, None, b"abc", [5.5], [None], [b"x"], 1.5])
+def test_what_is_no_prompt_is_named(verb, given):
+    with pytest.raises(ConfigError, match="must be a text"):
+        list(getattr(sampler(), verb)(given))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("a b", 5), "a span is words of the text or their place"),
+        (("a b", (0,)), "a span is words of the text or their place"),
+        (("a b", ("a", "b")), "a span is words of the text or their place"),
+        ((5, "a"), "must be a text"),
+        (([5], "a"), "text 0 must be a text, got 5"),
+    ],
+)
+def test_what_cannot_be_edited_is_named(words, message):
+    with pytest.raises(ConfigError, match=message):
+        sampler().edit(*words)
+    for length in ("x", (1,), (1, 2, 3), 1.5):
+        with pytest.raises(ConfigError, match="length must be a number of tokens or two"):
+            sampler().edit("a b", "a", length=length)

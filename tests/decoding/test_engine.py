@@ -286,9 +286,7 @@ def test_confirmed_text_is_never_taken_back_and_ends_in_the_answer():
             if update.finished:
                 assert update.output.text == update.confirmed
                 prompt, plan, seed = tickets[update.ticket]
-                alone_out = Sampler(engine.model, FakeTokenizer()).generate(prompt, request=plan, seed=seed)[
-                    0
-                ]
+                alone_out = Sampler(engine.model, FakeTokenizer()).generate(prompt, request=plan, seed=seed)
                 assert alone_out == update.output
 
 

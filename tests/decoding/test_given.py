@@ -208,12 +208,12 @@ def test_the_length_with_the_greatest_likelihood_is_taken():
     lengths = set()
     for seed in range(6):
         own = sampler(positions=300)
-        best = own.infill("abcdef<mask:1-5>ghijkl", seed=seed)[0]
+        best = own.infill("abcdef<mask:1-5>ghijkl", seed=seed)
         size = len(best.token_ids) - 12
         lengths.add(size)
         each = []
         for n in range(1, 6):
-            out = own.infill(f"abcdef<mask:{n}>ghijkl", seed=seed)[0]
+            out = own.infill(f"abcdef<mask:{n}>ghijkl", seed=seed)
             ids = torch.tensor([out.token_ids])
             near = [i for i in range(len(out.token_ids)) if 2 <= i < 6 or 6 + n <= i < 10 + n]
             shown = ids.clone()
@@ -234,7 +234,7 @@ def test_several_open_gaps_are_filled_in_all_combinations_and_answers_stay_in_or
     texts = ["ab<mask:1-3>cd<mask:2-3>ef", "t<mask:2>u", "<mask:1-4>s"]
     outs = own.infill(texts, batch_size=3, seed=1)
     assert [len(out.gaps) for out in outs] == [2, 1, 1]
-    assert outs == [own.infill(text, seed=1)[0] for text in texts]
+    assert outs == [own.infill(text, seed=1) for text in texts]
 
 
 # ---- editing ------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_a_mark_of_a_gap_in_an_edited_text_is_text():
 
 def test_convolution_opens_a_gap_from_both_sides():
     own = sampler()
-    out = own.infill("abc<mask:20>def", decoder=Decoder.named("conv", kernel_size=3), rate=1.0)[0]
+    out = own.infill("abc<mask:20>def", decoder=Decoder.named("conv", kernel_size=3), rate=1.0)
     born = out.reveal_step[3:23]
     known = {-1, 20}
     for _, place in sorted((step, i) for i, step in enumerate(born)):

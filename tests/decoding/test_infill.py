@@ -21,7 +21,7 @@ def test_given_tokens_stay_and_gaps_are_filled_with_as_many_as_asked(name):
     text = "abc<mask:4>defg<mask:1>h"
     pace = {"steps": 6}
     for seed in range(5):
-        got = sampler(eos_bias=5.0).infill(text, decoder=name, seed=seed, **pace)[0]
+        got = sampler(eos_bias=5.0).infill(text, decoder=name, seed=seed, **pace)
         known = [FakeTokenizer()(part)["input_ids"] for part in ("abc", "defg", "h")]
         assert got.token_ids[:3] == known[0]
         assert got.token_ids[7:11] == known[1]
@@ -35,7 +35,7 @@ def test_given_tokens_stay_and_gaps_are_filled_with_as_many_as_asked(name):
 
 
 def test_without_steps_one_token_is_written_per_call():
-    got = sampler().infill("ab<mask:5>cd", decoder="conv")[0]
+    got = sampler().infill("ab<mask:5>cd", decoder="conv")
     assert got.model_calls == 5
     assert sorted(step for step in got.reveal_step if step >= 0) == list(range(5))
 
@@ -44,7 +44,7 @@ def test_a_convolution_opens_a_gap_from_both_sides():
     decoder = Decoder.named("conv", kernel_size=3)
     first = []
     for seed in range(60):
-        got = sampler().infill("abcdef<mask:9>ghijkl", decoder=decoder, seed=seed)[0]
+        got = sampler().infill("abcdef<mask:9>ghijkl", decoder=decoder, seed=seed)
         first.append(got.reveal_step.index(0))
     assert set(first) == {6, 14}  # the ends of the gap, and nothing between
 
@@ -53,15 +53,15 @@ def test_a_text_may_be_the_answer_to_a_prompt_and_batches_do_not_interfere():
     texts = ["ab<mask:3>", "<mask:2>abcdefgh<mask:6>z", "x<mask:12>y"]
     how = {"prompt": "question", "decoder": Decoder.named("conv", kernel_size=5), "rate": 2.0, "seed": 3}
     together = sampler().infill(texts, **how)
-    assert together == [sampler().infill(text, **how)[0] for text in texts]
-    alone = sampler().infill(texts[0], **{**how, "prompt": None})[0]
+    assert together == [sampler().infill(text, **how) for text in texts]
+    alone = sampler().infill(texts[0], **{**how, "prompt": None})
     assert len(alone.token_ids) == len(together[0].token_ids) == 5
     assert alone.token_ids != together[0].token_ids
 
 
 def test_mask_tokens_written_in_a_text_are_text(model, tokenizer):
     real = Sampler(model, tokenizer)
-    got = real.infill("a <|mask|> b <mask:2> c", steps=3)[0]
+    got = real.infill("a <|mask|> b <mask:2> c", steps=3)
     assert sum(step >= 0 for step in got.reveal_step) == 2
     assert "<|mask|>" in got.text
 
@@ -118,12 +118,12 @@ def test_a_filled_text_is_the_same_alone_and_beside_a_longer_one(name, pace):
     texts = ["ab<mask:6>cd", "x<mask:60>y", "<mask:2>z"]
     for seed in range(3):
         together = sampler().infill(texts, decoder=name, seed=seed, **pace)
-        assert together == [sampler().infill(text, decoder=name, seed=seed, **pace)[0] for text in texts]
+        assert together == [sampler().infill(text, decoder=name, seed=seed, **pace) for text in texts]
 
 
 def test_a_space_before_a_gap_is_the_gaps(model, tokenizer):
     real = Sampler(model, tokenizer)
-    got = real.infill("Anna <mask:2> counts", steps=2)[0]
+    got = real.infill("Anna <mask:2> counts", steps=2)
     before = tokenizer("Anna")["input_ids"]
     after = tokenizer(" counts")["input_ids"]
     assert got.token_ids[: len(before)] == before
@@ -136,6 +136,6 @@ def test_a_shifted_model_is_given_something_to_look_at_before_a_first_gap(model,
     seen = []
     hidden = model.hidden
     model.hidden = lambda ids, mask=None: seen.append(ids.clone()) or hidden(ids, mask)
-    got = Sampler(model, tokenizer).infill("<mask:2> counts", steps=1)[0]
+    got = Sampler(model, tokenizer).infill("<mask:2> counts", steps=1)
     assert seen[0][0, 0] == tokenizer.eos_token_id
     assert len(got.token_ids) == 2 + len(tokenizer(" counts")["input_ids"])

@@ -26,11 +26,43 @@ def test_a_real_model_answers_prompts_of_different_lengths(sampler):
         assert out.text == sampler.tokenizer.decode(out.token_ids, skip_special_tokens=True)
 
 
-def test_a_lone_prompt_or_conversation_is_a_list_of_one(sampler):
-    text = sampler.generate("Spell the word stone.", window=40, steps=4)
-    chat = sampler.generate([{"role": "user", "content": "Spell the word stone."}], window=40, steps=4)
-    assert len(text) == len(chat) == 1
-    assert text[0].token_ids == chat[0].token_ids
+def test_one_in_gives_one_out_and_a_list_gives_a_list(sampler):
+    prompt, how = "Spell the word stone.", {"window": 40, "steps": 4}
+    talk = [{"role": "user", "content": prompt}]
+    alone = sampler.generate(prompt, **how)
+    assert alone == sampler.generate(talk, **how)
+    assert [alone] == sampler.generate([prompt], **how) == sampler.generate([talk], **how)
+    assert [alone] == sampler.generate((text for text in [prompt]), **how)
+    assert [alone, alone] == sampler.generate([prompt, talk], **how)
+    assert sampler.generate([], **how) == []
+
+    text = "Spell <mask:2> word."
+    filled = sampler.infill(text)
+    assert [filled] == sampler.infill([text]) == sampler.infill(iter([text]))
+    edited = sampler.edit("Spell the word.", "the", length=(1, 3))
+    assert [edited] == sampler.edit(["Spell the word."], "the", length=(1, 3))
+    both = sampler.edit(["the cat", "see the dog"], "the", seed=[4, 5])
+    each = [sampler.edit("the cat", "the", seed=4), sampler.edit("see the dog", "the", seed=5)]
+    assert [one.text for one in both] == [one.text for one in each]
+    with pytest.raises(ConfigError, match="text 1: the span 'the' does not occur"):
+        sampler.edit(["the cat", "a dog"], "the")
+
+    events = list(sampler.stream(prompt, **how))
+    assert [[event] for event in events] == list(sampler.stream([prompt], **how))
+    assert events == list(sampler.stream(talk, **how))
+
+
+def test_a_stream_of_several_prompts_ends_with_their_answers(sampler):
+    prompts, how = (
+        ["Count from 9 to 50.", "Hi", "Spell the word stone."],
+        {"max_tokens": 9, "seed": [1, 2, 3]},
+    )
+    shown = list(sampler.stream(prompts, **how))
+    assert all(len(events) == 3 for events in shown)
+    assert [event.text for event in shown[-1]] == [out.text for out in sampler.generate(prompts, **how)]
+    lengths = [len(list(sampler.stream(p, max_tokens=9, seed=i + 1))) for i, p in enumerate(prompts)]
+    assert len(shown) == max(lengths)
+    assert list(sampler.stream([], max_tokens=9)) == []
 
 
 def test_prompts_are_read_as_they_are_needed(sampler):
@@ -151,7 +183,7 @@ def test_unknown_names_and_options_list_the_choices():
 def test_windows_that_cannot_be_are_refused(sampler):
     with pytest.raises(ConfigError, match="between 1 and the model's 2048 positions, got 4096"):
         sampler.generate(["x"], window=4096)
-    with pytest.raises(ConfigError, match="batch_size must be at least 1"):
+    with pytest.raises(ConfigError, match="batch_size must be a whole number of at least 1"):
         sampler.generate(["x"], window=40, steps=2, batch_size=0)
     with pytest.raises(ConfigError, match="'role' and a text 'content'"):
         sampler.generate([[{"content": 3}]], window=40, steps=2)

@@ -157,3 +157,21 @@ def test_a_file_that_is_not_what_it_should_be_gives_one_clear_error(trained, tmp
     if name == "adapter_config.json":
         with pytest.raises(CheckpointError, match="adapter"):
             base_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--generation.decoder=cov"], "unknown decoder 'cov'. Did you mean 'conv'?"),
+        (["--generation.stepz=3"], "unknown default of decoding: 'stepz'. Did you mean 'steps'?"),
+        (["--generation.steps=0"], "steps must be a whole number of at least 1, got 0"),
+        (
+            ["--generation.decoder=conv", "--generation.options", '{"kernel_size": 8}'],
+            "kernel_size must be odd and positive, got 8; use 7 or 9",
+        ),
+    ],
+)
+def test_defaults_that_decoding_would_refuse_are_refused_at_once(words, message, tmp_path, capsys):
+    assert main(["export", "--model", "/nowhere", "--output", str(tmp_path / "out"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

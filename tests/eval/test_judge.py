@@ -13,6 +13,7 @@ import pytest
 from dlm.errors import ConfigError, DLMError
 from eval.config import JudgeConfig
 from eval.judge import DryRunError, Judge, Request, Tally
+from eval.systems import Endpoint
 from tests.eval.endpoint import serving
 
 
@@ -62,6 +63,26 @@ def test_what_an_endpoint_refuses_is_learnt_from_the_first_request(tmp_path, cap
         assert "refuses temperature" in caplog.text
         assert one.ask([request("1", temperature=0.0)]) == found[1:2], "kept under what was asked"
         assert len(endpoint.seen) == 22
+
+
+def test_a_setting_that_later_requests_have_is_learnt_by_all_of_them(tmp_path):
+    with serving(reasoning) as endpoint:
+        endpoint.pause = 0.05  # so that several are refused before the first of them has learnt
+        asked = [Request([{"role": "user", "content": "first"}], {})]
+        asked += [request(str(i), temperature=0.0) for i in range(8)]
+        found = judge(endpoint, tmp_path, concurrency=8).ask(asked)
+        assert [choice["message"]["content"] for choice in found] == ["[[5]]"] * 9
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "http://no-such-host.invalid/v1"])
+def test_an_endpoint_that_cannot_be_reached_is_told_at_once(url, tmp_path):
+    one = Judge(JudgeConfig(url, "judge", cache=str(tmp_path), concurrency=4))
+    started = time.monotonic()
+    with pytest.raises(DLMError, match=rf"{url}/ cannot be reached \("):
+        one.ask([request(str(i)) for i in range(20)])
+    assert time.monotonic() - started < 10
+    with pytest.raises(DLMError, match="cannot be reached"):
+        next(Endpoint(url, "model", 8).replies([[{"role": "user", "content": "x"}]]))
 
 
 def test_other_refusals_are_what_they_are(tmp_path):

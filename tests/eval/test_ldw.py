@@ -10,7 +10,9 @@ from dlm import load_model
 from dlm.cli import main
 from dlm.errors import ConfigError
 from dlm.prior import TokenPrior
+from eval.commands.ldw import counts, summary
 from eval.ldw import candidates, decoding_window, draw_decoding_windows
+from eval.report import plots
 from tests.fakes import FakeDenoiser, FakeTokenizer
 
 PRIOR = TokenPrior(torch.tensor([50, *range(22, 0, -1)]), special=(0, 22))
@@ -78,11 +80,23 @@ def test_the_plot_has_a_line_for_each_model_in_each_panel():
     assert figure.axes[0].lines[0].get_ydata() == pytest.approx(got.frequent.tolist())
 
 
-def test_lines_end_where_most_prompts_have_no_position():
-    got = decoding_window(FakeDenoiser(), FakeTokenizer(), ["abc", "abcde", "abcdef"], PRIOR, window=12)
-    assert got.rows.tolist() == [3] * 6 + [2, 1, 1]
+def test_lines_and_tables_end_where_the_first_prompt_leaves_the_mean():
+    got = decoding_window(FakeDenoiser(), FakeTokenizer(), ["abc", "abcde", "abcdef"], PRIOR, window=30)
+    assert got.rows.tolist() == [3] * 24 + [2, 1, 1]
+    assert got.shared == 24
     line = draw_decoding_windows({"model": got}).axes[0].lines[0]
-    assert list(line.get_xdata()) == list(range(7))
+    assert list(line.get_ydata()) == got.frequent[:24].tolist()
+    assert line.get_label() == "model (n = 3)"
+    curve = {"model": got.as_dict()}
+    assert len(plots.ldw(curve).axes[0].lines[0].get_ydata()) == 24
+    del curve["model"]["rows"]  # as older versions wrote it
+    assert len(plots.ldw(curve).axes[0].lines[0].get_ydata()) == 27
+    table = summary({"model": got})
+    assert list(table.columns[1].cells) == ["0", "5 to 10", "11 to 23"]
+    assert list(table.columns[2].cells) == ["3"] * 3
+    assert list(table.columns[3].cells)[2] == f"{got.frequent[11:24].mean():.3f}"
+    told = "prompts by distance: 3 up to 23, 2 up to 24, 1 up to 26; table and curves end at 23"
+    assert counts(got.rows) == told
 
 
 @pytest.fixture

@@ -167,19 +167,28 @@ class Page(HTMLParser):
         self.text += data
 
 
+def won(wins, count):
+    """Verdicts of which so many are wins."""
+    return {f"{i}/0": float(i < wins) for i in range(count)}
+
+
 def test_judges_figures_have_intervals_not_standard_errors(runs):
     rate = {"win_rate": 40.0, "standard_error": 5.0, "count": 90, "lc_kind": "length only"}
     rate |= {"lc_win_rate": 41.0, "lc_standard_error": 6.0}
     grade = {"by_turn": [7.0], "overall": {"mean": 7.0, "low": 6.5, "high": 7.25, "count": 9}}
     verdicts = [
-        Verdict("alpaca_eval", "j", "refs", "win", {}, rate),
-        Verdict("alpaca_eval", "k", "refs", "win", {}, {**rate, "standard_error": None, "lc_win_rate": None}),
+        Verdict("alpaca_eval", "j", "refs", "win", won(36, 90), rate),
+        Verdict("alpaca_eval", "k", "refs", "win", won(4, 4), {**rate, "count": 4, "lc_win_rate": None}),
+        Verdict("mt_bench_pairs", "j", "other", "win", won(10, 10), {"win_rate": 1.0}),
         Verdict("mt_bench", "j", "", "grade", {}, grade),
         Verdict("geval", "j", "fluency", "score", {}, {"mean": {"mean": 3.5, "low": None, "high": None}}),
     ]
     table = tables.judged([replace(runs[0], verdicts=verdicts)])
     assert [row[-1] for row in table.rows] == [
-        "40.0 ± 9.8 % of 90", "41.0 ± 11.8 %", "40.0 % of 90", "7.00", "7.00 ± 0.50", "3.50",
+        "40.0 ± 10.3 % of 90", "41.0 ± 11.8 %",  # 36 of 90 by Wilson (1927): 30.5 to 50.3 %
+        "100.0 % of 4",  # four say nothing of an interval
+        "100.0 ± 27.8 %",  # 10 of 10: 72.2 to 100 %
+        "7.00", "7.00 ± 0.50", "3.50",
     ]  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def test_conversations_by_any_name(tmp_path):
     with pytest.raises(DataError, match=r"row 0: needs 'instruction'"):
         list(read_prompts(str(file)))
     file.write_text(json.dumps({"prompt": 5}))
-    with pytest.raises(DataError, match=r"row 0: needs 'instruction'"):
+    with pytest.raises(DataError, match=r"row 0: 'prompt' must be a text, got 5"):
         list(read_prompts(str(file)))
 
 
@@ -53,3 +53,20 @@ def test_lines_and_encodings(tmp_path):
     file.write_bytes("Grüße".encode("utf-16"))
     with pytest.raises(DataError, match="UTF-16"):
         list(read_prompts(str(file)))
+
+
+@pytest.mark.parametrize("value", [5, {"a": 1}, True])
+def test_a_prompt_that_is_no_text_is_named(tmp_path, value):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "one"}) + "\n" + json.dumps({"prompt": value}))
+    prompts = read_prompts(str(file))
+    assert next(prompts) == "one"
+    with pytest.raises(DataError, match="row 1: 'prompt' must be a text, got "):
+        next(prompts)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_a_file_without_prompts_is_named(tmp_path, name):
+    (tmp_path / name).write_text("[]" if name == "a.json" else "\n\n" if name == "a.txt" else "")
+    with pytest.raises(DataError, match=f"{name}: (holds no prompts|empty|.*empty)"):
+        list(read_prompts(str(tmp_path / name)))
