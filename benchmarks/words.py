@@ -24,19 +24,18 @@ PACKAGES = ("dlm", "decoding", "finetune", "eval", "serve")
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md")
 FUNCTION_LINES, FILE_LINES = 40, 450
 
-WORDS = frozenset(
-    """
-    a about again all also an another any as asked at be been behind being both but by can chosen come
+_TEXT = """
+    about again all also an another any as asked at be been behind being both but by can chosen come
     comes did do does either else enough even ever every few for found from get gets gone got had has have
-    held here how in into is it its just kept known left less made many may meant might mine more most much
-    must my neither no none nor not now of off on once only or other others ought our out over own put
-    puts quite said same seen several shall should shown so some something still such taken than that
-    the theirs them then there these they thing things this those though thus till to told too took
-    under until up upon us very was we well went were what when where whether which while who whoever
-    whole whom whose why will with within without would written yet you your
-    """.split()
-) - {"a", "in", "left", "none", "out", "to", "under", "where", "written", "held", "shown"}  # fmt: skip
-"""Words that name nothing. Terms are taken out again: `where` is NumPy's name for a mask, `a` a letter."""
+    here how into is it its just kept known less made many may meant might mine more most much
+    must my neither no nor not now of off on once only or other others ought our over own put
+    puts quite said same seen several shall should so some something still such taken than that
+    the theirs them then there these they thing things this those though thus till told too took
+    until up upon us very was we well went were what when whether which while who whoever
+    whole whom whose why will with within without would yet you your
+"""
+WORDS = frozenset(_TEXT.split())
+"""Words that name nothing. Not among them: `where`, NumPy's name for a mask, and `left`, a side."""
 
 CONVENTIONS = frozenset({"COMMAND", "main", "run", "ROOT", "MASK", "__getattr__", "__all__"})
 """Top-level names that mean the same in every module that has them."""
@@ -148,8 +147,8 @@ def print_package(name: str, report: Report, verbose: bool) -> None:
     print(f"| {name} | {total} | {share:.2f} % | " + " | ".join(map(str, counts)) + " |")
     if verbose:
         print("    function words:", ", ".join(f"{word} {count}" for word, count in words.most_common()))
-        for name, places in report.doubled.items():
-            print(f"    {name}: {', '.join(places)}")
+        for doubled, places in report.doubled.items():
+            print(f"    {doubled}: {', '.join(places)}")
         for line in (*report.openings, *report.long_functions, *report.long_files):
             print(f"    {line}")
 

@@ -247,7 +247,7 @@ class Request:
         ends = not self.ending
         fill = self.eos_fill is not False and ends
         self._check_canvas(window, pace)
-        whole = not ends or (window is not None and self.canvas != "growing")
+        complete = not ends or (window is not None and self.canvas != "growing")
         return Plan(
             decoder=decoder,
             pace=pace,
@@ -258,14 +258,14 @@ class Request:
                 closes=fill or pace.steps is None,
             ),
             mask_id=spec.mask_token_id,
-            margin=None if whole else MARGIN if self.margin is None else self.margin,
+            margin=None if complete else MARGIN if self.margin is None else self.margin,
             reuse=self.reuse_settings(),
             positions=window or spec.positions,
             tokens=window or int(self.max_tokens or defaults.get("max_tokens", DEFAULT_MAX_TOKENS)),
             stop=self.stop_texts,
             begin=self.begin or "",
             ending_text=self.ending or "",
-            forced=tuple(sorted((int(at), text) for at, text in (self.forced or {}).items())),
+            forced=tuple(sorted((int(place), text) for place, text in (self.forced or {}).items())),
             top_logprobs=self.top_logprobs or 0,
         ).within(window or spec.positions)
 
@@ -316,16 +316,16 @@ class Request:
             return self.decoder
         usual = str(spec.generation.get("decoder", "conv"))
         defaults = spec.generation.get("options", {}) if self.decoder in (None, usual) else {}
-        chosen = Decoder.named(self.decoder or usual, **{**defaults, **(self.options or {})})
+        decoder = Decoder.named(self.decoder or usual, **{**defaults, **(self.options or {})})
         if self.decoder is not None or (self.rate is None and self.steps is None):
-            return chosen
+            return decoder
         for option in self.options or {}:
-            others = {k: v for k, v in (self.options or {}).items() if k != option}
-            if Decoder.named(usual, **{**defaults, **others}).at_pace() == chosen.at_pace() != chosen:
+            remaining = {k: v for k, v in (self.options or {}).items() if k != option}
+            if Decoder.named(usual, **{**defaults, **remaining}).at_pace() == decoder.at_pace() != decoder:
                 raise ConfigError(
                     f"option {option} of decoder {usual!r} sets a pace of its own: give no rate and no steps"
                 )
-        return chosen.at_pace()
+        return decoder.at_pace()
 
 
 def _unknown_field(name: str, names: list[str]) -> ConfigError:

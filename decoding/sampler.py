@@ -59,8 +59,8 @@ class Sampler:
         **fields: Any,
     ) -> list[Output]:
         """Answer prompts; see `iter_generate` for the arguments. A single prompt gives a list of one."""
-        several = _several(prompts)
-        return list(self.iter_generate(several, request=request, seed=seed, batch_size=batch_size, **fields))
+        batch = _several(prompts)
+        return list(self.iter_generate(batch, request=request, seed=seed, batch_size=batch_size, **fields))
 
     def iter_generate(
         self,
@@ -120,9 +120,9 @@ class Sampler:
         **fields: Any,
     ) -> list[Infilled]:
         """Fill the gaps of texts; see `iter_infill` for the arguments. A single text gives a list of one."""
-        several = [texts] if isinstance(texts, str) else texts
+        batch = [texts] if isinstance(texts, str) else texts
         settings: dict[str, Any] = {"prompt": prompt, "seed": seed, "batch_size": batch_size}
-        return list(self.iter_infill(several, request=request, **settings, **fields))
+        return list(self.iter_infill(batch, request=request, **settings, **fields))
 
     def iter_infill(
         self,
@@ -212,12 +212,16 @@ class Sampler:
         """
         given = {**fields, **({} if decoder is None else {"decoder": decoder})}
         ids = {text: self.rows.text(text) for text in texts}
-        for text, found in ids.items():
-            if len(found) != 1:
+        for text, token_ids in ids.items():
+            if len(token_ids) != 1:
                 raise ConfigError(
-                    f"{text!r} is {len(found)} tokens, and must be one (mostly, words begin with a space)"
+                    f"{text!r} is {len(token_ids)} tokens, and must be one (mostly, words begin with a space)"
                 )
-        return _request(request, given).decoder_for(self.spec).without(*(found[0] for found in ids.values()))
+        return (
+            _request(request, given)
+            .decoder_for(self.spec)
+            .without(*(token_ids[0] for token_ids in ids.values()))
+        )
 
     def plan(self, request: Request | None = None, **fields: Any) -> Plan:
         """The plan that a request, or its fields, come to for this model."""
@@ -276,9 +280,9 @@ class Sampler:
 
         def rows() -> Iterator[tuple[Row, Plan, int]]:
             for name, pieces, seed in texts:
-                several = rows_with_gaps(self.rows, pieces, prompt, plan, name)
-                tries.append(len(several))
-                yield from ((row, plan.within(row.ids.count(plan.mask_id)), seed) for row in several)
+                candidates = rows_with_gaps(self.rows, pieces, prompt, plan, name)
+                tries.append(len(candidates))
+                yield from ((row, plan.within(row.ids.count(plan.mask_id)), seed) for row in candidates)
 
         finished = self._finished(rows(), batch_size)
         for number in itertools.count():

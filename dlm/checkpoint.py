@@ -74,8 +74,8 @@ def place(device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype]:
 
 def computes_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices itself, so that they are faster than float32 ones."""
-    known = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-    return any(supported is not None and supported() for supported in known)
+    checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(supported is not None and supported() for supported in checks)
 
 
 def is_causal_lm(path: str) -> bool:

@@ -158,8 +158,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -
     text = _rendered(tokenizer, [{**turn, "content": hidden.hide(turn["content"])} for turn in talk])
     ids: list[int] = []
     parts = _either(controls).split(text)  # what the template wrote, texts and control tokens in turn
-    for is_text, some in itertools.groupby(parts, hidden.holds):
-        plain = "".join(some)
+    for is_text, run in itertools.groupby(parts, hidden.holds):
+        plain = "".join(run)
         ids += encode_text(tokenizer, hidden.show(plain)) if is_text else _encode(tokenizer, plain)
     return ids
 

@@ -198,8 +198,8 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training speed (tokens of all processes, padding excluded) and what was watched."""
         if "loss" in logs:
-            now = time.perf_counter()
-            logs["tokens_per_second"] = round(float(self._tokens) / (now - self._since), 1)
+            time_now = time.perf_counter()
+            logs["tokens_per_second"] = round(float(self._tokens) / (time_now - self._since), 1)
             self.start_clock()
             steps = max(1, self.state.global_step - self._watched_since)
             logs |= {name: value / steps for name, value in self._watched_sums().items()}

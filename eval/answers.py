@@ -70,11 +70,11 @@ class AnswerFile:
             text = self.path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise DataError(f"{self.path}: cannot be read ({error})") from error
-        found: dict[tuple[str, int], Answer] = {}
+        answers: dict[tuple[str, int], Answer] = {}
         for number, line in enumerate(text.split("\n")[:-1], start=1):
             answer = self._parse(line, number)
-            found[answer.key] = answer
-        return found
+            answers[answer.key] = answer
+        return answers
 
     def _parse(self, line: str, number: int) -> Answer:
         try:

@@ -228,9 +228,9 @@ def standard_ways(problem: Problem, causal: Any, tokens: int) -> list[Way]:
         problem.ours("steps, canvas growing", replace(fixed, canvas="growing")),
         problem.ours("steps, canvas growing, reuse", replace(fixed, canvas="growing", reuse="dual")),
         *(
-            problem.ours(f"length-free, rate {rate:g}{more}", replace(free, rate=rate, reuse=reuse))
+            problem.ours(f"length-free, rate {rate:g}{suffix}", replace(free, rate=rate, reuse=reuse))
             for rate in (1.0, 2.0, 4.0)
-            for more, reuse in (("", None), (", reuse", "dual"))
+            for suffix, reuse in (("", None), (", reuse", "dual"))
         ),
     ]
 

@@ -115,14 +115,14 @@ class Judge:
                 replies = list(tqdm(going, total=len(unique), desc=label, unit="verdict"))
             finally:
                 pool.shutdown(cancel_futures=True)
-        said = dict(zip(unique, replies, strict=True))
-        found = [said[self._file(request)] for request in requests]
-        lost = sum(choice is None for choice in found)
+        reply_of = dict(zip(unique, replies, strict=True))
+        choices = [reply_of[self._file(request)] for request in requests]
+        lost = sum(choice is None for choice in choices)
         if requests and lost == len(requests):
             raise DLMError(
                 f"the judge answered none of {lost} requests; the last failure: {self.last_failure}"
             )
-        return found
+        return choices
 
     def estimate(self, requests: Sequence[Request]) -> Estimate:
         """What asking would take."""

@@ -116,8 +116,8 @@ class DLM(LM):  # type: ignore[misc]
         """
         out: list[str] = []
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
-            for (stops, size), some in itertools.groupby(requests, self._asked_for):
-                contexts = [self._fitting(request.args[0]) for request in some]
+            for (stops, size), group in itertools.groupby(requests, self._asked_for):
+                contexts = [self._fitting(request.args[0]) for request in group]
                 request = self.variant.request(**dict(size), stop=list(stops) or None)
                 settings = {"seed": self.seed, "batch_size": self.rows}
                 for answer in self.sampler.iter_generate(contexts, request=request, **settings):
@@ -128,8 +128,8 @@ class DLM(LM):  # type: ignore[misc]
     def _asked_for(self, request: Instance) -> tuple[tuple[str, ...], tuple[tuple[str, int | None], ...]]:
         """The stop texts and the size that a request asks for."""
         options = dict(request.args[1])
-        until = options.pop("until", None) or []
-        stops = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
+        stop = options.pop("until", None) or []
+        stops = tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text)
         sizes = [options.pop(name) for name in SIZES if options.get(name) is not None]
         for name in (*options, *(SIZES[:1] if sizes and self.fixed else ())):
             self._ignored(name)
@@ -158,8 +158,8 @@ class DLM(LM):  # type: ignore[misc]
         if talk:
             return talk
         ids = self.sampler.rows.text(context)
-        over = self.sampler.prompt_length(context) - room
-        return context if over <= 0 else str(self.tokenizer.decode(ids[over:]))
+        excess = self.sampler.prompt_length(context) - room
+        return context if excess <= 0 else str(self.tokenizer.decode(ids[excess:]))
 
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
@@ -171,27 +171,27 @@ class DLM(LM):  # type: ignore[misc]
         """
         del disable_tqdm
         rows = [self._encoded(*request.args) for request in requests]
-        found = self._bounds(rows)
-        return [(-nats, greedy) for nats, greedy in found]
+        results = self._bounds(rows)
+        return [(-nats, greedy) for nats, greedy in results]
 
     def _bounds(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Nats of each answer given its prompt, bounded from above, and whether greedy filling writes it."""
         from eval.nelbo import bounds
 
         path = self.likelihood == "path"
-        found = bounds(self.model, rows, 1 if path else self.draws, self.rows, self.seed)
-        greedy = [bound.greedy for bound in found]
+        results = bounds(self.model, rows, 1 if path else self.draws, self.rows, self.seed)
+        greedy = [bound.greedy for bound in results]
         if path:
             return list(zip(self._paths(rows), greedy, strict=True))
-        errors = [bound.error for bound in found if bound.error != 0]  # NaN too: of a single draw
-        logger.info("%d log-likelihoods, %d of them exact bounds", len(found), len(found) - len(errors))
+        errors = [bound.error for bound in results if bound.error != 0]  # NaN too: of a single draw
+        logger.info("%d log-likelihoods, %d of them exact bounds", len(results), len(results) - len(errors))
         if errors:
-            known = [error for error in errors if not math.isnan(error)] or [math.nan]
+            finite = [error for error in errors if not math.isnan(error)] or [math.nan]
             logger.info(
                 "standard error of the others: %.3f nats in the mean, %.3f at most (draws=%d)",
-                sum(known) / len(known), max(known), self.draws,
+                sum(finite) / len(finite), max(finite), self.draws,
             )  # fmt: skip
-        return [(bound.nats, bound.greedy) for bound in found]
+        return [(bound.nats, bound.greedy) for bound in results]
 
     def _paths(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         """Nats of each answer along the path of the decoder, on a canvas of its length."""
@@ -199,18 +199,18 @@ class DLM(LM):  # type: ignore[misc]
         from eval.path import path_costs
 
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))
-        found = [0.0] * len(rows)
-        for size, some in itertools.groupby(order, lambda i: len(rows[i][1])):
+        totals = [0.0] * len(rows)
+        for size, group in itertools.groupby(order, lambda i: len(rows[i][1])):
             if not size:
                 continue
-            same, decoder = list(some), self.variant.request().decoder
+            indices, decoder = list(group), self.variant.request().decoder
             rate = 1.0 if not isinstance(decoder, Decoder) or decoder.reveal.paced else None
             plan = self.sampler.plan(decoder=decoder, max_tokens=size, rate=rate)
-            several = [rows[i] for i in same]
-            costs = path_costs(self.model, several, plan, seed=self.seed, batch_size=self.rows)
-            for i, cost in zip(same, costs, strict=True):
-                found[i] = cost.total
-        return found
+            subset = [rows[i] for i in indices]
+            costs = path_costs(self.model, subset, plan, seed=self.seed, batch_size=self.rows)
+            for i, cost in zip(indices, costs, strict=True):
+                totals[i] = cost.total
+        return totals
 
     def _encoded(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of the prompt and of the answer.
@@ -228,9 +228,9 @@ class DLM(LM):  # type: ignore[misc]
             context[: len(context) - space],
             context[len(context) - space :] + continuation,
         )
-        whole = self.sampler.rows.text(context + continuation)
+        joined = self.sampler.rows.text(context + continuation)
         before = self.sampler.rows.text(context) if context else [int(self.model.config.eos_token_id)]
-        cut = whole[len(before) :] if context and whole[: len(before)] == before else None
+        cut = joined[len(before) :] if context and joined[: len(before)] == before else None
         after = cut or self.sampler.rows.text(continuation)
         room = self.sampler.spec.positions - len(after)
         return before[-room:] if room > 0 else [], after[: self.sampler.spec.positions]
@@ -240,7 +240,11 @@ class DLM(LM):  # type: ignore[misc]
         del disable_tqdm
         eos, room = [int(self.model.config.eos_token_id)], self.sampler.spec.positions - 1
         texts = [self.sampler.rows.text(request.args[0]) for request in requests]
-        pieces = [(i, ids[at : at + room]) for i, ids in enumerate(texts) for at in range(0, len(ids), room)]
+        pieces = [
+            (i, ids[begin : begin + room])
+            for i, ids in enumerate(texts)
+            for begin in range(0, len(ids), room)
+        ]
         total = [0.0] * len(texts)
         for (i, _), (nats, _) in zip(pieces, self._bounds([(eos, ids) for _, ids in pieces]), strict=True):
             total[i] -= nats

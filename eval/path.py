@@ -84,22 +84,22 @@ def path_costs(
         raise ConfigError(
             f"decoder {decoder.name!r} ranks positions by the token that it draws there; give temperature=0"
         )
-    several = iter(rows)
-    while some := list(itertools.islice(several, batch_size)):
-        yield from _batch(model, some, plan, seed)
+    remaining = iter(rows)
+    while chunk := list(itertools.islice(remaining, batch_size)):
+        yield from _batch(model, chunk, plan, seed)
 
 
 @torch.inference_mode()
 def _batch(
     model: Denoiser, rows: Sequence[tuple[Sequence[int], Sequence[int]]], plan: Plan, seed: int
 ) -> Iterator[PathCost]:
-    made: list[Row] = []
+    masked_rows: list[Row] = []
     for prompt, answer in rows:
         room = min(plan.tokens, plan.positions - len(prompt))
         if len(answer) > room:
             raise ConfigError(f"an answer of {len(answer)} tokens does not fit: there is room for {room}")
-        made.append(Row([*prompt, *[plan.mask_id] * room], len(prompt)))
-    canvas = make_canvas(made, [seed] * len(made), plan)
+        masked_rows.append(Row([*prompt, *[plan.mask_id] * room], len(prompt)))
+    canvas = make_canvas(masked_rows, [seed] * len(masked_rows), plan)
     truth = torch.full(canvas.ids.shape, _NO_TRUTH)
     for true_ids, (prompt, answer) in zip(truth, rows, strict=True):
         true_ids[len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)

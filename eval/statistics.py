@@ -50,13 +50,13 @@ def estimate(
         level: of the interval.
     """
     x = np.asarray(values, dtype=float)
-    known = ~np.isnan(x)
-    if not known.any():
+    finite = ~np.isnan(x)
+    if not finite.any():
         return Estimate(math.nan, math.nan, math.nan, 0)
     names = np.arange(len(x)).astype(str) if groups is None else np.asarray(groups)
-    _, owner = np.unique(names[known], return_inverse=True)
-    sums, counts = np.bincount(owner, x[known]), np.bincount(owner)
-    mean, n = float(x[known].mean()), len(sums)
+    _, owner = np.unique(names[finite], return_inverse=True)
+    sums, counts = np.bincount(owner, x[finite]), np.bincount(owner)
+    mean, n = float(x[finite].mean()), len(sums)
     if n < FEWEST:
         return Estimate(mean, math.nan, math.nan, n)
     variance = float(((sums - mean * counts) ** 2).sum()) / counts.sum() ** 2  # of the mean, times (n-1)/n

@@ -128,10 +128,10 @@ def draw_r2ft(history: History, tolerance: float) -> Any:
     _points(repeated, history, "sample_stutter", GREEN, "words equal to the last", "^:")
     repeated.set(title="repetition in top-k samples", ylabel="share")
     repeated.set_ylim(bottom=0)
-    kept = kept_step(history, tolerance)
+    best = kept_step(history, tolerance)
     for axes in (sides, margin, loss, nelbo, prior, repeated):
-        if kept is not None:
-            axes.axvline(kept, color=GREY, linewidth=0.8)
+        if best is not None:
+            axes.axvline(best, color=GREY, linewidth=0.8)
         plain(axes)
         _legend(axes, share if axes is margin else None)
     for axes in (nelbo, prior, repeated):
@@ -161,8 +161,8 @@ def _legend(axes: Any, twin: Any) -> None:
     """One legend for both scales."""
     handles, labels = axes.get_legend_handles_labels()
     if twin is not None:
-        more, names = twin.get_legend_handles_labels()
-        handles, labels = handles + more, labels + names
+        twin_handles, names = twin.get_legend_handles_labels()
+        handles, labels = handles + twin_handles, labels + names
     box = (twin or axes).legend(handles, labels, fontsize=8, framealpha=0.85, edgecolor="none")
     if twin is not None:
         axes.get_legend().remove()

@@ -103,8 +103,8 @@ def run(config: InfillConfig) -> int:
 
 def _length(text: str) -> tuple[int, int] | None:
     """Bounds of a gap: "4" -> (4, 4), "2-6" -> (2, 6), nothing -> None."""
-    found = LENGTH.fullmatch(text)
-    return None if found is None else (int(found[1]), int(found[2] or found[1]))
+    match = LENGTH.fullmatch(text)
+    return None if match is None else (int(match[1]), int(match[2] or match[1]))
 
 
 COMMAND = Command("fill the gaps of texts, or write words again", InfillConfig, run, positional="texts")

@@ -119,12 +119,12 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
 
     def select(self, indices: Iterable[int]) -> EncodedRows:
         """Some of the rows; they share the ids."""
-        chosen = np.array(list(indices), np.int64)
+        selection = np.array(list(indices), np.int64)
         return replace(
             self,
-            ends=self.ends[chosen],
-            lengths=self.lengths[chosen],
-            prompt_lengths=self.prompt_lengths[chosen],
+            ends=self.ends[selection],
+            lengths=self.lengths[selection],
+            prompt_lengths=self.prompt_lengths[selection],
         )
 
     def answers(self) -> np.ndarray[Any, Any]:
@@ -173,8 +173,8 @@ def main() -> None:
     _, tokenizer = from_causal_lm(located(options.model), template=options.template)
     rows = load_rows(options.source)
     rows = rows.select(range(min(options.limit, len(rows)))) if options.limit else rows
-    kept, report = encode_rows(rows, tokenizer, options.window)
-    EncodedRows.of(kept, tokenizer, options.window).save(options.output)
+    encoded, report = encode_rows(rows, tokenizer, options.window)
+    EncodedRows.of(encoded, tokenizer, options.window).save(options.output)
     print(f"{options.output}: {report}")
 
 
