@@ -49,7 +49,7 @@ GPT-2 has one layer, `c_attn`, for queries, keys and values.
 
 
 class MaskShift(nn.Module):
-    """What is added to the mask token's embedding: the one row that a causal LM has never seen."""
+    """Difference added to the mask token's embedding: the one row that a causal LM has never seen."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -197,19 +197,19 @@ def _check_base(base: MaskedDiffusionModel, path: str | Path) -> None:
 
 
 def _alike(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
-    """Whether the values of two sketches are those of one weight."""
+    """True when the values of two sketches are those of one weight."""
     if first is None or second is None or first.shape != second.shape:
         return False
     return bool((first - second).norm() <= _TOLERANCE * first.norm() + 1e-9)
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a folder holds an adapter."""
+    """True when a folder holds an adapter."""
     return (Path(path) / CONFIG).is_file()
 
 
 def saved_by_peft(path: str | Path) -> bool:
-    """Whether an adapter's folder is as `peft` alone writes it: without the model's config.json."""
+    """True when an adapter's folder is as `peft` alone writes it: without the model's config.json."""
     return is_adapter(path) and not (Path(path) / "config.json").is_file()
 
 

@@ -124,7 +124,7 @@ class Packed:
 
     @cached_property
     def bounds(self) -> list[int]:
-        """Where rows begin, and the end of the last."""
+        """Beginnings of the rows, and the end of the last."""
         return [0, *accumulate(self.lengths)]
 
     def attend(
@@ -214,7 +214,7 @@ class KeyValues:
 
 
 def _roomy(buffer: torch.Tensor | None, rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
-    """What is kept [B, W, G, D], with room for so many rows and positions."""
+    """The buffer [B, W, G, D], with room for so many rows and positions."""
     if buffer is not None and buffer.shape[0] >= rows and buffer.shape[1] >= width:
         return buffer
     old = (0, 0) if buffer is None else buffer.shape[:2]

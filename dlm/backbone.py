@@ -1,4 +1,4 @@
-"""Where a model's first weights come from: random numbers, or a causal language model made bidirectional."""
+"""First weights of a model: random numbers, or a causal language model made bidirectional."""
 
 from __future__ import annotations
 

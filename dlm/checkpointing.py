@@ -40,7 +40,7 @@ def _flush(path: Path) -> None:
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether a checkpoint is marked as whole and every file still has its recorded size."""
+    """True when a checkpoint is marked as complete and every file has its recorded size."""
     folder = Path(folder)
     try:
         files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]

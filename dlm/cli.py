@@ -113,7 +113,7 @@ def _run(prog: str, command: Command, words: list[str]) -> int:
 
 
 def _misspelt_subcommand(words: list[str], entries: dict[str, Any]) -> str:
-    """What to say of `dlm inspect lwd`: a word that is nearly a subcommand, and no file either."""
+    """Message about `dlm inspect lwd`: a word that is nearly a subcommand, and no file either."""
     if len(words) < 2 or ".".join(words[:2]) in entries or Path(words[1]).exists():
         return ""
     below = [name.split(".")[1] for name in entries if name.startswith(f"{words[0]}.")]
@@ -143,7 +143,7 @@ def _overview(entries: dict[str, Any]) -> str:
 
 
 class _UsageError(Exception):
-    """What the parser found wrong."""
+    """An error of the command line, in the parser's words."""
 
 
 def parse(prog: str, command: Command, words: Sequence[str]) -> Any:

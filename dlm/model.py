@@ -25,7 +25,7 @@ IGNORE = -100
 
 @dataclass
 class MaskedDiffusionOutput(ModelOutput):  # type: ignore[misc]
-    """What one forward pass returns; exactly one of the fields is set."""
+    """Output of one forward pass; exactly one of the fields is set."""
 
     logits: torch.Tensor | None = None
     """[B, L, V], mask column -inf: when no targets were given."""
@@ -96,12 +96,12 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
 
     @property
     def spec(self) -> ModelSpec:
-        """What the model is, for whoever decodes or evaluates it."""
+        """Properties of the model, for decoding and evaluation."""
         return ModelSpec.of_config(self.config)
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """What it can do beyond `hidden` and `logits`: rows packed end to end, rows computed in part."""
+        """Capabilities beyond `hidden` and `logits`: rows packed end to end, rows computed in part."""
         return frozenset({"packed", "partial"})
 
     def set_attn_implementation(

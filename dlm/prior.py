@@ -1,4 +1,4 @@
-"""How frequent each token is in the training answers: the prior that a model falls back on far from context.
+"""Frequency of tokens in the training answers: the prior that a model falls back on far from context.
 
 The counts are stored beside the weights of every model that is trained, so that later stages and diagnoses
 speak of the same frequencies.

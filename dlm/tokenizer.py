@@ -195,7 +195,7 @@ class _Hidden:
         return _either(self.tokens).sub(lambda found: self.tokens[found[0]], text)
 
     def holds(self, text: str) -> bool:
-        """Whether there are numbers in a text."""
+        """True when a text holds numbers."""
         return self.mark in text
 
     def show(self, text: str) -> str:

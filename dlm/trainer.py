@@ -207,7 +207,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def _watched_sums(self) -> dict[str, float]:
-        """What was watched since the last log line, over all processes."""
+        """Sums since the last log line, over all processes."""
         return {
             name: float(self.accelerator.reduce(total.clone(), reduction="sum"))
             for name, total in self._watched.items()

@@ -30,7 +30,7 @@ FEWEST = 30
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often a model is preferred to the reference; percentages, with standard errors.
+    """Percentages of answers preferred to the reference, with standard errors.
 
     Attributes:
         win_rate: mean preference.

@@ -1,4 +1,4 @@
-"""What systems answered: one JSON line per answer, on disk at once, so that a kill loses none."""
+"""Answers of systems: one JSON line for each, on disk at once, so that a kill loses none."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Answer:
 
     @property
     def key(self) -> tuple[str, int]:
-        """What is answered: the question's id and the turn."""
+        """Id of the question, and the turn."""
         return self.id, self.turn
 
 

@@ -113,7 +113,7 @@ def plain(
 
 @dataclass(frozen=True)
 class Run:
-    """What one way of writing did."""
+    """Measurements of one way of writing."""
 
     seconds: float
     tokens: int
@@ -133,7 +133,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be written: answers to prompts of one length.
+    """A problem: answers to prompts of one length.
 
     Attributes:
         model: a masked diffusion model.

@@ -50,7 +50,7 @@ def _plain(text: str) -> str:
 
 
 def _value(match: re.Match[str], text: str) -> Decimal | None:
-    """What a match of `_NUMBER` is; "3-4" and "7-year" are no negative numbers."""
+    """Value of a match of `_NUMBER`; "3-4" and "7-year" are no negative numbers."""
     above = re.sub("[^0-9.]", "", match["value"])
     try:
         value = Decimal(above) / Decimal(match["below"] or 1) + Decimal(match["whole"] or 0)
@@ -89,7 +89,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 def _boxes(text: str) -> list[str]:
-    r"""What stands in the braces of \boxed{…}, braces within them included."""
+    r"""Contents of the braces of \boxed{…}, braces within them included."""
     contents = []
     for start in re.finditer(r"\\boxed\s*\{", text):
         depth, end = 1, start.end()
@@ -119,13 +119,13 @@ def _worked_out(text: str, otherwise: Decimal) -> Decimal:
 
 
 def gsm8k(question: Question, answer: str) -> bool:
-    """Whether an answer to a GSM8K question ends with the right number, to within a ten-thousandth."""
+    """True when an answer to a GSM8K question ends with the right number, to within a ten-thousandth."""
     right, given = final_number(question.reference[0]), final_number(answer)
     return right is not None and given is not None and abs(right - given) <= Decimal("0.0001")
 
 
 def rules(question: Question, answer: str) -> bool:
-    """Whether an answer to a rule-made instruction is right."""
+    """True when an answer to a rule-made instruction is right."""
     from dlm.data.rules import Example, is_right
 
     return is_right(Example(question.category, question.turns[0], question.reference[0]), answer)

@@ -153,7 +153,7 @@ class _Loaded:
         return model.to(device).eval(), tokenizer
 
     def instruments(self, questions: list[Question]) -> Instruments:
-        """What measures the answers."""
+        """Instruments that measure the answers."""
         out = Instruments(log_prior=self._log_prior())
         if self.config.nelbo_draws:
             out.nelbo = self.nelbo(questions)

@@ -120,5 +120,5 @@ class Band:
         return cls(float(perplexity.mean()), float(perplexity.std()))
 
     def holds(self, nats: float) -> bool:
-        """Whether an answer is an inlier (arXiv 2509.15188); an empty one (NaN) is not."""
+        """True when an answer is an inlier (arXiv 2509.15188); an empty one (NaN) is not."""
         return not math.isnan(nats) and abs(math.exp(min(nats, 700.0)) - self.mean) <= 2 * self.deviation

@@ -16,7 +16,7 @@ from eval.tasks import Question
 
 
 def conversation(question: Question, turn: int, answers: dict[tuple[str, int], Answer]) -> list[Message]:
-    """What the system sees before it answers `turn`: the user's turns, and its own answers between them."""
+    """Messages before the answer to `turn`: the user's turns, and the system's answers between them."""
     talk: list[Message] = []
     for i in range(turn):
         talk.append({"role": "user", "content": question.turns[i]})
@@ -30,7 +30,7 @@ def mark(question: Question, turn: int) -> str:
 
 
 def check(questions: Sequence[Question], answers: Mapping[tuple[str, int], Answer], where: str) -> None:
-    """Whether answers belong to these questions.
+    """Refuse answers that do not belong to these questions.
 
     Raises:
         DataError: when a question of the same id was another one when it was answered.

@@ -33,7 +33,7 @@ PAUSES = (1.0, 4.0)
 
 
 def conclusion(text: str) -> str:
-    """What a judge says behind its thoughts; of thoughts without an end, nothing is left."""
+    """Text of a judge behind its thoughts; of thoughts without an end, nothing is left."""
     if "</think>" in text:
         return text.rsplit("</think>", 1)[1]
     return text.split("<think>", 1)[0]
@@ -54,7 +54,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What asking would take.
+    """Requests and tokens that asking would take.
 
     Attributes:
         calls: requests that are not in the cache.
@@ -125,7 +125,7 @@ class Judge:
         return choices
 
     def estimate(self, requests: Sequence[Request]) -> Estimate:
-        """What asking would take."""
+        """Requests and tokens that asking would take."""
         new = [r for file, r in {self._file(r): r for r in requests}.items() if not file.exists()]
         read = sum(len(m["content"]) for r in new for m in r.messages) // CHARACTERS
         write = sum(int(r.options.get("max_tokens", 1024)) for r in new)
@@ -179,7 +179,7 @@ class Judge:
 
 
 def _text(message: dict[str, Any]) -> str | None:
-    """What a message says: its text, or the arguments of the function that it calls."""
+    """Text of a message, or the arguments of the function that it calls."""
     if message.get("content") is not None:
         return str(message["content"])
     calls = [call["function"] for call in message.get("tool_calls") or []]
@@ -197,7 +197,7 @@ class _UnansweredError(Exception):
 
 @dataclass
 class Tally:
-    """How judging went.
+    """Counts of readable and unreadable verdicts.
 
     Attributes:
         judged: verdicts that could be read.

@@ -27,7 +27,7 @@ Kind = Literal["prompt", "frequent", "end", "other"]
 
 @dataclass(frozen=True)
 class DecodingWindow:
-    """Where a model's probability lies on a fresh canvas, by distance from the prompt; all [L]."""
+    """A model's probability on a fresh canvas, by distance from the prompt; all [L]."""
 
     frequent: torch.Tensor
     """Mean probability mass on the most frequent tokens of the training answers."""

@@ -19,7 +19,7 @@ from eval.tasks import TASKS, Question
 
 @dataclass(frozen=True)
 class Measure:
-    """What a figure is.
+    """Meaning and layout of a figure.
 
     Attributes:
         title: for tables.
@@ -67,7 +67,7 @@ MEASURES = {
 
 
 def basic(answer: Answer) -> dict[str, float]:
-    """What the answer alone tells; NaN for what is not known of it."""
+    """Figures that the answer alone gives; NaN for those that it lacks."""
     text, nan = answer.text, float("nan")
     empty = not text.strip()
     return {
@@ -113,7 +113,7 @@ def _distinct(grams: Sequence[list[tuple[str, ...]]]) -> float:
 
 @dataclass
 class Instruments:
-    """What measures with models; each is left out where it is None.
+    """Measures that need models; each is left out where it is None.
 
     Attributes:
         reader: see `eval.fluency.Reader`.

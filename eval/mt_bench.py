@@ -110,7 +110,7 @@ def _prompt(prompts: dict[str, Prompt], question: Question, turn: int, base: str
 
 
 def _texts(question: Question, turn: int) -> dict[str, str]:
-    """What the templates ask for besides answers."""
+    """Fields of the templates besides answers."""
     if not turn:
         first = question.reference[0] if question.reference else ""
         return {"question": question.turns[0], "ref_answer_1": first}
@@ -187,7 +187,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def read_winner(text: str) -> Winner | None:
-    """What "[[A]]", "[[B]]" or "[[C]]" (a tie) says behind a judge's thoughts; None if none stands there.
+    """Winner by "[[A]]", "[[B]]" or "[[C]]" (a tie) behind a judge's thoughts; None if none stands there.
 
     Of several the first of A, B and C counts, as FastChat reads it.
     """

@@ -97,7 +97,7 @@ def bounds(
 
 
 def _few(n: int, draws: int) -> bool:
-    """Whether there are no more sets of n cells than draws."""
+    """True when there are no more sets of n cells than draws."""
     return n <= draws.bit_length() and 2**n - 1 <= max(draws, 1)
 
 

@@ -1,4 +1,4 @@
-"""What the path of a decoder costs: decoding that is told the answer.
+"""Cost of a decoder's path: decoding that is told the answer.
 
 Tokens that are written in one call are drawn independently of each other, and tokens far from what is known
 are drawn from a vague distribution. Both lose likelihood, and a decoder that spares the one pays the other.
@@ -29,7 +29,7 @@ _NO_TRUTH = -1
 
 @dataclass(frozen=True)
 class PathCost:
-    """What writing one answer along one path of a decoder costs."""
+    """Cost of writing one answer along one path of a decoder."""
 
     nats: list[float]
     """For each token of the answer, its end token included: -log p(token | what was written before)."""

@@ -1,4 +1,4 @@
-"""How much likelihood each way of decoding leaves: the paths of several decoders to the same true answers."""
+"""Likelihood that ways of decoding leave: the paths of several decoders to the same true answers."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class PathRun:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What tells runs of one folder apart; of a model that has changed, the new one stays."""
+        """Key that tells runs of one folder apart; of a model that has changed, the new one stays."""
         return self.model, self.line, self.pace
 
     @property
@@ -171,7 +171,7 @@ def _section(table: Table) -> str:
 
 
 class PathFolder:
-    """Where paths are kept: paths.json, renewed after each run, and in the end paths.md and paths.svg.
+    """Folder of paths: paths.json, renewed after each run, and in the end paths.md and paths.svg.
 
     Args:
         folder: of the three.
@@ -184,7 +184,7 @@ class PathFolder:
         self.runs = self._load()
 
     def _load(self) -> dict[tuple[str, str, str], PathRun]:
-        """What was measured before under the same settings.
+        """Earlier runs under the same settings.
 
         Raises:
             DataError: when the file is not one of ours.

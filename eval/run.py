@@ -33,7 +33,7 @@ BAND = ("usual_mean", "usual_deviation")
 
 @dataclass(frozen=True)
 class Card:
-    """What was asked of whom, and how; written to run.json.
+    """Task, system and settings of a run; written to run.json.
 
     Attributes:
         task: its name.
@@ -63,7 +63,7 @@ class Card:
         return f"{self.system}, {self.label}" if self.label else self.system
 
     def folder(self, output: str | Path) -> Path:
-        """Where the run is: in `output`, whatever its name."""
+        """Folder of the run: in `output`, whatever its name."""
         name = re.sub(r"[^\w.=,-]+|^\.+", "_", self.name.replace(", ", "+"))
         return Path(output) / self.task / (name or "_")
 
@@ -147,7 +147,7 @@ def _numbers(row: Mapping[str, float | None]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge said of a run; a file of its folder `verdicts`.
+    """Verdict of a judge on a run; a file of its folder `verdicts`.
 
     Attributes:
         method: of `dlm eval judge`.

@@ -1,4 +1,4 @@
-"""How sure a mean is, and whether two systems differ: intervals, and the paired permutation test."""
+"""Intervals of means, and the paired permutation test of two systems."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def jackknife(values: Sequence[float], level: float = 0.95) -> float:
 def paired_test(
     first: Sequence[float], second: Sequence[float], draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Whether two systems differ on the same questions: mean difference (second - first), and p-value.
+    """Mean difference of two systems on the same questions (second - first), and its p-value.
 
     Two-sided permutation test: under the null hypothesis every difference may have either sign. All signs
     are enumerated where there are no more than `draws` of them. Pairs with a NaN are left out.

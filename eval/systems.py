@@ -206,7 +206,7 @@ class Connection:
         return named
 
     def _learn(self, message: str, request: dict[str, Any]) -> bool:
-        """Whether a refusal names a setting that can be had otherwise, which is done from now on."""
+        """True when a refusal names a setting that can be had otherwise, which is done from now on."""
         for name, replacement in (("max_tokens", "max_completion_tokens"), ("temperature", ""), ("seed", "")):
             refused = re.search(rf"\b{name}\b", message) is not None and (
                 not replacement or replacement in message
@@ -246,7 +246,7 @@ def client(url: str, timeout: float = 120.0, retries: int = 6) -> Connection:
 
 
 def fingerprint(path: str) -> str:
-    """What tells a checkpoint from others: a hash of its files, or of its name if it is not on disk.
+    """Fingerprint of a checkpoint: a hash of its files, or of its name if it is not on disk.
 
     One that comes with the package is on disk: a later version of it is another model.
     """

@@ -57,7 +57,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Material:
-    """What a rule makes its units from."""
+    """Inputs of a rule, of which it makes its units."""
 
     ids: torch.Tensor
     """[B, L] int64, clean rows."""

@@ -89,7 +89,7 @@ class Stage(Generic[Config]):
         """Take the weights that the run is to end with; the last ones, if nothing is done."""
 
     def record(self) -> dict[str, Any]:
-        """What is written into the model's configuration beside the data and the optimiser."""
+        """Fields for the model's configuration beside the data and the optimiser."""
         return {"objective": self.objective, "init": self.start.init or "random weights"}
 
     def trainer(self, model: Any, prior: TokenPrior, **common: Any) -> DiffusionTrainer:
@@ -100,7 +100,7 @@ class Stage(Generic[Config]):
     def callbacks(
         self, trainer: DiffusionTrainer, tokenizer: PreTrainedTokenizerBase, held_out: Dataset, run: RunFolder
     ) -> Iterable[TrainerCallback]:
-        """What looks on at each validation."""
+        """Callbacks of each validation."""
         raise NotImplementedError
 
 
@@ -291,7 +291,7 @@ def accumulation(config: RunConfig, resume_from: Path | None, processes: int) ->
 
 
 def collator(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> WindowCollator:
-    """What makes windows of encoded rows."""
+    """Collator that makes windows of encoded rows."""
     return WindowCollator(
         eos_token_id=int(tokenizer.eos_token_id),
         window=data.window,

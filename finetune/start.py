@@ -70,7 +70,7 @@ def refuse_causal_lm(path: str) -> None:
 
 
 def any_prompt(rows: Dataset | EncodedRows) -> bool:
-    """Whether rows have prompts, from the first of them."""
+    """True when rows have prompts, judged by the first of them."""
     if isinstance(rows, EncodedRows):
         return any(rows["prompt_length"][:100])
     return any(rows[:100]["prompt"])
@@ -154,7 +154,7 @@ def _from_checkpoint(config: ModelConfig) -> Pair:
 
 
 def _texts(rows: Dataset) -> Any:
-    """What a new tokenizer is trained on: every message and answer."""
+    """Texts that a new tokenizer is trained on: every message and answer."""
     for row in rows:
         yield from (turn["content"] for turn in row["prompt"])
         yield row["answer"]

@@ -1,4 +1,4 @@
-"""What is watched during R2FT: whether the language suffers, whether repetition and high priors recede."""
+"""The watch over R2FT: the language must not suffer; repetition and high priors should recede."""
 
 from __future__ import annotations
 

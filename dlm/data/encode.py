@@ -30,7 +30,7 @@ _SPACE = re.compile(r"(?<=\S) (?=\S)")
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """What became of the rows; written to the run folder and printed."""
+    """Counts of rows used and dropped; written to the run folder and printed."""
 
     read: int
     kept: int

@@ -168,7 +168,7 @@ def make_examples(size: int, seed: int = 0, split: str = "train") -> list[Exampl
 
 
 def is_right(example: Example, answer: str) -> bool:
-    """Whether `answer` is a right answer to the example's instruction (not only the one it came with)."""
+    """True when `answer` is a right answer to the example's instruction (not only the one it came with)."""
     return TASKS[example.task].check(example.instruction, answer.strip())
 
 

@@ -86,13 +86,13 @@ def folder(file: Path | None = None) -> Path:
 
 
 def is_there() -> bool:
-    """Whether the base need not be fetched: its folder is complete, or the user's own."""
+    """True when the base need not be fetched: its folder is complete, or the user's own."""
     path = cache() / NAME
     return whole(path) or (path.is_dir() and not (path / MANIFEST).exists())
 
 
 def whole(path: Path) -> bool:
-    """Whether a folder holds everything that its manifest lists, as it was when it was made.
+    """True when a folder holds every file of its manifest, unchanged.
 
     A file's digest is looked at when its time is another one than at the last look.
     """

@@ -78,7 +78,7 @@ def run(config: JudgeCommandConfig) -> int:
 
 
 def _judged(config: JudgeCommandConfig, judge: Judge, result: Results, first: Results) -> Verdict:
-    """What the judge says of a run."""
+    """Verdict of the judge on a run."""
     from eval.generation import check
     from eval.run import Verdict
     from eval.tasks import load_questions

@@ -160,7 +160,7 @@ def _short(token: str, width: int = 9) -> str:
 
 
 def legend() -> Any:
-    """What the colours mean."""
+    """Legend of the colours."""
     from rich.text import Text
 
     text = Text()

@@ -45,7 +45,7 @@ def size(run: Results) -> float:
 
 
 def _series(run: Results, omitted: Sequence[str]) -> str:
-    """What a line is called: the decoder, and the settings that it does not run over."""
+    """Name of a line: the decoder, and the settings that it does not run over."""
     settings = {
         k: v for k, v in run.card.settings.items()
         if k not in (*omitted, *_COMMON) and isinstance(v, int | float)

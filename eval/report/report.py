@@ -119,7 +119,7 @@ SIZES = ("kernel_size", "block_size")
 
 
 def _check(against: Sequence[str], runs: Sequence[Results]) -> None:
-    """Whether all names to compare with are among the runs."""
+    """Refuse names to compare with that are not among the runs."""
     names = {name for run in runs for name in (run.card.decoder, run.card.system) if name}
     for name in against:
         if name not in names:

@@ -66,7 +66,7 @@ TOLD = (
 
 
 def quality(runs: Sequence[Results]) -> Table:
-    """What can be said of the answers, with half the width of the 95 % interval of each mean."""
+    """Table of measures of the answers, with half the width of the 95 % interval of each mean."""
     names = [name for name in TOLD if any(name in run.means for run in runs)]
     counted = any(answer.tokens for run in runs for answer in run.answers.values())
     names = [name for name in names if name != ("words" if counted else "tokens")]
@@ -192,7 +192,7 @@ def _pace(run: Results) -> tuple[Any, ...]:
 
 
 def judged(runs: Sequence[Results]) -> Table | None:
-    """What judges said, where they were asked; None where they were not.
+    """Table of the judges' verdicts; None where there are none.
 
     Raises:
         DataError: for a verdict whose file does not hold the figures of its method.
