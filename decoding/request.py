@@ -202,8 +202,9 @@ class Request:
 
     @classmethod
     def read_from(cls, settings: Any) -> Request:
-        """The request part of a larger settings object, such as those of commands."""
-        return Request(**{field.name: getattr(settings, field.name) for field in fields(Request)})
+        """The request part of other settings, such as those of commands; fields they lack are not given."""
+        names = {field.name for field in fields(Request)} & {field.name for field in fields(settings)}
+        return Request(**{name: getattr(settings, name) for name in names})
 
     def check_decoder(self) -> None:
         """Refuse an unknown decoder or option before a model is loaded.

@@ -388,7 +388,10 @@ def add_noise(
     """
     key = key_of(seed, "noise", step, device=slots.device)
     times = stratified_times(uniform(key, -1), slots, total)
-    return _noised(batch, times, fold(key, slots), mask_id, schedule)
+    ids = batch["input_ids"]
+    noise = uniform(fold(key, slots)[:, None], torch.arange(ids.shape[1], device=ids.device))
+    noisy = corrupt(ids, batch["maskable"], times, mask_id, noise=noise, schedule=schedule)
+    return _with_targets(batch, times, noisy, mask_id)
 
 
 def add_eval_noise(batch: Batch, draw: int, draws: int, mask_id: int) -> Batch:
@@ -406,16 +409,6 @@ def add_eval_noise(batch: Batch, draw: int, draws: int, mask_id: int) -> Batch:
     noise = uniform(keys[:, None], torch.arange(ids.shape[1], device=ids.device))
     noisy, share = corrupt_exactly(ids, maskable, level, mask_id, noise)
     return _with_targets(batch, share, noisy, mask_id)
-
-
-def _noised(
-    batch: Batch, t: torch.Tensor, keys: torch.Tensor, mask_id: int, schedule: NoiseSchedule | None
-) -> Batch:
-    ids, maskable = batch["input_ids"], batch["maskable"]
-    noise = uniform(keys[:, None], torch.arange(ids.shape[1], device=ids.device))
-    return _with_targets(
-        batch, t, corrupt(ids, maskable, t, mask_id, noise=noise, schedule=schedule), mask_id
-    )
 
 
 def _with_targets(batch: Batch, t: torch.Tensor, noisy: torch.Tensor, mask_id: int) -> Batch:

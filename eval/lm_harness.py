@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -34,6 +34,19 @@ DRAWS = 32
 
 SIZES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """What tasks call the longest answer, in the harness's order of precedence."""
+
+
+def _check_arguments(pretrained: str, likelihood: str, draws: int, rest: Iterable[str]) -> None:
+    """Refuse arguments of the model that are missing, unknown, or do not go together."""
+    if not pretrained:
+        raise ConfigError("model_args need pretrained=DIR")
+    for name in rest:
+        if name not in ("max_batch_size", "trust_remote_code"):  # what the harness adds by itself
+            raise unknown_name("model_args", name, list(inspect.signature(DLM.__init__).parameters)[1:-1])
+    if likelihood not in LIKELIHOODS:
+        raise unknown_name("likelihood", likelihood, LIKELIHOODS)
+    if likelihood == "path" and draws != DRAWS:
+        raise ConfigError("draws are for likelihood=nelbo; a path takes one call for each token")
 
 
 @register_model("dlm")
@@ -79,35 +92,32 @@ class DLM(LM):  # type: ignore[misc]
         from dlm.checkpoint import load_model
         from eval.variants import Variant
 
-        if not pretrained:
-            raise ConfigError("model_args need pretrained=DIR")
-        for name in rest:
-            if name not in ("max_batch_size", "trust_remote_code"):  # what the harness adds by itself
-                raise unknown_name("model_args", name, list(inspect.signature(DLM.__init__).parameters)[1:-1])
-        if likelihood not in LIKELIHOODS:
-            raise unknown_name("likelihood", likelihood, LIKELIHOODS)
+        _check_arguments(pretrained, likelihood, int(draws), rest)
         if device and device.startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"  # the harness asks for cuda:0 unless it is told otherwise
         self.model, self.tokenizer = load_model(pretrained, device or "auto", dtype)
         self.sampler = Sampler(self.model, self.tokenizer)
         name, options = parse_decoders(str(decoder).replace(";", ","))[0]
-        if likelihood == "path" and int(draws) != DRAWS:
-            raise ConfigError("draws are for likelihood=nelbo; a path takes one call for each token")
         self.limit, self.likelihood, self.draws = int(max_tokens), likelihood, int(draws)
         self.seed = int(number(str(seed), "seed"))
         self.rows = int(batch_size) if str(batch_size).isdecimal() else 8
         self.steps, self.window = int(steps), int(window)
         pace = {"rate": float(rate)} if float(rate) else {}
         self.variant = Variant(name, options, pace)
-        self.fixed: dict[str, Any] = {"window": self.window or None, "steps": self.steps or None}
-        self.fixed = self.fixed if self.window or self.steps else {}
-        if self.fixed and self.limit:
-            raise ConfigError(
-                "max_tokens is for a canvas that grows; a window, or steps, make it a fixed one"
-            )
+        self.fixed = self._fixed_canvas()
         self.sampler.plan(self.variant.request(**self.fixed))  # before the questions are read
         self._talks: dict[str, list[Message]] = {}
         self._warned: set[str] = set()
+
+    def _fixed_canvas(self) -> dict[str, Any]:
+        """Fields of a request for a fixed canvas; none where the canvas grows."""
+        if not self.window and not self.steps:
+            return {}
+        if self.limit:
+            raise ConfigError(
+                "max_tokens is for a canvas that grows; a window, or steps, make it a fixed one"
+            )
+        return {"window": self.window or None, "steps": self.steps or None}
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer each context until one of its stop texts; the model's template stands around it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -128,15 +129,20 @@ def draw_r2ft(history: History, tolerance: float) -> Any:
     _points(repeated, history, "sample_stutter", GREEN, "words equal to the last", "^:")
     repeated.set(title="repetition in top-k samples", ylabel="share")
     repeated.set_ylim(bottom=0)
-    best = kept_step(history, tolerance)
+    _mark_best((sides, margin, loss, nelbo, prior, repeated), kept_step(history, tolerance))
     for axes in (sides, margin, loss, nelbo, prior, repeated):
-        if best is not None:
-            axes.axvline(best, color=GREY, linewidth=0.8)
-        plain(axes)
         _legend(axes, share if axes is margin else None)
     for axes in (nelbo, prior, repeated):
         axes.set(xlabel="optimiser step")
     return figure
+
+
+def _mark_best(panels: Iterable[Any], best: float | None) -> None:
+    """Plain panels, with a line at the step whose weights are kept."""
+    for axes in panels:
+        if best is not None:
+            axes.axvline(best, color=GREY, linewidth=0.8)
+        plain(axes)
 
 
 def kept_step(history: History, tolerance: float) -> float | None:

@@ -68,14 +68,7 @@ class InfillConfig(LoadConfig):
 
     def request(self) -> Request:
         """The part of these settings that says how to decode."""
-        return Request(
-            decoder=self.decoder,
-            options=self.options,
-            steps=self.steps,
-            rate=self.rate,
-            reuse=self.reuse,
-            refresh=self.refresh,
-        )
+        return Request.read_from(self)
 
 
 def run(config: InfillConfig) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +101,20 @@ def quality(
             panel.set_ylabel(system, fontsize=10, fontweight="bold")
     for panel in axes[len(panels) :]:
         panel.set_axis_off()
+    _legend_below(figure, axes[: len(panels)], 2 * columns)
+    return figure
+
+
+def _legend_below(figure: Any, panels: Iterable[Any], columns: int) -> None:
+    """One legend for all panels of a figure."""
     shown: dict[str, Any] = {}
-    for panel in axes[: len(panels)]:
+    for panel in panels:
         handles, labels = panel.get_legend_handles_labels()
         shown |= dict(zip(labels, handles, strict=True))
     figure.legend(
-        shown.values(), shown, loc="outside lower center", ncols=min(len(shown), 2 * columns), frameon=False,
+        shown.values(), shown, loc="outside lower center", ncols=min(len(shown), columns), frameon=False,
         fontsize=8,
     )  # fmt: skip
-    return figure
 
 
 def _lines(runs: Sequence[Results], omitted: Sequence[str]) -> dict[str, list[Results]]:
