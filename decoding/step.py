@@ -100,8 +100,8 @@ class Opening:
 
 def open_window(canvas: Canvas, plan: Plan, rows: torch.Tensor, width: int) -> Opening:
     """The window of the rows [b] of a canvas in their coming step, over the first `width` positions."""
-    window, here = plan.decoder.window, (rows, slice(width))
-    masked, valid, start = canvas.masked[here], canvas.valid[here], canvas.start[rows]
+    window, cells = plan.decoder.window, (rows, slice(width))
+    masked, valid, start = canvas.masked[cells], canvas.valid[cells], canvas.start[rows]
     clock = plan.pace.clock(
         canvas.step[rows], canvas.stages[rows], masked, canvas.initial[rows], start, window
     )
@@ -125,7 +125,7 @@ class Batch:
         if canvas.ids.device.type != "cpu":
             raise ConfigError(f"a canvas lies on the host, whatever the model is on; got {canvas.ids.device}")
         self.model, self.canvas, self.plan, self.width = model, canvas, plan, canvas.ids.shape[1]
-        self.window, self.rule, self.tokens = plan.decoder.window, plan.decoder.reveal, plan.decoder.tokens
+        self.rule, self.tokens = plan.decoder.reveal, plan.decoder.tokens
         self.scores = ScoreCache(canvas)
         self.states = [
             StateCache(canvas, plan.mask_id, unconditional=unconditional, reuse=plan.reuse)
@@ -133,6 +133,7 @@ class Batch:
         ]
         self.steps = math.inf if plan.pace.steps is None else plan.pace.steps
         self.constant_score = self.rule.constant_score(self.tokens)
+        self.penalises = self.tokens.penalises
 
     def join(self, canvas: Canvas) -> None:
         """Add rows behind those that are there."""
@@ -296,8 +297,9 @@ class Batch:
                 logits[:, end_id].masked_fill_(shut.to(logits.device, non_blocking=True), -math.inf)
         for unconditional in unconditional_states:
             logits = guided(logits, self.model.logits(unconditional), self.plan.decoder.guidance)
-        logits = self.tokens.biased(logits)
-        if self.tokens.penalises:
+        if self.tokens.logit_bias:
+            logits = self.tokens.biased(logits)
+        if self.penalises:
             rows, owner = row.unique(return_inverse=True)
             owner = owner.to(logits.device, non_blocking=True)
             logits = self.tokens.penalised(logits, *(x[owner] for x in self._present(rows, logits)))
