@@ -128,9 +128,9 @@ class ScoreCache:
         if self.score.shape[2] != score.shape[1]:
             self.score = self.score.new_zeros(*self.token.shape, score.shape[1])
         row, position = where.nonzero().unbind(1)
-        at = rows[row], position
-        self.token[at], self.probability[at], self.score[at] = token, probability, score.float()
-        self.alternatives[at] = alternatives.view(len(row), *self.alternatives.shape[2:])
+        cells = rows[row], position
+        self.token[cells], self.probability[cells], self.score[cells] = token, probability, score.float()
+        self.alternatives[cells] = alternatives.view(len(row), *self.alternatives.shape[2:])
         self.entries.add(rows, where)
 
     def scores(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

@@ -263,8 +263,8 @@ class Ending:
         """
         ended = self.is_end(ids) & free & ~masked
         if self.fill:
-            behind = (ended.cumsum(1) - ended.int() > 0) & free
-            ids, masked = torch.where(behind, self.eos_id, ids), masked & ~behind
+            tail = (ended.cumsum(1) - ended.int() > 0) & free
+            ids, masked = torch.where(tail, self.eos_id, ids), masked & ~tail
         complete = ~masked.any(1)
         if self.early_exit:
             first = torch.where(ended.any(1), ended.int().argmax(1), -1)

@@ -91,11 +91,11 @@ class Decoder:
             numeric = isinstance(preset.options[option], int | float) or isinstance(value, bool)
             if numeric and not number and not optional:
                 raise ConfigError(f"option {option} of decoder {name!r} must be a number, got {value!r}")
-        chosen = {option: options.pop(option, default) for option, default in preset.common.items()}
-        guidance = chosen.pop("guidance")
+        common = {option: options.pop(option, default) for option, default in preset.common.items()}
+        guidance = common.pop("guidance")
         try:
             window, reveal = preset.build(**options)
-            return cls(window, reveal, replace(preset.tokens, **chosen), name, guidance)
+            return cls(window, reveal, replace(preset.tokens, **common), name, guidance)
         except TypeError as error:
             raise ConfigError(f"decoder {name!r}: {error}") from error
 
@@ -142,8 +142,8 @@ class Preset:
     @property
     def options(self) -> dict[str, Any]:
         """Option names and their defaults."""
-        own = {name: p.default for name, p in inspect.signature(self.build).parameters.items()}
-        return own | self.common
+        parameters = {name: p.default for name, p in inspect.signature(self.build).parameters.items()}
+        return parameters | self.common
 
 
 def _ancestral() -> Axes:

@@ -207,8 +207,9 @@ class Request:
 
     @classmethod
     def read_from(cls, settings: Any) -> Request:
-        """The request part of a larger settings object, such as those of commands."""
-        return Request(**{field.name: getattr(settings, field.name) for field in fields(Request)})
+        """The request part of other settings, such as those of commands; fields they lack are not given."""
+        names = {field.name for field in fields(Request)} & {field.name for field in fields(settings)}
+        return Request(**{name: getattr(settings, name) for name in names})
 
     def check_decoder(self) -> None:
         """Refuse an unknown decoder or option before a model is loaded.
@@ -252,7 +253,7 @@ class Request:
         ends = not self.ending
         fill = self.eos_fill is not False and ends
         self._check_canvas(window, pace)
-        whole = not ends or (window is not None and self.canvas != "growing")
+        complete = not ends or (window is not None and self.canvas != "growing")
         return Plan(
             decoder=decoder,
             pace=pace,
@@ -263,14 +264,14 @@ class Request:
                 closes=fill or pace.steps is None,
             ),
             mask_id=spec.mask_token_id,
-            margin=None if whole else MARGIN if self.margin is None else self.margin,
+            margin=None if complete else MARGIN if self.margin is None else self.margin,
             reuse=self.reuse_settings(),
             positions=window or spec.positions,
             tokens=window or int(self.max_tokens or defaults.get("max_tokens", DEFAULT_MAX_TOKENS)),
             stop=self.stop_texts,
             begin=self.begin or "",
             ending_text=self.ending or "",
-            forced=tuple(sorted((int(at), text) for at, text in (self.forced or {}).items())),
+            forced=tuple(sorted((int(place), text) for place, text in (self.forced or {}).items())),
             top_logprobs=self.top_logprobs or 0,
         ).within(window or spec.positions)
 
@@ -321,16 +322,16 @@ class Request:
             return self.decoder
         usual = str(spec.generation.get("decoder", "conv"))
         defaults = spec.generation.get("options", {}) if self.decoder in (None, usual) else {}
-        chosen = Decoder.named(self.decoder or usual, **{**defaults, **(self.options or {})})
+        decoder = Decoder.named(self.decoder or usual, **{**defaults, **(self.options or {})})
         if self.decoder is not None or (self.rate is None and self.steps is None):
-            return chosen
+            return decoder
         for option in self.options or {}:
-            others = {k: v for k, v in (self.options or {}).items() if k != option}
-            if Decoder.named(usual, **{**defaults, **others}).at_pace() == chosen.at_pace() != chosen:
+            remaining = {k: v for k, v in (self.options or {}).items() if k != option}
+            if Decoder.named(usual, **{**defaults, **remaining}).at_pace() == decoder.at_pace() != decoder:
                 raise ConfigError(
                     f"option {option} of decoder {usual!r} sets a pace of its own: give no rate and no steps"
                 )
-        return chosen.at_pace()
+        return decoder.at_pace()
 
 
 def _unknown_field(name: str, names: list[str]) -> ConfigError:

@@ -77,23 +77,25 @@ class RowMaker:
         last = [*self.text(plan.ending_text), self.spec.eos_token_id] if plan.ending_text else []
         if plan.begin and 0 in dict(plan.forced):
             raise ConfigError("begin and forced both name place 0")
-        begin, *forced = [(at, self.text(text)) for at, text in ((0, plan.begin), *plan.forced)]
-        for at, ids in [begin, *forced, (len(answer) - len(last), last)]:
-            _put(answer, at, ids, plan.mask_id, name)
+        begin, *forced = [(place, self.text(text)) for place, text in ((0, plan.begin), *plan.forced)]
+        for place, ids in [begin, *forced, (len(answer) - len(last), last)]:
+            _put(answer, place, ids, plan.mask_id, name)
         if plan.mask_id not in answer:
             raise ConfigError(
                 f"{name}: the given tokens leave nothing to write in an answer of {len(answer)}"
             )
-        until = len(answer) if last else max((at + len(ids) for at, ids in forced if ids), default=0)
-        return Row(before + answer, len(before), name, len(before) + until if until else 0)
-
-
-def _put(answer: list[int], at: int, ids: list[int], mask_id: int, name: str) -> None:
-    """Put given tokens at a place of the answer."""
-    if at < 0 or at + len(ids) > len(answer):
-        raise ConfigError(
-            f"{name}: {len(ids)} given tokens at place {at} do not fit in an answer of {len(answer)}"
+        given_end = (
+            len(answer) if last else max((place + len(ids) for place, ids in forced if ids), default=0)
         )
-    if any(token != mask_id for token in answer[at : at + len(ids)]):
-        raise ConfigError(f"{name}: the given tokens at place {at} overlap with others")
-    answer[at : at + len(ids)] = ids
+        return Row(before + answer, len(before), name, len(before) + given_end if given_end else 0)
+
+
+def _put(answer: list[int], place: int, ids: list[int], mask_id: int, name: str) -> None:
+    """Put given tokens at a place of the answer."""
+    if place < 0 or place + len(ids) > len(answer):
+        raise ConfigError(
+            f"{name}: {len(ids)} given tokens at place {place} do not fit in an answer of {len(answer)}"
+        )
+    if any(token != mask_id for token in answer[place : place + len(ids)]):
+        raise ConfigError(f"{name}: the given tokens at place {place} overlap with others")
+    answer[place : place + len(ids)] = ids

@@ -307,12 +307,16 @@ class Sampler:
         """
         given = {**fields, **({} if decoder is None else {"decoder": decoder})}
         ids = {text: self.rows.text(text) for text in texts}
-        for text, found in ids.items():
-            if len(found) != 1:
+        for text, token_ids in ids.items():
+            if len(token_ids) != 1:
                 raise ConfigError(
-                    f"{text!r} is {len(found)} tokens, and must be one (mostly, words begin with a space)"
+                    f"{text!r} is {len(token_ids)} tokens, and must be one (mostly, words begin with a space)"
                 )
-        return _request(request, given).decoder_for(self.spec).without(*(found[0] for found in ids.values()))
+        return (
+            _request(request, given)
+            .decoder_for(self.spec)
+            .without(*(token_ids[0] for token_ids in ids.values()))
+        )
 
     def plan(self, request: Request | None = None, **fields: Any) -> Plan:
         """The plan that a request, or its fields, come to for this model."""
@@ -392,9 +396,9 @@ class Sampler:
 
         def rows() -> Iterator[tuple[Row, Plan, int]]:
             for name, pieces, seed in texts:
-                several = rows_with_gaps(self.rows, pieces, prompt, plan, name)
-                tries.append(len(several))
-                yield from ((row, plan.within(row.ids.count(plan.mask_id)), seed) for row in several)
+                candidates = rows_with_gaps(self.rows, pieces, prompt, plan, name)
+                tries.append(len(candidates))
+                yield from ((row, plan.within(row.ids.count(plan.mask_id)), seed) for row in candidates)
 
         finished = self._finished(rows(), batch_size)
         for number in itertools.count():

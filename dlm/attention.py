@@ -124,7 +124,7 @@ class Packed:
 
     @cached_property
     def bounds(self) -> list[int]:
-        """Where rows begin, and the end of the last."""
+        """Beginnings of the rows, and the end of the last."""
         return [0, *accumulate(self.lengths)]
 
     def attend(
@@ -165,12 +165,12 @@ class Packed:
         from torch.nn.attention.varlen import varlen_attn
 
         given: dict[str, Any] = {"enable_gqa": True, "scale": scale}
-        known = torch_varlen() or frozenset()
-        if "enable_gqa" not in known:  # an older one: every head needs keys and values of its own
+        supported = torch_varlen() or frozenset()
+        if "enable_gqa" not in supported:  # an older one: every head needs keys and values of its own
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        if "scale" not in known and scale is not None:  # it divides by the root of the width
+        if "scale" not in supported and scale is not None:  # it divides by the root of the width
             query = query * (scale * query.shape[-1] ** 0.5)
-        given = {name: value for name, value in given.items() if name in known}
+        given = {name: value for name, value in given.items() if name in supported}
         return varlen_attn(query, key, value, bounds, bounds, longest, longest, **given)  # type: ignore[return-value]
 
 
@@ -188,9 +188,10 @@ class KeyValues:
 
     def take(self, rows: torch.Tensor) -> KeyValues:
         """Those of some rows [b]; rows that were never written are left out."""
-        known = {i: sent(rows[rows < len(x)], x.device) for i, x in self.keys.items()}
+        indices = {i: sent(rows[rows < len(x)], x.device) for i, x in self.keys.items()}
         return KeyValues(
-            {i: x[known[i]] for i, x in self.keys.items()}, {i: x[known[i]] for i, x in self.values.items()}
+            {i: x[indices[i]] for i, x in self.keys.items()},
+            {i: x[indices[i]] for i, x in self.values.items()},
         )
 
     def update(
@@ -206,21 +207,21 @@ class KeyValues:
 
         `room` is how many rows and positions there must be.
         """
-        for kept, new in ((self.keys, key), (self.values, value)):
-            kept[layer] = _roomy(kept.get(layer), *room, new)
-            kept[layer][rows[:, None], positions] = new
+        for buffers, new in ((self.keys, key), (self.values, value)):
+            buffers[layer] = _roomy(buffers.get(layer), *room, new)
+            buffers[layer][rows[:, None], positions] = new
         return self.keys[layer], self.values[layer]
 
 
-def _roomy(kept: torch.Tensor | None, rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
-    """What is kept [B, W, G, D], with room for so many rows and positions."""
-    if kept is not None and kept.shape[0] >= rows and kept.shape[1] >= width:
-        return kept
-    old = (0, 0) if kept is None else kept.shape[:2]
+def _roomy(buffer: torch.Tensor | None, rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    """The buffer [B, W, G, D], with room for so many rows and positions."""
+    if buffer is not None and buffer.shape[0] >= rows and buffer.shape[1] >= width:
+        return buffer
+    old = (0, 0) if buffer is None else buffer.shape[:2]
     size = max(rows, old[0]), max(-(-width // 64) * 64, old[1])
     out = like.new_zeros(*size, *like.shape[2:])
-    if kept is not None:
-        out[: old[0], : old[1]] = kept
+    if buffer is not None:
+        out[: old[0], : old[1]] = buffer
     return out
 
 
@@ -260,12 +261,13 @@ class Partial:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
         """See `Layout`."""
-        kept = self.memory.update(
+        buffers = self.memory.update(
             layer, self.rows, self.positions, key.transpose(1, 2), value.transpose(1, 2), self.room
         )
         width = self.room[1]
         keys, values = (
-            (x[:, :width] if len(self.rows) == len(x) else x[self.rows, :width]).transpose(1, 2) for x in kept
+            (x[:, :width] if len(self.rows) == len(x) else x[self.rows, :width]).transpose(1, 2)
+            for x in buffers
         )
         if self.mask is not None:  # masked attention has fast kernels only without groups
             groups = query.shape[1] // keys.shape[1]

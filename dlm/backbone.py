@@ -1,4 +1,4 @@
-"""Where a model's first weights come from: random numbers, or a causal language model made bidirectional."""
+"""First weights of a model: random numbers, or a causal language model made bidirectional."""
 
 from __future__ import annotations
 
@@ -144,11 +144,11 @@ def _settle_marks(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
 
 def _check_weights(path: str, info: dict[str, Any]) -> None:
     """Refuse a checkpoint whose weights are not those of its configuration, which would begin at random."""
-    for name, what in (("missing", "lacks"), ("mismatched", "has another shape of"), ("unexpected", "has")):
+    for name, verb in (("missing", "lacks"), ("mismatched", "has another shape of"), ("unexpected", "has")):
         keys = sorted(map(str, info.get(f"{name}_keys") or []))
         if keys:
             unknown = " that its configuration does not know" if name == "unexpected" else ""
-            raise CheckpointError(f"{path}: {what} {len(keys)} weights{unknown}, the first is {keys[0]}")
+            raise CheckpointError(f"{path}: {verb} {len(keys)} weights{unknown}, the first is {keys[0]}")
 
 
 def _location(path: str) -> dict[str, Any]:
@@ -210,10 +210,10 @@ def _wrap(
 
 def _resize(causal: Any, config: MaskedDiffusionConfig, initialise_mask: bool) -> None:
     """Make room for the added tokens; their rows, and a new mask token's, become the mean of the others."""
-    known = causal.get_input_embeddings().weight.shape[0]
+    size = causal.get_input_embeddings().weight.shape[0]
     causal.resize_token_embeddings(config.vocab_size, mean_resizing=False)
     tables = [causal.get_input_embeddings().weight, causal.get_output_embeddings().weight]
-    new = torch.arange(config.vocab_size) >= known
+    new = torch.arange(config.vocab_size) >= size
     if initialise_mask:
         new[config.mask_token_id] = True
     with torch.no_grad():

@@ -58,7 +58,7 @@ def load_model(
 
 
 def place(device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype]:
-    """Where a model goes and in which type, from what `load_model` is told.
+    """Device and dtype of a model, from the arguments of `load_model`.
 
     Raises:
         ConfigError: for an unknown `dtype`.
@@ -73,13 +73,13 @@ def place(device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype]:
 
 
 def computes_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices itself, so that they are faster than float32 ones."""
-    known = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-    return any(supported is not None and supported() for supported in known)
+    """True when this CPU multiplies bfloat16 matrices itself, so that they are faster than float32 ones."""
+    checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(supported is not None and supported() for supported in checks)
 
 
 def is_causal_lm(path: str) -> bool:
-    """Whether a path is an autoregressive model, which has still to be trained to fill masks."""
+    """True when a path is an autoregressive model, which has still to be trained to fill masks."""
     return CausalFormat().detect(path)
 
 

@@ -40,7 +40,7 @@ def _flush(path: Path) -> None:
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether a checkpoint is marked as whole and every file still has its recorded size."""
+    """True when a checkpoint is marked as complete and every file has its recorded size."""
     folder = Path(folder)
     try:
         files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
@@ -51,14 +51,14 @@ def is_complete(folder: str | Path) -> bool:
 
 def complete_checkpoints(run: str | Path) -> list[Path]:
     """The whole checkpoints of a run folder, oldest first."""
-    found = [path for path in Path(run).glob("checkpoint-*") if _NAME.match(path.name) and is_complete(path)]
-    return sorted(found, key=_step)
+    paths = [path for path in Path(run).glob("checkpoint-*") if _NAME.match(path.name) and is_complete(path)]
+    return sorted(paths, key=_step)
 
 
 def last_checkpoint(run: str | Path) -> Path | None:
     """The newest whole checkpoint of a run folder, or None."""
-    found = complete_checkpoints(run)
-    return found[-1] if found else None
+    paths = complete_checkpoints(run)
+    return paths[-1] if paths else None
 
 
 def keep_last(run: str | Path, count: int, best: str | None = None) -> None:

@@ -83,20 +83,22 @@ def _guarded(run: Callable[[list[str]], int], argv: Sequence[str] | None) -> int
 def _dispatch(words: list[str]) -> int:
     for line in packages.claim():
         print(f"dlm: note: {line}", file=sys.stderr)
-    known = commands()
+    entries = commands()
     if not words or words[0] in ("-h", "--help"):
-        print(_overview(known))
+        print(_overview(entries))
         return 0 if words else 2
     if words[0] == "--version":
         print(f"dlm {__version__}")
         return 0
     nested = ".".join(words[:2])  # `dlm inspect ldw` is the entry point inspect.ldw
-    name, rest = (nested, words[2:]) if nested in known and len(words) > 1 else (words[0], words[1:])
-    if name not in known:
-        return _fail(f"unknown command {name!r}.{did_you_mean(name, known)} Commands: {_listed(known)}", 2)
-    if wrong := _misspelt_subcommand(words, known):
+    name, rest = (nested, words[2:]) if nested in entries and len(words) > 1 else (words[0], words[1:])
+    if name not in entries:
+        return _fail(
+            f"unknown command {name!r}.{did_you_mean(name, entries)} Commands: {_listed(entries)}", 2
+        )
+    if wrong := _misspelt_subcommand(words, entries):
         return _fail(wrong, 2)
-    return _run(f"dlm {name.replace('.', ' ')}", known[name].load(), rest)
+    return _run(f"dlm {name.replace('.', ' ')}", entries[name].load(), rest)
 
 
 def _run(prog: str, command: Command, words: list[str]) -> int:
@@ -110,22 +112,22 @@ def _run(prog: str, command: Command, words: list[str]) -> int:
     return command.run(config)
 
 
-def _misspelt_subcommand(words: list[str], known: dict[str, Any]) -> str:
-    """What to say of `dlm inspect lwd`: a word that is nearly a subcommand, and no file either."""
-    if len(words) < 2 or ".".join(words[:2]) in known or Path(words[1]).exists():
+def _misspelt_subcommand(words: list[str], entries: dict[str, Any]) -> str:
+    """Message about `dlm inspect lwd`: a word that is nearly a subcommand, and no file either."""
+    if len(words) < 2 or ".".join(words[:2]) in entries or Path(words[1]).exists():
         return ""
-    below = [name.split(".")[1] for name in known if name.startswith(f"{words[0]}.")]
+    below = [name.split(".")[1] for name in entries if name.startswith(f"{words[0]}.")]
     near = difflib.get_close_matches(words[1], below, n=1, cutoff=0.6)
     return f"unknown command '{words[0]} {words[1]}'. Did you mean '{words[0]} {near[0]}'?" if near else ""
 
 
-def _listed(known: dict[str, Any]) -> str:
-    return ", ".join(name.replace(".", " ") for name in known)
+def _listed(entries: dict[str, Any]) -> str:
+    return ", ".join(name.replace(".", " ") for name in entries)
 
 
-def _overview(known: dict[str, Any]) -> str:
-    width = max((len(name) for name in known), default=0)
-    lines = [f"  {name.replace('.', ' '):<{width}}  {point.load().help}" for name, point in known.items()]
+def _overview(entries: dict[str, Any]) -> str:
+    width = max((len(name) for name in entries), default=0)
+    lines = [f"  {name.replace('.', ' '):<{width}}  {point.load().help}" for name, point in entries.items()]
     return "\n".join(
         [
             "usage: dlm COMMAND [options]",
@@ -141,7 +143,7 @@ def _overview(known: dict[str, Any]) -> str:
 
 
 class _UsageError(Exception):
-    """What the parser found wrong."""
+    """An error of the command line, in the parser's words."""
 
 
 def parse(prog: str, command: Command, words: Sequence[str]) -> Any:
@@ -166,10 +168,10 @@ def parse(prog: str, command: Command, words: Sequence[str]) -> Any:
         namespace.pop("config", None)
         rest = namespace.pop("words", None)
         if command.positional and rest:
-            several = get_type_hints(command.config)[command.positional] is not str
-            if not several and len(rest) > 1:
+            is_list = get_type_hints(command.config)[command.positional] is not str
+            if not is_list and len(rest) > 1:
                 raise _UsageError(f"one {command.positional} at a time, got {len(rest)}: {' '.join(rest)}")
-            namespace[command.positional] = list(rest) if several else rest[0]
+            namespace[command.positional] = list(rest) if is_list else rest[0]
         built = parser.instantiate(namespace)
         return command.config(**{k: v for k, v in vars(built).items() if k != "words"})
     except (_UsageError, ConfigError, TypeError, ValueError) as error:
@@ -213,8 +215,8 @@ def _explain(message: str, config: type) -> str:
     name = next(group for group in wrong.groups() if group)
     group = re.search(r"Group '([\w.]+)'", message)
     full = f"{group[1]}.{name}" if group else name
-    meant = config.meant(full) if hasattr(config, "meant") else ""
-    near = [meant] if meant else difflib.get_close_matches(full, _options(config), n=1, cutoff=0.5)
+    owner = config.meant(full) if hasattr(config, "meant") else ""
+    near = [owner] if owner else difflib.get_close_matches(full, _options(config), n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"unknown option {full}.{hint} See --help."
 

@@ -1,4 +1,4 @@
-"""What is written to `config.json`: the backbone's own configuration and what diffusion adds to it."""
+"""Contents of `config.json`: the backbone's own configuration and the fields that diffusion adds."""
 
 from __future__ import annotations
 

@@ -51,8 +51,8 @@ class CurveCallback(TrainerCallback):  # type: ignore[misc]
             return
         for name, draw in self.drawings.items():
             draw(state.log_history).savefig(self.folder / name, dpi=150)
-        now = time.perf_counter()
-        self._due = now + 19 * (now - begun)
+        time_now = time.perf_counter()
+        self._due = time_now + 19 * (time_now - begun)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After a validation."""
@@ -82,8 +82,10 @@ def draw_curve(history: History) -> Any:
     steps, loss = series(history, "loss")
     axes.plot(steps, loss, color=SKY, alpha=0.35, linewidth=1, label="training loss, one log interval")
     axes.plot(steps, smooth(loss), color=BLUE, linewidth=1.8, label="training loss, smoothed")
-    at, nelbo = series(history, "eval_nelbo")
-    axes.plot(at, nelbo, color=RED, marker="o", markersize=4, linestyle="--", label="validation NELBO")
+    eval_steps, nelbo = series(history, "eval_nelbo")
+    axes.plot(
+        eval_steps, nelbo, color=RED, marker="o", markersize=4, linestyle="--", label="validation NELBO"
+    )
     axes.set(xlabel="optimiser step", ylabel="nats per answer token (1/t-weighted)")
     plain(axes)
     return figure

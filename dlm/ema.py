@@ -38,22 +38,22 @@ class EMA:
         """Take in the weights after one optimiser step."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         self.steps += 1
-        now = _trained(model)
-        current = [now[name].float() for name in self.average]
+        trained = _trained(model)
+        current = [trained[name].float() for name in self.average]
         get_ema_multi_avg_fn(decay)(list(self.average.values()), current, None)
 
     @contextmanager
     def applied(self, model: torch.nn.Module) -> Iterator[None]:
         """Let `model` hold the averaged weights for a while."""
         parameters = _trained(model)
-        own = {name: p.detach().clone() for name, p in parameters.items()}
+        originals = {name: p.detach().clone() for name, p in parameters.items()}
         self.copy_to(model)
         try:
             yield
         finally:
             with torch.no_grad():
                 for name, p in parameters.items():
-                    p.copy_(own[name])
+                    p.copy_(originals[name])
 
     @torch.no_grad()
     def copy_to(self, model: torch.nn.Module) -> None:

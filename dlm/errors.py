@@ -28,8 +28,8 @@ class CheckpointError(DLMError, OSError):
 
 def unknown_name(kind: str, name: str, choices: Iterable[str]) -> ConfigError:
     """A `ConfigError` for an unknown `name`: the nearest right one first, then all the choices."""
-    known = sorted(choices)
-    return ConfigError(f"unknown {kind} {name!r}.{did_you_mean(name, known)} Choices: {', '.join(known)}")
+    names = sorted(choices)
+    return ConfigError(f"unknown {kind} {name!r}.{did_you_mean(name, names)} Choices: {', '.join(names)}")
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -25,7 +25,7 @@ IGNORE = -100
 
 @dataclass
 class MaskedDiffusionOutput(ModelOutput):  # type: ignore[misc]
-    """What one forward pass returns; exactly one of the fields is set."""
+    """Output of one forward pass; exactly one of the fields is set."""
 
     logits: torch.Tensor | None = None
     """[B, L, V], mask column -inf: when no targets were given."""
@@ -48,8 +48,8 @@ class DenoisingHead(nn.Linear):
         """[..., D] -> [..., V]."""
         closed = torch.zeros(self.out_features, dtype=hidden.dtype, device=hidden.device)
         closed[self.num_tokens :] = float("-inf")
-        at = self.mask_token_id
-        closed[at : at + 1] = float(
+        mask_id = self.mask_token_id
+        closed[mask_id : mask_id + 1] = float(
             "-inf"
         )  # a slice is filled; a single element would be copied, which waits
         return F.linear(hidden, self.weight, closed)
@@ -96,12 +96,12 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
 
     @property
     def spec(self) -> ModelSpec:
-        """What the model is, for whoever decodes or evaluates it."""
+        """Properties of the model, for decoding and evaluation."""
         return ModelSpec.of_config(self.config)
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """What it can do beyond `hidden` and `logits`: rows packed end to end, rows computed in part."""
+        """Capabilities beyond `hidden` and `logits`: rows packed end to end, rows computed in part."""
         return frozenset({"packed", "partial"})
 
     def set_attn_implementation(
@@ -203,14 +203,14 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         place = torch.arange(order.shape[1], device=order.device)
         positions = torch.where(place < count, order, last)
         layout = Partial.of(memory, rows, positions, valid, self.device)
-        found = self.backbone(
+        computed = self.backbone(
             inputs_embeds=self._embed(input_ids.gather(1, positions)),
             position_ids=layout.positions,
             use_cache=False,
             layout=layout,
         ).last_hidden_state
-        states = found.new_zeros(*input_ids.shape, found.shape[-1])
-        states[torch.arange(len(positions), device=self.device)[:, None], layout.positions] = found
+        states = computed.new_zeros(*input_ids.shape, computed.shape[-1])
+        states[torch.arange(len(positions), device=self.device)[:, None], layout.positions] = computed
         row, position = (sent(x, self.device) for x in active.nonzero().unbind(1))
         return (_shifted(states) if self.config.shift else states)[row, position]
 

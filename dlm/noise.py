@@ -9,6 +9,7 @@ variant 13 of Stafford), applied once per counter.
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 import torch
 
@@ -32,9 +33,14 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 def fold(key: torch.Tensor, counter: torch.Tensor | int) -> torch.Tensor:
     """A new key from a key and a counter (int64, broadcast against each other)."""
-    if isinstance(counter, int):
-        counter = torch.tensor(counter, dtype=torch.int64, device=key.device)
-    return _mix(_mix(key) ^ _mix(counter.to(torch.int64)))
+    mixed = _mixed_number(counter) if isinstance(counter, int) else _mix(counter.to(torch.int64))
+    return _mix(_mix(key) ^ mixed)
+
+
+@lru_cache(maxsize=1024)
+def _mixed_number(counter: int) -> int:
+    """A counter after the mixer, as a number: no tensor has to be made for it on the device of the key."""
+    return int(_mix(torch.tensor(counter, dtype=torch.int64)))
 
 
 def key_of(*parts: int | str | bytes, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -57,5 +63,6 @@ def uniform(key: torch.Tensor, counter: torch.Tensor | int) -> torch.Tensor:
 
 def cell_noise(key: torch.Tensor, count: torch.Tensor, width: int, stream: int) -> torch.Tensor:
     """[b, width] uniform numbers, a function of (key [b], count [b], stream, position) alone."""
-    keys = fold(fold(key, count), stream)
+    mixed = _mix(torch.stack([key, count]))  # both at once: the rows are few, and each operation counts
+    keys = fold(_mix(mixed[0] ^ mixed[1]), stream)
     return uniform(keys[:, None], torch.arange(width))

@@ -44,8 +44,8 @@ def _token_logp(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tens
     logits = head(hidden).float()
     if targets.dim() == 1:
         return -F.cross_entropy(logits, targets, reduction="none")
-    chosen = logits.gather(1, targets.clamp(min=0)) - logits.logsumexp(1, keepdim=True)
-    return torch.where(targets < 0, 0.0, chosen)
+    logp = logits.gather(1, targets.clamp(min=0)) - logits.logsumexp(1, keepdim=True)
+    return torch.where(targets < 0, 0.0, logp)
 
 
 def token_log_probabilities(

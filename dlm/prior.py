@@ -1,4 +1,4 @@
-"""How frequent each token is in the training answers: the prior that a model falls back on far from context.
+"""Frequency of tokens in the training answers: the prior that a model falls back on far from context.
 
 The counts are stored beside the weights of every model that is trained, so that later stages and diagnoses
 speak of the same frequencies.
@@ -83,8 +83,8 @@ class TokenPrior:
         """Log prior of the median token of the answers: half of the tokens written are rarer."""
         log_prior = self.log_prior()
         order = log_prior.argsort()
-        seen = self.counts[order].cumsum(0)
-        return float(log_prior[order[int((seen * 2 < seen[-1]).sum())]])
+        cumulative = self.counts[order].cumsum(0)
+        return float(log_prior[order[int((cumulative * 2 < cumulative[-1]).sum())]])
 
 
 def _answers(rows: Dataset | EncodedRows) -> Iterator[np.ndarray[Any, Any]]:
@@ -103,11 +103,11 @@ def _file(folder: str | Path) -> Path | None:
         file = Path(folder) / FILE
         return file if file.is_file() else None
     missing_is_fine = {
-        f"_raise_exceptions_for_{what}": False
-        for what in ("gated_repo", "missing_entries", "connection_errors")
+        f"_raise_exceptions_for_{reason}": False
+        for reason in ("gated_repo", "missing_entries", "connection_errors")
     }
     try:
-        found = cached_file(str(folder), FILE, **missing_is_fine)
+        path = cached_file(str(folder), FILE, **missing_is_fine)
     except OSError:  # no such repository
         return None
-    return Path(found) if found else None
+    return Path(path) if path else None

@@ -1,4 +1,4 @@
-"""What a masked diffusion model is, for whoever decodes or evaluates it: token ids, positions, visibility."""
+"""Properties of a masked diffusion model for decoding and evaluation: token ids, positions, visibility."""
 
 from __future__ import annotations
 

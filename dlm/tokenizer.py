@@ -160,8 +160,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -
     text = _rendered(tokenizer, [{**turn, "content": hidden.hide(turn["content"])} for turn in talk])
     ids: list[int] = []
     parts = _either(controls).split(text)  # what the template wrote, texts and control tokens in turn
-    for is_text, some in itertools.groupby(parts, hidden.holds):
-        plain = "".join(some)
+    for is_text, run in itertools.groupby(parts, hidden.holds):
+        plain = "".join(run)
         ids += encode_text(tokenizer, hidden.show(plain)) if is_text else _encode(tokenizer, plain)
     return ids
 
@@ -197,7 +197,7 @@ class _Hidden:
         return _either(self.tokens).sub(lambda found: self.tokens[found[0]], text)
 
     def holds(self, text: str) -> bool:
-        """Whether there are numbers in a text."""
+        """True when a text holds numbers."""
         return self.mark in text
 
     def show(self, text: str) -> str:

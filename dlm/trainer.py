@@ -198,8 +198,8 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training speed (tokens of all processes, padding excluded) and what was watched."""
         if "loss" in logs:
-            now = time.perf_counter()
-            logs["tokens_per_second"] = round(float(self._tokens) / (now - self._since), 1)
+            time_now = time.perf_counter()
+            logs["tokens_per_second"] = round(float(self._tokens) / (time_now - self._since), 1)
             self.start_clock()
             steps = max(1, self.state.global_step - self._watched_since)
             logs |= {name: value / steps for name, value in self._watched_sums().items()}
@@ -207,7 +207,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def _watched_sums(self) -> dict[str, float]:
-        """What was watched since the last log line, over all processes."""
+        """Sums since the last log line, over all processes."""
         return {
             name: float(self.accelerator.reduce(total.clone(), reduction="sum"))
             for name, total in self._watched.items()
@@ -388,7 +388,10 @@ def add_noise(
     """
     key = key_of(seed, "noise", step, device=slots.device)
     times = stratified_times(uniform(key, -1), slots, total)
-    return _noised(batch, times, fold(key, slots), mask_id, schedule)
+    ids = batch["input_ids"]
+    noise = uniform(fold(key, slots)[:, None], torch.arange(ids.shape[1], device=ids.device))
+    noisy = corrupt(ids, batch["maskable"], times, mask_id, noise=noise, schedule=schedule)
+    return _with_targets(batch, times, noisy, mask_id)
 
 
 def add_eval_noise(batch: Batch, draw: int, draws: int, mask_id: int) -> Batch:
@@ -406,16 +409,6 @@ def add_eval_noise(batch: Batch, draw: int, draws: int, mask_id: int) -> Batch:
     noise = uniform(keys[:, None], torch.arange(ids.shape[1], device=ids.device))
     noisy, share = corrupt_exactly(ids, maskable, level, mask_id, noise)
     return _with_targets(batch, share, noisy, mask_id)
-
-
-def _noised(
-    batch: Batch, t: torch.Tensor, keys: torch.Tensor, mask_id: int, schedule: NoiseSchedule | None
-) -> Batch:
-    ids, maskable = batch["input_ids"], batch["maskable"]
-    noise = uniform(keys[:, None], torch.arange(ids.shape[1], device=ids.device))
-    return _with_targets(
-        batch, t, corrupt(ids, maskable, t, mask_id, noise=noise, schedule=schedule), mask_id
-    )
 
 
 def _with_targets(batch: Batch, t: torch.Tensor, noisy: torch.Tensor, mask_id: int) -> Batch:

@@ -31,7 +31,7 @@ FEWEST = 30
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often a model is preferred to the reference; percentages, with standard errors.
+    """Percentages of answers preferred to the reference, with standard errors.
 
     Attributes:
         win_rate: mean preference.
@@ -81,8 +81,10 @@ def win_rate(
         DLMError: when outputs and references have no instruction in common, and when no verdict can be read.
     """
     package = _package()
-    known = {row["instruction"]: row for row in references}
-    pairs = [(row, known[row["instruction"]]) for row in outputs if row["instruction"] in known]
+    by_instruction = {row["instruction"]: row for row in references}
+    pairs = [
+        (row, by_instruction[row["instruction"]]) for row in outputs if row["instruction"] in by_instruction
+    ]
     if not pairs:
         raise DLMError("outputs and references have no instruction in common; give --references of this task")
     file = _config_file(package, annotator)
@@ -102,7 +104,7 @@ def _later(annotations: Any) -> dict[str, float]:
     return {"win_rate": math.nan, "standard_error": math.nan}
 
 
-def summarise(rows: Rows, package: Any, asked: int) -> WinRate:
+def summarise(rows: Rows, package: Any, count: int) -> WinRate:
     """Win rates of annotations; rows without a preference are left out and counted."""
     judged = [row for row in rows if row.get("preference") is not None and not math.isnan(row["preference"])]
     if not judged:
@@ -111,7 +113,7 @@ def summarise(rows: Rows, package: Any, asked: int) -> WinRate:
     control, error, kind = length_controlled(judged, package)
     return WinRate(
         float(plain["win_rate"]), float(plain["standard_error"]), control, error, kind, len(judged),
-        asked - len(judged), float(np.mean([len(row["output_2"]) for row in judged])),
+        count - len(judged), float(np.mean([len(row["output_2"]) for row in judged])),
     )  # fmt: skip
 
 
@@ -123,10 +125,9 @@ def length_controlled(rows: Rows, package: Any) -> tuple[float, float, str]:
     """
     if len(rows) == 805:
         try:
-            found = package.metrics.get_length_controlled_winrate(rows, save_weights_dir=None)
-            return (
-                float(found["length_controlled_winrate"]), float(found["lc_standard_error"]), "alpaca_eval",
-            )  # fmt: skip
+            figures = package.metrics.get_length_controlled_winrate(rows, save_weights_dir=None)
+            rate, error = (float(figures[x]) for x in ("length_controlled_winrate", "lc_standard_error"))
+            return rate, error, "alpaca_eval"
         except (OSError, ValueError, KeyError) as error:
             logger.warning("AlpacaEval's difficulties could not be fetched (%s): length only", error)
     if len(rows) < FEWEST:

@@ -1,4 +1,4 @@
-"""What systems answered: one JSON line per answer, on disk at once, so that a kill loses none."""
+"""Answers of systems: one JSON line for each, on disk at once, so that a kill loses none."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Answer:
 
     @property
     def key(self) -> tuple[str, int]:
-        """What is answered: the question's id and the turn."""
+        """Id of the question, and the turn."""
         return self.id, self.turn
 
 
@@ -70,11 +70,11 @@ class AnswerFile:
             text = self.path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise DataError(f"{self.path}: cannot be read ({error})") from error
-        found: dict[tuple[str, int], Answer] = {}
+        answers: dict[tuple[str, int], Answer] = {}
         for number, line in enumerate(text.split("\n")[:-1], start=1):
             answer = self._parse(line, number)
-            found[answer.key] = answer
-        return found
+            answers[answer.key] = answer
+        return answers
 
     def _parse(self, line: str, number: int) -> Answer:
         try:

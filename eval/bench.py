@@ -113,7 +113,7 @@ def plain(
 
 @dataclass(frozen=True)
 class Run:
-    """What one way of writing did."""
+    """Measurements of one way of writing."""
 
     seconds: float
     tokens: int
@@ -133,7 +133,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be written: answers to prompts of one length.
+    """A problem: answers to prompts of one length.
 
     Attributes:
         model: a masked diffusion model.
@@ -228,9 +228,9 @@ def standard_ways(problem: Problem, causal: Any, tokens: int) -> list[Way]:
         problem.ours("steps, canvas growing", replace(fixed, canvas="growing")),
         problem.ours("steps, canvas growing, reuse", replace(fixed, canvas="growing", reuse="dual")),
         *(
-            problem.ours(f"length-free, rate {rate:g}{more}", replace(free, rate=rate, reuse=reuse))
+            problem.ours(f"length-free, rate {rate:g}{suffix}", replace(free, rate=rate, reuse=reuse))
             for rate in (1.0, 2.0, 4.0)
-            for more, reuse in (("", None), (", reuse", "dual"))
+            for suffix, reuse in (("", None), (", reuse", "dual"))
         ),
     ]
 

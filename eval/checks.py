@@ -39,7 +39,7 @@ _OPERATOR = re.compile(r"\s*(?:[-+*/^=×÷]|x\b|times\b|plus\b|minus\b|divided\b
 def numbers(text: str) -> list[Decimal]:
     """The numbers in a text, in order; "$1,234.50", "-3", ".5" and "3/4" are one each, units are left out."""
     text = _plain(text)
-    return [value for found in _NUMBER.finditer(text) if (value := _value(found, text)) is not None]
+    return [value for match in _NUMBER.finditer(text) if (value := _value(match, text)) is not None]
 
 
 def _plain(text: str) -> str:
@@ -49,14 +49,14 @@ def _plain(text: str) -> str:
     return text
 
 
-def _value(found: re.Match[str], text: str) -> Decimal | None:
-    """What a match of `_NUMBER` is; "3-4" and "7-year" are no negative numbers."""
-    above = re.sub("[^0-9.]", "", found["value"])
+def _value(match: re.Match[str], text: str) -> Decimal | None:
+    """Value of a match of `_NUMBER`; "3-4" and "7-year" are no negative numbers."""
+    above = re.sub("[^0-9.]", "", match["value"])
     try:
-        value = Decimal(above) / Decimal(found["below"] or 1) + Decimal(found["whole"] or 0)
+        value = Decimal(above) / Decimal(match["below"] or 1) + Decimal(match["whole"] or 0)
     except (InvalidOperation, ZeroDivisionError):
         return None
-    negative = found["sign"] == "-" and not (found.start() and text[found.start() - 1].isalnum())
+    negative = match["sign"] == "-" and not (match.start() and text[match.start() - 1].isalnum())
     return -value if negative else value
 
 
@@ -69,35 +69,35 @@ def final_number(text: str) -> Decimal | None:
     """
     text = text.rsplit("</think>", 1)[-1]
     begin = len(text) - len(text.lstrip())
-    ends = [found.start() for found in _NEXT.finditer(text) if text[begin : found.start()].strip()]
+    ends = [match.start() for match in _NEXT.finditer(text) if text[begin : match.start()].strip()]
     text = text[: ends[0]] if ends else text
     marked = _MARKED.split(text, maxsplit=1)
-    if len(marked) > 1 and (behind := numbers(marked[1])):
-        return behind[0]
+    if len(marked) > 1 and (candidates := numbers(marked[1])):
+        return candidates[0]
     for box in reversed(_boxes(text)):
         if inside := numbers(box):
             return _worked_out(box, inside[-1])
     marked = _ANSWER.split(text)
-    if len(marked) > 1 and (behind := numbers(marked[-1])):
+    if len(marked) > 1 and (candidates := numbers(marked[-1])):
         line = next(line for line in marked[-1].split("\n") if numbers(line))
-        return _worked_out(line, behind[0])
-    every = numbers(text)
-    if not every:
+        return _worked_out(line, candidates[0])
+    values = numbers(text)
+    if not values:
         return None
     sentence = [part for part in re.split(r"\n|(?<=[.!?])\s", text) if numbers(part)][-1]
-    return _worked_out(sentence, every[-1]) if "=" in sentence else every[-1]
+    return _worked_out(sentence, values[-1]) if "=" in sentence else values[-1]
 
 
 def _boxes(text: str) -> list[str]:
-    r"""What stands in the braces of \boxed{…}, braces within them included."""
-    found = []
+    r"""Contents of the braces of \boxed{…}, braces within them included."""
+    contents = []
     for start in re.finditer(r"\\boxed\s*\{", text):
         depth, end = 1, start.end()
         while end < len(text) and depth:
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             end += 1
-        found.append(text[start.end() : end - (not depth)])
-    return found
+        contents.append(text[start.end() : end - (not depth)])
+    return contents
 
 
 def _worked_out(text: str, otherwise: Decimal) -> Decimal:
@@ -119,13 +119,13 @@ def _worked_out(text: str, otherwise: Decimal) -> Decimal:
 
 
 def gsm8k(question: Question, answer: str) -> bool:
-    """Whether an answer to a GSM8K question ends with the right number, to within a ten-thousandth."""
+    """True when an answer to a GSM8K question ends with the right number, to within a ten-thousandth."""
     right, given = final_number(question.reference[0]), final_number(answer)
     return right is not None and given is not None and abs(right - given) <= Decimal("0.0001")
 
 
 def rules(question: Question, answer: str) -> bool:
-    """Whether an answer to a rule-made instruction is right."""
+    """True when an answer to a rule-made instruction is right."""
     from dlm.data.rules import Example, is_right
 
     return is_right(Example(question.category, question.turns[0], question.reference[0]), answer)

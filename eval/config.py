@@ -13,7 +13,7 @@ NUCLEUS = 0.95
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is evaluated, on which questions, and what is measured.
+    """Settings of an evaluation: systems, questions, measures.
 
     Args:
         task: alpaca_eval, mt_bench, wiki, arena_hard, gsm8k, rules, or file (the word that is no option).
@@ -116,7 +116,7 @@ class EvalConfig:
 
     @property
     def system(self) -> str:
-        """What the system is called in tables."""
+        """Name of the system in tables."""
         return self.name or (
             self.endpoint_model if self.endpoint else Path(self.where).name.removesuffix(".gguf")
         )

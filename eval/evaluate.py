@@ -70,14 +70,14 @@ def evaluated(config: EvalConfig) -> tuple[list[Results], list[str]]:
     return results, [lack for lack in lacks if lack]
 
 
-def _answered(contestant: Contestant, questions: list[Question], config: EvalConfig, only: bool) -> str:
+def _answered(contestant: Contestant, questions: list[Question], config: EvalConfig, alone: bool) -> str:
     """Have one contestant answer; returns what is missing in the end, in words.
 
     Args:
         contestant: who answers.
         questions: of the task.
         config: of the evaluation.
-        only: whether it is the only one, so that its errors are those of the evaluation.
+        alone: whether it is the only one, so that its errors are those of the evaluation.
     """
     from accelerate import PartialState
 
@@ -90,31 +90,31 @@ def _answered(contestant: Contestant, questions: list[Question], config: EvalCon
     try:
         answer_all(folder, card, questions, contestant.make(), (state.process_index, state.num_processes))
     except ConfigError as error:
-        if only:
+        if alone:
             raise
         logger.warning("%s is left out: %s", card.name, error)
         lack = f"{card.name} ({error})"
     state.wait_for_everyone()
     if not state.is_main_process or lack:
         return lack
-    said = merge(folder, questions)
+    answers = merge(folder, questions)
     wanted = [(question.id, turn) for question in questions for turn in range(len(question.turns))]
-    missing = [key for key in wanted if key not in said]
+    missing = [key for key in wanted if key not in answers]
     return f"{card.name}: {len(missing)} of {len(wanted)} answers" if missing else ""
 
 
 def _fitting(questions: list[Question], loaded: _Loaded) -> list[Question]:
     """The questions that leave room for an answer in the window: the same for all decoders."""
     window, prompt_length = loaded.config.window, loaded.sampler.prompt_length
-    kept = [question for question in questions if prompt_length(question.turns[0]) < window]
-    if not kept:
+    fitting = [question for question in questions if prompt_length(question.turns[0]) < window]
+    if not fitting:
         raise ConfigError(f"none of the {len(questions)} questions fits in a window of {window} tokens")
-    if len(kept) < len(questions):
+    if len(fitting) < len(questions):
         logger.warning(
             "%d of %d questions fill the window of %d tokens and are left out",
-            *(len(questions) - len(kept), len(questions), window),
+            *(len(questions) - len(fitting), len(questions), window),
         )
-    return kept
+    return fitting
 
 
 class _Loaded:
@@ -153,7 +153,7 @@ class _Loaded:
         return model.to(device).eval(), tokenizer
 
     def instruments(self, questions: list[Question]) -> Instruments:
-        """What measures the answers."""
+        """Instruments that measure the answers."""
         out = Instruments(log_prior=self._log_prior())
         if self.config.nelbo_draws:
             out.nelbo = self.nelbo(questions)
@@ -186,9 +186,9 @@ class _Loaded:
             rows = rows.select(range(max(len(rows) - self.config.usual_rows, 0), len(rows)))
             talks, texts = list(rows["prompt"]), list(rows["answer"])
         else:
-            known = [q for q in questions if q.reference]
-            talks = [[{"role": "user", "content": q.turns[0]}] for q in known]
-            texts = [q.reference[0] for q in known]
+            referenced = [q for q in questions if q.reference]
+            talks = [[{"role": "user", "content": q.turns[0]}] for q in referenced]
+            texts = [q.reference[0] for q in referenced]
         return Band.of(reader.read(talks, texts, "usual perplexities")) if len(texts) > 1 else None
 
     def _log_prior(self) -> Callable[[str], float] | None:
@@ -214,13 +214,13 @@ class _Loaded:
         from dlm.tokenizer import encode_prompt, encode_text
         from eval.nelbo import nelbo
 
-        tokenizer, known = self.sampler.tokenizer, [q for q in questions if q.reference]
+        tokenizer, referenced = self.sampler.tokenizer, [q for q in questions if q.reference]
         rows = []
-        for q in known:
+        for q in referenced:
             prompt = encode_prompt(tokenizer, [{"role": "user", "content": q.turns[0]}])
             rows.append((prompt, [*encode_text(tokenizer, q.reference[0]), tokenizer.eos_token_id]))
         nats = nelbo(self.sampler.model, rows, self.config.nelbo_draws, self.config.batch_size)
-        return {q.id: x / len(answer) for q, x, (_, answer) in zip(known, nats, rows, strict=True)}
+        return {q.id: x / len(answer) for q, x, (_, answer) in zip(referenced, nats, rows, strict=True)}
 
 
 def _contestants(config: EvalConfig, loaded: _Loaded) -> Iterator[Contestant]:
@@ -261,8 +261,8 @@ def _contestants(config: EvalConfig, loaded: _Loaded) -> Iterator[Contestant]:
 def _local(
     config: EvalConfig, loaded: _Loaded, variant: Variant, mark: str, common: dict[str, str]
 ) -> Contestant:
-    how = {"seed": config.seed, "eos_fill": config.eos_fill}
-    settings = {**variant.options, **variant.pace, **how, "dtype": config.dtype}
+    fixed = {"seed": config.seed, "eos_fill": config.eos_fill}
+    settings = {**variant.options, **variant.pace, **fixed, "dtype": config.dtype}
     card = Card(**common, fingerprint=mark, label=variant.label, decoder=variant.decoder, settings=settings)
     request = variant.request(eos_fill=config.eos_fill)
     return Contestant(card, lambda: Local(loaded.sampler, config.batch_size, request, config.seed))

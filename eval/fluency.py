@@ -49,12 +49,12 @@ class Reader:
         from dlm.tokenizer import encode_prompt, encode_text
 
         limit = int(getattr(self.model.config, "max_position_embeddings", 2**31))
-        said = encode_text(self.tokenizer, answer)[: limit // 2]
+        answer_ids = encode_text(self.tokenizer, answer)[: limit // 2]
         begin = encode_prompt(self.tokenizer, talk) if self.tokenizer.chat_template else []
         begin = (begin or [self.tokenizer.bos_token_id or self.tokenizer.eos_token_id])[
-            -(limit - len(said)) :
+            -(limit - len(answer_ids)) :
         ]
-        return begin + said, len(begin)
+        return begin + answer_ids, len(begin)
 
     def read(self, talks: Sequence[list[Message]], answers: Sequence[str], label: str = "") -> list[float]:
         """`nats_per_token` of many answers."""
@@ -113,12 +113,12 @@ class Band:
 
         None where fewer than two of them can be read, or one is beyond numbers.
         """
-        known = [x for x in nats if not math.isnan(x)]
-        if len(known) < 2 or max(known) > 300:
+        finite = [x for x in nats if not math.isnan(x)]
+        if len(finite) < 2 or max(finite) > 300:
             return None
-        perplexity = np.exp(known)
+        perplexity = np.exp(finite)
         return cls(float(perplexity.mean()), float(perplexity.std()))
 
     def holds(self, nats: float) -> bool:
-        """Whether an answer is an inlier (arXiv 2509.15188); an empty one (NaN) is not."""
+        """True when an answer is an inlier (arXiv 2509.15188); an empty one (NaN) is not."""
         return not math.isnan(nats) and abs(math.exp(min(nats, 700.0)) - self.mean) <= 2 * self.deviation

@@ -16,17 +16,17 @@ from eval.tasks import Question
 Said = Mapping[tuple[str, int], Answer]
 
 
-def model_outputs(questions: Sequence[Question], said: Said, generator: str) -> list[dict[str, Any]]:
+def model_outputs(questions: Sequence[Question], answers: Said, generator: str) -> list[dict[str, Any]]:
     """AlpacaEval's `model_outputs.json`: the first turns that have an answer."""
     return [
         {
             "instruction": q.turns[0],
-            "output": said[q.id, 0].text,
+            "output": answers[q.id, 0].text,
             "generator": generator,
             "dataset": q.category,
         }
         for q in questions
-        if (q.id, 0) in said
+        if (q.id, 0) in answers
     ]
 
 
@@ -39,12 +39,12 @@ def reference_outputs(questions: Sequence[Question]) -> list[dict[str, Any]]:
     ]
 
 
-def model_answers(questions: Sequence[Question], said: Said, model_id: str) -> list[dict[str, Any]]:
+def model_answers(questions: Sequence[Question], answers: Said, model_id: str) -> list[dict[str, Any]]:
     """MT-Bench's `model_answer/<model_id>.jsonl`: the questions all of whose turns have an answer."""
     rows = []
     for q in questions:
-        if all((q.id, turn) in said for turn in range(len(q.turns))):
-            turns = [said[q.id, turn].text for turn in range(len(q.turns))]
+        if all((q.id, turn) in answers for turn in range(len(q.turns))):
+            turns = [answers[q.id, turn].text for turn in range(len(q.turns))]
             key = hashlib.sha256(f"{model_id}\0{q.id}".encode()).hexdigest()[:22]
             number: int | str = int(q.id) if q.id.isdecimal() else q.id
             choice = {"index": 0, "turns": turns}

@@ -15,12 +15,12 @@ from eval.systems import System
 from eval.tasks import Question
 
 
-def conversation(question: Question, turn: int, said: dict[tuple[str, int], Answer]) -> list[Message]:
-    """What the system sees before it answers `turn`: the user's turns, and its own answers between them."""
+def conversation(question: Question, turn: int, answers: dict[tuple[str, int], Answer]) -> list[Message]:
+    """Messages before the answer to `turn`: the user's turns, and the system's answers between them."""
     talk: list[Message] = []
     for i in range(turn):
         talk.append({"role": "user", "content": question.turns[i]})
-        talk.append({"role": "assistant", "content": said[question.id, i].text})
+        talk.append({"role": "assistant", "content": answers[question.id, i].text})
     return [*talk, {"role": "user", "content": question.turns[turn]}]
 
 
@@ -29,15 +29,15 @@ def mark(question: Question, turn: int) -> str:
     return hashlib.sha256("\0".join(question.turns[: turn + 1]).encode()).hexdigest()[:12]
 
 
-def check(questions: Sequence[Question], said: Mapping[tuple[str, int], Answer], where: str) -> None:
-    """Whether answers belong to these questions.
+def check(questions: Sequence[Question], answers: Mapping[tuple[str, int], Answer], where: str) -> None:
+    """Refuse answers that do not belong to these questions.
 
     Raises:
         DataError: when a question of the same id was another one when it was answered.
     """
     for question in questions:
         for turn in range(len(question.turns)):
-            answer = said.get((question.id, turn))
+            answer = answers.get((question.id, turn))
             if answer is not None and answer.asked not in ("", mark(question, turn)):
                 raise DataError(
                     f"{where}: question {question.id} was another one when it was answered; "
@@ -49,7 +49,7 @@ def generate(
     questions: Sequence[Question],
     system: System,
     file: AnswerFile,
-    known: Mapping[tuple[str, int], Answer] | None = None,
+    earlier: Mapping[tuple[str, int], Answer] | None = None,
     label: str = "",
     quiet: bool = False,
 ) -> dict[tuple[str, int], Answer]:
@@ -59,34 +59,34 @@ def generate(
         questions: of a task.
         system: who answers.
         file: where answers go, and some may be.
-        known: answers that need not be asked for again.
+        earlier: answers that need not be asked for again.
         label: for the progress bar.
         quiet: no progress bar.
 
     Returns:
         All answers, by question and turn.
     """
-    said = {**(known or {}), **file.read()}
+    answers = {**(earlier or {}), **file.read()}
     total = sum(len(question.turns) for question in questions)
-    here = {(question.id, turn) for question in questions for turn in range(len(question.turns))}
-    with tqdm(total=total, initial=len(here & set(said)), desc=label, unit="answer", disable=quiet) as bar:
+    keys = {(question.id, turn) for question in questions for turn in range(len(question.turns))}
+    with tqdm(total=total, initial=len(keys & set(answers)), desc=label, unit="answer", disable=quiet) as bar:
         for turn in range(max((len(question.turns) for question in questions), default=0)):
-            due = [q for q in questions if turn < len(q.turns) and (q.id, turn) not in said]
-            for answer in file.append(_answers(due, turn, system, said)):
-                said[answer.key] = answer
+            due = [q for q in questions if turn < len(q.turns) and (q.id, turn) not in answers]
+            for answer in file.append(_answers(due, turn, system, answers)):
+                answers[answer.key] = answer
                 bar.update()
-    return {key: said[key] for key in said if key in here}
+    return {key: answers[key] for key in answers if key in keys}
 
 
 def _answers(
-    due: Sequence[Question], turn: int, system: System, said: dict[tuple[str, int], Answer]
+    due: Sequence[Question], turn: int, system: System, answers: dict[tuple[str, int], Answer]
 ) -> Iterator[Answer]:
     begun = time.perf_counter()
-    replies = system.replies([conversation(question, turn, said) for question in due]) if due else iter(())
+    replies = system.replies([conversation(question, turn, answers) for question in due]) if due else iter(())
     for question, reply in zip(due, replies, strict=True):
-        now = time.perf_counter()
+        time_now = time.perf_counter()
         yield Answer(
             question.id, turn, reply.text, reply.tokens, reply.finish_reason, reply.model_calls, reply.steps,
-            round(now - begun, 4), list(reply.reveal_step), mark(question, turn),
+            round(time_now - begun, 4), list(reply.reveal_step), mark(question, turn),
         )  # fmt: skip
-        begun = now
+        begun = time_now

@@ -58,25 +58,25 @@ class Score:
 
 
 def score(
-    questions: Sequence[Question], said: Mapping[tuple[str, int], Answer], judge: Judge, aspect: str
+    questions: Sequence[Question], answers: Mapping[tuple[str, int], Answer], judge: Judge, aspect: str
 ) -> Score:
     """Score the first turns."""
     if aspect not in ASPECTS:
         raise unknown_name("aspect", aspect, ASPECTS)
-    asked = [q for q in questions if (q.id, 0) in said]
+    answered = [q for q in questions if (q.id, 0) in answers]
     options = {"temperature": 0.0, "max_tokens": 4, "logprobs": True, "top_logprobs": 20}
     requests = []
-    for question in asked:
-        texts = {"instruction": question.turns[0], "answer": said[question.id, 0].text}
+    for question in answered:
+        texts = {"instruction": question.turns[0], "answer": answers[question.id, 0].text}
         text = PROMPT.format(aspect=aspect, meaning=ASPECTS[aspect], **texts)
         requests.append(Request([{"role": "user", "content": text}], options))
     choices = judge.ask(requests, f"G-Eval, {aspect}")
-    found = [None if choice is None else expected_score(choice) for choice in choices]
-    scores = {q.id: value for q, value in zip(asked, found, strict=True) if value is not None}
+    ratings = [None if choice is None else expected_score(choice) for choice in choices]
+    scores = {q.id: value for q, value in zip(answered, ratings, strict=True) if value is not None}
     unanswered = sum(choice is None for choice in choices)
-    if asked and not scores:
+    if answered and not scores:
         raise DLMError("the judge gave no score that can be read")
-    malformed = len(asked) - len(scores) - unanswered
+    malformed = len(answered) - len(scores) - unanswered
     return Score(asdict(estimate(list(scores.values()))), scores, malformed, unanswered)
 
 
@@ -90,5 +90,5 @@ def expected_score(choice: dict[str, Any]) -> float | None:
             mass[digit] = mass.get(digit, 0.0) + math.exp(candidate["logprob"])
     if mass:
         return sum(digit * p for digit, p in mass.items()) / sum(mass.values())
-    found = re.search(r"\b([1-5])\b", conclusion(choice["message"]["content"]))
-    return float(found[1]) if found else None
+    match = re.search(r"\b([1-5])\b", conclusion(choice["message"]["content"]))
+    return float(match[1]) if match else None

@@ -33,7 +33,7 @@ PAUSES = (1.0, 4.0)
 
 
 def conclusion(text: str) -> str:
-    """What a judge says behind its thoughts; of thoughts without an end, nothing is left."""
+    """Text of a judge behind its thoughts; of thoughts without an end, nothing is left."""
     if "</think>" in text:
         return text.rsplit("</think>", 1)[1]
     return text.split("<think>", 1)[0]
@@ -54,7 +54,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What asking would take.
+    """Requests and tokens that asking would take.
 
     Attributes:
         calls: requests that are not in the cache.
@@ -116,17 +116,17 @@ class Judge:
                 replies = list(tqdm(going, total=len(unique), desc=label, unit="verdict"))
             finally:
                 pool.shutdown(cancel_futures=True)
-        said = dict(zip(unique, replies, strict=True))
-        found = [said[self._file(request)] for request in requests]
-        lost = sum(choice is None for choice in found)
+        reply_of = dict(zip(unique, replies, strict=True))
+        choices = [reply_of[self._file(request)] for request in requests]
+        lost = sum(choice is None for choice in choices)
         if requests and lost == len(requests):
             raise DLMError(
                 f"the judge answered none of {lost} requests; the last failure: {self.last_failure}"
             )
-        return found
+        return choices
 
     def estimate(self, requests: Sequence[Request]) -> Estimate:
-        """What asking would take."""
+        """Requests and tokens that asking would take."""
         new = [r for file, r in {self._file(r): r for r in requests}.items() if not file.exists()]
         read = sum(len(m["content"]) for r in new for m in r.messages) // CHARACTERS
         write = sum(int(r.options.get("max_tokens", 1024)) for r in new)
@@ -182,7 +182,7 @@ class Judge:
 
 
 def _text(message: dict[str, Any]) -> str | None:
-    """What a message says: its text, or the arguments of the function that it calls."""
+    """Text of a message, or the arguments of the function that it calls."""
     if message.get("content") is not None:
         return str(message["content"])
     calls = [call["function"] for call in message.get("tool_calls") or []]
@@ -200,7 +200,7 @@ class _UnansweredError(Exception):
 
 @dataclass
 class Tally:
-    """How judging went.
+    """Counts of readable and unreadable verdicts.
 
     Attributes:
         judged: verdicts that could be read.

@@ -27,7 +27,7 @@ Kind = Literal["prompt", "frequent", "end", "other"]
 
 @dataclass(frozen=True)
 class DecodingWindow:
-    """Where a model's probability lies on a fresh canvas, by distance from the prompt; all [L]."""
+    """A model's probability on a fresh canvas, by distance from the prompt; all [L]."""
 
     frequent: torch.Tensor
     """Mean probability mass on the most frequent tokens of the training answers."""
@@ -83,9 +83,9 @@ def decoding_window(
     for prompt in prompts:
         logits = _fresh(model, tokenizer, prompt, window)  # [n, V]
         total = logits.logsumexp(1)
-        said = list(_said(tokenizer, prompt))
+        prompt_tokens = list(_said(tokenizer, prompt))
         end = [int(model.config.eos_token_id)]
-        for i, group in enumerate((frequent.tolist(), said, end)):
+        for i, group in enumerate((frequent.tolist(), prompt_tokens, end)):
             mass = (logits[:, group].logsumexp(1) - total).exp() if group else torch.zeros_like(total)
             sums[i, : len(mass)] += mass.double().cpu()
         sums[3, : len(total)] += Categorical(logits=logits).entropy().double().cpu()
@@ -114,7 +114,7 @@ def candidates(
     Returns:
         One list of k candidates, the likeliest first, for each of at most `positions` distances.
     """
-    frequent, said = set(prior.top(top).tolist()), _said(tokenizer, prompt)
+    frequent, prompt_tokens = set(prior.top(top).tolist()), _said(tokenizer, prompt)
     end = int(model.config.eos_token_id)
     chance = _fresh(model, tokenizer, prompt, window)[:positions].softmax(1)
     probability, ids = chance.topk(min(k, chance.shape[1]), dim=1)
@@ -122,7 +122,7 @@ def candidates(
     def kind(token: int) -> Kind:
         if token == end:
             return "end"
-        return "prompt" if token in said else "frequent" if token in frequent else "other"
+        return "prompt" if token in prompt_tokens else "frequent" if token in frequent else "other"
 
     return [
         [Candidate(tokenizer.decode([token]), p, kind(token)) for token, p in zip(row, chances, strict=True)]

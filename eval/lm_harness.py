@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -34,6 +34,19 @@ DRAWS = 32
 
 SIZES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """What tasks call the longest answer, in the harness's order of precedence."""
+
+
+def _check_arguments(pretrained: str, likelihood: str, draws: int, rest: Iterable[str]) -> None:
+    """Refuse arguments of the model that are missing, unknown, or do not go together."""
+    if not pretrained:
+        raise ConfigError("model_args need pretrained=DIR")
+    for name in rest:
+        if name not in ("max_batch_size", "trust_remote_code"):  # what the harness adds by itself
+            raise unknown_name("model_args", name, list(inspect.signature(DLM.__init__).parameters)[1:-1])
+    if likelihood not in LIKELIHOODS:
+        raise unknown_name("likelihood", likelihood, LIKELIHOODS)
+    if likelihood == "path" and draws != DRAWS:
+        raise ConfigError("draws are for likelihood=nelbo; a path takes one call for each token")
 
 
 @register_model("dlm")
@@ -79,35 +92,32 @@ class DLM(LM):  # type: ignore[misc]
         from dlm.checkpoint import load_model
         from eval.variants import Variant
 
-        if not pretrained:
-            raise ConfigError("model_args need pretrained=DIR")
-        for name in rest:
-            if name not in ("max_batch_size", "trust_remote_code"):  # what the harness adds by itself
-                raise unknown_name("model_args", name, list(inspect.signature(DLM.__init__).parameters)[1:-1])
-        if likelihood not in LIKELIHOODS:
-            raise unknown_name("likelihood", likelihood, LIKELIHOODS)
+        _check_arguments(pretrained, likelihood, int(draws), rest)
         if device and device.startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"  # the harness asks for cuda:0 unless it is told otherwise
         self.model, self.tokenizer = load_model(pretrained, device or "auto", dtype)
         self.sampler = Sampler(self.model, self.tokenizer)
         name, options = parse_decoders(str(decoder).replace(";", ","))[0]
-        if likelihood == "path" and int(draws) != DRAWS:
-            raise ConfigError("draws are for likelihood=nelbo; a path takes one call for each token")
         self.limit, self.likelihood, self.draws = int(max_tokens), likelihood, int(draws)
         self.seed = int(number(str(seed), "seed"))
         self.rows = int(batch_size) if str(batch_size).isdecimal() else 8
         self.steps, self.window = int(steps), int(window)
         pace = {"rate": float(rate)} if float(rate) else {}
         self.variant = Variant(name, options, pace)
-        self.fixed: dict[str, Any] = {"window": self.window or None, "steps": self.steps or None}
-        self.fixed = self.fixed if self.window or self.steps else {}
-        if self.fixed and self.limit:
-            raise ConfigError(
-                "max_tokens is for a canvas that grows; a window, or steps, make it a fixed one"
-            )
+        self.fixed = self._fixed_canvas()
         self.sampler.plan(self.variant.request(**self.fixed))  # before the questions are read
         self._talks: dict[str, list[Message]] = {}
         self._warned: set[str] = set()
+
+    def _fixed_canvas(self) -> dict[str, Any]:
+        """Fields of a request for a fixed canvas; none where the canvas grows."""
+        if not self.window and not self.steps:
+            return {}
+        if self.limit:
+            raise ConfigError(
+                "max_tokens is for a canvas that grows; a window, or steps, make it a fixed one"
+            )
+        return {"window": self.window or None, "steps": self.steps or None}
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer each context until one of its stop texts; the model's template stands around it.
@@ -116,8 +126,8 @@ class DLM(LM):  # type: ignore[misc]
         """
         out: list[str] = []
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
-            for (stops, size), some in itertools.groupby(requests, self._asked_for):
-                contexts = [self._fitting(request.args[0]) for request in some]
+            for (stops, size), group in itertools.groupby(requests, self._asked_for):
+                contexts = [self._fitting(request.args[0]) for request in group]
                 request = self.variant.request(**dict(size), stop=list(stops) or None)
                 settings = {"seed": self.seed, "batch_size": self.rows}
                 for answer in self.sampler.iter_generate(contexts, request=request, **settings):
@@ -128,8 +138,8 @@ class DLM(LM):  # type: ignore[misc]
     def _asked_for(self, request: Instance) -> tuple[tuple[str, ...], tuple[tuple[str, int | None], ...]]:
         """The stop texts and the size that a request asks for."""
         options = dict(request.args[1])
-        until = options.pop("until", None) or []
-        stops = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
+        stop = options.pop("until", None) or []
+        stops = tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text)
         sizes = [options.pop(name) for name in SIZES if options.get(name) is not None]
         for name in (*options, *(SIZES[:1] if sizes and self.fixed else ())):
             self._ignored(name)
@@ -158,8 +168,8 @@ class DLM(LM):  # type: ignore[misc]
         if talk:
             return talk
         ids = self.sampler.rows.text(context)
-        over = self.sampler.prompt_length(context) - room
-        return context if over <= 0 else str(self.tokenizer.decode(ids[over:]))
+        excess = self.sampler.prompt_length(context) - room
+        return context if excess <= 0 else str(self.tokenizer.decode(ids[excess:]))
 
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
@@ -171,27 +181,27 @@ class DLM(LM):  # type: ignore[misc]
         """
         del disable_tqdm
         rows = [self._encoded(*request.args) for request in requests]
-        found = self._bounds(rows)
-        return [(-nats, greedy) for nats, greedy in found]
+        results = self._bounds(rows)
+        return [(-nats, greedy) for nats, greedy in results]
 
     def _bounds(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Nats of each answer given its prompt, bounded from above, and whether greedy filling writes it."""
         from eval.nelbo import bounds
 
         path = self.likelihood == "path"
-        found = bounds(self.model, rows, 1 if path else self.draws, self.rows, self.seed)
-        greedy = [bound.greedy for bound in found]
+        results = bounds(self.model, rows, 1 if path else self.draws, self.rows, self.seed)
+        greedy = [bound.greedy for bound in results]
         if path:
             return list(zip(self._paths(rows), greedy, strict=True))
-        errors = [bound.error for bound in found if bound.error != 0]  # NaN too: of a single draw
-        logger.info("%d log-likelihoods, %d of them exact bounds", len(found), len(found) - len(errors))
+        errors = [bound.error for bound in results if bound.error != 0]  # NaN too: of a single draw
+        logger.info("%d log-likelihoods, %d of them exact bounds", len(results), len(results) - len(errors))
         if errors:
-            known = [error for error in errors if not math.isnan(error)] or [math.nan]
+            finite = [error for error in errors if not math.isnan(error)] or [math.nan]
             logger.info(
                 "standard error of the others: %.3f nats in the mean, %.3f at most (draws=%d)",
-                sum(known) / len(known), max(known), self.draws,
+                sum(finite) / len(finite), max(finite), self.draws,
             )  # fmt: skip
-        return [(bound.nats, bound.greedy) for bound in found]
+        return [(bound.nats, bound.greedy) for bound in results]
 
     def _paths(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         """Nats of each answer along the path of the decoder, on a canvas of its length."""
@@ -199,18 +209,18 @@ class DLM(LM):  # type: ignore[misc]
         from eval.path import path_costs
 
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))
-        found = [0.0] * len(rows)
-        for size, some in itertools.groupby(order, lambda i: len(rows[i][1])):
+        totals = [0.0] * len(rows)
+        for size, group in itertools.groupby(order, lambda i: len(rows[i][1])):
             if not size:
                 continue
-            same, decoder = list(some), self.variant.request().decoder
+            indices, decoder = list(group), self.variant.request().decoder
             rate = 1.0 if not isinstance(decoder, Decoder) or decoder.reveal.paced else None
             plan = self.sampler.plan(decoder=decoder, max_tokens=size, rate=rate)
-            several = [rows[i] for i in same]
-            costs = path_costs(self.model, several, plan, seed=self.seed, batch_size=self.rows)
-            for i, cost in zip(same, costs, strict=True):
-                found[i] = cost.total
-        return found
+            subset = [rows[i] for i in indices]
+            costs = path_costs(self.model, subset, plan, seed=self.seed, batch_size=self.rows)
+            for i, cost in zip(indices, costs, strict=True):
+                totals[i] = cost.total
+        return totals
 
     def _encoded(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of the prompt and of the answer.
@@ -228,9 +238,9 @@ class DLM(LM):  # type: ignore[misc]
             context[: len(context) - space],
             context[len(context) - space :] + continuation,
         )
-        whole = self.sampler.rows.text(context + continuation)
+        joined = self.sampler.rows.text(context + continuation)
         before = self.sampler.rows.text(context) if context else [int(self.model.config.eos_token_id)]
-        cut = whole[len(before) :] if context and whole[: len(before)] == before else None
+        cut = joined[len(before) :] if context and joined[: len(before)] == before else None
         after = cut or self.sampler.rows.text(continuation)
         room = self.sampler.spec.positions - len(after)
         return before[-room:] if room > 0 else [], after[: self.sampler.spec.positions]
@@ -240,7 +250,11 @@ class DLM(LM):  # type: ignore[misc]
         del disable_tqdm
         eos, room = [int(self.model.config.eos_token_id)], self.sampler.spec.positions - 1
         texts = [self.sampler.rows.text(request.args[0]) for request in requests]
-        pieces = [(i, ids[at : at + room]) for i, ids in enumerate(texts) for at in range(0, len(ids), room)]
+        pieces = [
+            (i, ids[begin : begin + room])
+            for i, ids in enumerate(texts)
+            for begin in range(0, len(ids), room)
+        ]
         total = [0.0] * len(texts)
         for (i, _), (nats, _) in zip(pieces, self._bounds([(eos, ids) for _, ids in pieces]), strict=True):
             total[i] -= nats

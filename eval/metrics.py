@@ -19,7 +19,7 @@ from eval.tasks import TASKS, Question
 
 @dataclass(frozen=True)
 class Measure:
-    """What a figure is.
+    """Meaning and layout of a figure.
 
     Attributes:
         title: for tables.
@@ -67,7 +67,7 @@ MEASURES = {
 
 
 def basic(answer: Answer) -> dict[str, float]:
-    """What the answer alone tells; NaN for what is not known of it."""
+    """Figures that the answer alone gives; NaN for those that it lacks."""
     text, nan = answer.text, float("nan")
     empty = not text.strip()
     return {
@@ -91,14 +91,14 @@ def distinct(texts: Sequence[str], n: int) -> float:
 def distinct_around(texts: Sequence[str], n: int) -> float:
     """Half the width of the 95 % interval of distinct-n, over sets of as many texts; NaN for few of them."""
     grams = [_grams(text, n) for text in texts]
-    total, sets = sum(map(len, grams)), [set(some) for some in grams]
+    total, sets = sum(map(len, grams)), [set(text_grams) for text_grams in grams]
     owners = Counter(itertools.chain.from_iterable(sets))
-    without = [  # distinct-n of the others: what only this text has is missing
-        (len(owners) - sum(owners[gram] == 1 for gram in own)) / (total - len(some))
-        for own, some in zip(sets, grams, strict=True)
-        if total > len(some)
+    leave_one_out = [  # distinct-n of the others: what only this text has is missing
+        (len(owners) - sum(owners[gram] == 1 for gram in unique)) / (total - len(text_grams))
+        for unique, text_grams in zip(sets, grams, strict=True)
+        if total > len(text_grams)
     ]
-    return jackknife(without) if len(without) == len(texts) else math.nan
+    return jackknife(leave_one_out) if len(leave_one_out) == len(texts) else math.nan
 
 
 def _grams(text: str, n: int) -> list[tuple[str, ...]]:
@@ -113,7 +113,7 @@ def _distinct(grams: Sequence[list[tuple[str, ...]]]) -> float:
 
 @dataclass
 class Instruments:
-    """What measures with models; each is left out where it is None.
+    """Measures that need models; each is left out where it is None.
 
     Attributes:
         reader: see `eval.fluency.Reader`.
@@ -133,7 +133,7 @@ class Instruments:
 def measure(
     task: str,
     questions: Sequence[Question],
-    said: dict[tuple[str, int], Answer],
+    by_key: dict[tuple[str, int], Answer],
     instruments: Instruments | None = None,
     label: str = "",
 ) -> dict[str, dict[str, float]]:
@@ -142,39 +142,39 @@ def measure(
     Args:
         task: its name, which says how right answers are told.
         questions: of the task.
-        said: the answers.
+        by_key: the answers.
         instruments: models that measure.
         label: for progress bars.
     """
     from eval.generation import conversation
 
     tools = instruments or Instruments()
-    asked = [(q, turn) for q in questions for turn in range(len(q.turns)) if (q.id, turn) in said]
-    answers = [said[q.id, turn] for q, turn in asked]
-    found = [basic(answer) for answer in answers]
+    turns = [(q, turn) for q in questions for turn in range(len(q.turns)) if (q.id, turn) in by_key]
+    answers = [by_key[q.id, turn] for q, turn in turns]
+    rows = [basic(answer) for answer in answers]
     check = CHECKS.get(TASKS[task].checks)
     if check:
-        for row, (question, _), answer in zip(found, asked, answers, strict=True):
+        for row, (question, _), answer in zip(rows, turns, answers, strict=True):
             row["right"] = float(check(question, answer.text))
     texts = [answer.text for answer in answers]
     if tools.reader is not None:
-        talks: list[list[Message]] = [conversation(q, turn, said) for q, turn in asked]
-        for row, nats in zip(found, tools.reader.read(talks, texts, label), strict=True):
+        talks: list[list[Message]] = [conversation(q, turn, by_key) for q, turn in turns]
+        for row, nats in zip(rows, tools.reader.read(talks, texts, label), strict=True):
             row["nll"] = nats
             if tools.band is not None:
                 row["inlier"] = float(tools.band.holds(nats))
     if tools.encoder is not None:
-        references = [q.reference[turn] if turn < len(q.reference) else "" for q, turn in asked]
+        references = [q.reference[turn] if turn < len(q.reference) else "" for q, turn in turns]
         if any(references):
-            for row, value in zip(found, tools.encoder.relevance(texts, references), strict=True):
+            for row, value in zip(rows, tools.encoder.relevance(texts, references), strict=True):
                 row["relevance"] = value
     if tools.log_prior is not None:
-        for row, text in zip(found, texts, strict=True):
+        for row, text in zip(rows, texts, strict=True):
             row["log_prior"] = tools.log_prior(text)
-    for row, (question, turn) in zip(found, asked, strict=True):
+    for row, (question, turn) in zip(rows, turns, strict=True):
         if tools.nelbo is not None and turn == 0 and question.id in tools.nelbo:
             row["nelbo"] = tools.nelbo[question.id]
-    return {f"{a.id}/{a.turn}": row for a, row in zip(answers, found, strict=True)}
+    return {f"{a.id}/{a.turn}": row for a, row in zip(answers, rows, strict=True)}
 
 
 def by_question(measured: Mapping[str, Mapping[str, float]], name: str) -> dict[str, float]:
@@ -184,16 +184,16 @@ def by_question(measured: Mapping[str, Mapping[str, float]], name: str) -> dict[
         turns.setdefault(key.rpartition("/")[0], []).append(row.get(name, float("nan")))
     out = {}
     for question, values in turns.items():
-        known = [value for value in values if not math.isnan(value)]
-        out[question] = sum(known) / len(known) if known else float("nan")
+        finite = [value for value in values if not math.isnan(value)]
+        out[question] = sum(finite) / len(finite) if finite else float("nan")
     return out
 
 
 def summary(measured: Mapping[str, Mapping[str, float]]) -> dict[str, Estimate]:
     """Mean over answers, and its interval, of every measure that some answer has."""
     questions = [key.rpartition("/")[0] for key in measured]
-    found = {
+    estimates = {
         name: estimate([row.get(name, float("nan")) for row in measured.values()], questions, measure.percent)
         for name, measure in MEASURES.items()
     }
-    return {name: value for name, value in found.items() if value.count}
+    return {name: value for name, value in estimates.items() if value.count}

@@ -110,7 +110,7 @@ def _prompt(prompts: dict[str, Prompt], question: Question, turn: int, base: str
 
 
 def _texts(question: Question, turn: int) -> dict[str, str]:
-    """What the templates ask for besides answers."""
+    """Fields of the templates besides answers."""
     if not turn:
         first = question.reference[0] if question.reference else ""
         return {"question": question.turns[0], "ref_answer_1": first}
@@ -127,8 +127,8 @@ def read_grade(text: str) -> float | None:
     None if there is none between 1 and 10.
     """
     text = conclusion(text)
-    found = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
-    grade = float(found[1]) if found else None
+    match = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
+    grade = float(match[1]) if match else None
     return grade if grade is not None and 1 <= grade <= 10 else None
 
 
@@ -151,20 +151,20 @@ class Grades:
     tally: dict[str, int]
 
 
-def grade(questions: Sequence[Question], said: Said, judge: Judge, prompts: dict[str, Prompt]) -> Grades:
+def grade(questions: Sequence[Question], by_key: Said, judge: Judge, prompts: dict[str, Prompt]) -> Grades:
     """Grade every turn of every question that has answers."""
-    asked, requests = [], []
+    asked_turns, requests = [], []
     for question in questions:
         for turn in range(len(question.turns)):
-            if all((question.id, i) in said for i in range(turn + 1)):
+            if all((question.id, i) in by_key for i in range(turn + 1)):
                 prompt = _prompt(prompts, question, turn, "single")
-                answers = {f"answer_{i + 1}": said[question.id, i].text for i in range(turn + 1)}
-                texts = answers if turn else {"answer": said[question.id, 0].text}
-                asked.append((question, turn))
+                answers = {f"answer_{i + 1}": by_key[question.id, i].text for i in range(turn + 1)}
+                texts = answers if turn else {"answer": by_key[question.id, 0].text}
+                asked_turns.append((question, turn))
                 requests.append(Request(_filled(prompt, **_texts(question, turn), **texts), OPTIONS))
     tally = Tally()
-    found = tally.read(judge.ask(requests, "MT-Bench"), read_grade)
-    pairs = [(q, turn, g) for (q, turn), g in zip(asked, found, strict=True) if g is not None]
+    values = tally.read(judge.ask(requests, "MT-Bench"), read_grade)
+    pairs = [(q, turn, g) for (q, turn), g in zip(asked_turns, values, strict=True) if g is not None]
     turns = range(max((turn for _, turn, _ in pairs), default=-1) + 1)
     categories = sorted({q.category for q, _, _ in pairs})
     grades = {f"{q.id}/{turn}": g for q, turn, g in pairs}
@@ -187,7 +187,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def read_winner(text: str) -> Winner | None:
-    """What "[[A]]", "[[B]]" or "[[C]]" (a tie) says behind a judge's thoughts; None if none stands there.
+    """Winner by "[[A]]", "[[B]]" or "[[C]]" (a tie) behind a judge's thoughts; None if none stands there.
 
     Of several the first of A, B and C counts, as FastChat reads it.
     """
@@ -222,25 +222,25 @@ def compare(
     questions: Sequence[Question], first: Said, second: Said, judge: Judge, prompts: dict[str, Prompt]
 ) -> Pairs:
     """Compare two systems turn by turn, each pair in both orders."""
-    requests, asked = [], []
+    requests, keys = [], []
     for question in questions:
         for turn in range(len(question.turns)):
-            if all((question.id, i) in said for i in range(turn + 1) for said in (first, second)):
+            if all((question.id, i) in answers for i in range(turn + 1) for answers in (first, second)):
                 prompt = _prompt(prompts, question, turn, "pair")
-                asked.append(f"{question.id}/{turn}")
+                keys.append(f"{question.id}/{turn}")
                 for a, b in ((first, second), (second, first)):
                     texts = _both(question, turn, a, b)
                     requests.append(Request(_filled(prompt, **_texts(question, turn), **texts), OPTIONS))
     tally = Tally()
-    found: list[Winner | None] = []
-    found += tally.read(judge.ask(requests, "MT-Bench, pairs"), read_winner)
-    results = [outcome(a, b) for a, b in zip(found[::2], found[1::2], strict=True)]
+    winners: list[Winner | None] = []
+    winners += tally.read(judge.ask(requests, "MT-Bench, pairs"), read_winner)
+    results = [outcome(a, b) for a, b in zip(winners[::2], winners[1::2], strict=True)]
     wins, losses = results.count("win"), results.count("loss")
     inconsistent = results.count("inconsistent")
     ties = results.count("tie") + inconsistent
     total = wins + losses + ties
     share = {"win": 1.0, "loss": 0.0, "tie": 0.5, "inconsistent": 0.5}
-    by_answer = {key: share[result] for key, result in zip(asked, results, strict=True) if result}
+    by_answer = {key: share[result] for key, result in zip(keys, results, strict=True) if result}
     rate = (wins + ties / 2) / total if total else float("nan")
     return Pairs(wins, losses, ties, inconsistent, rate, by_answer, asdict(tally))
 
@@ -260,5 +260,7 @@ def _both(question: Question, turn: int, a: Said, b: Said) -> dict[str, str]:
     if not turn:
         return {"answer_a": a[question.id, 0].text, "answer_b": b[question.id, 0].text}
     return {
-        f"answer_{x}_{i + 1}": said[question.id, i].text for x, said in (("a", a), ("b", b)) for i in (0, 1)
+        f"answer_{x}_{i + 1}": answers[question.id, i].text
+        for x, answers in (("a", a), ("b", b))
+        for i in (0, 1)
     }

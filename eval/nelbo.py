@@ -82,9 +82,9 @@ def bounds(
     parts: list[list[float]] = [[] for _ in rows]
     greedy = [True] * len(rows)
     for i in range(0, len(jobs), batch_size):
-        some = jobs[i : i + batch_size]
-        for job, found in zip(some, _looked_at(model, rows, some), strict=True):
-            for row, (nats, right) in zip(job.owners, found, strict=True):
+        chunk = jobs[i : i + batch_size]
+        for job, compared in zip(chunk, _looked_at(model, rows, chunk), strict=True):
+            for row, (nats, right) in zip(job.owners, compared, strict=True):
                 if len(job.cells) == len(rows[row][1]):
                     greedy[row] = right
                     parts[row].insert(0, job.weight * nats)
@@ -97,7 +97,7 @@ def bounds(
 
 
 def _few(n: int, draws: int) -> bool:
-    """Whether there are no more sets of n cells than draws."""
+    """True when there are no more sets of n cells than draws."""
     return n <= draws.bit_length() and 2**n - 1 <= max(draws, 1)
 
 
@@ -109,8 +109,8 @@ def _jobs(rows: Sequence[Pair], draws: int, seed: int) -> Iterator[_Job]:
             blank.setdefault((tuple(prompt), len(answer)), []).append(row)
     for (prompt, n), owners in blank.items():
         yield _Job(owners, list(range(n)), 1 / n)
-        some = _all_sets(n) if _few(n, draws) else _drawn_sets(n, draws, key_of("nelbo", seed, repr(prompt)))
-        for cells, weight in some:
+        sets = _all_sets(n) if _few(n, draws) else _drawn_sets(n, draws, key_of("nelbo", seed, repr(prompt)))
+        for cells, weight in sets:
             yield from (_Job([row], cells, weight) for row in owners)
 
 
@@ -149,12 +149,12 @@ def _looked_at(model: Any, rows: Sequence[Pair], jobs: Sequence[_Job]) -> list[l
         ids[row, len(prompt) + torch.tensor(job.cells)] = int(model.config.mask_token_id)
     lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in shown])
     hidden = model.hidden(ids, places < lengths[:, None])
-    found = []
+    compared = []
     for row, (job, (prompt, _)) in enumerate(zip(jobs, shown, strict=True)):
         cells = torch.tensor(job.cells)
         truth = torch.tensor([[rows[owner][1][i] for owner in job.owners] for i in job.cells])
-        found.append(_compared(model, hidden[row, len(prompt) + cells], truth))
-    return found
+        compared.append(_compared(model, hidden[row, len(prompt) + cells], truth))
+    return compared
 
 
 def _compared(model: Any, hidden: torch.Tensor, truth: torch.Tensor) -> list[tuple[float, bool]]:

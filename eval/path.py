@@ -1,4 +1,4 @@
-"""What the path of a decoder costs: decoding that is told the answer.
+"""Cost of a decoder's path: decoding that is told the answer.
 
 Tokens that are written in one call are drawn independently of each other, and tokens far from what is known
 are drawn from a vague distribution. Both lose likelihood, and a decoder that spares the one pays the other.
@@ -29,7 +29,7 @@ _NO_TRUTH = -1
 
 @dataclass(frozen=True)
 class PathCost:
-    """What writing one answer along one path of a decoder costs."""
+    """Cost of writing one answer along one path of a decoder."""
 
     nats: list[float]
     """For each token of the answer, its end token included: -log p(token | what was written before)."""
@@ -84,22 +84,22 @@ def path_costs(
         raise ConfigError(
             f"decoder {decoder.name!r} ranks positions by the token that it draws there; give temperature=0"
         )
-    several = iter(rows)
-    while some := list(itertools.islice(several, batch_size)):
-        yield from _batch(model, some, plan, seed)
+    remaining = iter(rows)
+    while chunk := list(itertools.islice(remaining, batch_size)):
+        yield from _batch(model, chunk, plan, seed)
 
 
 @torch.inference_mode()
 def _batch(
     model: Denoiser, rows: Sequence[tuple[Sequence[int], Sequence[int]]], plan: Plan, seed: int
 ) -> Iterator[PathCost]:
-    made: list[Row] = []
+    masked_rows: list[Row] = []
     for prompt, answer in rows:
         room = min(plan.tokens, plan.positions - len(prompt))
         if len(answer) > room:
             raise ConfigError(f"an answer of {len(answer)} tokens does not fit: there is room for {room}")
-        made.append(Row([*prompt, *[plan.mask_id] * room], len(prompt)))
-    canvas = make_canvas(made, [seed] * len(made), plan)
+        masked_rows.append(Row([*prompt, *[plan.mask_id] * room], len(prompt)))
+    canvas = make_canvas(masked_rows, [seed] * len(masked_rows), plan)
     truth = torch.full(canvas.ids.shape, _NO_TRUTH)
     for true_ids, (prompt, answer) in zip(truth, rows, strict=True):
         true_ids[len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)

@@ -1,4 +1,4 @@
-"""How much likelihood each way of decoding leaves: the paths of several decoders to the same true answers."""
+"""Likelihood that ways of decoding leave: the paths of several decoders to the same true answers."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ def held_out(
     """
     rows = load_rows(source)
     encoded, _ = encode_rows(rows.select(range(max(len(rows) - last, 0), len(rows))), tokenizer, room)
-    whole = (row for row in encoded if row["input_ids"][-1] == tokenizer.eos_token_id)
+    complete = (row for row in encoded if row["input_ids"][-1] == tokenizer.eos_token_id)
     pairs = [
-        (row["input_ids"][: row["prompt_length"]], row["input_ids"][row["prompt_length"] :]) for row in whole
+        (row["input_ids"][: row["prompt_length"]], row["input_ids"][row["prompt_length"] :])
+        for row in complete
     ]
     pairs = [(prompt, answer) for prompt, answer in pairs if len(answer) <= tokens]
     if not pairs:
@@ -75,7 +76,7 @@ class PathRun:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What tells runs of one folder apart; of a model that has changed, the new one stays."""
+        """Key that tells runs of one folder apart; of a model that has changed, the new one stays."""
         return self.model, self.line, self.pace
 
     @property
@@ -102,15 +103,17 @@ def differences(runs: Sequence[PathRun]) -> Table:
     """
     rows = []
     for i, run in enumerate(runs):
-        for other in runs[:i]:
-            level = run.pace == other.pace or abs(math.log(run.calls / other.calls)) < math.log(1 + LEVEL)
-            told = level if run.model == other.model else (run.line, run.pace) == (other.line, other.pace)
-            if told and run.lengths == other.lengths:
-                before, after = ([cost.total for cost in each.costs] for each in (other, run))
+        for second in runs[:i]:
+            level = run.pace == second.pace or abs(math.log(run.calls / second.calls)) < math.log(1 + LEVEL)
+            comparable = (
+                level if run.model == second.model else (run.line, run.pace) == (second.line, second.pace)
+            )
+            if comparable and run.lengths == second.lengths:
+                before, after = ([cost.total for cost in each.costs] for each in (second, run))
                 difference, p = paired_test(before, after)
                 length = sum(len(cost.nats) for cost in run.costs) / len(run.costs)
                 shown = "< 0.001" if p < 0.001 else f"{p:.3f}"
-                rows.append([_name(run), _name(other), f"{difference / length:+.3f}", shown])
+                rows.append([_name(run), _name(second), f"{difference / length:+.3f}", shown])
     return Table("Differences", ["", "against", "nats per token", "p"], rows)
 
 
@@ -140,13 +143,16 @@ def draw(runs: Sequence[PathRun]) -> Any:
     panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for panel, model in zip(panels, models, strict=True):
         for i, line in enumerate(lines):
-            some = sorted((r for r in runs if (r.model, r.line) == (model, line)), key=lambda run: run.calls)
+            points = sorted(
+                (r for r in runs if (r.model, r.line) == (model, line)), key=lambda run: run.calls
+            )
             colour, marker, dashes = LOOKS[i % len(LOOKS)]
-            found = [run.nats for run in some]
-            error = [[e.mean - e.low for e in found], [e.high - e.mean for e in found]]
+            estimates = [run.nats for run in points]
+            error = [[e.mean - e.low for e in estimates], [e.high - e.mean for e in estimates]]
             panel.errorbar(
-                [run.calls for run in some], [e.mean for e in found], yerr=error, label=line, color=colour,
-                marker=marker, linestyle=dashes, markersize=5, linewidth=1.3, capsize=2, elinewidth=0.8,
+                [run.calls for run in points], [e.mean for e in estimates], yerr=error, label=line,
+                color=colour, marker=marker, linestyle=dashes,
+                markersize=5, linewidth=1.3, capsize=2, elinewidth=0.8,
             )  # fmt: skip
         panel.set_title(model, fontsize=10, loc="left")
         panel.set_xlabel("model calls per answer")
@@ -165,7 +171,7 @@ def _section(table: Table) -> str:
 
 
 class PathFolder:
-    """Where paths are kept: paths.json, renewed after each run, and in the end paths.md and paths.svg.
+    """Folder of paths: paths.json, renewed after each run, and in the end paths.md and paths.svg.
 
     Args:
         folder: of the three.
@@ -178,17 +184,17 @@ class PathFolder:
         self.runs = self._load()
 
     def _load(self) -> dict[tuple[str, str, str], PathRun]:
-        """What was measured before under the same settings.
+        """Earlier runs under the same settings.
 
         Raises:
             DataError: when the file is not one of ours.
         """
         try:
-            known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
-            if known.get("settings") != self.settings:
+            stored = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
+            if stored.get("settings") != self.settings:
                 return {}
             runs = [
-                PathRun(**{**run, "costs": [PathCost(**c) for c in run["costs"]]}) for run in known["runs"]
+                PathRun(**{**run, "costs": [PathCost(**c) for c in run["costs"]]}) for run in stored["runs"]
             ]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{self.file}: not what `dlm eval path` writes ({error!r})") from error

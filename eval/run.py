@@ -33,7 +33,7 @@ BAND = ("usual_mean", "usual_deviation")
 
 @dataclass(frozen=True)
 class Card:
-    """What was asked of whom, and how; written to run.json.
+    """Task, system and settings of a run; written to run.json.
 
     Attributes:
         task: its name.
@@ -63,7 +63,7 @@ class Card:
         return f"{self.system}, {self.label}" if self.label else self.system
 
     def folder(self, output: str | Path) -> Path:
-        """Where the run is: in `output`, whatever its name."""
+        """Folder of the run: in `output`, whatever its name."""
         name = re.sub(r"[^\w.=,-]+|^\.+", "_", self.name.replace(", ", "+"))
         return Path(output) / self.task / (name or "_")
 
@@ -93,7 +93,7 @@ class Results:
             card = Card(**json.loads((folder / "run.json").read_text(encoding="utf-8")))
             metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             measured = {key: _numbers(row) for key, row in metrics["answers"].items()}
-            whole = _numbers(metrics["whole"])
+            overall = _numbers(metrics["whole"])
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(f"{folder}: not a finished run of `dlm eval` ({error!r})") from error
         verdicts = load_verdicts(folder)
@@ -101,9 +101,9 @@ class Results:
             for key, value in verdict.by_answer.items():
                 if key in measured:
                     measured[key][verdict.measure] = value
-        said = AnswerFile(folder / "answers.jsonl").read()
-        answers = {key: answer for key, answer in said.items() if f"{key[0]}/{key[1]}" in measured}
-        return cls(folder.resolve(), card, answers, measured, summary(measured), whole, verdicts)
+        stored = AnswerFile(folder / "answers.jsonl").read()
+        answers = {key: answer for key, answer in stored.items() if f"{key[0]}/{key[1]}" in measured}
+        return cls(folder.resolve(), card, answers, measured, summary(measured), overall, verdicts)
 
 
 def comparable(runs: Sequence[Results]) -> list[Results]:
@@ -147,7 +147,7 @@ def _numbers(row: Mapping[str, float | None]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge said of a run; a file of its folder `verdicts`.
+    """Verdict of a judge on a run; a file of its folder `verdicts`.
 
     Attributes:
         method: of `dlm eval judge`.
@@ -178,31 +178,31 @@ def load_verdicts(folder: Path) -> list[Verdict]:
     Raises:
         DataError: naming a file that is none.
     """
-    found = []
+    verdicts = []
     for file in sorted((folder / "verdicts").glob("*.json")):
         try:
             verdict = Verdict(**json.loads(file.read_text(encoding="utf-8")))
-            found.append(
+            verdicts.append(
                 replace(verdict, by_answer=_numbers(verdict.by_answer), figures=dict(verdict.figures))
             )
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{file}: not a verdict of `dlm eval judge` ({error})") from error
-    return found
+    return verdicts
 
 
-def representatives(runs: Sequence[Results], most: int) -> list[Results]:
+def representatives(runs: Sequence[Results], limit: int) -> list[Results]:
     """One run of each system and decoder, that of middling cost; so many, of all systems in turn."""
     kinds: dict[tuple[str, str], list[Results]] = {}
     for run in runs:
         kinds.setdefault((run.card.system, run.card.decoder or run.card.label), []).append(run)
     turns: dict[str, int] = {}
-    found: list[tuple[int, int, Results]] = []
-    for (system, _), some in kinds.items():
-        some.sort(key=lambda run: sum(answer.model_calls for answer in run.answers.values()))
+    middles: list[tuple[int, int, Results]] = []
+    for (system, _), kind_runs in kinds.items():
+        kind_runs.sort(key=lambda run: sum(answer.model_calls for answer in run.answers.values()))
         turns[system] = turns.get(system, 0) + 1
-        found.append((turns[system], len(found), some[len(some) // 2]))
-    chosen = sorted(found, key=lambda entry: entry[:2])[:most]
-    return [run for _, _, run in sorted(chosen, key=lambda entry: entry[1])]
+        middles.append((turns[system], len(middles), kind_runs[len(kind_runs) // 2]))
+    picked = sorted(middles, key=lambda entry: entry[:2])[:limit]
+    return [run for _, _, run in sorted(picked, key=lambda entry: entry[1])]
 
 
 def open_run(folder: Path, card: Card) -> None:
@@ -242,46 +242,46 @@ def answer_all(
         share: number of this process, and how many there are.
     """
     rank, count = share
-    known = AnswerFile(folder / "answers.jsonl").read()
+    earlier = AnswerFile(folder / "answers.jsonl").read()
     part = AnswerFile(folder / f"part-{rank}.jsonl")
-    generate(questions[rank::count], system, part, known, card.name, quiet=rank > 0)
+    generate(questions[rank::count], system, part, earlier, card.name, quiet=rank > 0)
 
 
 def merge(folder: Path, questions: Sequence[Question]) -> dict[tuple[str, int], Answer]:
     """Put the answers of all processes into one file, in the order of the questions."""
-    whole = AnswerFile(folder / "answers.jsonl")
-    said = whole.read()
+    file = AnswerFile(folder / "answers.jsonl")
+    answers = file.read()
     parts = sorted(folder.glob("part-*.jsonl"))
     for part in parts:
-        said |= AnswerFile(part).read()
+        answers |= AnswerFile(part).read()
     order = {question.id: i for i, question in enumerate(questions)}
-    ordered = sorted(said.values(), key=lambda a: (order.get(a.id, len(order)), a.turn))
+    ordered = sorted(answers.values(), key=lambda a: (order.get(a.id, len(order)), a.turn))
     if parts:
-        whole.write(ordered)
+        file.write(ordered)
         for part in parts:
             part.unlink()
-    found = {answer.key: answer for answer in ordered if answer.id in order}
-    check(questions, found, str(folder))
-    return found
+    merged = {answer.key: answer for answer in ordered if answer.id in order}
+    check(questions, merged, str(folder))
+    return merged
 
 
 def finish(
     folder: Path,
     card: Card,
     questions: Sequence[Question],
-    said: Mapping[tuple[str, int], Answer],
+    answers: Mapping[tuple[str, int], Answer],
     instruments: Instruments,
 ) -> None:
     """Measure the answers, and write them in the formats of the official tools."""
-    write_json(folder / "model_outputs.json", model_outputs(questions, said, card.name))
+    write_json(folder / "model_outputs.json", model_outputs(questions, answers, card.name))
     name = re.sub(r"[^\w.=,-]+", "_", card.name)
-    write_lines(folder / "model_answer" / f"{name}.jsonl", model_answers(questions, said, name))
-    measured = measure(card.task, questions, dict(said), instruments, card.name)
-    texts = [answer.text for answer in said.values()]
-    whole = {"seconds": sum(answer.seconds for answer in said.values())}
+    write_lines(folder / "model_answer" / f"{name}.jsonl", model_answers(questions, answers, name))
+    measured = measure(card.task, questions, dict(answers), instruments, card.name)
+    texts = [answer.text for answer in answers.values()]
+    overall = {"seconds": sum(answer.seconds for answer in answers.values())}
     for n in (1, 2, 3):
-        whole[f"distinct_{n}"] = distinct(texts, n)
-        whole[f"distinct_{n}_around"] = distinct_around(texts, n)
+        overall[f"distinct_{n}"] = distinct(texts, n)
+        overall[f"distinct_{n}_around"] = distinct_around(texts, n)
     if instruments.band is not None:
-        whole |= dict(zip(BAND, (instruments.band.mean, instruments.band.deviation), strict=True))
-    write_json(folder / "metrics.json", without_nan({"whole": whole, "answers": measured}))
+        overall |= dict(zip(BAND, (instruments.band.mean, instruments.band.deviation), strict=True))
+    write_json(folder / "metrics.json", without_nan({"whole": overall, "answers": measured}))

@@ -1,4 +1,4 @@
-"""How sure a mean is, and whether two systems differ: intervals, and the paired permutation test."""
+"""Intervals of means, and the paired permutation test of two systems."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def estimate(
         level: of the interval.
     """
     x = np.asarray(values, dtype=float)
-    known = ~np.isnan(x)
-    if not known.any():
+    finite = ~np.isnan(x)
+    if not finite.any():
         return Estimate(math.nan, math.nan, math.nan, 0)
     names = np.arange(len(x)).astype(str) if groups is None else np.asarray(groups)
-    _, owner = np.unique(names[known], return_inverse=True)
-    sums, counts = np.bincount(owner, x[known]), np.bincount(owner)
-    mean, n = float(x[known].mean()), len(sums)
+    _, owner = np.unique(names[finite], return_inverse=True)
+    sums, counts = np.bincount(owner, x[finite]), np.bincount(owner)
+    mean, n = float(x[finite].mean()), len(sums)
     if n < FEWEST:
         return Estimate(mean, math.nan, math.nan, n)
     variance = float(((sums - mean * counts) ** 2).sum()) / counts.sum() ** 2  # of the mean, times (n-1)/n
@@ -108,7 +108,7 @@ def jackknife(values: Sequence[float], level: float = 0.95) -> float:
 def paired_test(
     first: Sequence[float], second: Sequence[float], draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Whether two systems differ on the same questions: mean difference (second - first), and p-value.
+    """Mean difference of two systems on the same questions (second - first), and its p-value.
 
     Two-sided permutation test: under the null hypothesis every difference may have either sign. All signs
     are enumerated where there are no more than `draws` of them. Pairs with a NaN are left out.

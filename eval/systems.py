@@ -104,11 +104,11 @@ class Autoregressive:
             )["input_ids"].to(self.model.device)
             torch.manual_seed(int(key_of(self.seed, json.dumps(talk))) % 2**63)
             with torch.inference_mode():
-                whole = self.model.generate(
+                generated = self.model.generate(
                     ids, attention_mask=torch.ones_like(ids), **self.rule,
                     max_new_tokens=self.max_tokens, pad_token_id=self.tokenizer.eos_token_id,
                 )  # fmt: skip
-            new = whole[0, ids.shape[1] :].tolist()
+            new = generated[0, ids.shape[1] :].tolist()
             ended = bool(new) and new[-1] == self.tokenizer.eos_token_id
             text = self.tokenizer.decode(new, skip_special_tokens=True)
             yield Reply(text, len(new) - ended, "stop" if ended else "length", len(new), len(new))
@@ -233,16 +233,18 @@ class Connection:
         named.pop("", None)
         return named
 
-    def _learn(self, message: str, sent: dict[str, Any]) -> bool:
-        """Whether a refusal names a setting that was sent and can be had otherwise from now on."""
+    def _learn(self, message: str, request: dict[str, Any]) -> bool:
+        """True when a refusal names a setting that was sent and can be had otherwise from now on."""
         for name, other in (("max_tokens", "max_completion_tokens"), ("temperature", ""), ("seed", "")):
             refused = re.search(rf"\b{name}\b", message) is not None and (not other or other in message)
-            if not refused or name not in sent:
+            if not refused or name not in request:
                 continue
             if name not in self.instead:  # else another thread has learnt it while this one was under way
                 self.instead[name] = other
-                what = f"takes {other} in place of {name}" if other else f"refuses {name}, which is left out"
-                logger.warning("%s %s", self.client.base_url, what)
+                change = (
+                    f"takes {other} in place of {name}" if other else f"refuses {name}, which is left out"
+                )
+                logger.warning("%s %s", self.client.base_url, change)
             return True
         return False
 
@@ -265,12 +267,12 @@ def client(url: str, timeout: float = 120.0, retries: int = 6) -> Connection:
         raise ConfigError("OPENAI_API_KEY is not set, and no URL of another endpoint was given")
     for name in ("httpx", "httpx2", "openai"):  # a line for each request
         logging.getLogger(name).setLevel(logging.WARNING)
-    made = openai.OpenAI(api_key=key, base_url=url or None, timeout=timeout, max_retries=retries)
-    return Connection(made)
+    connected = openai.OpenAI(api_key=key, base_url=url or None, timeout=timeout, max_retries=retries)
+    return Connection(connected)
 
 
 def fingerprint(path: str) -> str:
-    """What tells a checkpoint from others: a hash of its files, or of its name if it is not on disk.
+    """Fingerprint of a checkpoint: a hash of its files, or of its name if it is not on disk.
 
     One that comes with the package is on disk: a later version of it is another model.
     """

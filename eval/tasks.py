@@ -34,7 +34,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """Where questions come from and how rows are read.
+    """Source of questions, and the reading of their rows.
 
     Attributes:
         summary: one line for people.
@@ -95,7 +95,7 @@ def _arena(row: dict[str, Any], index: int) -> Question:
 
 
 def _any(row: Any, index: int) -> Question:
-    """Whatever `dlm generate --file` reads."""
+    """Questions from any file that `dlm generate --file` reads."""
     if isinstance(row, str):
         return Question(str(index), (row,))
     if isinstance(row.get("turns"), list):

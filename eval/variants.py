@@ -35,9 +35,9 @@ class Variant:
         """Short, and fit for a folder's name."""
         return ",".join(part for part in self.split("default") if part)
 
-    def split(self, own: str) -> tuple[str, str]:
-        """Decoder with options, and pace; `own` is what the checkpoint's decoder is called."""
-        return ",".join([self.decoder or own, *_told(self.options)]), ",".join(_told(self.pace))
+    def split(self, default: str) -> tuple[str, str]:
+        """Decoder with options, and pace; `default` is what the checkpoint's decoder is called."""
+        return ",".join([self.decoder or default, *_told(self.options)]), ",".join(_told(self.pace))
 
     def request(self, **common: Any) -> Request:
         """The request for the sampler, with further fields."""
@@ -58,7 +58,7 @@ def parse_decoders(text: str) -> list[tuple[str, dict[str, Any]]]:
     Raises:
         ConfigError: for what cannot be read.
     """
-    found = []
+    decoders = []
     for part in re.split(r",(?![^(]*\))", text) if text else [""]:
         shape = re.fullmatch(r"\s*([\w-]*)\s*(?:\((.*)\))?\s*", part)
         if shape is None or (text and not shape[1]):
@@ -69,8 +69,8 @@ def parse_decoders(text: str) -> list[tuple[str, dict[str, Any]]]:
             if not equals:
                 raise ConfigError(f"decoders: {pair!r} is not option=number")
             options[name.strip()] = number(value, name.strip())
-        found.append((shape[1], options))
-    return found
+        decoders.append((shape[1], options))
+    return decoders
 
 
 def number(text: str, name: str, window: int = 0) -> int | float:
@@ -132,8 +132,8 @@ def variants(
     values, cuts = whole(listed(kernel, "kernel", window), "kernel"), whole(listed(top_k, "top_k"), "top_k")
     sizes = list(zip(values, ("L" in part for part in kernel.split(",")), strict=False))
     for name, options in parse_decoders(decoders):
-        for more, pace in itertools.product(_options(name, sizes, cuts), paces):
-            variant = Variant(name, {**more, **options}, pace)
+        for size_options, pace in itertools.product(_options(name, sizes, cuts), paces):
+            variant = Variant(name, {**size_options, **options}, pace)
             variant.request()
             if variant not in out:
                 out.append(variant)
@@ -169,13 +169,13 @@ def _options(name: str, sizes: Sequence[tuple[int, bool]], cuts: Sequence[int]) 
 
     if name and name not in PRESETS:
         raise unknown_name("decoder", name, PRESETS)
-    known = PRESETS[name].options if name else {}
-    own = next((x for x in SIZES if known.get(x, 0) != 0), None)
+    defaults = PRESETS[name].options if name else {}
+    size_name = next((x for x in SIZES if defaults.get(x, 0) != 0), None)
     for size, cut in itertools.product([*sizes] if sizes else [None], [*cuts] if cuts else [None]):
         options: dict[str, Any] = {}
-        if size is not None and own:
+        if size is not None and size_name:
             value, share = size
-            options[own] = value | 1 if share and own == "kernel_size" else value
-        if cut is not None and "top_k" in known and known["top_k"] != 0:
+            options[size_name] = value | 1 if share and size_name == "kernel_size" else value
+        if cut is not None and "top_k" in defaults and defaults["top_k"] != 0:
             options["top_k"] = cut
         yield options

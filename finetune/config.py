@@ -82,7 +82,7 @@ SCHEDULES = ("log-linear", "cosine")
 
 @dataclass(frozen=True)
 class ModelConfig(StartConfig):
-    """Where the first weights come from.
+    """Source of the first weights.
 
     Args:
         init: causal LM (folder, hub id or .gguf; Llama, Mistral, Qwen2, Qwen3, GPT-2) or diffusion checkpoint
@@ -121,7 +121,7 @@ class ModelConfig(StartConfig):
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What every training run is told.
+    """Settings of every training run.
 
     Args:
         output_dir: folder of the run: checkpoints, logs, curve, samples, and the final model.
@@ -226,7 +226,7 @@ class TrainConfig(RunConfig):
 
 @dataclass(frozen=True)
 class NegativeConfig:
-    """How negatives are made; a rule with weight 0 is off, weights need not add up to 1.
+    """Settings of negatives; a rule with weight 0 is off, weights need not add up to 1.
 
     Args:
         left: weight of the rule that repeats the tokens before the masked cells.

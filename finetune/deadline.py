@@ -32,7 +32,7 @@ class Deadline(TrainerCallback):  # type: ignore[misc]
 
     @property
     def seconds(self) -> float:
-        """How long the run has trained, earlier parts included."""
+        """Seconds of training, earlier parts of the run included."""
         return self.before + time.monotonic() - self.since
 
     def pace(self, step: int) -> float:

@@ -57,7 +57,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Material:
-    """What a rule makes its units from."""
+    """Inputs of a rule, of which it makes its units."""
 
     ids: torch.Tensor
     """[B, L] int64, clean rows."""
@@ -107,8 +107,8 @@ _NEEDS_LEFT, _NEEDS_RIGHT = ("left", "mixed"), ("right",)
 
 def _gather(ids: torch.Tensor, start: torch.Tensor, width: int) -> torch.Tensor:
     """[B, width]: the tokens of each row from `start` [B] on (the row's ends are repeated beyond them)."""
-    at = start[:, None] + torch.arange(width, device=ids.device)
-    return ids.gather(1, at.clamp(0, ids.shape[1] - 1))
+    index = start[:, None] + torch.arange(width, device=ids.device)
+    return ids.gather(1, index.clamp(0, ids.shape[1] - 1))
 
 
 class _Draws:
@@ -177,8 +177,8 @@ def make_negative(
     real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
     draws = _Draws(key)
     layout = _layout(prompt_length, length, real, draws, rules)
-    chosen = _choose(draws("rule"), layout, rules)
-    units, size = _units(ids, layout, chosen, draws, rules, frequent, frequent_counts)
+    rule = _choose(draws("rule"), layout, rules)
+    units, size = _units(ids, layout, rule, draws, rules, frequent, frequent_counts)
     position = torch.arange(ids.shape[1], device=ids.device)
     phase = draws.integer("phase", 0, size - 1)
     place = torch.remainder(position - layout.origin[:, None] + phase[:, None], size[:, None])
@@ -189,7 +189,7 @@ def make_negative(
         noisy_ids=torch.where(layout.masked, mask_id, ids),
         targets=torch.where(layout.masked & answered, ids, IGNORE),
         rejected=torch.where(layout.span & (wrong != ids), wrong, IGNORE),
-        rule=chosen,
+        rule=rule,
     )
 
 
@@ -241,14 +241,14 @@ def _choose(u: torch.Tensor, layout: Layout, rules: NegativeConfig) -> torch.Ten
         if name in _NEEDS_RIGHT:
             weight[:, i] *= layout.right_room > 0
     share = weight.cumsum(1)
-    chosen = (u[:, None] * share[:, -1:] >= share).sum(1).clamp(max=len(RULES) - 1)
-    return torch.where(share[:, -1] > 0, chosen, list(RULES).index("run"))
+    rule = (u[:, None] * share[:, -1:] >= share).sum(1).clamp(max=len(RULES) - 1)
+    return torch.where(share[:, -1] > 0, rule, list(RULES).index("run"))
 
 
 def _units(
     ids: torch.Tensor,
     layout: Layout,
-    chosen: torch.Tensor,
+    rule_index: torch.Tensor,
     draws: _Draws,
     rules: NegativeConfig,
     frequent: torch.Tensor,
@@ -256,23 +256,23 @@ def _units(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Units [B, G] of the chosen rules, and how many of their tokens are used [B]."""
     names = list(RULES)
-    room = torch.full_like(chosen, rules.unit_max)
+    room = torch.full_like(rule_index, rules.unit_max)
     for name in (*_NEEDS_LEFT, *_NEEDS_RIGHT):
         limit = layout.right_room if name in _NEEDS_RIGHT else layout.left_room
-        room = torch.where(chosen == names.index(name), torch.minimum(room, limit), room)
+        room = torch.where(rule_index == names.index(name), torch.minimum(room, limit), room)
     size = draws.integer("unit", 1, room.clamp(min=1))
     table = _frequent(draws.table(0, rules.unit_max), frequent.to(ids.device), counts)
     material = Material(ids, layout, size, table, draws.table(1, rules.unit_max) < 0.5)
     units = torch.stack([rule(material) for rule in RULES.values()])  # [R, B, G]
-    return units[chosen, torch.arange(len(ids), device=ids.device)], size
+    return units[rule_index, torch.arange(len(ids), device=ids.device)], size
 
 
 def _frequent(u: torch.Tensor, frequent: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
     """Uniform numbers [B, G] -> high-prior tokens [B, G], in proportion to their counts."""
     weight = torch.ones(len(frequent), device=u.device) if counts is None else counts.to(u.device)
     share = weight.double().cumsum(0)
-    at = torch.searchsorted(share, u.double() * share[-1], right=True)
-    return frequent[at.clamp(max=len(frequent) - 1)]
+    index = torch.searchsorted(share, u.double() * share[-1], right=True)
+    return frequent[index.clamp(max=len(frequent) - 1)]
 
 
 def _early_eos(

@@ -191,10 +191,11 @@ class R2FTTrainer(DiffusionTrainer):
             with torch.no_grad(), self._as_reference(model) as frozen:
                 held = (self._logp(frozen, inputs, cells) * weight).sum(1)
             reference = {"reference_w": held[:, 0], "reference_l": held[:, 1]}
-        own = self.objective
+        objective = self.objective
         loss = r2ft_row_loss(
             total[:, 0], n[:, 0], total[:, 1], n[:, 1],
-            beta_w=own.beta_w, beta_l=own.beta_l, gamma=own.gamma, beta_a=own.beta_a, **reference,
+            beta_w=objective.beta_w, beta_l=objective.beta_l, gamma=objective.gamma,
+            beta_a=objective.beta_a, **reference,
         )  # fmt: skip
         true, wrong = mean_logp(logp.detach().sum(1), n).unbind(1)
         figures = torch.stack([true, wrong, true - wrong, (true > wrong).float()], dim=1)
@@ -243,11 +244,11 @@ class R2FTTrainer(DiffusionTrainer):
 
     def metrics(self, sums: torch.Tensor, rows: int) -> dict[str, float]:
         """NELBO as in SFT; beside it the R2FT loss and figures over the validation rows."""
-        own = (sums[2:] / sums[-1]).tolist()
+        means = (sums[2:] / sums[-1]).tolist()
         return {
             **super().metrics(sums[:2], rows),
-            "r2ft": own[0],
-            **dict(zip(FIGURES, own[1:], strict=False)),
+            "r2ft": means[0],
+            **dict(zip(FIGURES, means[1:], strict=False)),
         }
 
 

@@ -89,7 +89,7 @@ class Stage(Generic[Config]):
         """Take the weights that the run is to end with; the last ones, if nothing is done."""
 
     def record(self) -> dict[str, Any]:
-        """What is written into the model's configuration beside the data and the optimiser."""
+        """Fields for the model's configuration beside the data and the optimiser."""
         return {"objective": self.objective, "init": self.start.init or "random weights"}
 
     def trainer(self, model: Any, prior: TokenPrior, **common: Any) -> DiffusionTrainer:
@@ -100,7 +100,7 @@ class Stage(Generic[Config]):
     def callbacks(
         self, trainer: DiffusionTrainer, tokenizer: PreTrainedTokenizerBase, held_out: Dataset, run: RunFolder
     ) -> Iterable[TrainerCallback]:
-        """What looks on at each validation."""
+        """Callbacks of each validation."""
         raise NotImplementedError
 
 
@@ -191,18 +191,18 @@ def validation_set(
     Raises:
         DataError: when none of them can be used.
     """
-    seen = held_out.select(range(min(config.eval_rows or len(held_out), len(held_out))))
-    if not len(seen):
+    subset = held_out.select(range(min(config.eval_rows or len(held_out), len(held_out))))
+    if not len(subset):
         return None
     try:
-        return encode_rows(seen, tokenizer, config.data.window)[0]
+        return encode_rows(subset, tokenizer, config.data.window)[0]
     except DataError as error:
-        told = f"{config.data.source}: of the validation rows (the last {len(held_out)}), {error}"
+        problem = f"{config.data.source}: of the validation rows (the last {len(held_out)}), {error}"
         if config.eval_steps:
             raise DataError(
-                f"{told}; choose a longer --data.window, other --data.validation_rows, or --eval_steps 0"
+                f"{problem}; choose a longer --data.window, other --data.validation_rows, or --eval_steps 0"
             ) from error
-        logger.warning("%s; the run goes on without them", told)
+        logger.warning("%s; the run goes on without them", problem)
         return None
 
 
@@ -291,7 +291,7 @@ def accumulation(config: RunConfig, resume_from: Path | None, processes: int) ->
 
 
 def collator(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> WindowCollator:
-    """What makes windows of encoded rows."""
+    """Collator that makes windows of encoded rows."""
     return WindowCollator(
         eos_token_id=int(tokenizer.eos_token_id),
         window=data.window,
@@ -345,10 +345,10 @@ def training_arguments(config: RunConfig, evaluate: bool) -> TrainingArguments:
         "save_strategy": "steps",
         **_precision(config.precision),
     }
-    known = {f.name for f in fields(TrainingArguments)}
+    names = {f.name for f in fields(TrainingArguments)}
     for name in config.trainer:
-        if name not in known:
-            raise unknown_name("trainer setting", name, known)
+        if name not in names:
+            raise unknown_name("trainer setting", name, names)
         if name in ours:
             raise ConfigError(
                 f"trainer.{name} is not free: the run sets it from its own options (see --help)"

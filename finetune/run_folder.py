@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """What stands in `config.output_dir`.
+    """Contents of `config.output_dir`.
 
     Args:
         config: settings of the run that is about to begin or to continue.
@@ -45,7 +45,7 @@ class RunFolder:
             raise ConfigError(f"{self.path} holds a run already; resume it or choose another output_dir")
 
     def _read(self) -> dict[str, Any]:
-        """What stands in run.json; empty if there is none."""
+        """Contents of run.json; empty if there is none."""
         if not self._file.is_file():
             return {}
         try:
@@ -68,12 +68,12 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end and its model is there."""
+        """True when the run came to its end and its model is there."""
         return bool(self._stored.get("finished"))
 
     @property
     def trained(self) -> bool:
-        """Whether the newest checkpoint is that of the last step."""
+        """True when the newest checkpoint is that of the last step."""
         state = self._state
         return bool(state) and (
             self._stored.get("stopped", False) or state["global_step"] >= state["max_steps"]

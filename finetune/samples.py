@@ -27,7 +27,7 @@ def held_out_prompts(
     trainer: DiffusionTrainer,
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
-    asked: list[Prompt] | list[str] | Dataset | EncodedRows,
+    source: list[Prompt] | list[str] | Dataset | EncodedRows,
     count: int,
 ) -> list[Prompt]:
     """The first `count` prompts that leave room for an answer; nothing for each row of plain text.
@@ -35,9 +35,11 @@ def held_out_prompts(
     Encoded rows have no text, and so no prompts.
     """
     sampler = Sampler(trainer.model, tokenizer)
-    if isinstance(asked, EncodedRows):
+    if isinstance(source, EncodedRows):
         return []
-    prompts: Iterable[Prompt] = asked if isinstance(asked, list) else (row["prompt"] or "" for row in asked)
+    prompts: Iterable[Prompt] = (
+        source if isinstance(source, list) else (row["prompt"] or "" for row in source)
+    )
     fits = (prompt for prompt in prompts if sampler.prompt_length(prompt) < config.data.window - 1)
     return list(itertools.islice(fits, count))
 
@@ -81,8 +83,8 @@ class SampleCallback(TrainerCallback):  # type: ignore[misc]
         held_out: Dataset,
     ) -> None:
         self.trainer, self.tokenizer, self.config = trainer, tokenizer, config
-        asked, count = config.samples or held_out, len(config.samples) or _DEFAULT_COUNT
-        self.prompts = held_out_prompts(trainer, tokenizer, config, asked, count)
+        source, count = config.samples or held_out, len(config.samples) or _DEFAULT_COUNT
+        self.prompts = held_out_prompts(trainer, tokenizer, config, source, count)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Decode with `conv` at the run's settings; on the main process only."""

@@ -53,13 +53,13 @@ def fine_tuned_model(config: StartConfig, prompted: bool) -> Pair:
         CheckpointError: for a model that was never fine-tuned, saying how to do it.
     """
     refuse_causal_lm(config.init)
-    how = _how(config.init)
+    advice = _how(config.init)
     model, tokenizer = load_model(config.init, device="cpu", dtype="float32")
     training = model.config.training
     if not training:
-        raise CheckpointError(f"{config.init}: its config.json records no training; {how}")
+        raise CheckpointError(f"{config.init}: its config.json records no training; {advice}")
     if prompted and training.get("template") == "plain":
-        raise CheckpointError(f"{config.init}: trained on plain text, never on instructions; {how}")
+        raise CheckpointError(f"{config.init}: trained on plain text, never on instructions; {advice}")
     return model, tokenizer
 
 
@@ -70,7 +70,7 @@ def refuse_causal_lm(path: str) -> None:
 
 
 def any_prompt(rows: Dataset | EncodedRows) -> bool:
-    """Whether rows have prompts, from the first of them."""
+    """True when rows have prompts, judged by the first of them."""
     if isinstance(rows, EncodedRows):
         return any(rows["prompt_length"][:100])
     return any(rows[:100]["prompt"])
@@ -141,11 +141,11 @@ def _from_checkpoint(config: ModelConfig) -> Pair:
         return from_causal_lm(path, template=config.template, shift=config.shift)
     model, tokenizer = load_model(config.init, device="cpu", dtype="float32")
     given = {"template": config.template, "shift": config.shift}
-    own = {"template": template_name(tokenizer), "shift": model.config.shift}
+    recorded = {"template": template_name(tokenizer), "shift": model.config.shift}
     for name, value in given.items():
-        if value not in (getattr(ModelConfig, name), own[name], "model"):
+        if value not in (getattr(ModelConfig, name), recorded[name], "model"):
             raise ConfigError(
-                f"model.{name} {value!r} is for other starts; {config.init} keeps {own[name]!r}"
+                f"model.{name} {value!r} is for other starts; {config.init} keeps {recorded[name]!r}"
             )
     logger.info(
         "%s: keeps its template (%s) and shift=%s", config.init, template_name(tokenizer), model.config.shift
@@ -154,7 +154,7 @@ def _from_checkpoint(config: ModelConfig) -> Pair:
 
 
 def _texts(rows: Dataset) -> Any:
-    """What a new tokenizer is trained on: every message and answer."""
+    """Texts that a new tokenizer is trained on: every message and answer."""
     for row in rows:
         yield from (turn["content"] for turn in row["prompt"])
         yield row["answer"]

@@ -1,9 +1,10 @@
-"""What is watched during R2FT: whether the language suffers, whether repetition and high priors recede."""
+"""The watch over R2FT: the language must not suffer; repetition and high priors should recede."""
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -128,15 +129,20 @@ def draw_r2ft(history: History, tolerance: float) -> Any:
     _points(repeated, history, "sample_stutter", GREEN, "words equal to the last", "^:")
     repeated.set(title="repetition in top-k samples", ylabel="share")
     repeated.set_ylim(bottom=0)
-    kept = kept_step(history, tolerance)
+    _mark_best((sides, margin, loss, nelbo, prior, repeated), kept_step(history, tolerance))
     for axes in (sides, margin, loss, nelbo, prior, repeated):
-        if kept is not None:
-            axes.axvline(kept, color=GREY, linewidth=0.8)
-        plain(axes)
         _legend(axes, share if axes is margin else None)
     for axes in (nelbo, prior, repeated):
         axes.set(xlabel="optimiser step")
     return figure
+
+
+def _mark_best(panels: Iterable[Any], best: float | None) -> None:
+    """Plain panels, with a line at the step whose weights are kept."""
+    for axes in panels:
+        if best is not None:
+            axes.axvline(best, color=GREY, linewidth=0.8)
+        plain(axes)
 
 
 def kept_step(history: History, tolerance: float) -> float | None:
@@ -161,8 +167,8 @@ def _legend(axes: Any, twin: Any) -> None:
     """One legend for both scales."""
     handles, labels = axes.get_legend_handles_labels()
     if twin is not None:
-        more, names = twin.get_legend_handles_labels()
-        handles, labels = handles + more, labels + names
+        twin_handles, names = twin.get_legend_handles_labels()
+        handles, labels = handles + twin_handles, labels + names
     box = (twin or axes).legend(handles, labels, fontsize=8, framealpha=0.85, edgecolor="none")
     if twin is not None:
         axes.get_legend().remove()

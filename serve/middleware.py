@@ -1,4 +1,4 @@
-"""What every request passes: an id, a line in the log, a limit of its body, a key.
+"""Middleware of every request: an id, a line in the log, a limit of its body, a key.
 
 Plain ASGI, so that streams and disconnections pass through untouched.
 """

@@ -71,20 +71,20 @@ def _turn(
     console: Any, sampler: Any, messages: list[dict[str, str]], request: Request, seed: int
 ) -> list[Any]:
     """Answer the last message; returns the conversation to go on with."""
-    kept = _fitted(sampler, messages, _room(sampler, request))
-    if len(kept) < len(messages):
+    conversation = _fitted(sampler, messages, _room(sampler, request))
+    if len(conversation) < len(messages):
         console.print(
-            f"[dim](the window is full: {len(messages) - len(kept)} old messages are forgotten)[/dim]"
+            f"[dim](the window is full: {len(messages) - len(conversation)} old messages are forgotten)[/dim]"
         )
     try:
-        text = _watch(console, sampler, kept, request, seed)
+        text = _watch(console, sampler, conversation, request, seed)
     except ConfigError as error:
         console.print(f"[red]{error}[/red]")
-        return kept[:-1]
+        return conversation[:-1]
     except KeyboardInterrupt:
         console.print("[dim](stopped; the question is forgotten)[/dim]")
-        return kept[:-1]
-    return [*kept, {"role": "assistant", "content": text}]
+        return conversation[:-1]
+    return [*conversation, {"role": "assistant", "content": text}]
 
 
 def _room(sampler: Any, request: Request) -> int:
@@ -125,8 +125,8 @@ def _watch(console: Any, sampler: Any, messages: list[dict[str, str]], request: 
     return str(event.text)
 
 
-def _counted(count: int, thing: str) -> str:
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 COMMAND = Command("talk to a trained model in the terminal", ChatConfig, run)

@@ -68,14 +68,7 @@ class InfillConfig(LoadConfig):
 
     def request(self) -> Request:
         """The part of these settings that says how to decode."""
-        return Request(
-            decoder=self.decoder,
-            options=self.options,
-            steps=self.steps,
-            rate=self.rate,
-            reuse=self.reuse,
-            refresh=self.refresh,
-        )
+        return Request.read_from(self)
 
 
 def run(config: InfillConfig) -> int:
@@ -103,8 +96,8 @@ def run(config: InfillConfig) -> int:
 
 def _length(text: str) -> tuple[int, int] | None:
     """Bounds of a gap: "4" -> (4, 4), "2-6" -> (2, 6), nothing -> None."""
-    found = LENGTH.fullmatch(text)
-    return None if found is None else (int(found[1]), int(found[2] or found[1]))
+    match = LENGTH.fullmatch(text)
+    return None if match is None else (int(match[1]), int(match[2] or match[1]))
 
 
 COMMAND = Command("fill the gaps of texts, or write words again", InfillConfig, run, positional="texts")

@@ -76,12 +76,12 @@ def first_arrivals(
     speed = speed / speed.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     time = torch.where(speed > 0, -noise.double().log() / speed, math.inf)
     first = time.amin(1, keepdim=True)
-    others = torch.where(time == first, 0.0, speed)
+    later = torch.where(time == first, 0.0, speed)
     further = torch.zeros_like(first)
     for _ in range(8):
-        left = torch.exp(-others * further)
+        left = torch.exp(-later * further)
         missing = rate - 1 - (1 - left).sum(1, keepdim=True)
-        further = further + missing / (others * left).sum(1, keepdim=True).clamp(min=1e-12)
+        further = further + missing / (later * left).sum(1, keepdim=True).clamp(min=1e-12)
     everything = (speed > 0).sum(1, keepdim=True) <= rate
     return (speed > 0) & ((time <= first + further) | everything)
 

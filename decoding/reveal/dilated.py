@@ -46,10 +46,10 @@ class Dilated(RevealRule):
         """Take the masks on the widest grid that still has some."""
         place = view.scope.cumsum(1) - 1
         size = view.scope.sum(1, keepdim=True)
-        chosen = torch.zeros_like(view.masked)
+        reveal = torch.zeros_like(view.masked)
         for j in range(1, math.ceil(math.log(max(int(size.max()), 2), self.base)) + 1):
             stride = (size // self.base**j).clamp(min=1)
             grid = view.open & (place % stride == 0)
-            chosen = torch.where(chosen.any(1, keepdim=True), chosen, grid)
-        rest = torch.where(chosen.any(1, keepdim=True), chosen, view.open)
+            reveal = torch.where(reveal.any(1, keepdim=True), reveal, grid)
+        rest = torch.where(reveal.any(1, keepdim=True), reveal, view.open)
         return Decision(rest)

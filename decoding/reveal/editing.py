@@ -59,8 +59,8 @@ class Editing(RevealRule):
         """Write confident masks and replace tokens that the model would no longer write."""
         best = ranked(view.score, view.weight, view.masked) == 0
         reveal = view.open & ((view.score >= self.tau) | best)
-        other = view.token != view.ids
-        replace = self._editable(view) & other & (view.score >= self.tau_edit)
+        differs = view.token != view.ids
+        replace = self._editable(view) & differs & (view.score >= self.tau_edit)
         return Decision(
             reveal,
             replace=replace,

@@ -63,12 +63,12 @@ class Stability(RevealRule):
         """[N, 2 + 2·TRACKED]: confidence, divergence, and the tracked tokens with their probabilities."""
         logits = tokens.allowed(logits)
         total = log_normaliser(logits)
-        now = (logits.gather(1, state["tracked"]).float() - total).exp()
+        current = (logits.gather(1, state["tracked"]).float() - total).exp()
         best = logits.topk(min(TRACKED, logits.shape[1]), dim=1)
         missing = TRACKED - best.indices.shape[1]
         ids = torch.nn.functional.pad(best.indices, (0, missing)).double()
         probability = torch.nn.functional.pad((best.values.float() - total).exp(), (0, missing)).double()
-        gap = divergence(now, state["probability"])
+        gap = divergence(current, state["probability"])
         return torch.cat(
             [choice.probability.double()[:, None], gap.double()[:, None], ids, probability], dim=1
         )
@@ -78,11 +78,11 @@ class Stability(RevealRule):
         confidence, gap = view.score[..., 0], view.score[..., 1]
         stable = torch.where(gap < self.epsilon, view.state["stable"] + 1, 0)
         best = ranked(confidence, view.weight, view.masked) == 0
-        chosen = view.open & (((confidence >= self.tau) & (stable >= self.history)) | best)
+        reveal = view.open & (((confidence >= self.tau) & (stable >= self.history)) | best)
         looked = view.open[..., None]
         tracked, probability = view.score[..., 2 : 2 + TRACKED], view.score[..., 2 + TRACKED :]
         return Decision(
-            chosen,
+            reveal,
             state={
                 "tracked": torch.where(looked, tracked.long(), view.state["tracked"]),
                 "probability": torch.where(looked, probability.float(), view.state["probability"]),
@@ -91,11 +91,11 @@ class Stability(RevealRule):
         )
 
 
-def divergence(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+def divergence(current: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """KL(now ‖ before) over k tokens and "any other", [N, k] -> [N]; infinite where `before` is all 0."""
     pairs = []
-    for probability in (now.double(), before.double()):
-        other = (1 - probability.sum(1, keepdim=True)).clamp(min=1e-12)
-        pairs.append(torch.cat([probability.clamp(min=1e-12), other], dim=1))
+    for probability in (current.double(), before.double()):
+        remainder = (1 - probability.sum(1, keepdim=True)).clamp(min=1e-12)
+        pairs.append(torch.cat([probability.clamp(min=1e-12), remainder], dim=1))
     gap = (pairs[0] * (pairs[0] / pairs[1]).log()).sum(1).clamp(min=0)
     return torch.where(before.sum(1) > 0, gap, torch.inf)

@@ -83,7 +83,7 @@ def describe(path: str) -> dict[str, Any]:
 
 
 def _adapter(path: str) -> dict[str, str]:
-    """What an adapter belongs to."""
+    """Base and size of an adapter."""
     from dlm.adapter import base_of, is_adapter
 
     return {"adapter of": base_of(path)} if is_adapter(path) else {}

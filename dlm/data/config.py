@@ -10,7 +10,7 @@ from dlm.errors import ConfigError
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where rows come from and how they become windows.
+    """Settings of the data: the source of the rows, and the windows made of them.
 
     Args:
         source: hub id (tatsu-lab/alpaca), a file (.json, .jsonl, .json.gz, .csv, .parquet) of instruction

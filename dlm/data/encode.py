@@ -30,7 +30,7 @@ _SPACE = re.compile(r"(?<=\S) (?=\S)")
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """What became of the rows; written to the run folder and printed."""
+    """Counts of rows used and dropped; written to the run folder and printed."""
 
     read: int
     kept: int
@@ -92,26 +92,26 @@ def encode_rows(
     )
     fates = encoded["fate"]
     count = {fate: sum(f == fate for f in fates) for fate in ("empty", "long_prompt", "truncated")}
-    kept = encoded.filter(
+    usable = encoded.filter(
         lambda fate: [f in ("whole", "truncated") for f in fate],
         batched=True,
         input_columns="fate",
         new_fingerprint=f"{key}-kept",
         desc="Dropping rows",
     )
-    if len(kept) == 0:
+    if len(usable) == 0:
         raise DataError(f"none of the {len(rows)} rows can be used with a window of {window} tokens")
-    report = EncodingReport(len(rows), len(kept), count["empty"], count["long_prompt"], count["truncated"])
-    return kept.remove_columns("fate"), report
+    report = EncodingReport(len(rows), len(usable), count["empty"], count["long_prompt"], count["truncated"])
+    return usable.remove_columns("fate"), report
 
 
 def _encode_batch(
     batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, window: int
 ) -> dict[str, list[Any]]:
     out: dict[str, list[Any]] = {"input_ids": [], "prompt_length": [], "length": [], "fate": []}
-    most = window * 2 * max(map(len, tokenizer.get_vocab()))  # characters that fill the window in any case
+    limit = window * 2 * max(map(len, tokenizer.get_vocab()))  # characters that fill the window in any case
     for prompt, answer in zip(batch["prompt"], batch["answer"], strict=True):
-        for ids, boundary, fate in _encode_row(prompt, answer, tokenizer, window, most):
+        for ids, boundary, fate in _encode_row(prompt, answer, tokenizer, window, limit):
             out["input_ids"].append(ids)
             out["prompt_length"].append(boundary)
             out["length"].append(len(ids))
@@ -120,20 +120,20 @@ def _encode_batch(
 
 
 def _encode_row(
-    prompt: list[dict[str, str]], answer: str, tokenizer: PreTrainedTokenizerBase, window: int, most: int
+    prompt: list[dict[str, str]], answer: str, tokenizer: PreTrainedTokenizerBase, window: int, limit: int
 ) -> list[tuple[list[int], int, str]]:
     """(ids, prompt length, fate) of each window that a row gives; one, unless it is long plain text.
 
-    Of a prompt, or an answer to one, what lies behind `most` characters is not tokenised: it has no place.
+    Of a prompt, or an answer to one, what lies behind `limit` characters is not tokenised: it has no place.
     """
     if not answer.strip():
         return [([], 0, "empty")]
-    if sum(len(turn["content"]) for turn in prompt) > most:
+    if sum(len(turn["content"]) for turn in prompt) > limit:
         return [([], 0, "long_prompt")]
     before = encode_prompt(tokenizer, prompt) if prompt else []
     if len(before) >= window:
         return [([], 0, "long_prompt")]
-    inside = encode_text(tokenizer, answer[:most]) if prompt else _encode_long(tokenizer, answer)
+    inside = encode_text(tokenizer, answer[:limit]) if prompt else _encode_long(tokenizer, answer)
     ids = [*before, *inside, tokenizer.eos_token_id]
     if prompt:
         return [(ids[:window], len(before), "truncated" if len(ids) > window else "whole")]
@@ -157,8 +157,8 @@ def _encode_long(tokenizer: PreTrainedTokenizerBase, text: str, size: int = _PIE
 
 def _cut(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> int:
     """The last good place for a cut before `end`; `end` if there is none in what stands before it."""
-    for found in itertools.islice(_SPACE.finditer(text[start:end][::-1]), 50):
-        place = end - found.end()
+    for match in itertools.islice(_SPACE.finditer(text[start:end][::-1]), 50):
+        place = end - match.end()
         left, right = text[max(start, place - 100) : place], text[place : place + 100]
         if place > start and encode_text(tokenizer, left + right) == [
             *encode_text(tokenizer, left),

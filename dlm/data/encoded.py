@@ -56,7 +56,7 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
 
     @classmethod
     def of(cls, rows: Dataset, tokenizer: PreTrainedTokenizerBase, window: int) -> EncodedRows:
-        """What `encode_rows` gave, packed; `rows` need `input_ids` and `prompt_length`."""
+        """Pack the rows of `encode_rows`; they need `input_ids` and `prompt_length`."""
         return cls.packed(rows["input_ids"], rows["prompt_length"], tokenizer, window)
 
     @classmethod
@@ -101,7 +101,7 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
             raise DataError(f"{file}: not a file of encoded rows ({error})") from error
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return len(self.ends)
 
     def __getitem__(self, index: int | str) -> Any:
@@ -119,12 +119,12 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
 
     def select(self, indices: Iterable[int]) -> EncodedRows:
         """Some of the rows; they share the ids."""
-        chosen = np.array(list(indices), np.int64)
+        selection = np.array(list(indices), np.int64)
         return replace(
             self,
-            ends=self.ends[chosen],
-            lengths=self.lengths[chosen],
-            prompt_lengths=self.prompt_lengths[chosen],
+            ends=self.ends[selection],
+            lengths=self.lengths[selection],
+            prompt_lengths=self.prompt_lengths[selection],
         )
 
     def answers(self) -> np.ndarray[Any, Any]:
@@ -146,7 +146,7 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
             )
 
     def truncated(self, eos_id: int) -> int:
-        """How many rows were cut at the window's end, and so have no end token."""
+        """Number of rows cut at the window's end, which therefore have no end token."""
         full = self.lengths == self.window
         return int((full & (self.ids[self.ends - 1] != eos_id)).sum())
 
@@ -173,8 +173,8 @@ def main() -> None:
     _, tokenizer = from_causal_lm(located(options.model), template=options.template)
     rows = load_rows(options.source)
     rows = rows.select(range(min(options.limit, len(rows)))) if options.limit else rows
-    kept, report = encode_rows(rows, tokenizer, options.window)
-    EncodedRows.of(kept, tokenizer, options.window).save(options.output)
+    encoded, report = encode_rows(rows, tokenizer, options.window)
+    EncodedRows.of(encoded, tokenizer, options.window).save(options.output)
     print(f"{options.output}: {report}")
 
 

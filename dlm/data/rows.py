@@ -120,12 +120,12 @@ def _without_odd(rows: Dataset, source: str) -> Dataset:
     odd = [reason for reason in rows["odd"] if reason]
     if not odd:
         return rows.remove_columns("odd")
-    told = f"{len(odd)} of {len(rows)} rows are no dialogues that end with an answer, the first: {odd[0]}"
+    message = f"{len(odd)} of {len(rows)} rows are no dialogues that end with an answer, the first: {odd[0]}"
     if len(odd) > len(rows) / 2:
-        raise DataError(f"{source}: {told}")
-    logger.warning("%s: %s; they are left out", source, told)
-    kept = rows.filter(lambda some: [not reason for reason in some], batched=True, input_columns="odd")
-    return kept.remove_columns("odd")
+        raise DataError(f"{source}: {message}")
+    logger.warning("%s: %s; they are left out", source, message)
+    regular = rows.filter(lambda some: [not reason for reason in some], batched=True, input_columns="odd")
+    return regular.remove_columns("odd")
 
 
 def _load_file(path: Path) -> Dataset:
@@ -172,35 +172,35 @@ def parse_row(row: Any, source: str, index: int) -> Row:
     for key in ("messages", "conversations"):
         if row.get(key) is not None:
             return _parse_chat(row[key], where)
-    for asked, answered in PAIRS:
-        if asked in row and answered in row:
-            return _parse_pair(row, asked, answered, where)
+    for question_key, answer_key in PAIRS:
+        if question_key in row and answer_key in row:
+            return _parse_pair(row, question_key, answer_key, where)
     if "text" in row:
         return {"prompt": [], "answer": _text(row, "text", where)}
-    found = ", ".join(sorted(map(str, row))) or "nothing"
-    raise DataError(f"{where}: needs 'instruction' and 'output', or 'messages', or 'text'; it has {found}")
+    columns = ", ".join(sorted(map(str, row))) or "nothing"
+    raise DataError(f"{where}: needs 'instruction' and 'output', or 'messages', or 'text'; it has {columns}")
 
 
-def _parse_pair(row: Row, asked: str, answered: str, where: str) -> Row:
+def _parse_pair(row: Row, question_key: str, answer_key: str, where: str) -> Row:
     """A row with an instruction and its answer; both may be lists of messages."""
-    if isinstance(row[asked], list) and isinstance(row[answered], list):
-        return _parse_chat([*row[asked], *row[answered]], where)
-    content = instruction_text(row, asked, where)
-    return {"prompt": [{"role": "user", "content": content}], "answer": _text(row, answered, where)}
+    if isinstance(row[question_key], list) and isinstance(row[answer_key], list):
+        return _parse_chat([*row[question_key], *row[answer_key]], where)
+    content = instruction_text(row, question_key, where)
+    return {"prompt": [{"role": "user", "content": content}], "answer": _text(row, answer_key, where)}
 
 
-def instruction_text(row: Row, asked: str, where: str) -> str:
+def instruction_text(row: Row, key: str, where: str) -> str:
     """The instruction of a row with its input, if that holds more than spaces: what a user says.
 
     Args:
         row: a record.
-        asked: name of the instruction.
+        key: name of the instruction.
         where: file and row, for errors.
 
     Raises:
         DataError: for an instruction or an input that is no text.
     """
-    content = _text(row, asked, where)
+    content = _text(row, key, where)
     for name in ("input", "context"):
         extra = _text(row, name, where) if row.get(name) is not None else ""
         if extra.strip():

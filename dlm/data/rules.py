@@ -113,10 +113,10 @@ def _one_of(words: tuple[str, ...]) -> str:
 
 
 def _check_meet(instruction: str, answer: str) -> bool:
-    found = re.fullmatch(r"Tell how (\w+) meets the (\w+)\.", instruction)
-    if found is None:
+    match = re.fullmatch(r"Tell how (\w+) meets the (\w+)\.", instruction)
+    if match is None:
         return False
-    line = f"{found[1]} {_one_of(DEEDS)} the {found[2]} {_one_of(PLACES)}\\."
+    line = f"{match[1]} {_one_of(DEEDS)} the {match[2]} {_one_of(PLACES)}\\."
     return re.fullmatch(" ".join(f"{opening} {line}" for opening in OPENINGS), answer) is not None
 
 
@@ -168,7 +168,7 @@ def make_examples(size: int, seed: int = 0, split: str = "train") -> list[Exampl
 
 
 def is_right(example: Example, answer: str) -> bool:
-    """Whether `answer` is a right answer to the example's instruction (not only the one it came with)."""
+    """True when `answer` is a right answer to the example's instruction (not only the one it came with)."""
     return TASKS[example.task].check(example.instruction, answer.strip())
 
 

@@ -63,8 +63,8 @@ class WindowCollator:
         width = self.window if not self.grouped else min(self.window, -8 * (-int(end.max()) // 8))
         ids = torch.full((len(rows), width), self.eos_token_id)
         for i, row in enumerate(rows):
-            seen = min(int(length[i]), width)
-            ids[i, :seen] = torch.as_tensor(row["input_ids"][:seen])
+            size = min(int(length[i]), width)
+            ids[i, :size] = torch.as_tensor(row["input_ids"][:size])
         position = torch.arange(width)
         real = position < end[:, None]
         maskable = real & (position >= start[:, None])
@@ -85,9 +85,9 @@ class WindowCollator:
             return torch.full_like(length, self.window)
         key = fold(key_of(self.seed, "eos tail", self.epoch), number)
         tail, chance, place = (uniform(key, i) for i in range(3))
-        whole = torch.clamp(length + (tail * (self.eos_tail + 1)).long(), max=self.window)
+        full = torch.clamp(length + (tail * (self.eos_tail + 1)).long(), max=self.window)
         cut = start + 1 + (place * (length - start - 1)).long()  # at least one token of the answer is left
-        return torch.where((chance < self.cut_share) & (start > 0), cut, whole)
+        return torch.where((chance < self.cut_share) & (start > 0), cut, full)
 
 
 class EpochSampler(Sampler[int]):
@@ -118,6 +118,6 @@ class EpochSampler(Sampler[int]):
             return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
         order = torch.tensor(get_length_grouped_indices(self.lengths, self.group, generator=generator))
         batches = list(order.split(self.group))
-        whole, rest = batches[: len(order) // self.group], batches[len(order) // self.group :]
-        shuffled = [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]
+        groups, rest = batches[: len(order) // self.group], batches[len(order) // self.group :]
+        shuffled = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
         return iter(torch.cat(shuffled + rest).tolist())

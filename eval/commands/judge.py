@@ -78,7 +78,7 @@ def run(config: JudgeCommandConfig) -> int:
 
 
 def _judged(config: JudgeCommandConfig, judge: Judge, result: Results, first: Results) -> Verdict:
-    """What the judge says of a run."""
+    """Verdict of the judge on a run."""
     from eval.generation import check
     from eval.run import Verdict
     from eval.tasks import load_questions
@@ -92,9 +92,11 @@ def _judged(config: JudgeCommandConfig, judge: Judge, result: Results, first: Re
     if config.method == "geval":
         from eval.geval import score
 
-        found = score(questions, result.answers, judge, config.aspect)
-        by_answer = {f"{question}/0": value for question, value in found.scores.items()}
-        return Verdict("geval", judge.config.model, config.aspect, "score", by_answer, _told(found, "scores"))
+        result_scores = score(questions, result.answers, judge, config.aspect)
+        by_answer = {f"{question}/0": value for question, value in result_scores.scores.items()}
+        return Verdict(
+            "geval", judge.config.model, config.aspect, "score", by_answer, _told(result_scores, "scores")
+        )
     return _mt_bench(config, judge, result, first, questions)
 
 
@@ -151,15 +153,15 @@ def _alpaca(config: JudgeCommandConfig, judge: Judge, result: Results, questions
     return Verdict("alpaca_eval", judge.config.model, against, "win", won, asdict(rate))
 
 
-def _told(found: Any, without: str) -> dict[str, Any]:
+def _told(tally: Any, omitted: str) -> dict[str, Any]:
     """The figures of a dataclass, without those of single answers."""
-    return {name: value for name, value in asdict(found).items() if name != without}
+    return {name: value for name, value in asdict(tally).items() if name != omitted}
 
 
-def _line(found: dict[str, Any]) -> str:
+def _line(figures: dict[str, Any]) -> str:
     """One line for people."""
     out = []
-    for name, value in found.items():
+    for name, value in figures.items():
         inner = (
             value.items()
             if isinstance(value, dict)

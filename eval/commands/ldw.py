@@ -74,12 +74,13 @@ def run(config: LDWConfig) -> int:
     from eval.ldw import candidates, decoding_window, draw_decoding_windows
 
     console, measured = Console(record=True), {}
-    asked = [*([config.prompt] if config.prompt else []), *(read_prompts(config.file) if config.file else [])]
+    texts = [config.prompt] if config.prompt else []
+    texts += read_prompts(config.file) if config.file else []
     models = {path: load_model(path, dtype="float32") for path in config.checkpoints}
     first = Sampler(*models[config.checkpoints[0]])
     check_comparable(models)
     window, prior = config.window or first.window, token_prior(config, first.tokenizer)
-    fits = (prompt for prompt in asked if first.prompt_length(prompt) < window)
+    fits = (prompt for prompt in texts if first.prompt_length(prompt) < window)
     prompts = list(itertools.islice(fits, config.limit or None))
     if not prompts:
         raise ConfigError(f"no prompt leaves room for an answer in a window of {window} tokens")
@@ -111,10 +112,10 @@ def check_comparable(models: dict[str, Any]) -> None:
     Raises:
         ConfigError: naming the two.
     """
-    (path, (_, tokenizer)), *others = models.items()
-    for other, (_, second) in others:
+    (path, (_, tokenizer)), *rest = models.items()
+    for second_path, (_, second) in rest:
         if second.get_vocab() != tokenizer.get_vocab():
-            raise ConfigError(f"{path} and {other} have different tokenizers and cannot be compared")
+            raise ConfigError(f"{path} and {second_path} have different tokenizers and cannot be compared")
 
 
 def token_prior(config: LDWConfig, tokenizer: Any) -> Any:
@@ -160,7 +161,7 @@ def _short(token: str, width: int = 9) -> str:
 
 
 def legend() -> Any:
-    """What the colours mean."""
+    """Legend of the colours."""
     from rich.text import Text
 
     text = Text()

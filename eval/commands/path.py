@@ -93,14 +93,14 @@ def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
     from eval.variants import variants
 
     pace = {name: getattr(config, name) for name in ("window", "steps", "max_tokens", "rate")}
-    several, runs = variants(config.decoders, **pace), []
+    choices, runs = variants(config.decoders, **pace), []
     for path in config.models:
         mark = fingerprint(path)
         sampler = Sampler(*load_model(path, config.device, config.dtype))
-        plans = [sampler.plan(variant.request()) for variant in several]
+        plans = [sampler.plan(variant.request()) for variant in choices]
         room, tokens = min(plan.positions for plan in plans), min(plan.tokens for plan in plans)
         rows = held_out(config.data, config.last, config.limit, sampler.tokenizer, room, tokens)
-        for variant, plan in zip(several, plans, strict=True):
+        for variant, plan in zip(choices, plans, strict=True):
             line, words = variant.split(plan.decoder.name)
             run = folder.runs.get((path, line, words))
             if run is None or (run.fingerprint, len(run.costs)) != (mark, len(rows)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ Size = Callable[[Results], float]
 
 def calls(run: Results) -> float:
     """Mean model calls of an answer; NaN where they are not known."""
-    found = run.means.get("model_calls")
-    return found.mean if found else float("nan")
+    estimate = run.means.get("model_calls")
+    return estimate.mean if estimate else float("nan")
 
 
 def size(run: Results) -> float:
@@ -44,11 +44,11 @@ def size(run: Results) -> float:
     return float(settings.get("kernel_size") or settings.get("block_size") or "nan")
 
 
-def _series(run: Results, without: Sequence[str]) -> str:
-    """What a line is called: the decoder, and the settings that it does not run over."""
+def _series(run: Results, omitted: Sequence[str]) -> str:
+    """Name of a line: the decoder, and the settings that it does not run over."""
     settings = {
         k: v for k, v in run.card.settings.items()
-        if k not in (*without, *_COMMON) and isinstance(v, int | float)
+        if k not in (*omitted, *_COMMON) and isinstance(v, int | float)
     }  # fmt: skip
     words = {"kernel_size": "K", "block_size": "B", "steps": "S"}
     parts = [run.card.decoder or run.card.label] + [f"{words.get(k, k)}={v:g}" for k, v in settings.items()]
@@ -59,7 +59,7 @@ def quality(
     runs: Sequence[Results],
     across: Size = calls,
     label: str = "model calls per answer",
-    without: Sequence[str] = ("steps", "rate"),
+    omitted: Sequence[str] = ("steps", "rate"),
 ) -> Any:
     """Measures over what `across` says, a line for each decoder, with 95 % intervals.
 
@@ -71,9 +71,9 @@ def quality(
     """
     from matplotlib.figure import Figure
 
-    known = [run for run in runs if not math.isnan(across(run))]
+    measured = [run for run in runs if not math.isnan(across(run))]
     points: dict[str, set[float]] = defaultdict(set)
-    for run in known:
+    for run in measured:
         points[run.card.system].add(across(run))
     systems = [system for system in points if len(points[system]) > 1]
     names = [name for name in SHOWN if len({run.means[name].mean for run in runs if name in run.means}) > 1]
@@ -81,16 +81,18 @@ def quality(
         return None
     panels = [(system, name) for system in systems for name in names]
     columns = len(names) if len(systems) > 1 else min(3, len(names))
-    lines = [_lines([run for run in known if run.card.system == system], without) for system in systems]
-    looks = dict(zip(sorted({series for some in lines for series in some}), _looks(), strict=False))
-    levels = [run for run in known if run.card.system not in systems]
+    lines = [_lines([run for run in measured if run.card.system == system], omitted) for system in systems]
+    looks = dict(
+        zip(sorted({series for series_lines in lines for series in series_lines}), _looks(), strict=False)
+    )
+    levels = [run for run in measured if run.card.system not in systems]
     down = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(3.1 * columns + 0.4, 2.5 * down + 0.6), layout="constrained")
     share: Any = "col" if len(systems) > 1 else "none"
     axes = figure.subplots(down, columns, squeeze=False, sharex=share, sharey=share).ravel()
     for panel, (system, name) in zip(axes, panels, strict=False):
-        for series, some in lines[systems.index(system)].items():
-            _line(panel, sorted(some, key=across), across, name, series, looks[series])
+        for series, series_lines in lines[systems.index(system)].items():
+            _line(panel, sorted(series_lines, key=across), across, name, series, looks[series])
         for run in levels:
             _level(panel, run, name)
     for panel, (system, name) in zip(axes, panels, strict=False):
@@ -99,31 +101,36 @@ def quality(
             panel.set_ylabel(system, fontsize=10, fontweight="bold")
     for panel in axes[len(panels) :]:
         panel.set_axis_off()
-    shown: dict[str, Any] = {}
-    for panel in axes[: len(panels)]:
-        handles, labels = panel.get_legend_handles_labels()
-        shown |= dict(zip(labels, handles, strict=True))
-    figure.legend(
-        shown.values(), shown, loc="outside lower center", ncols=min(len(shown), 2 * columns), frameon=False,
-        fontsize=8,
-    )  # fmt: skip
+    _legend_below(figure, axes[: len(panels)], 2 * columns)
     return figure
 
 
-def _lines(runs: Sequence[Results], without: Sequence[str]) -> dict[str, list[Results]]:
+def _legend_below(figure: Any, panels: Iterable[Any], columns: int) -> None:
+    """One legend for all panels of a figure."""
+    shown: dict[str, Any] = {}
+    for panel in panels:
+        handles, labels = panel.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
+    figure.legend(
+        shown.values(), shown, loc="outside lower center", ncols=min(len(shown), columns), frameon=False,
+        fontsize=8,
+    )  # fmt: skip
+
+
+def _lines(runs: Sequence[Results], omitted: Sequence[str]) -> dict[str, list[Results]]:
     """The runs of each line, by its name."""
-    found: dict[str, list[Results]] = defaultdict(list)
+    groups: dict[str, list[Results]] = defaultdict(list)
     for run in runs:
-        found[_series(run, without)].append(run)
-    return dict(sorted(found.items()))
+        groups[_series(run, omitted)].append(run)
+    return dict(sorted(groups.items()))
 
 
-def swept(runs: Sequence[Results], across: Size, without: Sequence[str]) -> list[Results]:
+def swept(runs: Sequence[Results], across: Size, omitted: Sequence[str]) -> list[Results]:
     """The runs on lines that `across` varies along: those of a sweep."""
     lines: dict[tuple[str, str], list[Results]] = defaultdict(list)
     for run in runs:
         if not math.isnan(across(run)):
-            lines[run.card.system, _series(run, without)].append(run)
+            lines[run.card.system, _series(run, omitted)].append(run)
     return [run for line in lines.values() if len({across(run) for run in line}) > 1 for run in line]
 
 
@@ -178,7 +185,7 @@ def _dress(panel: Any, name: str, label: str) -> None:
         panel.get_legend().remove()
 
 
-def revealed(runs: Sequence[Results], positions: int = 64, most: int = 6) -> Any:
+def revealed(runs: Sequence[Results], positions: int = 64, limit: int = 6) -> Any:
     """When positions get their token: share of answers, by place in the answer and by part of the steps.
 
     Returns:
@@ -186,23 +193,23 @@ def revealed(runs: Sequence[Results], positions: int = 64, most: int = 6) -> Any
     """
     from matplotlib.figure import Figure
 
-    known = [run for run in runs if any(answer.reveal_step for answer in run.answers.values())]
-    known = representatives(known, most)
-    if not known:
+    decoded = [run for run in runs if any(answer.reveal_step for answer in run.answers.values())]
+    decoded = representatives(decoded, limit)
+    if not decoded:
         return None
-    columns = min(3, len(known))
-    rows = math.ceil(len(known) / columns)
+    columns = min(3, len(decoded))
+    rows = math.ceil(len(decoded) / columns)
     figure = Figure(figsize=(3.5 * columns, 2.7 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     image: Any = None
-    for panel, run in zip(panels, known, strict=False):
+    for panel, run in zip(panels, decoded, strict=False):
         image = panel.imshow(
             reveal_shares(run, positions).T, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=0.5,
             extent=(0, positions, 0, 1), interpolation="nearest",
         )  # fmt: skip
         panel.set_title(run.card.name, fontsize=8, loc="left")
         panel.tick_params(labelsize=8)
-    for panel in panels[len(known) :]:
+    for panel in panels[len(decoded) :]:
         panel.set_axis_off()
     figure.supxlabel("place in the answer, tokens", fontsize=9)
     figure.supylabel("part of the steps taken", fontsize=9)
@@ -211,12 +218,12 @@ def revealed(runs: Sequence[Results], positions: int = 64, most: int = 6) -> Any
     return figure
 
 
-def reveal_shares(run: Results, positions: int, most: int = 16) -> np.ndarray:
+def reveal_shares(run: Results, positions: int, limit: int = 16) -> np.ndarray:
     """[positions, ≤ most] share of the tokens at a place that appeared in a part of the steps; sums to 1.
 
     NaN at places that fewer than a tenth of the answers reach.
     """
-    bins = min(most, max((answer.steps for answer in run.answers.values()), default=1) or most)
+    bins = min(limit, max((answer.steps for answer in run.answers.values()), default=1) or limit)
     counts = np.zeros((positions, bins))
     for answer in run.answers.values():
         last = max(max(answer.reveal_step, default=0), answer.steps - 1, 1)

@@ -41,8 +41,8 @@ def find_runs(folders: Sequence[str]) -> list[Results]:
     Raises:
         DataError: when there is none.
     """
-    found = {file.resolve() for folder in folders for file in Path(folder).glob("**/run.json")}
-    files = sorted(found, key=_natural)
+    paths = {file.resolve() for folder in folders for file in Path(folder).glob("**/run.json")}
+    files = sorted(paths, key=_natural)
     runs = [Results.load(file.parent) for file in files if (file.parent / "metrics.json").exists()]
     if not runs:
         raise DataError(f"no finished runs of `dlm eval` in {', '.join(folders)}")
@@ -81,8 +81,8 @@ def write(
     _check(against, runs)
     runs = comparable(runs)
     tasks = sorted({run.card.task for run in runs})
-    several = [(task, [run for run in runs if run.card.task == task]) for task in tasks]
-    parts = [part for task, some in several for part in _task(task, some, against)]
+    by_task = [(task, [run for run in runs if run.card.task == task]) for task in tasks]
+    parts = [part for task, task_runs in by_task for part in _task(task, task_runs, against)]
     if ldw:
         curves = _curves(Path(ldw))
         caption = "Mean probability mass on a fresh canvas, by distance from the prompt."
@@ -92,7 +92,7 @@ def write(
         "where there are five or more. Equal seeds for all decoders. "
         "p by paired permutation tests on the questions both have."
     )
-    side = [(task, *_side_by_side(some, texts)) for task, some in several]
+    side = [(task, *_side_by_side(task_runs, texts)) for task, task_runs in by_task]
     files = [output / "report.md", output / "report.html"]
     files[0].write_text(_markdown(title, lead, parts, side), encoding="utf-8")
     files[1].write_text(_html(title, lead, parts, side), encoding="utf-8")
@@ -119,11 +119,11 @@ SIZES = ("kernel_size", "block_size")
 
 
 def _check(against: Sequence[str], runs: Sequence[Results]) -> None:
-    """Whether all names to compare with are among the runs."""
-    known = {name for run in runs for name in (run.card.decoder, run.card.system) if name}
+    """Refuse names to compare with that are not among the runs."""
+    names = {name for run in runs for name in (run.card.decoder, run.card.system) if name}
     for name in against:
-        if name not in known:
-            raise unknown_name("decoder or system", name, known)
+        if name not in names:
+            raise unknown_name("decoder or system", name, names)
 
 
 def _task(task: str, runs: list[Results], against: Sequence[str] = ()) -> list[Part]:
@@ -153,8 +153,8 @@ def _task(task: str, runs: list[Results], against: Sequence[str] = ()) -> list[P
     second = Part(f"{task}: speed", tables=[tables.speed(runs)])
     if len(runs) < 2:
         return [first, second]
-    told = ("win", "grade", "score", "right", "nll", "inlier", "relevance", "repetition_4")
-    names = [name for name in told if name in runs[0].means]
+    measures = ("win", "grade", "score", "right", "nll", "inlier", "relevance", "repetition_4")
+    names = [name for name in measures if name in runs[0].means]
     third = Part(f"{task}: differences", tables=[tables.paired(runs, name, against) for name in names])
     return [first, second, third]
 
@@ -187,9 +187,9 @@ def _side_by_side(runs: list[Results], count: int) -> tuple[list[str], list[list
     """Heads and rows of the answers to the first questions, of up to eight runs."""
     shown = representatives(runs, 8)
     common = [key for key in shown[0].answers if all(key in run.answers for run in shown)][:count]
-    asked = _questions(shown[0])
+    texts_of = _questions(shown[0])
     rows = [
-        [asked.get(key, f"{key[0]}, turn {key[1] + 1}"), *(run.answers[key].text for run in shown)]
+        [texts_of.get(key, f"{key[0]}, turn {key[1] + 1}"), *(run.answers[key].text for run in shown)]
         for key in common
     ]
     return [run.card.name for run in shown], rows
@@ -198,9 +198,9 @@ def _side_by_side(runs: list[Results], count: int) -> tuple[list[str], list[list
 def _questions(run: Results) -> dict[tuple[str, int], str]:
     """First turns, which stand in the order of the answers in the file for AlpacaEval's tools."""
     try:
-        asked = json.loads((run.folder / "model_outputs.json").read_text(encoding="utf-8"))
+        outputs = json.loads((run.folder / "model_outputs.json").read_text(encoding="utf-8"))
         keys = [key for key in run.answers if key[1] == 0]
-        return {key: row["instruction"] for key, row in zip(keys, asked, strict=True)}
+        return {key: row["instruction"] for key, row in zip(keys, outputs, strict=True)}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}
 

@@ -66,7 +66,7 @@ TOLD = (
 
 
 def quality(runs: Sequence[Results]) -> Table:
-    """What can be said of the answers, with half the width of the 95 % interval of each mean."""
+    """Table of measures of the answers, with half the width of the 95 % interval of each mean."""
     names = [name for name in TOLD if any(name in run.means for run in runs)]
     counted = any(answer.tokens for run in runs for answer in run.answers.values())
     names = [name for name in names if name != ("words" if counted else "tokens")]
@@ -148,8 +148,8 @@ def paired(runs: Sequence[Results], name: str, against: Sequence[str] = ()) -> T
             difference, p = paired_test([before[key] for key in keys], [after[key] for key in keys])
             shown = measure.show(difference)
             shown = shown if shown.startswith(("-", "–")) else f"+{shown}"
-            told = "< 0.001" if p < 0.001 else f"{p:.3f}"
-            rows.append([run.card.name, first.card.name, str(len(keys)), shown, told])
+            p_text = "< 0.001" if p < 0.001 else f"{p:.3f}"
+            rows.append([run.card.name, first.card.name, str(len(keys)), shown, p_text])
     head = ["", "against", "questions", "difference", "p"]
     return Table(f"{measure.title}: differences", head, rows)
 
@@ -159,23 +159,30 @@ def _partners(
 ) -> list[Results]:
     """The runs that a run is compared with."""
 
-    def decoders(other: Results) -> bool:
-        return (other.card.system, _pace(other)) == (run.card.system, _pace(run))
+    def decoders(candidate: Results) -> bool:
+        return (candidate.card.system, _pace(candidate)) == (run.card.system, _pace(run))
 
-    def systems(other: Results) -> bool:
-        return other.card.label == run.card.label
+    def systems(candidate: Results) -> bool:
+        return candidate.card.label == run.card.label
 
     if not against:
-        found = [next((other for other in before if same(other)), None) for same in (decoders, systems)]
-        return [other for other in found if other is not None]
+        partners = [
+            next((candidate for candidate in before if matches(candidate)), None)
+            for matches in (decoders, systems)
+        ]
+        return [candidate for candidate in partners if candidate is not None]
     return [
-        other
-        for other in runs
-        if (other.card.decoder in against and other.card.label != run.card.label and decoders(other))
+        candidate
+        for candidate in runs
+        if (
+            candidate.card.decoder in against
+            and candidate.card.label != run.card.label
+            and decoders(candidate)
+        )
         or (
-            other.card.system in against
-            and other.card.system != run.card.system
-            and (systems(other) or sum(each.card.system == other.card.system for each in runs) == 1)
+            candidate.card.system in against
+            and candidate.card.system != run.card.system
+            and (systems(candidate) or sum(each.card.system == candidate.card.system for each in runs) == 1)
         )
     ]
 
@@ -185,7 +192,7 @@ def _pace(run: Results) -> tuple[Any, ...]:
 
 
 def judged(runs: Sequence[Results]) -> Table | None:
-    """What judges said, where they were asked; None where they were not.
+    """Table of the judges' verdicts; None where there are none.
 
     Raises:
         DataError: for a verdict whose file does not hold the figures of its method.
@@ -211,19 +218,19 @@ def _told_by(run: Results, verdict: Verdict) -> list[tuple[str, str]]:
 
 def _figures(verdict: Verdict) -> list[tuple[str, str]]:
     """The figures of a verdict, and their values with half of the 95 % interval."""
-    found = verdict.figures
+    figures = verdict.figures
     if verdict.method == "alpaca_eval":
-        rates = [("win rate", f"{_rate(verdict)} of {found['count']}")]
-        if found["lc_win_rate"] is not None:
-            value = _around(found["lc_win_rate"], found["lc_standard_error"], 1)
-            rates.append((f"LC win rate ({found['lc_kind']})", f"{value} %"))
+        rates = [("win rate", f"{_rate(verdict)} of {figures['count']}")]
+        if figures["lc_win_rate"] is not None:
+            value = _around(figures["lc_win_rate"], figures["lc_standard_error"], 1)
+            rates.append((f"LC win rate ({figures['lc_kind']})", f"{value} %"))
         return rates
     if verdict.method == "mt_bench":
-        turns = [(f"grade, turn {i}", f"{grade:.2f}") for i, grade in enumerate(found["by_turn"], start=1)]
-        return [*turns, ("grade", _interval(found["overall"]))]
+        turns = [(f"grade, turn {i}", f"{grade:.2f}") for i, grade in enumerate(figures["by_turn"], start=1)]
+        return [*turns, ("grade", _interval(figures["overall"]))]
     if verdict.method == "mt_bench_pairs":
         return [("win rate, ties as halves", _rate(verdict))]
-    return [(verdict.measure, _interval(found["mean"]))]
+    return [(verdict.measure, _interval(figures["mean"]))]
 
 
 def _rate(verdict: Verdict) -> str:
@@ -234,14 +241,14 @@ def _rate(verdict: Verdict) -> str:
 
 def _around(value: float, error: float | None, digits: int) -> str:
     """A figure with half of its 95 % interval, from its standard error where that is known."""
-    known = error is not None and not math.isnan(error)
-    half = f" ± {1.96 * error:.{digits}f}" if known and error is not None else ""
+    has_error = error is not None and not math.isnan(error)
+    half = f" ± {1.96 * error:.{digits}f}" if has_error and error is not None else ""
     return f"{value:.{digits}f}{half}"
 
 
-def _interval(found: Mapping[str, float | None]) -> str:
+def _interval(figures: Mapping[str, float | None]) -> str:
     """A mean with half of its interval, as a verdict's file has it."""
-    mean, low, high = (found.get(name) for name in ("mean", "low", "high"))
+    mean, low, high = (figures.get(name) for name in ("mean", "low", "high"))
     if mean is None:
         return "–"
     half = "" if low is None or high is None else f" ± {max(high - mean, mean - low):.2f}"

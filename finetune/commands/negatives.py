@@ -99,8 +99,8 @@ def _material(config: NegativesConfig) -> tuple[Any, Any, Any]:
     if prior is None:  # then all rows have to be counted
         everything, _ = encode_rows(rows, tokenizer, config.data.window)
         prior = TokenPrior.of(everything, len(tokenizer), tuple(tokenizer.all_special_ids))
-    some = rows.shuffle(seed=config.seed).select(range(min(4 * config.rows, len(rows))))
-    shown = list(encode_rows(some, tokenizer, config.data.window)[0])[: config.rows]
+    subset = rows.shuffle(seed=config.seed).select(range(min(4 * config.rows, len(rows))))
+    shown = list(encode_rows(subset, tokenizer, config.data.window)[0])[: config.rows]
     numbered = [{**row, "row": i} for i, row in enumerate(shown)]
     return tokenizer, collator(config.data, tokenizer, config.seed)(numbered), prior
 

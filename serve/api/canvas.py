@@ -103,7 +103,7 @@ class DecoderList(BaseModel):
 
 
 def _prompt(body: CanvasRequest) -> Prompt | None:
-    """What the canvas is the answer to; None for a text that stands alone.
+    """Prompt that the canvas answers; None for a text that stands alone.
 
     Raises:
         APIError: 400.

@@ -120,7 +120,7 @@ async def fill(service: Service, filling: Filling, timeout: float | None) -> lis
 async def filling_steps(
     service: Service, filling: Filling, timeout: float | None, watch: Callable[[Update], Any] | None = None
 ) -> AsyncGenerator[Any, None]:
-    """What `watch` makes of each step, then the filled texts, see `fill`."""
+    """Results of `watch` for each step, then the filled texts, see `fill`."""
     canvases: dict[int, Canvas] = {}
     notices = service.notices(
         filling.samples, watch=watch, finish=lambda update: update.canvas, timeout=timeout

@@ -112,7 +112,7 @@ class _ChatForm(_Form):
 
 @dataclass
 class _Progress:
-    """How far the stream of one choice has come."""
+    """Progress of the stream of one choice."""
 
     characters: int = 0
     tokens: int = 0

@@ -1,4 +1,4 @@
-"""What those who run the server look at: /health, /ready, /metrics; and the page at /."""
+"""Paths for those who run the server: /health, /ready, /metrics; and the page at /."""
 
 from __future__ import annotations
 

@@ -249,7 +249,7 @@ def new_id(prefix: str) -> str:
 
 
 def metadata(row: Row, output: Any) -> dict[str, Any]:
-    """What `return_metadata` adds to an answer."""
+    """Fields that `return_metadata` adds to an answer."""
     tokens = len(output.token_ids)
     return {
         "model_calls": output.model_calls,

@@ -36,7 +36,7 @@ _EVERYWHERE: dict[str, tuple[Any, ...]] = {
 
 
 class StreamOptions(Body):
-    """What a stream says beside text."""
+    """Options of a stream beside text."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -156,7 +156,7 @@ class Usage(BaseModel):
 
 
 class Metadata(BaseModel):
-    """How an answer came about."""
+    """Calls, steps and times of an answer."""
 
     model_calls: int
     steps: int
@@ -266,7 +266,7 @@ class ModelList(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """Description of an error."""
 
     message: str
     type: str

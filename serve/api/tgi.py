@@ -69,7 +69,7 @@ class Token(BaseModel):
 
 
 class Details(BaseModel):
-    """How an answer came about."""
+    """Calls, steps and finish reason of an answer."""
 
     finish_reason: str
     generated_tokens: int

@@ -1,6 +1,6 @@
 import torch
 
-from dlm.noise import _mix, fold, key_of, uniform
+from dlm.noise import _mix, cell_noise, fold, key_of, uniform
 
 
 def python_mix(x: int) -> int:
@@ -45,3 +45,13 @@ def test_numbers_do_not_depend_on_shape_or_neighbours():
     long = uniform(key, torch.arange(100))
     assert torch.equal(uniform(key, torch.arange(10)), long[:10])
     assert torch.equal(uniform(key, torch.tensor([57])), long[57:58])
+
+
+def test_noise_of_cells_is_that_of_nested_keys():
+    key, count = torch.tensor([key_of("a"), key_of("b"), key_of("c")]), torch.tensor([0, 7, 2**40])
+    for stream in (0, 1, 2):
+        slowly = [
+            [float(uniform(fold(fold(k, c), torch.tensor(stream)), position)) for position in range(9)]
+            for k, c in zip(key, count, strict=True)
+        ]
+        assert cell_noise(key, count, 9, stream).tolist() == slowly
