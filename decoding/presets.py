@@ -19,6 +19,7 @@ from decoding.reveal import (
     Stability,
     Threshold,
 )
+from decoding.reveal.quota import Order
 from decoding.tokens import TokenRule
 from decoding.window import Block, Convolution, Full, Sliding, Window
 from dlm.errors import ConfigError, unknown_name
@@ -162,6 +163,10 @@ def _llada(
     return Block(block_size) if block_size else Full(), Quota(per_step, order)
 
 
+def _dream(order: Order = "cut-entropy") -> Axes:
+    return Full(), Quota(order=order, spread="remaining")
+
+
 def _margin(per_step: int | None = None, kernel_size: int | None = 0) -> Axes:
     return _maybe(kernel_size), Quota(per_step, "margin")
 
@@ -227,6 +232,9 @@ PRESETS: dict[str, Preset] = {
     ),
     "llada": Preset(
         "the most confident tokens first, a fixed number a step", "LLaDA, 2502.09992", _llada, _GREEDY
+    ),
+    "dream": Preset(
+        "the tokens of least entropy first, floor(|M| (1 - s/t)) a step", "Dream, 2508.15487", _dream, _GREEDY
     ),
     "margin": Preset(
         "the tokens first whose lead over the second best is widest", "2502.06768", _margin, _GREEDY

@@ -136,7 +136,8 @@ class Request:
             most 16 for each position of the window are taken.
         stop: a text that ends an answer, which is cut before it; several as '["one", "two"]'.
         eos_fill: once an end token is written, everything to its right becomes the end token; on by default.
-        canvas: "growing" with a window and steps shows the model no more than can open soon (approximate).
+        canvas: "growing" with a window and steps shows the model no more than can open soon (approximate);
+            "full" with max_tokens is a fixed canvas too, that many masks behind the prompt.
         margin: masks that a growing canvas holds beyond those that can open; 16 by default.
         reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate).
         refresh: with reuse, everything is computed at every so many changes of the row; 8 by default.
@@ -173,7 +174,8 @@ class Request:
         for name in ("options", "forced"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, dict(getattr(self, name)))  # the caller's may change
-        if self.max_tokens is not None and (self.window is not None or self.steps is not None):
+        fixed = self.window is not None or (self.steps is not None and self.canvas != "full")
+        if self.max_tokens is not None and fixed:
             raise ConfigError("max_tokens is a limit for a canvas that grows; it has no window and no steps")
         if self.rate is not None and self.steps is not None:
             raise ConfigError("give either steps or a rate, not both")
@@ -240,20 +242,47 @@ class Request:
         Raises:
             ConfigError: for settings that are out of range for the model or do not go together.
         """
-        from decoding.pace import Ending
-        from decoding.window import MARGIN
         from dlm.spec import ModelSpec
 
         spec = ModelSpec.of(model)
+        return self.as_published(spec)._resolved(spec)
+
+    def as_published(self, spec: ModelSpec) -> Request:
+        """The request with the canvas and the ends of the checkpoint's authors, where its decoder is theirs.
+
+        They set out a number of masks behind the prompt, or a window, and a number of steps; for another
+        `max_tokens` the steps are in proportion. Their stop texts hold for any decoder.
+        """
+        theirs = spec.generation
+        stop = list(theirs["stop"]) if self.stop is None and "stop" in theirs else self.stop
+        if self.decoder not in (None, theirs.get("decoder")):
+            return replace(self, stop=stop)
+        fill = theirs.get("eos_fill") if self.eos_fill is None else self.eos_fill
+        request = replace(self, stop=stop, eos_fill=fill)
+        if theirs.get("canvas") != "full" or self.window is not None or self.canvas == "growing":
+            return request
+        usual = int(theirs["max_tokens"] if "max_tokens" in theirs else theirs["window"])
+        length, steps = self.max_tokens or usual, self.steps
+        if steps is None and self.rate is None and "steps" in theirs:
+            steps = -(-int(theirs["steps"]) * length // usual)
+        if self.max_tokens is None and "max_tokens" not in theirs:
+            return replace(request, window=length, steps=steps)
+        return replace(request, canvas="full", max_tokens=length, steps=steps)
+
+    def _resolved(self, spec: ModelSpec) -> Plan:
+        """See `resolve`."""
+        from decoding.pace import Ending
+        from decoding.window import MARGIN
+
         decoder, defaults = self.decoder_for(spec), spec.generation
-        window = self._window(decoder, spec)
-        decoder = decoder.fitted(window or OPEN_LENGTH)
+        window, behind = self._window(decoder, spec), self.max_tokens if self.canvas == "full" else None
+        decoder = decoder.fitted(window or behind or OPEN_LENGTH)
         steps = None if window is None else int(defaults.get("steps", max(1, window // 4)))
         pace = self.pace_for(decoder, spec, steps, float(defaults.get("rate", DEFAULT_RATE)))
         ends = not self.ending
         fill = self.eos_fill is not False and ends
         self._check_canvas(window, pace)
-        complete = not ends or (window is not None and self.canvas != "growing")
+        complete = not ends or behind is not None or (window is not None and self.canvas != "growing")
         return Plan(
             decoder=decoder,
             pace=pace,
@@ -304,8 +333,8 @@ class Request:
     def _check_canvas(self, window: int | None, pace: Pace) -> None:
         """Refuse what does not go with a canvas that grows, or with one that does not."""
         if window is None:
-            if self.canvas == "full":
-                raise ConfigError('canvas "full" needs a window; with max_tokens the canvas grows')
+            if self.canvas == "full" and self.max_tokens is None:
+                raise ConfigError('canvas "full" needs a window, or max_tokens')
             return
         if self.canvas == "growing" and pace.steps is None:
             raise ConfigError('canvas "growing" with a rate is what max_tokens gives; give it, or steps')

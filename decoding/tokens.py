@@ -271,6 +271,16 @@ class TokenRule:
         """[N, V] -> [N], how sure the model is there, forbidden tokens apart."""
         return certainty(self.allowed(logits), kind)
 
+    def cut_certainty(self, logits: torch.Tensor) -> torch.Tensor:
+        """[N, V] -> [N] exp(-H) of the distribution that tokens are drawn from, cut and tempered."""
+        logits = self.allowed(logits)
+        if self.keeps_all:
+            return certainty(logits.float() / (self.temperature or 1.0), "entropy")
+        kept = self.candidates(logits, None if self.top_k else logits.shape[1])
+        share = kept.share * kept.kept
+        share = share / share.sum(1, keepdim=True)
+        return torch.exp(torch.xlogy(share, share).sum(1)).clamp(max=1.0)
+
     def allowed(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] with the forbidden tokens shut."""
         if not self.forbidden:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from itertools import accumulate
 from typing import Any, Protocol
@@ -30,11 +30,47 @@ PREFIX = "dlm_"
 class Layout(Protocol):
     """Who attends to whom in one forward pass."""
 
+    @property
+    def sight(self) -> Sight:
+        """Of the model, apart from what single layers add to it."""
+        ...
+
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float | None,
+        sight: Sight,
     ) -> torch.Tensor:
         """Queries [B, H, A, D] and this pass's keys and values [B, G, A, D] -> [B, A, H, D]."""
         ...
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Positions of its row that a position attends to; by default all.
+
+    Attributes:
+        reach: positions to either side (layers with local attention).
+        block_size: none beyond its own block of so many positions (block-causal models).
+    """
+
+    reach: int | None = None
+    block_size: int | None = None
+
+    def mask(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
+        """[..., A] and [W] positions -> [..., A, W] bool, True where one sees the other; None for all."""
+        near = block = None
+        if self.reach is not None:
+            near = (queries[..., None] - keys).abs() <= self.reach
+        if self.block_size is not None:
+            block = keys // self.block_size <= queries[..., None] // self.block_size
+        return near if block is None else block if near is None else near & block
+
+
+ALL = Sight()
 
 
 def with_layouts(implementation: str | None) -> str:
@@ -66,7 +102,9 @@ def attend(
 ) -> tuple[torch.Tensor, Any]:
     """Attention in a layout, or without one as usual; see `transformers.AttentionInterface`."""
     if layout is not None:
-        return layout.attend(module.layer_idx, query, key, value, scaling), None
+        sliding = kwargs.get("sliding_window")  # as flash-attn counts: the position itself among them
+        sight = replace(layout.sight, reach=None if sliding is None else sliding - 1)
+        return layout.attend(module.layer_idx, query, key, value, scaling, sight), None
     if usual.startswith("flash"):
         return _flash(module, query, key, value, attention_mask, scaling, usual, **kwargs), None
     eager = sys.modules[type(module).__module__].eager_attention_forward  # every family has its own
@@ -117,9 +155,11 @@ class Packed:
 
     Attributes:
         lengths: of the rows.
+        sight: of the model.
     """
 
     lengths: Sequence[int]
+    sight: Sight = ALL
     _copied: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     @cached_property
@@ -128,20 +168,25 @@ class Packed:
         return [0, *accumulate(self.lengths)]
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float | None,
+        sight: Sight,
     ) -> torch.Tensor:
         """See `Layout`; here B = 1 and A = N."""
         del layer
-        half = query.dtype in (torch.float16, torch.bfloat16)
+        half = query.dtype in (torch.float16, torch.bfloat16) and sight == ALL
         if query.is_cuda and half and (is_flash_attn_2_available() or torch_varlen()):
             flat = [x[0].transpose(0, 1) for x in (query, key, value)]  # [N, H, D]
             return self._varlen(flat[0], flat[1], flat[2], scale)[None]
-        rows = [
-            F.scaled_dot_product_attention(
-                query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scale=scale, enable_gqa=True
-            )
-            for a, b in zip(self.bounds, self.bounds[1:], strict=False)
-        ]
+        rows = []
+        for a, b in zip(self.bounds, self.bounds[1:], strict=False):
+            place = torch.arange(b - a, device=query.device)
+            mask = sight.mask(place, place)
+            rows.append(_sdpa(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], mask, scale))
         return torch.cat(rows, dim=2).transpose(1, 2)
 
     def on_device(self, device: torch.device) -> torch.Tensor:
@@ -172,6 +217,22 @@ class Packed:
             query = query * (scale * query.shape[-1] ** 0.5)
         given = {name: value for name, value in given.items() if name in supported}
         return varlen_attn(query, key, value, bounds, bounds, longest, longest, **given)  # type: ignore[return-value]
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """[B, H, A, D] with keys and values [B, G, W, D]; the mask is True where one attends to the other."""
+    if mask is not None:  # masked attention has fast kernels only without groups
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=mask is None
+    )
 
 
 @dataclass
@@ -235,6 +296,7 @@ class Partial:
         positions: [b, A] int64; a position may stand there twice, with the same token.
         mask: [b, 1, 1, W] bool, positions that a row has; None where every row has all.
         room: rows and positions that the memory needs.
+        sight: of the model.
     """
 
     memory: KeyValues
@@ -242,6 +304,7 @@ class Partial:
     positions: torch.Tensor
     mask: torch.Tensor | None
     room: tuple[int, int]
+    sight: Sight = ALL
 
     @classmethod
     def of(
@@ -251,14 +314,21 @@ class Partial:
         positions: torch.Tensor,
         valid: torch.Tensor,
         device: torch.device,
+        sight: Sight = ALL,
     ) -> Partial:
         """The layout on a device, from tensors that are best on the host; `valid` is [b, W] bool."""
         mask = None if bool(valid.all()) else sent(valid[:, None, None], device)
         room = int(rows.max()) + 1, valid.shape[1]
-        return cls(memory, sent(rows, device), sent(positions, device), mask, room)
+        return cls(memory, sent(rows, device), sent(positions, device), mask, room, sight)
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float | None,
+        sight: Sight,
     ) -> torch.Tensor:
         """See `Layout`."""
         buffers = self.memory.update(
@@ -269,10 +339,8 @@ class Partial:
             (x[:, :width] if len(self.rows) == len(x) else x[self.rows, :width]).transpose(1, 2)
             for x in buffers
         )
-        if self.mask is not None:  # masked attention has fast kernels only without groups
-            groups = query.shape[1] // keys.shape[1]
-            keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
-        out = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=self.mask, scale=scale, enable_gqa=self.mask is None
+        mask = sight.mask(self.positions, torch.arange(width, device=query.device))
+        mask = (
+            self.mask if mask is None else mask[:, None] if self.mask is None else mask[:, None] & self.mask
         )
-        return out.transpose(1, 2)
+        return _sdpa(query, keys, values, mask, scale).transpose(1, 2)

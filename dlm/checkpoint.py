@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import is_flash_attn_2_available
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+from transformers.utils import cached_file, is_flash_attn_2_available
 
 from dlm.adapter import base_of, is_adapter, load_adapter, saved_by_peft
 from dlm.backbone import from_causal_lm
 from dlm.config import FAMILIES, MaskedDiffusionConfig
-from dlm.errors import CheckpointError, did_you_mean, unknown_name
+from dlm.errors import CheckpointError, ConfigError, did_you_mean, first_line, unknown_name
+from dlm.families import PUBLIC, family_named, family_of
+from dlm.families.base import Family
 from dlm.model import MaskedDiffusionModel
 from dlm.pretrained.names import NAMES, located
+from dlm.weights import Stored, check_files, read_lazily, tensors
 
 logger = logging.getLogger(__name__)
 
@@ -29,18 +34,22 @@ def load_model(
     dtype: str = "auto",
     *,
     attn_implementation: str | None = None,
+    device_map: DeviceMap = None,
 ) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
     """Load a masked diffusion model for inference or further training.
 
     Args:
         path: "default" or "default-sft", the model that comes with the package, after and before R2FT; folder
-            or hub id of a checkpoint of this toolkit, or folder of an adapter; also a causal LM (folder, hub
-            id or `.gguf` file), which is made bidirectional and has then still to be trained.
+            or hub id of a checkpoint of this toolkit or of a published family (`dlm.families`), or folder of
+            an adapter; also a causal LM (folder, hub id or `.gguf` file), which is made bidirectional and has
+            then still to be trained.
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
         dtype: "float32", "bfloat16", "float16"; or "auto": bfloat16 on a GPU, and on a CPU that computes in
             it, else float32. Commands have the same default.
         attn_implementation: transformers' name of the attention kernel; by default flash-attn where it
             is installed and applies, else SDPA.
+        device_map: which device each part of the model goes to, or "auto" to spread it over what there is
+            (accelerate's); in place of `device`.
 
     Returns:
         The model in evaluation mode on `device`, and its tokenizer.
@@ -52,9 +61,9 @@ def load_model(
     """
     path = located(path)
     device, torch_dtype = place(device, dtype)
-    model, tokenizer = format_of(path).read(path, torch_dtype)
+    model, tokenizer = format_of(path).read(path, torch_dtype, device_map)
     model.set_attn_implementation(attn_implementation or _attention_for(device, torch_dtype))
-    return model.to(device).eval(), tokenizer
+    return (model if device_map else model.to(device)).eval(), tokenizer
 
 
 def place(device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype]:
@@ -80,7 +89,12 @@ def computes_bfloat16() -> bool:
 
 def is_causal_lm(path: str) -> bool:
     """True when a path is an autoregressive model, which has still to be trained to fill masks."""
-    return CausalFormat().detect(path)
+    return CausalFormat().detect(path) and not PublicFormat().detect(path)
+
+
+def family_at(path: str) -> Family | None:
+    """The family of the public checkpoint at a path; None where there is none of a known family."""
+    return family_of(stored_config(path), path, lambda: tensors(path) if Path(path).is_dir() else ())
 
 
 def _attention_for(device: str, dtype: torch.dtype) -> str:
@@ -93,33 +107,42 @@ def _attention_for(device: str, dtype: torch.dtype) -> str:
 
 def model_type(path: str) -> str:
     """The `model_type` of a folder's or hub repository's config.json."""
-    folder = Path(path)
+    return str(stored_config(path).get("model_type"))
+
+
+def stored_config(path: str) -> dict[str, Any]:
+    """The config.json of a folder or hub repository; of an adapter that `peft` saved, that of its base.
+
+    Raises:
+        CheckpointError: when there is none, or it is damaged.
+    """
     if saved_by_peft(path):
         base = base_of(path)
         try:
-            return model_type(located(base))
+            return stored_config(located(base))
         except CheckpointError as error:
             raise CheckpointError(
                 f"{path}: an adapter of {base}, which cannot be loaded ({error})"
             ) from error
-    if folder.exists():
-        file = folder / "config.json"
-        if not file.is_file():
-            raise CheckpointError(f"{path}: not a checkpoint (no config.json in it)")
-        try:
-            return str(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{path}: config.json is damaged ({error})") from error
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise CheckpointError(f"{path}: not a checkpoint (no config.json in it)")
     try:
-        return str(AutoConfig.from_pretrained(path, trust_remote_code=False).model_type)
+        file = cached_file(path, "config.json")
     except Exception as error:
         raise CheckpointError(
             f"{path}: no such folder, not a model that the hub could give, and none of {', '.join(NAMES)}."
             + did_you_mean(path, NAMES)
         ) from error
+    try:
+        return dict(json.loads(Path(str(file)).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: config.json is damaged ({error})") from error
 
 
 Loaded = tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]
+
+DeviceMap = str | dict[str, int | str] | None
+"""Parts of a model to devices, or "auto"; as accelerate's."""
 
 
 class CheckpointFormat(Protocol):
@@ -129,8 +152,14 @@ class CheckpointFormat(Protocol):
         """True for a path of this format."""
         ...
 
-    def read(self, path: str, dtype: torch.dtype) -> Loaded:
-        """Read the model, on the CPU, and its tokenizer.
+    def read(self, path: str, dtype: torch.dtype, device_map: DeviceMap = None) -> Loaded:
+        """Read the model and its tokenizer.
+
+        Args:
+            path: where it lies.
+            dtype: type of the weights.
+            device_map: which device each part goes to (that of accelerate); by default the CPU. Formats whose
+                weights are changed after reading take none.
 
         Raises:
             CheckpointError: when something is missing, damaged or does not belong together.
@@ -145,8 +174,9 @@ class AdapterFormat:
         """See `CheckpointFormat`."""
         return is_adapter(path) and not is_causal_lm(path)
 
-    def read(self, path: str, dtype: torch.dtype) -> Loaded:
+    def read(self, path: str, dtype: torch.dtype, device_map: DeviceMap = None) -> Loaded:
         """See `CheckpointFormat`; configuration and tokenizer are the adapter's own."""
+        _take_no_map(path, device_map)
         base = base_of(path)
         described = located(base) if saved_by_peft(path) else path  # where configuration and tokenizer lie
         config = _diffusion_config(described)
@@ -166,7 +196,32 @@ class AdapterFormat:
         model = load_adapter(model, path).to(dtype)
         model.config.training, model.config.generation = config.training, config.generation
         model.config.schedule = config.schedule
-        _check(path, model, tokenizer, {})
+        _check(path, model, tokenizer)
+        return model, tokenizer
+
+
+class PublicFormat:
+    """A published diffusion model in the layout of its authors; see `dlm.families`."""
+
+    def detect(self, path: str) -> bool:
+        """See `CheckpointFormat`."""
+        return not path.endswith(".gguf") and family_at(path) is not None
+
+    def read(self, path: str, dtype: torch.dtype, device_map: DeviceMap = None) -> Loaded:
+        """See `CheckpointFormat`; tensors go one by one from the files into the model."""
+        public = stored_config(path)
+        family = family_at(path)
+        assert family is not None
+        tokenizer = family.tokenizer(path, public)
+        try:
+            config = family.config(public, tokenizer)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: config.json lacks or misstates {first_line(error)}") from error
+        check_files(path)
+        model = _read_weights(path, config, dtype, device_map, family)
+        _check(path, model, tokenizer)
         return model, tokenizer
 
 
@@ -177,8 +232,9 @@ class CausalFormat:
         """See `CheckpointFormat`."""
         return path.endswith(".gguf") or model_type(path) in FAMILIES
 
-    def read(self, path: str, dtype: torch.dtype) -> Loaded:
+    def read(self, path: str, dtype: torch.dtype, device_map: DeviceMap = None) -> Loaded:
         """See `CheckpointFormat`."""
+        _take_no_map(path, device_map)
         logger.warning(
             "%s is an autoregressive model: made bidirectional, not yet trained to fill masks", path
         )
@@ -193,17 +249,18 @@ class DiffusionFormat:
         del path
         return True
 
-    def read(self, path: str, dtype: torch.dtype) -> Loaded:
+    def read(self, path: str, dtype: torch.dtype, device_map: DeviceMap = None) -> Loaded:
         """See `CheckpointFormat`."""
-        _diffusion_config(path)
+        config = _diffusion_config(path)
+        check_files(path)
+        model = _read_weights(path, config, dtype, device_map, None)
         try:
-            model, info = MaskedDiffusionModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:
             raise CheckpointError(
-                f"{path}: weights or tokenizer missing, truncated or damaged ({error})"
+                f"{path}: the tokenizer is missing or damaged ({first_line(error)})"
             ) from error
-        _check(path, model, tokenizer, info)
+        _check(path, model, tokenizer)
         return model, tokenizer
 
     def write(self, model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -212,7 +269,7 @@ class DiffusionFormat:
         tokenizer.save_pretrained(folder)
 
 
-FORMATS: list[CheckpointFormat] = [AdapterFormat(), CausalFormat(), DiffusionFormat()]
+FORMATS: list[CheckpointFormat] = [AdapterFormat(), PublicFormat(), CausalFormat(), DiffusionFormat()]
 """Formats in the order in which they are tried."""
 
 
@@ -221,29 +278,109 @@ def format_of(path: str) -> CheckpointFormat:
     return next(each for each in FORMATS if each.detect(path))
 
 
-def _diffusion_config(path: str) -> MaskedDiffusionConfig:
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        raise CheckpointError(f"{path}: config.json cannot be used ({error})") from error
-    if not isinstance(config, MaskedDiffusionConfig):
-        raise CheckpointError(
-            f"{path}: model type {config.model_type!r} is neither a masked diffusion checkpoint "
-            f"of this toolkit nor one of {', '.join(FAMILIES)}"
+def _take_no_map(path: str, device_map: DeviceMap) -> None:
+    if device_map is not None:
+        raise ConfigError(f"{path}: a device_map is for checkpoints whose weights are read as they are")
+
+
+def _read_weights(
+    path: str, config: MaskedDiffusionConfig, dtype: torch.dtype, device_map: DeviceMap, family: Family | None
+) -> MaskedDiffusionModel:
+    """The model of a folder or hub repository, its weights checked; of a family, under their public names."""
+    origin = family or (family_named(config.public["family"]) if config.public else None)
+    stored = {name: x for name, x in read_lazily(path).items() if not (origin and origin.is_derived(name))}
+    found = {family.our_name(name) if family else name: x for name, x in stored.items()}
+    if found:
+        check_shapes(path, config, found)
+    try:  # where there are no safetensors, transformers looks for files of other kinds
+        model, info = MaskedDiffusionModel.from_pretrained(
+            None if found else path,
+            state_dict=found or None,
+            key_mapping=None if found or family is None else family.key_mapping(),
+            config=config,
+            dtype=dtype,
+            device_map=device_map,
+            output_loading_info=True,
         )
-    return config
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: weights missing, truncated or damaged ({first_line(error)})"
+        ) from error
+    model.name_or_path = model.config.name_or_path = path
+    model._weight_conversions = None  # it is saved under its present names
+    wrong = sorted(map(str, [*(info.get("missing_keys") or []), *(info.get("mismatched_keys") or [])]))
+    if wrong:
+        raise CheckpointError(f"{path}: lacks {len(wrong)} weights, the first is {wrong[0]}")
+    return model  # type: ignore[no-any-return]
 
 
-def _check(
-    path: str, model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase, info: dict[str, Any]
-) -> None:
-    """Refuse a checkpoint that would load and then produce noise."""
-    wrong = sorted(info.get("missing_keys") or []) + sorted(str(k) for k in info.get("mismatched_keys") or [])
+def check_shapes(path: str, config: MaskedDiffusionConfig, found: Mapping[str, Stored]) -> None:
+    """Refuse weights that are not those of the model that a configuration describes.
+
+    Args:
+        path: where they lie.
+        config: the configuration.
+        found: what there is, by our names.
+
+    Raises:
+        CheckpointError: naming the first that is missing, of another shape, or superfluous.
+    """
+    with torch.device("meta"), no_init_weights():
+        try:
+            model = MaskedDiffusionModel(config)
+        except Exception as error:
+            raise CheckpointError(f"{path}: config.json describes no model ({first_line(error)})") from error
+    expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    tied = set(model._tied_weights_keys or {}) if config.tie_word_embeddings else set()
+    wrong = sorted(
+        name
+        for name, shape in expected.items()
+        if (name in found or name not in tied) and _shape(found, name) != shape
+    )
     if wrong:
         raise CheckpointError(
-            f"{path}: {len(wrong)} weights are missing or of another shape, the first is {wrong[0]}"
+            f"{path}: {len(wrong)} weights are missing or of another shape, the first is {wrong[0]}: "
+            f"{_shape(found, wrong[0])} in place of {expected[wrong[0]]}"
         )
-    if tokenizer.mask_token_id != model.config.mask_token_id or len(tokenizer) != model.config.num_tokens:
+    superfluous = sorted(found.keys() - expected.keys())
+    if superfluous:
+        raise CheckpointError(
+            f"{path}: has no place for {len(superfluous)} weights, the first is {superfluous[0]}"
+        )
+
+
+def _shape(found: Mapping[str, Stored], name: str) -> tuple[int, ...] | None:
+    return found[name].shape if name in found else None
+
+
+def _diffusion_config(path: str) -> MaskedDiffusionConfig:
+    stored = stored_config(path)
+    if stored.get("model_type") != MaskedDiffusionConfig.model_type:
+        raise unknown_architecture(path, stored)
+    try:
+        return MaskedDiffusionConfig.from_pretrained(path)  # type: ignore[no-any-return]
+    except Exception as error:
+        raise CheckpointError(f"{path}: config.json cannot be used ({first_line(error)})") from error
+
+
+def unknown_architecture(path: str, stored: Mapping[str, Any]) -> CheckpointError:
+    """An error for the config.json of what is no diffusion model that is known."""
+    kind, known = stored.get("model_type"), ", ".join(family.name for family in PUBLIC)
+    if kind in FAMILIES:
+        return CheckpointError(
+            f"{path}: a {kind!r} model, not a masked diffusion checkpoint; dlm train can start from it"
+        )
+    code = " (it asks for code of its repository, which is never run)" if stored.get("auto_map") else ""
+    return CheckpointError(
+        f"{path}: unknown architecture {kind!r}{code}; known: this toolkit's own, {known}, and as a base to "
+        f"train from {', '.join(FAMILIES)}"
+    )
+
+
+def _check(path: str, model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that is not the model's, with which it would load and then produce noise."""
+    known = min(len(tokenizer), model.config.vocab_size)
+    if tokenizer.mask_token_id != model.config.mask_token_id or known != model.config.num_tokens:
         raise CheckpointError(
             f"{path}: tokenizer and model do not belong together (mask token "
             f"{tokenizer.mask_token_id} against {model.config.mask_token_id}, {len(tokenizer)} tokens "

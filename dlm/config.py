@@ -33,6 +33,10 @@ def bidirectional(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
+BACKBONES = (*FAMILIES, "ddit", "modernbert_headed")
+"""All backbones; those beyond `FAMILIES` are of `dlm.families`."""
+
+
 class MaskedDiffusionConfig(PreTrainedConfig):  # type: ignore[misc]
     """Configuration of a `MaskedDiffusionModel`.
 
@@ -47,7 +51,9 @@ class MaskedDiffusionConfig(PreTrainedConfig):  # type: ignore[misc]
         training: how the checkpoint was made (initialisation, data, template, objective, steps).
         schedule: noise schedule (name and settings, see `dlm.schedule`); log-linear where it is not given.
         block_size: positions per block of a block-causal model; None where every position sees the whole row.
-        generation: defaults of `dlm generate` for this checkpoint (decoder, options, window, steps, rate).
+        generation: defaults of `dlm generate` for this checkpoint, fields of a `Request`.
+        head_bias: whether the LM head has a bias.
+        public: for a checkpoint that came from a public one, its family and its config.json.
     """
 
     model_type = "masked_diffusion"
@@ -69,20 +75,23 @@ class MaskedDiffusionConfig(PreTrainedConfig):  # type: ignore[misc]
     is_causal: bool = False
     training: dict[str, Any] | None = None
     generation: dict[str, Any] | None = None
+    head_bias: bool = False
+    public: dict[str, Any] | None = None
 
     def backbone_config(self) -> PreTrainedConfig:
         """The backbone's configuration object, told to attend in both directions.
 
         Raises:
-            ConfigError: when the family is not one of `FAMILIES`.
+            ConfigError: when the family is not one of `BACKBONES`.
         """
         settings = dict(self.backbone or {})
         family = str(settings.pop("model_type", None))
-        if family not in FAMILIES:
+        if family not in BACKBONES:
             raise ConfigError(
-                f"backbone family {family!r} is not supported; supported: {', '.join(FAMILIES)}"
+                f"backbone family {family!r} is not supported; supported: {', '.join(BACKBONES)}"
             )
-        return bidirectional(AutoConfig.for_model(family, **{**settings, "vocab_size": self.vocab_size}))
+        config = AutoConfig.for_model(family, **{**settings, "vocab_size": self.vocab_size})
+        return bidirectional(config) if family in FAMILIES else config
 
     @property
     def hidden_size(self) -> int:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
+import dlm.families  # noqa: F401 (registers the backbones that transformers does not have)
 from dlm.attention import KeyValues, Packed, Partial, with_layouts
 from dlm.config import MaskedDiffusionConfig
 from dlm.device import sent
@@ -39,8 +40,10 @@ class DenoisingHead(nn.Linear):
     This is the zero-masking half of SUBS (MDLM, section 3.2): the clean row never holds a mask.
     """
 
-    def __init__(self, width: int, vocab_size: int, mask_token_id: int, num_tokens: int) -> None:
-        super().__init__(width, vocab_size, bias=False)
+    def __init__(
+        self, width: int, vocab_size: int, mask_token_id: int, num_tokens: int, bias: bool = False
+    ) -> None:
+        super().__init__(width, vocab_size, bias=bias)
         self.mask_token_id = mask_token_id
         self.num_tokens = num_tokens
 
@@ -52,7 +55,7 @@ class DenoisingHead(nn.Linear):
         closed[mask_id : mask_id + 1] = float(
             "-inf"
         )  # a slice is filled; a single element would be copied, which waits
-        return F.linear(hidden, self.weight, closed)
+        return F.linear(hidden, self.weight, closed if self.bias is None else closed + self.bias)
 
 
 class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
@@ -72,6 +75,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
     _supports_attention_backend = True
     _no_split_modules = [  # noqa: RUF012
         "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GPT2Block",
+        "DiTLayer", "ModernBertEncoderLayer",
     ]  # fmt: skip
 
     def __init__(self, config: MaskedDiffusionConfig) -> None:
@@ -86,7 +90,11 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         self.backbone = AutoModel.from_config(inner)
         self._tied_weights_keys = {"lm_head.weight": f"backbone.{_name_of_embedding(self.backbone)}.weight"}
         self.lm_head = DenoisingHead(
-            config.hidden_size, config.vocab_size, int(config.mask_token_id or 0), config.num_tokens
+            config.hidden_size,
+            config.vocab_size,
+            int(config.mask_token_id or 0),
+            config.num_tokens,
+            config.head_bias,
         )
         self.mask_shift: nn.Module | None = None
         """[B, L] bool -> [B, L, D]: added to the embeddings of masks, while an adapter is trained."""

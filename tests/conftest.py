@@ -57,3 +57,18 @@ TINY = ScratchConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
 @pytest.fixture
 def model(tokenizer):
     return from_scratch(TINY, tokenizer).eval()
+
+
+@pytest.fixture(scope="session")
+def base(rows):
+    """A byte-level tokenizer without any special token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=380, initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator([str(row) for row in rows], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -12,13 +12,23 @@ from decoding.reveal.base import Decision, RevealRule, StepView, ranked
 from decoding.tokens import Choice, TokenRule
 from dlm.errors import ConfigError, unknown_name
 
-Order = Literal["confidence", "margin", "entropy"]
-"""The measure by which positions are ordered."""
+Order = Literal["confidence", "margin", "entropy", "cut-entropy"]
+"""The measure by which positions are ordered: the probability of the token drawn, the lead of the likeliest
+token over the second, the entropy of the model's distribution, or that of the distribution which the token is
+drawn from, after temperature and cuts."""
+
+Spread = Literal["even", "remaining"]
+"""How tokens are spread over steps: evenly; or floor(|M| (1 - s/t)) of the masks left, at last all."""
+
+_EPS = 1e-3
+"""Where the time of the spread "remaining" ends."""
 
 
 def certainty(logits: torch.Tensor, choice: Choice, tokens: TokenRule, order: Order) -> torch.Tensor:
     """[N, V] -> [N], certainty of each position in [0, 1]."""
-    return choice.probability if order == "confidence" else tokens.certainty(logits, order)
+    if order == "confidence":
+        return choice.probability
+    return tokens.cut_certainty(logits) if order == "cut-entropy" else tokens.certainty(logits, order)
 
 
 @dataclass(frozen=True)
@@ -27,17 +37,20 @@ class Quota(RevealRule):
 
     Attributes:
         per_step: tokens per step; None to spread the stage evenly over its steps.
-        order: what makes a position certain: "confidence" (LLaDA), "margin" of the two likeliest tokens, or
-            "entropy".
+        order: what makes a position certain: "confidence" (LLaDA), "margin" of the two likeliest tokens,
+            "entropy", or "cut-entropy" (Dream).
+        spread: how tokens are spread over the steps: "even" (LLaDA) or "remaining" (Dream).
     """
 
     per_step: int | None = None
     order: Order = "confidence"
+    spread: Spread = "even"
 
     def __post_init__(self) -> None:
         """Check the number and the name."""
-        if self.order not in ("confidence", "margin", "entropy"):
-            raise unknown_name("order", self.order, ("confidence", "margin", "entropy"))
+        for name, kinds in (("order", Order), ("spread", Spread)):
+            if getattr(self, name) not in get_args(kinds):
+                raise unknown_name(name, getattr(self, name), get_args(kinds))
         if self.per_step is not None and (not isinstance(self.per_step, int) or self.per_step < 1):
             raise ConfigError(f"per_step must be a whole number of at least 1, got {self.per_step!r}")
 
@@ -53,10 +66,17 @@ class Quota(RevealRule):
 
     def at_pace(self) -> Quota:
         """See `RevealRule`."""
-        return Quota(order=self.order)
+        return Quota(order=self.order, spread=self.spread)
 
-    def _number(self, quota: torch.Tensor) -> torch.Tensor:
-        return quota if self.per_step is None else torch.full_like(quota, self.per_step)
+    def _number(self, view: StepView) -> torch.Tensor:
+        """[b] int64, tokens of this step."""
+        if self.per_step is not None:
+            return torch.full_like(view.quota, self.per_step)
+        if self.spread == "even" or view.rate is not None:
+            return view.quota
+        t, s = (_EPS + (1 - _EPS) * x.float() for x in (view.t, view.s))
+        left = view.masked.sum(1)
+        return torch.where(view.s > 0, (left * (1 - s / t)).long(), left)
 
     def score(
         self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
@@ -67,11 +87,11 @@ class Quota(RevealRule):
 
     def needs(self, view: StepView) -> torch.Tensor:
         """[b, W] bool, the open positions; all masks of a row whose open ones do not fill the quota."""
-        number = self._number(view.quota)
+        number = self._number(view)
         short = view.open.sum(1) < number
         return torch.where(short[:, None], view.masked, view.open) & (number > 0)[:, None]
 
     def decide(self, view: StepView) -> Decision:
         """Take the best `quota` positions by certainty · weight."""
         rank = ranked(view.score, view.weight, view.masked)
-        return Decision(view.masked & (rank < self._number(view.quota)[:, None]))
+        return Decision(view.masked & (rank < self._number(view)[:, None]))

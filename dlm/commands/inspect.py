@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlm.cli import Command
 from dlm.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from dlm.families.base import Family
 
 
 @dataclass(frozen=True)
@@ -46,39 +49,83 @@ def describe(path: str) -> dict[str, Any]:
     """Facts about a checkpoint, from its configuration, tokenizer and weight headers.
 
     Raises:
-        CheckpointError: when it is not a checkpoint of this toolkit, or its weights are truncated.
+        CheckpointError: when it is no checkpoint of this toolkit or of a public family, or its weights are
+            truncated.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    from dlm.adapter import base_of, saved_by_peft
-    from dlm.checkpoint import model_type
+    from dlm.checkpoint import family_at, stored_config, unknown_architecture
     from dlm.config import MaskedDiffusionConfig
     from dlm.pretrained.names import located
 
     path = located(path)
-    kind = model_type(path)
-    if kind != MaskedDiffusionConfig.model_type:
-        raise CheckpointError(
-            f"{path}: a {kind!r} model, not a masked diffusion checkpoint; dlm train can start from it"
-        )
+    stored = stored_config(path)
+    family = family_at(path)
+    if family is None:
+        kind = stored.get("model_type")
+        if kind != MaskedDiffusionConfig.model_type:
+            raise unknown_architecture(path, stored)
+    return _ours(path) if family is None else _published(path, family, stored)
+
+
+def _ours(path: str) -> dict[str, Any]:
+    """A checkpoint of this toolkit."""
+    from transformers import AutoTokenizer
+
+    from dlm.adapter import base_of, saved_by_peft
+    from dlm.config import MaskedDiffusionConfig
+    from dlm.pretrained.names import located
+
     described = located(base_of(path)) if saved_by_peft(path) else path
-    config = AutoConfig.from_pretrained(described, trust_remote_code=False)
+    config = MaskedDiffusionConfig.from_pretrained(described)
     tokenizer = AutoTokenizer.from_pretrained(described, trust_remote_code=False)
-    shape = config.backbone or {}
-    layers = shape.get("num_hidden_layers")
     return {
         "path": path,
-        "family": f"{shape.get('model_type')}, {layers} layers, width {config.hidden_size}",
-        **_adapter(path),
-        **_weights(path),
-        "vocabulary": f"{config.num_tokens} tokens, mask {tokenizer.mask_token!r} = {config.mask_token_id}, "
-        f"end {tokenizer.eos_token!r} = {config.eos_token_id}",
-        "shift": config.shift,
-        "positions": config.max_positions,
+        **_facts(config, tokenizer, _adapter(path) | _weights(path)),
         "training": config.training,
         "generation": config.generation,
         **_complete(path),
         "template": tokenizer.chat_template,
+    }
+
+
+def _published(path: str, family: Family, stored: dict[str, Any]) -> dict[str, Any]:
+    """A public checkpoint: of a hub id configuration, tokenizer and index are fetched, and no weights."""
+    from dlm.memory import fit
+    from dlm.weights import check_files, stored_bytes, tensors
+
+    check_files(path)
+    tokenizer = family.tokenizer(path, stored)
+    config = family.config(stored, tokenizer)
+    size = stored_bytes(path)
+    held = tensors(path).values() if Path(path).is_dir() else []
+    bits = max((each.bits for each in held), default=16)
+    return {
+        "path": path,
+        "published as": family.name,
+        **_facts(config, tokenizer, _weights(path)),
+        "generation": config.generation,
+        "size": "unknown" if size is None else f"{size / 1e9:.2f} GB",
+        "fits": "unknown" if size is None else str(fit(size, bits)),
+        "template": tokenizer.chat_template,
+    }
+
+
+def _facts(config: Any, tokenizer: Any, weights: dict[str, Any]) -> dict[str, Any]:
+    """What both kinds of checkpoints say."""
+    from dlm.spec import ModelSpec
+
+    shape, spec = config.backbone or {}, ModelSpec.of_config(config)
+    ends = {number: tokenizer.convert_ids_to_tokens(number) for number in sorted(spec.end_token_ids)}
+    return {
+        "family": f"{shape.get('model_type')}, {shape.get('num_hidden_layers')} layers, "
+        f"width {config.hidden_size}",
+        **weights,
+        "vocabulary": f"{config.num_tokens} tokens, mask {tokenizer.mask_token!r} = {config.mask_token_id}, "
+        f"end {tokenizer.eos_token!r} = {config.eos_token_id}",
+        "ends": ", ".join(f"{token!r} = {number}" for number, token in ends.items()),
+        "shift": config.shift,
+        "visibility": spec.visibility.name
+        + (f", blocks of {spec.visibility.block_size}" if spec.visibility.block_size else ""),
+        "positions": config.max_positions,
     }
 
 

@@ -29,7 +29,7 @@ def sampler(positions=4096, tokenizer=FakeTokenizer, **kwargs):
         ({"window": 30, "steps": 0}, "steps must be a whole number of at least 1, got 0"),
         ({"window": 5000}, "window must lie between 1 and the model's 4096 positions, got 5000"),
         ({"window": 30, "canvas": "grow"}, "'grow'. Did you mean 'growing'. Choices: full, growing"),
-        ({"max_tokens": 30, "canvas": "full"}, 'canvas "full" needs a window'),
+        ({"rate": 2.0, "canvas": "full"}, 'canvas "full" needs a window, or max_tokens'),
         ({"window": 30, "margin": 4}, "a margin is for a canvas that grows"),
         ({"max_tokens": 30, "margin": -1}, "margin must be a whole number, not negative, got -1"),
         ({"window": 30, "rate": 2.0, "canvas": "growing"}, "what max_tokens gives"),

@@ -1,0 +1,96 @@
+"""Peak memory of reading a checkpoint, over the bytes of its weights: `python -m benchmarks.loading [GB]`.
+
+Writes a LLaDA-shaped checkpoint of random bfloat16 weights in shards, and reads it in processes of their own.
+The figure is the peak of the resident set less what the process held before, over the bytes of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
+
+from dlm.checkpoint import load_model
+from dlm.tokenizer import train_tokenizer
+
+D, INNER, VOCAB = 2048, 6144, 16000
+
+
+def main() -> None:
+    """Print a table, one line for each type."""
+    if len(sys.argv) > 2:
+        measure(Path(sys.argv[1]), sys.argv[2])
+        return
+    size = float(sys.argv[1]) if len(sys.argv) > 1 else 0.6
+    with tempfile.TemporaryDirectory() as folder:
+        stored = write(Path(folder), size)
+        print(f"stored: {stored / 1e9:.2f} GB in bfloat16")
+        for dtype in ("bfloat16", "float32"):
+            subprocess.run([sys.executable, "-m", "benchmarks.loading", folder, dtype], check=True)
+
+
+def measure(folder: Path, dtype: str) -> None:
+    """Read the checkpoint, and print the peak."""
+    with tempfile.TemporaryDirectory() as small:  # what a first reading imports is no part of the figure
+        write(Path(small), 0.0)
+        load_model(small, "cpu", dtype)[0].hidden(torch.zeros(1, 4, dtype=torch.int64))
+    before = resident()
+    model, _ = load_model(folder, "cpu", dtype)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    model.hidden(ids)  # touches every weight
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    print(f"{dtype}: model {size / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB, ratio {peak / size:.3f}")
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * resource.getpagesize()
+
+
+def write(folder: Path, gigabytes: float, shards: int = 4) -> int:
+    """Write the checkpoint; gives the bytes of its weights."""
+    layer = 4 * D * D + 3 * D * INNER + 2 * D
+    layers = max(1, round((gigabytes * 1e9 / 2 - 2 * VOCAB * D) / layer))
+    shapes = {"model.transformer.wte.weight": (VOCAB, D), "model.transformer.ff_out.weight": (VOCAB, D)}
+    shapes["model.transformer.ln_f.weight"] = (D,)  # type: ignore[assignment]
+    inner = {"ff_proj": (INNER, D), "up_proj": (INNER, D), "ff_out": (D, INNER)}
+    inner |= dict.fromkeys(("q_proj", "k_proj", "v_proj", "attn_out"), (D, D))
+    for i in range(layers):
+        stem = f"model.transformer.blocks.{i}."
+        shapes |= {f"{stem}{name}.weight": shape for name, shape in inner.items()}
+        shapes |= {f"{stem}{name}.weight": (D,) for name in ("attn_norm", "ff_norm")}  # type: ignore[misc]
+    names = list(shapes)
+    weight_map: dict[str, str] = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        mine = names[i * len(names) // shards : (i + 1) * len(names) // shards]
+        save_file(
+            {n: torch.randn(shapes[n], dtype=torch.bfloat16) for n in mine}, folder / file, {"format": "pt"}
+        )
+        weight_map |= dict.fromkeys(mine, file)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+    core = train_tokenizer(["some text"], 300).backend_tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
+    tokenizer.save_pretrained(folder)
+    config = {
+        "model_type": "llada", "d_model": D, "n_heads": 8, "n_layers": layers, "mlp_hidden_size": INNER,
+        "vocab_size": VOCAB, "max_sequence_length": 4096, "rms_norm_eps": 1e-5, "weight_tying": False,
+        "mask_token_id": tokenizer.convert_tokens_to_ids("<|mask|>"), "rope_theta": 500000.0,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return sum(2 * torch.Size(shape).numel() for shape in shapes.values())
+
+
+if __name__ == "__main__":
+    main()

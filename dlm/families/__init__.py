@@ -1,0 +1,31 @@
+"""Public checkpoints that can be read: one file for each family, and the list of them.
+
+A file says how the family is recognised, what its config.json means, where its tensors go, and how its
+authors decode. Nothing else in the toolkit knows a family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from dlm.families.a2d import A2D
+from dlm.families.base import Family
+from dlm.families.diffullama import DiffuGPT, DiffuLLaMA
+from dlm.families.dream import Dream
+from dlm.families.llada import LLaDA
+from dlm.families.mdlm import MDLM
+from dlm.families.modernbert import BertChat
+
+PUBLIC: tuple[Family, ...] = (LLaDA(), Dream(), MDLM(), A2D(), BertChat(), DiffuGPT(), DiffuLLaMA())
+"""The families, in the order in which they are tried."""
+
+
+def family_of(public: Mapping[str, Any], path: str, names: Callable[[], Collection[str]]) -> Family | None:
+    """The family of a public checkpoint; None for none of them. Arguments as `Family.detect` has."""
+    return next((family for family in PUBLIC if family.detect(public, path, names)), None)
+
+
+def family_named(name: str) -> Family:
+    """The family with this name, which there is."""
+    return next(family for family in PUBLIC if family.name == name)

@@ -1,0 +1,47 @@
+"""Memory: what a model's weights need, and what this machine has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SPARE = 1.15
+"""Memory that a model needs, over the bytes of its weights: reading them, and short rows."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether weights fit.
+
+    Attributes:
+        needed: bytes that the weights and what comes with them need.
+        free: bytes that are free where they would go.
+        place: "cuda" or "cpu".
+    """
+
+    needed: int
+    free: int
+    place: str
+
+    def __str__(self) -> str:
+        """One line, such as "yes: 3.4 GB of 23.1 GB free on the CPU"."""
+        word = "yes" if self.needed <= self.free else "no"
+        where = "the GPU" if self.place == "cuda" else "the CPU"
+        return f"{word}: needs {self.needed / 1e9:.1f} GB of {self.free / 1e9:.1f} GB free on {where}"
+
+
+def fit(stored: int, stored_bits: int, device: str = "auto", bits: int | None = None) -> Fit:
+    """Whether weights of so many bytes fit the device that `load_model` would choose.
+
+    Args:
+        stored: bytes of the weights in the files.
+        stored_bits: bits of a value there.
+        device: "cpu", "cuda", or "auto".
+        bits: bits of a value in memory; by default 16 on a GPU and 32 on a CPU, as `load_model`.
+    """
+    import psutil
+    import torch
+
+    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    free = torch.cuda.mem_get_info()[0] if cuda else int(psutil.virtual_memory().available)
+    in_memory = stored * (bits or (16 if cuda else 32)) // stored_bits
+    return Fit(int(in_memory * SPARE), free, "cuda" if cuda else "cpu")

@@ -1,0 +1,208 @@
+"""Small forward passes and decoding loops, written from the papers; nothing here knows the toolkit.
+
+Everything is a function of a public state dict, in float32 and without any saving.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+
+def rms(x, weight, eps):
+    return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+
+def rotate(x, position, theta):
+    """[..., L, D]: pairs (d, d + D/2) turned by position · theta^(-2d/D)."""
+    half = x.shape[-1] // 2
+    angle = position[:, None].double() * theta ** (-torch.arange(half).double() / half)
+    cos, sin = angle.cos().float(), angle.sin().float()
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def attend(q, k, v, sees):
+    """[H, L, D] each (keys and values of fewer heads are repeated); sees [L, L] bool."""
+    times = len(q) // len(k)
+    k, v = k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)
+    score = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+    return score.masked_fill(~sees, -math.inf).softmax(-1) @ v
+
+
+def heads(x, count):
+    """[L, H D] -> [H, L, D]."""
+    return x.view(len(x), count, -1).transpose(0, 1)
+
+
+def linear(state, name, x):
+    return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
+
+
+def all_see(length):
+    return torch.ones(length, length, dtype=torch.bool)
+
+
+def blocks_see(length, size):
+    """A position sees its own block of so many and all earlier ones."""
+    block = torch.arange(length) // size
+    return block[None] <= block[:, None]
+
+
+def llama_like(state, x, names, *, layers, q_heads, kv_heads, theta, eps, sees, qk_norm=False):
+    """A pre-norm decoder with rotary positions and SwiGLU, from embeddings [L, D]; `names` maps parts to stems."""
+    position = torch.arange(len(x))
+    for i in range(layers):
+
+        def at(part, i=i):
+            return names[part].format(i=i)
+
+        y = rms(x, state[at("norm1") + ".weight"], eps)
+        q, k, v = (
+            heads(linear(state, at(part), y), n)
+            for part, n in (("q", q_heads), ("k", kv_heads), ("v", kv_heads))
+        )
+        if qk_norm:
+            q, k = rms(q, state[at("q_norm") + ".weight"], eps), rms(k, state[at("k_norm") + ".weight"], eps)
+        y = attend(rotate(q, position, theta), rotate(k, position, theta), v, sees)
+        x = x + linear(state, at("o"), y.transpose(0, 1).flatten(1))
+        y = rms(x, state[at("norm2") + ".weight"], eps)
+        x = x + linear(state, at("down"), F.silu(linear(state, at("gate"), y)) * linear(state, at("up"), y))
+    return rms(x, state[names["norm"] + ".weight"], eps)
+
+
+HF = {
+    "norm1": "model.layers.{i}.input_layernorm",
+    "norm2": "model.layers.{i}.post_attention_layernorm",
+    "q": "model.layers.{i}.self_attn.q_proj",
+    "k": "model.layers.{i}.self_attn.k_proj",
+    "v": "model.layers.{i}.self_attn.v_proj",
+    "o": "model.layers.{i}.self_attn.o_proj",
+    "q_norm": "model.layers.{i}.self_attn.q_norm",
+    "k_norm": "model.layers.{i}.self_attn.k_norm",
+    "gate": "model.layers.{i}.mlp.gate_proj",
+    "up": "model.layers.{i}.mlp.up_proj",
+    "down": "model.layers.{i}.mlp.down_proj",
+    "norm": "model.norm",
+}
+"""Names of transformers' Llama, Qwen2 and Qwen3."""
+
+
+def shifted(logits):
+    """[L, V]: row i becomes that of i - 1."""
+    return torch.cat([logits[:1], logits[:-1]])
+
+
+# ---- decoding, as published: `logits(ids)` gives [L, V] with what may not come out at -inf ------------------
+
+
+def llada_loop(logits, prompt, mask_id, *, length, block, steps):
+    """Low-confidence remasking in blocks, greedy (LLaDA, section 2.4 and appendix)."""
+    x = torch.tensor(prompt + [mask_id] * length)
+    blocks = length // block
+    for number in range(blocks):
+        begin, end = len(prompt) + number * block, len(prompt) + (number + 1) * block
+        share, rest = divmod(block, steps // blocks)
+        for step in range(steps // blocks):
+            probability = logits(x).double().softmax(-1)
+            best, token = probability.max(-1)
+            best[x != mask_id] = -math.inf
+            best[end:] = -math.inf
+            for at in best.topk(share + (step < rest)).indices:
+                assert begin <= at < end
+                x[at] = token[at]
+    return x[len(prompt) :].tolist()
+
+
+def dream_loop(logits, prompt, mask_id, *, length, steps, top_p=1.0, eps=1e-3):
+    """Tokens of least entropy first, by the times from 1 to eps (Dream's "entropy"), greedy."""
+    x = torch.tensor(prompt + [mask_id] * length)
+    times = torch.linspace(1, eps, steps + 1)
+    for step in range(steps):
+        masked = x == mask_id
+        count = int(masked.sum())
+        number = int(count * (1 - times[step + 1] / times[step])) if step < steps - 1 else count
+        p = logits(x).softmax(-1)
+        ordered, index = p.sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p
+        p = p.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), 0)
+        p = p / p.sum(-1, keepdim=True)
+        sure = torch.xlogy(p, p).sum(-1).masked_fill(~masked, -math.inf)
+        token = p.argmax(-1)
+        for at in sure.topk(number).indices if number else []:
+            x[at] = token[at]
+    return x[len(prompt) :].tolist()
+
+
+def dit(state, x, *, layers, heads_count, sees, adaln=True):
+    """MDLM's transformer at time 0, from embeddings [L, D], up to its logits."""
+    position = torch.arange(len(x))
+
+    def norm(y, name):
+        return F.layer_norm(y, y.shape[-1:]) * state[name + ".weight"]
+
+    if adaln:
+        time = torch.cat([torch.ones(128), torch.zeros(128)])
+        c = F.silu(linear(state, "backbone.sigma_map.mlp.0", time))
+        c = F.silu(linear(state, "backbone.sigma_map.mlp.2", c))
+    for i in range(layers):
+        stem = f"backbone.blocks.{i}."
+        parts = [0.0, 0.0, 1.0, 0.0, 0.0, 1.0]
+        if adaln:
+            parts = linear(state, stem + "adaLN_modulation", c).chunk(6)
+        y = linear(state, stem + "attn_qkv", norm(x, stem + "norm1") * (1 + parts[1]) + parts[0])
+        q, k, v = (heads(part, heads_count) for part in y.chunk(3, -1))
+        y = attend(rotate(q, position, 10000.0), rotate(k, position, 10000.0), v, sees)
+        x = x + parts[2] * linear(state, stem + "attn_out", y.transpose(0, 1).flatten(1))
+        y = linear(state, stem + "mlp.0", norm(x, stem + "norm2") * (1 + parts[4]) + parts[3])
+        x = x + parts[5] * linear(state, stem + "mlp.2", F.gelu(y, approximate="tanh"))
+    x = norm(x, "backbone.output_layer.norm_final")
+    if adaln:
+        shift, scale = linear(state, "backbone.output_layer.adaLN_modulation", c).chunk(2)
+        x = x * (1 + scale) + shift
+    return linear(state, "backbone.output_layer.linear", x)
+
+
+def modernbert(state, ids, *, layers, heads_count, reach):
+    """ModernBERT with its language-model head: every third layer sees all, the others `reach` to either side."""
+    position = torch.arange(len(ids))
+    near = (position[:, None] - position).abs() <= reach
+
+    def norm(y, name):
+        return F.layer_norm(y, y.shape[-1:], state[name + ".weight"], eps=1e-5)
+
+    x = norm(state["model.embeddings.tok_embeddings.weight"][ids], "model.embeddings.norm")
+    for i in range(layers):
+        stem, everything = f"model.layers.{i}.", i % 3 == 0
+        y = linear(state, stem + "attn.Wqkv", norm(x, stem + "attn_norm") if i else x)
+        q, k, v = (heads(part, heads_count) for part in y.chunk(3, -1))
+        theta = 160000.0 if everything else 10000.0
+        y = attend(rotate(q, position, theta), rotate(k, position, theta), v, near | everything)
+        x = x + linear(state, stem + "attn.Wo", y.transpose(0, 1).flatten(1))
+        inner, gate = linear(state, stem + "mlp.Wi", norm(x, stem + "mlp_norm")).chunk(2, -1)
+        x = x + linear(state, stem + "mlp.Wo", F.gelu(inner) * gate)
+    x = norm(F.gelu(linear(state, "head.dense", norm(x, "model.final_norm"))), "head.norm")
+    return x @ state["model.embeddings.tok_embeddings.weight"].T + state["decoder.bias"]
+
+
+def gpt2(state, ids, *, layers, heads_count):
+    """GPT-2 without its causal mask, up to its last norm; weights of linear maps are stored [in, out]."""
+
+    def norm(y, name):
+        return F.layer_norm(y, y.shape[-1:], state[name + ".weight"], state[name + ".bias"], 1e-5)
+
+    def conv(y, name):
+        return y @ state[name + ".weight"] + state[name + ".bias"]
+
+    x = state["embed_tokens.weight"][ids] + state["denoise_model.wpe.weight"][: len(ids)]
+    for i in range(layers):
+        stem = f"denoise_model.h.{i}."
+        parts = conv(norm(x, stem + "ln_1"), stem + "attn.c_attn").chunk(3, -1)
+        y = attend(*(heads(part, heads_count) for part in parts), all_see(len(ids)))
+        x = x + conv(y.transpose(0, 1).flatten(1), stem + "attn.c_proj")
+        x = x + conv(
+            F.gelu(conv(norm(x, stem + "ln_2"), stem + "mlp.c_fc"), approximate="tanh"), stem + "mlp.c_proj"
+        )
+    return norm(x, "denoise_model.ln_f")

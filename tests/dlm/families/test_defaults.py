@@ -1,0 +1,84 @@
+"""What a user gets without options is what the authors of a model use; training can begin from it."""
+
+import pytest
+import torch
+
+from decoding import Request, Sampler
+from decoding.pace import Steps
+from dlm import load_model
+from dlm.data.config import DataConfig
+from dlm.spec import ModelSpec
+from finetune.config import ModelConfig, TrainConfig
+from finetune.sft import train
+from tests.dlm.families.layouts import LAYOUTS
+
+DEFAULTS = {  # decoder, answer, steps, temperature, top-p; sources in docs/families.md
+    "llada": ("llada", 128, 128, 0.0, 1.0),
+    "dream": ("dream", 512, 512, 0.2, 0.95),
+    "a2d": ("llada", 128, 128, 0.0, 1.0),
+    "bert-chat": ("llada", 128, 128, 0.0, 1.0),
+    "diffugpt": ("categorical", 256, 64, 0.95, 0.9),
+    "diffullama": ("categorical", 256, 64, 0.9, 0.9),
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def case(request, tmp_path, base):
+    layout = LAYOUTS[request.param]()
+    folder = layout.write(tmp_path / "public", base)
+    return layout, folder, *load_model(folder, device="cpu", dtype="float32")
+
+
+def test_defaults_are_the_authors(case):
+    layout, _, model, _ = case
+    plan = Request().resolve(model)
+    assert not plan.ending.fill
+    if layout.family == "mdlm":
+        assert (plan.decoder.name, plan.positions, plan.pace.steps) == ("categorical", 1024, 128)
+        return
+    name, length, steps, temperature, top_p = DEFAULTS[layout.family]
+    rule = plan.decoder.tokens
+    assert (plan.decoder.name, plan.tokens, plan.pace.steps) == (name, length, steps)
+    assert (rule.temperature, rule.top_p) == (temperature, top_p)
+    assert plan.margin is None
+    half = Request(max_tokens=length // 2).resolve(model)
+    assert (half.tokens, half.pace.steps) == (length // 2, steps // 2)
+    if layout.family == "bert-chat":
+        assert Request(decoder="conv").resolve(model).stop == ("[/Answer]",)
+
+
+def test_other_decoders_have_their_own_canvas(case):
+    _, _, model, tokenizer = case
+    plan = Request(decoder="conv").resolve(model)
+    assert plan.margin is not None or plan.pace.steps is not None
+    assert plan.ending.fill
+    out = Sampler(model, tokenizer).generate("Two fruits", decoder="conv", max_tokens=12, rate=3.0)[0]
+    assert len(out.token_ids) <= 12
+    gap = Sampler(model, tokenizer).infill("one <mask:2> three", decoder="conv")[0]
+    assert gap.text.startswith("one")
+
+
+def test_a_canvas_behind_the_prompt_is_whole_from_the_start():
+    spec = ModelSpec(mask_token_id=5, eos_token_id=0, positions=300)
+    plan = Request(max_tokens=40, canvas="full", steps=10, decoder="llada").resolve(spec)
+    assert (plan.tokens, plan.positions, plan.margin, plan.pace) == (40, 300, None, Steps(10, spec.schedule))
+    assert Request(max_tokens=40, canvas="full", decoder="llada").resolve(spec).pace.rate == 2.0
+
+
+@pytest.mark.parametrize("name", ["mdlm", "bert-chat", "diffugpt"])
+def test_training_begins_from_a_public_checkpoint(tmp_path, base, name):
+    layout = LAYOUTS[name]()
+    folder = layout.write(tmp_path / "public", base)
+    run = TrainConfig(
+        output_dir=str(tmp_path / "run"),
+        model=ModelConfig(init=str(folder), template="model"),
+        data=DataConfig(source="rules", window=64, limit=40, validation_rows=8),
+        max_steps=2, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1, eval_steps=0,
+        save_steps=2, precision="fp32", report_to="none", trainer={"disable_tqdm": True},
+    )  # fmt: skip
+    train(run)
+    before, _ = load_model(folder, device="cpu", dtype="float32")
+    after, _ = load_model(tmp_path / "run", device="cpu", dtype="float32")
+    assert after.spec.mask_token_id == before.spec.mask_token_id
+    moved = [n for n, p in after.named_parameters() if not torch.equal(p, before.get_parameter(n))]
+    assert len(moved) > 10

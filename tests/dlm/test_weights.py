@@ -1,0 +1,156 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dlm import load_model
+from dlm.commands.inspect import describe
+from dlm.convert import convert
+from dlm.errors import CheckpointError, ConfigError
+from dlm.memory import fit
+from dlm.weights import header, read_lazily, stored_bytes
+from tests.dlm.families.layouts import dream, llada
+
+
+@pytest.fixture
+def folder(tmp_path, base):
+    return llada().write(tmp_path / "public", base, shards=3)
+
+
+def changed(folder, **settings):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **settings}))
+
+
+def rewritten(file, change):
+    save_file(change(load_file(file)), file, {"format": "pt"})
+
+
+def cut(folder):
+    file = folder / "model-00002-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+DAMAGE = {
+    "a missing shard": (
+        lambda f: (f / "model-00002-of-00003.safetensors").unlink(),
+        "1 of 3 weight files are missing, the first is model-00002",
+    ),
+    "a truncated shard": (cut, "model-00002-of-00003.safetensors: truncated .* bytes of"),
+    "no header": (
+        lambda f: (f / "model-00001-of-00003.safetensors").write_bytes(b"hello"),
+        "truncated or damaged .not a safetensors header",
+    ),
+    "a damaged index": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{"),
+        "index.json: damaged",
+    ),
+    "a lacking weight": (
+        lambda f: rewritten(f / "model-00001-of-00003.safetensors", lambda w: dict(list(w.items())[1:])),
+        "lack 1 weights, the first is model.transformer",
+    ),
+    "another shape": (
+        lambda f: changed(f, mlp_hidden_size=40),
+        r"another shape, the first is .*mlp.down_proj.weight: \(32, 48\) in place of \(32, 40\)",
+    ),
+    "more layers": (
+        lambda f: changed(f, n_layers=3),
+        "9 weights are missing or of another shape, the first is backbone.layers.2.*: None in place of",
+    ),
+    "fewer layers": (lambda f: changed(f, n_layers=1), "has no place for 9 weights, the first is "),
+    "another block": (
+        lambda f: changed(f, block_type="sequential"),
+        "block_type = 'sequential'; known: 'llama'",
+    ),
+    "no width": (lambda f: changed(f, d_model=None), "config.json does not say hidden_size"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "the tokenizer is missing or damaged"),
+    "a mask beyond the tokenizer": (
+        lambda f: changed(f, mask_token_id=440),
+        r"the mask token is number 440, and the tokenizer has \d+ tokens; add \d+ tokens and the mask behind",
+    ),
+    "unknown": (
+        lambda f: changed(f, model_type="llada3"),
+        "unknown architecture 'llada3' .it asks for code of its repository, which is never run.; known: "
+        "this toolkit's own, llada, dream",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoints_are_refused_in_one_line(folder, damage):
+    change, message = DAMAGE[damage]
+    change(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_model(folder, device="cpu")
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_remote_code_is_not_run(folder):
+    (folder / "modeling_llada.py").write_text("raise SystemExit('run')")
+    (folder / "configuration_llada.py").write_text("raise SystemExit('run')")
+    load_model(folder, device="cpu")
+
+
+def test_a_tokenizer_without_a_mask_says_what_to_add(tmp_path, base):
+    layout = dream()
+    del layout.tokenizer["mask_token"]
+    layout.mask = None
+    folder = layout.write(tmp_path / "public", base)
+    with pytest.raises(
+        CheckpointError, match="no mask token; add '<.mask.>' to it, or its id to config.json"
+    ):
+        load_model(folder, device="cpu")
+
+
+def test_tensors_are_read_from_their_place_in_the_file(tmp_path):
+    made = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7).bfloat16(),
+        "c": torch.zeros(0, 4),
+        "d": torch.arange(6),
+    }
+    save_file(made, tmp_path / "model.safetensors")
+    found = read_lazily(tmp_path)
+    assert all(
+        torch.equal(found[name][...], x) and found[name][...].dtype == x.dtype for name, x in made.items()
+    )
+    assert torch.equal(found["a"][1:], made["a"][1:])
+    assert header(tmp_path / "model.safetensors")["b"].bits == 16
+    assert stored_bytes(tmp_path) == (tmp_path / "model.safetensors").stat().st_size
+
+
+def test_what_fits_is_counted_at_the_type_in_memory():
+    in_memory = fit(10**9, 16, "cpu")
+    assert in_memory.needed == int(2 * 10**9 * 1.15)
+    assert fit(10**9, 16, "cpu", bits=16).needed == int(10**9 * 1.15)
+    assert str(fit(10**15, 32, "cpu")).startswith("no: needs 1150000.0 GB of")
+
+
+def test_device_maps_are_those_of_accelerate(folder):
+    whole, _ = load_model(folder, device="cpu", dtype="bfloat16")
+    mapped, _ = load_model(folder, dtype="bfloat16", device_map={"": "cpu"})
+    assert mapped.dtype == torch.bfloat16
+    ids = torch.arange(9)[None]
+    assert torch.equal(mapped(ids).logits, whole(ids).logits)
+
+
+def test_convert_refuses_what_has_no_public_layout(model, tokenizer, tmp_path, folder):
+    model.save_pretrained(tmp_path / "mine")
+    tokenizer.save_pretrained(tmp_path / "mine")
+    with pytest.raises(CheckpointError, match="did not come from a public checkpoint"):
+        convert(tmp_path / "mine", tmp_path / "out")
+    with pytest.raises(ConfigError, match="is not empty"):
+        convert(folder, tmp_path / "mine")
+    changed(folder, mlp_hidden_size=40)
+    with pytest.raises(
+        CheckpointError, match=r"the first is .*mlp.down_proj.weight: \(32, 48\) in place of \(32, 40\)"
+    ):
+        convert(folder, tmp_path / "out")
+
+
+def test_inspect_refuses_what_it_does_not_know(folder):
+    changed(folder, model_type="new")
+    with pytest.raises(CheckpointError, match="unknown architecture 'new'"):
+        describe(str(folder))
