@@ -19,7 +19,7 @@ from decoding.canvas import Canvas
 from decoding.cells import Cell, cells
 from decoding.engine import Update
 from decoding.infill import pieces_of
-from decoding.presets import PRESETS
+from decoding.presets import PRESETS, Decoder
 from decoding.request import Plan
 from decoding.request import Request as DecodingRequest
 from decoding.rows import Prompt
@@ -91,6 +91,8 @@ class DecoderModel(BaseModel):
     summary: str
     paper: str
     exact: bool
+    timed: bool
+    """True where the pace must be a number of steps."""
     options: dict[str, Any]
 
 
@@ -309,6 +311,7 @@ def router(service: Service) -> APIRouter:
                 "summary": preset.summary,
                 "paper": preset.paper,
                 "exact": preset.exact,
+                "timed": Decoder.named(name).timed,
                 "options": preset.options,
             }
             for name, preset in PRESETS.items()
