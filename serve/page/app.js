@@ -74,7 +74,7 @@ function subject(text, fills) {
 async function running(turn, bodies) {
   stopper = new AbortController();
   adaptComposer();
-  turn.element.scrollIntoView({ block: "nearest" });
+  const follower = follow(turn.element);
   try {
     await turn.run(bodies, stopper.signal, settings.inTurn);
     announce(turn);
@@ -83,8 +83,19 @@ async function running(turn, bodies) {
   } finally {
     stopper = null;
     adaptComposer();
-    turn.element.scrollIntoView({ block: "nearest" });
+    requestAnimationFrame(() => requestAnimationFrame(() => follower.disconnect()));
   }
+}
+
+/** Keep an element in view as it grows, unless the reader has scrolled away from the end. */
+function follow(element) {
+  const page = document.documentElement;
+  const observer = new ResizeObserver(() => {
+    if (page.scrollHeight - page.scrollTop - page.clientHeight < 400) element.scrollIntoView({ block: "nearest" });
+  });
+  observer.observe(element);
+  element.scrollIntoView({ block: "nearest" });
+  return observer;
 }
 
 /** Read the answers out. */

@@ -35,7 +35,7 @@ export class CanvasView {
 
   #drawCell(cell, i) {
     const kind = isControl(cell) ? "control" : cell.state;
-    const key = `${kind} ${cell.token_id} ${cell.step}`;
+    const key = `${kind} ${cell.token_id} ${cell.step} ${cell.text}`;
     if (this.cells[i]?.key === key) return;
     if (!this.cells[i]) {
       const span = make("span", { tabindex: "-1" });

@@ -39,7 +39,7 @@ export class Turn {
    */
   async run(bodies, signal, inTurn) {
     if (bodies.length > 1 && !inTurn) {
-      this.note.textContent = "Both were written at once, so each had half of the machine.";
+      this.note.textContent = "Both were written at once and shared the machine. For fair times, write one after the other.";
     }
     if (inTurn) {
       for (const [i, body] of bodies.entries()) await this.panels[i].run(body, signal);
@@ -70,7 +70,7 @@ export class Turn {
     this.panels.forEach((panel, i) => {
       const radio = make("input", { type: "radio", name: group, change: () => (this.chosen = i) });
       radio.checked = i === this.chosen;
-      panel.actions.append(make("label", { class: "check" }, radio, "Carry on with this answer"));
+      panel.actions.append(make("label", { class: "check" }, radio, "Carry on with this"));
     });
   }
 }
