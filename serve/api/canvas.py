@@ -6,9 +6,11 @@ A canvas is an answer to a prompt, in which texts may be given, or a text with g
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
+from functools import cache
+from itertools import takewhile
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -19,7 +21,7 @@ from decoding.canvas import Canvas
 from decoding.cells import Cell, cells
 from decoding.engine import Update
 from decoding.infill import pieces_of
-from decoding.presets import PRESETS
+from decoding.presets import PRESETS, Decoder
 from decoding.request import Plan
 from decoding.request import Request as DecodingRequest
 from decoding.rows import Prompt
@@ -29,13 +31,19 @@ from serve.api.fill import Filled, Filling, fill, filling_steps, prepare_filling
 from serve.api.openai import ERRORS, streamed
 from serve.api.parameters import Generation, Sampling, Texts, faults_named, first_seed, new_id, stop_texts
 from serve.api.sse import Events, event, stream
-from serve.api.tokens import TokenTexts
 from serve.errors import APIError
 from serve.job import Sample
 from serve.service import Service
 
 OPEN_GAP = 32
 """Longest text of a gap written `<mask>`, where no `max_tokens` is given."""
+
+
+Decode = Callable[..., str]
+"""Text of token ids."""
+
+CHARACTER = 4
+"""Most tokens of one character: UTF-8 has no longer ones."""
 
 
 class CanvasRequest(Sampling):
@@ -91,6 +99,8 @@ class DecoderModel(BaseModel):
     summary: str
     paper: str
     exact: bool
+    timed: bool
+    """True where the pace must be a number of steps."""
     options: dict[str, Any]
 
 
@@ -153,26 +163,44 @@ def _filling(service: Service, body: CanvasRequest) -> Filling:
     return prepare_filling(service, pieces, prompt, body)
 
 
+def cell_texts(listed: Sequence[Cell], decode: Decode) -> list[str]:
+    """The text of each cell, empty for masks; a character of several tokens stands whole at the first."""
+    out: list[str] = []
+    while len(out) < len(listed):
+        length, text = _character(listed[len(out) : len(out) + CHARACTER], decode)
+        out += [text] + [""] * (length - 1)
+    return out
+
+
+def _character(listed: Sequence[Cell], decode: Decode) -> tuple[int, str]:
+    """The fewest tokens from the first on that are whole characters, and their text; else the first alone."""
+    ids = [cell.token_id for cell in takewhile(lambda cell: cell.state in ("given", "written"), listed)]
+    if not ids:
+        return 1, ""
+    for length in range(1, len(ids) + 1):
+        text = decode(*ids[:length])
+        if "\N{REPLACEMENT CHARACTER}" not in text:
+            return length, text
+    return 1, decode(ids[0])
+
+
 class _View:
     """A canvas as JSON.
 
     Args:
-        texts: of tokens.
-        body: the request.
+        tokenizer: the model's.
         model: name of the model.
     """
 
-    def __init__(self, texts: TokenTexts, body: CanvasRequest, model: str) -> None:
-        self.texts = texts
+    def __init__(self, tokenizer: Any, model: str) -> None:
+        self.decode: Decode = cache(lambda *ids: str(tokenizer.decode(list(ids))))
         self.head = {"id": new_id("canvas"), "object": "canvas", "created": int(time.time()), "model": model}
 
     def cells(self, canvas: Canvas, plan: Plan) -> list[dict[str, Any]]:
         """Every cell, with its text."""
-        return [self._cell(cell) for cell in cells(canvas, plan)]
-
-    def _cell(self, cell: Cell) -> dict[str, Any]:
-        text = "" if cell.state in ("open", "shut") else self.texts.text(cell.token_id)
-        return {**asdict(cell), "text": text}
+        listed = cells(canvas, plan)
+        texts = cell_texts(listed, self.decode)
+        return [{**asdict(cell), "text": text} for cell, text in zip(listed, texts, strict=True)]
 
     def step(self, update: Update) -> dict[str, Any]:
         """The canvas after a step."""
@@ -286,7 +314,7 @@ def router(service: Service) -> APIRouter:
         """
         service.check_model(body.model)
         service.check_ready()
-        view = _View(TokenTexts(service.tokenizer), body, service.config.served_name)
+        view = _View(service.tokenizer, service.config.served_name)
         canvases = _Canvases(service, view, body)
         if body.text is not None:
             filling = await service.prepare(lambda: _filling(service, body))
@@ -309,6 +337,7 @@ def router(service: Service) -> APIRouter:
                 "summary": preset.summary,
                 "paper": preset.paper,
                 "exact": preset.exact,
+                "timed": Decoder.named(name).timed,
                 "options": preset.options,
             }
             for name, preset in PRESETS.items()
