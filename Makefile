@@ -7,14 +7,16 @@ STAMP   = $(VENV)/.installed
 ANY     = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 STAMP_DOCS = $(VENV)/.installed-docs
+STAMP_RAY  = $(VENV)/.installed-ray
 
-.PHONY: help setup demo test check docs bench gpu gpu-bundle clean
+.PHONY: help setup demo test test-ray check docs bench gpu gpu-bundle clean
 
 help:
 	@echo "make setup   create $(VENV) and install the project into it"
 	@echo "make demo    train a small model on rule-made tasks, compare the decoders, then ask the default model"
 	@echo "             (minutes; DEMO=quick leaves the training out)"
 	@echo "make test    run the tests (minutes, CPU, offline)"
+	@echo "make test-ray   install Ray and run the tests of dlm serve --replicas"
 	@echo "make check   ruff, mypy --strict, import-linter"
 	@echo "make docs    build the documentation into site/"
 	@echo "make bench   training and decoding benchmarks"
@@ -41,6 +43,13 @@ endif
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+$(STAMP_RAY): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ray]"
+	@touch $(STAMP_RAY)
+
+test-ray: $(STAMP_RAY)
+	$(BIN)/python -m pytest tests/serve/test_replicas.py -m ray
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -35,6 +35,9 @@ class ServeConfig(LoadConfig):
         log_format: "plain" or "json", one line a request on stderr.
         log_prompts: write prompts to the log.
         page: serve the page at /.
+        replicas: copies of the model, each in a process of its own, run by Ray (pip install 'dlm[ray]'), and
+            each with the limits above to itself; 0 for one model in this process.
+        max_replicas: most copies; more than --replicas are started while many requests are at work.
     """
 
     host: str = "127.0.0.1"
@@ -56,6 +59,8 @@ class ServeConfig(LoadConfig):
     log_format: str = "plain"
     log_prompts: bool = False
     page: bool = True
+    replicas: int = 0
+    max_replicas: int = 0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -63,13 +68,31 @@ class ServeConfig(LoadConfig):
         for name in ("max_rows", "max_positions", "max_body", "max_n"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_waiting", "timeout", "grace", "max_prompt", "max_stop", "max_stop_length"):
+        for name in (
+            "max_waiting",
+            "timeout",
+            "grace",
+            "max_prompt",
+            "max_stop",
+            "max_stop_length",
+            "replicas",
+        ):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must lie between 0 and 65535, got {self.port}")
         if self.log_format not in ("plain", "json"):
             raise unknown_name("log_format", self.log_format, ("plain", "json"))
+        self._check_replicas()
+
+    def _check_replicas(self) -> None:
+        if self.max_replicas and not 1 <= self.replicas <= self.max_replicas:
+            raise ConfigError(
+                f"max_replicas must be at least --replicas, which must be at least 1; "
+                f"got {self.max_replicas} and {self.replicas}"
+            )
+        if self.replicas and ":" in self.device:
+            raise ConfigError(f"replicas choose their GPUs: give --device cuda, not {self.device}")
 
     @property
     def served_name(self) -> str:

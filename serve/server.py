@@ -7,9 +7,12 @@ import logging
 import signal
 import sys
 import time
+from concurrent.futures import Future
 from types import FrameType
+from typing import Any, Protocol
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from dlm.errors import DLMError
 from serve.app import create_app
@@ -25,16 +28,61 @@ def make_worker(config: ServeConfig, metrics: Metrics) -> Worker:
     return Worker(config.load, max_rows=config.max_rows, max_positions=config.max_positions, metrics=metrics)
 
 
+class Backend(Protocol):
+    """Those who answer: a `Worker`, or a `Cluster` of replicas."""
+
+    loaded: Future[Any]
+
+    @property
+    def draining(self) -> bool:
+        """True when no further request is taken."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """True when requests will be answered."""
+        ...
+
+    @property
+    def idle(self) -> bool:
+        """True when no request is at work or waiting."""
+        ...
+
+    def start(self) -> None:
+        """Begin to load."""
+        ...
+
+    def drain(self) -> None:
+        """Refuse requests that have not begun."""
+        ...
+
+    def stop(self, timeout: float | None = ...) -> None:
+        """Give up all requests and end."""
+        ...
+
+
+def make_backend(config: ServeConfig) -> tuple[Backend, ASGIApp]:
+    """Those who answer, not yet started, and the application in front of them."""
+    if config.replicas:
+        from serve.replicas import Cluster
+
+        cluster = Cluster(config)
+        return cluster, cluster.front.app
+    metrics = Metrics(config.served_name)
+    worker = make_worker(config, metrics)
+    return worker, create_app(worker, config, metrics)
+
+
 class Server(uvicorn.Server):
     """uvicorn's server; the first signal drains, the second stops at once.
 
     Args:
         config: uvicorn's.
-        worker: owns the model.
+        worker: those who answer.
         grace: seconds that running requests have to finish.
     """
 
-    def __init__(self, config: uvicorn.Config, worker: Worker, grace: float) -> None:
+    def __init__(self, config: uvicorn.Config, worker: Backend, grace: float) -> None:
         super().__init__(config)
         self.worker, self.grace = worker, grace
         self._drain: asyncio.Task[None] | None = None
@@ -70,10 +118,12 @@ class Server(uvicorn.Server):
     async def _announce(self) -> None:
         try:
             await asyncio.wrap_future(self.worker.loaded)
-        except BaseException as error:
+        except Exception as error:
             self.failure = error
             self.should_exit = True
             return
+        for number in (signal.SIGINT, signal.SIGTERM):  # Ray has set its own meanwhile
+            signal.signal(number, self.handle_exit)
         print(f"dlm serve: ready at {self.address}", flush=True)
 
     @property
@@ -89,9 +139,7 @@ def serve(config: ServeConfig) -> int:
     Raises:
         DLMError: when the model cannot be loaded, or the address is taken.
     """
-    metrics = Metrics(config.served_name)
-    worker = make_worker(config, metrics)
-    app = create_app(worker, config, metrics)
+    worker, app = make_backend(config)
     if config.public and not config.keys():
         print(
             f"dlm serve: warning: {config.host} can be reached from other machines and there is no key; "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from dlm.cli import Command
 from dlm.errors import ConfigError
 from serve.config import ServeConfig
@@ -9,6 +11,8 @@ from serve.config import ServeConfig
 
 def run(config: ServeConfig) -> int:
     """Serve until a signal comes."""
+    if config.replicas and find_spec("ray") is None:
+        raise ConfigError("dlm serve --replicas needs Ray: pip install 'dlm[ray]'")
     try:
         from serve.server import serve
     except ModuleNotFoundError as error:
