@@ -29,7 +29,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,eval]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,eval,serve]"
 	@touch $(STAMP)
 
 demo: $(STAMP)

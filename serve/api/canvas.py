@@ -138,7 +138,7 @@ def _answer_sample(service: Service, body: CanvasRequest) -> Sample:
         request = generation.request(len(ids))
         given = {name: getattr(body, name) for name in ("begin", "ending", "forced", "canvas", "margin")}
         fields = {name: getattr(request, name) for name in DecodingRequest.__dataclass_fields__}
-        request = DecodingRequest.of(**{**fields, **given})
+        request = DecodingRequest.of(**fields, **{k: v for k, v in given.items() if v is not None})
         request.check_decoder()
         plan = request.resolve(service.spec)
         return Sample(service.rows.answer(ids, plan), plan, first_seed(body.seed))

@@ -149,16 +149,15 @@ class Generation:
     def request(self, prompt_tokens: int) -> Request:
         """The request, for a prompt of this length: steps need a canvas of fixed length."""
         s = self.sampling
-        fixed: dict[str, Any] = {"max_tokens": self.max_tokens}
         if s.window is not None and self.max_tokens is not None:
             raise ConfigError("window is the length of prompt and answer together; give no max_tokens then")
         if s.window is not None and prompt_tokens >= s.window:
             raise ConfigError(f"window {s.window} is too short for a prompt of {prompt_tokens} tokens")
+        fixed: dict[str, Any] = {"max_tokens": self.max_tokens, "steps": s.steps}
         if s.window is not None:
             fixed = {"window": s.window, "steps": s.steps}
         elif s.steps is not None:
-            length = self.max_tokens or 256
-            fixed = {"window": prompt_tokens + length, "steps": s.steps}
+            fixed["canvas"] = "full"
         return Request.of(
             decoder=s.decoder,
             options=s.decoder_options() or None,
