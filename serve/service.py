@@ -28,6 +28,10 @@ from serve.worker import Worker
 T = TypeVar("T")
 
 
+NAMELESS = ("dummy", "tgi")
+"""Names that clients of TGI send because the interface has none: they mean the model that is there."""
+
+
 class Service:
     """A worker, as handlers of requests use it.
 
@@ -99,7 +103,7 @@ class Service:
             APIError: 404.
         """
         served = self.config.served_name
-        if name is not None and name != served:
+        if name is not None and name != served and name not in NAMELESS:
             self.metrics.refused.inc(label="model_not_found")
             message = f"the model {name!r} does not exist; this server has {served!r}"
             raise APIError(404, message, param="model", code="model_not_found")

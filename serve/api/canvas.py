@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import takewhile
 from typing import Annotated, Any, Literal
@@ -23,7 +23,6 @@ from decoding.engine import Update
 from decoding.infill import pieces_of
 from decoding.presets import PRESETS, Decoder
 from decoding.request import Plan
-from decoding.request import Request as DecodingRequest
 from decoding.rows import Prompt
 from dlm.errors import ConfigError
 from serve.api import schema
@@ -137,8 +136,7 @@ def _answer_sample(service: Service, body: CanvasRequest) -> Sample:
         ids = service.rows.prompt(prompt)
         request = generation.request(len(ids))
         given = {name: getattr(body, name) for name in ("begin", "ending", "forced", "canvas", "margin")}
-        fields = {name: getattr(request, name) for name in DecodingRequest.__dataclass_fields__}
-        request = DecodingRequest.of(**fields, **{k: v for k, v in given.items() if v is not None})
+        request = replace(request, **{name: value for name, value in given.items() if value is not None})
         request.check_decoder()
         plan = request.resolve(service.spec)
         return Sample(service.rows.answer(ids, plan), plan, first_seed(body.seed))

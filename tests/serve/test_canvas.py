@@ -1,0 +1,174 @@
+"""The native interface: every cell, its state, its probability and its step."""
+
+import pytest
+import torch
+
+from decoding import Request, Sampler
+from decoding.cells import cells, open_positions
+from decoding.engine import Engine
+from tests.decoding.rig import canvas_of, plan_of
+from tests.fakes import FakeDenoiser, FakeTokenizer
+from tests.serve.rig import events, stream_of
+
+BODY = {"prompt": "Sort the words: b a c", "max_tokens": 20, "seed": 3}
+
+
+def stream(server, **body):
+    with server.client.stream("POST", "/v1/canvas", json={**body, "stream": True}) as response:
+        assert response.status_code == 200, response.read()
+        return events(response)
+
+
+def test_the_cells_of_an_answer_are_those_of_the_python_api(server, tiny, tokenizer):
+    got = server.post("/v1/canvas", **BODY).json()
+    expected = Sampler(tiny, tokenizer).generate(BODY["prompt"], max_tokens=20, seed=3)
+    assert got["text"] == expected.text
+    assert [cell["token_id"] for cell in got["cells"]] == expected.token_ids
+    assert [cell["step"] for cell in got["cells"]] == expected.reveal_step
+    assert [cell["probability"] for cell in got["cells"]] == pytest.approx(expected.confidence)
+    assert {cell["state"] for cell in got["cells"]} == {"written"}
+    assert (got["model_calls"], got["seed"]) == (expected.model_calls, 3)
+    assert got["usage"]["completion_tokens"] == len(expected.token_ids)
+
+
+@pytest.mark.parametrize("decoder", ["conv", "llada", "semi-ar", "entropy-bound", "editing"])
+def test_a_stream_shows_every_step_and_ends_with_the_answer(server, decoder):
+    body = {**BODY, "decoder": decoder}
+    items = stream(server, **body)
+    whole = server.post("/v1/canvas", **body).json()
+    names = [name for name, _ in items]
+    assert names == ["canvas"] * (len(names) - 1) + ["done"]
+    done = items[-1][1]
+    assert {k: done[k] for k in ("text", "cells", "step")} == {k: whole[k] for k in ("text", "cells", "step")}
+    steps = [data["step"] for _, data in items[:-1]]
+    assert steps == list(range(1, len(steps) + 1))
+    for _, data in items[:-1]:
+        states = [cell["state"] for cell in data["cells"]]
+        assert set(states) <= {"written", "open", "shut"}
+        assert all(cell["probability"] is None for cell in data["cells"] if cell["state"] in ("open", "shut"))
+        if "written" in states and decoder != "editing":
+            assert all(
+                0 < c["probability"] <= 1 for c in data["cells"] if c["step"] is not None and c["probability"]
+            )
+    assert any("open" in str(data) for _, data in items)
+
+
+def test_open_cells_are_those_that_the_window_lets_be_written():
+    """By hand: within reach of what is known for a convolution, the first block for blocks."""
+    model, reach = FakeDenoiser(eos_bias=-50.0), 2
+    for decoder, expected in (("conv", {2, 3}), ("semi-ar", set(range(2, 6))), ("llada", set(range(2, 12)))):
+        options = {"conv": {"kernel_size": 2 * reach + 1}, "semi-ar": {"block_size": 4}, "llada": {}}[decoder]
+        request = Request(decoder=decoder, options=options or None, window=12, steps=12)
+        plan = request.resolve(model)
+        canvas = canvas_of(torch.tensor([[1, 2] + [22] * 10]), plan)
+        assert set(open_positions(canvas, plan)[0].nonzero()[:, 0].tolist()) == expected, decoder
+        states = [cell.state for cell in cells(canvas, plan)]
+        assert [i + 2 for i, state in enumerate(states) if state == "open"] == sorted(expected)
+
+
+def test_a_token_is_only_ever_written_where_a_cell_was_open():
+    for name in ("conv", "semi-ar", "sliding", "dilated", "threshold"):
+        plan = plan_of(name, *([] if name in ("threshold", "dilated") else [9]), fit=30)
+        engine = Engine(FakeDenoiser(eos_bias=-50.0), FakeTokenizer())
+        ticket = engine.add(canvas_of(torch.tensor([[1, 2] + [22] * 28]), plan), plan)
+        while len(engine):
+            before = engine.canvas(ticket)
+            allowed = open_positions(before, plan)
+            (update,) = engine.step()
+            written = before.masked & ~update.canvas.masked
+            assert not bool((written & ~allowed).any()), name
+
+
+def test_texts_at_places_are_given_cells(server):
+    body = {
+        "prompt": "x",
+        "max_tokens": 12,
+        "seed": 1,
+        "begin": "ab",
+        "forced": {"6": "cd"},
+        "decoder": "conv",
+    }
+    got = server.post("/v1/canvas", **body).json()
+    given = [i for i, cell in enumerate(got["cells"]) if cell["state"] == "given"]
+    assert got["text"].startswith("ab")
+    assert 0 in given
+    assert 6 in given
+    ended = server.post("/v1/canvas", prompt="x", max_tokens=12, seed=1, ending=" end").json()
+    assert ended["text"].endswith(" end")
+
+
+@pytest.mark.parametrize("text", ["ab <mask:3> cd", "ab <mask:1-3> cd <mask:1> e", "ab <mask> cd"])
+def test_gaps_are_filled_as_the_python_api_fills_them(server, tiny, tokenizer, text):
+    body = {"text": text, "seed": 2, "max_tokens": 3}
+    got = server.post("/v1/canvas", **body).json()
+    plain = text.replace("<mask>", "<mask:1-3>")
+    expected = Sampler(tiny, tokenizer).infill(plain, seed=2)
+    assert (got["text"], got["gaps"]) == (expected.text, expected.gaps)
+    assert got["model_calls"] == expected.model_calls
+    assert [cell["token_id"] for cell in got["cells"]] == expected.token_ids
+    items = stream(server, **body)
+    assert items[-1][0] == "done"
+    assert items[-1][1]["text"] == got["text"]
+    assert (len(items) > 1) == (text == "ab <mask:3> cd")
+
+
+def test_what_does_not_fit_a_canvas_is_refused_by_name(server):
+    for body, param in (
+        ({}, "prompt"),
+        ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "messages"),
+        ({"text": "no gap"}, "text"),
+        ({"text": "a <mask:0> b"}, "text"),
+        ({"text": "a <mask:2> b", "stop": "x"}, "stop"),
+        ({"text": "a <mask:2> b", "begin": "x"}, "begin"),
+        ({"text": "a <mask:2> b", "window": 20}, "window"),
+        ({"prompt": "a", "forced": {"x": "y"}}, "forced"),
+        ({"prompt": "a", "canvas": "huge"}, "canvas"),
+    ):
+        response = server.post("/v1/canvas", **body)
+        assert response.status_code == 400, (body, response.text)
+        assert response.json()["error"]["param"] == param, (body, response.text)
+    assert server.post("/v1/canvas", text="a <mask:1-99> b <mask:1-99>").status_code == 400
+
+
+def test_decoders_are_listed_with_their_options(server):
+    listed = server.client.get("/v1/decoders").json()
+    names = [each["name"] for each in listed["data"]]
+    assert listed["default"] == "conv"
+    assert {"conv", "llada", "entropy-bound"} <= set(names)
+    conv = listed["data"][names.index("conv")]
+    assert "kernel_size" in conv["options"]
+    assert conv["paper"]
+
+
+def test_mercury_fills_between_prompt_and_suffix(server):
+    body = {"prompt": "The words are", "suffix": " and that.", "max_tokens": 4, "seed": 1}
+    got = server.post("/v1/fim/completions", **body).json()
+    assert got["object"] == "text_completion"
+    assert got["choices"] == server.post("/v1/completions", **body).json()["choices"]
+    chunks = stream_of(server, "/v1/fim/completions", **body)
+    assert "".join(c["choices"][0]["text"] for c in chunks[:-1]) == got["choices"][0]["text"]
+
+
+def test_mercury_writes_a_marked_region_again(server, tiny, tokenizer):
+    text, words = "one two three four", "two three"
+    sampler = Sampler(tiny, tokenizer)
+    expected = sampler.edit(text, words, seed=4)
+    native = server.post("/v1/edit/completions", text=text, span=words, seed=4).json()
+    assert native["choices"][0]["message"]["content"] == "".join(expected.gaps)
+    assert native["usage"]["completion_tokens"] == sum(step >= 0 for step in expected.reveal_step)
+    places = server.post("/v1/edit/completions", text=text, span=[4, 13], seed=4).json()
+    assert places["choices"] == native["choices"]
+    message = (
+        "<|current_file_content|>\ncurrent_file_path: a.txt\n"
+        "one <|code_to_edit|>two three<|/code_to_edit|> four"
+        "<|/current_file_content|>"
+    )
+    marked = server.post(
+        "/v1/edit/completions", messages=[{"role": "user", "content": message}], seed=4
+    ).json()
+    assert marked["object"] == "chat.completion"
+    assert marked["choices"][0]["message"]["content"]
+    chunks = stream_of(server, "/v1/edit/completions", text=text, span=words, seed=4)
+    assert chunks[0]["choices"][0]["delta"]["content"] == native["choices"][0]["message"]["content"]
+    for body in ({"text": "a"}, {"text": "a", "span": "b"}, {"messages": [{"role": "user", "content": "x"}]}):
+        assert server.post("/v1/edit/completions", **body).status_code == 400

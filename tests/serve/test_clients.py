@@ -1,0 +1,153 @@
+"""Other people's clients, unmodified: huggingface_hub, Ollama's protocol, curl, lm-evaluation-harness."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import InferenceClient
+
+from tests.serve.rig import events
+
+PROMPT = "Sort the words:"
+
+
+@pytest.fixture(autouse=True)
+def _online(monkeypatch):
+    """The tests run with the hub shut off, which shuts its client off altogether."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture(scope="module")
+def plain(server):
+    body = {"prompt": PROMPT, "max_tokens": 12, "seed": 5}
+    return server.post("/v1/completions", **body).json()["choices"][0]["text"]
+
+
+def test_text_generation_of_huggingface_hub(server, plain):
+    client = InferenceClient(server.url)
+    assert client.text_generation(PROMPT, max_new_tokens=12, seed=5) == plain
+    detailed = client.text_generation(PROMPT, max_new_tokens=12, seed=5, details=True, top_n_tokens=2)
+    assert detailed.generated_text == plain
+    assert detailed.details.generated_tokens == len(detailed.details.tokens)
+    assert all(token.logprob <= 0 for token in detailed.details.tokens)
+    assert all(len(each) == 2 for each in detailed.details.top_tokens)
+    assert client.text_generation(PROMPT, max_new_tokens=12, seed=5, return_full_text=True) == PROMPT + plain
+    parts = list(client.text_generation(PROMPT, max_new_tokens=12, seed=5, stream=True, details=True))
+    assert parts[-1].generated_text == plain
+    assert [part.index for part in parts] == list(range(1, len(parts) + 1))
+    assert [part.token.id for part in parts] == [token.id for token in detailed.details.tokens]
+    assert all(part.details is None for part in parts[:-1])
+    assert parts[-1].details.finish_reason == detailed.details.finish_reason
+
+
+def test_chat_completion_of_huggingface_hub(server):
+    client = InferenceClient(server.url)
+    messages = [{"role": "user", "content": PROMPT}]
+    whole = client.chat_completion(messages, max_tokens=12, seed=5)
+    text = "".join(
+        part.choices[0].delta.content or ""
+        for part in client.chat_completion(messages, max_tokens=12, seed=5, stream=True)
+        if part.choices
+    )
+    assert whole.choices[0].message.content == text
+
+
+def test_the_paths_of_tgi(server, plain):
+    info = server.client.get("/info").json()
+    assert info["model_id"] == "tiny"
+    assert info["max_total_tokens"] > info["max_input_tokens"] > 100
+    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 12, "seed": 5}}
+    assert server.post("/generate", **body).json() == {"generated_text": plain}
+    assert server.post("/", **body).json() == [{"generated_text": plain}]
+    with server.client.stream("POST", "/generate_stream", json=body) as response:
+        assert events(response)[-1][1]["generated_text"] == plain
+    letters = re.search("[a-z]{2}", plain)[0]
+    stopped = server.post(
+        "/generate",
+        inputs=PROMPT,
+        parameters={"max_new_tokens": 12, "seed": 5, "stop": [letters], "details": True},
+    ).json()
+    assert stopped["details"]["finish_reason"] == "stop_sequence"
+    assert stopped["generated_text"] == plain[: plain.index(letters)]
+    for parameters, name in (
+        ({"watermark": True}, "watermark"),
+        ({"grammar": {}}, "grammar"),
+        ({"best_of": 2}, "best_of"),
+    ):
+        response = server.post("/generate", inputs="a", parameters=parameters)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == f"parameters.{name}"
+
+
+def test_the_paths_of_ollama(server):
+    assert server.client.get("/api/tags").json()["models"][0]["name"] == "tiny"
+    assert server.client.get("/api/version").json()["version"]
+    messages = [{"role": "user", "content": PROMPT}]
+    chat = server.post("/v1/chat/completions", messages=messages, max_tokens=12, seed=5).json()
+    text = chat["choices"][0]["message"]["content"]
+    options = {"num_predict": 12, "seed": 5}
+    whole = server.post(
+        "/api/chat", model="tiny:latest", messages=messages, options=options, stream=False
+    ).json()
+    assert whole["message"] == {"role": "assistant", "content": text}
+    assert whole["eval_count"] == chat["usage"]["completion_tokens"]
+    with server.client.stream(
+        "POST", "/api/chat", json={"model": "tiny", "messages": messages, "options": options}
+    ) as response:
+        lines = [json.loads(line) for line in response.iter_lines()]
+    assert "".join(line["message"]["content"] for line in lines) == text
+    assert [line["done"] for line in lines] == [False] * (len(lines) - 1) + [True]
+    answer = server.post("/api/generate", model="tiny", prompt=PROMPT, options=options, stream=False).json()
+    assert answer["response"] == text
+    raw = server.post(
+        "/api/generate", model="tiny", prompt=PROMPT, raw=True, options=options, stream=False
+    ).json()
+    body = {"prompt": PROMPT, "max_tokens": 12, "seed": 5}
+    assert raw["response"] == server.post("/v1/completions", **body).json()["choices"][0]["text"]
+    assert server.post("/api/chat", model="other", messages=messages).status_code == 404
+    refused = server.post("/api/generate", model="tiny", prompt="a", format="json")
+    assert refused.json()["error"]["param"] == "format"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_curl(server, plain):
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 12, "seed": 5})
+    command = [
+        "curl",
+        "-sS",
+        f"{server.url}/v1/completions",
+        "-H",
+        "content-type: application/json",
+        "-d",
+        body,
+    ]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert json.loads(out)["choices"][0]["text"] == plain
+
+
+@pytest.mark.parametrize("kind", ["local-completions", "local-chat-completions"])
+def test_lm_evaluation_harness_generates_through_the_server(server, kind):
+    pytest.importorskip("lm_eval.models.openai_completions", reason="lm-eval's API models are not installed")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+
+    path = "/v1/completions" if kind == "local-completions" else "/v1/chat/completions"
+    cls = LocalCompletionsAPI if kind == "local-completions" else LocalChatCompletion
+    settings = {"base_url": server.url + path, "model": "tiny", "max_retries": 1, "num_concurrent": 1}
+    lm = cls(**settings, tokenizer_backend=None, tokenized_requests=False)
+    gen = {"until": ["\n"], "max_gen_toks": 8, "temperature": 0.0}
+    context = PROMPT if kind == "local-completions" else json.dumps([{"role": "user", "content": PROMPT}])
+    if kind == "local-chat-completions":
+        from lm_eval.models.api_models import JsonChatStr
+
+        context = JsonChatStr(context)
+    requests = [Instance("generate_until", {}, (context, gen), i) for i in range(2)]
+    answers = lm.generate_until(requests, disable_tqdm=True)
+    assert len(answers) == 2
+    assert answers[0] == answers[1]
+    assert answers[0]
+    assert "\n" not in answers[0]
+    assert sys.version_info >= (3, 11)

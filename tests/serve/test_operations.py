@@ -1,0 +1,241 @@
+"""What those who run the server rely on: keys, limits, logs, metrics, signals."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx2 as httpx
+import pytest
+
+from dlm.errors import ConfigError, DataError
+from serve.app import create_app
+from serve.config import ServeConfig
+from serve.metrics import Metrics
+from serve.worker import Worker
+from tests.serve.rig import running, wait_for
+
+CHAT = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4}
+
+
+def test_keys_are_asked_for_and_some_paths_are_open(tiny, tokenizer, tmp_path, monkeypatch):
+    keys = tmp_path / "keys"
+    keys.write_text("first\n\nsecond\n")
+    monkeypatch.setenv("DLM_API_KEY", "third")
+    with running(tiny, tokenizer, api_key_file=str(keys)) as server:
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "Basic first"},
+            {"Authorization": "first"},
+        ):
+            response = server.client.post("/v1/chat/completions", json=CHAT, headers=headers)
+            assert response.status_code == 401
+            assert response.json()["error"]["code"] == "invalid_api_key"
+            assert response.headers["www-authenticate"] == "Bearer"
+        for key in ("first", "second", "third"):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert server.client.post("/v1/chat/completions", json=CHAT, headers=headers).status_code == 200
+        for path in ("/health", "/ready", "/metrics", "/docs", "/openapi.json", "/"):
+            assert server.client.get(path).status_code == 200, path
+        for path in ("/v1/models", "/info", "/api/tags", "/v1/decoders"):
+            assert server.client.get(path).status_code == 401, path
+        assert server.client.post("/", json={"inputs": "a"}).status_code == 401
+        assert server.metric("request_refused_total", reason="invalid_api_key") == 9
+
+
+def test_files_of_keys_that_hold_none_are_told(tmp_path):
+    empty = tmp_path / "none"
+    empty.write_text("\n")
+    for path, message in ((empty, "holds no key"), (tmp_path / "missing", "cannot be read")):
+        with pytest.raises(DataError, match=message):
+            ServeConfig(api_key_file=str(path)).keys()
+    assert ServeConfig(host="0.0.0.0").public
+    assert not ServeConfig(host="::1").public
+    assert not ServeConfig(host="localhost").public
+    for name, value in (("max_rows", 0), ("port", 70000), ("timeout", -1.0)):
+        with pytest.raises(ConfigError, match=name):
+            ServeConfig(**{name: value})
+
+
+def test_long_bodies_are_refused_before_they_are_read(tiny, tokenizer):
+    with running(tiny, tokenizer, max_body=5000) as server:
+        response = server.post("/v1/completions", prompt="a" * 6000)
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_long")
+
+        def pieces():
+            yield b'{"prompt": "'
+            for _ in range(10):
+                yield b"a" * 1000
+
+        response = server.client.post(
+            "/v1/completions", content=pieces(), headers={"content-type": "application/json"}
+        )
+        assert response.status_code == 413
+        assert server.post("/v1/completions", prompt="a", max_tokens=2).status_code == 200
+
+
+def test_limits_of_prompts_and_positions_name_both_numbers(tiny, tokenizer):
+    with running(tiny, tokenizer, max_prompt=20, max_positions=60) as server:
+        response = server.post("/v1/completions", prompt=[5] * 21, max_tokens=5)
+        assert "21 tokens; this server takes 20" in response.json()["error"]["message"]
+        response = server.post("/v1/completions", prompt=[5] * 20, max_tokens=50)
+        assert "70 tokens; this server holds 60" in response.json()["error"]["message"]
+        assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_other_origins_are_shut_out_unless_they_are_named(tiny, tokenizer):
+    origin = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    with running(tiny, tokenizer) as server:
+        assert (
+            "access-control-allow-origin"
+            not in server.client.options("/v1/completions", headers=origin).headers
+        )
+    with running(tiny, tokenizer, cors=["https://example.org"], api_key=["k"]) as server:
+        response = server.client.options("/v1/completions", headers=origin)
+        assert response.headers["access-control-allow-origin"] == "https://example.org"
+
+
+def test_a_line_for_each_request_and_never_its_prompt(tiny, tokenizer, caplog):
+    caplog.set_level(logging.INFO, logger="serve.access")
+    body = {"prompt": "the secret", "max_tokens": 2}
+    with running(tiny, tokenizer, log_format="json") as server:
+        response = server.client.post("/v1/completions", json=body, headers={"x-request-id": "mine-1"})
+        assert response.headers["x-request-id"] == "mine-1"
+        odd = server.client.post("/v1/completions", json=body, headers={"x-request-id": "a b"})
+        assert odd.headers["x-request-id"] not in ("", "a b")
+    line = next(json.loads(m) for m in caplog.messages if "mine-1" in m)
+    assert (line["status"], line["path"], line["method"]) == (200, "/v1/completions", "POST")
+    assert not any("secret" in message for message in caplog.messages)
+    with running(tiny, tokenizer, log_prompts=True) as server:
+        server.post("/v1/completions", **body)
+    assert any("the secret" in message for message in caplog.messages)
+
+
+def test_metrics_say_what_clients_saw(tiny, tokenizer):
+    with running(tiny, tokenizer, max_rows=4) as server:
+        answers = [
+            server.post("/v1/completions", prompt="ab", max_tokens=9, seed=i, n=2).json() for i in range(5)
+        ]
+        assert server.metric("requests_accepted_total") == server.metric("request_success_total") == 5
+        assert server.metric("answer_success_total") == 10
+        written = sum(answer["usage"]["completion_tokens"] for answer in answers)
+        assert server.metric("generation_tokens_total") == written
+        assert server.metric("prompt_tokens_total") == sum(a["usage"]["prompt_tokens"] for a in answers)
+        assert server.metric("e2e_request_latency_seconds_count") == 5
+        assert server.metric("engine_steps_total") == server.metric("engine_step_seconds_count") > 0
+        assert server.metric("num_rows_running") == server.metric("num_requests_waiting") == 0
+        server.post("/v1/completions", prompt="ab", temperature=-1)
+        assert server.metric("request_refused_total") == 1
+        text = server.client.get("/metrics").text
+        assert 'model_name="tiny"' in text
+
+
+def test_unknown_paths_and_methods_have_openai_errors(server):
+    for response, status in (
+        (server.client.get("/v1/nothing"), 404),
+        (server.client.get("/v1/completions"), 405),
+    ):
+        assert response.status_code == status
+        assert response.json()["error"]["message"]
+
+
+def test_two_apps_in_one_process_share_nothing():
+    apps = [
+        create_app(Worker(lambda: None, max_rows=1, max_positions=9, metrics=m), ServeConfig(), m)
+        for m in (Metrics("a"), Metrics("b"))
+    ]
+    assert apps[0].state.service.metrics.text() != apps[1].state.service.metrics.text()
+
+
+# ---- the process -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tiny, tokenizer, tmp_path):
+    tiny.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+class Process:
+    """`dlm serve` as a process of its own."""
+
+    def __init__(self, *args):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, "-m", "dlm.cli", "serve", "--port", "0", "--device", "cpu", *args]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        line = self.process.stdout.readline()
+        assert line.startswith("dlm serve: ready at http://127.0.0.1:"), self.process.stderr.read()
+        self.url = line.split()[-1]
+
+    def end(self):
+        out, err = self.process.communicate(timeout=30)
+        return self.process.returncode, out, err
+
+
+def test_the_first_signal_drains_and_the_process_ends_with_0(folder):
+    process = Process("--model", str(folder), "--model_name", "mine")
+    assert httpx.get(f"{process.url}/v1/models").json()["data"][0]["id"] == "mine"
+    body = {"model": "mine", "prompt": "a", "max_tokens": 400, "rate": 1, "logit_bias": {"0": -100}}
+    answers = []
+    thread = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{process.url}/v1/completions", json=body, timeout=60))
+    )
+    thread.start()
+    wait_for(
+        lambda: 'num_requests_running{model_name="mine"} 1.0' in httpx.get(f"{process.url}/metrics").text
+    )
+    process.process.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    if process.process.poll() is None:
+        try:
+            response = httpx.post(f"{process.url}/v1/completions", json={**body, "max_tokens": 2}, timeout=60)
+            assert response.status_code == 503
+        except httpx.TransportError:
+            pass  # it had ended already
+    thread.join()
+    assert answers[0].status_code == 200
+    assert answers[0].json()["usage"]["completion_tokens"] == 400
+    status, _, err = process.end()
+    assert status == 0
+    assert "Traceback" not in err
+
+
+def test_a_second_signal_stops_at_once(folder):
+    process = Process("--model", str(folder), "--grace", "60")
+    body = {"prompt": "a", "max_tokens": 2000, "rate": 1, "logit_bias": {"0": -100}, "stream": True}
+    with (
+        httpx.Client(timeout=60) as client,
+        client.stream("POST", f"{process.url}/v1/completions", json=body) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        process.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert process.process.poll() is None  # it still writes
+        begun = time.monotonic()
+        process.process.send_signal(signal.SIGTERM)
+        status, _, _ = process.end()
+    assert time.monotonic() - begun < 10
+    assert status in (0, -signal.SIGTERM)
+
+
+def test_what_is_wrong_is_said_in_one_line(folder):
+    for args, message in (
+        (("--model", str(folder / "none")), "none"),
+        (("--port", "99999"), "port"),
+        (("--prot", "1"), "Did you mean"),
+        (("--api_key_file", "/nowhere/keys"), "/nowhere/keys"),
+    ):
+        command = [sys.executable, "-m", "dlm.cli", "serve", "--port", "0", *args]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode in (1, 2)
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
