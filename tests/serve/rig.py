@@ -36,7 +36,7 @@ class Running:
             metrics=self.metrics,
         )
         self.app = create_app(self.worker, self.config, self.metrics)
-        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.socket = socket.create_server(("127.0.0.1", self.config.port))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         settings = uvicorn.Config(self.app, log_config=None, log_level="error", access_log=False)
         self.server = uvicorn.Server(settings)

@@ -1,29 +1,20 @@
 """The page, in real Chromium against a real server with a tiny model.
 
-What the page shows is compared with what the API answers to the same request and seed.
+What the page shows is compared with what the API answers to the same request and seed. The page's policy
+forbids what Playwright's `wait_for_function` would evaluate: conditions are asked for by `wait_for`.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
-import uvicorn
 
-from dlm.backbone import from_scratch
 from dlm.tokenizer import END_TOKEN, START_TOKEN
-from serve.app import create_app
-from serve.config import ServeConfig
-from serve.metrics import Metrics
-from serve.server import Server
-from serve.worker import Worker
-from tests.conftest import TINY
 from tests.serve.browser import browser_path
+from tests.serve.rig import Running, wait_for
 
 PAGE = Path(__file__).parents[2] / "serve" / "page"
 LIMIT = 100_000
@@ -33,49 +24,20 @@ MASKS = ".turn .canvas .cell:is(.open, .shut)"
 DONE = "#send:not([hidden])"
 
 
-class Served:
-    """A server on a thread; `pause` is slept before each of its steps."""
+class Slow(Running):
+    """A server that waits for `pause` seconds before each of its steps."""
 
-    def __init__(self, model, tokenizer, port=0, **settings):
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
         self.pause = 0.0
-        config = ServeConfig(model_name="tiny", port=port, grace=0.0, **settings)
-        metrics = Metrics(config.served_name)
-        self.worker = Worker(
-            lambda: (model, tokenizer),
-            max_rows=config.max_rows,
-            max_positions=config.max_positions,
-            metrics=metrics,
-        )
-        app = create_app(self.worker, config, metrics)
-        self.key = config.keys()[0] if config.keys() else ""
-        options = uvicorn.Config(app, port=port, log_config=None, timeout_graceful_shutdown=1)
-        self.server = Server(options, self.worker, config.grace)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        self.worker.loaded.result(30)
-        step = self.worker.engine.step
+        step = self.ready().worker.engine.step
         self.worker.engine.step = lambda: (time.sleep(self.pause), step())[1]
-        while not self.server.started:
-            time.sleep(0.01)
-        self.url = self.server.address
-        self.port = int(self.url.rsplit(":", 1)[1])
-
-    def stop(self):
-        self.worker.stop()
-        self.server.should_exit = True
-        self.thread.join(10)
 
     def canvas(self, **body):
         """The answer of /v1/canvas."""
-        headers = {"content-type": "application/json"}
-        request = urllib.request.Request(f"{self.url}/v1/canvas", json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request) as response:
-            return json.load(response)
-
-    def metric(self, name):
-        with urllib.request.urlopen(f"{self.url}/metrics") as response:
-            text = response.read().decode()
-        return float(re.search(rf"^dlm:{name}\{{.*\}} (\S+)$", text, re.MULTILINE).group(1))
+        response = self.post("/v1/canvas", **body)
+        assert response.status_code == 200, response.text
+        return response.json()
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +52,13 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def parts(browser, tokenizer):
-    del browser  # no model is made where there is none
-    return from_scratch(TINY, tokenizer).eval(), tokenizer
+def parts(tiny, tokenizer):
+    return tiny, tokenizer
 
 
 @pytest.fixture(scope="module")
 def served(parts):
-    server = Served(*parts)
+    server = Slow(*parts)
     yield server
     server.stop()
 
@@ -156,14 +117,6 @@ def finish(page):
 
 def shown(page, canvas=".canvas"):
     return page.eval_on_selector(canvas, "c => [...c.children].map(cell => cell.textContent).join('')")
-
-
-def until(condition, seconds=8):
-    """Wait for a condition (the page's policy forbids what `wait_for_function` would evaluate)."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def facts(page, panel):
@@ -300,7 +253,7 @@ def test_gaps_of_open_length_are_replayed_from_their_steps(page, served):
     assert shown(page) == texts_of(answer)
     page.press(".timeline input", "Home")
     first = sum(cell["step"] == 0 for cell in answer["cells"])
-    until(lambda: page.locator(WRITTEN).count() == first)
+    wait_for(lambda: page.locator(WRITTEN).count() == first)
     ask(page, "the first <mask>", tokens=4)
     finish(page)
     assert page.locator(".turn").count() == 2
@@ -359,7 +312,7 @@ def test_stop_frees_the_row(page, served):
     assert served.metric("num_rows_running") == 1
     page.click("#stop")
     page.wait_for_selector("text=Stopped")
-    until(lambda: served.metric("num_rows_running") == 0)
+    wait_for(lambda: served.metric("num_rows_running") == 0)
     assert served.metric("request_cancelled_total") == cancelled + 1
     served.pause = 0.0
     ask(page, "and 5 6")
@@ -386,12 +339,12 @@ def test_scrubbing_and_replay(page, served):
     whole, steps = shown(page), page.get_attribute(".timeline input", "max")
     page.press(".timeline input", "Home")
     page.press(".timeline input", "ArrowRight")
-    until(lambda: page.text_content(".timeline output") == f"step 2 of {steps}")
+    wait_for(lambda: page.text_content(".timeline output") == f"step 2 of {steps}")
     early = texts_of({"cells": [cell for cell in cells if cell["step"] < 2]})
     assert shown(page) == early
     assert page.locator(MASKS).count() > 0
     page.click("text=Replay")
-    until(lambda: page.input_value(".timeline input") == steps)
+    wait_for(lambda: page.input_value(".timeline input") == steps)
     assert shown(page) == whole
 
 
@@ -516,7 +469,7 @@ def test_every_control_has_a_name(page):
 
 def test_it_says_when_the_server_is_gone_and_when_it_is_back(visit, parts, expected):
     expected += ["ERR_", "status of 503"]
-    server = Served(*parts)
+    server = Slow(*parts)
     page = visit(server.url)
     server.pause = 0.1
     ask(page, "sum: 3 4", tokens=256)
@@ -524,7 +477,7 @@ def test_it_says_when_the_server_is_gone_and_when_it_is_back(visit, parts, expec
     server.stop()
     page.wait_for_selector("#health:has-text('The server is gone')")
     page.wait_for_selector(".panel .problem:not(:empty)")
-    again = Served(*parts, port=server.port)
+    again = Slow(*parts, port=int(server.url.rsplit(":", 1)[1]))
     try:
         page.wait_for_selector("#health:has-text('The server is back')")
         ask(page, "sum: 3 4")
@@ -537,7 +490,7 @@ def test_it_says_when_the_server_is_gone_and_when_it_is_back(visit, parts, expec
 
 def test_a_key_is_asked_for_and_stays_in_the_tab(visit, parts, expected):
     expected.append("status of 401")
-    server = Served(*parts, api_key=["right"])
+    server = Slow(*parts, api_key=["right"])
     try:
         page = visit(server.url)
         page.wait_for_selector("#key-form:not([hidden])")
