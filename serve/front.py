@@ -56,6 +56,7 @@ class Replicas(Protocol):
 
         Raises:
             ReplicaLostError: when the replica has gone away.
+            APIError: when there is none.
         """
         ...
 
@@ -167,6 +168,9 @@ class Front:
                 logger.warning("a replica was lost (attempt %d of %d): %s", attempt, ATTEMPTS, error)
                 if exchange.started:
                     break
+            except APIError as error:
+                await exchange.fail(error)
+                return
             except Exception:
                 logger.exception("a request failed")
                 await exchange.fail(APIError(500, "the server failed", code="internal_error"))

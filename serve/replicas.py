@@ -29,6 +29,7 @@ from dlm.errors import ConfigError, DLMError, first_line
 from dlm.pretrained.names import located
 from serve.app import create_app
 from serve.config import ServeConfig
+from serve.errors import APIError
 from serve.front import Front, ReplicaLostError
 from serve.metrics import Metrics
 from serve.worker import Worker
@@ -86,8 +87,9 @@ class Replica:
         self.worker.drain()
 
     async def answer(self, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
-        """The ASGI messages of the application's answer to a request."""
+        """The ASGI messages of the application's answer to a request, after an empty one at once."""
         self.check_health()
+        yield {}
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
         unread = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -117,18 +119,22 @@ class Handle:
 
     Args:
         handle: of the deployment.
+        timeout: seconds that a request waits for a replica, while all are started anew; 0 for ever.
     """
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
+    def __init__(self, handle: Any, timeout: float) -> None:
+        self._handle, self._timeout = handle, timeout
         self._stream = handle.options(stream=True)
 
     async def answer(self, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
         """See `Replicas`."""
         messages = self._stream.answer.remote(scope, body)
         try:
+            await asyncio.wait_for(anext(messages), self._timeout or None)  # a replica has it
             async for message in messages:
                 yield message
+        except TimeoutError as error:
+            raise APIError(503, "there is no replica to answer", code="no_replica") from error
         except LOST as error:
             raise ReplicaLostError(first_line(error)) from error
         finally:
@@ -216,7 +222,7 @@ class Cluster:
         except BaseException as error:
             self.loaded.set_exception(error)
         else:
-            self._handle = self.front.replicas = Handle(handle)
+            self._handle = self.front.replicas = Handle(handle, self.config.timeout)
             self.loaded.set_result(None)
         self._stopping.wait()
         if joins() and ray.is_initialized():  # a cluster of its own ends as a whole
@@ -339,7 +345,7 @@ class Ingress:
     """
 
     def __init__(self, handle: Any, config: ServeConfig) -> None:
-        self._front = Front(config, Handle(handle))
+        self._front = Front(config, Handle(handle, config.timeout))
 
     def __serve_build_asgi_app__(self) -> Any:
         """The ASGI application; called by Ray."""

@@ -10,6 +10,7 @@ pytest.importorskip("fastapi", reason="the server is not installed: pip install 
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve.config import ServeConfig
+from serve.errors import APIError
 from serve.front import ATTEMPTS, Front, ReplicaLostError, merge_metrics
 from serve.metrics import Metrics
 
@@ -162,6 +163,12 @@ def test_a_replica_that_fails_in_another_way_is_an_error_of_the_server():
     sent = ask(Scripted([RuntimeError("a secret")]))
     assert (sent[0]["status"], error_of(sent)["code"]) == (500, "internal_error")
     assert b"secret" not in content(sent)
+
+
+def test_without_a_replica_that_takes_it_a_request_is_refused_once():
+    replicas = Scripted([APIError(503, "there is none", code="no_replica")])
+    sent = ask(replicas)
+    assert (sent[0]["status"], error_of(sent)["code"]) == (503, "no_replica")
 
 
 @pytest.mark.parametrize("leave", [0, 2])
