@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dlm.device import check_place
 from dlm.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from decoding.sampler import Sampler
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """No garbage collection inside: importing makes a million objects that all stay."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -33,6 +52,7 @@ class LoadConfig:
             )
         if self.accelerate not in ("", "compile", "graphs"):
             raise unknown_name("accelerate", self.accelerate, ("compile", "graphs"))
+        check_place(self.device, self.dtype)
 
     def check_reuse(self, reuse: str | None) -> None:
         """Refuse what does not go together.
@@ -44,6 +64,13 @@ class LoadConfig:
             raise ConfigError(
                 "--accelerate makes few shapes fast, and --reuse has another in every call: give one of them"
             )
+
+    def sampler(self) -> Sampler:
+        """A sampler of the model; nothing is searched for garbage while it is imported and loaded."""
+        with collection_paused():
+            from decoding.sampler import Sampler
+
+            return Sampler(*self.load())
 
     def load(self) -> tuple[Any, Any]:
         """The model and its tokenizer."""

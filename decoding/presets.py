@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
 from typing import Any, Literal
 
 from decoding.reveal import (
@@ -56,6 +57,11 @@ class Decoder:
         """True when it goes by time, so that the pace must be a number of steps and not a rate."""
         return self.window.timed or (self.reveal.revises and self.reveal.paced)
 
+    @property
+    def random(self) -> bool:
+        """False where no seed changes a text: the likeliest token is taken, and no position drawn."""
+        return self.tokens.temperature != 0 or self.reveal.random
+
     def fitted(self, length: int) -> Decoder:
         """This decoder with sizes of its window that were left open chosen for `length` positions."""
         window = self.window.fitted(length)
@@ -80,9 +86,10 @@ class Decoder:
             ConfigError: (a ValueError) for an unknown name or option, listing the choices, and for a value
                 out of range.
         """
-        if name not in PRESETS:
-            raise unknown_name("decoder", name, PRESETS)
-        preset = PRESETS[name]
+        choices = presets()
+        if name not in choices:
+            raise unchoices_name("decoder", name, choices)
+        preset = choices[name]
         for option in options:
             if option not in preset.options:
                 raise unknown_name(f"option of decoder {name!r}:", option, preset.options)
@@ -270,10 +277,35 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+GROUP = "dlm.decoders"
+"""Entry points by which other packages offer presets: the decoder's name, and where its `Preset` is."""
+
+
+def presets() -> dict[str, Preset]:
+    """All decoders by name: `PRESETS`, and those that installed packages offer.
+
+    Raises:
+        ConfigError: for one that cannot be imported, is no `Preset`, or has the name of another.
+    """
+    offered: dict[str, Preset] = {}
+    for point in entry_points(group=GROUP):
+        where = f"decoder {point.name!r} of {point.dist.name if point.dist else point.value}"
+        try:
+            preset = point.load()
+        except Exception as error:
+            raise ConfigError(f"{where} cannot be imported ({type(error).__name__}: {error})") from error
+        if not isinstance(preset, Preset):
+            raise ConfigError(f"{where}: {point.value} is no Preset (decoding.presets), but {preset!r}")
+        if point.name in PRESETS or point.name in offered:
+            raise ConfigError(f"{where} has the name of another decoder; uninstall it, or rename it")
+        offered[point.name] = preset
+    return {**PRESETS, **offered}
+
+
 def list_decoders() -> dict[str, str]:
     """One line for each decoder: what it does, its paper, whether it is exact, its options."""
     lines = {}
-    for name, preset in PRESETS.items():
+    for name, preset in presets().items():
         options = ", ".join(f"{k}={v}" for k, v in preset.options.items())
         law = "exact" if preset.exact else "approximate"
         lines[name] = f"{preset.summary} ({preset.paper}; {law}). Options: {options}"
@@ -282,4 +314,4 @@ def list_decoders() -> dict[str, str]:
 
 def option_names() -> set[str]:
     """Names of all options that some decoder has."""
-    return {option for preset in PRESETS.values() for option in preset.options}
+    return {option for preset in presets().values() for option in preset.options}

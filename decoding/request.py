@@ -185,6 +185,8 @@ class Request:
             raise ConfigError("a stop text must not be empty")
         if self.refresh is not None and self.reuse is None:
             raise ConfigError("refresh says how often reused keys and values are computed; give reuse")
+        if self.ending and self.eos_fill:
+            raise ConfigError("an ending stands behind the end of the answer; give no eos_fill")
         if self.ending and (self.canvas == "growing" or self.margin is not None):
             raise ConfigError("an ending stands at the end of the canvas, which therefore cannot grow")
         self.reuse_settings()

@@ -6,24 +6,15 @@ import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 from transformers import PreTrainedTokenizerBase
 
 from decoding.answer import Event, Output, Reader, show
 from decoding.canvas import Canvas, Row
 from decoding.engine import Engine, Update
-from decoding.infill import (
-    Gap,
-    Infilled,
-    Piece,
-    gap_scores,
-    infilled,
-    pieces_of,
-    plan_infilling,
-    rows_with_gaps,
-    without_span,
-)
+from decoding.gaps import Gap, Piece, pieces_of, without_span
+from decoding.infill import Infilled, gap_scores, infilled, plan_infilling, rows_with_gaps
 from decoding.presets import Decoder
 from decoding.request import Plan, Request, is_whole
 from decoding.rows import Prompt, RowMaker
@@ -55,13 +46,13 @@ class Sampler:
     @overload
     def generate(
         self, prompts: Prompt, *, request: Request | None = None, seed: int | Sequence[int] = 0,
-        batch_size: int = 16, **fields: Any,
+        batch_size: int = 16, n: Literal[1] = 1, **fields: Any,
     ) -> Output: ...  # fmt: skip
 
     @overload
     def generate(
-        self, prompts: Iterable[Prompt], *, request: Request | None = None, seed: int | Sequence[int] = 0,
-        batch_size: int = 16, **fields: Any,
+        self, prompts: Prompt | Iterable[Prompt], *, request: Request | None = None,
+        seed: int | Sequence[int] = 0, batch_size: int = 16, n: int = 1, **fields: Any,
     ) -> list[Output]: ...  # fmt: skip
 
     def generate(
@@ -71,16 +62,18 @@ class Sampler:
         request: Request | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int = 16,
+        n: int = 1,
         **fields: Any,
     ) -> Output | list[Output]:
         """Answer one prompt, or several in a list; see `iter_generate` for the arguments.
 
         Returns:
-            One `Output` for a text or a conversation, a list of them for a list of prompts.
+            One `Output` for a text or a conversation, a list of them for a list of prompts or an `n` above 1.
         """
         one, several = _listed(prompts)
-        outputs = self.iter_generate(several, request=request, seed=seed, batch_size=batch_size, **fields)
-        return next(outputs) if one else list(outputs)
+        settings: dict[str, Any] = {"request": request, "seed": seed, "batch_size": batch_size, "n": n}
+        outputs = self.iter_generate(several, **settings, **fields)
+        return next(outputs) if one and n == 1 else list(outputs)
 
     def iter_generate(
         self,
@@ -89,6 +82,7 @@ class Sampler:
         request: Request | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int = 16,
+        n: int = 1,
         **fields: Any,
     ) -> Iterator[Output]:
         """Answer prompts, without reading them all first; where one is finished, the next takes its place.
@@ -99,19 +93,26 @@ class Sampler:
             seed: one seed for all rows, or one per prompt. A row's noise depends on its seed and its own
                 prompt, never on the rows beside it, so equal prompts under one seed give equal texts.
             batch_size: rows per model call.
+            n: answers to each prompt, under its seed, that seed + 1, and so on.
             **fields: the fields of a `Request`: decoder, options, max_tokens, rate, window, steps, stop, …
 
         Yields:
-            One `Output` per prompt, in order.
+            `n` outputs per prompt, in order.
 
         Raises:
-            ConfigError: for settings out of range; and for a prompt that does not fit, after the answers to
+            ConfigError: for settings out of range, and several answers of a decoder that draws nothing, which
+                would be equal; and for a prompt that does not fit, after the answers to
                 those before it.
             DLMError: when the model returns NaN, naming the step and the prompt.
         """
         plan = self.plan(request, **fields)
+        _check_samples(n, plan)
         seeded = enumerate(_with_seeds(prompts, seed))
-        rows = ((self.rows.answer(prompt, plan, f"prompt {i}"), plan, each) for i, (prompt, each) in seeded)
+        rows = (
+            (self.rows.answer(prompt, plan, f"prompt {i}"), plan, each + number)
+            for i, (prompt, each) in seeded
+            for number in range(n)
+        )
         for update in self._finished(rows, batch_size):
             assert update.output is not None
             yield update.output
@@ -421,6 +422,17 @@ def _request(request: Request | None, fields: dict[str, Any]) -> Request:
     if fields:
         raise ConfigError(f"give a request or its fields, not both: {', '.join(fields)}")
     return request
+
+
+def _check_samples(n: int, plan: Plan) -> None:
+    """Refuse a number of answers to each prompt that means nothing."""
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ConfigError(f"n must be a whole number of at least 1, got {n!r}")
+    if n > 1 and not plan.decoder.random:
+        raise ConfigError(
+            f"decoder {plan.decoder.name!r} draws nothing at random, so {n} answers would be equal; "
+            "give it a temperature (options)"
+        )
 
 
 def _named(name: str, text: Any, cut: Callable[[], list[Piece]]) -> list[Piece]:

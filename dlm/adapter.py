@@ -21,16 +21,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from dlm.adapter_files import BASE, base_of
 from dlm.errors import CheckpointError, first_line
 from dlm.model import MaskedDiffusionModel
+from dlm.modes import share
 from dlm.pretrained.names import NAMES
 
 logger = logging.getLogger(__name__)
-
-CONFIG = "adapter_config.json"
-
-BASE = "base.json"
-"""In an adapter's folder: what its base was, see `sketch`."""
 
 _VALUES = 8
 """Values of each weight in a sketch."""
@@ -96,6 +93,7 @@ class AdaptedModel(PeftModel):  # type: ignore[misc]
         """
         super().save_pretrained(str(save_directory), **{"save_embedding_layers": False, **kwargs})
         self.config.save_pretrained(save_directory)
+        share(save_directory)
         if self.base_sketch is not None:
             (Path(save_directory) / BASE).write_text(json.dumps(self.base_sketch), encoding="utf-8")
 
@@ -201,35 +199,6 @@ def _alike(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
     if first is None or second is None or first.shape != second.shape:
         return False
     return bool((first - second).norm() <= _TOLERANCE * first.norm() + 1e-9)
-
-
-def is_adapter(path: str | Path) -> bool:
-    """True when a folder holds an adapter."""
-    return (Path(path) / CONFIG).is_file()
-
-
-def saved_by_peft(path: str | Path) -> bool:
-    """True when an adapter's folder is as `peft` alone writes it: without the model's config.json."""
-    return is_adapter(path) and not (Path(path) / "config.json").is_file()
-
-
-def base_of(path: str | Path) -> str:
-    """The base that an adapter was trained on: a name, a hub id, or a folder where it was then.
-
-    A folder that is no longer there is looked for beside the adapter, in case both have moved.
-
-    Raises:
-        CheckpointError: when the adapter does not say.
-    """
-    try:
-        base = dict(json.loads((Path(path) / CONFIG).read_text("utf-8"))).get("base_model_name_or_path")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {CONFIG} is damaged ({first_line(error)})") from error
-    if not base or not isinstance(base, str):
-        raise CheckpointError(f"{path}: {CONFIG} does not name the model that the adapter belongs to")
-    beside = Path(path).resolve().parent / Path(base).name
-    moved = base not in NAMES and not Path(base).exists()
-    return str(beside if moved and (beside.is_file() or (beside / "config.json").is_file()) else base)
 
 
 def merged(model: Any) -> MaskedDiffusionModel:

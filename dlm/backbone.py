@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from dlm.adapter import base_of, is_adapter, with_adapter
+from dlm.adapter_files import base_of, is_adapter
 from dlm.config import FAMILIES, MaskedDiffusionConfig, bidirectional
+from dlm.device import cast_weights
 from dlm.errors import CheckpointError, ConfigError, first_line
 from dlm.model import MaskedDiffusionModel
 from dlm.tokenizer import prepare_tokenizer
@@ -125,12 +126,14 @@ def load_causal_lm(
 
 def _load_adapted(path: str, dtype: torch.dtype, all_to_all: bool) -> tuple[Any, PreTrainedTokenizerBase]:
     """A causal LM with the adapter in `path` merged into it; the adapter's tokenizer where it has one."""
+    from dlm.adapter import with_adapter
+
     causal, tokenizer = load_causal_lm(base_of(path), all_to_all=all_to_all)
     if (Path(path) / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if len(tokenizer) > causal.config.vocab_size:  # tokens that were added before the adapter was trained
             causal.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    return with_adapter(causal, path).to(dtype), tokenizer
+    return cast_weights(with_adapter(causal, path), dtype), tokenizer
 
 
 def _settle_marks(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:

@@ -13,10 +13,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.utils import cached_file, is_flash_attn_2_available
 
-from dlm.adapter import base_of, is_adapter, load_adapter, saved_by_peft
+from dlm import device as places
+from dlm import merged
+from dlm.adapter_files import base_of, is_adapter, saved_by_peft
 from dlm.backbone import from_causal_lm
 from dlm.config import FAMILIES, MaskedDiffusionConfig
-from dlm.errors import CheckpointError, ConfigError, did_you_mean, first_line, unknown_name
+from dlm.errors import CheckpointError, ConfigError, did_you_mean, first_line
 from dlm.families import PUBLIC, family_named, family_of
 from dlm.families.base import Family
 from dlm.model import MaskedDiffusionModel
@@ -25,7 +27,7 @@ from dlm.weights import Stored, check_files, read_lazily, tensors
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in places.DTYPES}
 
 
 def load_model(
@@ -70,12 +72,15 @@ def place(device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype]:
     """Device and dtype of a model, from the arguments of `load_model`.
 
     Raises:
-        ConfigError: for an unknown `dtype`.
+        ConfigError: for an unknown `device` or `dtype`, and for a GPU where there is none.
     """
-    if dtype not in ("auto", "fastest", *DTYPES):
-        raise unknown_name("dtype", dtype, ["auto", *DTYPES])
+    places.check_place(device, dtype)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device {device}: there is no GPU that torch {torch.__version__} can use; give cpu"
+        )
     if dtype not in DTYPES:  # "fastest" is an older name of "auto"
         dtype = "bfloat16" if device != "cpu" or computes_bfloat16() else "float32"
     return device, DTYPES[dtype]
@@ -175,8 +180,29 @@ class AdapterFormat:
         return is_adapter(path) and not is_causal_lm(path)
 
     def read(self, path: str, dtype: torch.dtype, device_map: DeviceMap = None) -> Loaded:
-        """See `CheckpointFormat`; configuration and tokenizer are the adapter's own."""
+        """See `CheckpointFormat`; configuration and tokenizer are the adapter's own.
+
+        Of an adapter that comes with the package the merged weights are kept, see `dlm.merged`.
+        """
         _take_no_map(path, device_map)
+        if not merged.is_cached(path):
+            return self._merge(path, dtype)
+        name = str(dtype).removeprefix("torch.")
+        copy = merged.find(path, name)
+        if copy is not None:
+            try:
+                model, _ = DiffusionFormat().read(str(copy), dtype)
+                model.config.name_or_path = model.name_or_path = ""
+                return model, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            except CheckpointError as error:  # another process may be replacing it
+                logger.debug("%s", error)
+        model, tokenizer = self._merge(path, dtype)
+        merged.keep(path, name, lambda folder: DiffusionFormat().write(model, tokenizer, folder))
+        return model, tokenizer
+
+    def _merge(self, path: str, dtype: torch.dtype) -> Loaded:
+        from dlm.adapter import load_adapter
+
         base = base_of(path)
         described = located(base) if saved_by_peft(path) else path  # where configuration and tokenizer lie
         config = _diffusion_config(described)
@@ -184,6 +210,8 @@ class AdapterFormat:
             where = located(base)
             if CausalFormat().detect(where):
                 model, _ = from_causal_lm(where, shift=config.shift, dtype=torch.float32)
+            elif merged.is_cached(where):
+                model, _ = self._merge(where, torch.float32)
             else:
                 model, _ = load_model(where, device="cpu", dtype="float32")
             tokenizer = AutoTokenizer.from_pretrained(described, trust_remote_code=False)
@@ -193,7 +221,8 @@ class AdapterFormat:
             raise CheckpointError(
                 f"{path}: an adapter of {base}, which cannot be loaded ({error})"
             ) from error
-        model = load_adapter(model, path).to(dtype)
+        model = places.cast_weights(load_adapter(model, path), dtype)
+        model.config.dtype = dtype
         model.config.training, model.config.generation = config.training, config.generation
         model.config.schedule = config.schedule
         _check(path, model, tokenizer)

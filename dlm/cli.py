@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
+import json
 import logging
 import os
 import re
@@ -60,9 +62,10 @@ def script(prog: str, command: Command, argv: Sequence[str] | None = None) -> in
 
 def _guarded(run: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
     """Call `run` with the words; errors become a line on stderr and an exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words, verbatim = _split(list(sys.argv[1:] if argv is None else argv))
     debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    words = [word for word in words if word != "--debug"] + verbatim
+    prepare_streams()
     try:
         return run(words)
     except DLMError as error:
@@ -78,6 +81,32 @@ def _guarded(run: Callable[[list[str]], int], argv: Sequence[str] | None) -> int
         if debug:
             raise
         return _fail(f"{type(error).__name__}: {error}")
+
+
+def prepare_streams() -> None:
+    """Make output possible on any terminal or pipe.
+
+    A character that the encoding of stdout lacks becomes "?" (JSON has it as an escape, see `json_line`), and
+    a stderr that is no terminal gets no progress bars, of this program or of the libraries that it uses.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if not sys.stderr.isatty():
+        for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
+
+
+def json_line(value: Any) -> str:
+    """JSON on one line, whose characters stdout can show; others are written as escapes."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
+    return json.dumps(value, ensure_ascii=not encoding.startswith("utf"))
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words before a lone "--", and that with the words behind it, which are no options."""
+    at = words.index("--") if "--" in words else len(words)
+    return list(words[:at]), list(words[at:])
 
 
 def _dispatch(words: list[str]) -> int:
@@ -158,35 +187,60 @@ def parse(prog: str, command: Command, words: Sequence[str]) -> Any:
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise _UsageError(str(message)) from ex
 
+    _resolve_annotations(command.config)
     parser = Parser(prog=prog, description=command.help, exit_on_error=True, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
     parser.add_class_arguments(command.config, skip=None)
     if command.positional:
         parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    options, verbatim = _split(words)
     try:
-        namespace = parser.parse_args(_normalise(words, _options(command.config)))
+        namespace = parser.parse_args(_normalise(options, _options(command.config)))
         namespace.pop("config", None)
-        rest = namespace.pop("words", None)
-        if command.positional and rest:
-            is_list = get_type_hints(command.config)[command.positional] is not str
-            if not is_list and len(rest) > 1:
-                raise _UsageError(f"one {command.positional} at a time, got {len(rest)}: {' '.join(rest)}")
-            namespace[command.positional] = list(rest) if is_list else rest[0]
+        rest = [*(namespace.pop("words", None) or ()), *verbatim[1:]]
+        if rest:
+            _set_positional(namespace, command, rest)
         built = parser.instantiate(namespace)
         return command.config(**{k: v for k, v in vars(built).items() if k != "words"})
     except (_UsageError, ConfigError, TypeError, ValueError) as error:
         raise SystemExit(_fail(_explain(str(error), command.config), 2, prog)) from None
 
 
+def _set_positional(namespace: Any, command: Command, words: list[str]) -> None:
+    """Put the words that are no options where they belong."""
+    if not command.positional:
+        raise _UsageError(f"takes no words that are no options, got {' '.join(words)}")
+    several = get_type_hints(command.config)[command.positional] is not str
+    if not several and len(words) > 1:
+        raise _UsageError(f"one {command.positional} at a time, got {len(words)}: {' '.join(words)}")
+    namespace[command.positional] = words if several else words[0]
+
+
+def _resolve_annotations(config: type) -> None:
+    """Replace the texts of a settings dataclass's annotations by the types that they name.
+
+    jsonargparse would otherwise run the `TYPE_CHECKING` blocks of its module, which may import torch.
+    """
+    hints = get_type_hints(config)
+    config.__init__.__annotations__.update({item.name: hints[item.name] for item in fields(config)})  # type: ignore[misc]
+    for kind in hints.values():
+        if is_dataclass(kind):
+            _resolve_annotations(kind)  # type: ignore[arg-type]
+
+
 def _normalise(words: Sequence[str], options: dict[str, Any]) -> list[str]:
     """`--eos-fill` as `--eos_fill`, and a switch without a value as `--switch=true`."""
     out = []
     for word, following in zip(words, [*words[1:], ""], strict=False):
-        if word.startswith("--"):
+        if re.match(r"--[\w.-]+(=|$)", word):
             option, equals, value = word.partition("=")
             name = option[2:].replace("-", "_")
             word = f"--{name}{equals}{value}"
-            if options.get(name) is bool and not equals and following.lower() not in ("true", "false"):
+            if (
+                options.get(name) in (bool, bool | None)
+                and not equals
+                and following.lower() not in ("true", "false")
+            ):
                 word += "=true"
         out.append(word)
     return out
@@ -207,6 +261,11 @@ def _options(config: type, prefix: str = "") -> dict[str, Any]:
 def _explain(message: str, config: type) -> str:
     """The parser's message on one line, with the option that was meant when a name was wrong."""
     message = re.sub(r"\s+", " ", message).strip()
+    if stray := re.search(r"[Uu]nrecognized arguments: ((?!--).+)", message):
+        return (
+            f"{stray[1]!r}: words that are no options stand together, before or behind all options; "
+            'what begins with "-" stands behind "--"'
+        )
     wrong = re.search(r"[Uu]nrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
     wrong = wrong or re.search(r"Option '([\w.]+)' is not accepted", message)
     wrong = wrong or re.search(r"[Kk]ey '?\"?([\w.]+)'?\"? is not expected", message)
@@ -215,8 +274,9 @@ def _explain(message: str, config: type) -> str:
     name = next(group for group in wrong.groups() if group)
     group = re.search(r"Group '([\w.]+)'", message)
     full = f"{group[1]}.{name}" if group else name
-    owner = config.meant(full) if hasattr(config, "meant") else ""
-    near = [owner] if owner else difflib.get_close_matches(full, _options(config), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(full, _options(config), n=1, cutoff=0.75)
+    meant = config.meant(full) if not near and hasattr(config, "meant") else ""
+    near = near or ([meant] if meant else difflib.get_close_matches(full, _options(config), n=1, cutoff=0.5))
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"unknown option {full}.{hint} See --help."
 

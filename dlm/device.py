@@ -1,8 +1,43 @@
-"""Moving tensors to the device of a model."""
+"""Devices and types of numbers by name, and moving tensors; importable without torch."""
 
 from __future__ import annotations
 
-import torch
+import re
+from typing import TYPE_CHECKING, TypeVar
+
+from dlm.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    import torch
+
+Module = TypeVar("Module", bound="torch.nn.Module")
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Types of weights, by torch's names."""
+
+_DEVICE = re.compile(r"auto|cpu|(cuda|mps|xpu)(:\d+)?")
+
+
+def check_place(device: str, dtype: str) -> None:
+    """Refuse a device or a type that does not exist, before anything is loaded.
+
+    Raises:
+        ConfigError: naming the choices.
+    """
+    if not _DEVICE.fullmatch(device):
+        raise ConfigError(f"unknown device {device!r}; choices: auto, cpu, cuda, cuda:1 (or another number)")
+    if dtype not in ("auto", "fastest", *DTYPES):
+        raise unknown_name("dtype", dtype, ("auto", "fastest", *DTYPES))
+
+
+def cast_weights(model: Module, dtype: torch.dtype) -> Module:
+    """The model with its weights in another type.
+
+    Buffers stay: the frequencies of rotary positions are float32 in transformers whatever the weights are in.
+    """
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
 
 
 def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:

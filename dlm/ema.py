@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dlm.errors import CheckpointError, ConfigError
+from dlm.modes import share
 
 FILE = "ema.safetensors"
 
@@ -66,6 +67,7 @@ class EMA:
         save_file(
             self.average, Path(folder) / FILE, metadata={"steps": str(self.steps), "decay": str(self.decay)}
         )
+        share(folder)
 
     def load(self, folder: str | Path) -> None:
         """Continue from a checkpoint folder.

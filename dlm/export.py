@@ -12,10 +12,11 @@ from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from dlm.adapter import BASE, is_adapter, saved_by_peft
+from dlm.adapter_files import BASE, is_adapter, saved_by_peft
 from dlm.checkpoint import DTYPES, DiffusionFormat, load_model
 from dlm.errors import CheckpointError, ConfigError, first_line
 from dlm.lock import check_writable
+from dlm.modes import share
 from dlm.notice import carry_notice
 from dlm.pretrained.names import located
 from dlm.prior import FILE as COUNTS
@@ -85,6 +86,7 @@ def _export_adapter(
         raise CheckpointError(f"{source}: not a whole adapter ({first_line(error)})") from error
     target.mkdir(parents=True, exist_ok=True)
     save_file({name: w.to(dtype) for name, w in weights.items()}, target / WEIGHTS, {"format": "pt"})
+    share(target)
     settings.base_model_name_or_path = base or settings.base_model_name_or_path
     if isinstance(settings.target_modules, set):
         settings.target_modules = sorted(settings.target_modules)  # so that equal exports are equal files

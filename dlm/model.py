@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from dlm.attention import KeyValues, Packed, Partial, with_layouts
 from dlm.config import MaskedDiffusionConfig
 from dlm.device import sent
 from dlm.errors import ConfigError
+from dlm.modes import share
 from dlm.objective import token_log_probabilities
 from dlm.spec import ModelSpec
 
@@ -124,6 +126,12 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         """The backbone's layers, in order."""
         layers: nn.ModuleList = getattr(self.backbone, "h" if hasattr(self.backbone, "h") else "layers")
         return layers
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Write configuration and weights, readable by whoever the umask allows."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if Path(save_directory).is_dir():  # processes of a group that do not write may be here first
+            share(save_directory)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from dlm.adapter import base_of, is_adapter
+from dlm.adapter_files import base_of, is_adapter
 from dlm.pretrained.names import ADAPTERS, located
 
 FILE = "NOTICE"

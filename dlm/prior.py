@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 
 from dlm.data.encoded import EncodedRows
 from dlm.errors import CheckpointError
+from dlm.modes import share
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,6 +51,7 @@ class TokenPrior:
         """Write the counts into a model folder."""
         special = torch.tensor(self.special, dtype=torch.int64)
         save_file({"counts": self.counts, "special": special}, Path(folder) / FILE)
+        share(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> TokenPrior | None:

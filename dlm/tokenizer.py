@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dlm.characters import whole_characters
 from dlm.errors import ConfigError, unknown_name
 
 MASK_TOKEN = "<|mask|>"
@@ -220,15 +221,6 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(whole_characters(text), add_special_tokens=False)["input_ids"]) if text else []
-
-
-def whole_characters(text: str) -> str:
-    """A text with U+FFFD for every half of a surrogate pair, which JSON may hold and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from dlm.device import check_place
 from dlm.errors import ConfigError, unknown_name
+from eval.variants import Variant, variants
 
 NUCLEUS = 0.95
 """What autoregressive baselines draw from when nothing else is said."""
@@ -96,10 +99,19 @@ class EvalConfig:
         if not self.model and (self.decoders or self.steps or self.rate or self.window):
             raise ConfigError("decoders, steps, rate and window are for --model")
         self._refuse_what_has_no_use()
-        if self.dtype not in ("auto", "fastest", "float32", "bfloat16", "float16"):
-            raise unknown_name("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        check_place(self.device, self.dtype)
         if self.nelbo_draws and not self.model:
             raise ConfigError("nelbo_draws is for --model")
+        if self.model:
+            self.variants()
+
+    def variants(self) -> list[Variant]:
+        """The ways to decode that are compared."""
+        return variants(self.decoders, **self._sizes())
+
+    def _sizes(self) -> dict[str, Any]:
+        """What the decoders are combined with."""
+        return {name: getattr(self, name) for name in ("window", "steps", "max_tokens", "rate")}
 
     def _refuse_what_has_no_use(self) -> None:
         """Refuse options that would be ignored."""
@@ -140,6 +152,10 @@ class SweepConfig(EvalConfig):
         super().__post_init__()
         if not self.model and (self.kernel or self.top_k):
             raise ConfigError("kernel and top_k are for --model")
+
+    def _sizes(self) -> dict[str, Any]:
+        """See `EvalConfig`."""
+        return {**super()._sizes(), "kernel": self.kernel, "top_k": self.top_k}
 
 
 @dataclass(frozen=True)

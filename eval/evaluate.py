@@ -18,7 +18,7 @@ from eval.metrics import Instruments
 from eval.run import Card, Results, answer_all, finish, merge, open_run
 from eval.systems import Autoregressive, Endpoint, Local, System, fingerprint
 from eval.tasks import Question, load_questions, with_references
-from eval.variants import Variant, variants
+from eval.variants import Variant
 
 logger = logging.getLogger(__name__)
 
@@ -234,11 +234,7 @@ def _contestants(config: EvalConfig, loaded: _Loaded) -> Iterator[Contestant]:
     }
     if config.model:
         mark = fingerprint(config.model)
-        sizes = {name: getattr(config, name, "") for name in ("kernel", "top_k")}
-        for variant in variants(
-            config.decoders, window=config.window, steps=config.steps, max_tokens=config.max_tokens,
-            rate=config.rate, **sizes,
-        ):  # fmt: skip
+        for variant in config.variants():
             yield _local(config, loaded, variant, mark, common)
         return
     limit = config.max_tokens or 256

@@ -61,7 +61,7 @@ class Reader:
         pairs = zip(talks, answers, strict=True)
         return [
             self.nats_per_token(talk, answer)
-            for talk, answer in tqdm(pairs, total=len(answers), desc=label, unit="answer")
+            for talk, answer in tqdm(pairs, total=len(answers), desc=label, unit="answer", disable=None)
         ]
 
 
@@ -70,7 +70,7 @@ def base_of(model: str) -> str:
 
     Empty where there are no records, or what they name is not an autoregressive model that is still there.
     """
-    from dlm import adapter
+    from dlm.adapter_files import base_of, is_adapter
     from dlm.checkpoint import is_causal_lm
     from dlm.pretrained.names import located
 
@@ -84,8 +84,8 @@ def base_of(model: str) -> str:
                 model = str(json.loads(file.read_text(encoding="utf-8"))["config"]["model"]["init"] or "")
             except (ValueError, KeyError, TypeError, RecursionError):
                 return ""
-        elif adapter.is_adapter(model):
-            model = adapter.base_of(model)
+        elif is_adapter(model):
+            model = base_of(model)
         else:
             break
     else:

@@ -69,7 +69,9 @@ def generate(
     answers = {**(earlier or {}), **file.read()}
     total = sum(len(question.turns) for question in questions)
     keys = {(question.id, turn) for question in questions for turn in range(len(question.turns))}
-    with tqdm(total=total, initial=len(keys & set(answers)), desc=label, unit="answer", disable=quiet) as bar:
+    with tqdm(
+        total=total, initial=len(keys & set(answers)), desc=label, unit="answer", disable=quiet or None
+    ) as bar:
         for turn in range(max((len(question.turns) for question in questions), default=0)):
             due = [q for q in questions if turn < len(q.turns) and (q.id, turn) not in answers]
             for answer in file.append(_answers(due, turn, system, answers)):

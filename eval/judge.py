@@ -113,7 +113,7 @@ class Judge:
         with ThreadPoolExecutor(self.config.concurrency) as pool:
             try:
                 going = pool.map(self._one, unique.values())
-                replies = list(tqdm(going, total=len(unique), desc=label, unit="verdict"))
+                replies = list(tqdm(going, total=len(unique), desc=label, unit="verdict", disable=None))
             finally:
                 pool.shutdown(cancel_futures=True)
         reply_of = dict(zip(unique, replies, strict=True))

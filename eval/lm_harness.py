@@ -125,7 +125,7 @@ class DLM(LM):  # type: ignore[misc]
         Neighbours that ask for the same, as those of a task do, share the model calls.
         """
         out: list[str] = []
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
+        with tqdm(total=len(requests), disable=disable_tqdm or None, desc="generate_until") as bar:
             for (stops, size), group in itertools.groupby(requests, self._asked_for):
                 contexts = [self._fitting(request.args[0]) for request in group]
                 request = self.variant.request(**dict(size), stop=list(stops) or None)

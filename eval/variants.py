@@ -164,12 +164,12 @@ def _options(name: str, sizes: Sequence[tuple[int, bool]], cuts: Sequence[int]) 
 
     Kernels are odd: a share of the window, which sizes have True with them, is for them the next odd number.
     """
-    from decoding.presets import PRESETS
+    from decoding.presets import presets
     from dlm.errors import unknown_name
 
-    if name and name not in PRESETS:
-        raise unknown_name("decoder", name, PRESETS)
-    defaults = PRESETS[name].options if name else {}
+    if name and name not in presets():
+        raise unknown_name("decoder", name, presets())
+    defaults = presets()[name].options if name else {}
     size_name = next((x for x in SIZES if defaults.get(x, 0) != 0), None)
     for size, cut in itertools.product([*sizes] if sizes else [None], [*cuts] if cuts else [None]):
         options: dict[str, Any] = {}

@@ -79,6 +79,9 @@ class StartConfig:
 SCHEDULES = ("log-linear", "cosine")
 """Noise schedules by name, see `dlm.schedule`."""
 
+TEMPLATES = ("chatml", "instruct", "plain", "model")
+"""Chat templates by name, see `dlm.tokenizer`; "model" is the checkpoint's own."""
+
 
 @dataclass(frozen=True)
 class ModelConfig(StartConfig):
@@ -110,6 +113,8 @@ class ModelConfig(StartConfig):
     def __post_init__(self) -> None:
         """Check that nothing is given that the checkpoint brings with it."""
         super().__post_init__()
+        if self.template not in TEMPLATES:
+            raise unknown_name("template", self.template, TEMPLATES)
         if self.schedule not in ("", *SCHEDULES):
             raise unknown_name("schedule", self.schedule, SCHEDULES)
         if self.init:

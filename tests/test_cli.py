@@ -112,10 +112,68 @@ def test_generate_reads_words_files_and_stdin_and_writes_text_or_json(checkpoint
     generate("--options.temperature", "0.5", "--forbidden", '["a"]', "hello")  # of the checkpoint's decoder
     assert main(["generate", "--model", checkpoint, "--window", "10", "a prompt that does not fit"]) == 2
     assert "the window must be at least" in capsys.readouterr().err
+    for row, prompt in zip(rows, ("Count from 2 to 5.", "Spell the word stone."), strict=True):
+        assert row["prompt"] == prompt
+    whole = tmp_path / "whole.txt"
+    whole.write_text("Count from 2 to 5.\n\nSpell the word stone.\n\n", "utf-8-sig")
+    (row,) = map(json.loads, generate("--prompt-file", str(whole), "--json", "--system", "Be short."))
+    assert row["prompt"] == [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Count from 2 to 5.\n\nSpell the word stone."},
+    ]
+    several = generate("--samples", "2", "--decoder", "conv", "--seed", "3", "--json", "hello", "there")
+    assert [json.loads(line)["prompt"] for line in several] == ["hello", "hello", "there", "there"]
+    (alone,) = generate("--decoder", "conv", "--seed", "4", "--json", "hello")
+    assert json.loads(several[1])["token_ids"] == json.loads(alone)["token_ids"]
+    assert main(["generate", "--samples", "2", "--decoder", "llada", "--model", checkpoint, "hi"]) == 2
+    assert "draws nothing at random" in capsys.readouterr().err
     piped = dlm("generate", "--model", checkpoint, "--dtype", "float32", input="Count from 2 to 5.\n")
     assert piped.returncode == 0, piped.stderr
     assert piped.stdout.strip() == rows[0]["text"].strip()
     assert "Traceback" not in piped.stderr
+
+
+def test_what_stands_behind_two_dashes_is_a_prompt_to_the_letter():
+    from decoding.commands.generate import COMMAND
+    from dlm.cli import parse
+
+    words = ["--say well-known", "--seed", "-5", "--help", "--debug", "--eos-fill", "--", "a-b"]
+    config = parse("dlm generate", COMMAND, ["--max-tokens", "7", "first", "--", *words])
+    assert config.prompts == ["first", *words]
+    assert (config.max_tokens, config.seed, config.eos_fill) == (7, 0, None)
+    assert parse("dlm generate", COMMAND, ["--say well-known", "-5 + 3"]).prompts == [
+        "--say well-known",
+        "-5 + 3",
+    ]
+    given = parse("dlm generate", COMMAND, ["--begin=--a-b_c", "--stop", "a-b", "--eos-fill", "x-y"])
+    assert (given.begin, given.stop, given.prompts) == ("--a-b_c", "a-b", ["x-y"])
+
+
+def test_a_terminal_sees_an_answer_while_it_is_written(checkpoint, capsys, monkeypatch):
+    import rich.console
+
+    words = ["generate", "--model", checkpoint, "--max-tokens", "24", "--begin", "[/a] :bug:", "hello"]
+    words += ["--ending", " end."]
+    assert main(words) == 0
+    text = capsys.readouterr().out.rstrip("\n")
+    assert text.startswith("[/a] :bug:")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(rich.console.Console, "is_terminal", property(lambda console: True))
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "\N{LIGHT SHADE}" in shown, "the canvas, before it is full"
+    assert "".join(letter for letter in text if letter.isprintable()) in shown, "control characters left out"
+
+
+def test_flags_behind_two_dashes_are_not_read(checkpoint, capsys):
+    words = ["generate", "--model", checkpoint, "--max-tokens", "4", "--json", "--"]
+    assert main([*words, "--help", "--debug"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(["train", "--output_dir", "x", "--", "a"]) == 2
+    assert "takes no words that are no options, got a" in capsys.readouterr().err
+    assert main(["generate", "a", "--seed", "1", "b"]) == 2
+    assert "'b': words that are no options stand together" in capsys.readouterr().err
 
 
 def test_chat_talks_from_a_pipe(checkpoint):
@@ -148,7 +206,7 @@ def test_an_answer_that_is_interrupted_does_not_end_the_chat(checkpoint, capsys,
     assert seen == [["one"], ["two"]], "neither the stopped question nor a wrong command goes to the model"
     said = capsys.readouterr().out
     assert "stopped" in said
-    assert "/help is not a command" in said
+    assert "/retry" in said
     assert said.count("tokens/s") == 1
 
 

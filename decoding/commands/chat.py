@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from decoding.commands.display import plain_console, watch
 from decoding.config import LoadConfig, decoder_option
+from decoding.conversation import Conversation, Source
 from decoding.request import Request
 from dlm.cli import Command
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, DataError, DLMError, did_you_mean
+from dlm.lock import check_writable
 
-COMMANDS = "/new starts over, /quit leaves, Ctrl-C stops an answer."
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COMMAND_LINE = re.compile(r"(/[a-z]+)(?:\s+(.*))?", re.DOTALL)
+"""A line that is a command and no message; "/etc/hosts" is none."""
 
 
 @dataclass(frozen=True)
@@ -20,113 +30,260 @@ class ChatConfig(Request, LoadConfig):
     """Settings of `dlm chat`.
 
     Args:
+        model: folder or hub id of a checkpoint; "default" or "default-sft" (before R2FT) come along. With
+            --endpoint, the name of the model there.
         system: system message, if any.
+        endpoint: base URL of an OpenAI-compatible server to talk to, such as http://127.0.0.1:8000/v1 (the
+            key, if it needs one, is OPENAI_API_KEY in the environment).
+        save: file (.jsonl) to which the conversation is written after each answer, as `dlm train` reads it.
         seed: seed of the noise; a decoder that takes the likeliest token, as the default model's, has none.
     """
 
     system: str = ""
+    endpoint: str = ""
+    save: str = ""
     seed: int = 0
 
     meant = staticmethod(decoder_option)
 
     def __post_init__(self) -> None:
-        """Check that there is a model."""
+        """Check that there is a model, or an address."""
         Request.__post_init__(self)
         LoadConfig.__post_init__(self)
         self.check_reuse(self.reuse)
+        if self.endpoint and not self.endpoint.startswith(("http://", "https://")):
+            raise ConfigError(f"endpoint must begin with http:// or https://, got {self.endpoint!r}")
+        for name in ("device", "dtype", "accelerate"):
+            if self.endpoint and getattr(self, name) != getattr(LoadConfig, name):
+                raise ConfigError(f"{name} is for a model on this machine, not for --endpoint")
+        if self.save:
+            check_new(self.save)
+
+    def source(self) -> Source:
+        """Where answers come from."""
+        from decoding.sources import EndpointSource, SamplerSource
+
+        if self.endpoint:
+            return EndpointSource(self.endpoint, self.model)
+        return SamplerSource(self.sampler())
+
+
+def check_new(file: str) -> None:
+    """Refuse a file that is there already, or cannot be written.
+
+    Raises:
+        ConfigError: saying which.
+    """
+    if Path(file).exists():
+        raise ConfigError(f"{file} is there already; name another file")
+    folder = Path(file).absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"{file}: there is no folder {folder}")
+    check_writable(folder)
 
 
 def run(config: ChatConfig) -> int:
     """Talk until `/quit` or the end of input; Ctrl-C stops an answer, and at the prompt the conversation."""
-    from rich.console import Console
-
-    from decoding.sampler import Sampler
-
-    console = Console()
     request = Request.read_from(config)
-    request.check_decoder()
-    sampler = Sampler(*config.load())
-    console.print(f"[dim]{COMMANDS} Shaded cells are not yet written.[/dim]")
-    system = [{"role": "system", "content": config.system}] if config.system else []
-    messages = list(system)
+    if not config.endpoint:
+        request.check_decoder()
+    conversation = Conversation(config.source(), request, config.system, config.seed)
+    conversation.source.check(request)
+    console = plain_console()
+    chat = Chat(console, conversation, config.save)
+    chat.note("/help lists the commands. Shaded cells are not yet written.")
+    lines = typed_lines() if sys.stdin.isatty() and sys.stdout.isatty() else piped_lines(console)
+    for line in lines:
+        if not chat.take(line):
+            break
+    return 0
+
+
+class Chat:
+    """What a line that was typed does to a conversation.
+
+    Args:
+        console: where everything is shown; texts are never read as markup.
+        conversation: what is talked about.
+        file: where it is written after each answer; empty for nowhere.
+    """
+
+    def __init__(self, console: Console, conversation: Conversation, file: str = "") -> None:
+        self.console, self.conversation, self.file = console, conversation, file
+        self.commands: dict[str, tuple[str, Callable[[str], None]]] = {
+            "/help": ("this list", self._help),
+            "/new": ("start over", self._new),
+            "/retry": ("ask the last question again, under another seed", self._retry),
+            "/system": ("TEXT: set the system message; without a text, show it; - for none", self._system),
+            "/decoder": (
+                "NAME OPTION=NUMBER …: decode in another way; without a name, show it; - for the model's own",
+                self._decoder,
+            ),
+            "/save": ("FILE.jsonl: write the conversation, as dlm train reads it", self._save),
+            "/quit": ("leave", self._help),
+        }
+
+    def take(self, line: str) -> bool:
+        """Do what a line says; False when it says to leave. No error of one line ends the conversation."""
+        command = COMMAND_LINE.fullmatch(line.rstrip())
+        try:
+            if command is None:
+                if line.strip():
+                    self._show(self.conversation.ask(line.removesuffix("\n")))
+            elif command[1] == "/quit":
+                return False
+            elif command[1] not in self.commands:
+                self._unknown(command[1])
+            else:
+                self.commands[command[1]][1]((command[2] or "").strip())
+        except KeyboardInterrupt:
+            self.note("(stopped; the question is forgotten, /retry asks it again)")
+        except BrokenPipeError:  # nobody reads any longer
+            raise
+        except Exception as error:
+            self.complain(str(error) if isinstance(error, DLMError) else f"{type(error).__name__}: {error}")
+        return True
+
+    def note(self, text: str) -> None:
+        """Show a remark."""
+        self.console.print(text, style="dim", soft_wrap=True)
+
+    def complain(self, text: str) -> None:
+        """Show an error."""
+        self.console.print(re.sub(r"\s*\n\s*", " ", text), style="red", soft_wrap=True)
+
+    def _show(self, answer: Iterator[str]) -> None:
+        begun, texts = time.perf_counter(), 0
+
+        def counted() -> Iterator[str]:
+            nonlocal texts
+            for texts, text in enumerate(answer, 1):
+                if texts == 1 and self.conversation.forgotten:
+                    self.note(f"(there is no room for the {self.conversation.forgotten} oldest messages)")
+                yield text
+
+        text = watch(self.console, counted())
+        seconds = time.perf_counter() - begun
+        tokens = self.conversation.source.count(text)
+        if tokens is None:
+            self.note(f"{seconds:.1f} s")
+        else:
+            self.note(
+                f"{_number(tokens, 'token')}, {_number(texts, 'step')}, {tokens / seconds:.1f} tokens/s"
+            )
+        if self.file:
+            self.conversation.save(self.file)
+
+    def _unknown(self, name: str) -> None:
+        meant = did_you_mean(name, self.commands)
+        self.complain(
+            f"{name} is not a command.{meant} Commands: {', '.join(self.commands)}. "
+            "A message that begins like one stands behind a space."
+        )
+
+    def _help(self, text: str) -> None:
+        del text
+        width = max(map(len, self.commands))
+        for name, (meaning, _) in self.commands.items():
+            self.note(f"{name:<{width}}  {meaning}")
+        self.note("Ctrl-C stops an answer. What is pasted is one message; Alt-Enter begins a new line.")
+
+    def _new(self, text: str) -> None:
+        del text
+        self.conversation.clear()
+        self.note("(a new conversation)")
+
+    def _retry(self, text: str) -> None:
+        del text
+        self._show(self.conversation.retry())
+
+    def _system(self, text: str) -> None:
+        if text:
+            self.conversation.system = "" if text == "-" else text
+        self.note(f"system message: {self.conversation.system or 'none'}")
+
+    def _decoder(self, text: str) -> None:
+        if text:
+            name, *options = text.split()
+            self.conversation.decode_with(None if name == "-" else name, _options(options) or None)
+        request = self.conversation.request
+        options_shown = " ".join(f"{option}={value}" for option, value in (request.options or {}).items())
+        self.note(f"decoder: {request.decoder or 'the model has its own'} {options_shown}".rstrip())
+
+    def _save(self, text: str) -> None:
+        if not text and not self.file:
+            raise ConfigError("name the file: /save talk.jsonl")
+        if text and text != self.file:
+            check_new(text)
+            self.file = text
+        count = self.conversation.save(self.file)
+        self.note(f"{self.file}: {_number(count, 'conversation')}, and from now on each answer")
+
+
+def _options(words: list[str]) -> dict[str, Any]:
+    """Options of a decoder: "kernel_size=9" and the like."""
+    options = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            options[name] = float(value) if "." in value or "e" in value else int(value)
+        except ValueError:
+            raise ConfigError(f"{word!r} is not OPTION=NUMBER, such as temperature=0.7") from None
+    return options
+
+
+def _number(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+def piped_lines(console: Console) -> Iterator[str]:
+    """Lines of a stdin that is no terminal."""
     while True:
         try:
-            line = console.input("[bold]you>[/bold] ").strip()
+            yield console.input("you> ", markup=False)
         except (EOFError, KeyboardInterrupt):
             console.print()
-            return 0
-        if line == "/quit":
-            return 0
-        if line == "/new":
-            messages = list(system)
-            console.print("[dim](a new conversation)[/dim]")
-        elif line.startswith("/") and len(line.split()) == 1:
-            console.print(f"[red]{line} is not a command.[/red] [dim]{COMMANDS}[/dim]")
-        elif line:
-            messages.append({"role": "user", "content": line})
-            messages = _turn(console, sampler, messages, request, config.seed)
+            return
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"stdin: not in {error.encoding}; set PYTHONIOENCODING to what it is in"
+            ) from error
 
 
-def _turn(
-    console: Any, sampler: Any, messages: list[dict[str, str]], request: Request, seed: int
-) -> list[Any]:
-    """Answer the last message; returns the conversation to go on with."""
-    conversation = _fitted(sampler, messages, _room(sampler, request))
-    if len(conversation) < len(messages):
-        console.print(
-            f"[dim](the window is full: {len(messages) - len(conversation)} old messages are forgotten)[/dim]"
-        )
+def typed_lines(**streams: Any) -> Iterator[str]:
+    """What is typed, with editing and a history; a paste of several lines is one of them.
+
+    Args:
+        **streams: `input` and `output` of `prompt_toolkit`, by default those of the terminal.
+    """
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _(event: Any) -> None:
+        event.current_buffer.insert_text("\n")
+
+    session: PromptSession[str] = PromptSession(history=_history(), key_bindings=keys, **streams)
+    while True:
+        try:
+            yield session.prompt("you> ")
+        except (EOFError, KeyboardInterrupt):
+            return
+
+
+def _history() -> Any:
+    """Messages of earlier sessions, in a file of the owner alone; of this session if there can be none."""
+    from platformdirs import user_state_path
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
     try:
-        text = _watch(console, sampler, conversation, request, seed)
-    except ConfigError as error:
-        console.print(f"[red]{error}[/red]")
-        return conversation[:-1]
-    except KeyboardInterrupt:
-        console.print("[dim](stopped; the question is forgotten)[/dim]")
-        return conversation[:-1]
-    return [*conversation, {"role": "assistant", "content": text}]
-
-
-def _room(sampler: Any, request: Request) -> int:
-    """Tokens that the conversation may have: what the longest answer leaves, and half of all at least."""
-    plan = sampler.plan(request)
-    return int(plan.positions - min(plan.tokens, plan.positions // 2))
-
-
-def _fitted(sampler: Any, messages: list[dict[str, str]], room: int) -> list[dict[str, str]]:
-    """The conversation without its oldest turns, so that it fits and leaves room for the answer."""
-    head = [m for m in messages[:1] if m["role"] == "system"]
-    rest = messages[len(head) :]
-    while len(rest) > 2 and sampler.prompt_length(head + rest) > room:
-        rest = rest[2:]
-    return head + rest
-
-
-def _watch(console: Any, sampler: Any, messages: list[dict[str, str]], request: Request, seed: int) -> str:
-    """Show the canvas as it fills and return the finished text."""
-    from rich.live import Live
-    from rich.text import Text
-
-    begun = time.perf_counter()
-    event = None
-    with Live(console=console, refresh_per_second=12, transient=not sys.stdout.isatty()) as live:
-        for event in sampler.stream(messages, request=request, seed=seed):
-            live.update(Text(event.text))
-    if event is None:
-        return ""
-    ids = event.token_ids
-    ends = [i for i, token in enumerate(ids) if token in sampler.spec.end_token_ids]
-    size = ends[0] if ends else len(ids)
-    if not sys.stdout.isatty():
-        console.print(Text(event.text))
-    seconds = time.perf_counter() - begun
-    tokens, steps = _counted(size, "token"), _counted(event.step + 1, "step")
-    console.print(f"[dim]{tokens}, {steps}, {size / seconds:.1f} tokens/s[/dim]")
-    return str(event.text)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+        file = Path(user_state_path("dlm", ensure_exists=True)) / "chat_history"
+        file.touch(mode=0o600)
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(file))
 
 
 COMMAND = Command("talk to a trained model in the terminal", ChatConfig, run)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from decoding.commands.display import plain_console, watch
 from decoding.config import LoadConfig, decoder_option
 from decoding.request import Request
-from dlm.cli import Command
-from dlm.data.prompts import read_prompts
+from dlm.cli import Command, json_line
+from dlm.data.prompts import read_prompts, read_whole
 from dlm.errors import ConfigError, DataError
 
 LAWS = """\
@@ -31,17 +31,23 @@ class GenerateConfig(Request, LoadConfig):
         prompts: the prompts (the words that are no options); "-" or nothing reads lines from stdin.
         file: file of prompts, one per line; or .json, .jsonl (also .gz) whose rows have "instruction" (and
             "input"), "prompt", "text" or "messages".
+        prompt_file: file whose whole text is one prompt; "-" for stdin.
+        system: system message before each prompt.
         limit: answer only the first so many prompts; 0 for all.
+        samples: answers to each prompt, one behind the other, under the seeds seed, seed + 1, …
         seed: seed of the noise; a decoder that takes the likeliest token, as the default model's, has none.
         forbidden: tokens that never come out, as texts such as '[" delve"]', which must be one token each.
-        json: write one JSON object per answer instead of its text.
+        json: write one JSON object per answer, the prompt in it, instead of its text.
         batch_size: prompts per model call.
         list_decoders: print the decoders with their options and leave.
     """
 
     prompts: list[str] = field(default_factory=list)
     file: str = ""
+    prompt_file: str = ""
+    system: str = ""
     limit: int = 0
+    samples: int = 1
     seed: int = 0
     forbidden: list[str] = field(default_factory=list)
     json: bool = False
@@ -53,15 +59,17 @@ class GenerateConfig(Request, LoadConfig):
     def __post_init__(self) -> None:
         """Check that the settings fit together."""
         Request.__post_init__(self)
-        if self.prompts and self.file:
-            raise ConfigError("give prompts as words or as --file, not both")
+        if sum(map(bool, (self.prompts, self.file, self.prompt_file))) > 1:
+            raise ConfigError("give prompts as words, as --file or as --prompt-file, not in two ways")
         if not self.list_decoders:
             LoadConfig.__post_init__(self)
         self.check_reuse(self.reuse)
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.file not in ("", "-") and not Path(self.file).is_file():
-            raise DataError(f"{self.file}: no such file")
+        for name in ("batch_size", "samples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for file in (self.file, self.prompt_file):
+            if file not in ("", "-") and not Path(file).is_file():
+                raise DataError(f"{file}: no such file")
         if self.limit < 0:
             raise ConfigError(f"limit must not be negative, got {self.limit}")
 
@@ -75,29 +83,62 @@ def run(config: GenerateConfig) -> int:
         for name, line in list_decoders().items():
             print(f"{name}: {line}")
         return 0
-    from decoding.sampler import Sampler
-
     request = Request.read_from(config)
     request.check_decoder()
-    sampler = Sampler(*config.load())
+    sampler = config.sampler()
     if config.forbidden:
         decoder = sampler.without(config.forbidden, request=request)
         request = replace(request, decoder=decoder, options=None)
-    words = config.prompts not in ([], ["-"])
-    prompts: Iterable[Any] = config.prompts if words else read_prompts(config.file)
-    if config.limit:
-        prompts = itertools.islice(prompts, config.limit)
-    outputs = sampler.iter_generate(prompts, request=request, seed=config.seed, batch_size=config.batch_size)
-    for output in _with_progress(outputs, len(config.prompts) if words else None):
-        print(json.dumps(asdict(output), ensure_ascii=False) if config.json else output.text, flush=True)
+    given, count = _prompts(config)
+    given = (_with_system(prompt, config.system) for prompt in given) if config.system else given
+    given = itertools.islice(given, config.limit) if config.limit else given
+    if (count, config.samples, config.json, sys.stdout.isatty()) == (1, 1, False, True):
+        watch(
+            plain_console(),
+            (event.text for event in sampler.stream(next(iter(given)), request=request, seed=config.seed)),
+        )
+        return 0
+    questions, prompts = itertools.tee(given)
+    outputs = sampler.iter_generate(
+        prompts, request=request, seed=config.seed, batch_size=config.batch_size, n=config.samples
+    )
+    questions = itertools.chain.from_iterable(itertools.repeat(each, config.samples) for each in questions)
+    for prompt, output in zip(
+        questions, _with_progress(outputs, count and count * config.samples), strict=False
+    ):
+        row = {"prompt": prompt, **asdict(output)}
+        print(json_line(row) if config.json else output.text, flush=True)
     return 0
+
+
+def _prompts(config: GenerateConfig) -> tuple[Iterable[Any], int | None]:
+    """The prompts, and their number where it is known."""
+    if config.prompt_file:
+        return [read_whole(config.prompt_file)], 1
+    if config.prompts not in ([], ["-"]):
+        return config.prompts, len(config.prompts)
+    return read_prompts(config.file), None
+
+
+def _with_system(prompt: Any, system: str) -> list[dict[str, str]]:
+    """A prompt behind a system message.
+
+    Raises:
+        ConfigError: for a conversation that has one already.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if messages[0]["role"] == "system":
+        raise ConfigError(
+            "--system is for prompts without a system message; a row of the file brings its own"
+        )
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _with_progress(outputs: Iterable[Any], count: int | None) -> Any:
     """A progress bar on stderr, unless there is one prompt only or stderr is no terminal."""
     from tqdm import tqdm
 
-    return tqdm(outputs, total=count, unit="answer", disable=count == 1 or not sys.stderr.isatty())
+    return tqdm(outputs, total=count, unit="answer", disable=count == 1 or None)
 
 
 COMMAND = Command("answer prompts with a trained model", GenerateConfig, run, positional="prompts")

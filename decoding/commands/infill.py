@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from decoding.config import LoadConfig, decoder_option
+from decoding.gaps import pieces_of, place_of
 from decoding.request import Request
-from dlm.cli import Command
+from dlm.cli import Command, json_line
 from dlm.data.prompts import read_prompts
 from dlm.errors import ConfigError
 
@@ -65,6 +65,15 @@ class InfillConfig(LoadConfig):
             raise ConfigError("length says how many tokens come in place of --edit; give both")
         if self.length and not LENGTH.fullmatch(self.length):
             raise ConfigError(f"length must be a number of tokens or two such as 2-6, got {self.length!r}")
+        for i, text in enumerate(self.texts if self.texts != ["-"] else []):
+            self._check(f"text {i}", text)
+
+    def _check(self, name: str, text: str) -> None:
+        """Refuse a text that has not what is to be written."""
+        try:
+            place_of(text, self.edit) if self.edit else pieces_of(text)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
 
     def request(self) -> Request:
         """The part of these settings that says how to decode."""
@@ -73,11 +82,8 @@ class InfillConfig(LoadConfig):
 
 def run(config: InfillConfig) -> int:
     """Fill the texts, in order."""
-    from decoding.infill import Infilled
-    from decoding.sampler import Sampler
-
     config.request().check_decoder()
-    sampler = Sampler(*config.load())
+    sampler = config.sampler()
     texts: Iterable[str] = read_prompts("-") if config.texts in ([], ["-"]) else config.texts
     settings: dict[str, Any] = {
         "prompt": config.prompt or None,
@@ -85,12 +91,12 @@ def run(config: InfillConfig) -> int:
         "seed": config.seed,
         "batch_size": config.batch_size,
     }
-    outputs: Iterable[Infilled] = sampler.iter_infill(texts, **settings)
+    outputs: Iterable[Any] = sampler.iter_infill(texts, **settings)
     if config.edit:
         length = _length(config.length)
         outputs = sampler.iter_edit(texts, config.edit, length=length, **settings)
     for output in outputs:
-        print(json.dumps(asdict(output), ensure_ascii=False) if config.json else output.text, flush=True)
+        print(json_line(asdict(output)) if config.json else output.text, flush=True)
     return 0
 
 

@@ -92,6 +92,8 @@ class Decision:
 class RevealRule:
     """A reveal rule; a new one overrides `decide` and whatever else differs from these defaults."""
 
+    random: ClassVar[bool] = True
+    """False for a rule that draws nothing; then, without a temperature, texts do not depend on a seed."""
     revises: ClassVar[bool] = False
     """True for rules under which a written token can become a mask or another token."""
 

@@ -26,6 +26,7 @@ class Dilated(RevealRule):
 
     base: int = 2
     paced: ClassVar[bool] = False
+    random: ClassVar[bool] = False
     sees_token: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ class Editing(RevealRule):
     tau_edit: float = 0.9
     edits: int = 1
     paced: ClassVar[bool] = False
+    random: ClassVar[bool] = False
     revises: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

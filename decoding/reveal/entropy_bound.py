@@ -29,6 +29,7 @@ class EntropyBound(RevealRule):
 
     gamma: float = 0.1
     paced: ClassVar[bool] = False
+    random: ClassVar[bool] = False
     sees_token: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 
@@ -45,6 +45,7 @@ class Quota(RevealRule):
     per_step: int | None = None
     order: Order = "confidence"
     spread: Spread = "even"
+    random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the number and the name."""

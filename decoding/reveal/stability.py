@@ -35,6 +35,7 @@ class Stability(RevealRule):
     epsilon: float = 0.01
     history: int = 2
     paced: ClassVar[bool] = False
+    random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""

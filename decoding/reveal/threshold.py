@@ -20,6 +20,7 @@ class Threshold(RevealRule):
 
     tau: float = 0.9
     paced: ClassVar[bool] = False
+    random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the range of tau."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlm.cli import Command
+from dlm.cli import Command, json_line
 from dlm.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def run(config: InspectConfig) -> int:
     for path in config.checkpoints:
         facts = describe(path)
         if config.json:
-            print(json.dumps(facts, ensure_ascii=False))
+            print(json_line(facts))
         else:
             print(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=100))
     return 0
@@ -70,7 +69,7 @@ def _ours(path: str) -> dict[str, Any]:
     """A checkpoint of this toolkit."""
     from transformers import AutoTokenizer
 
-    from dlm.adapter import base_of, saved_by_peft
+    from dlm.adapter_files import base_of, saved_by_peft
     from dlm.config import MaskedDiffusionConfig
     from dlm.pretrained.names import located
 
@@ -131,7 +130,7 @@ def _facts(config: Any, tokenizer: Any, weights: dict[str, Any]) -> dict[str, An
 
 def _adapter(path: str) -> dict[str, str]:
     """Base and size of an adapter."""
-    from dlm.adapter import base_of, is_adapter
+    from dlm.adapter_files import base_of, is_adapter
 
     return {"adapter of": base_of(path)} if is_adapter(path) else {}
 
@@ -140,7 +139,7 @@ def _weights(path: str) -> dict[str, Any]:
     """Number and type of the parameters of a local checkpoint, from the headers of its safetensors files."""
     from safetensors import SafetensorError, safe_open
 
-    from dlm.adapter import is_adapter
+    from dlm.adapter_files import is_adapter
 
     pattern = "adapter_model.safetensors" if is_adapter(path) else "model*.safetensors"
     files = sorted(Path(path).glob(pattern))

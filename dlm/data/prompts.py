@@ -34,6 +34,18 @@ def read_prompts(file: str) -> Iterator[Any]:
         raise DataError(f"{file}: holds no prompts")
 
 
+def read_whole(file: str) -> str:
+    """The text of a file (of stdin when the name is "-") without white space at its end, as one prompt.
+
+    Raises:
+        DataError: for a file that cannot be read, or holds nothing.
+    """
+    text = (sys.stdin.read() if file == "-" else read_text(Path(file))).rstrip()
+    if not text:
+        raise DataError(f"{'stdin' if file == '-' else file}: empty, so there is no prompt")
+    return text
+
+
 def _lines(lines: Iterable[str]) -> Iterator[str]:
     """The lines that are not empty, without their ends."""
     return (line.rstrip("\n") for line in lines if line.strip())

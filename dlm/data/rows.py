@@ -19,9 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dlm.characters import whole_characters
 from dlm.data.records import SUFFIXES, read_records
 from dlm.errors import ConfigError, DataError, first_line
-from dlm.tokenizer import whole_characters
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ def run(config: EvalConfig) -> int:
 
     results, lacks = evaluated(config)
     if results:
-        console = Console() if sys.stdout.isatty() else Console(width=160)
+        console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
         console.print(quality(results).rich())
         console.print(f"runs: {results[0].folder.parent}; a page: dlm eval report {results[0].folder.parent}")
     for lack in lacks:

@@ -73,7 +73,7 @@ def run(config: LDWConfig) -> int:
     from dlm.data.prompts import read_prompts
     from eval.ldw import candidates, decoding_window, draw_decoding_windows
 
-    console, measured = Console(record=True), {}
+    console, measured = Console(record=True, markup=False, emoji=False), {}
     texts = [config.prompt] if config.prompt else []
     texts += read_prompts(config.file) if config.file else []
     models = {path: load_model(path, dtype="float32") for path in config.checkpoints}
@@ -85,7 +85,7 @@ def run(config: LDWConfig) -> int:
     if not prompts:
         raise ConfigError(f"no prompt leaves room for an answer in a window of {window} tokens")
     for path, (model, tokenizer) in models.items():
-        shown = tqdm(prompts, desc=path, leave=False)
+        shown = tqdm(prompts, desc=path, leave=False, disable=None)
         measured[path] = decoding_window(model, tokenizer, shown, prior, window=window, top=config.top)
         zone = candidates(
             model, tokenizer, prompts[0], prior,

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dlm.cli import Command
+from dlm.device import check_place
 from dlm.errors import ConfigError
+from eval.variants import Variant, variants
 
 if TYPE_CHECKING:
     from eval.paths import PathFolder, PathRun
@@ -63,6 +65,13 @@ class PathConfig:
         for name, least in (("last", 1), ("limit", 0), ("window", 0), ("max_tokens", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_place(self.device, self.dtype)
+        self.variants()
+
+    def variants(self) -> list[Variant]:
+        """The decoders at their paces."""
+        pace = {name: getattr(self, name) for name in ("window", "steps", "max_tokens", "rate")}
+        return variants(self.decoders, **pace)
 
 
 def run(config: PathConfig) -> int:
@@ -76,7 +85,9 @@ def run(config: PathConfig) -> int:
     with alone_in(config.output):
         folder = PathFolder(config.output, common)
         runs = measured(config, folder)
-        Console(width=None if Console().is_terminal else 120).print(table(runs).rich())
+        Console(width=None if Console().is_terminal else 120, markup=False, emoji=False).print(
+            table(runs).rich()
+        )
         print(*folder.publish(), sep="\n")
     return 0
 
@@ -90,10 +101,8 @@ def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
     from eval.path import path_costs
     from eval.paths import PathRun, held_out
     from eval.systems import fingerprint
-    from eval.variants import variants
 
-    pace = {name: getattr(config, name) for name in ("window", "steps", "max_tokens", "rate")}
-    choices, runs = variants(config.decoders, **pace), []
+    choices, runs = config.variants(), []
     for path in config.models:
         mark = fingerprint(path)
         sampler = Sampler(*load_model(path, config.device, config.dtype))
@@ -105,7 +114,9 @@ def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
             run = folder.runs.get((path, line, words))
             if run is None or (run.fingerprint, len(run.costs)) != (mark, len(rows)):
                 going = path_costs(sampler.model, rows, plan, seed=config.seed, batch_size=config.batch_size)
-                shown = tqdm(going, f"{path}, {line}, {words}", len(rows), unit="answer", leave=False)
+                shown = tqdm(
+                    going, f"{path}, {line}, {words}", len(rows), unit="answer", leave=False, disable=None
+                )
                 run = PathRun(path, line, words, mark, list(shown))
                 folder.save(run)
             runs.append(run)

@@ -66,9 +66,9 @@ def run(config: NegativesConfig) -> int:
         rules=config.negatives,
         real=batch["attention_mask"],
     )
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     for i in range(len(contrast.rule)):
-        console.print(f"\n[bold]{i + 1}. rule: {list(RULES)[int(contrast.rule[i])]}[/bold]")
+        console.print(f"\n{i + 1}. rule: {list(RULES)[int(contrast.rule[i])]}", style="bold")
         console.print("true     ", _text(tokenizer, batch, contrast, i, wrong=False))
         console.print("negative ", _text(tokenizer, batch, contrast, i, wrong=True))
     console.print("\n", _legend())

@@ -20,8 +20,8 @@ from pydantic import BaseModel, Field
 from decoding.canvas import Canvas
 from decoding.cells import Cell, cells
 from decoding.engine import Update
-from decoding.infill import pieces_of
-from decoding.presets import PRESETS, Decoder
+from decoding.gaps import pieces_of
+from decoding.presets import Decoder, presets
 from decoding.request import Plan
 from decoding.rows import Prompt
 from dlm.errors import ConfigError
@@ -338,7 +338,7 @@ def router(service: Service) -> APIRouter:
                 "timed": Decoder.named(name).timed,
                 "options": preset.options,
             }
-            for name, preset in PRESETS.items()
+            for name, preset in presets().items()
         ]
         usual = str(generation.get("decoder", "conv"))
         return {"default": usual, "default_options": generation.get("options", {}), "data": listed}

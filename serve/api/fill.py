@@ -14,15 +14,8 @@ from fastapi.responses import JSONResponse, Response
 
 from decoding.canvas import Canvas
 from decoding.engine import Update
-from decoding.infill import (
-    Gap,
-    Infilled,
-    Piece,
-    gap_scores,
-    infilled,
-    plan_infilling,
-    rows_with_gaps,
-)
+from decoding.gaps import Gap, Piece
+from decoding.infill import Infilled, gap_scores, infilled, plan_infilling, rows_with_gaps
 from decoding.request import Plan
 from decoding.request import Request as DecodingRequest
 from decoding.rows import Prompt

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
-from decoding.infill import Gap, Piece, without_span
+from decoding.gaps import Gap, Piece, without_span
 from dlm.version import __version__
 from serve.api import schema
 from serve.api.fill import Filled, Filling, fill, fill_suffix, prepare_filling

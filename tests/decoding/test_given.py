@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from decoding import Decoder, Sampler
-from decoding.infill import MOST_LENGTHS, Gap, pieces_of, without_span
+from decoding.gaps import Gap, pieces_of, without_span
+from decoding.infill import MOST_LENGTHS
 from decoding.presets import PRESETS
 from dlm.errors import ConfigError
 from tests.fakes import FakeDenoiser, FakeTokenizer

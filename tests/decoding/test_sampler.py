@@ -3,9 +3,12 @@ import torch
 
 from decoding import Decoder, Sampler, TokenRule, list_decoders
 from decoding.pace import OwnPace
+from decoding.presets import PRESETS
 from decoding.reveal import Quota
 from decoding.window import Convolution
 from dlm.errors import ConfigError
+from tests.decoding.rig import decode, plan_of, rows
+from tests.fakes import FakeDenoiser
 
 
 @pytest.fixture
@@ -212,3 +215,36 @@ def test_a_prompt_that_does_not_fit_is_named_by_number(sampler):
 def test_an_empty_conversation_is_refused(sampler):
     with pytest.raises(ConfigError, match="at least one message"):
         sampler.generate([[]], window=40, steps=2)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_decoder_knows_whether_a_seed_can_change_its_texts(name, temperature):
+    fake = FakeDenoiser()
+    decoder = Decoder.named(name, temperature=temperature)
+    ids = rows(fake, [3], 24)
+    for pace in (
+        [{"steps": 6}] if decoder.timed or not decoder.reveal.paced else [{"steps": 6}, {"rate": 2.0}]
+    ):
+        plan = plan_of(decoder, **(pace if decoder.reveal.paced else {"steps": None}), fit=24)
+        texts = {tuple(decode(fake, ids, plan, [seed], answer=[3]).ids[0].tolist()) for seed in range(8)}
+        assert (len(texts) > 1) == decoder.random
+
+
+def test_several_answers_to_a_prompt_are_those_of_the_seeds_that_follow(model, tokenizer):
+    sampler, settings = Sampler(model, tokenizer), {"decoder": "conv", "max_tokens": 12}
+    prompts = ["Count to ten.", "Say hello."]
+    several = sampler.generate(prompts, n=3, seed=[5, 40], batch_size=2, **settings)
+    seeds = [(prompt, seed + i) for prompt, seed in zip(prompts, (5, 40), strict=True) for i in range(3)]
+    alone = [sampler.generate(prompt, seed=seed, **settings)[0] for prompt, seed in seeds]
+    assert [out.text for out in several] == [out.text for out in alone]
+    assert [out.reveal_step for out in several] == [out.reveal_step for out in alone]
+    assert len({out.text for out in several[:3]}) > 1
+    assert len(sampler.generate(prompts[0], n=2, **settings)) == 2
+    with pytest.raises(
+        ValueError, match=r"decoder 'llada' draws nothing at random, so 2 answers would be equal"
+    ):
+        sampler.generate(prompts, n=2, decoder="llada", max_tokens=4)
+    for wrong in (0, 1.5, True):
+        with pytest.raises(ValueError, match="n must be a whole number of at least 1"):
+            sampler.generate(prompts, n=wrong)

@@ -21,7 +21,7 @@ from dlm.backbone import load_causal_lm
 from dlm.commands.inspect import describe
 from dlm.errors import CheckpointError
 from dlm.model import MaskedDiffusionModel
-from dlm.pretrained import base
+from dlm.pretrained import base, store
 from dlm.pretrained.names import ADAPTERS, NAMES, located
 from dlm.prior import TokenPrior
 
@@ -117,8 +117,8 @@ def test_a_file_that_was_overwritten_is_noticed(shop, caplog):
 def test_a_copy_of_the_cache_is_looked_at_once(shop, monkeypatch):
     folder = Path(located(base.NAME))
     looked = []
-    digest = base._digest
-    monkeypatch.setattr(base, "_digest", lambda file: looked.append(file.name) or digest(file))
+    digest = store.digest
+    monkeypatch.setattr(store, "digest", lambda file: looked.append(file.name) or digest(file))
     assert base.is_there()
     assert looked == []
     os.utime(folder / "model.safetensors", (1, 1))
@@ -152,7 +152,7 @@ def test_a_copy_of_the_users_own_is_taken_as_it_is(shop, gguf_file, tmp_path, mo
 
 
 def test_scraps_of_a_process_that_was_killed_are_swept_up_and_nothing_else(shop):
-    for name in (".dlm-fetch-of-long-ago", "scratch-of-mine"):
+    for name in (f".dlm-fetch-{base.NAME}-of-long-ago", "scratch-of-mine"):
         (base.cache() / name).mkdir(parents=True)
         (base.cache() / name / "part.whl").write_bytes(b"x" * 100)
     located(base.NAME)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -61,6 +62,18 @@ class Endpoint:
         )
 
 
+def streamed(text):
+    """A completion as server-sent events, a word at a time."""
+    whole = json.loads(text)
+    words = re.findall(r"\s*\S+|\s+$", whole["choices"][0]["message"]["content"])
+    events = [
+        {**whole, "object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": word}}]}
+        for word in words
+    ]
+    lines = [json.dumps(event) for event in [*events, {**events[0], "choices": []}]]
+    return "".join(f"data: {line}\n\n" for line in [*lines, "[DONE]"])
+
+
 @contextmanager
 def serving(reply, faults=()):
     """An endpoint while it lasts."""
@@ -74,12 +87,15 @@ def serving(reply, faults=()):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             endpoint.keys.append(self.headers.get("Authorization"))
             status, text = endpoint.answer(body)
+            kind = "application/json"
+            if body.get("stream") and status == 200:
+                kind, text = "text/event-stream", streamed(text)
             time.sleep(endpoint.pause)
             with endpoint.lock:
                 endpoint.busy -= 1
             data = text.encode()
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(data)))
             self.send_header("Retry-After-Ms", "1")
             self.end_headers()

@@ -1,0 +1,74 @@
+"""Decoders that other packages offer, by the entry points `dlm.decoders`."""
+
+import sys
+
+import pytest
+
+from decoding import Decoder, Sampler, list_decoders
+from decoding.presets import PRESETS, presets
+from dlm.cli import main
+from dlm.errors import ConfigError
+
+MODULE = """
+from decoding.presets import Preset
+from decoding.reveal import Quota
+from decoding.tokens import TokenRule
+from decoding.window import Full
+
+def build(per_step=3):
+    return Full(), Quota(per_step)
+
+THREE = Preset("three at a time", "an example", build, TokenRule(temperature=0.0))
+WRONG = 5
+"""
+
+
+@pytest.fixture
+def offer(tmp_path, monkeypatch):
+    """Installs a distribution that offers decoders."""
+    (tmp_path / "elsewhere_decoders.py").write_text(MODULE)
+    info = tmp_path / "elsewhere-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "elsewhere_decoders", raising=False)
+
+    def offer(line):
+        (info / "entry_points.txt").write_text(f"[dlm.decoders]\n{line}\n")
+
+    return offer
+
+
+def test_a_decoder_of_another_package_is_one_of_all(offer, model, tokenizer, capsys):
+    offer("three = elsewhere_decoders:THREE")
+    assert set(presets()) == {*PRESETS, "three"}
+    assert list_decoders()["three"].startswith(
+        "three at a time (an example; approximate). Options: per_step=3"
+    )
+    assert Decoder.named("three", per_step=2).reveal == Decoder.named("llada", per_step=2).reveal
+    sampler = Sampler(model, tokenizer)
+    settings = {"window": 40, "steps": 12}
+    (out,) = sampler.generate("Hello.", decoder="three", **settings)
+    assert out == sampler.generate("Hello.", decoder="llada", options={"per_step": 3}, **settings)[0]
+    assert main(["generate", "--decoder", "thre", "--options.per_step", "2", "hi"]) == 2
+    assert "Did you mean 'three'?" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="unknown option of decoder 'three': 'tau'"):
+        Decoder.named("three", tau=1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("three = elsewhere_decoders:FOUR", "decoder 'three' of elsewhere cannot be imported .*FOUR"),
+        ("three = nowhere:THREE", "decoder 'three' of elsewhere cannot be imported .*nowhere"),
+        (
+            "three = elsewhere_decoders:WRONG",
+            "decoder 'three' of elsewhere: elsewhere_decoders:WRONG is no Preset",
+        ),
+        ("conv = elsewhere_decoders:THREE", "decoder 'conv' of elsewhere has the name of another decoder"),
+    ],
+)
+def test_a_broken_offer_is_named(offer, line, message):
+    offer(line)
+    with pytest.raises(ConfigError, match=message):
+        Decoder.named("three")
