@@ -232,6 +232,30 @@ class StateCache:
         self.refreshed_at[rows] = torch.where(due, revision, self.refreshed_at[rows])
         self.put(rows, active, states)
 
+    def compute_blocks(self, model: Any, rows: torch.Tensor, where: torch.Tensor, size: int) -> None:
+        """Compute the rows [b] again from the first block of `size` that changed or is needed, exactly.
+
+        In a block-causal model nothing before it depends on what has changed, and nothing that is needed at
+        `where` [b, W] on the blocks behind.
+        """
+        ids, valid = self.shown_ids(rows), self.canvas.valid[rows]
+        needed = torch.zeros_like(valid)
+        needed[:, : where.shape[1]] = where
+        changed = (ids != self.computed_ids[rows]) & valid
+        block = torch.arange(ids.shape[1]) // size
+        last = torch.where(needed, block, -1).amax(1, keepdim=True)
+        from_block = torch.where(changed | needed, block, ids.shape[1]).amin(1, keepdim=True)
+        active = valid & (block >= from_block) & (block <= last)
+        width = int(active.any(0).nonzero()[-1]) + 1
+        if self.key_values is None:
+            self.key_values = model.new_memory()
+        states = model.partial_hidden(
+            ids[:, :width], active[:, :width], valid[:, :width], self.key_values, rows
+        )
+        stale = changed & (block > last)
+        self.computed_ids[rows] = torch.where(stale, -1, torch.where(active, ids, self.computed_ids[rows]))
+        self.put(rows, active, states)
+
 
 @dataclass(frozen=True)
 class StateQuery:
@@ -246,16 +270,19 @@ def compute_states(model: Denoiser, queries: Sequence[StateQuery]) -> list[torch
     """States [N, D] that answer each query, in row-major order of its positions.
 
     Rows whose states are there already cost nothing. The others share one model call, except for batches that
-    reuse keys and values, which have one each.
+    reuse keys and values, which have one each; those of a block-causal model always do, since they are exact.
     """
     due = []
+    size = getattr(getattr(model, "config", None), "block_size", None)
     for query in queries:
         cache, rows, where = query.cache, query.rows, query.where
         stale = (where & ~cache.entries.at(rows, where.shape[1])).any(1)
         if not bool(stale.any()):
             continue
         rows = rows[stale]
-        if cache.reuse is not None:
+        if size is not None and can(model, "partial"):
+            cache.compute_blocks(model, rows, where[stale], size)
+        elif cache.reuse is not None:
             cache.compute_partly(model, rows, where[stale])
         else:
             due.append((cache, rows, cache.canvas.valid[rows]))

@@ -22,8 +22,9 @@ from decoding.reveal import (
 )
 from decoding.reveal.quota import Order
 from decoding.tokens import TokenRule
-from decoding.window import Block, Convolution, Full, Sliding, Window
+from decoding.window import Block, Convolution, Full, Sliding, Window, Within
 from dlm.errors import ConfigError, unknown_name
+from dlm.spec import Visibility
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,21 @@ class Decoder:
         """This decoder with sizes of its window that were left open chosen for `length` positions."""
         window = self.window.fitted(length)
         return self if window is self.window else replace(self, window=window)
+
+    def for_model(self, visibility: Visibility, shift: bool) -> Decoder:
+        """This decoder, kept inside the blocks of a block-causal model.
+
+        Raises:
+            ConfigError: for a sliding window, which has no blocks.
+        """
+        size = visibility.block_size
+        if size is None or isinstance(self.window, Within):
+            return self
+        if self.window.timed:
+            raise ConfigError(
+                f"decoder {self.name!r} slides, and the model sees no further than blocks of {size}"
+            )
+        return replace(self, window=Within(self.window, size, lead=shift))
 
     def at_pace(self) -> Decoder:
         """This decoder, or where it has a pace of its own, the same order at a pace that is given."""
@@ -194,6 +210,10 @@ def _threshold(tau: float = 0.9, kernel_size: int | None = 0) -> Axes:
     return _maybe(kernel_size), Threshold(tau)
 
 
+def _block_threshold(block_size: int = 8, tau: float = 0.9) -> Axes:
+    return Block(block_size, aligned=True), Threshold(tau)
+
+
 def _entropy_bound(gamma: float = 0.1, kernel_size: int | None = 0) -> Axes:
     return _maybe(kernel_size), EntropyBound(gamma)
 
@@ -258,6 +278,12 @@ PRESETS: dict[str, Preset] = {
     ),
     "threshold": Preset(
         "all tokens above a confidence, at least one a step", "Fast-dLLM, 2505.22618", _threshold, _GREEDY
+    ),
+    "block-threshold": Preset(
+        "all tokens above a confidence, block after block of the row",
+        "Fast-dLLM v2, 2509.26328",
+        _block_threshold,
+        _GREEDY,
     ),
     "entropy-bound": Preset(
         "as many tokens as their entropies allow, at least one a step", "2505.24857", _entropy_bound, _GREEDY

@@ -278,7 +278,7 @@ class Request:
 
         decoder, defaults = self.decoder_for(spec), spec.generation
         window, behind = self._window(decoder, spec), self.max_tokens if self.canvas == "full" else None
-        decoder = decoder.fitted(window or behind or OPEN_LENGTH)
+        decoder = decoder.fitted(window or behind or OPEN_LENGTH).for_model(spec.visibility, spec.shift)
         steps = None if window is None else int(defaults.get("steps", max(1, window // 4)))
         pace = self.pace_for(decoder, spec, steps, float(defaults.get("rate", DEFAULT_RATE)))
         ends = not self.ending

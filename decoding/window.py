@@ -173,22 +173,31 @@ class Block(_Sized):
 
     Attributes:
         size: positions per block; None for a quarter of the window.
+        aligned: blocks are counted from the first position of the row.
     """
+
+    aligned: bool = False
+
+    def _origin(self, start: torch.Tensor, length: int) -> torch.Tensor:
+        """[B] where the block of `start` [B] begins."""
+        return start // self._size(length) * self._size(length) if self.aligned else start
 
     def current(self, masked: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """[B] number of the block that holds the first mask."""
         length = masked.shape[1]
         first = torch.where(masked, torch.arange(length, device=masked.device), length).amin(1)
-        return torch.clamp((first - start) // self._size(length), min=0)
+        return torch.clamp((first - self._origin(start, length)) // self._size(length), min=0)
 
     def stages(self, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         """[B] number of blocks between the prompt's end and the row's; of a block whose size is known."""
-        return torch.clamp(-((start - end) // self._size(int(end.max()))), min=1)
+        length = int(end.max())
+        return torch.clamp(-((self._origin(start, length) - end) // self._size(length)), min=1)
 
     def scope(self, start: torch.Tensor, stage: torch.Tensor, length: int) -> torch.Tensor:
         """[B, L] bool, the positions of block number `stage`."""
         position = torch.arange(length, device=start.device)
-        block = torch.div(position - start[:, None], self._size(length), rounding_mode="floor")
+        origin = self._origin(start, length)[:, None]
+        block = torch.div(position - origin, self._size(length), rounding_mode="floor")
         return block == stage[:, None]
 
     def weights(
@@ -201,6 +210,61 @@ class Block(_Sized):
         if stage is None:
             stage = self.current(~unmasked, start)
         return self.scope(start, stage, length).float()
+
+
+@dataclass(frozen=True)
+class Within(Window):
+    """Another window, inside the blocks of a block-causal model: nothing opens beyond the current block.
+
+    Blocks are counted from the first position of the row, as the model sees them. Each is a stage of its own.
+
+    Attributes:
+        inner: the other window.
+        size: positions per block.
+        lead: with a shift the first position of a block is predicted by the block before it; it is written
+            first, and alone, as Fast-dLLM v2 does.
+    """
+
+    inner: Window
+    size: int
+    lead: bool = False
+
+    def fitted(self, length: int) -> Window:
+        """With sizes of the inner window; see `Window`."""
+        return replace(self, inner=self.inner.fitted(length))
+
+    @property
+    def ahead(self) -> int:
+        """See `Window`: a block, so that it is whole from the start."""
+        return self.size
+
+    def current(self, masked: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """[B] number of the block that holds the first mask, that of `start` being 0."""
+        length = masked.shape[1]
+        first = torch.where(masked, torch.arange(length), length).amin(1)
+        return torch.clamp(first // self.size - start // self.size, min=0)
+
+    def stages(self, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        """[B] number of blocks that hold a position to be written."""
+        return torch.clamp((end - 1) // self.size - start // self.size + 1, min=1)
+
+    def scope(self, start: torch.Tensor, stage: torch.Tensor, length: int) -> torch.Tensor:
+        """[B, L] bool, the positions of block number `stage`."""
+        return torch.arange(length) // self.size == (start // self.size + stage)[:, None]
+
+    def weights(
+        self, unmasked: torch.Tensor, *, start: torch.Tensor | None = None, stage: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Those of the inner window inside the current block; see `Window.weights`."""
+        if start is None:
+            start = torch.zeros(len(unmasked), dtype=torch.int64)
+        block = self.current(~unmasked, start) if stage is None else stage
+        inside = self.scope(start, block, unmasked.shape[1])
+        weight = self.inner.weights(unmasked, start=start) * inside
+        if not self.lead:
+            return weight
+        first = inside & ~unmasked & (torch.arange(unmasked.shape[1]) % self.size == 0)
+        return torch.where(first.any(1, keepdim=True), first.float(), weight)
 
 
 @dataclass(frozen=True)

@@ -219,6 +219,37 @@ class Packed:
         return varlen_attn(query, key, value, bounds, bounds, longest, longest, **given)  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class Whole:
+    """Rows [B, L] side by side, for models whose positions do not see all of their row.
+
+    Attributes:
+        sight: of the model.
+        valid: [B, L] bool, False at padding; None where there is none.
+    """
+
+    sight: Sight
+    valid: torch.Tensor | None = None
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float | None,
+        sight: Sight,
+    ) -> torch.Tensor:
+        """See `Layout`; here A = L."""
+        del layer
+        place = torch.arange(query.shape[2], device=query.device)
+        mask = sight.mask(place, place)
+        if self.valid is not None:  # padding sees itself, so that no sum is empty
+            seen = self.valid[:, None, None, :] | torch.eye(len(place), dtype=torch.bool, device=query.device)
+            mask = seen if mask is None else mask & seen
+        return _sdpa(query, key, value, mask, scale).transpose(1, 2)
+
+
 def _sdpa(
     query: torch.Tensor,
     key: torch.Tensor,

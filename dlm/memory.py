@@ -36,7 +36,7 @@ def fit(stored: int, stored_bits: int, device: str = "auto", bits: int | None = 
         stored: bytes of the weights in the files.
         stored_bits: bits of a value there.
         device: "cpu", "cuda", or "auto".
-        bits: bits of a value in memory; by default 16 on a GPU and 32 on a CPU, as `load_model`.
+        bits: bits of a value in memory; by default 16 on a GPU and 32 on a CPU.
     """
     import psutil
     import torch

@@ -14,10 +14,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 import dlm.families  # noqa: F401 (registers the backbones that transformers does not have)
-from dlm.attention import KeyValues, Packed, Partial, with_layouts
+from dlm.attention import ALL, KeyValues, Packed, Partial, Sight, Whole, with_layouts
 from dlm.config import MaskedDiffusionConfig
 from dlm.device import sent
-from dlm.errors import ConfigError
 from dlm.modes import share
 from dlm.objective import token_log_probabilities
 from dlm.spec import ModelSpec
@@ -81,11 +80,6 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
     ]  # fmt: skip
 
     def __init__(self, config: MaskedDiffusionConfig) -> None:
-        if config.block_size is not None:
-            raise ConfigError(
-                f"block_size {config.block_size}: block-causal models cannot be run yet, only those whose "
-                "positions see the whole row"
-            )
         super().__init__(config)
         inner = config.backbone_config()
         inner._attn_implementation = with_layouts(self.config._attn_implementation)
@@ -98,6 +92,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             config.num_tokens,
             config.head_bias,
         )
+        self.sight = Sight(block_size=config.block_size)
         self.mask_shift: nn.Module | None = None
         """[B, L] bool -> [B, L, D]: added to the embeddings of masks, while an adapter is trained."""
         if config.tie_word_embeddings:
@@ -155,11 +150,21 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         Returns:
             [B, L, D]; state i predicts token i.
         """
+        if self.sight != ALL:
+            valid = None if attention_mask is None else attention_mask.bool().to(self.device)
+            return self._hidden_in_layout(input_ids, Whole(self.sight, valid))
         states = self.backbone(
             inputs_embeds=self._embed(input_ids),
             attention_mask=None if attention_mask is None else sent(attention_mask, self.device),
             is_causal=False,
             use_cache=False,
+        ).last_hidden_state
+        return _shifted(states) if self.config.shift else states
+
+    def _hidden_in_layout(self, input_ids: torch.Tensor, layout: Whole) -> torch.Tensor:
+        """See `hidden`."""
+        states = self.backbone(
+            inputs_embeds=self._embed(input_ids), use_cache=False, layout=layout
         ).last_hidden_state
         return _shifted(states) if self.config.shift else states
 
@@ -178,7 +183,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             inputs_embeds=self._embed(input_ids[None]),
             position_ids=sent(place[None], self.device),
             use_cache=False,
-            layout=Packed(lengths),
+            layout=Packed(lengths, self.sight),
         ).last_hidden_state[0]
         if self.config.shift:
             position = torch.arange(len(input_ids), device=input_ids.device)
@@ -208,7 +213,8 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
 
         Returns:
             [N, D] of the active positions in row-major order. With all positions active, `hidden`; otherwise
-            an approximation: the kept keys and values were computed when the rows looked different.
+            an approximation: the kept keys and values were computed when the rows looked different. It is
+            none where those of a block-causal model are of finished blocks.
         """
         computed = active.clone()
         if self.config.shift:
@@ -218,7 +224,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         last = order.gather(1, count - 1)
         place = torch.arange(order.shape[1], device=order.device)
         positions = torch.where(place < count, order, last)
-        layout = Partial.of(memory, rows, positions, valid, self.device)
+        layout = Partial.of(memory, rows, positions, valid, self.device, self.sight)
         computed = self.backbone(
             inputs_embeds=self._embed(input_ids.gather(1, positions)),
             position_ids=layout.positions,

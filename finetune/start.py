@@ -90,8 +90,13 @@ def prepare(model: MaskedDiffusionModel, config: StartConfig, window: int, seed:
         seed: seed of the adapter's first weights.
 
     Raises:
-        ConfigError: when the window is longer than the model's positions.
+        ConfigError: when the window is longer than the model's positions, and for a block-causal model.
     """
+    if model.config.block_size is not None:
+        raise ConfigError(
+            f"{config.init}: a block-causal model (blocks of {model.config.block_size}) cannot be trained "
+            "yet; its objective needs noisy and clean rows side by side"
+        )
     if window > model.config.max_positions:
         raise ConfigError(
             f"window {window} is longer than the {model.config.max_positions} positions of the model"

@@ -88,6 +88,7 @@ def _ours(path: str) -> dict[str, Any]:
 
 def _published(path: str, family: Family, stored: dict[str, Any]) -> dict[str, Any]:
     """A public checkpoint: of a hub id configuration, tokenizer and index are fetched, and no weights."""
+    from dlm.checkpoint import place
     from dlm.memory import fit
     from dlm.weights import check_files, stored_bytes, tensors
 
@@ -103,7 +104,7 @@ def _published(path: str, family: Family, stored: dict[str, Any]) -> dict[str, A
         **_facts(config, tokenizer, _weights(path)),
         "generation": config.generation,
         "size": "unknown" if size is None else f"{size / 1e9:.2f} GB",
-        "fits": "unknown" if size is None else str(fit(size, bits)),
+        "fits": "unknown" if size is None else str(fit(size, bits, bits=place()[1].itemsize * 8)),
         "template": tokenizer.chat_template,
     }
 

@@ -11,13 +11,17 @@ from typing import Any
 
 from dlm.families.a2d import A2D
 from dlm.families.base import Family
+from dlm.families.bd3lm import BD3LM
+from dlm.families.block import SDAR, FastDLLM
 from dlm.families.diffullama import DiffuGPT, DiffuLLaMA
 from dlm.families.dream import Dream
 from dlm.families.llada import LLaDA
 from dlm.families.mdlm import MDLM
 from dlm.families.modernbert import BertChat
 
-PUBLIC: tuple[Family, ...] = (LLaDA(), Dream(), MDLM(), A2D(), BertChat(), DiffuGPT(), DiffuLLaMA())
+PUBLIC: tuple[Family, ...] = (
+    LLaDA(), Dream(), MDLM(), A2D(), BertChat(), DiffuGPT(), DiffuLLaMA(), SDAR(), FastDLLM(), BD3LM(),
+)  # fmt: skip
 """The families, in the order in which they are tried."""
 
 

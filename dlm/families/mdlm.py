@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -32,7 +32,7 @@ class MDLM(Family):
     """MDLM trained on OpenWebText."""
 
     name = "mdlm"
-    ids = ("kuleshov-group/mdlm-owt",)
+    ids: ClassVar[tuple[str, ...]] = ("kuleshov-group/mdlm-owt",)
     model_types = ("mdlm",)
     mask = "[MASK]"
     tensors = TENSORS

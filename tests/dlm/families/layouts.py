@@ -189,7 +189,7 @@ def dit_state(vocab, cond=16, adaln=True, seed=2):
         if adaln:
             sizes |= {"adaLN_modulation.weight": (6 * D, cond), "adaLN_modulation.bias": (6 * D,)}
         shapes |= {stem + name: size for name, size in sizes.items()}
-    state = noise(shapes, seed)
+    state = noise(shapes, seed, scale=0.2)  # adaLN multiplies: logits of the others' size
     half = D // HEADS // 2
     state["backbone.rotary_emb.inv_freq"] = 10000.0 ** (-torch.arange(half) / half)
     return state
@@ -338,7 +338,64 @@ def diffullama():
     return Layout("diffullama", public, state, forward, None, ends, settings)
 
 
+def sdar():
+    auto = {"AutoConfig": "configuration_sdar.SDARConfig", "AutoModel": "modeling_sdar.SDARModel"}
+    sees = lambda length: plain.blocks_see(length, 4)  # noqa: E731
+    made = qwen3("sdar", 7, sees, architectures=["SDARForCausalLM"], auto_map=auto)
+    ends = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    return Layout("sdar", *made, "<|MASK|>", ends, {**settings, "chat_template": QWEN_CHAT})
+
+
+def fast_dllm():
+    state = noise(qwen2_shapes(tied=True), seed=8)
+    public = {
+        "architectures": ["Fast_dLLM_QwenForCausalLM"], "attention_dropout": 0.0, "bd_size": 32, "hidden_act": "silu",
+        "auto_map": {"AutoConfig": "configuration.Fast_dLLM_QwenConfig", "AutoModel": "modeling.Fast_dLLM_QwenModel"},
+        "hidden_size": D, "initializer_range": 0.02, "intermediate_size": 48, "layer_types": ["full_attention"] * LAYERS,
+        "max_position_embeddings": 256, "max_window_layers": 28, "model_type": "Fast_dLLM_Qwen",
+        "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "num_key_value_heads": KV, "rms_norm_eps": 1e-6,
+        "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": True,
+        "use_sliding_window": False, "vocab_size": V,
+    }  # fmt: skip
+
+    def forward(ids):
+        x = plain.llama_like(
+            state, state["model.embed_tokens.weight"][ids], plain.HF, layers=LAYERS, q_heads=HEADS, kv_heads=KV,
+            theta=1000000.0, eps=1e-6, sees=plain.blocks_see(len(ids), 32),
+        )  # fmt: skip
+        return plain.shifted(x @ state["model.embed_tokens.weight"].T)
+
+    ends = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    return Layout(
+        "fast-dllm-v2", public, state, forward, "|<MASK>|", ends, {**settings, "chat_template": QWEN_CHAT}
+    )
+
+
+def bd3lm():
+    vocab = 382
+    state = dit_state(vocab, seed=9)
+    state |= {"sampling_eps_min": torch.tensor(0.001), "sampling_eps_max": torch.tensor(1.0)}
+    public = {
+        "adaln": True, "architectures": ["BD3LM"], "attn_backend": "sdpa", "block_size": 4, "causal": False,
+        "auto_map": {"AutoConfig": "configuration_bd3lm.BD3LMConfig", "AutoModelForMaskedLM": "modeling_bd3lm.BD3LM"},
+        "cond_dim": 16, "cross_attn": True, "dropout": 0.1, "hidden_dim": D, "model_length": 1024, "model_type": "bd3lm",
+        "n_blocks": LAYERS, "n_heads": HEADS, "time_conditioning": False, "var_min": True, "vocab_size": vocab,
+    }  # fmt: skip
+
+    def forward(ids):
+        x = state["backbone.vocab_embed.embedding"][ids]
+        return plain.dit(state, x, layers=LAYERS, heads_count=HEADS, sees=plain.blocks_see(len(ids), 4))
+
+    ends = ("<|endoftext|>",)
+    return Layout("bd3lm", public, state, forward, None, ends, {"eos_token": ends[0], "bos_token": ends[0]})
+
+
 LAYOUTS = {
+    "sdar": sdar,
+    "fast-dllm-v2": fast_dllm,
+    "bd3lm": bd3lm,
     "diffugpt": diffugpt,
     "diffullama": diffullama,
     "a2d": a2d,

@@ -206,3 +206,41 @@ def gpt2(state, ids, *, layers, heads_count):
             F.gelu(conv(norm(x, stem + "ln_2"), stem + "mlp.c_fc"), approximate="tanh"), stem + "mlp.c_proj"
         )
     return norm(x, "denoise_model.ln_f")
+
+
+def sdar_loop(logits, prompt, mask_id, *, blocks, size=4, tau=0.9):
+    """Blocks of the row from the left; in each step all tokens above a confidence, or the best one; greedy."""
+    x = torch.tensor(prompt + [mask_id] * (blocks * size - len(prompt)))
+    for number in range(len(prompt) // size, blocks):
+        here = slice(number * size, (number + 1) * size)
+        while (x[here] == mask_id).any():
+            best, token = logits(x[: here.stop])[here].softmax(-1).max(-1)
+            best[x[here] != mask_id] = -math.inf
+            chosen = best > tau
+            if not chosen.any():
+                chosen[best.argmax()] = True
+            x[here] = torch.where(chosen, token, x[here])
+    return x[len(prompt) :].tolist()
+
+
+def fast_dllm_loop(logits, prompt, mask_id, *, length, block=32, small=8, tau=0.9):
+    """Blocks of 32, their first token from the block before; sub-blocks of 8 by a confidence; greedy.
+
+    `logits` are shifted: row i predicts token i.
+    """
+    x = list(prompt)
+    if len(x) % block == 0:
+        x.append(int(logits(torch.tensor([*x, mask_id]))[-1].argmax()))
+    while len(x) < len(prompt) + length:
+        end = (len(x) // block + 1) * block
+        row = torch.tensor(x + [mask_id] * (end - len(x)))
+        for begin in range(end - block, end, small):
+            here = slice(begin, begin + small)
+            while (row[here] == mask_id).any():
+                best, token = logits(row)[here].softmax(-1).max(-1)
+                best[row[here] != mask_id] = -math.inf
+                chosen = best > tau
+                chosen[best.argmax()] = True
+                row[here] = torch.where(chosen, token, row[here])
+        x = [*row.tolist(), int(logits(torch.tensor([*row.tolist(), mask_id]))[-1].argmax())]
+    return x[len(prompt) : len(prompt) + length]

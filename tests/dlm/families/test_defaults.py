@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from decoding import Request, Sampler
-from decoding.pace import Steps
+from decoding.pace import OwnPace, Rate, Steps
 from dlm import load_model
 from dlm.data.config import DataConfig
+from dlm.errors import ConfigError
 from dlm.spec import ModelSpec
 from finetune.config import ModelConfig, TrainConfig
 from finetune.sft import train
@@ -21,6 +22,12 @@ DEFAULTS = {  # decoder, answer, steps, temperature, top-p; sources in docs/fami
     "diffullama": ("categorical", 256, 64, 0.9, 0.9),
 }
 
+BLOCKS = {  # decoder, pace, positions per block, whether the first of a block goes alone
+    "sdar": ("threshold", OwnPace(), 4, False),
+    "fast-dllm-v2": ("block-threshold", OwnPace(), 32, True),
+    "bd3lm": ("categorical", Rate(1.0), 4, False),
+}
+
 
 @pytest.fixture(params=LAYOUTS)
 def case(request, tmp_path, base):
@@ -33,6 +40,11 @@ def test_defaults_are_the_authors(case):
     layout, _, model, _ = case
     plan = Request().resolve(model)
     assert not plan.ending.fill
+    if layout.family in BLOCKS:
+        decoder, pace, size, lead = BLOCKS[layout.family]
+        window = plan.decoder.window
+        assert (plan.decoder.name, plan.pace, window.size, window.lead) == (decoder, pace, size, lead)
+        return
     if layout.family == "mdlm":
         assert (plan.decoder.name, plan.positions, plan.pace.steps) == ("categorical", 1024, 128)
         return
@@ -52,9 +64,9 @@ def test_other_decoders_have_their_own_canvas(case):
     plan = Request(decoder="conv").resolve(model)
     assert plan.margin is not None or plan.pace.steps is not None
     assert plan.ending.fill
-    out = Sampler(model, tokenizer).generate("Two fruits", decoder="conv", max_tokens=12, rate=3.0)[0]
+    out = Sampler(model, tokenizer).generate("Two fruits", decoder="conv", max_tokens=12, rate=3.0)
     assert len(out.token_ids) <= 12
-    gap = Sampler(model, tokenizer).infill("one <mask:2> three", decoder="conv")[0]
+    gap = Sampler(model, tokenizer).infill("one <mask:2> three", decoder="conv")
     assert gap.text.startswith("one")
 
 
@@ -65,18 +77,27 @@ def test_a_canvas_behind_the_prompt_is_whole_from_the_start():
     assert Request(max_tokens=40, canvas="full", decoder="llada").resolve(spec).pace.rate == 2.0
 
 
-@pytest.mark.parametrize("name", ["mdlm", "bert-chat", "diffugpt"])
-def test_training_begins_from_a_public_checkpoint(tmp_path, base, name):
-    layout = LAYOUTS[name]()
-    folder = layout.write(tmp_path / "public", base)
-    run = TrainConfig(
-        output_dir=str(tmp_path / "run"),
+def run_of(folder, target):
+    return TrainConfig(
+        output_dir=str(target),
         model=ModelConfig(init=str(folder), template="model"),
         data=DataConfig(source="rules", window=64, limit=40, validation_rows=8),
         max_steps=2, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1, eval_steps=0,
         save_steps=2, precision="fp32", report_to="none", trainer={"disable_tqdm": True},
     )  # fmt: skip
-    train(run)
+
+
+def test_block_causal_models_are_not_trained_as_if_they_saw_everything(tmp_path, base):
+    folder = LAYOUTS["sdar"]().write(tmp_path / "public", base)
+    with pytest.raises(ConfigError, match="a block-causal model .blocks of 4. cannot be trained yet"):
+        train(run_of(folder, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["mdlm", "bert-chat", "diffugpt"])
+def test_training_begins_from_a_public_checkpoint(tmp_path, base, name):
+    layout = LAYOUTS[name]()
+    folder = layout.write(tmp_path / "public", base)
+    train(run_of(folder, tmp_path / "run"))
     before, _ = load_model(folder, device="cpu", dtype="float32")
     after, _ = load_model(tmp_path / "run", device="cpu", dtype="float32")
     assert after.spec.mask_token_id == before.spec.mask_token_id

@@ -14,7 +14,7 @@ from dlm.convert import convert
 from tests.dlm.families import plain
 from tests.dlm.families.layouts import LAYERS, LAYOUTS
 
-LENGTHS = (11, 7, 16)
+LENGTHS = (11, 7, 41)
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -72,7 +72,7 @@ def test_logits_are_those_of_the_published_model(case):
 
 def written(model, tokenizer, **fields):
     """Prompt, and the tokens of the answer up to the first end, by the sampler."""
-    out = Sampler(model, tokenizer).generate("Name two fruits.", **fields)[0]
+    out = Sampler(model, tokenizer).generate("Name two fruits.", **fields)
     return Sampler(model, tokenizer).rows.prompt("Name two fruits."), out.token_ids
 
 
@@ -108,7 +108,8 @@ def test_default_decoding_is_the_authors_loop_at_temperature_0(case):
     if layout.family not in SHORT:
         pytest.skip("sampled, never greedy: its plan is tested in test_defaults_are_the_authors")
     fields, settings = SHORT[layout.family]
-    loop = plain.dream_loop if layout.family == "dream" else plain.llada_loop
+    loops = {"dream": plain.dream_loop, "sdar": plain.sdar_loop, "fast-dllm-v2": plain.fast_dllm_loop}
+    loop = loops.get(layout.family, plain.llada_loop)
     prompt, ours = written(model, tokenizer, options={"temperature": 0.0}, **fields)
     theirs = loop(published(model, layout), prompt, model.config.mask_token_id, **settings)
     assert len(until_end(model, theirs)) > 10
