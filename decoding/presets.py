@@ -104,7 +104,7 @@ class Decoder:
         """
         choices = presets()
         if name not in choices:
-            raise unchoices_name("decoder", name, choices)
+            raise unknown_name("decoder", name, choices)
         preset = choices[name]
         for option in options:
             if option not in preset.options:
