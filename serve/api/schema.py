@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from serve.api.parameters import Body, Sampling, Texts
 from serve.errors import APIError
 
+SomeTexts = Annotated[list[str], Field(min_length=1)]
 TokenIds = Annotated[list[int], Field(min_length=1)]
 
 _NOTHING: tuple[Any, ...] = (False, [], {})
@@ -61,7 +62,7 @@ class Answering(Sampling):
 class CompletionRequest(Answering):
     """Body of /v1/completions."""
 
-    prompt: str | list[str] | TokenIds | list[TokenIds]
+    prompt: str | SomeTexts | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
     suffix: str | None = Field(None, description="Text after the answer: the gap before it is filled.")
     max_tokens: int | None = Field(None, ge=0, description="16 by default.")
     logprobs: int | None = Field(None, ge=0, le=20)

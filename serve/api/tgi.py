@@ -192,7 +192,7 @@ def router(service: Service) -> APIRouter:
         return answer
 
     streams: dict[int | str, dict[str, Any]] = {
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        200: {"content": {"text/event-stream": {}}},
         **ERRORS,
     }
 

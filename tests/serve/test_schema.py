@@ -1,0 +1,75 @@
+"""The schema of the server, and requests made from it at random: no 5xx, nothing undeclared."""
+
+import pytest
+
+from serve.app import explain
+from serve.config import ServeConfig
+from tests.serve.rig import running
+
+schemathesis = pytest.importorskip("schemathesis")
+from schemathesis.specs.openapi.checks import (  # noqa: E402
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+CHECKS = [content_type_conformance, response_schema_conformance, status_code_conformance]
+
+PATHS = [
+    "/v1/chat/completions", "/v1/completions", "/v1/canvas", "/v1/fim/completions", "/v1/edit/completions",
+    "/generate", "/generate_stream", "/api/chat", "/api/generate", "/v1/models", "/v1/decoders", "/info",
+]  # fmt: skip
+
+
+def test_the_schema_declares_every_path_and_error(server):
+    document = server.client.get("/openapi.json").json()
+    assert set(PATHS) <= set(document["paths"])
+    for path in PATHS[:5]:
+        responses = document["paths"][path]["post"]["responses"]
+        assert {"200", "400", "401", "404", "429", "500", "503"} <= set(responses)
+        assert "422" not in responses
+    names = {
+        name for schema in document["components"]["schemas"].values() for name in schema.get("properties", {})
+    }
+    schemas = document["components"]["schemas"].values()
+    names = {name for schema in schemas for name in schema.get("properties", {})}
+    assert {"logit_bias", "max_completion_tokens", "decoder", "top_logprobs", "suffix", "inputs"} <= names
+
+
+@pytest.fixture(scope="module")
+def small(tiny, tokenizer):
+    """A server whose answers are short, whatever is asked for."""
+    with running(tiny, tokenizer, max_positions=120, timeout=20.0, max_n=2) as server:
+        yield server
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_requests_made_from_the_schema_have_declared_answers(small, path):
+    from hypothesis import HealthCheck, settings
+
+    schema = schemathesis.openapi.from_url(f"{small.url}/openapi.json").include(path=path)
+
+    for operation in schema.get_all_operations():
+        method = operation.ok()
+
+        @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+        @_given(method)
+        def one(case):
+            response = case.call()
+            assert response.status_code < 500, response.text
+            case.validate_response(response, checks=CHECKS)
+
+        one()
+
+
+def _given(operation):
+    from hypothesis import given
+
+    return given(case=operation.as_strategy())
+
+
+def test_the_first_fault_of_a_body_is_told_by_its_name():
+    error = explain([{"type": "extra_forbidden", "loc": ("body", "temprature"), "msg": ""}])
+    assert (error.param, error.code) == ("temprature", "unknown_parameter")
+    assert "did you mean temperature?" in error.message
+    assert ServeConfig().served_name == "default"
