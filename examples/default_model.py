@@ -94,6 +94,7 @@ def main() -> int:
     console.print(
         "\nBy default it takes as many tokens a call as their entropies allow (entropy-bound, kernel 9).\n"
         "Talk to it:  .venv/bin/dlm chat\n"
+        "Serve it:    .venv/bin/dlm serve   (then open http://127.0.0.1:8000)\n"
         'Ask it:      .venv/bin/dlm generate "Give three tips for staying healthy."',
         highlight=False,
     )
