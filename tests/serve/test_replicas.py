@@ -184,8 +184,8 @@ def test_a_model_that_is_not_there_is_refused_before_ray_starts(monkeypatch, tmp
 class Server:
     """A running `dlm serve --replicas 2`."""
 
-    def __init__(self, process, address, end_ids):
-        self.process, self.address = process, address
+    def __init__(self, process, address, end_ids, log):
+        self.process, self.address, self.log = process, address, log
         self.bias = {str(i): -100 for i in end_ids}
 
     def body(self, tokens, seed, **more):
@@ -268,7 +268,7 @@ def server(tmp_path_factory, tokenizer):
         line = process.stdout.readline()
         assert line.startswith("dlm serve: ready at http://127.0.0.1:"), (folder / "log").read_text()
         assert not (folder / ".ray").exists()
-        yield Server(process, line.split()[-1], [tokenizer.eos_token_id])
+        yield Server(process, line.split()[-1], [tokenizer.eos_token_id], folder / "log")
     finally:
         process.kill()
         process.wait()
@@ -319,17 +319,20 @@ def test_a_client_that_goes_away_frees_its_rows(server, stream):
 
 @in_ray
 def test_a_replica_killed_under_load_loses_no_request_that_had_not_begun_to_stream(server):
+    def accepted():
+        return sum(server.counts("requests_accepted_total").values())
+
     long, short = 400, 80
     streamed, whole = server.text(long, 9), {seed: server.text(short, seed) for seed in range(4)}
     first, names = server.processes(), set(server.counts("engine_steps_total"))
     assert len(first) == len(names) == 2
-    begun = [threading.Event() for _ in range(6)]
+    begun, before = [threading.Event() for _ in range(6)], accepted()
     with ThreadPoolExecutor(30) as pool:
         streams = [pool.submit(server.events, long, 9, event) for event in begun]
         for event in begun:
             assert event.wait(SECONDS)
         texts = [pool.submit(server.text, short, i % 4) for i in range(16)]
-        wait_for(lambda: all(value > 0 for value in server.counts("num_requests_waiting").values()))
+        wait_for(lambda: accepted() == before + len(streams) + len(texts))
         first[0].send_signal(signal.SIGKILL)
         for i, future in enumerate(texts):
             assert future.result(SECONDS) == whole[i % 4]
@@ -344,6 +347,8 @@ def test_a_replica_killed_under_load_loses_no_request_that_had_not_begun_to_stre
         assert streamed.startswith(joined(events[:-1]))
         cut += 1
     assert 1 <= cut < 6, f"{cut} of 6 streams were cut"
+    lost = server.log.read_text().count("a replica was lost")
+    assert lost > cut, "no request that had not begun was on the replica that was killed"
     wait_for(lambda: len(set(server.counts("engine_steps_total")) - names) == 1)
     assert server.text(short, 3) == whole[3]
 
