@@ -210,7 +210,7 @@ def _threshold(tau: float = 0.9, kernel_size: int | None = 0) -> Axes:
     return _maybe(kernel_size), Threshold(tau)
 
 
-def _block_threshold(block_size: int = 8, tau: float = 0.9) -> Axes:
+def _block_threshold(block_size: int | None = None, tau: float = 0.9) -> Axes:
     return Block(block_size, aligned=True), Threshold(tau)
 
 

@@ -38,7 +38,7 @@ def test_no_mask_comes_out_and_pinned_tokens_stay(
     options = {}
     if "kernel_size" in PRESETS[name].options:
         options["kernel_size"] = 2 * reach + 1
-    if name in ("semi-ar", "dilated"):
+    if name in ("semi-ar", "dilated", "block-threshold"):
         options["block_size"] = -(-window // steps)
     ids = rows(model, [prompt, 1], window)
     ids[:, -1] = 7  # a pinned token at the far end

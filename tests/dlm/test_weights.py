@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dlm import load_model
+from dlm.commands.convert import ConvertConfig, run
 from dlm.commands.inspect import describe
 from dlm.convert import convert
 from dlm.errors import CheckpointError, ConfigError
@@ -148,6 +149,14 @@ def test_convert_refuses_what_has_no_public_layout(model, tokenizer, tmp_path, f
         CheckpointError, match=r"the first is .*mlp.down_proj.weight: \(32, 48\) in place of \(32, 40\)"
     ):
         convert(folder, tmp_path / "out")
+
+
+def test_the_command_writes_the_folder_and_says_where(folder, tmp_path, capsys):
+    assert run(ConvertConfig(model=str(folder), output=str(tmp_path / "ours"))) == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1] == str(tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["model_type"] == "masked_diffusion"
+    with pytest.raises(ConfigError, match="output must name a folder to write"):
+        ConvertConfig(model="x")
 
 
 def test_inspect_refuses_what_it_does_not_know(folder):
