@@ -332,13 +332,14 @@ def test_a_setting_that_nobody_reads_is_found(reading, monkeypatch):
 # Classes: every parameter of a method changes what comes out, or is refused.
 
 ANSWER = {"max_tokens": 8, "decoder": "conv"}
+OTHER = Request(decoder="llada")
 METHODS = {
     "generate": (
         {"prompts": ["a", "b"]},
         {"prompts": ["c"], "request": Request(stop="x"), "seed": 1, "n": 2},
     ),
     "iter_generate": ({"prompts": ["a", "b"]}, {"prompts": ["c"], "request": Request(), "seed": 1, "n": 2}),
-    "stream": ({"prompt": "a"}, {"prompt": "c", "request": Request(stop="x"), "seed": 1}),
+    "stream": ({"prompts": "a"}, {"prompts": "c", "request": Request(stop="x"), "seed": 1}),
     "infill": (
         {"texts": ["a <mask:4> b", "<mask:3>"]},
         {"texts": ["a <mask:5>"], "prompt": "c", "request": Request(rate=4.0), "seed": 1},
@@ -348,15 +349,12 @@ METHODS = {
         {"texts": ["a <mask:5>"], "prompt": "c", "request": Request(rate=4.0), "seed": 1},
     ),
     "edit": (
-        {"text": "a word here", "span": "word"},
-        {
-            "text": "one word",
-            "span": "here",
-            "length": 4,
-            "prompt": "c",
-            "request": Request(decoder="llada"),
-            "seed": 1,
-        },
+        {"texts": "a word here", "span": "word"},
+        {"texts": "one word", "span": "here", "length": 4, "prompt": "c", "request": OTHER, "seed": 1},
+    ),
+    "iter_edit": (
+        {"texts": ["a word here"], "span": "word"},
+        {"texts": ["one word"], "span": "here", "length": 4, "prompt": "c", "request": OTHER, "seed": 1},
     ),
     "without": (
         {"texts": ["a"], "decoder": "conv"},
@@ -374,7 +372,7 @@ def test_every_method_of_the_sampler_is_tried_with_every_parameter():
     public = {
         name for name, value in inspect.getmembers(Sampler, inspect.isfunction) if not name.startswith("_")
     }
-    assert public - set(METHODS) == {"prompt_length", "show"}, "which have one parameter each"
+    assert public - set(METHODS) == {"prompt_length", "text_length", "show"}, "which have one parameter each"
     for name, (given, changed) in METHODS.items():
         parameters = inspect.signature(getattr(Sampler, name)).parameters.values()
         names = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - {"self"} - ONLY_FASTER

@@ -236,7 +236,7 @@ def test_several_answers_to_a_prompt_are_those_of_the_seeds_that_follow(model, t
     prompts = ["Count to ten.", "Say hello."]
     several = sampler.generate(prompts, n=3, seed=[5, 40], batch_size=2, **settings)
     seeds = [(prompt, seed + i) for prompt, seed in zip(prompts, (5, 40), strict=True) for i in range(3)]
-    alone = [sampler.generate(prompt, seed=seed, **settings)[0] for prompt, seed in seeds]
+    alone = [sampler.generate(prompt, seed=seed, **settings) for prompt, seed in seeds]
     assert [out.text for out in several] == [out.text for out in alone]
     assert [out.reveal_step for out in several] == [out.reveal_step for out in alone]
     assert len({out.text for out in several[:3]}) > 1

@@ -12,7 +12,7 @@ def test_the_sampler_source_ends_with_the_text_of_generate(model, tokenizer):
     sampler, request = Sampler(model, tokenizer), Request(max_tokens=12, decoder="conv")
     source = SamplerSource(sampler)
     texts = list(source.stream([{"role": "user", "content": "Count to ten."}], request, seed=4))
-    out = sampler.generate("Count to ten.", request=request, seed=4)[0]
+    out = sampler.generate("Count to ten.", request=request, seed=4)
     assert texts[-1] == out.text
     assert len(texts) == out.steps
     assert source.count("one two") == len(sampler.rows.text("one two"))
