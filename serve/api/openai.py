@@ -38,7 +38,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 def streamed(model: Any) -> dict[int | str, dict[str, Any]]:
     """Responses of a path that answers with `model`, or with a stream."""
-    content = {"text/event-stream": {}}
+    content: dict[str, Any] = {"text/event-stream": {}}
     return {200: {"model": model, "content": content}, **ERRORS}
 
 
