@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 from itertools import takewhile
 from typing import Annotated, Any, Literal
@@ -56,11 +56,6 @@ class CanvasRequest(Sampling):
     messages: Annotated[list[schema.Message], Field(min_length=1)] | None = None
     max_tokens: int | None = Field(None, ge=1)
     stop: Texts | None = None
-    begin: str | None = Field(None, description="Text that the answer begins with.")
-    ending: str | None = Field(None, description="Text that the answer ends with.")
-    forced: dict[str, str] | None = Field(None, description="Texts at places, counted in tokens from 0.")
-    canvas: Literal["full", "growing"] | None = None
-    margin: int | None = Field(None, ge=0)
     stream: bool | None = None
 
 
@@ -135,8 +130,6 @@ def _answer_sample(service: Service, body: CanvasRequest) -> Sample:
     def sample() -> Sample:
         ids = service.rows.prompt(prompt)
         request = generation.request(len(ids))
-        given = {name: getattr(body, name) for name in ("begin", "ending", "forced", "canvas", "margin")}
-        request = replace(request, **{name: value for name, value in given.items() if value is not None})
         request.check_decoder()
         plan = request.resolve(service.spec)
         return Sample(service.rows.answer(ids, plan), plan, first_seed(body.seed))
@@ -149,9 +142,8 @@ def _answer_sample(service: Service, body: CanvasRequest) -> Sample:
 
 def _filling(service: Service, body: CanvasRequest) -> Filling:
     """The rows of a text with gaps."""
-    for name in ("stop", "begin", "ending", "forced", "canvas", "margin"):
-        if getattr(body, name) is not None:
-            raise APIError(400, f"{name} means nothing for a text with gaps", param=name)
+    if body.stop is not None:
+        raise APIError(400, "stop means nothing for a text with gaps", param="stop")
     text, prompt = body.text or "", _prompt(body)
 
     try:

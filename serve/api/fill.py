@@ -27,6 +27,9 @@ from serve.errors import APIError
 from serve.job import Sample
 from serve.service import Service
 
+MEANINGLESS = ("window", "eos_fill", "begin", "ending", "forced", "canvas", "margin")
+"""Fields that `plan_infilling` refuses by name: a text with gaps has the length it has."""
+
 SCORED = 16
 """Rows of one call that compares lengths."""
 
@@ -90,8 +93,7 @@ def _filling(
         rate=sampling.rate,
         reuse=sampling.reuse,
         refresh=sampling.refresh,
-        window=sampling.window,
-        eos_fill=sampling.eos_fill,
+        **{name: getattr(sampling, name) for name in MEANINGLESS},
     )
     request.check_decoder()
     plan = plan_infilling(request, service.spec, service.tokenizer)

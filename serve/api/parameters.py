@@ -77,6 +77,11 @@ class Diffusion(Body):
     refresh: int | None = Field(None, ge=1, description="With reuse, changes until all is computed again.")
     kernel_size: int | None = Field(None, description="Width of the convolution, for decoders with one.")
     eos_fill: bool | None = Field(None, description="After an end token, everything is the end token.")
+    begin: str | None = Field(None, description="Text that the answer begins with.")
+    ending: str | None = Field(None, description="Text that the answer ends with.")
+    forced: dict[str, str] | None = Field(None, description="Texts at places, counted in tokens from 0.")
+    canvas: Literal["full", "growing"] | None = None
+    margin: int | None = Field(None, ge=0, description="Masks that a growing canvas holds ahead.")
     seed: Seed | None = Field(None, description="Equal seeds and requests give equal texts.")
     timeout: float | None = Field(None, gt=0, description="Seconds until the request is given up.")
     return_metadata: bool | None = Field(None, description="Report model calls, steps and reveal steps.")
@@ -156,8 +161,10 @@ class Generation:
         fixed: dict[str, Any] = {"max_tokens": self.max_tokens, "steps": s.steps}
         if s.window is not None:
             fixed = {"window": s.window, "steps": s.steps}
-        elif s.steps is not None:
+        elif s.steps is not None and not s.ending:
             fixed["canvas"] = "full"
+        if s.canvas is not None:
+            fixed["canvas"] = s.canvas
         return Request.of(
             decoder=s.decoder,
             options=s.decoder_options() or None,
@@ -165,6 +172,10 @@ class Generation:
             reuse=s.reuse,
             refresh=s.refresh,
             eos_fill=s.eos_fill,
+            begin=s.begin,
+            ending=s.ending,
+            forced=s.forced,
+            margin=s.margin,
             stop=list(self.stop) or None,
             top_logprobs=self.logprobs or None,
             **fixed,

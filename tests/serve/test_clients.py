@@ -1,5 +1,6 @@
 """Other people's clients, unmodified: huggingface_hub, Ollama's protocol, curl, lm-evaluation-harness."""
 
+import itertools
 import json
 import re
 import shutil
@@ -151,3 +152,33 @@ def test_lm_evaluation_harness_generates_through_the_server(server, kind):
     assert answers[0]
     assert "\n" not in answers[0]
     assert sys.version_info >= (3, 11)
+
+
+def test_dlm_eval_and_dlm_chat_talk_to_the_server(server, tmp_path, capsys):
+    from decoding.request import Request
+    from decoding.sources import EndpointSource
+    from dlm.cli import main
+
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"instruction": "Sort the words:", "dataset": "x", "output": "y"}\n')
+    words = [
+        "eval",
+        "alpaca_eval",
+        "--endpoint",
+        f"{server.url}/v1",
+        "--endpoint_model",
+        "tiny",
+        "--max_tokens",
+        "8",
+    ]
+    assert main([*words, "--data", str(questions), "--output", str(tmp_path / "runs")]) == 0
+    (file,) = (tmp_path / "runs").rglob("answers.jsonl")
+    answer = json.loads(file.read_text().splitlines()[0])
+    source = EndpointSource(f"{server.url}/v1", "tiny")
+    messages = [{"role": "user", "content": PROMPT}]
+    request = Request(decoder="llada", options={"temperature": 0.0}, max_tokens=9, steps=None, begin="ab")
+    texts = list(source.stream(messages, request, seed=1))
+    assert texts[-1].startswith("ab")
+    assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
+    assert answer["text"] or answer["finish_reason"]
+    capsys.readouterr()
