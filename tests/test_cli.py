@@ -268,7 +268,7 @@ def test_given_tokens_stop_texts_and_edits_on_the_command_line(model, tokenizer,
     assert out.rstrip().endswith("end.")
     assert "nine" in out
     assert main([*words, "--forced.x", "nine"]) == 2
-    assert "forced must name places by number, got x" in capsys.readouterr().err
+    assert "forced must name places by number, got {'x': 'nine'}" in capsys.readouterr().err
     for stop in ("nine", '["never", "nine"]'):
         assert main([*words, "--forced.9", "nine", "--stop", stop]) == 0
         assert "nine" not in capsys.readouterr().out
