@@ -171,7 +171,7 @@ def test_a_decoder_with_a_pace_of_its_own_takes_as_many_steps_in_a_window_as_it_
 
 
 def test_unknown_names_and_options_list_the_choices():
-    with pytest.raises(ValueError, match="'convv'. Did you mean 'conv'. Choices: categorical, conv"):
+    with pytest.raises(ValueError, match="'convv'. Did you mean 'conv'. Choices: block-threshold, cat"):
         Decoder.named("convv")
     with pytest.raises(
         ValueError,
