@@ -42,9 +42,12 @@ class Layout(Protocol):
         key: torch.Tensor,
         value: torch.Tensor,
         scale: float | None,
-        sight: Sight,
+        sight: Sight | None = None,
     ) -> torch.Tensor:
-        """Queries [B, H, A, D] and this pass's keys and values [B, G, A, D] -> [B, A, H, D]."""
+        """Queries [B, H, A, D] and this pass's keys and values [B, G, A, D] -> [B, A, H, D].
+
+        `sight` is that of the layer; by default that of the layout.
+        """
         ...
 
 
@@ -174,10 +177,11 @@ class Packed:
         key: torch.Tensor,
         value: torch.Tensor,
         scale: float | None,
-        sight: Sight,
+        sight: Sight | None = None,
     ) -> torch.Tensor:
         """See `Layout`; here B = 1 and A = N."""
         del layer
+        sight = sight or self.sight
         half = query.dtype in (torch.float16, torch.bfloat16) and sight == ALL
         if query.is_cuda and half and (is_flash_attn_2_available() or torch_varlen()):
             flat = [x[0].transpose(0, 1) for x in (query, key, value)]  # [N, H, D]
@@ -238,12 +242,12 @@ class Whole:
         key: torch.Tensor,
         value: torch.Tensor,
         scale: float | None,
-        sight: Sight,
+        sight: Sight | None = None,
     ) -> torch.Tensor:
         """See `Layout`; here A = L."""
         del layer
         place = torch.arange(query.shape[2], device=query.device)
-        mask = sight.mask(place, place)
+        mask = (sight or self.sight).mask(place, place)
         if self.valid is not None:  # padding sees itself, so that no sum is empty
             seen = self.valid[:, None, None, :] | torch.eye(len(place), dtype=torch.bool, device=query.device)
             mask = seen if mask is None else mask & seen
@@ -359,7 +363,7 @@ class Partial:
         key: torch.Tensor,
         value: torch.Tensor,
         scale: float | None,
-        sight: Sight,
+        sight: Sight | None = None,
     ) -> torch.Tensor:
         """See `Layout`."""
         buffers = self.memory.update(
@@ -370,7 +374,7 @@ class Partial:
             (x[:, :width] if len(self.rows) == len(x) else x[self.rows, :width]).transpose(1, 2)
             for x in buffers
         )
-        mask = sight.mask(self.positions, torch.arange(width, device=query.device))
+        mask = (sight or self.sight).mask(self.positions, torch.arange(width, device=query.device))
         mask = (
             self.mask if mask is None else mask[:, None] if self.mask is None else mask[:, None] & self.mask
         )

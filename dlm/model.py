@@ -92,7 +92,6 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             config.num_tokens,
             config.head_bias,
         )
-        self.sight = Sight(block_size=config.block_size)
         self.mask_shift: nn.Module | None = None
         """[B, L] bool -> [B, L, D]: added to the embeddings of masks, while an adapter is trained."""
         if config.tie_word_embeddings:
@@ -103,6 +102,11 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
     def spec(self) -> ModelSpec:
         """Properties of the model, for decoding and evaluation."""
         return ModelSpec.of_config(self.config)
+
+    @property
+    def sight(self) -> Sight:
+        """The part of its row that a position attends to."""
+        return Sight(block_size=self.config.block_size)
 
     @property
     def capabilities(self) -> frozenset[str]:

@@ -11,6 +11,7 @@ from decoding import Decoder, Sampler
 from decoding.presets import PRESETS
 from decoding.request import Request
 from decoding.step import denoise
+from dlm.attention import ALL
 from dlm.errors import ConfigError
 from dlm.graphs import BucketedModel
 from dlm.model import MaskedDiffusionModel
@@ -41,7 +42,7 @@ class FarModel:
 
     hidden, packed_hidden = MaskedDiffusionModel.hidden, MaskedDiffusionModel.packed_hidden
     partial_hidden, new_memory = MaskedDiffusionModel.partial_hidden, MaskedDiffusionModel.new_memory
-    capabilities = frozenset({"packed", "partial"})
+    capabilities, sight = frozenset({"packed", "partial"}), ALL
     _embed = MaskedDiffusionModel._embed
 
     def __init__(self, device=AWAY):
