@@ -13,7 +13,7 @@ from decoding.engine import Update
 from decoding.request import Plan
 from dlm.errors import DLMError
 
-_numbers = itertools.count(1)
+_job_numbers = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Job:
     watch: Callable[[Update], Any] | None = None
     finish: Callable[[Update], Any] | None = None
     deadline: float | None = None
-    number: int = field(default_factory=lambda: next(_numbers))
+    number: int = field(default_factory=lambda: next(_job_numbers))
     arrived: float = field(default_factory=time.monotonic)
     begun: float | None = None
     tickets: dict[int, int] = field(default_factory=dict)

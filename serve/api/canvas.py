@@ -106,7 +106,7 @@ class DecoderList(BaseModel):
     data: list[DecoderModel]
 
 
-def _prompt(body: CanvasRequest) -> Prompt | None:
+def _canvas_prompt(body: CanvasRequest) -> Prompt | None:
     """Prompt that the canvas answers; None for a text that stands alone.
 
     Raises:
@@ -121,7 +121,7 @@ def _prompt(body: CanvasRequest) -> Prompt | None:
 
 def _answer_sample(service: Service, body: CanvasRequest) -> Sample:
     """The row of an answer in which texts may be given."""
-    prompt = _prompt(body)
+    prompt = _canvas_prompt(body)
     if prompt is None:
         raise APIError(400, "give a prompt, messages, or a text with gaps", param="prompt")
     generation = Generation(body, body.max_tokens, stop_texts(body.stop))
@@ -140,11 +140,11 @@ def _answer_sample(service: Service, body: CanvasRequest) -> Sample:
     return made
 
 
-def _filling(service: Service, body: CanvasRequest) -> Filling:
+def _canvas_filling(service: Service, body: CanvasRequest) -> Filling:
     """The rows of a text with gaps."""
     if body.stop is not None:
         raise APIError(400, "stop means nothing for a text with gaps", param="stop")
-    text, prompt = body.text or "", _prompt(body)
+    text, prompt = body.text or "", _canvas_prompt(body)
 
     try:
         pieces = pieces_of(text, body.max_tokens or OPEN_GAP)
@@ -292,22 +292,28 @@ class _Canvases:
         return self.view.filled(result, filling.prompt_tokens)
 
 
-def router(service: Service) -> APIRouter:
-    """The paths of this interface."""
-    api = APIRouter(prefix="/v1", tags=["dlm"])
+class _Handlers:
+    """Handlers of this interface.
 
-    @api.post("/canvas", responses=streamed(CanvasResponse))
-    async def canvas(body: CanvasRequest, http: Request) -> Response:
+    Args:
+        service: decodes.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def canvas(self, body: CanvasRequest, http: Request) -> Response:
         """Write an answer, or fill the gaps of a text, and tell of every cell.
 
         As a stream: `event: canvas` after each step, then `event: done`.
         """
+        service = self.service
         service.check_model(body.model)
         service.check_ready()
         view = _View(service.tokenizer, service.config.served_name)
         canvases = _Canvases(service, view, body)
         if body.text is not None:
-            filling = await service.prepare(lambda: _filling(service, body))
+            filling = await service.prepare(lambda: _canvas_filling(service, body))
             if body.stream:
                 return stream(canvases.filled_events(filling), done=False, error_name="error")
             return JSONResponse(await service.unless_gone(http, canvases.filled(filling)))
@@ -316,11 +322,10 @@ def router(service: Service) -> APIRouter:
             return stream(canvases.answer_events(sample), done=False, error_name="error")
         return JSONResponse(await service.unless_gone(http, canvases.answer(sample)))
 
-    @api.get("/decoders", response_model=DecoderList, responses=ERRORS)
-    async def decoders() -> Any:
+    async def decoders(self) -> Any:
         """List the decoders and their options."""
-        service.check_loaded()
-        generation = service.spec.generation
+        self.service.check_loaded()
+        generation = self.service.spec.generation
         listed = [
             {
                 "name": name,
@@ -335,4 +340,10 @@ def router(service: Service) -> APIRouter:
         usual = str(generation.get("decoder", "conv"))
         return {"default": usual, "default_options": generation.get("options", {}), "data": listed}
 
+
+def router(service: Service) -> APIRouter:
+    """The paths of this interface."""
+    api, handlers = APIRouter(prefix="/v1", tags=["dlm"]), _Handlers(service)
+    api.post("/canvas", responses=streamed(CanvasResponse))(handlers.canvas)
+    api.get("/decoders", response_model=DecoderList, responses=ERRORS)(handlers.decoders)
     return api

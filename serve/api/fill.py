@@ -80,10 +80,10 @@ def prepare_filling(
     if n > service.config.max_n:
         raise APIError(400, f"n must be at most {service.config.max_n}, got {n}", param="n")
     with faults_named():
-        return _filling(service, pieces, prompt, sampling, n)
+        return _rows_of_lengths(service, pieces, prompt, sampling, n)
 
 
-def _filling(
+def _rows_of_lengths(
     service: Service, pieces: Sequence[Piece], prompt: Prompt | None, sampling: Sampling, n: int
 ) -> Filling:
     request = DecodingRequest.of(

@@ -23,7 +23,7 @@ from serve.service import Service
 REGION = re.compile(r"<\|code_to_edit\|>(.*?)<\|/code_to_edit\|>", re.DOTALL)
 """The words to write again, in Mercury's marks."""
 
-FILE = re.compile(r"<\|current_file_content\|>(.*?)<\|/current_file_content\|>", re.DOTALL)
+WHOLE_FILE = re.compile(r"<\|current_file_content\|>(.*?)<\|/current_file_content\|>", re.DOTALL)
 """The file that they stand in."""
 
 MARK = re.compile(r"<\|/?[a-z_]+\|>[^\n]*\n?|^current_file_path:[^\n]*\n", re.MULTILINE)
@@ -60,7 +60,7 @@ def marked(message: str) -> tuple[str, tuple[int, int]]:
     Raises:
         APIError: 400, for a message without them.
     """
-    whole = FILE.search(message)
+    whole = WHOLE_FILE.search(message)
     text = whole[1] if whole else message
     region = REGION.search(text)
     if region is None:
@@ -93,20 +93,25 @@ def _pieces(service: Service, body: EditRequest) -> list[Piece]:
     return without_span(text, where, gap, lambda words: len(service.rows.text(words)))
 
 
-def router(service: Service) -> APIRouter:
-    """The paths of this interface."""
-    api = APIRouter(prefix="/v1", tags=["Mercury"])
+class _Handlers:
+    """Handlers of this interface.
 
-    @api.post("/fim/completions", responses=streamed(schema.Completion))
-    async def fim(body: FimRequest, http: Request) -> Response:
+    Args:
+        service: decodes.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def fim(self, body: FimRequest, http: Request) -> Response:
         """Fill the gap between a prompt and a suffix."""
-        service.check_model(body.model)
-        service.check_ready()
-        return await fill_suffix(service, body, http)
+        self.service.check_model(body.model)
+        self.service.check_ready()
+        return await fill_suffix(self.service, body, http)
 
-    @api.post("/edit/completions", responses=streamed(schema.ChatCompletion))
-    async def edit(body: EditRequest, http: Request) -> Response:
+    async def edit(self, body: EditRequest, http: Request) -> Response:
         """Write a span of a text again; the answer is the new text of the span."""
+        service = self.service
         service.check_model(body.model)
         service.check_ready()
 
@@ -121,19 +126,9 @@ def router(service: Service) -> APIRouter:
             "model": service.config.served_name,
             "system_fingerprint": f"dlm-{__version__}",
         }
-
-        async def answer() -> Filled:
-            return (await fill(service, filling, body.timeout))[0]
-
-        async def events() -> Events:
-            filled = await answer()
-            delta = {"role": "assistant", "content": "".join(filled.result.gaps)}
-            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": "stop"}
-            yield event({**head, "object": "chat.completion.chunk", "choices": [choice]})
-
         if body.stream:
-            return stream(events())
-        filled = await service.unless_gone(http, answer())
+            return stream(self._edit_events(filling, body.timeout, head))
+        (filled,) = await service.unless_gone(http, fill(service, filling, body.timeout))
         message = {"role": "assistant", "content": "".join(filled.result.gaps), "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
         response = {
@@ -144,6 +139,18 @@ def router(service: Service) -> APIRouter:
         }
         return JSONResponse(response)
 
+    async def _edit_events(self, filling: Filling, timeout: float | None, head: dict[str, Any]) -> Events:
+        (filled,) = await fill(self.service, filling, timeout)
+        delta = {"role": "assistant", "content": "".join(filled.result.gaps)}
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": "stop"}
+        yield event({**head, "object": "chat.completion.chunk", "choices": [choice]})
+
+
+def router(service: Service) -> APIRouter:
+    """The paths of this interface."""
+    api, handlers = APIRouter(prefix="/v1", tags=["Mercury"]), _Handlers(service)
+    api.post("/fim/completions", responses=streamed(schema.Completion))(handlers.fim)
+    api.post("/edit/completions", responses=streamed(schema.ChatCompletion))(handlers.edit)
     return api
 
 

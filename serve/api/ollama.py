@@ -45,7 +45,7 @@ class Options(Sampling):
     }
 
 
-class Ollama(Body):
+class OllamaRequest(Body):
     """Parameters of both paths."""
 
     model: str
@@ -64,13 +64,13 @@ class Ollama(Body):
     }
 
 
-class ChatRequest(Ollama):
+class OllamaChatRequest(OllamaRequest):
     """Body of /api/chat."""
 
     messages: Annotated[list[schema.Message], Field(min_length=1)]
 
 
-class GenerateRequest(Ollama):
+class OllamaGenerateRequest(OllamaRequest):
     """Body of /api/generate."""
 
     prompt: str
@@ -78,7 +78,7 @@ class GenerateRequest(Ollama):
     raw: bool | None = None
 
 
-class _Answer:
+class _OllamaAnswer:
     """One answer in Ollama's form.
 
     Args:
@@ -87,7 +87,7 @@ class _Answer:
         key: name of the field that holds text: "message" or "response".
     """
 
-    def __init__(self, service: Service, body: Ollama, key: str) -> None:
+    def __init__(self, service: Service, body: OllamaRequest, key: str) -> None:
         self.service, self.body, self.key = service, body, key
         self.sample: Sample
         self.begun = time.monotonic_ns()
@@ -139,64 +139,72 @@ class _Answer:
             yield json.dumps({"error": error.message}, ensure_ascii=False) + "\n"
 
 
-def router(service: Service) -> APIRouter:
-    """The paths of this interface."""
-    api = APIRouter(prefix="/api", tags=["Ollama"])
-    content = {"application/x-ndjson": {"schema": {"type": "string"}}, "application/json": {}}
-    answers: dict[int | str, dict[str, Any]] = {200: {"content": content}, **ERRORS}
+class _Handlers:
+    """Handlers of this interface.
 
-    async def respond(http: Request, answer: _Answer) -> Response:
+    Args:
+        service: decodes.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def _check(self, body: OllamaRequest) -> None:
+        self.service.check_model(body.model.removesuffix(":latest"))
+        self.service.check_ready()
+
+    def _templated(self, messages: list[Message]) -> list[int]:
+        with faults_named():
+            return self.service.rows.prompt(messages)
+
+    async def _respond(self, http: Request, answer: _OllamaAnswer) -> Response:
         if answer.body.stream is False:
-            return JSONResponse(await service.unless_gone(http, answer.whole()))
+            return JSONResponse(await self.service.unless_gone(http, answer.whole()))
         return LinesResponse(answer.lines(), media_type="application/x-ndjson")
 
-    def templated(messages: list[Message]) -> list[int]:
-        with faults_named():
-            return service.rows.prompt(messages)
-
-    def check(body: Ollama) -> None:
-        service.check_model(body.model.removesuffix(":latest"))
-        service.check_ready()
-
-    @api.post("/chat", response_class=Response, responses=answers)
-    async def chat(body: ChatRequest, http: Request) -> Response:
+    async def chat(self, body: OllamaChatRequest, http: Request) -> Response:
         """Answer a conversation."""
-        check(body)
-        answer = _Answer(service, body, "message")
+        self._check(body)
+        answer = _OllamaAnswer(self.service, body, "message")
         messages = [{"role": turn.role, "content": turn.text} for turn in body.messages]
-        await service.prepare(lambda: answer.prepare(templated(messages)))
-        return await respond(http, answer)
+        await self.service.prepare(lambda: answer.prepare(self._templated(messages)))
+        return await self._respond(http, answer)
 
-    @api.post("/generate", response_class=Response, responses=answers)
-    async def generate(body: GenerateRequest, http: Request) -> Response:
+    async def generate(self, body: OllamaGenerateRequest, http: Request) -> Response:
         """Answer a prompt, by the template unless it is raw."""
-        check(body)
-        answer = _Answer(service, body, "response")
+        self._check(body)
+        answer = _OllamaAnswer(self.service, body, "response")
         messages = [{"role": "user", "content": body.prompt}]
         if body.system:
             messages.insert(0, {"role": "system", "content": body.system})
 
-        def ids() -> list[int]:
-            if body.raw:
-                return raw_ids(service, body.prompt)
-            return templated(messages)
+        def prepare() -> None:
+            raw = body.raw or False
+            answer.prepare(raw_ids(self.service, body.prompt) if raw else self._templated(messages))
 
-        await service.prepare(lambda: answer.prepare(ids()))
-        return await respond(http, answer)
+        await self.service.prepare(prepare)
+        return await self._respond(http, answer)
 
-    @api.get("/tags", responses=ERRORS)
-    async def tags() -> dict[str, Any]:
+    async def tags(self) -> dict[str, Any]:
         """List the model of this server."""
-        created = datetime.fromtimestamp(service.created, UTC).isoformat().replace("+00:00", "Z")
-        name = service.config.served_name
+        created = datetime.fromtimestamp(self.service.created, UTC).isoformat().replace("+00:00", "Z")
+        name = self.service.config.served_name
         details = {"format": "safetensors", "family": "dlm"}
-        return {
-            "models": [{"name": name, "model": name, "modified_at": created, "size": 0, "details": details}]
-        }
+        card = {"name": name, "model": name, "modified_at": created, "size": 0, "details": details}
+        return {"models": [card]}
 
-    @api.get("/version", responses=ERRORS)
-    async def version() -> dict[str, str]:
+    async def version(self) -> dict[str, str]:
         """Version of this server."""
         return {"version": __version__}
 
+
+def router(service: Service) -> APIRouter:
+    """The paths of this interface."""
+    api, handlers = APIRouter(prefix="/api", tags=["Ollama"]), _Handlers(service)
+    content: dict[str, Any] = {"application/x-ndjson": {}, "application/json": {}}
+    answers: dict[int | str, dict[str, Any]] = {200: {"content": content}, **ERRORS}
+    api.post("/chat", response_class=Response, responses=answers)(handlers.chat)
+    api.post("/generate", response_class=Response, responses=answers)(handlers.generate)
+    api.get("/tags", responses=ERRORS)(handlers.tags)
+    api.get("/version", responses=ERRORS)(handlers.version)
     return api

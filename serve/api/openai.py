@@ -308,24 +308,31 @@ def _snapshot(update: Update) -> str:
 # ---- paths -------------------------------------------------------------------------------------------
 
 
-def router(service: Service) -> APIRouter:
-    """The paths of this interface."""
-    api = APIRouter(prefix="/v1", tags=["OpenAI"])
-    texts: list[TokenTexts] = []
+class _Handlers:
+    """Handlers of this interface.
 
-    def token_texts() -> TokenTexts:
-        if not texts:
-            texts.append(TokenTexts(service.tokenizer))
-        return texts[0]
+    Args:
+        service: decodes.
+    """
 
-    async def respond(http: Request, answers: Answers) -> Response:
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._texts: TokenTexts | None = None
+
+    def token_texts(self) -> TokenTexts:
+        """Texts of tokens, once the model is there."""
+        if self._texts is None:
+            self._texts = TokenTexts(self.service.tokenizer)
+        return self._texts
+
+    async def _respond(self, http: Request, answers: Answers) -> Response:
         if answers.form.body.stream:
             return stream(answers.events())
-        return JSONResponse(await service.unless_gone(http, answers.whole()))
+        return JSONResponse(await self.service.unless_gone(http, answers.whole()))
 
-    @api.post("/chat/completions", responses=streamed(schema.ChatCompletion))
-    async def chat_completions(body: schema.ChatRequest, http: Request) -> Response:
+    async def chat_completions(self, body: schema.ChatRequest, http: Request) -> Response:
         """Answer a conversation."""
+        service = self.service
         service.check_model(body.model)
         service.check_ready()
 
@@ -335,12 +342,12 @@ def router(service: Service) -> APIRouter:
             return generation.samples(service, [ids]), len(ids)
 
         samples, tokens = await service.prepare(prepare)
-        form = _ChatForm(body, token_texts(), service.config.served_name, [""] * len(samples))
-        return await respond(http, Answers(service, samples, form, tokens))
+        form = _ChatForm(body, self.token_texts(), service.config.served_name, [""] * len(samples))
+        return await self._respond(http, Answers(service, samples, form, tokens))
 
-    @api.post("/completions", responses=streamed(schema.Completion))
-    async def completions(body: schema.CompletionRequest, http: Request) -> Response:
+    async def completions(self, body: schema.CompletionRequest, http: Request) -> Response:
         """Go on with texts as they are, or fill the gap before a suffix."""
+        service = self.service
         service.check_model(body.model)
         service.check_ready()
         if body.suffix is not None:
@@ -349,22 +356,16 @@ def router(service: Service) -> APIRouter:
         def prepare() -> tuple[list[Sample], int, list[str]]:
             generation = completion_generation(body)
             prompts = raw_prompts(service, body.prompt)
-            texts = [service.tokenizer.decode(ids) if body.echo else "" for ids in prompts]
-            tokens = sum(map(len, prompts))
-            return (
-                generation.samples(service, prompts),
-                tokens,
-                [t for t in texts for _ in range(generation.n)],
-            )
+            echoes = [service.tokenizer.decode(ids) if body.echo else "" for ids in prompts]
+            samples = generation.samples(service, prompts)
+            return samples, sum(map(len, prompts)), [text for text in echoes for _ in range(generation.n)]
 
-        if body.max_tokens == 0:
-            raise APIError(400, "max_tokens must be at least 1", param="max_tokens")
         samples, tokens, prefixes = await service.prepare(prepare)
-        form = _Form(body, token_texts(), service.config.served_name, prefixes)
-        return await respond(http, Answers(service, samples, form, tokens))
+        form = _Form(body, self.token_texts(), service.config.served_name, prefixes)
+        return await self._respond(http, Answers(service, samples, form, tokens))
 
-    def card() -> dict[str, Any]:
-        spec = service.spec
+    def _card(self) -> dict[str, Any]:
+        spec, service = self.service.spec, self.service
         return {
             "id": service.config.served_name,
             "object": "model",
@@ -374,17 +375,23 @@ def router(service: Service) -> APIRouter:
             "decoder": str(spec.generation.get("decoder", "conv")),
         }
 
-    @api.get("/models", response_model=schema.ModelList, responses=ERRORS)
-    async def models() -> Any:
+    async def models(self) -> Any:
         """List the model of this server."""
-        service.check_loaded()
-        return {"object": "list", "data": [card()]}
+        self.service.check_loaded()
+        return {"object": "list", "data": [self._card()]}
 
-    @api.get("/models/{name:path}", response_model=schema.ModelCard, responses=ERRORS)
-    async def model(name: str) -> Any:
+    async def model(self, name: str) -> Any:
         """Describe a model."""
-        service.check_loaded()
-        service.check_model(name)
-        return card()
+        self.service.check_loaded()
+        self.service.check_model(name)
+        return self._card()
 
+
+def router(service: Service) -> APIRouter:
+    """The paths of this interface."""
+    api, handlers = APIRouter(prefix="/v1", tags=["OpenAI"]), _Handlers(service)
+    api.post("/chat/completions", responses=streamed(schema.ChatCompletion))(handlers.chat_completions)
+    api.post("/completions", responses=streamed(schema.Completion))(handlers.completions)
+    api.get("/models", response_model=schema.ModelList, responses=ERRORS)(handlers.models)
+    api.get("/models/{name:path}", response_model=schema.ModelCard, responses=ERRORS)(handlers.model)
     return api

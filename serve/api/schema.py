@@ -64,7 +64,7 @@ class CompletionRequest(Answering):
 
     prompt: str | SomeTexts | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
     suffix: str | None = Field(None, description="Text after the answer: the gap before it is filled.")
-    max_tokens: int | None = Field(None, ge=0, description="16 by default.")
+    max_tokens: int | None = Field(None, ge=1, description="16 by default.")
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
 

@@ -31,11 +31,11 @@ def stream(events: Events, *, done: bool = True, error_name: str | None = None) 
         done: end with `[DONE]`, as OpenAI does.
         error_name: name of the event of an error.
     """
-    guarded = _guarded(events, done, error_name)
+    guarded = _with_error(events, done, error_name)
     return EventSourceResponse(guarded, ping=PING_SECONDS, sep="\n")
 
 
-async def _guarded(events: Events, done: bool, error_name: str | None) -> Events:
+async def _with_error(events: Events, done: bool, error_name: str | None) -> Events:
     try:
         async with aclosing(events):
             async for each in events:

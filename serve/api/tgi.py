@@ -46,14 +46,14 @@ class Parameters(Sampling):
     }
 
 
-class GenerateRequest(Body):
+class TGIRequest(Body):
     """Body of /generate and /generate_stream."""
 
     inputs: str
     parameters: Parameters | None = None
 
 
-class CompatRequest(GenerateRequest):
+class CompatRequest(TGIRequest):
     """Body of /, which says itself whether it wants a stream."""
 
     stream: bool | None = None
@@ -86,7 +86,7 @@ class GenerateResponse(BaseModel):
     details: Details | None = None
 
 
-class _Answer:
+class _TGIAnswer:
     """One answer in TGI's form.
 
     Args:
@@ -95,7 +95,7 @@ class _Answer:
         texts: of tokens.
     """
 
-    def __init__(self, service: Service, body: GenerateRequest, texts: TokenTexts) -> None:
+    def __init__(self, service: Service, body: TGIRequest, texts: TokenTexts) -> None:
         self.service, self.texts = service, texts
         self.inputs = body.inputs
         self.parameters = body.parameters or Parameters()
@@ -181,48 +181,45 @@ def _finish_reason(output: Output) -> str:
     return "eos_token" if output.stop_text is None else "stop_sequence"
 
 
-def router(service: Service) -> APIRouter:
-    """The paths of this interface."""
-    api = APIRouter(tags=["TGI"])
+class _Handlers:
+    """Handlers of this interface.
 
-    async def prepared(body: GenerateRequest) -> _Answer:
-        service.check_ready()
-        answer = _Answer(service, body, TokenTexts(service.tokenizer))
-        await service.prepare(answer.prepare)
+    Args:
+        service: decodes.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def _prepared(self, body: TGIRequest) -> _TGIAnswer:
+        self.service.check_ready()
+        answer = _TGIAnswer(self.service, body, TokenTexts(self.service.tokenizer))
+        await self.service.prepare(answer.prepare)
         return answer
 
-    streams: dict[int | str, dict[str, Any]] = {
-        200: {"content": {"text/event-stream": {}}},
-        **ERRORS,
-    }
-
-    @api.post("/generate", responses={200: {"model": GenerateResponse}, **ERRORS})
-    async def generate(body: GenerateRequest, http: Request) -> Response:
+    async def generate(self, body: TGIRequest, http: Request) -> Response:
         """Go on with a text as it is."""
-        answer = await prepared(body)
-        return JSONResponse(await service.unless_gone(http, answer.whole()))
+        answer = await self._prepared(body)
+        return JSONResponse(await self.service.unless_gone(http, answer.whole()))
 
-    @api.post("/generate_stream", response_class=Response, responses=streams)
-    async def generate_stream(body: GenerateRequest) -> Response:
+    async def generate_stream(self, body: TGIRequest) -> Response:
         """Go on with a text, one event a token."""
-        if (body.parameters or Parameters()).return_full_text:
+        if body.parameters is not None and body.parameters.return_full_text:
             raise APIError(400, "return_full_text means nothing in a stream", param="return_full_text")
-        return stream((await prepared(body)).events(), done=False)
+        return stream((await self._prepared(body)).events(), done=False)
 
-    @api.post("/", responses={200: {"model": list[GenerateResponse]}, **ERRORS})
-    async def root(body: CompatRequest, http: Request) -> Response:
+    async def root(self, body: CompatRequest, http: Request) -> Response:
         """As /generate or /generate_stream, by `stream`; the answer in a list of one."""
-        answer = await prepared(body)
+        answer = await self._prepared(body)
         if body.stream:
             return stream(answer.events(), done=False)
-        return JSONResponse([await service.unless_gone(http, answer.whole())])
+        return JSONResponse([await self.service.unless_gone(http, answer.whole())])
 
-    @api.get("/info", responses=ERRORS)
-    async def info() -> dict[str, Any]:
+    async def info(self) -> dict[str, Any]:
         """Describe the model and the limits."""
-        service.check_loaded()
-        positions, config = service.spec.positions, service.config
-        model = service.worker.engine.model
+        self.service.check_loaded()
+        positions, config = self.service.spec.positions, self.service.config
+        model = self.service.worker.engine.model
         return {
             "model_id": config.served_name,
             "model_dtype": str(getattr(model, "dtype", "")).removeprefix("torch."),
@@ -237,4 +234,13 @@ def router(service: Service) -> APIRouter:
             "router": "dlm",
         }
 
+
+def router(service: Service) -> APIRouter:
+    """The paths of this interface."""
+    api, handlers = APIRouter(tags=["TGI"]), _Handlers(service)
+    events: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}, **ERRORS}
+    api.post("/generate", responses={200: {"model": GenerateResponse}, **ERRORS})(handlers.generate)
+    api.post("/generate_stream", response_class=Response, responses=events)(handlers.generate_stream)
+    api.post("/", responses={200: {"model": list[GenerateResponse]}, **ERRORS})(handlers.root)
+    api.get("/info", responses=ERRORS)(handlers.info)
     return api

@@ -93,14 +93,14 @@ def chat_logprobs(output: Output, texts: TokenTexts, first: int, count: int) -> 
         pairs = (output.top_logprobs[i] if output.top_logprobs else None) or []
         content.append(
             {
-                **_named(texts, token, logprob(output.confidence[i])),
-                "top_logprobs": [_named(texts, t, max(LEAST, x)) for t, x in pairs[:count]],
+                **_token_object(texts, token, logprob(output.confidence[i])),
+                "top_logprobs": [_token_object(texts, t, max(LEAST, x)) for t, x in pairs[:count]],
             }
         )
     return {"content": content}
 
 
-def _named(texts: TokenTexts, token: int, value: float | None) -> dict[str, Any]:
+def _token_object(texts: TokenTexts, token: int, value: float | None) -> dict[str, Any]:
     return {
         "token": texts.text(token),
         "logprob": 0.0 if value is None else value,
