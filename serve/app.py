@@ -75,10 +75,10 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        known = APIError(
+        api_error = APIError(
             error.status_code, str(error.detail), code=str(error.detail).lower().replace(" ", "_")
         )
-        return JSONResponse(known.body, error.status_code, error.headers)
+        return JSONResponse(api_error.body, error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:

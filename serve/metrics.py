@@ -56,8 +56,8 @@ class Metrics:
         return Gauge(f"dlm:{name}", text, ["model_name"], registry=self.registry).labels(**self._labels)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        made = Histogram(f"dlm:{name}", text, ["model_name"], registry=self.registry, buckets=buckets)
-        return made.labels(**self._labels)
+        histogram = Histogram(f"dlm:{name}", text, ["model_name"], registry=self.registry, buckets=buckets)
+        return histogram.labels(**self._labels)
 
     def _counter(self, name: str, text: str, label: str = "") -> Labelled:
         names = ["model_name", *filter(None, [label])]

@@ -63,15 +63,15 @@ class Queue(Generic[J]):
     def admit(self) -> list[tuple[J, int]]:
         """Rows that may begin now, (request, index of its row), in order."""
         admitted = []
-        while (chosen := self._next()) is not None:
-            entry = self._entries[chosen]
+        while (job := self._next()) is not None:
+            entry = self._entries[job]
             index = entry.waiting.popleft()
-            size = self._sizes[chosen][index]
+            size = self._sizes[job][index]
             entry.working[index] = size
             entry.passed = 0
             self.rows += 1
             self.positions += size
-            admitted.append((chosen, index))
+            admitted.append((job, index))
         return admitted
 
     def _next(self) -> J | None:

@@ -191,11 +191,11 @@ class Service:
         timeout: float | None = None,
     ) -> list[Any]:
         """The ends of all rows, in order; see `notices`."""
-        found: dict[int, Any] = {}
+        results: dict[int, Any] = {}
         async with aclosing(self.notices(samples, finish=finish, timeout=timeout)) as notices:
             async for notice in notices:
-                found[notice.index] = notice.value
-        return [found[i] for i in range(len(samples))]
+                results[notice.index] = notice.value
+        return [results[i] for i in range(len(samples))]
 
     async def call(self, function: Callable[[Any], T]) -> T:
         """Call `function(model)` on the worker's thread."""

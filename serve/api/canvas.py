@@ -135,9 +135,9 @@ def _answer_sample(service: Service, body: CanvasRequest) -> Sample:
         return Sample(service.rows.answer(ids, plan), plan, first_seed(body.seed))
 
     with faults_named():
-        made = sample()
-    service.check_samples([made])
-    return made
+        answer = sample()
+    service.check_samples([answer])
+    return answer
 
 
 def _canvas_filling(service: Service, body: CanvasRequest) -> Filling:

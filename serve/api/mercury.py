@@ -60,8 +60,8 @@ def marked(message: str) -> tuple[str, tuple[int, int]]:
     Raises:
         APIError: 400, for a message without them.
     """
-    whole = WHOLE_FILE.search(message)
-    text = whole[1] if whole else message
+    file = WHOLE_FILE.search(message)
+    text = file[1] if file else message
     region = REGION.search(text)
     if region is None:
         raise APIError(

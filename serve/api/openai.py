@@ -174,8 +174,8 @@ def chat_prompt(service: Service, body: schema.ChatRequest) -> list[int]:
 
 def raw_prompts(service: Service, prompt: Any) -> list[list[int]]:
     """Token ids of prompts as they are, without a template; control tokens in them are control tokens."""
-    several = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
-    return [raw_ids(service, each) for each in several]
+    prompts = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+    return [raw_ids(service, each) for each in prompts]
 
 
 def raw_ids(service: Service, prompt: str | list[int]) -> list[int]:
