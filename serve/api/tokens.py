@@ -43,7 +43,7 @@ class TokenTexts:
 
 @cache
 def _byte_alphabet() -> dict[str, int]:
-    """The characters by which byte-level BPE writes bytes: those that print for themselves, others from 256."""
+    """The characters by which byte-level BPE writes bytes: printable ones as they are, others from 256."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     unprintable = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(unprintable)}
