@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import subprocess
 import sys
 import tempfile
@@ -347,7 +346,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="file for the tables; the numbers go beside it")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args(arguments)
-    logging.getLogger("serve").setLevel(logging.CRITICAL)  # injected faults would fill the screen
     bench = Bench(
         options.model, options.rounds, options.answers, options.max_tokens, options.minutes, options.requests,
         options.quiet,

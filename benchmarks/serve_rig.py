@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import random
 import socket
 import subprocess
@@ -31,11 +32,13 @@ from serve.metrics import Metrics
 from serve.server import make_worker
 from serve.worker import Worker
 
+logger = logging.getLogger("serve")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 class Standing:
-    """A server that stands until it is stopped.
+    """A server that stands until it is stopped, and writes no log: injected faults would fill it.
 
     Args:
         model: served.
@@ -56,6 +59,7 @@ class Standing:
 
     def __enter__(self) -> Standing:
         """Start it; returns when it is ready."""
+        logger.disabled = True
         self._thread.start()
         self.worker.start()
         self.worker.loaded.result(300)
@@ -67,6 +71,7 @@ class Standing:
         self._server.should_exit = True
         self.worker.stop()
         self._thread.join(10)
+        logger.disabled = False
 
     def total(self, name: str) -> dict[str, int]:
         """Values of a counter by its label, "" for a counter without one."""
