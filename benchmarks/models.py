@@ -10,11 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
+from dlm.backbone import ScratchConfig, from_scratch
 from dlm.config import MaskedDiffusionConfig
+from dlm.data.rules import make_examples
 from dlm.device import sent
 from dlm.model import MaskedDiffusionModel
 from dlm.spec import ModelSpec
+from dlm.tokenizer import train_tokenizer
 
 SMOLLM2 = {
     "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -39,6 +43,17 @@ def smollm2(device: str, dtype: torch.dtype) -> MaskedDiffusionModel:
     model = MaskedDiffusionModel(config)
     model.to(device, dtype).eval()
     return model
+
+
+def tiny(seed: int = 1) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerFast]:
+    """A model of two small layers that writes letters at random and ends now and then, and its tokenizer."""
+    examples = make_examples(200, seed=5)
+    tokenizer = train_tokenizer([text for e in examples for text in (e.instruction, e.answer)], 400)
+    torch.manual_seed(seed)
+    sizes = ScratchConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    model = from_scratch(sizes, tokenizer).eval()
+    model.config.generation = {"decoder": "conv", "rate": 2.0}
+    return model, tokenizer
 
 
 class Ending:

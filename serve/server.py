@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from types import FrameType
 from typing import Any, Protocol
@@ -23,9 +24,12 @@ from serve.worker import Worker
 logger = logging.getLogger("serve")
 
 
-def make_worker(config: ServeConfig, metrics: Metrics) -> Worker:
-    """A worker for the model of the settings, not yet started."""
-    return Worker(config.load, max_rows=config.max_rows, max_positions=config.max_positions, metrics=metrics)
+def make_worker(
+    config: ServeConfig, metrics: Metrics, load: Callable[[], tuple[Any, Any]] | None = None
+) -> Worker:
+    """A worker for the model of the settings, or for one that is loaded otherwise; not yet started."""
+    load = config.load if load is None else load
+    return Worker(load, max_rows=config.max_rows, max_positions=config.max_positions, metrics=metrics)
 
 
 class Backend(Protocol):

@@ -53,7 +53,7 @@ class Worker:
         self._queue: Queue[Job] = Queue(max_rows, max_positions)
         self._jobs: dict[int, tuple[Job, int]] = {}  # by ticket
         self._engine: Engine | None = None
-        self._stopping = False
+        self._stopping = self._ended = False
         self.draining = False
         self.loaded: Future[tuple[Any, Any]] = Future()
         """The model and its tokenizer, when they are there and warm."""
@@ -97,24 +97,26 @@ class Worker:
     def submit(self, job: Job) -> None:
         """Take up a job; its news come through `Job.deliver`."""
         self.metrics.accepted.inc()
-        self._inbox.put(lambda: self._take(job))
+        self._post(lambda: self._take(job))
 
     def cancel(self, job: Job) -> None:
         """Forget a job, before the next step; one that has ended already is left alone."""
-        self._inbox.put(lambda: self._cancel(job))
+        self._post(lambda: self._cancel(job))
 
     def call(self, function: Callable[[Any], T]) -> Future[T]:
-        """Call `function(model)` on the worker's thread, between two steps."""
+        """Call `function(model)` on the worker's thread, between two steps; `StoppedError` after its end."""
         future: Future[T] = Future()
 
         def run() -> None:
             if future.set_running_or_notify_cancel():
                 try:
+                    if self._ended:
+                        raise StoppedError("the server has stopped")
                     future.set_result(function(self.engine.model))
                 except Exception as error:
                     future.set_exception(error)
 
-        self._inbox.put(run)
+        self._post(run)
         return future
 
     def drain(self) -> None:
@@ -140,12 +142,30 @@ class Worker:
             self.loaded.set_exception(error)
             return
         self.loaded.set_result((model, tokenizer))
-        while self._read_inbox():
-            self._expire()
-            self._admit()
-            if len(self.engine):
-                self._step()
-            self._measure()
+        try:
+            while self._read_inbox():
+                self._expire()
+                self._admit()
+                if len(self.engine):
+                    self._step()
+                self._measure()
+        finally:
+            self.draining = True
+            self._end()
+            self._ended = True
+            self._clear_inbox()
+
+    def _post(self, message: Callable[[], None]) -> None:
+        """Leave a message for the thread; after its end, act on it here, so that nobody waits in vain."""
+        self._inbox.put(message)
+        if self._ended:
+            self._clear_inbox()
+
+    def _clear_inbox(self) -> None:
+        """Act on all messages, without waiting for one."""
+        with contextlib.suppress(Empty):
+            while True:
+                self._inbox.get_nowait()()
 
     def _warm_up(self) -> None:
         """Answer a word, so that the first request does not pay for what is made on first use."""
@@ -156,13 +176,10 @@ class Worker:
 
     def _read_inbox(self) -> bool:
         """Act on all messages; waits for one where there is nothing else to do. False to stop."""
-        idle = not len(self.engine) and not self._queue
-        try:
-            self._inbox.get(block=idle)()
-            while True:
-                self._inbox.get_nowait()()
-        except Empty:
-            return not self._stopping
+        if not len(self.engine) and not self._queue:
+            self._inbox.get()()
+        self._clear_inbox()
+        return not self._stopping
 
     def _take(self, job: Job) -> None:
         if self.draining:
@@ -211,6 +228,8 @@ class Worker:
 
     def _admit(self) -> None:
         for job, index in self._queue.admit():
+            if job not in self._queue:
+                continue  # another of its rows has been refused
             sample: Sample = job.samples[index]
             try:
                 ticket = self.engine.submit(sample.row, sample.plan, sample.seed)

@@ -10,7 +10,7 @@ import torch
 from decoding.request import Request
 from dlm.errors import DLMError
 from serve.errors import APIError
-from serve.job import ExpiredError, Job, Sample
+from serve.job import DrainingError, ExpiredError, Job, Sample, StoppedError
 from serve.metrics import Metrics
 from serve.queue import PATIENCE, Queue
 from serve.worker import Worker
@@ -260,6 +260,76 @@ def test_a_job_cancelled_after_its_end_is_left_alone(tiny, tokenizer):
     worker.stop()
     assert not worker.alive
     assert b'request_cancelled_total{model_name="x"} 0.0' in metrics.text()
+
+
+def started(model, tokenizer):
+    """A worker and a row for it."""
+    worker = Worker(lambda: (model, tokenizer), max_rows=4, max_positions=5000, metrics=Metrics("x"))
+    worker.start()
+    worker.loaded.result(60)
+    plan = Request(max_tokens=3).resolve(model)
+    return worker, Sample(worker.engine.rows.answer("a", plan), plan, 0)
+
+
+def test_a_job_that_comes_after_the_end_is_told(tiny, tokenizer):
+    """Else its client would wait for ever, and no counter would say what became of it."""
+    worker, sample = started(tiny, tokenizer)
+    worker.stop()
+    news = []
+    worker.submit(Job([sample], news.append))
+    assert [type(item) for item in news] == [DrainingError]
+    with pytest.raises(StoppedError):
+        worker.call(lambda model: 1).result(5)
+    text = worker.metrics.text()
+    assert b'requests_accepted_total{model_name="x"} 1.0' in text
+    assert b'request_failure_total{model_name="x",reason="draining"} 1.0' in text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_dies_tells_those_who_wait(tiny, tokenizer):
+    worker, sample = started(tiny, tokenizer)
+    news, done = [], threading.Event()
+
+    def broken(*args):
+        raise RuntimeError("unforeseen")
+
+    worker.engine.submit = broken
+
+    def deliver(item):
+        news.append(item)
+        done.set()
+
+    worker.submit(Job([sample], deliver))
+    assert done.wait(10)
+    wait_for(lambda: not worker.alive)
+    assert [type(item) for item in news] == [StoppedError]
+    assert not worker.ready
+    assert worker.idle
+
+
+def test_a_refused_row_takes_the_others_of_its_job_along(tiny, tokenizer):
+    """The engine refuses the first of three rows: the job has failed once, and nothing of it is at work."""
+    worker, sample = started(tiny, tokenizer)
+    submit, calls, news, done = worker.engine.submit, [], [], threading.Event()
+
+    def refusing(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise DLMError("this row does not fit")
+        return submit(*args)
+
+    worker.engine.submit = refusing
+
+    def deliver(item):
+        news.append(item)
+        done.set()
+
+    worker.submit(Job([sample] * 3, deliver))
+    assert done.wait(10)
+    worker.call(lambda model: None).result(10)
+    worker.stop()
+    assert [str(item) for item in news] == ["this row does not fit"]
+    assert (len(calls), len(worker.engine), worker._jobs) == (1, 0, {})
 
 
 # ---- the queue ---------------------------------------------------------------------------------------
