@@ -23,7 +23,7 @@ from serve.api import schema
 from serve.api.fill import fill_suffix
 from serve.api.parameters import Generation, faults_named, metadata, new_id, stop_texts
 from serve.api.sse import Events, event, stream
-from serve.api.tokens import TokenTexts, chat_logprobs, completion_logprobs
+from serve.api.tokens import TokenTexts, chat_logprobs, completion_logprobs, given_logprobs
 from serve.errors import APIError
 from serve.job import Notice, Sample
 from serve.service import Service
@@ -49,15 +49,17 @@ class _Form:
         body: the request.
         texts: of tokens.
         name: of the model.
-        prefixes: texts that answers begin with (`echo`), one for each choice.
+        prefixes: tokens that answers begin with (`echo`), for each choice; empty for none.
     """
 
     prefix = "cmpl"
     object = "text_completion"
     chunk = "text_completion"
 
-    def __init__(self, body: Any, texts: TokenTexts, name: str, prefixes: list[str]) -> None:
-        self.body, self.texts, self.prefixes = body, texts, prefixes
+    def __init__(self, body: Any, texts: TokenTexts, name: str, prefixes: list[list[int]]) -> None:
+        self.body, self.texts = body, texts
+        self.prefix_ids = prefixes
+        self.prefixes = [texts.join(ids) for ids in prefixes]
         self.head = {
             "id": new_id(self.prefix),
             "created": int(time.time()),
@@ -69,7 +71,12 @@ class _Form:
         """The first chunk of a choice, if there is one before any text."""
         if not self.prefixes[index]:
             return None
-        return {"index": index, "text": self.prefixes[index], "logprobs": None, "finish_reason": None}
+        logprobs = None if self.body.logprobs is None else self._prefix_logprobs(index)
+        return {"index": index, "text": self.prefixes[index], "logprobs": logprobs, "finish_reason": None}
+
+    def _prefix_logprobs(self, index: int) -> dict[str, Any]:
+        """Log-probabilities of the tokens of an echo, which were given and have none."""
+        return given_logprobs(self.prefix_ids[index], self.texts)
 
     def delta(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
         """A chunk of a choice."""
@@ -77,6 +84,9 @@ class _Form:
 
     def choice(self, index: int, text: str, logprobs: Any, reason: str) -> dict[str, Any]:
         """A finished choice."""
+        if logprobs is not None and self.prefixes[index]:
+            before = self._prefix_logprobs(index)
+            logprobs = {name: before[name] + values for name, values in logprobs.items()}
         return self.delta(index, self.prefixes[index] + text, logprobs, reason)
 
     def logprobs(self, index: int, output: Output, characters: int, tokens: int) -> Any:
@@ -342,7 +352,7 @@ class _Handlers:
             return generation.samples(service, [ids]), len(ids)
 
         samples, tokens = await service.prepare(prepare)
-        form = _ChatForm(body, self.token_texts(), service.config.served_name, [""] * len(samples))
+        form = _ChatForm(body, self.token_texts(), service.config.served_name, [[]] * len(samples))
         return await self._respond(http, Answers(service, samples, form, tokens))
 
     async def completions(self, body: schema.CompletionRequest, http: Request) -> Response:
@@ -353,12 +363,12 @@ class _Handlers:
         if body.suffix is not None:
             return await fill_suffix(service, body, http)
 
-        def prepare() -> tuple[list[Sample], int, list[str]]:
+        def prepare() -> tuple[list[Sample], int, list[list[int]]]:
             generation = completion_generation(body)
             prompts = raw_prompts(service, body.prompt)
-            echoes = [service.tokenizer.decode(ids) if body.echo else "" for ids in prompts]
+            echoes = [ids if body.echo else [] for ids in prompts]
             samples = generation.samples(service, prompts)
-            return samples, sum(map(len, prompts)), [text for text in echoes for _ in range(generation.n)]
+            return samples, sum(map(len, prompts)), [ids for ids in echoes for _ in range(generation.n)]
 
         samples, tokens, prefixes = await service.prepare(prepare)
         form = _Form(body, self.token_texts(), service.config.served_name, prefixes)

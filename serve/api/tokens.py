@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import cache
 from typing import Any
@@ -27,6 +28,10 @@ class TokenTexts:
     def text(self, token: int) -> str:
         """Text of a token; U+FFFD for bytes that are no whole character."""
         return self._decode(token)
+
+    def join(self, tokens: list[int]) -> str:
+        """Text of several tokens, control tokens included."""
+        return str(self._tokenizer.decode(tokens)) if tokens else ""
 
     def _text(self, token: int) -> str:
         return str(self._tokenizer.decode([token]))
@@ -84,6 +89,14 @@ def completion_logprobs(
         likeliest = {texts.text(t): max(LEAST, x) for t, x in reversed(pairs[:count])}
         top.append(dict(reversed((likeliest | {token: value}).items())))
     return {"tokens": written, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+
+
+def given_logprobs(tokens: list[int], texts: TokenTexts) -> dict[str, Any]:
+    """The `logprobs` object of /v1/completions for tokens that were given: none of them has any."""
+    written = [texts.text(token) for token in tokens]
+    offsets = [0, *itertools.accumulate(map(len, written))][:-1]
+    nothing = [None] * len(tokens)
+    return {"tokens": written, "token_logprobs": nothing, "top_logprobs": nothing, "text_offset": offsets}
 
 
 def chat_logprobs(output: Output, texts: TokenTexts, first: int, count: int) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import pytest
 
 from decoding import Sampler
 from tests.serve.rig import events, stream_of
+import functools
+import operator
 
 CHAT = {"messages": [{"role": "user", "content": "Sort the words: b a c"}], "max_tokens": 24}
 TEXT = {"prompt": "Sort the words:", "max_tokens": 24}
@@ -115,9 +117,18 @@ def test_an_echo_begins_with_the_prompt_in_whole_and_in_parts(server):
     plain = server.post("/v1/completions", **{**body, "echo": False}).json()["choices"][0]
     assert whole["text"] == TEXT["prompt"] + plain["text"]
     assert joined(stream_of(server, "/v1/completions", **body))[0] == whole["text"]
-    assert [x - len(TEXT["prompt"]) for x in whole["logprobs"]["text_offset"]] == plain["logprobs"][
-        "text_offset"
-    ]
+    given = len(whole["logprobs"]["tokens"]) - len(plain["logprobs"]["tokens"])
+    assert "".join(whole["logprobs"]["tokens"][:given]) == TEXT["prompt"]
+    assert set(whole["logprobs"]["token_logprobs"][:given]) == {None}
+    offsets = [x + len(TEXT["prompt"]) for x in plain["logprobs"]["text_offset"]]
+    assert whole["logprobs"]["text_offset"][given:] == offsets
+    for name in ("tokens", "token_logprobs", "top_logprobs"):
+        assert whole["logprobs"][name][given:] == plain["logprobs"][name]
+    parts = [c["choices"][0]["logprobs"] for c in stream_of(server, "/v1/completions", **body)[:-1]]
+    assert (
+        functools.reduce(operator.iadd, (part["text_offset"] for part in parts if part), [])
+        == whole["logprobs"]["text_offset"]
+    )
 
 
 def test_log_probabilities_are_those_of_the_tokens_when_they_were_written(server, client, tiny, tokenizer):
