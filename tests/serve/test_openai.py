@@ -1,15 +1,15 @@
 """OpenAI's interface, by its own client: what a client may rely on, whatever server it talks to."""
 
+import functools
 import json
 import math
+import operator
 
 import openai
 import pytest
 
 from decoding import Sampler
 from tests.serve.rig import events, stream_of
-import functools
-import operator
 
 CHAT = {"messages": [{"role": "user", "content": "Sort the words: b a c"}], "max_tokens": 24}
 TEXT = {"prompt": "Sort the words:", "max_tokens": 24}
