@@ -5,6 +5,7 @@ Importable without torch: commands fill requests before a model is loaded.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -27,6 +28,9 @@ DEFAULT_RATE = 2.0
 
 DEFAULT_MAX_TOKENS = 256
 """Longest answer, when neither it nor a window is given."""
+
+MOST_RATE = 1_000_000
+"""Most tokens per model call; no row has as many."""
 
 MOST_LOGPROBS = 100
 """Most likeliest tokens noted beside a token."""
@@ -86,6 +90,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         lambda value: isinstance(value, int | float) and not isinstance(value, bool) and value >= 1,
         "be at least 1 token per model call",
     ),
+    (("rate",), lambda value: value <= MOST_RATE or value == math.inf, f"be at most {MOST_RATE}"),
     (("eos_fill",), lambda value: value in (True, False), "be true or false"),
     (("canvas", "reuse", "begin", "ending"), lambda value: isinstance(value, str), "be a text"),
     (

@@ -37,7 +37,9 @@ Equal seeds and parameters give equal texts, whatever else the server is doing.
 def create_app(worker: Worker, config: ServeConfig, metrics: Metrics) -> FastAPI:
     """The ASGI application in front of a worker, which somebody else starts and stops."""
     service = Service(worker, config, metrics)
-    app = FastAPI(title="dlm", version=__version__, description=DESCRIPTION, redoc_url=None)
+    app = FastAPI(
+        title="dlm", version=__version__, description=DESCRIPTION, redoc_url=None, strict_content_type=False
+    )
     app.state.service = service
     for module in (openai, canvas, mercury, tgi, ollama, operations):
         app.include_router(module.router(service))
@@ -56,34 +58,43 @@ def create_app(worker: Worker, config: ServeConfig, metrics: Metrics) -> FastAPI
 def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     """Answer every error with OpenAI's error object."""
 
-    async def send(error: APIError) -> JSONResponse:
+    async def send(request: Request, error: APIError) -> JSONResponse:
         if error.status in (400, 413):
             metrics.refused.inc(label=error.code or "invalid_request")
-        return JSONResponse(error.body, error.status, error.headers)
+        return JSONResponse(body_for(request.url.path, error), error.status, error.headers)
 
     @app.exception_handler(APIError)
     async def api_error(request: Request, error: APIError) -> JSONResponse:
-        return await send(error)
+        return await send(request, error)
 
     @app.exception_handler(DLMError)
     async def dlm_error(request: Request, error: DLMError) -> JSONResponse:
-        return await send(as_api_error(error))
+        return await send(request, as_api_error(error))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return await send(explain(error.errors()))
+        return await send(request, explain(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        api_error = APIError(
-            error.status_code, str(error.detail), code=str(error.detail).lower().replace(" ", "_")
-        )
-        return JSONResponse(api_error.body, error.status_code, error.headers)
+        api_error = APIError(error.status_code, str(error.detail), code=_code_of(error))
+        body = body_for(request.url.path, api_error)
+        return JSONResponse(body, error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         logger.exception("a request failed", exc_info=error)
         return JSONResponse(APIError(500, "the server failed", code="internal_error").body, 500)
+
+
+def body_for(path: str, error: APIError) -> dict[str, Any]:
+    """The body of an error as the interface of the path has it: OpenAI's object, TGI's or Ollama's text."""
+    if path in ("/", "/generate", "/generate_stream"):
+        kind = {429: "overloaded", 400: "validation", 413: "validation"}.get(error.status, "generation")
+        return {"error": error.message, "error_type": kind, "param": error.param, "code": error.code}
+    if path.startswith("/api/"):
+        return {"error": error.message, "param": error.param, "code": error.code}
+    return error.body
 
 
 def explain(errors: Sequence[Any]) -> APIError:  # noqa: PLR0911
@@ -106,12 +117,18 @@ def explain(errors: Sequence[Any]) -> APIError:  # noqa: PLR0911
     if not place:
         return APIError(400, "the body must be a JSON object", code="invalid_json")
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(place[-1], _names(), n=1)
+        near = difflib.get_close_matches(place[-1], [n for n in _names() if n != place[-1]], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return APIError(400, f"unknown parameter {param}{hint}", param=param, code="unknown_parameter")
     if kind == "missing":
         return APIError(400, f"{param} is missing", param=param, code="missing_parameter")
     return APIError(400, f"{param}: {fault['msg']}", param=param, code="invalid_value")
+
+
+def _code_of(error: HTTPException) -> str:
+    if error.status_code == 400:
+        return "invalid_json"
+    return str(error.detail).lower().replace(" ", "_")
 
 
 _UNION = ("str", "int", "float", "list", "dict", "bool")
@@ -138,5 +155,6 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         for name in ("HTTPValidationError", "ValidationError"):
             parts.get("schemas", {}).pop(name, None)
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        spec["security"] = [{}, {"key": []}]
         app.openapi_schema = spec
     return app.openapi_schema

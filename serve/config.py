@@ -28,7 +28,8 @@ class ServeConfig(LoadConfig):
         api_key_file: file of keys, one a line.
         max_body: longest body of a request, in bytes.
         max_prompt: longest prompt, in tokens; 0 for what the model can hold.
-        max_n: most answers to one request.
+        max_n: most answers to one prompt.
+        max_request_rows: most rows of one request: its prompts times their answers, or the lengths of gaps.
         max_stop: most stop texts of a request.
         max_stop_length: longest stop text, in characters.
         cors: origins whose pages may call the server, such as '["https://example.org"]'; none by default.
@@ -53,6 +54,7 @@ class ServeConfig(LoadConfig):
     max_body: int = 1 << 20
     max_prompt: int = 0
     max_n: int = 16
+    max_request_rows: int = 256
     max_stop: int = 16
     max_stop_length: int = 256
     cors: list[str] = field(default_factory=list)
@@ -65,7 +67,7 @@ class ServeConfig(LoadConfig):
     def __post_init__(self) -> None:
         """Check the ranges."""
         LoadConfig.__post_init__(self)
-        for name in ("max_rows", "max_positions", "max_body", "max_n"):
+        for name in ("max_rows", "max_positions", "max_body", "max_n", "max_request_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in (
@@ -113,7 +115,11 @@ class ServeConfig(LoadConfig):
         Raises:
             DataError: for a file of keys that cannot be read, or holds none.
         """
-        keys = [*self.api_key, *filter(None, [os.environ.get("DLM_API_KEY")])]
+        keys = [key.strip() for key in self.api_key]
+        if "DLM_API_KEY" in os.environ:
+            keys.append(os.environ["DLM_API_KEY"].strip())
+        if "" in keys:
+            raise DataError("a key is empty; give one with --api_key_file, or leave DLM_API_KEY unset")
         if self.api_key_file:
             try:
                 lines = Path(self.api_key_file).read_text(encoding="utf-8-sig").splitlines()

@@ -43,7 +43,8 @@ class APIError(DLMError):
         retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.param = status, message, param
+        self.code = code or ("invalid_value" if status == 400 else None)
         self.retry_after = retry_after
 
     @property

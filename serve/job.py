@@ -61,6 +61,8 @@ class Job:
         watch: what is made of each step of a row; None when only the end is wanted.
         finish: what is made of the last update of a row; None for its output.
         deadline: `time.monotonic()` at which it is given up; None for never.
+        prompt_tokens: tokens of its prompts, for the metrics.
+        counted: count the tokens that its rows write; False where most of them are thrown away.
     """
 
     samples: Sequence[Sample]
@@ -68,6 +70,8 @@ class Job:
     watch: Callable[[Update], Any] | None = None
     finish: Callable[[Update], Any] | None = None
     deadline: float | None = None
+    prompt_tokens: int = 0
+    counted: bool = True
     number: int = field(default_factory=lambda: next(_job_numbers))
     arrived: float = field(default_factory=time.monotonic)
     begun: float | None = None

@@ -5,6 +5,7 @@ Plain ASGI, so that streams and disconnections pass through untouched.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -22,6 +23,9 @@ from serve.errors import APIError
 from serve.metrics import Metrics
 
 logger = logging.getLogger("serve.access")
+
+BODY_SECONDS = 60
+"""Seconds that a client may take for the next piece of its body."""
 
 OPEN = re.compile(r"/(health|ready|metrics|docs|openapi\.json|page/[\w.]+)?")
 """Paths that need no key; / for GET alone."""
@@ -50,6 +54,8 @@ class RequestLog:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
+        if scope["method"] == "HEAD":  # the server leaves the body out
+            scope = {**scope, "method": "GET"}
         begun, status, body = time.monotonic(), 0, bytearray()
 
         async def sending(message: Message) -> None:
@@ -85,7 +91,13 @@ class RequestLog:
         if self.json_lines:
             logger.info(json.dumps({"time": time.time(), **line}))
         else:
-            logger.info(" ".join(f"{name}={value!s}" for name, value in line.items()))
+            logger.info(" ".join(f"{name}={_quoted(value)}" for name, value in line.items()))
+
+
+def _quoted(value: Any) -> str:
+    """A value on one line, in quotes where it could be taken for something else."""
+    text = str(value)
+    return text if text.isprintable() and " " not in text and '"' not in text else json.dumps(text)
 
 
 class BodyLimit:
@@ -109,12 +121,16 @@ class BodyLimit:
         if announced.isdigit() and int(announced) > self.limit:
             await self._refuse(scope, receive, send)
             return
-        read, started = 0, False
+        read, started, whole = 0, False, False
 
         async def receiving() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, whole
+            try:
+                message = await asyncio.wait_for(receive(), None if whole else BODY_SECONDS)
+            except TimeoutError:
+                return {"type": "http.disconnect"}
             read += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if read > self.limit:
                 raise _TooLong
             return message

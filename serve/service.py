@@ -32,6 +32,10 @@ NAMELESS = ("dummy", "tgi")
 """Names that clients of TGI send because the interface has none: they mean the model that is there."""
 
 
+MOST_UNREAD = 4096
+"""Steps that a client may be behind before its request is given up."""
+
+
 class Service:
     """A worker, as handlers of requests use it.
 
@@ -144,6 +148,8 @@ class Service:
         watch: Callable[[Update], Any] | None = None,
         finish: Callable[[Update], Any] | None = None,
         timeout: float | None = None,
+        prompt_tokens: int | None = None,
+        counted: bool = True,
     ) -> AsyncGenerator[Notice, None]:
         """Decode rows; yields news of them until the last is finished. Leaving early frees the rows.
 
@@ -152,6 +158,8 @@ class Service:
             watch: what is made of each step.
             finish: what is made of the end of a row; by default its output.
             timeout: seconds until they are given up; the server's by default.
+            prompt_tokens: tokens of the prompts, for the metrics; by default those of the first row.
+            counted: count the tokens that are written.
 
         Raises:
             APIError: when the rows could not be finished.
@@ -160,21 +168,24 @@ class Service:
         news: asyncio.Queue[list[Notice] | Exception] = asyncio.Queue()
 
         def deliver(item: list[Notice] | Exception) -> None:
+            if news.qsize() > MOST_UNREAD:
+                item = APIError(503, "the client reads too slowly", code="slow_client")
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(news.put_nowait, item)
 
         seconds = self.config.timeout if timeout is None else timeout
         deadline = time.monotonic() + seconds if seconds else None
-        job = Job(samples, deliver, watch, finish, deadline)
         remaining = len(samples)
         if not remaining:
             return
+        if prompt_tokens is None:
+            prompt_tokens = samples[0].row.answer
+        job = Job(samples, deliver, watch, finish, deadline, prompt_tokens, counted)
         self.worker.submit(job)
         try:
             while remaining:
                 item = await news.get()
                 if isinstance(item, Exception):
-                    remaining = 0
                     raise as_api_error(item)
                 for notice in item:
                     remaining -= notice.finished
@@ -189,10 +200,12 @@ class Service:
         *,
         finish: Callable[[Update], Any] | None = None,
         timeout: float | None = None,
+        prompt_tokens: int | None = None,
     ) -> list[Any]:
         """The ends of all rows, in order; see `notices`."""
         results: dict[int, Any] = {}
-        async with aclosing(self.notices(samples, finish=finish, timeout=timeout)) as notices:
+        stream = self.notices(samples, finish=finish, timeout=timeout, prompt_tokens=prompt_tokens)
+        async with aclosing(stream) as notices:
             async for notice in notices:
                 results[notice.index] = notice.value
         return [results[i] for i in range(len(samples))]

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
@@ -54,6 +54,9 @@ class Worker:
         self._jobs: dict[int, tuple[Job, int]] = {}  # by ticket
         self._engine: Engine | None = None
         self._stopping = self._ended = False
+        self._open: dict[int, Job] = {}  # by number: taken up, and not yet told their end
+        self._holds = 0
+        self._waiting = 0
         self.draining = False
         self.loaded: Future[tuple[Any, Any]] = Future()
         """The model and its tokenizer, when they are there and warm."""
@@ -87,16 +90,26 @@ class Worker:
     @property
     def waiting(self) -> int:
         """Requests of which no row has begun, those in the inbox included."""
-        return self._queue.waiting + self._inbox.qsize()
+        return self._waiting + self._inbox.qsize()
 
     @property
     def idle(self) -> bool:
         """True when no request is at work or waiting."""
-        return not self._queue and self._inbox.empty()
+        return not self._open and not self._holds and self._inbox.empty()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Count as busy meanwhile; for requests of several jobs; on the event loop alone."""
+        self._holds += 1
+        try:
+            yield
+        finally:
+            self._holds -= 1
 
     def submit(self, job: Job) -> None:
         """Take up a job; its news come through `Job.deliver`."""
         self.metrics.accepted.inc()
+        self._open[job.number] = job
         self._post(lambda: self._take(job))
 
     def cancel(self, job: Job) -> None:
@@ -125,8 +138,9 @@ class Worker:
         self._inbox.put(self._refuse_waiting)
 
     def stop(self, timeout: float | None = 5.0) -> None:
-        """End the thread before its next step; jobs that are not finished are told."""
+        """End the thread before its next step; jobs that are not finished are told at once."""
         self.draining = True
+        self._tell_end()
         self._inbox.put(self._end)
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout)
@@ -154,6 +168,15 @@ class Worker:
             self._end()
             self._ended = True
             self._clear_inbox()
+            self._tell_end()
+
+    def _tell_end(self) -> None:
+        """Tell all open jobs that they will not be finished; on any thread, without waiting for a step."""
+        for number in list(self._open):
+            job = self._open.pop(number, None)
+            if job is not None:
+                self.metrics.failed.inc(label="stopped")
+                job.deliver(StoppedError("the server has stopped"))
 
     def _post(self, message: Callable[[], None]) -> None:
         """Leave a message for the thread; after its end, act on it here, so that nobody waits in vain."""
@@ -185,28 +208,32 @@ class Worker:
         if self.draining:
             self._fail(job, DrainingError("the server is shutting down"), "draining")
             return
+        if job.number not in self._open:
+            return
         self._queue.add(job, [sample.positions for sample in job.samples])
 
     def _cancel(self, job: Job) -> None:
-        if self._forget(job):
+        self._forget(job)
+        if self._open.pop(job.number, None) is not None:
             self.metrics.cancelled.inc()
 
-    def _forget(self, job: Job) -> bool:
-        """Take a job's rows out of the queue and the engine; False when it is not there."""
+    def _forget(self, job: Job) -> None:
+        """Take a job's rows out of the queue and the engine, if they are there."""
         if job not in self._queue:
-            return False
+            return
         self._queue.remove(job)
         for ticket in job.tickets.values():
             del self._jobs[ticket]
             with contextlib.suppress(KeyError):  # finished in this very step
                 self.engine.cancel(ticket)
         job.tickets.clear()
-        return True
 
     def _fail(self, job: Job, error: Exception, reason: str) -> None:
+        """End a job with an error, unless it has been told its end already."""
         self._forget(job)
-        self.metrics.failed.inc(label=reason)
-        job.deliver(error)
+        if self._open.pop(job.number, None) is not None:
+            self.metrics.failed.inc(label=reason)
+            job.deliver(error)
 
     def _refuse_waiting(self) -> None:
         for job in self._queue.waiting_jobs():
@@ -233,7 +260,7 @@ class Worker:
             sample: Sample = job.samples[index]
             try:
                 ticket = self.engine.submit(sample.row, sample.plan, sample.seed)
-            except DLMError as error:
+            except Exception as error:
                 self._fail(job, error, "invalid")
                 continue
             if job.begun is None:
@@ -289,12 +316,14 @@ class Worker:
         now = time.monotonic()
         self.row_seconds += 0.1 * (now - (job.begun or now) - self.row_seconds)
         metrics.model_calls.inc(output.model_calls)
-        metrics.generation_tokens.inc(len(output.token_ids))
+        if job.counted:
+            metrics.generation_tokens.inc(len(output.token_ids))
         metrics.tokens_per_call.observe(len(output.token_ids) / max(1, output.model_calls))
         metrics.answers.inc(label=output.finish_reason)
         if job.finished == len(job.samples):
+            self._open.pop(job.number, None)
             metrics.finished.inc()
-            metrics.prompt_tokens.inc(job.samples[0].row.answer)
+            metrics.prompt_tokens.inc(job.prompt_tokens)
             metrics.end_to_end.observe(now - job.arrived)
 
     def _start_again(self, error: Exception) -> None:
@@ -311,7 +340,8 @@ class Worker:
 
     def _measure(self) -> None:
         queue, metrics = self._queue, self.metrics
-        metrics.waiting.set(queue.waiting)
+        self._waiting = queue.waiting
+        metrics.waiting.set(self._waiting)
         metrics.running.set(len(queue) - queue.waiting)
         metrics.rows.set(queue.rows)
         metrics.positions.set(queue.positions)

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import asdict
 from functools import cache
 from itertools import takewhile
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -47,6 +47,8 @@ CHARACTER = 4
 
 class CanvasRequest(Sampling):
     """Body of /v1/canvas: a text with gaps, or a prompt to answer."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"n": (1,), "return_metadata": (False,)}
 
     model: str | None = None
     text: str | None = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -21,7 +22,7 @@ from decoding.request import Request as DecodingRequest
 from decoding.rows import Prompt
 from dlm.version import __version__
 from serve.api import schema
-from serve.api.parameters import Sampling, faults_named, first_seed, new_id, wrapped
+from serve.api.parameters import Sampling, check_rows, faults_named, first_seed, new_id, wrapped
 from serve.api.sse import Events, event, stream
 from serve.errors import APIError
 from serve.job import Sample
@@ -30,8 +31,8 @@ from serve.service import Service
 MEANINGLESS = ("window", "eos_fill", "begin", "ending", "forced", "canvas", "margin")
 """Fields that `plan_infilling` refuses by name: a text with gaps has the length it has."""
 
-SCORED = 16
-"""Rows of one call that compares lengths."""
+SCORED = 4
+"""Rows of one call that compares lengths; at least 2."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def prepare_filling(
     """
     if n > service.config.max_n:
         raise APIError(400, f"n must be at most {service.config.max_n}, got {n}", param="n")
+    combinations = math.prod(len(piece.lengths) for piece in pieces if isinstance(piece, Gap))
+    check_rows(service.config, combinations * n)
     with faults_named():
         return _rows_of_lengths(service, pieces, prompt, sampling, n)
 
@@ -116,32 +119,48 @@ async def filling_steps(
     service: Service, filling: Filling, timeout: float | None, watch: Callable[[Update], Any] | None = None
 ) -> AsyncGenerator[Any, None]:
     """Results of `watch` for each step, then the filled texts, see `fill`."""
-    canvases: dict[int, Canvas] = {}
-    notices = service.notices(
-        filling.samples, watch=watch, finish=lambda update: update.canvas, timeout=timeout
-    )
-    async with aclosing(notices):
-        async for notice in notices:
-            if notice.finished:
-                canvases[notice.index] = notice.value
-            else:
-                yield notice.value
-    size, plan = filling.lengths, filling.plan
-    out = []
-    for i, seed in enumerate(filling.seeds):
-        tries = [canvases[j] for j in range(i * size, (i + 1) * size)]
-        scores = await service.call(partial(gap_scores, tries=tries, plan=plan, batch_size=SCORED))
-        best = max(range(size), key=scores.__getitem__)
-        calls = sum(int(canvas.model_calls[0]) for canvas in tries) + (size if size > 1 else 0)
-        result = infilled(tries[best], service.tokenizer, calls, scores[best])
-        out.append(Filled(result, tries[best], plan, seed))
-    yield out
+    with service.worker.held():
+        canvases: dict[int, Canvas] = {}
+        notices = service.notices(
+            filling.samples,
+            watch=watch,
+            finish=lambda update: update.canvas,
+            timeout=timeout,
+            prompt_tokens=filling.prompt_tokens,
+            counted=False,
+        )
+        async with aclosing(notices):
+            async for notice in notices:
+                if notice.finished:
+                    canvases[notice.index] = notice.value
+                else:
+                    yield notice.value
+        size = filling.lengths
+        tries = [[canvases[i * size + j] for j in range(size)] for i in range(len(filling.seeds))]
+        results = [await _best(service, filling, *pair) for pair in zip(tries, filling.seeds, strict=True)]
+        service.metrics.generation_tokens.inc(sum(each.written for each in results))
+        yield results
+
+
+async def _best(service: Service, filling: Filling, tries: list[Canvas], seed: int) -> Filled:
+    """The likeliest of the lengths that were tried; compared in slices, between steps of others."""
+    scores: list[float] = []
+    size, plan = len(tries), filling.plan
+    for first in range(0, size, SCORED):
+        last = first + SCORED
+        part = tries[first : size if size - last == 1 else last]  # one alone would not be compared
+        if first and len(part) == 1:
+            break
+        scores += await service.call(partial(gap_scores, tries=part, plan=plan, batch_size=len(part)))
+    best = max(range(size), key=scores.__getitem__)
+    calls = sum(int(canvas.model_calls[0]) for canvas in tries) + (size if size > 1 else 0)
+    return Filled(infilled(tries[best], service.tokenizer, calls, scores[best]), tries[best], plan, seed)
 
 
 async def fill_suffix(service: Service, body: schema.CompletionRequest, http: Request) -> Response:
     """Answer /v1/completions with a suffix: the text between the two, of any length up to `max_tokens`."""
     for name in ("echo", "logprobs", "stop", "diffusing"):
-        if getattr(body, name) not in (None, False, [], 0):
+        if getattr(body, name) is not None and getattr(body, name) not in (False, []):
             raise APIError(400, f"{name} means nothing beside a suffix", param=name)
     if not isinstance(body.prompt, str):
         raise APIError(400, "with a suffix, the prompt must be one text", param="prompt")

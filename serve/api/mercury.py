@@ -51,7 +51,11 @@ class EditRequest(Sampling):
     max_tokens: int | None = Field(None, ge=1, description="Longest replacement; as long as before.")
     stream: bool | None = None
 
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"n": (1,), "stop": ([],)}
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "n": (1,),
+        "stop": ([],),
+        "return_metadata": (False,),
+    }
 
 
 def marked(message: str) -> tuple[str, tuple[int, int]]:
@@ -115,11 +119,12 @@ class _Handlers:
         service.check_model(body.model)
         service.check_ready()
 
-        def prepare() -> Filling:
+        def prepare() -> tuple[Filling, list[Piece]]:
             with faults_named():
-                return prepare_filling(service, _pieces(service, body), body.instruction, body)
+                pieces = _pieces(service, body)
+            return prepare_filling(service, pieces, body.instruction, body), pieces
 
-        filling = await service.prepare(prepare)
+        filling, pieces = await service.prepare(prepare)
         head = {
             "id": new_id("chatcmpl"),
             "created": int(time.time()),
@@ -127,9 +132,9 @@ class _Handlers:
             "system_fingerprint": f"dlm-{__version__}",
         }
         if body.stream:
-            return stream(self._edit_events(filling, body.timeout, head))
+            return stream(self._edit_events(filling, pieces, body.timeout, head))
         (filled,) = await service.unless_gone(http, fill(service, filling, body.timeout))
-        message = {"role": "assistant", "content": "".join(filled.result.gaps), "refusal": None}
+        message = {"role": "assistant", "content": _replacement(filled, pieces), "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
         response = {
             **head,
@@ -139,9 +144,11 @@ class _Handlers:
         }
         return JSONResponse(response)
 
-    async def _edit_events(self, filling: Filling, timeout: float | None, head: dict[str, Any]) -> Events:
+    async def _edit_events(
+        self, filling: Filling, pieces: list[Piece], timeout: float | None, head: dict[str, Any]
+    ) -> Events:
         (filled,) = await fill(self.service, filling, timeout)
-        delta = {"role": "assistant", "content": "".join(filled.result.gaps)}
+        delta = {"role": "assistant", "content": _replacement(filled, pieces)}
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": "stop"}
         yield event({**head, "object": "chat.completion.chunk", "choices": [choice]})
 
@@ -152,6 +159,15 @@ def router(service: Service) -> APIRouter:
     api.post("/fim/completions", responses=streamed(schema.Completion))(handlers.fim)
     api.post("/edit/completions", responses=streamed(schema.ChatCompletion))(handlers.edit)
     return api
+
+
+def _replacement(filled: Filled, pieces: list[Piece]) -> str:
+    """The text in the place of the span; a space before the span, which the gap took, is not part of it."""
+    before, after = str(pieces[0]), str(pieces[-1])
+    text = filled.result.text
+    if text.startswith(before) and text.endswith(after):
+        return text[len(before) : len(text) - len(after)]
+    return "".join(filled.result.gaps)
 
 
 def _usage(filled: Filled, filling: Filling) -> dict[str, int]:

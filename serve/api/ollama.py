@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -18,8 +17,9 @@ from dlm.tokenizer import Message
 from dlm.version import __version__
 from serve.api import schema
 from serve.api.lines import LinesResponse
-from serve.api.openai import ERRORS, confirmed_part, raw_ids
+from serve.api.openai import PLAIN_ERRORS, confirmed_part, raw_ids
 from serve.api.parameters import Body, Generation, Sampling, Texts, faults_named, stop_texts
+from serve.api.sse import json_line
 from serve.errors import APIError
 from serve.job import Sample
 from serve.service import Service
@@ -35,6 +35,7 @@ class Options(Sampling):
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         "mirostat": (0,),
+        "return_metadata": (False,),
         "repeat_last_n": (64, -1),
         "num_keep": (0,),
         "num_gpu": (),
@@ -92,6 +93,10 @@ class _OllamaAnswer:
         self.sample: Sample
         self.begun = time.monotonic_ns()
 
+    @property
+    def _timeout(self) -> float | None:
+        return self.body.options.timeout if self.body.options else None
+
     def prepare(self, ids: list[int]) -> None:
         """Make the row; on the thread that encodes."""
         options = self.body.options or Options()
@@ -115,28 +120,33 @@ class _OllamaAnswer:
         return line | {
             "done_reason": output.finish_reason,
             "total_duration": time.monotonic_ns() - self.begun,
+            "load_duration": 0,
             "prompt_eval_count": self.sample.row.answer,
+            "prompt_eval_duration": 0,
+            "eval_duration": time.monotonic_ns() - self.begun,
             "eval_count": len(output.token_ids),
         }
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
-        (output,) = await self.service.results([self.sample])
+        (output,) = await self.service.results([self.sample], timeout=self._timeout)
         return self.line(output.text, output)
 
     async def lines(self) -> AsyncIterator[str]:
         """The answer as lines of JSON."""
         sent = 0
         try:
-            async with aclosing(self.service.notices([self.sample], watch=confirmed_part)) as notices:
+            async with aclosing(
+                self.service.notices([self.sample], watch=confirmed_part, timeout=self._timeout)
+            ) as notices:
                 async for notice in notices:
                     output: Output = notice.value
                     text, sent = output.text[sent:], len(output.text)
                     if text or notice.finished:
                         line = self.line(text, output if notice.finished else None)
-                        yield json.dumps(line, ensure_ascii=False) + "\n"
+                        yield json_line(line) + "\n"
         except APIError as error:
-            yield json.dumps({"error": error.message}, ensure_ascii=False) + "\n"
+            yield json_line({"error": error.message}) + "\n"
 
 
 class _Handlers:
@@ -202,9 +212,9 @@ def router(service: Service) -> APIRouter:
     """The paths of this interface."""
     api, handlers = APIRouter(prefix="/api", tags=["Ollama"]), _Handlers(service)
     content: dict[str, Any] = {"application/x-ndjson": {}, "application/json": {}}
-    answers: dict[int | str, dict[str, Any]] = {200: {"content": content}, **ERRORS}
+    answers: dict[int | str, dict[str, Any]] = {200: {"content": content}, **PLAIN_ERRORS}
     api.post("/chat", response_class=Response, responses=answers)(handlers.chat)
     api.post("/generate", response_class=Response, responses=answers)(handlers.generate)
-    api.get("/tags", responses=ERRORS)(handlers.tags)
-    api.get("/version", responses=ERRORS)(handlers.version)
+    api.get("/tags", responses=PLAIN_ERRORS)(handlers.tags)
+    api.get("/version", responses=PLAIN_ERRORS)(handlers.version)
     return api

@@ -6,9 +6,10 @@ Both kinds of completion are one thing: prompts of token ids, answers, and a for
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -31,9 +32,9 @@ from serve.service import Service
 COMPLETION_TOKENS = 16
 """Longest answer of /v1/completions where none is given, as OpenAI's."""
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": schema.Error} for status in (400, 401, 404, 413, 429, 500, 503, 504)
-}
+STATUSES = (400, 401, 404, 413, 429, 500, 503, 504)
+ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": schema.Error} for status in STATUSES}
+PLAIN_ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": schema.PlainError} for status in STATUSES}
 
 
 def streamed(model: Any) -> dict[int | str, dict[str, Any]]:
@@ -140,6 +141,8 @@ def check_answering(body: schema.Answering) -> None:
     """
     if body.stream_options is not None and not body.stream:
         raise APIError(400, "stream_options needs stream to be true", param="stream_options")
+    if body.diffusing and getattr(body, "logprobs", None) not in (None, False):
+        raise APIError(400, "logprobs means nothing for snapshots", param="logprobs")
     if body.diffusing and not body.stream:
         raise APIError(400, "diffusing needs stream to be true", param="diffusing")
 
@@ -224,7 +227,9 @@ class Answers:
 
     async def whole(self) -> dict[str, Any]:
         """The response when all answers are finished."""
-        outputs = await self.service.results(self.samples, timeout=self.form.body.timeout)
+        outputs = await self.service.results(
+            self.samples, timeout=self.form.body.timeout, prompt_tokens=self.prompt_tokens
+        )
         choices = []
         for i, output in enumerate(outputs):
             logprobs = self.form.logprobs(i, output, 0, 0)
@@ -246,8 +251,11 @@ class Answers:
         for i in range(len(self.samples)):
             if (first := self.form.first(i)) is not None:
                 yield event(self._chunk([first], progress, options))
-        watch = _snapshot if body.diffusing else confirmed_part
-        notices = self.service.notices(self.samples, watch=watch, timeout=body.timeout)
+        stops = self.samples[0].plan.stop
+        watch = partial(_snapshot, stops=stops) if body.diffusing else confirmed_part
+        notices = self.service.notices(
+            self.samples, watch=watch, timeout=body.timeout, prompt_tokens=self.prompt_tokens
+        )
         async with aclosing(notices):
             async for notice in notices:
                 for choice in self._deltas(notice, progress[notice.index]):
@@ -266,13 +274,15 @@ class Answers:
 
     def _deltas(self, notice: Notice, progress: _Progress) -> Iterator[dict[str, Any]]:
         """Chunks that a notice gives rise to."""
-        if isinstance(notice.value, str):  # a snapshot
-            yield self.form.delta(notice.index, notice.value, None, None)
+        if isinstance(notice.value, Snapshot):
+            progress.tokens = notice.value.tokens
+            text = self.form.prefixes[notice.index] + notice.value.text
+            yield self.form.delta(notice.index, text, None, None)
             return
         output: Output = notice.value
         if self.form.body.diffusing:
             progress.tokens = len(output.token_ids)
-            yield self._last(notice.index, output, output.text, None)
+            yield self._last(notice.index, output, self.form.prefixes[notice.index] + output.text, None)
             return
         text = output.text[progress.characters :]
         fresh = len(output.token_ids) - progress.tokens
@@ -310,9 +320,20 @@ def confirmed_part(update: Update) -> Output | None:
     return part if part.text or part.token_ids else None
 
 
-def _snapshot(update: Update) -> str:
-    """The whole text as it stands, a blank for each mask."""
-    return update.event.text
+@dataclass(frozen=True)
+class Snapshot:
+    """The whole text of an answer as it stands, a blank for each mask, and its number of tokens."""
+
+    text: str
+    tokens: int
+
+
+def _snapshot(update: Update, stops: Sequence[str]) -> Snapshot:
+    """The answer as it stands, up to the first stop text, which may still be taken back."""
+    event = update.event
+    places = [place for place in map(event.text.find, stops) if place >= 0]
+    written = sum(token != update.plan.mask_id for token in event.token_ids)
+    return Snapshot(event.text[: min(places)] if places else event.text, written)
 
 
 # ---- paths -------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -27,6 +27,7 @@ SEEDS = 2**63 - 1
 Texts = str | list[str]
 Seed = Annotated[int, Field(ge=-SEEDS - 1, le=SEEDS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -68,7 +69,7 @@ class Diffusion(Body):
 
     decoder: str | None = Field(None, description="A decoder by name, see /v1/decoders.")
     options: dict[str, Any] | None = Field(None, description="Options of the decoder.")
-    rate: float | None = Field(None, ge=1, description="Tokens written per model call, on average.")
+    rate: float | None = Field(None, ge=1, le=10**6, description="Tokens written per model call, on average.")
     steps: int | None = Field(None, ge=1, description="Denoising steps, on a canvas of fixed length.")
     window: int | None = Field(None, ge=1, description="Tokens of prompt and answer, on a fixed canvas.")
     reuse: Literal["prompt", "prefix", "dual"] | None = Field(
@@ -83,7 +84,7 @@ class Diffusion(Body):
     canvas: Literal["full", "growing"] | None = None
     margin: int | None = Field(None, ge=0, description="Masks that a growing canvas holds ahead.")
     seed: Seed | None = Field(None, description="Equal seeds and requests give equal texts.")
-    timeout: float | None = Field(None, gt=0, description="Seconds until the request is given up.")
+    timeout: float | None = Field(None, ge=0.001, description="Seconds until the request is given up.")
     return_metadata: bool | None = Field(None, description="Report model calls, steps and reveal steps.")
 
 
@@ -94,10 +95,19 @@ class Sampling(Diffusion):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, description="0 or -1 for all.")
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Bias] | None = Field(None, max_length=1024)
+    logit_bias: dict[TokenId, Bias] | None = Field(None, max_length=1024)
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        """Hold options to the bounds of the parameters of their names."""
+        for name in sorted(SAMPLED & (self.options or {}).keys()):
+            Sampling.__pydantic_validator__.validate_assignment(
+                Sampling.model_construct(), name, (self.options or {})[name]
+            )
+        return self
 
     def decoder_options(self) -> dict[str, Any]:
         """Options of a decoder that these parameters set."""
@@ -113,6 +123,10 @@ class Sampling(Diffusion):
             "kernel_size": self.kernel_size,
         }
         return {**(self.options or {}), **{k: v for k, v in given.items() if v is not None}}
+
+
+SAMPLED = frozenset(set(Sampling.model_fields) - set(Diffusion.model_fields))
+"""Parameters that are options of decoders too."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +202,11 @@ class Generation:
             APIError: 400, for prompts that do not fit and parameters out of range.
         """
         self.check(service.config)
+        check_rows(service.config, len(prompts) * self.n)
+        for token in map(int, self.sampling.decoder_options().get("logit_bias") or {}):
+            if token >= len(service.tokenizer):
+                message = f"logit_bias names token {token}, and there are {len(service.tokenizer)}"
+                raise APIError(400, message, param="logit_bias", code="invalid_value")
         seed = first_seed(self.sampling.seed)
         out = []
         for ids in prompts:
@@ -204,6 +223,17 @@ class Generation:
         request = self.request(len(ids))
         request.check_decoder()
         return request.resolve(service.spec)
+
+
+def check_rows(config: ServeConfig, rows: int) -> None:
+    """Refuse requests of too many rows, before any is made.
+
+    Raises:
+        APIError: 400.
+    """
+    if rows > config.max_request_rows:
+        message = f"the request has {rows} rows; this server takes {config.max_request_rows}"
+        raise APIError(400, message, param="n", code="too_many_rows")
 
 
 def with_limits(service: Service, ids: list[int], max_tokens: int | None) -> None:

@@ -76,7 +76,6 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
-    name: str | None = None
 
     @property
     def text(self) -> str:
@@ -90,6 +89,7 @@ class Message(Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "name": (),
         "tool_calls": _NOTHING,
         "function_call": (),
         "tool_call_id": (),
@@ -116,7 +116,6 @@ class ChatRequest(Answering):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(
         None, description="Go on with the last message in place of answering it."
     )
@@ -124,6 +123,7 @@ class ChatRequest(Answering):
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         **_EVERYWHERE,
+        "add_generation_prompt": (True,),
         "tools": _NOTHING,
         "tool_choice": ("none", "auto"),
         "parallel_tool_calls": (False, True),
@@ -271,6 +271,15 @@ class ErrorDetail(BaseModel):
 
     message: str
     type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class PlainError(BaseModel):
+    """Body of a response that is no success, on the paths of TGI and Ollama."""
+
+    error: str
+    error_type: str | None = None
     param: str | None = None
     code: str | None = None
 

@@ -13,14 +13,25 @@ from serve.errors import APIError
 
 Events = AsyncGenerator[ServerSentEvent, None]
 
+SEND_SECONDS = 60
+"""Seconds that a client may take for one event."""
+
 PING_SECONDS = 15
 """Seconds between comments that keep an idle connection open."""
 
 
+_SEPARATORS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
+"""Characters that some clients take for the end of a line."""
+
+
+def json_line(data: Any) -> str:
+    """JSON on one line, whatever a client takes for the end of one."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).translate(_SEPARATORS)
+
+
 def event(data: Any, name: str | None = None) -> ServerSentEvent:
     """One event whose data is JSON."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return ServerSentEvent(text, event=name, sep="\n")
+    return ServerSentEvent(json_line(data), event=name, sep="\n")
 
 
 def stream(events: Events, *, done: bool = True, error_name: str | None = None) -> EventSourceResponse:
@@ -32,7 +43,7 @@ def stream(events: Events, *, done: bool = True, error_name: str | None = None) 
         error_name: name of the event of an error.
     """
     guarded = _with_error(events, done, error_name)
-    return EventSourceResponse(guarded, ping=PING_SECONDS, sep="\n")
+    return EventSourceResponse(guarded, ping=PING_SECONDS, sep="\n", send_timeout=SEND_SECONDS)
 
 
 async def _with_error(events: Events, done: bool, error_name: str | None) -> Events:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar
 
@@ -9,10 +10,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
-from decoding.answer import Output
+from decoding.answer import HALF_CHARACTER, Output
 from decoding.engine import Update
 from dlm.version import __version__
-from serve.api.openai import ERRORS, raw_ids
+from serve.api.openai import ERRORS, PLAIN_ERRORS, raw_ids
 from serve.api.parameters import Body, Generation, Sampling
 from serve.api.sse import Events, event, stream
 from serve.api.tokens import LEAST, TokenTexts, logprob
@@ -32,13 +33,14 @@ class Parameters(Sampling):
     stop: Annotated[list[str], Field(max_length=64)] | None = None
     return_full_text: bool | None = None
     details: bool | None = None
-    decoder_input_details: bool | None = None
     truncate: int | None = Field(None, ge=1, description="Keep so many of the prompt's last tokens.")
     top_n_tokens: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, ge=1, le=1)
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         "watermark": (False,),
+        "decoder_input_details": (False,),
+        "return_metadata": (False,),
         "typical_p": (1, 1.0),
         "grammar": (),
         "adapter_id": (),
@@ -118,10 +120,33 @@ class _TGIAnswer:
         """The generated text, with the prompt if that was asked for."""
         return self.inputs + output.text if self.parameters.return_full_text else output.text
 
-    def tokens(self, output: Output, first: int = 0) -> list[dict[str, Any]]:
-        """Tokens from `first` on."""
-        pairs = zip(output.token_ids[first:], output.confidence[first:], strict=True)
+    def tokens(self, output: Output) -> list[dict[str, Any]]:
+        """The tokens, each with its text alone."""
+        pairs = zip(output.token_ids, output.confidence, strict=True)
         return [self._token(token, logprob(p)) for token, p in pairs]
+
+    def fresh_tokens(self, output: Output, sent: int) -> Iterator[dict[str, Any]]:
+        """Fields of the events of the tokens from `sent` on; their texts join to that of the answer.
+
+        A character of several tokens stands at the last of them, and what an answer's end leaves of one too.
+        """
+        size = len(output.token_ids)
+        for i in range(sent, size):
+            before, upto = (self._prefix_text(output, n, size) for n in (i, i + 1))
+            token = self._token(output.token_ids[i], logprob(output.confidence[i])) | {
+                "text": upto[len(before) :]
+            }
+            fields: dict[str, Any] = {"index": i + 1, "token": token}
+            if self.parameters.top_n_tokens:
+                pairs = output.top_logprobs[i] or []
+                fields["top_tokens"] = [self._token(t, x) for t, x in pairs]
+            yield {**fields, "generated_text": None, "details": None}
+
+    def _prefix_text(self, output: Output, count: int, size: int) -> str:
+        if count == size and output.finish_reason:
+            return output.text
+        text = str(self.service.tokenizer.decode(output.token_ids[:count], skip_special_tokens=True))
+        return text.rstrip(HALF_CHARACTER)[: len(output.text)]
 
     def _token(self, token: int, value: float | None) -> dict[str, Any]:
         text = self.texts.text(token)
@@ -146,8 +171,7 @@ class _TGIAnswer:
         """The response."""
         (output,) = await self.service.results([self.sample], timeout=self.parameters.timeout)
         response: dict[str, Any] = {"generated_text": self.text(output)}
-        wanted = self.parameters.details or self.parameters.decoder_input_details
-        return response | ({"details": self.details(output)} if wanted else {})
+        return response | ({"details": self.details(output)} if self.parameters.details else {})
 
     async def events(self) -> Events:
         """One event a token, the last with the whole text."""
@@ -156,11 +180,11 @@ class _TGIAnswer:
         async with aclosing(notices):
             async for notice in notices:
                 output: Output = notice.value
-                for token in self.tokens(output, sent):
+                for fields in self.fresh_tokens(output, sent):
                     if held is not None:
                         yield event(held)
-                    sent += 1
-                    held = {"index": sent, "token": token, "generated_text": None, "details": None}
+                    held = fields
+                sent = len(output.token_ids)
                 if notice.finished:
                     end = {k: v for k, v in self.details(output).items() if k in END}
                     held = held or {"index": 0, "token": self._token(self.service.spec.eos_token_id, None)}
@@ -238,9 +262,9 @@ class _Handlers:
 def router(service: Service) -> APIRouter:
     """The paths of this interface."""
     api, handlers = APIRouter(tags=["TGI"]), _Handlers(service)
-    events: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}, **ERRORS}
-    api.post("/generate", responses={200: {"model": GenerateResponse}, **ERRORS})(handlers.generate)
+    events: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}, **PLAIN_ERRORS}
+    api.post("/generate", responses={200: {"model": GenerateResponse}, **PLAIN_ERRORS})(handlers.generate)
     api.post("/generate_stream", response_class=Response, responses=events)(handlers.generate_stream)
-    api.post("/", responses={200: {"model": list[GenerateResponse]}, **ERRORS})(handlers.root)
+    api.post("/", responses={200: {"model": list[GenerateResponse]}, **PLAIN_ERRORS})(handlers.root)
     api.get("/info", responses=ERRORS)(handlers.info)
     return api

@@ -261,7 +261,7 @@ REFUSED = [
     ({"stop": [5]}, "stop"),
     ({"seed": 2**70}, "seed"),
     ({"seed": 1.5}, "seed"),
-    ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"logit_bias": {"a": 1}}, "logit_bias.a"),
     ({"logit_bias": {"5": 101}}, "logit_bias.5"),
     ({"presence_penalty": 3}, "presence_penalty"),
     ({"decoder": "convv"}, "decoder"),
@@ -340,7 +340,7 @@ def test_values_that_ask_for_nothing_are_taken(server):
 def test_bodies_that_are_no_requests_are_400(server, path, body):
     response = server.client.post(path, content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400, response.text
-    assert response.json()["error"]["message"]
+    assert response.json()["error"]
 
 
 def test_a_prompt_too_long_names_both_lengths(server, tiny):
@@ -392,3 +392,41 @@ def test_the_async_client_streams_and_may_leave_half_way(server):
 def test_events_are_one_line_of_json_each(server):
     with server.client.stream("POST", "/v1/completions", json={**TEXT, "stream": True}) as response:
         assert events(response)[-1] == (None, "[DONE]")
+
+
+def test_snapshots_show_no_stop_text_and_hold_the_echo(server):
+    body = {**TEXT, "seed": 3, "max_tokens": 40}
+    plain = server.post("/v1/completions", **body).json()["choices"][0]["text"]
+    stop = next(plain[i : i + 2] for i in range(4, 30) if plain[i : i + 2].isprintable())
+    chunks = stream_of(server, "/v1/completions", **body, stop=[stop], echo=True, diffusing=True)[:-1]
+    texts = [chunk["choices"][0]["text"] for chunk in chunks]
+    assert all(text.startswith(TEXT["prompt"]) for text in texts)
+    assert not any(stop in text[len(TEXT["prompt"]) :] for text in texts)
+    whole = server.post("/v1/completions", **body, stop=[stop], echo=True).json()["choices"][0]
+    assert texts[-1] == whole["text"]
+    refused = server.post("/v1/completions", **body, diffusing=True, stream=True, logprobs=1)
+    assert refused.json()["error"]["param"] == "logprobs"
+
+
+def test_options_keep_the_bounds_of_the_parameters_of_their_names(server):
+    for options in ({"repetition_penalty": 1e-300}, {"logit_bias": {"5": 1e308}}, {"temperature": -1}):
+        assert server.post("/v1/completions", **TEXT, options=options).status_code == 400, options
+    beyond = server.post("/v1/completions", **TEXT, logit_bias={"99999": 1})
+    assert (beyond.status_code, beyond.json()["error"]["param"]) == (400, "logit_bias")
+
+
+def test_separators_of_lines_do_not_cut_events(server, tokenizer):
+    """U+2028 as the only token that can come out, read by clients that split at it."""
+    from serve.api.sse import json_line
+
+    text = json_line({"a": "x\u2028y\u2029z\x85 é"})
+    assert len(text.splitlines()) == 1
+    assert json.loads(text) == {"a": "x\u2028y\u2029z\x85 é"}
+
+
+def test_a_body_needs_no_content_type_and_head_is_answered(server):
+    response = server.client.post("/v1/completions", content=json.dumps(TEXT).encode())
+    assert response.status_code == 200
+    for path in ("/health", "/v1/models", "/"):
+        head = server.client.head(path)
+        assert (head.status_code, head.content) == (200, b"")

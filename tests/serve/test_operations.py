@@ -57,6 +57,9 @@ def test_files_of_keys_that_hold_none_are_told(tmp_path):
     assert ServeConfig(host="0.0.0.0").public
     assert not ServeConfig(host="::1").public
     assert not ServeConfig(host="localhost").public
+    with pytest.raises(DataError, match="a key is empty"):
+        ServeConfig(api_key=[" "]).keys()
+    assert ServeConfig(api_key=["a\n"]).keys() == ["a"]
     for name, value in (("max_rows", 0), ("port", 70000), ("timeout", -1.0)):
         with pytest.raises(ConfigError, match=name):
             ServeConfig(**{name: value})
@@ -114,6 +117,14 @@ def test_a_line_for_each_request_and_never_its_prompt(tiny, tokenizer, caplog):
     with running(tiny, tokenizer, log_prompts=True) as server:
         server.post("/v1/completions", **body)
     assert any("the secret" in message for message in caplog.messages)
+
+
+def test_a_path_cannot_write_a_line_of_the_log(server, caplog):
+    caplog.set_level(logging.INFO, logger="serve.access")
+    server.client.get("/nope%0arequest_id=FAKE%20status=200")
+    (line,) = [message for message in caplog.messages if "FAKE" in message]
+    assert len(line.splitlines()) == 1
+    assert '"/nope' in line
 
 
 def test_metrics_say_what_clients_saw(tiny, tokenizer):

@@ -293,7 +293,7 @@ def test_a_worker_that_dies_tells_those_who_wait(tiny, tokenizer):
     def broken(*args):
         raise RuntimeError("unforeseen")
 
-    worker.engine.submit = broken
+    worker._expire = broken
 
     def deliver(item):
         news.append(item)
@@ -409,3 +409,48 @@ def test_errors_carry_what_openai_clients_read():
         "error": {"message": "later", "type": "rate_limit_error", "param": None, "code": "queue_full"}
     }
     assert error.headers == {"Retry-After": "3"}
+
+
+def test_open_jobs_are_told_at_once_when_the_server_stops(tiny, tokenizer):
+    model = Slow(tiny)
+    server = Running(model, tokenizer).ready()
+    answers = []
+    try:
+        model.gate.clear()  # the step that is under way does not end
+        url = f"{server.url}/v1/chat/completions"
+        thread = threading.Thread(target=lambda: answers.append(httpx.post(url, json=CHAT, timeout=60)))
+        thread.start()
+        wait_for(lambda: len(server.worker._jobs) == 1 and model.calls > 0)
+        begun = time.monotonic()
+        server.worker.stop(timeout=0)
+        thread.join(10)
+        assert time.monotonic() - begun < 5
+        assert (answers[0].status_code, answers[0].json()["error"]["message"]) == (
+            503,
+            "the server has stopped",
+        )
+    finally:
+        model.gate.set()
+        server.stop()
+
+
+def test_requests_of_many_rows_are_refused_before_any_is_made(server):
+    response = server.post("/v1/completions", prompt=[[5]] * 300, max_tokens=1)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "too_many_rows")
+    assert "300 rows" in response.text
+    gaps = server.post("/v1/canvas", text="a <mask:1-20> b <mask:1-20>")
+    assert gaps.json()["error"]["code"] == "too_many_rows"
+    assert server.post("/v1/chat/completions", **CHAT, rate=1e20).json()["error"]["param"] == "rate"
+
+
+def test_the_metrics_count_each_prompt_and_only_the_length_that_is_taken(tiny, tokenizer):
+    with running(tiny, tokenizer) as server:
+        usage = server.post("/v1/completions", prompt=["ab", "Sort the words:"], n=2, max_tokens=4).json()[
+            "usage"
+        ]
+        assert server.metric("prompt_tokens_total") == usage["prompt_tokens"]
+        assert server.metric("generation_tokens_total") == usage["completion_tokens"]
+        filled = server.post("/v1/canvas", text="a <mask:1-3> b").json()["usage"]
+        assert server.metric("prompt_tokens_total") == usage["prompt_tokens"] + filled["prompt_tokens"]
+        total = usage["completion_tokens"] + filled["completion_tokens"]
+        assert server.metric("generation_tokens_total") == total
