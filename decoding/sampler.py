@@ -70,9 +70,9 @@ class Sampler:
         Returns:
             One `Output` for a text or a conversation, a list of them for a list of prompts or an `n` above 1.
         """
-        one, several = _listed(prompts)
+        one, batch = _listed(prompts)
         settings: dict[str, Any] = {"request": request, "seed": seed, "batch_size": batch_size, "n": n}
-        outputs = self.iter_generate(several, **settings, **fields)
+        outputs = self.iter_generate(batch, **settings, **fields)
         return next(outputs) if one and n == 1 else list(outputs)
 
     def iter_generate(
@@ -145,8 +145,8 @@ class Sampler:
             An `Event` for a text or a conversation; for a list of prompts a list of events, one for each, in
             which a finished answer stays as it is.
         """
-        one, several = _listed(prompts)
-        events = self._stream(several, self.plan(request, **fields), seed)
+        one, batch = _listed(prompts)
+        events = self._stream(batch, self.plan(request, **fields), seed)
         return (event for (event,) in events) if one else events
 
     @overload
@@ -177,8 +177,8 @@ class Sampler:
             One `Infilled` for a text, a list of them for a list of texts.
         """
         settings: dict[str, Any] = {"prompt": prompt, "request": request, "seed": seed, **fields}
-        one, several = _listed(texts)
-        filled = self.iter_infill(several, batch_size=batch_size, **settings)
+        one, batch = _listed(texts)
+        filled = self.iter_infill(batch, batch_size=batch_size, **settings)
         return next(filled) if one else list(filled)
 
     def iter_infill(
@@ -250,8 +250,8 @@ class Sampler:
             One `Infilled` for a text, a list of them for a list of texts.
         """
         settings: dict[str, Any] = {"prompt": prompt, "request": request, "seed": seed, **fields}
-        one, several = _listed(texts)
-        edited = self.iter_edit(several, span, length=length, batch_size=batch_size, **settings)
+        one, batch = _listed(texts)
+        edited = self.iter_edit(batch, span, length=length, batch_size=batch_size, **settings)
         return next(edited) if one else list(edited)
 
     def iter_edit(
@@ -459,8 +459,8 @@ def _listed(prompts: Any) -> tuple[bool, Any]:
 
 def _with_seeds(prompts: Iterable[T], seed: int | Sequence[int]) -> Iterator[tuple[T, int]]:
     """Each prompt with its seed: one for all, or as many seeds as there are prompts."""
-    several = isinstance(seed, Sequence) and not isinstance(seed, str | bytes)
-    if not all(map(is_whole, seed if several else [seed])):  # type: ignore[arg-type]
+    per_prompt = isinstance(seed, Sequence) and not isinstance(seed, str | bytes)
+    if not all(map(is_whole, seed if per_prompt else [seed])):  # type: ignore[arg-type]
         raise ConfigError(f"seed must be a whole number, or one for each prompt, got {seed!r}")
     if not isinstance(seed, Sequence):
         yield from zip(prompts, itertools.repeat(operator.index(seed)), strict=False)

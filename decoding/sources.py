@@ -1,4 +1,4 @@
-"""Where the answers of a conversation come from: a sampler here, or an OpenAI-compatible endpoint."""
+"""Sources of the answers of a conversation: a sampler here, or an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 

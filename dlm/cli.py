@@ -105,8 +105,8 @@ def json_line(value: Any) -> str:
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words before a lone "--", and that with the words behind it, which are no options."""
-    at = words.index("--") if "--" in words else len(words)
-    return list(words[:at]), list(words[at:])
+    end = words.index("--") if "--" in words else len(words)
+    return list(words[:end]), list(words[end:])
 
 
 def _dispatch(words: list[str]) -> int:
@@ -210,10 +210,10 @@ def _set_positional(namespace: Any, command: Command, words: list[str]) -> None:
     """Put the words that are no options where they belong."""
     if not command.positional:
         raise _UsageError(f"takes no words that are no options, got {' '.join(words)}")
-    several = get_type_hints(command.config)[command.positional] is not str
-    if not several and len(words) > 1:
+    is_list = get_type_hints(command.config)[command.positional] is not str
+    if not is_list and len(words) > 1:
         raise _UsageError(f"one {command.positional} at a time, got {len(words)}: {' '.join(words)}")
-    namespace[command.positional] = words if several else words[0]
+    namespace[command.positional] = words if is_list else words[0]
 
 
 def _resolve_annotations(config: type) -> None:
@@ -275,8 +275,10 @@ def _explain(message: str, config: type) -> str:
     group = re.search(r"Group '([\w.]+)'", message)
     full = f"{group[1]}.{name}" if group else name
     near = difflib.get_close_matches(full, _options(config), n=1, cutoff=0.75)
-    meant = config.meant(full) if not near and hasattr(config, "meant") else ""
-    near = near or ([meant] if meant else difflib.get_close_matches(full, _options(config), n=1, cutoff=0.5))
+    intended = config.meant(full) if not near and hasattr(config, "meant") else ""
+    near = near or (
+        [intended] if intended else difflib.get_close_matches(full, _options(config), n=1, cutoff=0.5)
+    )
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"unknown option {full}.{hint} See --help."
 

@@ -50,12 +50,12 @@ def convert(source: str | Path, target: str | Path) -> Path:
     if family is not None:
         tokenizer = family.tokenizer(str(folder), stored)
         config = family.config(stored, tokenizer)
-        found = {
+        weights = {
             family.our_name(name): each
             for name, each in tensors(folder).items()
             if not family.is_derived(name)
         }
-        check_shapes(str(folder), config, found)
+        check_shapes(str(folder), config, weights)
         target.mkdir(parents=True, exist_ok=True)
         _write_weights(folder, target, family.our_name)
         config.architectures = [MaskedDiffusionModel.__name__]

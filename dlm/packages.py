@@ -13,7 +13,7 @@ NAMES = ("decoding", "finetune", "eval", "serve")
 
 
 HOME = Path(__file__).resolve().parent.parent
-"""Where `dlm` lies, and the others beside it."""
+"""The folder of `dlm` and of the others beside it."""
 
 
 def claim() -> list[str]:
@@ -28,14 +28,14 @@ def claim() -> list[str]:
     lines = []
     for name in NAMES:
         file = HOME / name / "__init__.py"
-        found = importlib.util.find_spec(name)
-        other = Path(found.origin).resolve() if found and found.origin else None
-        if other is None or other == file or not file.is_file():
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve() if spec and spec.origin else None
+        if origin is None or origin == file or not file.is_file():
             continue
         if name in sys.modules:
-            raise DLMError(f"{other} is loaded as {name!r}, which {file.parent} should be")
+            raise DLMError(f"{origin} is loaded as {name!r}, which {file.parent} should be")
         _load(name, file)
-        where = other.parent if other.name == "__init__.py" else other
+        where = origin.parent if origin.name == "__init__.py" else origin
         lines.append(f"{where} hides the package {name!r} of this program; {file.parent} is used")
     return lines
 

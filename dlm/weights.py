@@ -69,12 +69,12 @@ def header(file: Path) -> dict[str, Stored]:
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            found = json.loads(stream.read(length))
-        found.pop("__metadata__", None)
-        end = max((tensor["data_offsets"][1] for tensor in found.values()), default=0)
+            entries = json.loads(stream.read(length))
+        entries.pop("__metadata__", None)
+        end = max((tensor["data_offsets"][1] for tensor in entries.values()), default=0)
         tensors = {
             name: Stored(tuple(t["shape"]), t["dtype"], file, 8 + length + t["data_offsets"][0])
-            for name, t in found.items()
+            for name, t in entries.items()
         }
     except (
         struct.error,
@@ -112,9 +112,9 @@ def shards(folder: str | Path) -> list[Path]:
 
 def _index(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        found["weight_map"].values()
-        return dict(found)
+        index = json.loads(file.read_text(encoding="utf-8"))
+        index["weight_map"].values()
+        return dict(index)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: damaged ({error})") from error
 
@@ -132,13 +132,13 @@ def _fetched(path: str) -> list[Path]:
     """The safetensors files of a hub repository, on this machine."""
     index = file_of(path, INDEX)
     names = [SINGLE] if index is None else sorted(set(_index(Path(index))["weight_map"].values()))
-    found = {name: file_of(path, name) for name in names}
-    missing = [name for name, file in found.items() if file is None]
+    paths = {name: file_of(path, name) for name in names}
+    missing = [name for name, file in paths.items() if file is None]
     if missing and index is not None:
         raise CheckpointError(
             f"{path}: {len(missing)} of {len(names)} weight files are missing, the first is {missing[0]}"
         )
-    return [Path(file) for file in found.values() if file is not None]
+    return [Path(file) for file in paths.values() if file is not None]
 
 
 def check_files(path: str | Path) -> None:

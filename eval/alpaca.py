@@ -23,7 +23,7 @@ OPTIONS = (
     *("max_tokens", "temperature", "top_p", "stop", "seed", "logprobs", "top_logprobs"),
     *("tools", "tool_choice", "functions", "function_call"),
 )
-"""What annotators say that an endpoint understands; the rest is for the package's own client."""
+"""Settings of annotators that an endpoint understands; the rest is for the package's own client."""
 
 FEWEST = 30
 """Verdicts that a length-controlled rate needs: with fewer, its two parameters mean nothing."""

@@ -29,7 +29,7 @@ _NEXT = re.compile(
     r"(?:\*\*)? *[:.)]|(?:user|human)(?:\*\*)? *:)|<\|",
     re.IGNORECASE,
 )
-"""Where a model has gone on with a question of its own."""
+"""The place at which a model has gone on with a question of its own."""
 
 _MARKED = re.compile(r"####(?=[ \t]*[*$£€\\]*[-+\u2212]?[$£€\\]*\.?\d)")
 _ANSWER = re.compile(r"\banswer\b[^.\n]*?(?:\bis\b|[:=])", re.IGNORECASE)

@@ -33,7 +33,7 @@ DRAWS = 32
 """Model calls for each log-likelihood."""
 
 SIZES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""What tasks call the longest answer, in the harness's order of precedence."""
+"""Names of tasks for the longest answer, in the harness's order of precedence."""
 
 
 def _check_arguments(pretrained: str, likelihood: str, draws: int, rest: Iterable[str]) -> None:

@@ -63,7 +63,7 @@ MEASURES = {
     "tokens_per_call": Measure("tokens per call", 1),
     "seconds": Measure("seconds", -1),
 }
-"""What can be measured of one answer, and in which order it is told."""
+"""Measures of one answer, in the order of the tables."""
 
 
 def basic(answer: Answer) -> dict[str, float]:

@@ -28,7 +28,7 @@ class Bound:
     error: float
     """Standard error of `nats` over the draws; 0 where every masking was looked at."""
     greedy: bool
-    """Whether, all of the answer being masked, the likeliest token everywhere is the answer's."""
+    """True if, all of the answer being masked, the likeliest token everywhere is the answer's."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class _Job:
     cells: list[int]
     """Places in the answer that are masked."""
     weight: float
-    """What the summed -log p of the cells counts in the bound."""
+    """Weight of the summed -log p of the cells in the bound."""
 
 
 def nelbo(

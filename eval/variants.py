@@ -13,7 +13,7 @@ from decoding.request import Request
 from dlm.errors import ConfigError
 
 SIZES = ("kernel_size", "block_size")
-"""What the size of a decoder's window is called."""
+"""Options that give the size of a decoder's window."""
 
 
 @dataclass(frozen=True)

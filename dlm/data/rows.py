@@ -55,7 +55,7 @@ PAIRS = (
     ("prompt", "response"),
     ("question", "answer"),
 )
-"""What an instruction and its answer are called; the first pair that a row has counts."""
+"""Field names of an instruction and its answer; the first pair that a row has counts."""
 
 SPEAKERS = {
     **dict.fromkeys(("user", "human", "prompter", "question"), "user"),

@@ -54,7 +54,7 @@ class Example:
 
 
 GOAL = 50
-"""Where counting and climbing end."""
+"""The number at which counting and climbing end."""
 
 
 def _count(rng: random.Random) -> tuple[str, str]:

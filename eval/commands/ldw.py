@@ -17,7 +17,7 @@ STYLES = {
     "end": "#ffffff on #5f6368",
     "other": "",
 }
-"""How the kinds of candidate look in the table."""
+"""Styles of the kinds of candidate in the table."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def summary(measured: dict[str, Any]) -> Any:
 
 
 def counts(rows: Any) -> str:
-    """How many prompts have a position at each distance, as "3 up to distance 5, 2 up to 6"."""
+    """Numbers of prompts that have a position at each distance, as "3 up to distance 5, 2 up to 6"."""
     numbers = rows.tolist()
     ends = [i for i, n in enumerate(numbers) if i + 1 == len(numbers) or numbers[i + 1] != n]
     listed = [f"{numbers[i]} up to {i}" for i in ends[:8]]

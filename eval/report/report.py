@@ -115,7 +115,7 @@ def _curves(file: Path) -> Any:
 
 
 SIZES = ("kernel_size", "block_size")
-"""What a sweep over sizes varies."""
+"""Settings that a sweep over sizes varies."""
 
 
 def _check(against: Sequence[str], runs: Sequence[Results]) -> None:
