@@ -225,7 +225,7 @@ class AdapterFormat:
         model.config.dtype = dtype
         model.config.training, model.config.generation = config.training, config.generation
         model.config.schedule = config.schedule
-        _check(path, model, tokenizer)
+        _check_tokenizer(path, model, tokenizer)
         return model, tokenizer
 
 
@@ -250,7 +250,7 @@ class PublicFormat:
             raise CheckpointError(f"{path}: config.json lacks or misstates {first_line(error)}") from error
         check_files(path)
         model = _read_weights(path, config, dtype, device_map, family)
-        _check(path, model, tokenizer)
+        _check_tokenizer(path, model, tokenizer)
         return model, tokenizer
 
 
@@ -289,7 +289,7 @@ class DiffusionFormat:
             raise CheckpointError(
                 f"{path}: the tokenizer is missing or damaged ({first_line(error)})"
             ) from error
-        _check(path, model, tokenizer)
+        _check_tokenizer(path, model, tokenizer)
         return model, tokenizer
 
     def write(self, model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -406,7 +406,7 @@ def unknown_architecture(path: str, stored: Mapping[str, Any]) -> CheckpointErro
     )
 
 
-def _check(path: str, model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_tokenizer(path: str, model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer that is not the model's, with which it would load and then produce noise."""
     count = min(len(tokenizer), model.config.vocab_size)
     if tokenizer.mask_token_id != model.config.mask_token_id or count != model.config.num_tokens:

@@ -40,7 +40,7 @@ def convert(source: str | Path, target: str | Path) -> Path:
         CheckpointError: when the source is of no public family and did not come from one, or is not whole.
         ConfigError: when the target is not empty or cannot be written to.
     """
-    folder, target = _fetched(located(source)), Path(target)
+    folder, target = _source_folder(located(source)), Path(target)
     if target.is_dir() and any(target.iterdir()):
         raise ConfigError(f"{target} is not empty; choose another folder")
     check_writable(target)
@@ -71,7 +71,7 @@ def convert(source: str | Path, target: str | Path) -> Path:
     return target
 
 
-def _fetched(path: str) -> Path:
+def _source_folder(path: str) -> Path:
     """The folder of a path, or of the files of a hub repository that are needed."""
     if Path(path).is_dir():
         return Path(path)

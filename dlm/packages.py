@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dlm.errors import DLMError
 
-NAMES = ("decoding", "finetune", "eval", "serve")
+SIBLINGS = ("decoding", "finetune", "eval", "serve")
 """Packages beside `dlm`, with names that other projects may have too."""
 
 
@@ -17,7 +17,7 @@ HOME = Path(__file__).resolve().parent.parent
 
 
 def claim() -> list[str]:
-    """Make the names of `NAMES` mean this project's packages; a line for each that something else hides.
+    """Make the names of `SIBLINGS` mean this project's packages; a line for each that something else hides.
 
     A folder `decoding/` in the working folder comes first on Python's path under `python -m dlm.cli` and with
     PYTHONPATH. What is hidden is imported at once, so that later imports find it.
@@ -26,7 +26,7 @@ def claim() -> list[str]:
         DLMError: when another module of such a name is loaded already.
     """
     lines = []
-    for name in NAMES:
+    for name in SIBLINGS:
         file = HOME / name / "__init__.py"
         spec = importlib.util.find_spec(name)
         origin = Path(spec.origin).resolve() if spec and spec.origin else None

@@ -18,7 +18,7 @@ from dlm.families.base import file_of
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-DTYPES = {
+TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -40,11 +40,11 @@ class Stored:
     @property
     def bits(self) -> int:
         """Bits of a value."""
-        return DTYPES[self.dtype].itemsize * 8
+        return TORCH_DTYPES[self.dtype].itemsize * 8
 
     def __getitem__(self, key: Any) -> torch.Tensor:
         """The tensor, read from its file (not mapped: what has been read does not stay beside the model)."""
-        kind, size = DTYPES[self.dtype], math.prod(self.shape)
+        kind, size = TORCH_DTYPES[self.dtype], math.prod(self.shape)
         if not size:
             return torch.empty(self.shape, dtype=kind)[key]
         room = mmap.mmap(-1, size * kind.itemsize)  # goes back to the system whole, where a heap keeps holes
@@ -124,11 +124,11 @@ def read_lazily(path: str | Path) -> dict[str, Stored]:
 
     Empty where there are no safetensors files.
     """
-    files = shards(path) if Path(path).is_dir() else _fetched(str(path))
+    files = shards(path) if Path(path).is_dir() else _hub_shards(str(path))
     return {name: each for file in files for name, each in header(file).items()}
 
 
-def _fetched(path: str) -> list[Path]:
+def _hub_shards(path: str) -> list[Path]:
     """The safetensors files of a hub repository, on this machine."""
     index = file_of(path, INDEX)
     names = [SINGLE] if index is None else sorted(set(_index(Path(index))["weight_map"].values()))

@@ -205,7 +205,7 @@ class Chat:
     def _decoder(self, text: str) -> None:
         if text:
             name, *options = text.split()
-            self.conversation.decode_with(None if name == "-" else name, _options(options) or None)
+            self.conversation.decode_with(None if name == "-" else name, _parse_options(options) or None)
         request = self.conversation.request
         options_shown = " ".join(f"{option}={value}" for option, value in (request.options or {}).items())
         self.note(f"decoder: {request.decoder or 'the model has its own'} {options_shown}".rstrip())
@@ -220,7 +220,7 @@ class Chat:
         self.note(f"{self.file}: {_number(count, 'conversation')}, and from now on each answer")
 
 
-def _options(words: list[str]) -> dict[str, Any]:
+def _parse_options(words: list[str]) -> dict[str, Any]:
     """Options of a decoder: "kernel_size=9" and the like."""
     options = {}
     for word in words:

@@ -149,12 +149,12 @@ def table(title: str, zone: list[list[Any]]) -> Any:
 
     out = Table("distance", *(f"{i + 1}." for i in range(len(zone[0]))), title=title, padding=0)
     for distance, row in enumerate(zone):
-        cells = [Text(f"{_short(c.text)} {c.probability:.2f}", style=STYLES[c.kind]) for c in row]
+        cells = [Text(f"{_shown_token(c.text)} {c.probability:.2f}", style=STYLES[c.kind]) for c in row]
         out.add_row(str(distance), *cells)
     return out
 
 
-def _short(token: str, width: int = 9) -> str:
+def _shown_token(token: str, width: int = 9) -> str:
     """A token as Python would write it, cut so that five of them fit a terminal."""
     shown = repr(token)
     return shown if len(shown) <= width else shown[: width - 2] + "…" + shown[-1]
