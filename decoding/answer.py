@@ -131,10 +131,10 @@ def find_stop(canvas: Canvas, plan: Plan, reader: Reader) -> Cut | None:
     if not places:
         return None
     place, stop = min(places)
-    return replace(_cut(reader, ids, text[:place]), stop=stop)
+    return replace(_aligned_cut(reader, ids, text[:place]), stop=stop)
 
 
-def _cut(reader: Reader, ids: list[int], text: str) -> Cut:
+def _aligned_cut(reader: Reader, ids: list[int], text: str) -> Cut:
     """A beginning of the text of `ids`, with the number of tokens that lie in it whole."""
     size = len(ids)
     while size and len(reader.text(ids[:size])) > len(text):
@@ -169,7 +169,7 @@ def partial(canvas: Canvas, plan: Plan, reader: Reader) -> Output:
         return output(canvas, plan, reader)
     text = confirmed(canvas, plan, reader)
     ids = written_prefix(canvas, plan) if plan.keeps_tokens else []
-    return _output(canvas, plan, _cut(reader, ids, text), "")
+    return _output(canvas, plan, _aligned_cut(reader, ids, text), "")
 
 
 def output(canvas: Canvas, plan: Plan, reader: Reader) -> Output:

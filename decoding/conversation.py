@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Source(Protocol):
-    """Where answers come from: a model here, or one behind an address."""
+    """A source of answers: a model here, or one behind an address."""
 
     def stream(self, messages: Sequence[Message], request: Request, seed: int = 0) -> Iterator[str]:
         """Answer the last message; every text is the whole answer so far, the last one the answer."""

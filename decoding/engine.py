@@ -82,7 +82,7 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _EngineRow:
     """A row that the engine has taken up."""
 
     plan: Plan
@@ -127,8 +127,8 @@ class Engine:
                 raise ConfigError(f"{name} must be at least 1, got {limit}")
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.max_positions = max_rows, max_positions
-        self._waiting: OrderedDict[int, _Entry] = OrderedDict()
-        self._running: dict[int, _Entry] = {}
+        self._waiting: OrderedDict[int, _EngineRow] = OrderedDict()
+        self._running: dict[int, _EngineRow] = {}
         self._groups: dict[Any, _Group] = {}
         self._tickets = itertools.count()
 
@@ -167,13 +167,13 @@ class Engine:
         """
         row = prompt if isinstance(prompt, Row) else self.rows.answer(prompt, plan)
         row.stages(plan)
-        return self._wait(_Entry(plan, row, Reader(self.tokenizer), operator.index(seed)))
+        return self._wait(_EngineRow(plan, row, Reader(self.tokenizer), operator.index(seed)))
 
     def add(self, canvas: Canvas, plan: Plan) -> int:
         """Take up a row as it is, a canvas of one, perhaps from another engine; returns its ticket."""
-        return self._wait(_Entry(plan, canvas.take(slice(0, 1)), Reader(self.tokenizer)))
+        return self._wait(_EngineRow(plan, canvas.take(slice(0, 1)), Reader(self.tokenizer)))
 
-    def _wait(self, entry: _Entry) -> int:
+    def _wait(self, entry: _EngineRow) -> int:
         """Put a row at the end of the queue; returns its ticket."""
         if self.max_positions is not None and entry.size > self.max_positions:
             raise ConfigError(

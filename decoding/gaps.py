@@ -71,14 +71,14 @@ def pieces_of(text: str, open_until: int = 0) -> list[Piece]:
     if len(parts) == 1:
         raise ConfigError("there is no gap; write one as <mask:3> (three tokens) or <mask:2-6>")
     pieces: list[Piece] = [parts[0]]
-    for least, most, rest in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
-        is_open = open_until > 0 and least == "0" and most == str(open_until)
-        pieces += [Gap(1, int(most), True) if is_open else Gap(int(least), int(most or least)), rest]
+    for low, high, rest in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        is_open = open_until > 0 and low == "0" and high == str(open_until)
+        pieces += [Gap(1, int(high), True) if is_open else Gap(int(low), int(high or low)), rest]
     return pieces
 
 
 def place_of(text: str, span: str) -> tuple[int, int]:
-    """Where words that occur once begin and end in a text, in characters.
+    """(begin, end) of words that occur once in a text, in characters.
 
     Raises:
         ConfigError: for words that do not occur, or occur several times.

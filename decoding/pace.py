@@ -135,19 +135,19 @@ class Steps:
         finer steps still change is that two tokens fall into one step: of n positions, (n - 1)/32 pairs on
         average with `STEPS_PER_POSITION` each (log-linear); none at a rate of 1, which is the limit.
         """
-        most = STEPS_PER_POSITION * positions
-        if self.steps <= most:
+        limit = STEPS_PER_POSITION * positions
+        if self.steps <= limit:
             return self
-        _note_unused(self.steps, most, positions)
-        return replace(self, steps=most)
+        _note_unused(self.steps, limit, positions)
+        return replace(self, steps=limit)
 
 
 @cache
-def _note_unused(steps: int, most: int, positions: int) -> None:
+def _note_unused(steps: int, limit: int, positions: int) -> None:
     """Say once that steps are left out."""
     logger.warning(
         "steps %d are more than %d positions can use: %d are taken, %d for each (rate 1 is their limit)",
-        steps, positions, most, STEPS_PER_POSITION,
+        steps, positions, limit, STEPS_PER_POSITION,
     )  # fmt: skip
 
 

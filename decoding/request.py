@@ -69,7 +69,7 @@ class Reuse:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number; true and false are none."""
+    """True for a whole number; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -260,19 +260,19 @@ class Request:
         They set out a number of masks behind the prompt, or a window, and a number of steps; for another
         `max_tokens` the steps are in proportion. Their stop texts hold for any decoder.
         """
-        theirs = spec.generation
-        stop = list(theirs["stop"]) if self.stop is None and "stop" in theirs else self.stop
-        if self.decoder not in (None, theirs.get("decoder")):
+        published = spec.generation
+        stop = list(published["stop"]) if self.stop is None and "stop" in published else self.stop
+        if self.decoder not in (None, published.get("decoder")):
             return replace(self, stop=stop)
-        fill = theirs.get("eos_fill") if self.eos_fill is None else self.eos_fill
+        fill = published.get("eos_fill") if self.eos_fill is None else self.eos_fill
         request = replace(self, stop=stop, eos_fill=fill)
-        if theirs.get("canvas") != "full" or self.window is not None or self.canvas == "growing":
+        if published.get("canvas") != "full" or self.window is not None or self.canvas == "growing":
             return request
-        usual = int(theirs["max_tokens"] if "max_tokens" in theirs else theirs["window"])
+        usual = int(published["max_tokens"] if "max_tokens" in published else published["window"])
         length, steps = self.max_tokens or usual, self.steps
-        if steps is None and self.rate is None and "steps" in theirs:
-            steps = -(-int(theirs["steps"]) * length // usual)
-        if self.max_tokens is None and "max_tokens" not in theirs:
+        if steps is None and self.rate is None and "steps" in published:
+            steps = -(-int(published["steps"]) * length // usual)
+        if self.max_tokens is None and "max_tokens" not in published:
             return replace(request, window=length, steps=steps)
         return replace(request, canvas="full", max_tokens=length, steps=steps)
 
@@ -282,14 +282,14 @@ class Request:
         from decoding.window import MARGIN
 
         decoder, defaults = self.decoder_for(spec), spec.generation
-        window, behind = self._window(decoder, spec), self.max_tokens if self.canvas == "full" else None
-        decoder = decoder.fitted(window or behind or OPEN_LENGTH).for_model(spec.visibility, spec.shift)
+        window, masks = self._window(decoder, spec), self.max_tokens if self.canvas == "full" else None
+        decoder = decoder.fitted(window or masks or OPEN_LENGTH).for_model(spec.visibility, spec.shift)
         steps = None if window is None else int(defaults.get("steps", max(1, window // 4)))
         pace = self.pace_for(decoder, spec, steps, float(defaults.get("rate", DEFAULT_RATE)))
         ends = not self.ending
         fill = self.eos_fill is not False and ends
         self._check_canvas(window, pace)
-        complete = not ends or behind is not None or (window is not None and self.canvas != "growing")
+        complete = not ends or masks is not None or (window is not None and self.canvas != "growing")
         return Plan(
             decoder=decoder,
             pace=pace,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,13 +14,12 @@ from decoding.canvas import Canvas, Row
 from decoding.engine import Engine, Update
 from decoding.gaps import Gap, Piece, pieces_of, without_span
 from decoding.infill import Infilled, gap_scores, infilled, plan_infilling, rows_with_gaps
+from decoding.inputs import as_list, cut_text, with_seeds
 from decoding.presets import Decoder
 from decoding.request import Plan, Request, is_whole
 from decoding.rows import Prompt, RowMaker
 from dlm.errors import ConfigError, DLMError
 from dlm.spec import ModelSpec
-
-T = TypeVar("T")
 
 Span = str | tuple[int, int]
 """Words of a text, or where they begin and end in characters."""
@@ -70,9 +68,9 @@ class Sampler:
         Returns:
             One `Output` for a text or a conversation, a list of them for a list of prompts or an `n` above 1.
         """
-        one, several = _listed(prompts)
+        one, batch = as_list(prompts)
         settings: dict[str, Any] = {"request": request, "seed": seed, "batch_size": batch_size, "n": n}
-        outputs = self.iter_generate(several, **settings, **fields)
+        outputs = self.iter_generate(batch, **settings, **fields)
         return next(outputs) if one and n == 1 else list(outputs)
 
     def iter_generate(
@@ -107,7 +105,7 @@ class Sampler:
         """
         plan = self.plan(request, **fields)
         _check_samples(n, plan)
-        seeded = enumerate(_with_seeds(prompts, seed))
+        seeded = enumerate(with_seeds(prompts, seed))
         rows = (
             (self.rows.answer(prompt, plan, f"prompt {i}"), plan, each + number)
             for i, (prompt, each) in seeded
@@ -145,8 +143,8 @@ class Sampler:
             An `Event` for a text or a conversation; for a list of prompts a list of events, one for each, in
             which a finished answer stays as it is.
         """
-        one, several = _listed(prompts)
-        events = self._stream(several, self.plan(request, **fields), seed)
+        one, batch = as_list(prompts)
+        events = self._stream(batch, self.plan(request, **fields), seed)
         return (event for (event,) in events) if one else events
 
     @overload
@@ -177,8 +175,8 @@ class Sampler:
             One `Infilled` for a text, a list of them for a list of texts.
         """
         settings: dict[str, Any] = {"prompt": prompt, "request": request, "seed": seed, **fields}
-        one, several = _listed(texts)
-        filled = self.iter_infill(several, batch_size=batch_size, **settings)
+        one, batch = as_list(texts)
+        filled = self.iter_infill(batch, batch_size=batch_size, **settings)
         return next(filled) if one else list(filled)
 
     def iter_infill(
@@ -214,8 +212,8 @@ class Sampler:
             ConfigError: for a text without a gap, an empty gap, or a text that is too long for the model.
         """
         plan = plan_infilling(_request(request, fields), self.spec, self.tokenizer)
-        seeded = ((f"text {i}", *pair) for i, pair in enumerate(_with_seeds(texts, seed)))
-        pieces = ((name, _named(name, text, partial(pieces_of, text)), each) for name, text, each in seeded)
+        seeded = ((f"text {i}", *pair) for i, pair in enumerate(with_seeds(texts, seed)))
+        pieces = ((name, cut_text(name, text, partial(pieces_of, text)), each) for name, text, each in seeded)
         yield from self._fill(pieces, prompt, plan, batch_size)
 
     @overload
@@ -250,8 +248,8 @@ class Sampler:
             One `Infilled` for a text, a list of them for a list of texts.
         """
         settings: dict[str, Any] = {"prompt": prompt, "request": request, "seed": seed, **fields}
-        one, several = _listed(texts)
-        edited = self.iter_edit(several, span, length=length, batch_size=batch_size, **settings)
+        one, batch = as_list(texts)
+        edited = self.iter_edit(batch, span, length=length, batch_size=batch_size, **settings)
         return next(edited) if one else list(edited)
 
     def iter_edit(
@@ -284,9 +282,9 @@ class Sampler:
         """
         plan = plan_infilling(_request(request, fields), self.spec, self.tokenizer)
         gap = None if length is None else Gap.of(length)
-        seeded = ((f"text {i}", *pair) for i, pair in enumerate(_with_seeds(texts, seed)))
+        seeded = ((f"text {i}", *pair) for i, pair in enumerate(with_seeds(texts, seed)))
         pieces = (
-            (name, _named(name, text, partial(without_span, text, span, gap, self.text_length)), each)
+            (name, cut_text(name, text, partial(without_span, text, span, gap, self.text_length)), each)
             for name, text, each in seeded
         )
         yield from self._fill(pieces, prompt, plan, batch_size)
@@ -346,7 +344,7 @@ class Sampler:
         """Events of several prompts after every step, in order."""
         engine = Engine(self.model, self.tokenizer)
         places: dict[int, int] = {}  # of the tickets
-        for i, (prompt, each) in enumerate(_with_seeds(prompts, seed)):
+        for i, (prompt, each) in enumerate(with_seeds(prompts, seed)):
             places[engine.submit(self.rows.answer(prompt, plan, f"prompt {i}"), plan, each)] = i
         events: dict[int, Event] = {}
         while len(engine):
@@ -433,43 +431,3 @@ def _check_samples(n: int, plan: Plan) -> None:
             f"decoder {plan.decoder.name!r} draws nothing at random, so {n} answers would be equal; "
             "give it a temperature (options)"
         )
-
-
-def _named(name: str, text: Any, cut: Callable[[], list[Piece]]) -> list[Piece]:
-    """The pieces of a text, errors beginning with its name."""
-    if not isinstance(text, str):
-        raise ConfigError(f"{name} must be a text, got {text!r}")
-    try:
-        return cut()
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from error
-
-
-def _listed(prompts: Any) -> tuple[bool, Any]:
-    """True and a list of one for a lone text or a lone conversation; else False and what was given."""
-    if isinstance(prompts, dict):
-        raise ConfigError("prompts must be a text, chat messages, or several of them; got one message alone")
-    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
-        raise ConfigError(f"prompts must be a text, chat messages, or several of them; got {prompts!r}")
-    one = isinstance(prompts, str) or (
-        isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], dict)
-    )
-    return one, [prompts] if one else prompts
-
-
-def _with_seeds(prompts: Iterable[T], seed: int | Sequence[int]) -> Iterator[tuple[T, int]]:
-    """Each prompt with its seed: one for all, or as many seeds as there are prompts."""
-    several = isinstance(seed, Sequence) and not isinstance(seed, str | bytes)
-    if not all(map(is_whole, seed if several else [seed])):  # type: ignore[arg-type]
-        raise ConfigError(f"seed must be a whole number, or one for each prompt, got {seed!r}")
-    if not isinstance(seed, Sequence):
-        yield from zip(prompts, itertools.repeat(operator.index(seed)), strict=False)
-        return
-    seeds = iter(seed)
-    for prompt in prompts:
-        each = next(seeds, None)
-        if each is None:
-            raise ConfigError(f"seed lists {len(seed)} seeds, but there are more prompts")
-        yield prompt, int(each)
-    if next(seeds, None) is not None:
-        raise ConfigError(f"seed lists {len(seed)} seeds, but there are fewer prompts")

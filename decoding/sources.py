@@ -1,4 +1,4 @@
-"""Where the answers of a conversation come from: a sampler here, or an OpenAI-compatible endpoint."""
+"""Sources of the answers of a conversation: a sampler here, or an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class EndpointSource:
         text = ""
         try:
             chunks = self.client.chat.completions.create(
-                model=self.model, messages=list(messages), stream=True, seed=seed, **_body(request)
+                model=self.model, messages=list(messages), stream=True, seed=seed, **_request_body(request)
             )
             for chunk in chunks:
                 piece = chunk.choices[0].delta.content if chunk.choices else None
@@ -106,7 +106,7 @@ class EndpointSource:
         return None
 
 
-def _body(request: Request) -> dict[str, Any]:
+def _request_body(request: Request) -> dict[str, Any]:
     """The fields of a request to the API, those that are its own under `extra_body`."""
     given = {item.name: getattr(request, item.name) for item in fields(Request)}
     given = {name: value for name, value in given.items() if value is not None}

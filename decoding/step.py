@@ -29,7 +29,7 @@ from dlm.device import sent
 from dlm.errors import ConfigError, DLMError
 from dlm.noise import cell_noise
 
-_CELLS = 1024
+_LOGIT_ROWS = 1024
 """Positions whose logits [cells, V] are held at once."""
 
 Work = Generator[list[StateQuery], list[torch.Tensor], None]
@@ -243,7 +243,7 @@ class Batch:
         canvas = self.canvas
         noise = cell_noise(canvas.key[rows], canvas.revision[rows], self.width, TOKEN_NOISE)
         owner, position = where.nonzero().unbind(1)
-        cells = [x.split(_CELLS) for x in (rows[owner], position, noise[where], *states)]
+        cells = [x.split(_LOGIT_ROWS) for x in (rows[owner], position, noise[where], *states)]
         pieces = [
             self._columns(self._logits(row, place, *hidden), row, place, uniform)
             for row, place, uniform, *hidden in zip(*cells, strict=True)

@@ -276,8 +276,8 @@ class TokenRule:
         logits = self.allowed(logits)
         if self.keeps_all:
             return certainty(logits.float() / (self.temperature or 1.0), "entropy")
-        kept = self.candidates(logits, None if self.top_k else logits.shape[1])
-        share = kept.share * kept.kept
+        candidates = self.candidates(logits, None if self.top_k else logits.shape[1])
+        share = candidates.share * candidates.kept
         share = share / share.sum(1, keepdim=True)
         return torch.exp(torch.xlogy(share, share).sum(1)).clamp(max=1.0)
 

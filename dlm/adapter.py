@@ -68,9 +68,9 @@ class FoldedLinear(LoraLinear):  # type: ignore[misc]
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         (name,) = self.active_adapters
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
         stored = self.base_layer.weight.T if self.fan_in_fan_out else self.base_layer.weight
-        weight = torch.addmm(stored, up, down, alpha=self.scaling[name])
+        weight = torch.addmm(stored, lora_b, lora_a, alpha=self.scaling[name])
         return F.linear(x, weight, self.base_layer.bias)
 
 
@@ -246,10 +246,11 @@ def _attached(base: Any, path: str | Path, kind: type[PeftModel]) -> Any:
         config = PeftConfig.from_pretrained(str(path))
         config.inference_mode = True
         adapted, stored = kind(base, config), load_peft_weights(str(path), device="cpu")
-        least, most = (
-            set(get_peft_model_state_dict(adapted, save_embedding_layers=both)) for both in (False, True)
+        required, accepted = (
+            set(get_peft_model_state_dict(adapted, save_embedding_layers=embeddings))
+            for embeddings in (False, True)
         )
-        _check_names(path, lacking=least - stored.keys(), superfluous=stored.keys() - most)
+        _check_names(path, lacking=required - stored.keys(), superfluous=stored.keys() - accepted)
         set_peft_model_state_dict(adapted, stored)
     except CheckpointError:
         raise

@@ -249,8 +249,10 @@ class Whole:
         place = torch.arange(query.shape[2], device=query.device)
         mask = (sight or self.sight).mask(place, place)
         if self.valid is not None:  # padding sees itself, so that no sum is empty
-            seen = self.valid[:, None, None, :] | torch.eye(len(place), dtype=torch.bool, device=query.device)
-            mask = seen if mask is None else mask & seen
+            visible = self.valid[:, None, None, :] | torch.eye(
+                len(place), dtype=torch.bool, device=query.device
+            )
+            mask = visible if mask is None else mask & visible
         return _sdpa(query, key, value, mask, scale).transpose(1, 2)
 
 

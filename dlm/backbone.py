@@ -56,7 +56,7 @@ def from_scratch(
     shape["initializer_range"] = config.initializer_range or config.hidden_size**-0.5
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MaskedDiffusionModel(_diffusion_config(shape, tokenizer, shift=False))
+        return MaskedDiffusionModel(_wrapping_config(shape, tokenizer, shift=False))
 
 
 def from_causal_lm(
@@ -164,7 +164,7 @@ def _location(path: str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
 
 
-def _diffusion_config(
+def _wrapping_config(
     backbone: dict[str, Any], tokenizer: PreTrainedTokenizerBase, shift: bool
 ) -> MaskedDiffusionConfig:
     return MaskedDiffusionConfig(
@@ -200,7 +200,7 @@ def _wrap(
     for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
         backbone.setdefault(key, getattr(causal.config, key))
     backbone["tie_word_embeddings"] = bool(causal.config.tie_word_embeddings)
-    config = _diffusion_config(backbone, tokenizer, shift)
+    config = _wrapping_config(backbone, tokenizer, shift)
     _resize(causal, config, initialise_mask)
     with torch.device("meta"):
         model = MaskedDiffusionModel(config)

@@ -225,7 +225,7 @@ class AdapterFormat:
         model.config.dtype = dtype
         model.config.training, model.config.generation = config.training, config.generation
         model.config.schedule = config.schedule
-        _check(path, model, tokenizer)
+        _check_tokenizer(path, model, tokenizer)
         return model, tokenizer
 
 
@@ -250,7 +250,7 @@ class PublicFormat:
             raise CheckpointError(f"{path}: config.json lacks or misstates {first_line(error)}") from error
         check_files(path)
         model = _read_weights(path, config, dtype, device_map, family)
-        _check(path, model, tokenizer)
+        _check_tokenizer(path, model, tokenizer)
         return model, tokenizer
 
 
@@ -289,7 +289,7 @@ class DiffusionFormat:
             raise CheckpointError(
                 f"{path}: the tokenizer is missing or damaged ({first_line(error)})"
             ) from error
-        _check(path, model, tokenizer)
+        _check_tokenizer(path, model, tokenizer)
         return model, tokenizer
 
     def write(self, model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -318,14 +318,14 @@ def _read_weights(
     """The model of a folder or hub repository, its weights checked; of a family, under their public names."""
     origin = family or (family_named(config.public["family"]) if config.public else None)
     stored = {name: x for name, x in read_lazily(path).items() if not (origin and origin.is_derived(name))}
-    found = {family.our_name(name) if family else name: x for name, x in stored.items()}
-    if found:
-        check_shapes(path, config, found)
+    weights = {family.our_name(name) if family else name: x for name, x in stored.items()}
+    if weights:
+        check_shapes(path, config, weights)
     try:  # where there are no safetensors, transformers looks for files of other kinds
         model, info = MaskedDiffusionModel.from_pretrained(
-            None if found else path,
-            state_dict=found or None,
-            key_mapping=None if found or family is None else family.key_mapping(),
+            None if weights else path,
+            state_dict=weights or None,
+            key_mapping=None if weights or family is None else family.key_mapping(),
             config=config,
             dtype=dtype,
             device_map=device_map,
@@ -343,13 +343,13 @@ def _read_weights(
     return model  # type: ignore[no-any-return]
 
 
-def check_shapes(path: str, config: MaskedDiffusionConfig, found: Mapping[str, Stored]) -> None:
+def check_shapes(path: str, config: MaskedDiffusionConfig, weights: Mapping[str, Stored]) -> None:
     """Refuse weights that are not those of the model that a configuration describes.
 
     Args:
         path: where they lie.
         config: the configuration.
-        found: what there is, by our names.
+        weights: the stored tensors, by our names.
 
     Raises:
         CheckpointError: naming the first that is missing, of another shape, or superfluous.
@@ -364,22 +364,22 @@ def check_shapes(path: str, config: MaskedDiffusionConfig, found: Mapping[str, S
     wrong = sorted(
         name
         for name, shape in expected.items()
-        if (name in found or name not in tied) and _shape(found, name) != shape
+        if (name in weights or name not in tied) and _shape(weights, name) != shape
     )
     if wrong:
         raise CheckpointError(
             f"{path}: {len(wrong)} weights are missing or of another shape, the first is {wrong[0]}: "
-            f"{_shape(found, wrong[0])} in place of {expected[wrong[0]]}"
+            f"{_shape(weights, wrong[0])} in place of {expected[wrong[0]]}"
         )
-    superfluous = sorted(found.keys() - expected.keys())
+    superfluous = sorted(weights.keys() - expected.keys())
     if superfluous:
         raise CheckpointError(
             f"{path}: has no place for {len(superfluous)} weights, the first is {superfluous[0]}"
         )
 
 
-def _shape(found: Mapping[str, Stored], name: str) -> tuple[int, ...] | None:
-    return found[name].shape if name in found else None
+def _shape(weights: Mapping[str, Stored], name: str) -> tuple[int, ...] | None:
+    return weights[name].shape if name in weights else None
 
 
 def _diffusion_config(path: str) -> MaskedDiffusionConfig:
@@ -394,22 +394,22 @@ def _diffusion_config(path: str) -> MaskedDiffusionConfig:
 
 def unknown_architecture(path: str, stored: Mapping[str, Any]) -> CheckpointError:
     """An error for the config.json of what is no diffusion model that is known."""
-    kind, known = stored.get("model_type"), ", ".join(family.name for family in PUBLIC)
+    kind, families = stored.get("model_type"), ", ".join(family.name for family in PUBLIC)
     if kind in FAMILIES:
         return CheckpointError(
             f"{path}: a {kind!r} model, not a masked diffusion checkpoint; dlm train can start from it"
         )
     code = " (it asks for code of its repository, which is never run)" if stored.get("auto_map") else ""
     return CheckpointError(
-        f"{path}: unknown architecture {kind!r}{code}; known: this toolkit's own, {known}, and as a base to "
-        f"train from {', '.join(FAMILIES)}"
+        f"{path}: unknown architecture {kind!r}{code}; known: this toolkit's own, {families}, and as a base "
+        f"to train from {', '.join(FAMILIES)}"
     )
 
 
-def _check(path: str, model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_tokenizer(path: str, model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer that is not the model's, with which it would load and then produce noise."""
-    known = min(len(tokenizer), model.config.vocab_size)
-    if tokenizer.mask_token_id != model.config.mask_token_id or known != model.config.num_tokens:
+    count = min(len(tokenizer), model.config.vocab_size)
+    if tokenizer.mask_token_id != model.config.mask_token_id or count != model.config.num_tokens:
         raise CheckpointError(
             f"{path}: tokenizer and model do not belong together (mask token "
             f"{tokenizer.mask_token_id} against {model.config.mask_token_id}, {len(tokenizer)} tokens "

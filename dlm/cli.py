@@ -52,15 +52,15 @@ def commands() -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `dlm`; returns the exit status."""
-    return _guarded(_dispatch, argv)
+    return _run_guarded(_dispatch, argv)
 
 
 def script(prog: str, command: Command, argv: Sequence[str] | None = None) -> int:
     """Run a command that is no subcommand of `dlm`, under the same rules; returns the exit status."""
-    return _guarded(lambda words: _run(prog, command, words), argv)
+    return _run_guarded(lambda words: _run(prog, command, words), argv)
 
 
-def _guarded(run: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
+def _run_guarded(run: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
     """Call `run` with the words; errors become a line on stderr and an exit status."""
     words, verbatim = _split(list(sys.argv[1:] if argv is None else argv))
     debug = "--debug" in words
@@ -105,8 +105,8 @@ def json_line(value: Any) -> str:
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words before a lone "--", and that with the words behind it, which are no options."""
-    at = words.index("--") if "--" in words else len(words)
-    return list(words[:at]), list(words[at:])
+    end = words.index("--") if "--" in words else len(words)
+    return list(words[:end]), list(words[end:])
 
 
 def _dispatch(words: list[str]) -> int:
@@ -123,7 +123,7 @@ def _dispatch(words: list[str]) -> int:
     name, rest = (nested, words[2:]) if nested in entries and len(words) > 1 else (words[0], words[1:])
     if name not in entries:
         return _fail(
-            f"unknown command {name!r}.{did_you_mean(name, entries)} Commands: {_listed(entries)}", 2
+            f"unknown command {name!r}.{did_you_mean(name, entries)} Commands: {_command_names(entries)}", 2
         )
     if wrong := _misspelt_subcommand(words, entries):
         return _fail(wrong, 2)
@@ -150,7 +150,7 @@ def _misspelt_subcommand(words: list[str], entries: dict[str, Any]) -> str:
     return f"unknown command '{words[0]} {words[1]}'. Did you mean '{words[0]} {near[0]}'?" if near else ""
 
 
-def _listed(entries: dict[str, Any]) -> str:
+def _command_names(entries: dict[str, Any]) -> str:
     return ", ".join(name.replace(".", " ") for name in entries)
 
 
@@ -195,7 +195,7 @@ def parse(prog: str, command: Command, words: Sequence[str]) -> Any:
         parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     options, verbatim = _split(words)
     try:
-        namespace = parser.parse_args(_normalise(options, _options(command.config)))
+        namespace = parser.parse_args(_normalise(options, _option_types(command.config)))
         namespace.pop("config", None)
         rest = [*(namespace.pop("words", None) or ()), *verbatim[1:]]
         if rest:
@@ -210,10 +210,10 @@ def _set_positional(namespace: Any, command: Command, words: list[str]) -> None:
     """Put the words that are no options where they belong."""
     if not command.positional:
         raise _UsageError(f"takes no words that are no options, got {' '.join(words)}")
-    several = get_type_hints(command.config)[command.positional] is not str
-    if not several and len(words) > 1:
+    is_list = get_type_hints(command.config)[command.positional] is not str
+    if not is_list and len(words) > 1:
         raise _UsageError(f"one {command.positional} at a time, got {len(words)}: {' '.join(words)}")
-    namespace[command.positional] = words if several else words[0]
+    namespace[command.positional] = words if is_list else words[0]
 
 
 def _resolve_annotations(config: type) -> None:
@@ -246,7 +246,7 @@ def _normalise(words: Sequence[str], options: dict[str, Any]) -> list[str]:
     return out
 
 
-def _options(config: type, prefix: str = "") -> dict[str, Any]:
+def _option_types(config: type, prefix: str = "") -> dict[str, Any]:
     """All dotted option names of a settings dataclass, with their types."""
     hints = get_type_hints(config)
     options: dict[str, Any] = {}
@@ -254,7 +254,7 @@ def _options(config: type, prefix: str = "") -> dict[str, Any]:
         kind = hints[item.name]
         options[prefix + item.name] = kind
         if is_dataclass(kind):
-            options |= _options(kind, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+            options |= _option_types(kind, f"{prefix}{item.name}.")  # type: ignore[arg-type]
     return options
 
 
@@ -274,9 +274,11 @@ def _explain(message: str, config: type) -> str:
     name = next(group for group in wrong.groups() if group)
     group = re.search(r"Group '([\w.]+)'", message)
     full = f"{group[1]}.{name}" if group else name
-    near = difflib.get_close_matches(full, _options(config), n=1, cutoff=0.75)
-    meant = config.meant(full) if not near and hasattr(config, "meant") else ""
-    near = near or ([meant] if meant else difflib.get_close_matches(full, _options(config), n=1, cutoff=0.5))
+    near = difflib.get_close_matches(full, _option_types(config), n=1, cutoff=0.75)
+    intended = config.meant(full) if not near and hasattr(config, "meant") else ""
+    near = near or (
+        [intended] if intended else difflib.get_close_matches(full, _option_types(config), n=1, cutoff=0.5)
+    )
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"unknown option {full}.{hint} See --help."
 

@@ -40,7 +40,7 @@ def convert(source: str | Path, target: str | Path) -> Path:
         CheckpointError: when the source is of no public family and did not come from one, or is not whole.
         ConfigError: when the target is not empty or cannot be written to.
     """
-    folder, target = _fetched(located(source)), Path(target)
+    folder, target = _source_folder(located(source)), Path(target)
     if target.is_dir() and any(target.iterdir()):
         raise ConfigError(f"{target} is not empty; choose another folder")
     check_writable(target)
@@ -50,12 +50,12 @@ def convert(source: str | Path, target: str | Path) -> Path:
     if family is not None:
         tokenizer = family.tokenizer(str(folder), stored)
         config = family.config(stored, tokenizer)
-        found = {
+        weights = {
             family.our_name(name): each
             for name, each in tensors(folder).items()
             if not family.is_derived(name)
         }
-        check_shapes(str(folder), config, found)
+        check_shapes(str(folder), config, weights)
         target.mkdir(parents=True, exist_ok=True)
         _write_weights(folder, target, family.our_name)
         config.architectures = [MaskedDiffusionModel.__name__]
@@ -71,7 +71,7 @@ def convert(source: str | Path, target: str | Path) -> Path:
     return target
 
 
-def _fetched(path: str) -> Path:
+def _source_folder(path: str) -> Path:
     """The folder of a path, or of the files of a hub repository that are needed."""
     if Path(path).is_dir():
         return Path(path)

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from dlm.errors import CheckpointError, ConfigError
 from dlm.modes import share
 
-FILE = "ema.safetensors"
+AVERAGE_FILE = "ema.safetensors"
 
 
 class EMA:
@@ -65,7 +65,9 @@ class EMA:
     def save(self, folder: str | Path) -> None:
         """Write the average into a checkpoint folder."""
         save_file(
-            self.average, Path(folder) / FILE, metadata={"steps": str(self.steps), "decay": str(self.decay)}
+            self.average,
+            Path(folder) / AVERAGE_FILE,
+            metadata={"steps": str(self.steps), "decay": str(self.decay)},
         )
         share(folder)
 
@@ -75,9 +77,11 @@ class EMA:
         Raises:
             CheckpointError: when the checkpoint was written without an average.
         """
-        file = Path(folder) / FILE
+        file = Path(folder) / AVERAGE_FILE
         if not file.is_file():
-            raise CheckpointError(f"{folder}: no {FILE}; it was written without ema_decay, resume it without")
+            raise CheckpointError(
+                f"{folder}: no {AVERAGE_FILE}; it was written without ema_decay, resume it without"
+            )
         loaded = load_file(file)
         self.average = {name: loaded[name].to(value.device) for name, value in self.average.items()}
         from safetensors import safe_open

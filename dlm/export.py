@@ -104,10 +104,10 @@ def _cleaned(config: Any, generation: Mapping[str, Any] | None) -> None:
     """Of folders in the records of the training, leave the last part; set defaults of decoding."""
     config.generation = {**(config.generation or {}), **(generation or {})}
     if config.training:
-        config.training = _short(config.training)
+        config.training = _without_folders(config.training)
 
 
-def _short(value: Any) -> Any:
+def _without_folders(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _short(inner) for key, inner in value.items()}
+        return {key: _without_folders(inner) for key, inner in value.items()}
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

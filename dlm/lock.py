@@ -14,7 +14,7 @@ from dlm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-NAME = ".lock"
+LOCK_FILE = ".lock"
 """The file in the folder; the system frees the lock of a process that is killed, and the file stays."""
 
 
@@ -26,7 +26,7 @@ def alone_in(folder: str | Path) -> Iterator[None]:
         ConfigError: when another process is at work in it, or it cannot be written to.
     """
     folder = Path(folder)
-    lock = FileLock(folder / NAME)
+    lock = FileLock(folder / LOCK_FILE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)

@@ -10,7 +10,7 @@ SPARE = 1.15
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether weights fit.
+    """Memory that weights need, and memory that is free.
 
     Attributes:
         needed: bytes that the weights and what comes with them need.
@@ -30,7 +30,7 @@ class Fit:
 
 
 def fit(stored: int, stored_bits: int, device: str = "auto", bits: int | None = None) -> Fit:
-    """Whether weights of so many bytes fit the device that `load_model` would choose.
+    """The memory for weights of so many bytes, on the device that `load_model` would choose.
 
     Args:
         stored: bytes of the weights in the files.

@@ -30,7 +30,7 @@ FORMAT = 1
 
 
 def is_cached(path: str) -> bool:
-    """Whether an adapter's merged weights are kept: of those that come with the package."""
+    """True for an adapter whose merged weights are kept: one that comes with the package."""
     return path in map(located, ADAPTERS)
 
 
@@ -51,10 +51,10 @@ def keep(path: str, dtype: str, save: Callable[[Path], Any]) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock", timeout=0), workshop(folder) as scratch:
-            made = scratch / folder.name
-            save(made)
-            seal(made, {"key": _key(path)})
-            put_in_place(made, folder)
+            draft = scratch / folder.name
+            save(draft)
+            seal(draft, {"key": _key(path)})
+            put_in_place(draft, folder)
     except (OSError, Timeout, NotImplementedError) as error:
         logger.debug("%s: merged weights are not kept there (%s)", folder, error)
 

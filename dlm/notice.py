@@ -8,14 +8,14 @@ from pathlib import Path
 from dlm.adapter_files import base_of, is_adapter
 from dlm.pretrained.names import ADAPTERS, located
 
-FILE = "NOTICE"
+NOTICE_FILE = "NOTICE"
 
 
 def notice_of(model: str | Path) -> Path | None:
     """The NOTICE of a model on disk; of an adapter without one, that of its base."""
     folder = Path(located(model) if str(model) in ADAPTERS else model)
-    if (folder / FILE).is_file():
-        return folder / FILE
+    if (folder / NOTICE_FILE).is_file():
+        return folder / NOTICE_FILE
     return notice_of(base_of(folder)) if is_adapter(folder) else None
 
 
@@ -23,4 +23,4 @@ def carry_notice(source: str | Path, target: Path) -> None:
     """Put the notice of `source`, if it has one, beside the weights that were made of it."""
     notice = notice_of(source)
     if notice is not None:
-        shutil.copyfile(notice, target / FILE)
+        shutil.copyfile(notice, target / NOTICE_FILE)

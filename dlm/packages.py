@@ -8,16 +8,16 @@ from pathlib import Path
 
 from dlm.errors import DLMError
 
-NAMES = ("decoding", "finetune", "eval", "serve")
+SIBLINGS = ("decoding", "finetune", "eval", "serve")
 """Packages beside `dlm`, with names that other projects may have too."""
 
 
 HOME = Path(__file__).resolve().parent.parent
-"""Where `dlm` lies, and the others beside it."""
+"""The folder of `dlm` and of the others beside it."""
 
 
 def claim() -> list[str]:
-    """Make the names of `NAMES` mean this project's packages; a line for each that something else hides.
+    """Make the names of `SIBLINGS` mean this project's packages; a line for each that something else hides.
 
     A folder `decoding/` in the working folder comes first on Python's path under `python -m dlm.cli` and with
     PYTHONPATH. What is hidden is imported at once, so that later imports find it.
@@ -26,16 +26,16 @@ def claim() -> list[str]:
         DLMError: when another module of such a name is loaded already.
     """
     lines = []
-    for name in NAMES:
+    for name in SIBLINGS:
         file = HOME / name / "__init__.py"
-        found = importlib.util.find_spec(name)
-        other = Path(found.origin).resolve() if found and found.origin else None
-        if other is None or other == file or not file.is_file():
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve() if spec and spec.origin else None
+        if origin is None or origin == file or not file.is_file():
             continue
         if name in sys.modules:
-            raise DLMError(f"{other} is loaded as {name!r}, which {file.parent} should be")
+            raise DLMError(f"{origin} is loaded as {name!r}, which {file.parent} should be")
         _load(name, file)
-        where = other.parent if other.name == "__init__.py" else other
+        where = origin.parent if origin.name == "__init__.py" else origin
         lines.append(f"{where} hides the package {name!r} of this program; {file.parent} is used")
     return lines
 

@@ -43,7 +43,7 @@ class TokenPrior:
     def of(cls, rows: Dataset | EncodedRows, vocab_size: int, special: tuple[int, ...] = ()) -> TokenPrior:
         """Count the answer tokens of encoded rows (`input_ids`, `prompt_length`)."""
         counts = torch.zeros(vocab_size, dtype=torch.int64)
-        for answers in _answers(rows):
+        for answers in _answer_tokens(rows):
             counts += torch.from_numpy(np.bincount(answers, minlength=vocab_size))
         return cls(counts, special)
 
@@ -89,7 +89,7 @@ class TokenPrior:
         return float(log_prior[order[int((cumulative * 2 < cumulative[-1]).sum())]])
 
 
-def _answers(rows: Dataset | EncodedRows) -> Iterator[np.ndarray[Any, Any]]:
+def _answer_tokens(rows: Dataset | EncodedRows) -> Iterator[np.ndarray[Any, Any]]:
     """The tokens of answers, many rows at a time."""
     if isinstance(rows, EncodedRows):
         yield rows.answers()

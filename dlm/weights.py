@@ -18,7 +18,7 @@ from dlm.families.base import file_of
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-DTYPES = {
+TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -40,11 +40,11 @@ class Stored:
     @property
     def bits(self) -> int:
         """Bits of a value."""
-        return DTYPES[self.dtype].itemsize * 8
+        return TORCH_DTYPES[self.dtype].itemsize * 8
 
     def __getitem__(self, key: Any) -> torch.Tensor:
         """The tensor, read from its file (not mapped: what has been read does not stay beside the model)."""
-        kind, size = DTYPES[self.dtype], math.prod(self.shape)
+        kind, size = TORCH_DTYPES[self.dtype], math.prod(self.shape)
         if not size:
             return torch.empty(self.shape, dtype=kind)[key]
         room = mmap.mmap(-1, size * kind.itemsize)  # goes back to the system whole, where a heap keeps holes
@@ -69,12 +69,12 @@ def header(file: Path) -> dict[str, Stored]:
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            found = json.loads(stream.read(length))
-        found.pop("__metadata__", None)
-        end = max((tensor["data_offsets"][1] for tensor in found.values()), default=0)
+            entries = json.loads(stream.read(length))
+        entries.pop("__metadata__", None)
+        end = max((tensor["data_offsets"][1] for tensor in entries.values()), default=0)
         tensors = {
             name: Stored(tuple(t["shape"]), t["dtype"], file, 8 + length + t["data_offsets"][0])
-            for name, t in found.items()
+            for name, t in entries.items()
         }
     except (
         struct.error,
@@ -112,9 +112,9 @@ def shards(folder: str | Path) -> list[Path]:
 
 def _index(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        found["weight_map"].values()
-        return dict(found)
+        index = json.loads(file.read_text(encoding="utf-8"))
+        index["weight_map"].values()
+        return dict(index)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: damaged ({error})") from error
 
@@ -124,21 +124,21 @@ def read_lazily(path: str | Path) -> dict[str, Stored]:
 
     Empty where there are no safetensors files.
     """
-    files = shards(path) if Path(path).is_dir() else _fetched(str(path))
+    files = shards(path) if Path(path).is_dir() else _hub_shards(str(path))
     return {name: each for file in files for name, each in header(file).items()}
 
 
-def _fetched(path: str) -> list[Path]:
+def _hub_shards(path: str) -> list[Path]:
     """The safetensors files of a hub repository, on this machine."""
     index = file_of(path, INDEX)
     names = [SINGLE] if index is None else sorted(set(_index(Path(index))["weight_map"].values()))
-    found = {name: file_of(path, name) for name in names}
-    missing = [name for name, file in found.items() if file is None]
+    paths = {name: file_of(path, name) for name in names}
+    missing = [name for name, file in paths.items() if file is None]
     if missing and index is not None:
         raise CheckpointError(
             f"{path}: {len(missing)} of {len(names)} weight files are missing, the first is {missing[0]}"
         )
-    return [Path(file) for file in found.values() if file is not None]
+    return [Path(file) for file in paths.values() if file is not None]
 
 
 def check_files(path: str | Path) -> None:

@@ -17,15 +17,15 @@ from eval.judge import Judge, Request
 
 logger = logging.getLogger(__name__)
 
-Rows = list[dict[str, Any]]
+Records = list[dict[str, Any]]
 
-OPTIONS = (
+CHAT_SETTINGS = (
     *("max_tokens", "temperature", "top_p", "stop", "seed", "logprobs", "top_logprobs"),
     *("tools", "tool_choice", "functions", "function_call"),
 )
-"""What annotators say that an endpoint understands; the rest is for the package's own client."""
+"""Settings of annotators that an endpoint understands; the rest is for the package's own client."""
 
-FEWEST = 30
+MIN_VERDICTS = 30
 """Verdicts that a length-controlled rate needs: with fewer, its two parameters mean nothing."""
 
 
@@ -56,12 +56,12 @@ class WinRate:
 
 
 def win_rate(
-    outputs: Rows,
-    references: Rows,
+    outputs: Records,
+    references: Records,
     judge: Judge,
     annotator: str = "weighted_alpaca_eval_gpt4_turbo",
     name: str = "",
-) -> tuple[WinRate, Rows]:
+) -> tuple[WinRate, Records]:
     """Have the `alpaca_eval` package compare outputs with references, by this judge.
 
     Args:
@@ -94,7 +94,7 @@ def win_rate(
         output_path=None, is_return_instead_of_print=True, fn_metric=_later, sort_by="win_rate",
         precomputed_leaderboard=None, is_cache_leaderboard=False, caching_path=None,
     )  # fmt: skip
-    rows: Rows = [dict(row) for row in annotations]
+    rows: Records = [dict(row) for row in annotations]
     return summarise(rows, package, len(pairs)), rows
 
 
@@ -104,7 +104,7 @@ def _later(annotations: Any) -> dict[str, float]:
     return {"win_rate": math.nan, "standard_error": math.nan}
 
 
-def summarise(rows: Rows, package: Any, count: int) -> WinRate:
+def summarise(rows: Records, package: Any, count: int) -> WinRate:
     """Win rates of annotations; rows without a preference are left out and counted."""
     judged = [row for row in rows if row.get("preference") is not None and not math.isnan(row["preference"])]
     if not judged:
@@ -117,7 +117,7 @@ def summarise(rows: Rows, package: Any, count: int) -> WinRate:
     )  # fmt: skip
 
 
-def length_controlled(rows: Rows, package: Any) -> tuple[float, float, str]:
+def length_controlled(rows: Records, package: Any) -> tuple[float, float, str]:
     """The length-controlled win rate (arXiv 2404.04475), its standard error, and how it was found.
 
     The package's own needs the difficulties of AlpacaEval's 805 instructions, a file on the hub. Where it
@@ -130,8 +130,8 @@ def length_controlled(rows: Rows, package: Any) -> tuple[float, float, str]:
             return rate, error, "alpaca_eval"
         except (OSError, ValueError, KeyError) as error:
             logger.warning("AlpacaEval's difficulties could not be fetched (%s): length only", error)
-    if len(rows) < FEWEST:
-        return float("nan"), float("nan"), f"none below {FEWEST} verdicts"
+    if len(rows) < MIN_VERDICTS:
+        return float("nan"), float("nan"), f"none below {MIN_VERDICTS} verdicts"
     won = np.array([row["preference"] - 1 for row in rows], dtype=float)
     extra = np.array([len(row["output_2"]) - len(row["output_1"]) for row in rows], dtype=float)
     rate, deviation = length_only(won, extra)
@@ -199,7 +199,7 @@ def _annotator(package: Any, judge: Judge) -> type:
             for each in annotators.values():
                 each.fn_completions = _Completions(judge, package)
                 options = each.completions_kwargs
-                each.completions_kwargs = {name: options[name] for name in OPTIONS if name in options}
+                each.completions_kwargs = {name: options[name] for name in CHAT_SETTINGS if name in options}
             return annotators
 
     return Annotator
@@ -214,7 +214,9 @@ class _Completions:
     def __call__(self, prompts: Sequence[str], **options: Any) -> dict[str, Any]:
         requests = [Request(self.package.utils.prompt_to_chatml(p.strip()), options) for p in prompts]
         choices = self.judge.ask(requests, "AlpacaEval")
-        full = [{**(choice or {"message": {"content": ""}}), "text": _text(choice)} for choice in choices]
+        full = [
+            {**(choice or {"message": {"content": ""}}), "text": _choice_text(choice)} for choice in choices
+        ]
         return {
             "completions": [choice["text"] for choice in full],
             "completions_all": full,
@@ -223,5 +225,5 @@ class _Completions:
         }
 
 
-def _text(choice: dict[str, Any] | None) -> str:
+def _choice_text(choice: dict[str, Any] | None) -> str:
     return "" if choice is None else str(choice["message"]["content"])

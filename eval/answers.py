@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,10 @@ class Answer:
     def key(self) -> tuple[str, int]:
         """Id of the question, and the turn."""
         return self.id, self.turn
+
+
+ByTurn = Mapping[tuple[str, int], Answer]
+"""Answers by the question's id and the turn."""
 
 
 class AnswerFile:

@@ -29,7 +29,7 @@ _NEXT = re.compile(
     r"(?:\*\*)? *[:.)]|(?:user|human)(?:\*\*)? *:)|<\|",
     re.IGNORECASE,
 )
-"""Where a model has gone on with a question of its own."""
+"""The place at which a model has gone on with a question of its own."""
 
 _MARKED = re.compile(r"####(?=[ \t]*[*$£€\\]*[-+\u2212]?[$£€\\]*\.?\d)")
 _ANSWER = re.compile(r"\banswer\b[^.\n]*?(?:\bis\b|[:=])", re.IGNORECASE)
@@ -38,11 +38,11 @@ _OPERATOR = re.compile(r"\s*(?:[-+*/^=×÷]|x\b|times\b|plus\b|minus\b|divided\b
 
 def numbers(text: str) -> list[Decimal]:
     """The numbers in a text, in order; "$1,234.50", "-3", ".5" and "3/4" are one each, units are left out."""
-    text = _plain(text)
+    text = _without_marks(text)
     return [value for match in _NUMBER.finditer(text) if (value := _value(match, text)) is not None]
 
 
-def _plain(text: str) -> str:
+def _without_marks(text: str) -> str:
     """A text without the marks of LaTeX, currencies and other dashes."""
     for pattern, instead in _LATEX:
         text = pattern.sub(instead, text)
@@ -105,7 +105,7 @@ def _worked_out(text: str, otherwise: Decimal) -> Decimal:
 
     That is the first number, if nothing is done to it; else the last side of the equation with one number.
     """
-    text = _plain(text)
+    text = _without_marks(text)
     if "=" not in text:
         return otherwise
     first = _NUMBER.search(text)

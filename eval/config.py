@@ -11,7 +11,7 @@ from dlm.errors import ConfigError, unknown_name
 from eval.variants import Variant, variants
 
 NUCLEUS = 0.95
-"""What autoregressive baselines draw from when nothing else is said."""
+"""Top-p of autoregressive baselines, by default."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class EvalConfig:
         return variants(self.decoders, **self._sizes())
 
     def _sizes(self) -> dict[str, Any]:
-        """What the decoders are combined with."""
+        """Sizes that the decoders are combined with."""
         return {name: getattr(self, name) for name in ("window", "steps", "max_tokens", "rate")}
 
     def _refuse_what_has_no_use(self) -> None:

@@ -6,17 +6,15 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.answers import Answer
+from eval.answers import ByTurn
 from eval.tasks import Question
 
-Said = Mapping[tuple[str, int], Answer]
 
-
-def model_outputs(questions: Sequence[Question], answers: Said, generator: str) -> list[dict[str, Any]]:
+def model_outputs(questions: Sequence[Question], answers: ByTurn, generator: str) -> list[dict[str, Any]]:
     """AlpacaEval's `model_outputs.json`: the first turns that have an answer."""
     return [
         {
@@ -39,7 +37,7 @@ def reference_outputs(questions: Sequence[Question]) -> list[dict[str, Any]]:
     ]
 
 
-def model_answers(questions: Sequence[Question], answers: Said, model_id: str) -> list[dict[str, Any]]:
+def model_answers(questions: Sequence[Question], answers: ByTurn, model_id: str) -> list[dict[str, Any]]:
     """MT-Bench's `model_answer/<model_id>.jsonl`: the questions all of whose turns have an answer."""
     rows = []
     for q in questions:

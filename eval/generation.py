@@ -74,13 +74,13 @@ def generate(
     ) as bar:
         for turn in range(max((len(question.turns) for question in questions), default=0)):
             due = [q for q in questions if turn < len(q.turns) and (q.id, turn) not in answers]
-            for answer in file.append(_answers(due, turn, system, answers)):
+            for answer in file.append(_timed_answers(due, turn, system, answers)):
                 answers[answer.key] = answer
                 bar.update()
     return {key: answers[key] for key in answers if key in keys}
 
 
-def _answers(
+def _timed_answers(
     due: Sequence[Question], turn: int, system: System, answers: dict[tuple[str, int], Answer]
 ) -> Iterator[Answer]:
     begun = time.perf_counter()

@@ -19,7 +19,7 @@ ASPECTS = {
     "relevance": "The answer is about what was asked, and holds what the user needs.",
     "fluency": "The answer is correct, natural English.",
 }
-"""What can be scored, and what it means."""
+"""Aspects that can be scored, and their meanings."""
 
 PROMPT = """You will see an instruction and an answer to it. Rate the answer on one aspect.
 

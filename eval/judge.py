@@ -175,13 +175,13 @@ class Judge:
             raise _UnansweredError(str(error), not retried) from error
         except (AttributeError, TypeError, ValueError) as error:
             raise _UnansweredError(f"not a chat completion ({error})", True) from error
-        text = _text(choice.get("message") or {})
+        text = _message_text(choice.get("message") or {})
         if text is None:
             raise _UnansweredError("the reply has no text", True)
         return {**choice, "message": {"role": "assistant", "content": text}, "total_tokens": usage}
 
 
-def _text(message: dict[str, Any]) -> str | None:
+def _message_text(message: dict[str, Any]) -> str | None:
     """Text of a message, or the arguments of the function that it calls."""
     if message.get("content") is not None:
         return str(message["content"])

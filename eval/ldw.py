@@ -22,7 +22,7 @@ from dlm.prior import TokenPrior
 from dlm.tokenizer import as_messages, encode_prompt, encode_text
 
 Kind = Literal["prompt", "frequent", "end", "other"]
-"""What a candidate is: a token of the prompt, one of the frequent ones, the end token, or neither."""
+"""Kinds of candidate: a token of the prompt, one of the frequent ones, the end token, or neither."""
 
 
 @dataclass(frozen=True)

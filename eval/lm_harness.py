@@ -32,8 +32,8 @@ LIKELIHOODS = ("nelbo", "path")
 DRAWS = 32
 """Model calls for each log-likelihood."""
 
-SIZES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""What tasks call the longest answer, in the harness's order of precedence."""
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names of tasks for the longest answer, in the harness's order of precedence."""
 
 
 def _check_arguments(pretrained: str, likelihood: str, draws: int, rest: Iterable[str]) -> None:
@@ -140,8 +140,8 @@ class DLM(LM):  # type: ignore[misc]
         options = dict(request.args[1])
         stop = options.pop("until", None) or []
         stops = tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text)
-        sizes = [options.pop(name) for name in SIZES if options.get(name) is not None]
-        for name in (*options, *(SIZES[:1] if sizes and self.fixed else ())):
+        sizes = [options.pop(name) for name in LENGTHS if options.get(name) is not None]
+        for name in (*options, *(LENGTHS[:1] if sizes and self.fixed else ())):
             self._ignored(name)
         if self.fixed:
             return stops, tuple(self.fixed.items())
@@ -153,7 +153,7 @@ class DLM(LM):  # type: ignore[misc]
             return
         self._warned.add(name)
         place = "the decoder's own options (model_args decoder=name(temperature=…)) decide"
-        if name in ("max_length", *SIZES):
+        if name in ("max_length", *LENGTHS):
             place = "max_gen_toks, or window and steps among the model_args, decide"
         logger.warning("the task's %s is not followed: %s", name, place)
 

@@ -63,7 +63,7 @@ MEASURES = {
     "tokens_per_call": Measure("tokens per call", 1),
     "seconds": Measure("seconds", -1),
 }
-"""What can be measured of one answer, and in which order it is told."""
+"""Measures of one answer, in the order of the tables."""
 
 
 def basic(answer: Answer) -> dict[str, float]:
@@ -85,7 +85,7 @@ def basic(answer: Answer) -> dict[str, float]:
 
 def distinct(texts: Sequence[str], n: int) -> float:
     """Distinct n-grams of words over all n-grams of a set of texts (distinct-n, arXiv 1510.03055)."""
-    return _distinct([_grams(text, n) for text in texts])
+    return _distinct_share([_grams(text, n) for text in texts])
 
 
 def distinct_around(texts: Sequence[str], n: int) -> float:
@@ -106,7 +106,7 @@ def _grams(text: str, n: int) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
-def _distinct(grams: Sequence[list[tuple[str, ...]]]) -> float:
+def _distinct_share(grams: Sequence[list[tuple[str, ...]]]) -> float:
     total = sum(map(len, grams))
     return len(set(itertools.chain.from_iterable(grams))) / total if total else float("nan")
 

@@ -6,7 +6,7 @@ The judge's prompts are the official ones, `judge_prompts.jsonl` of FastChat, do
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from dlm.data.records import read_records
 from dlm.errors import ConfigError, DataError, DLMError
 from dlm.tokenizer import Message
-from eval.answers import Answer
+from eval.answers import ByTurn
 from eval.judge import Judge, Request, Tally, conclusion
 from eval.statistics import estimate
 from eval.tasks import FASTCHAT, Question, with_references
@@ -22,9 +22,8 @@ from eval.tasks import FASTCHAT, Question, with_references
 MATHS = ("math", "reasoning", "coding", "arena-hard-200")
 """Categories that are judged with a reference answer."""
 
-OPTIONS = {"temperature": 0.0, "max_tokens": 2048}
+JUDGE_OPTIONS = {"temperature": 0.0, "max_tokens": 2048}
 
-Said = Mapping[tuple[str, int], Answer]
 Winner = Literal["A", "B", "tie"]
 
 _WINNERS: dict[str, Winner] = {"A": "A", "B": "B", "C": "tie"}
@@ -94,7 +93,7 @@ def _kind(question: Question, turn: int, base: str) -> str:
     return f"{base}{maths}{'-multi-turn' if turn else ''}"
 
 
-def _prompt(prompts: dict[str, Prompt], question: Question, turn: int, base: str) -> Prompt:
+def _turn_prompt(prompts: dict[str, Prompt], question: Question, turn: int, base: str) -> Prompt:
     if len(question.turns) > 2:
         raise ConfigError(
             f"question {question.id} has {len(question.turns)} turns; MT-Bench's prompts know two"
@@ -109,7 +108,7 @@ def _prompt(prompts: dict[str, Prompt], question: Question, turn: int, base: str
     return prompts[name]
 
 
-def _texts(question: Question, turn: int) -> dict[str, str]:
+def _turn_texts(question: Question, turn: int) -> dict[str, str]:
     """Fields of the templates besides answers."""
     if not turn:
         first = question.reference[0] if question.reference else ""
@@ -151,17 +150,19 @@ class Grades:
     tally: dict[str, int]
 
 
-def grade(questions: Sequence[Question], by_key: Said, judge: Judge, prompts: dict[str, Prompt]) -> Grades:
+def grade(questions: Sequence[Question], by_key: ByTurn, judge: Judge, prompts: dict[str, Prompt]) -> Grades:
     """Grade every turn of every question that has answers."""
     asked_turns, requests = [], []
     for question in questions:
         for turn in range(len(question.turns)):
             if all((question.id, i) in by_key for i in range(turn + 1)):
-                prompt = _prompt(prompts, question, turn, "single")
+                prompt = _turn_prompt(prompts, question, turn, "single")
                 answers = {f"answer_{i + 1}": by_key[question.id, i].text for i in range(turn + 1)}
                 texts = answers if turn else {"answer": by_key[question.id, 0].text}
                 asked_turns.append((question, turn))
-                requests.append(Request(_filled(prompt, **_texts(question, turn), **texts), OPTIONS))
+                requests.append(
+                    Request(_filled(prompt, **_turn_texts(question, turn), **texts), JUDGE_OPTIONS)
+                )
     tally = Tally()
     values = tally.read(judge.ask(requests, "MT-Bench"), read_grade)
     pairs = [(q, turn, g) for (q, turn), g in zip(asked_turns, values, strict=True) if g is not None]
@@ -219,18 +220,20 @@ class Pairs:
 
 
 def compare(
-    questions: Sequence[Question], first: Said, second: Said, judge: Judge, prompts: dict[str, Prompt]
+    questions: Sequence[Question], first: ByTurn, second: ByTurn, judge: Judge, prompts: dict[str, Prompt]
 ) -> Pairs:
     """Compare two systems turn by turn, each pair in both orders."""
     requests, keys = [], []
     for question in questions:
         for turn in range(len(question.turns)):
             if all((question.id, i) in answers for i in range(turn + 1) for answers in (first, second)):
-                prompt = _prompt(prompts, question, turn, "pair")
+                prompt = _turn_prompt(prompts, question, turn, "pair")
                 keys.append(f"{question.id}/{turn}")
                 for a, b in ((first, second), (second, first)):
                     texts = _both(question, turn, a, b)
-                    requests.append(Request(_filled(prompt, **_texts(question, turn), **texts), OPTIONS))
+                    requests.append(
+                        Request(_filled(prompt, **_turn_texts(question, turn), **texts), JUDGE_OPTIONS)
+                    )
     tally = Tally()
     winners: list[Winner | None] = []
     winners += tally.read(judge.ask(requests, "MT-Bench, pairs"), read_winner)
@@ -256,7 +259,7 @@ def outcome(forward: Winner | None, swapped: Winner | None) -> str:
     return "tie" if forward == swapped == "tie" else "inconsistent"
 
 
-def _both(question: Question, turn: int, a: Said, b: Said) -> dict[str, str]:
+def _both(question: Question, turn: int, a: ByTurn, b: ByTurn) -> dict[str, str]:
     if not turn:
         return {"answer_a": a[question.id, 0].text, "answer_b": b[question.id, 0].text}
     return {

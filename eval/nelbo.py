@@ -12,10 +12,10 @@ import torch
 
 from dlm.noise import fold, key_of, uniform
 
-Pair = tuple[Sequence[int], Sequence[int]]
+PromptAndAnswer = tuple[Sequence[int], Sequence[int]]
 """Prompt and answer as ids."""
 
-_CELLS = 1024
+_HEAD_CELLS = 1024
 """Masked cells that pass through the LM head at a time; bounds the logits that live at once."""
 
 
@@ -28,7 +28,7 @@ class Bound:
     error: float
     """Standard error of `nats` over the draws; 0 where every masking was looked at."""
     greedy: bool
-    """Whether, all of the answer being masked, the likeliest token everywhere is the answer's."""
+    """True if, all of the answer being masked, the likeliest token everywhere is the answer's."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class _Job:
     cells: list[int]
     """Places in the answer that are masked."""
     weight: float
-    """What the summed -log p of the cells counts in the bound."""
+    """Weight of the summed -log p of the cells in the bound."""
 
 
 def nelbo(
-    model: Any, rows: Sequence[Pair], draws: int = 32, batch_size: int = 16, seed: int = 0
+    model: Any, rows: Sequence[PromptAndAnswer], draws: int = 32, batch_size: int = 16, seed: int = 0
 ) -> list[float]:
     """Nats of each answer; see `bounds`."""
     return [bound.nats for bound in bounds(model, rows, draws, batch_size, seed)]
@@ -52,7 +52,7 @@ def nelbo(
 
 @torch.inference_mode()
 def bounds(
-    model: Any, rows: Sequence[Pair], draws: int = 32, batch_size: int = 16, seed: int = 0
+    model: Any, rows: Sequence[PromptAndAnswer], draws: int = 32, batch_size: int = 16, seed: int = 0
 ) -> list[Bound]:
     """-log p(answer | prompt), bounded from above (MDLM, arXiv 2406.07524).
 
@@ -101,7 +101,7 @@ def _few(n: int, draws: int) -> bool:
     return n <= draws.bit_length() and 2**n - 1 <= max(draws, 1)
 
 
-def _jobs(rows: Sequence[Pair], draws: int, seed: int) -> Iterator[_Job]:
+def _jobs(rows: Sequence[PromptAndAnswer], draws: int, seed: int) -> Iterator[_Job]:
     """The maskings to look at; rows that look alike when all of the answer is masked share that one."""
     blank: dict[tuple[tuple[int, ...], int], list[int]] = {}
     for row, (prompt, answer) in enumerate(rows):
@@ -139,7 +139,9 @@ def _error(values: Sequence[float]) -> float:
     return math.sqrt(squares * len(values) / (2 * (len(values) - 1)))
 
 
-def _looked_at(model: Any, rows: Sequence[Pair], jobs: Sequence[_Job]) -> list[list[tuple[float, bool]]]:
+def _looked_at(
+    model: Any, rows: Sequence[PromptAndAnswer], jobs: Sequence[_Job]
+) -> list[list[tuple[float, bool]]]:
     """For each job and each of its rows: nats of the masked cells, and whether all are the likeliest."""
     shown = [rows[job.owners[0]] for job in jobs]
     width = max(len(prompt) + len(answer) for prompt, answer in shown)
@@ -161,7 +163,7 @@ def _compared(model: Any, hidden: torch.Tensor, truth: torch.Tensor) -> list[tup
     """States [l, D] against candidates [l, K]: nats of each, and whether it is the likeliest everywhere."""
     nats = torch.zeros(truth.shape[1], dtype=torch.float64)
     right = torch.ones(truth.shape[1], dtype=torch.bool)
-    for states, tokens in zip(hidden.split(_CELLS), truth.split(_CELLS), strict=True):
+    for states, tokens in zip(hidden.split(_HEAD_CELLS), truth.split(_HEAD_CELLS), strict=True):
         logp = model.logits(states).float().log_softmax(-1).cpu()
         nats -= logp.gather(1, tokens).double().sum(0)
         right &= (logp.argmax(-1)[:, None] == tokens).all(0)

@@ -23,13 +23,13 @@ from eval.statistics import Estimate, estimate, paired_test
 LEVEL = 0.1
 """Runs whose model calls differ by less than this part have as many calls."""
 
-Rows = list[tuple[list[int], list[int]]]
+TokenRows = list[tuple[list[int], list[int]]]
 """Prompts and answers as ids; answers hold their end token."""
 
 
 def held_out(
     source: str, last: int, limit: int, tokenizer: PreTrainedTokenizerBase, room: int, tokens: int
-) -> Rows:
+) -> TokenRows:
     """The first rows among the last of a file that fit.
 
     Args:

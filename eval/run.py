@@ -92,8 +92,8 @@ class Results:
         try:
             card = Card(**json.loads((folder / "run.json").read_text(encoding="utf-8")))
             metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            measured = {key: _numbers(row) for key, row in metrics["answers"].items()}
-            overall = _numbers(metrics["whole"])
+            measured = {key: _nan_for_none(row) for key, row in metrics["answers"].items()}
+            overall = _nan_for_none(metrics["whole"])
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(f"{folder}: not a finished run of `dlm eval` ({error!r})") from error
         verdicts = load_verdicts(folder)
@@ -141,7 +141,7 @@ def _rejudged(run: Results, longest: Results | None) -> Results:
     return replace(run, measured=measured, means={**means, **summary(rates)}, whole={**run.whole, **usual})
 
 
-def _numbers(row: Mapping[str, float | None]) -> dict[str, float]:
+def _nan_for_none(row: Mapping[str, float | None]) -> dict[str, float]:
     return {name: float("nan") if value is None else value for name, value in row.items()}
 
 
@@ -183,7 +183,7 @@ def load_verdicts(folder: Path) -> list[Verdict]:
         try:
             verdict = Verdict(**json.loads(file.read_text(encoding="utf-8")))
             verdicts.append(
-                replace(verdict, by_answer=_numbers(verdict.by_answer), figures=dict(verdict.figures))
+                replace(verdict, by_answer=_nan_for_none(verdict.by_answer), figures=dict(verdict.figures))
             )
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{file}: not a verdict of `dlm eval judge` ({error})") from error

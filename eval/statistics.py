@@ -9,7 +9,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-FEWEST = 5
+MIN_VALUES = 5
 """Independent values below which an interval would say nothing."""
 
 
@@ -19,7 +19,7 @@ class Estimate:
 
     Attributes:
         mean: of the values that are there.
-        low: lower end of the 95 % interval; NaN where there are fewer than `FEWEST` values.
+        low: lower end of the 95 % interval; NaN where there are fewer than `MIN_VALUES` values.
         high: upper end.
         count: how many independent values, or groups of values, there are.
     """
@@ -57,7 +57,7 @@ def estimate(
     _, owner = np.unique(names[finite], return_inverse=True)
     sums, counts = np.bincount(owner, x[finite]), np.bincount(owner)
     mean, n = float(x[finite].mean()), len(sums)
-    if n < FEWEST:
+    if n < MIN_VALUES:
         return Estimate(mean, math.nan, math.nan, n)
     variance = float(((sums - mean * counts) ** 2).sum()) / counts.sum() ** 2  # of the mean, times (n-1)/n
     if share:
@@ -97,10 +97,10 @@ def jackknife(values: Sequence[float], level: float = 0.95) -> float:
 
     The jackknife's variance (Efron and Stein, 1981) is in the mean no smaller than the variance over sets of
     this size, whatever the statistic; resampling with replacement changes what depends on the size. NaN for
-    fewer than `FEWEST` members.
+    fewer than `MIN_VALUES` members.
     """
     x, n = np.asarray(values, dtype=float), len(values)
-    if n < FEWEST or np.isnan(x).any():
+    if n < MIN_VALUES or np.isnan(x).any():
         return math.nan
     return student(n - 1, level) * math.sqrt((n - 1) / n * float(((x - x.mean()) ** 2).sum()))
 

@@ -235,14 +235,18 @@ class Connection:
 
     def _learn(self, message: str, request: dict[str, Any]) -> bool:
         """True when a refusal names a setting that was sent and can be had otherwise from now on."""
-        for name, other in (("max_tokens", "max_completion_tokens"), ("temperature", ""), ("seed", "")):
-            refused = re.search(rf"\b{name}\b", message) is not None and (not other or other in message)
+        for name, replacement in (("max_tokens", "max_completion_tokens"), ("temperature", ""), ("seed", "")):
+            refused = re.search(rf"\b{name}\b", message) is not None and (
+                not replacement or replacement in message
+            )
             if not refused or name not in request:
                 continue
             if name not in self.instead:  # else another thread has learnt it while this one was under way
-                self.instead[name] = other
+                self.instead[name] = replacement
                 change = (
-                    f"takes {other} in place of {name}" if other else f"refuses {name}, which is left out"
+                    f"takes {replacement} in place of {name}"
+                    if replacement
+                    else f"refuses {name}, which is left out"
                 )
                 logger.warning("%s %s", self.client.base_url, change)
             return True

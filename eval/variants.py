@@ -13,7 +13,7 @@ from decoding.request import Request
 from dlm.errors import ConfigError
 
 SIZES = ("kernel_size", "block_size")
-"""What the size of a decoder's window is called."""
+"""Options that give the size of a decoder's window."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Variant:
 
     def split(self, default: str) -> tuple[str, str]:
         """Decoder with options, and pace; `default` is what the checkpoint's decoder is called."""
-        return ",".join([self.decoder or default, *_told(self.options)]), ",".join(_told(self.pace))
+        return ",".join([self.decoder or default, *_labels(self.options)]), ",".join(_labels(self.pace))
 
     def request(self, **common: Any) -> Request:
         """The request for the sampler, with further fields."""
@@ -47,7 +47,7 @@ class Variant:
         return Request(decoder=decoder, **self.pace, **common)
 
 
-def _told(settings: dict[str, Any]) -> list[str]:
+def _labels(settings: dict[str, Any]) -> list[str]:
     words = {"kernel_size": "K", "block_size": "B", "window": "L", "steps": "S", "max_tokens": "max"}
     return [f"{words.get(name, name)}={value:g}" for name, value in settings.items()]
 
@@ -132,7 +132,7 @@ def variants(
     values, cuts = whole(listed(kernel, "kernel", window), "kernel"), whole(listed(top_k, "top_k"), "top_k")
     sizes = list(zip(values, ("L" in part for part in kernel.split(",")), strict=False))
     for name, options in parse_decoders(decoders):
-        for size_options, pace in itertools.product(_options(name, sizes, cuts), paces):
+        for size_options, pace in itertools.product(_option_grid(name, sizes, cuts), paces):
             variant = Variant(name, {**size_options, **options}, pace)
             variant.request()
             if variant not in out:
@@ -159,7 +159,9 @@ def _paces(window: int, steps: str, max_tokens: int, rate: str) -> Iterator[dict
     yield from ({**common, "rate": float(value)} for value in rates)
 
 
-def _options(name: str, sizes: Sequence[tuple[int, bool]], cuts: Sequence[int]) -> Iterator[dict[str, Any]]:
+def _option_grid(
+    name: str, sizes: Sequence[tuple[int, bool]], cuts: Sequence[int]
+) -> Iterator[dict[str, Any]]:
     """The options that a decoder has, at every size and cut asked for.
 
     Kernels are odd: a share of the window, which sizes have True with them, is for them the next odd number.

@@ -55,7 +55,7 @@ class Stage(Generic[Config]):
     """
 
     objective: str
-    """What is optimised, in words; recorded with the model."""
+    """The objective, in words; recorded with the model."""
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -39,7 +39,7 @@ class RunFolder:
         if not self._stored and any(self.path.glob("checkpoint-*")):
             raise ConfigError(f"{self.path} holds checkpoints but no run.json; choose another output_dir")
         if self._stored:
-            self._compare(_plain(asdict(config)), self._stored["config"])
+            self._compare(_as_json(asdict(config)), self._stored["config"])
         self.resume_from = last_checkpoint(self.path)
         if self.resume_from and not config.resume:
             raise ConfigError(f"{self.path} holds a run already; resume it or choose another output_dir")
@@ -113,7 +113,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for name in discard_incomplete(self.path) if self._stored else []:
             logger.warning("%s was only half written and has been removed", self.path / name)
-        settings = {"config": _plain(asdict(self.config)), "rows": report.as_dict(), "finished": False}
+        settings = {"config": _as_json(asdict(self.config)), "rows": report.as_dict(), "finished": False}
         self._stored = self._stored | settings
         self._write()
 
@@ -128,7 +128,7 @@ class RunFolder:
         os.replace(partial, self._file)
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
     """As JSON would give them back."""
     return dict(json.loads(json.dumps(settings)))
 

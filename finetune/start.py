@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Pair = tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]
+ModelAndTokenizer = tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]
 
 
-def first_model(config: TrainConfig, rows: Dataset, resume_from: Path | None = None) -> Pair:
+def first_model(config: TrainConfig, rows: Dataset, resume_from: Path | None = None) -> ModelAndTokenizer:
     """The model that supervised fine-tuning starts from, and its tokenizer.
 
     Args:
@@ -42,7 +42,7 @@ def first_model(config: TrainConfig, rows: Dataset, resume_from: Path | None = N
     return model, tokenizer
 
 
-def fine_tuned_model(config: StartConfig, prompted: bool) -> Pair:
+def fine_tuned_model(config: StartConfig, prompted: bool) -> ModelAndTokenizer:
     """A checkpoint that supervised fine-tuning has been through, and its tokenizer.
 
     Args:
@@ -124,12 +124,12 @@ def prepare(model: MaskedDiffusionModel, config: StartConfig, window: int, seed:
     )
 
 
-def _from_nothing(config: TrainConfig, rows: Dataset, resume_from: Path | None) -> Pair:
+def _from_nothing(config: TrainConfig, rows: Dataset, resume_from: Path | None) -> ModelAndTokenizer:
     """Random weights and a tokenizer trained on the rows; the bare template where no row has a prompt."""
     if resume_from:
         tokenizer = AutoTokenizer.from_pretrained(resume_from, trust_remote_code=False)
     else:
-        tokenizer = train_tokenizer(_texts(rows), config.model.vocab_size)
+        tokenizer = train_tokenizer(_training_texts(rows), config.model.vocab_size)
         prompted = any(prompt for prompt in rows["prompt"])
         set_template(tokenizer, config.model.template if prompted else "plain")
     shape = {
@@ -139,7 +139,7 @@ def _from_nothing(config: TrainConfig, rows: Dataset, resume_from: Path | None) 
     return from_scratch(ScratchConfig(**shape), tokenizer, config.seed), tokenizer
 
 
-def _from_checkpoint(config: ModelConfig) -> Pair:
+def _from_checkpoint(config: ModelConfig) -> ModelAndTokenizer:
     """A causal LM made bidirectional, or a diffusion checkpoint with its own template and shift."""
     path = located(config.init)
     if is_causal_lm(path):
@@ -158,7 +158,7 @@ def _from_checkpoint(config: ModelConfig) -> Pair:
     return model, tokenizer
 
 
-def _texts(rows: Dataset) -> Any:
+def _training_texts(rows: Dataset) -> Any:
     """Texts that a new tokenizer is trained on: every message and answer."""
     for row in rows:
         yield from (turn["content"] for turn in row["prompt"])

@@ -103,7 +103,7 @@ def draw_r2ft(history: History, tolerance: float) -> Any:
     figure = Figure(figsize=(13, 7), layout="constrained")
     (sides, margin, loss), (nelbo, prior, repeated) = figure.subplots(2, 3, sharex=True)
     for key, colour, name in (("logp_true", BLUE, "true answer"), ("logp_negative", RED, "negative")):
-        _line(sides, history, key, colour, f"{name}, training")
+        _draw_curve(sides, history, key, colour, f"{name}, training")
         _points(sides, history, f"eval_{key}", colour, f"{name}, validation")
     sides.set(title="log-probability", ylabel="nats per token")
     _points(margin, history, "eval_margin", BLUE, "margin, validation (left)")
@@ -112,7 +112,7 @@ def draw_r2ft(history: History, tolerance: float) -> Any:
     _points(share, history, "eval_accuracy", GREEN, "accuracy (right)", "s--")
     share.set(ylabel="share of rows", ylim=(0, 1.05))
     share.spines["top"].set_visible(False)
-    _line(loss, history, "loss", RED, "training")
+    _draw_curve(loss, history, "loss", RED, "training")
     _points(loss, history, "eval_r2ft", RED, "validation")
     loss.set(title="R2FT loss")
     _points(nelbo, history, "eval_nelbo", BLUE, "validation NELBO")
@@ -131,7 +131,7 @@ def draw_r2ft(history: History, tolerance: float) -> Any:
     repeated.set_ylim(bottom=0)
     _mark_best((sides, margin, loss, nelbo, prior, repeated), kept_step(history, tolerance))
     for axes in (sides, margin, loss, nelbo, prior, repeated):
-        _legend(axes, share if axes is margin else None)
+        _shared_legend(axes, share if axes is margin else None)
     for axes in (nelbo, prior, repeated):
         axes.set(xlabel="optimiser step")
     return figure
@@ -153,7 +153,7 @@ def kept_step(history: History, tolerance: float) -> float | None:
     return min(fit, key=lambda r: r["eval_r2ft"])["step"] if fit else None
 
 
-def _line(axes: Any, history: History, key: str, colour: str, label: str) -> None:
+def _draw_curve(axes: Any, history: History, key: str, colour: str, label: str) -> None:
     steps, values = series(history, key)
     axes.plot(steps, smooth(values), color=colour, linewidth=1.1, alpha=0.6, label=label)
 
@@ -163,7 +163,7 @@ def _points(axes: Any, history: History, key: str, colour: str, label: str, line
     axes.plot(steps, values, line, color=colour, markersize=4, label=label)
 
 
-def _legend(axes: Any, twin: Any) -> None:
+def _shared_legend(axes: Any, twin: Any) -> None:
     """One legend for both scales."""
     handles, labels = axes.get_legend_handles_labels()
     if twin is not None:

@@ -60,7 +60,7 @@ class ChatConfig(Request, LoadConfig):
             check_new(self.save)
 
     def source(self) -> Source:
-        """Where answers come from."""
+        """The source of the answers: an endpoint, or a model here."""
         from decoding.sources import EndpointSource, SamplerSource
 
         if self.endpoint:
@@ -100,7 +100,7 @@ def run(config: ChatConfig) -> int:
 
 
 class Chat:
-    """What a line that was typed does to a conversation.
+    """A conversation, and the commands and messages that are typed into it.
 
     Args:
         console: where everything is shown; texts are never read as markup.
@@ -175,9 +175,9 @@ class Chat:
             self.conversation.save(self.file)
 
     def _unknown(self, name: str) -> None:
-        meant = did_you_mean(name, self.commands)
+        hint = did_you_mean(name, self.commands)
         self.complain(
-            f"{name} is not a command.{meant} Commands: {', '.join(self.commands)}. "
+            f"{name} is not a command.{hint} Commands: {', '.join(self.commands)}. "
             "A message that begins like one stands behind a space."
         )
 
@@ -205,7 +205,7 @@ class Chat:
     def _decoder(self, text: str) -> None:
         if text:
             name, *options = text.split()
-            self.conversation.decode_with(None if name == "-" else name, _options(options) or None)
+            self.conversation.decode_with(None if name == "-" else name, _parse_options(options) or None)
         request = self.conversation.request
         options_shown = " ".join(f"{option}={value}" for option, value in (request.options or {}).items())
         self.note(f"decoder: {request.decoder or 'the model has its own'} {options_shown}".rstrip())
@@ -220,7 +220,7 @@ class Chat:
         self.note(f"{self.file}: {_number(count, 'conversation')}, and from now on each answer")
 
 
-def _options(words: list[str]) -> dict[str, Any]:
+def _parse_options(words: list[str]) -> dict[str, Any]:
     """Options of a decoder: "kernel_size=9" and the like."""
     options = {}
     for word in words:
@@ -232,8 +232,8 @@ def _options(words: list[str]) -> dict[str, Any]:
     return options
 
 
-def _number(count: int, thing: str) -> str:
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+def _number(count: int, unit: str) -> str:
+    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
 
 
 def piped_lines(console: Console) -> Iterator[str]:
@@ -251,7 +251,7 @@ def piped_lines(console: Console) -> Iterator[str]:
 
 
 def typed_lines(**streams: Any) -> Iterator[str]:
-    """What is typed, with editing and a history; a paste of several lines is one of them.
+    """Lines from the terminal, with editing and a history; a paste of several lines is one of them.
 
     Args:
         **streams: `input` and `output` of `prompt_toolkit`, by default those of the terminal.

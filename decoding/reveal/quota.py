@@ -18,10 +18,10 @@ token over the second, the entropy of the model's distribution, or that of the d
 drawn from, after temperature and cuts."""
 
 Spread = Literal["even", "remaining"]
-"""How tokens are spread over steps: evenly; or floor(|M| (1 - s/t)) of the masks left, at last all."""
+"""Ways to spread tokens over steps: evenly; or floor(|M| (1 - s/t)) of the masks left, at last all."""
 
 _EPS = 1e-3
-"""Where the time of the spread "remaining" ends."""
+"""The time at which the spread "remaining" ends."""
 
 
 def certainty(logits: torch.Tensor, choice: Choice, tokens: TokenRule, order: Order) -> torch.Tensor:

@@ -110,7 +110,7 @@ def _published(path: str, family: Family, stored: dict[str, Any]) -> dict[str, A
 
 
 def _facts(config: Any, tokenizer: Any, weights: dict[str, Any]) -> dict[str, Any]:
-    """What both kinds of checkpoints say."""
+    """Facts that both kinds of checkpoints state."""
     from dlm.spec import ModelSpec
 
     shape, spec = config.backbone or {}, ModelSpec.of_config(config)

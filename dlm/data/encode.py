@@ -149,13 +149,13 @@ def _encode_long(tokenizer: PreTrainedTokenizerBase, text: str, size: int = _PIE
     ids: list[int] = []
     start = 0
     while start < len(text):
-        end = _cut(tokenizer, text, start, start + size) if len(text) - start > size else len(text)
+        end = _cut_place(tokenizer, text, start, start + size) if len(text) - start > size else len(text)
         ids += encode_text(tokenizer, text[start:end])
         start = end
     return ids
 
 
-def _cut(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> int:
+def _cut_place(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> int:
     """The last good place for a cut before `end`; `end` if there is none in what stands before it."""
     for match in itertools.islice(_SPACE.finditer(text[start:end][::-1]), 50):
         place = end - match.end()

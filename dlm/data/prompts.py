@@ -19,14 +19,14 @@ def read_prompts(file: str) -> Iterator[Any]:
         DataError: naming the row that holds no prompt, or the file that holds none.
     """
     if file in ("", "-"):
-        yield from _lines(sys.stdin)
+        yield from _filled_lines(sys.stdin)
         return
     path, empty = Path(file), True
     if file.endswith(SUFFIXES):
         records = enumerate(read_records(path))
-        prompts: Iterable[Any] = (_prompt(record, f"{file}, row {i}") for i, record in records)
+        prompts: Iterable[Any] = (_record_prompt(record, f"{file}, row {i}") for i, record in records)
     else:
-        prompts = _lines(read_text(path).splitlines())
+        prompts = _filled_lines(read_text(path).splitlines())
     for prompt in prompts:
         empty = False
         yield prompt
@@ -46,12 +46,12 @@ def read_whole(file: str) -> str:
     return text
 
 
-def _lines(lines: Iterable[str]) -> Iterator[str]:
+def _filled_lines(lines: Iterable[str]) -> Iterator[str]:
     """The lines that are not empty, without their ends."""
     return (line.rstrip("\n") for line in lines if line.strip())
 
 
-def _prompt(record: Any, where: str) -> Any:
+def _record_prompt(record: Any, where: str) -> Any:
     """The prompt in a JSON record: a text, or chat messages."""
     if isinstance(record, str):
         return record

@@ -55,7 +55,7 @@ PAIRS = (
     ("prompt", "response"),
     ("question", "answer"),
 )
-"""What an instruction and its answer are called; the first pair that a row has counts."""
+"""Field names of an instruction and its answer; the first pair that a row has counts."""
 
 SPEAKERS = {
     **dict.fromkeys(("user", "human", "prompter", "question"), "user"),
@@ -176,7 +176,7 @@ def parse_row(row: Any, source: str, index: int) -> Row:
         if question_key in row and answer_key in row:
             return _parse_pair(row, question_key, answer_key, where)
     if "text" in row:
-        return {"prompt": [], "answer": _text(row, "text", where)}
+        return {"prompt": [], "answer": _text_field(row, "text", where)}
     columns = ", ".join(sorted(map(str, row))) or "nothing"
     raise DataError(f"{where}: needs 'instruction' and 'output', or 'messages', or 'text'; it has {columns}")
 
@@ -186,7 +186,7 @@ def _parse_pair(row: Row, question_key: str, answer_key: str, where: str) -> Row
     if isinstance(row[question_key], list) and isinstance(row[answer_key], list):
         return _parse_chat([*row[question_key], *row[answer_key]], where)
     content = instruction_text(row, question_key, where)
-    return {"prompt": [{"role": "user", "content": content}], "answer": _text(row, answer_key, where)}
+    return {"prompt": [{"role": "user", "content": content}], "answer": _text_field(row, answer_key, where)}
 
 
 def instruction_text(row: Row, key: str, where: str) -> str:
@@ -200,15 +200,15 @@ def instruction_text(row: Row, key: str, where: str) -> str:
     Raises:
         DataError: for an instruction or an input that is no text.
     """
-    content = _text(row, key, where)
+    content = _text_field(row, key, where)
     for name in ("input", "context"):
-        extra = _text(row, name, where) if row.get(name) is not None else ""
+        extra = _text_field(row, name, where) if row.get(name) is not None else ""
         if extra.strip():
             return f"{content}\n\n{extra}"
     return content
 
 
-def _text(row: Row, key: str, where: str) -> str:
+def _text_field(row: Row, key: str, where: str) -> str:
     value = row[key]
     if not isinstance(value, str):
         raise DataError(f"{where}: '{key}' must be text, got {type(value).__name__} {value!r:.80}")

@@ -23,7 +23,7 @@ from dlm.errors import ConfigError, unknown_name
 if TYPE_CHECKING:
     from datasets import Dataset
 
-NAMES = ("Anna", "Ben", "Cora", "Dan", "Emma", "Finn", "Gina", "Hugo")
+PEOPLE = ("Anna", "Ben", "Cora", "Dan", "Emma", "Finn", "Gina", "Hugo")
 ANIMALS = ("cat", "dog", "horse", "goat", "duck", "rabbit", "sheep", "mouse")
 PLACES = ("at home", "outside", "in the garden", "on the hill", "by the river", "near the old bridge")
 DEEDS = ("feeds", "washes", "follows", "calls", "draws", "finds")
@@ -54,11 +54,11 @@ class Example:
 
 
 GOAL = 50
-"""Where counting and climbing end."""
+"""The number at which counting and climbing end."""
 
 
 def _count(rng: random.Random) -> tuple[str, str]:
-    name, low = rng.choice(NAMES), rng.randint(6, 46)
+    name, low = rng.choice(PEOPLE), rng.randint(6, 46)
     numbers = " ".join(map(str, range(low, GOAL + 1)))
     return f"{name} counts from {low} to {GOAL}.", f"{name} counts: {numbers}"
 
@@ -83,7 +83,7 @@ def _check_spell(instruction: str, answer: str) -> bool:
 
 
 def _climb(rng: random.Random) -> tuple[str, str]:
-    name, low = rng.choice(NAMES), rng.randint(6, 46)
+    name, low = rng.choice(PEOPLE), rng.randint(6, 46)
     numbers = [low]
     while numbers[-1] < GOAL:
         numbers.append(min(GOAL, numbers[-1] + rng.randint(1, 2)))
@@ -101,7 +101,7 @@ def _check_climb(instruction: str, answer: str) -> bool:
 
 
 def _meet(rng: random.Random) -> tuple[str, str]:
-    name, animal = rng.choice(NAMES), rng.choice(ANIMALS)
+    name, animal = rng.choice(PEOPLE), rng.choice(ANIMALS)
     sentences = [
         f"{opening} {name} {rng.choice(DEEDS)} the {animal} {rng.choice(PLACES)}." for opening in OPENINGS
     ]

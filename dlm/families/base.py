@@ -149,7 +149,7 @@ class Family:
         return str(tokenizer.chat_template or TEMPLATES["plain"])
 
     def config(self, public: Public, tokenizer: PreTrainedTokenizerBase) -> MaskedDiffusionConfig:
-        """What is written to our config.json; the public one is kept in it."""
+        """The configuration for our config.json; the public one is kept in it."""
         backbone = self.backbone(public)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if backbone.get(name) is None:

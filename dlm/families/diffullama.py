@@ -22,7 +22,7 @@ def _settings(temperature: float) -> dict[str, Any]:
 
 
 class _Adapted(Family):
-    """What both have in common."""
+    """The common part of the adapted families."""
 
     shift = True
     mask = "[MASK]"

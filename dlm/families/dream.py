@@ -6,7 +6,7 @@ from typing import Any
 
 from dlm.families.base import Family, Public, require
 
-_SETTINGS = (
+_SHAPE = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -45,5 +45,5 @@ class Dream(Family):
     def backbone(self, public: Public) -> dict[str, Any]:
         """A Qwen2."""
         require(public, {"use_sliding_window": (False, None), "use_mrope": (False, None)})
-        given = {name: public[name] for name in _SETTINGS if public.get(name) is not None}
+        given = {name: public[name] for name in _SHAPE if public.get(name) is not None}
         return {"tie_word_embeddings": False, **given, "model_type": "qwen2"}

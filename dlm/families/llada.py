@@ -6,7 +6,7 @@ from typing import Any
 
 from dlm.families.base import Family, Public, layers_only, require
 
-_SETTINGS = {
+_SHAPE_NAMES = {
     "d_model": "hidden_size",
     "n_heads": "num_attention_heads",
     "n_layers": "num_hidden_layers",
@@ -68,7 +68,7 @@ class LLaDA(Family):
     def backbone(self, public: Public) -> dict[str, Any]:
         """A Llama; what OLMo's layout could do beyond it is refused."""
         require(public, _KNOWN)
-        settings = layers_only(public, _SETTINGS)
+        settings = layers_only(public, _SHAPE_NAMES)
         width = public.get("d_model") or 0
         settings["intermediate_size"] = int(
             settings.get("intermediate_size") or public.get("mlp_ratio", 4) * width

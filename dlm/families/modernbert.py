@@ -84,7 +84,7 @@ class BertChat(Family):
         }
 
     def extra(self, public: Public) -> dict[str, Any]:
-        """Whether the head has a bias; see `Family`."""
+        """`head_bias`, true for a head with a bias; see `Family`."""
         return {"head_bias": bool(public.get("decoder_bias", True))}
 
     def end_id(self, public: Public, tokenizer: PreTrainedTokenizerBase) -> int:

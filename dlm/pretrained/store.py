@@ -21,7 +21,7 @@ MANIFEST = "fetched.json"
 """In a folder: where it came from; size, digest and time of all files; written last."""
 
 _SCRATCH = ".dlm-fetch-"
-"""What the names of half-made folders begin with."""
+"""Prefix of the names of half-made folders."""
 
 
 def cache() -> Path:
@@ -42,7 +42,7 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def whole(folder: Path) -> bool:
-    """Whether a folder holds everything that its manifest lists, as it was when it was made.
+    """True for a folder that holds everything its manifest lists, as it was when it was made.
 
     A file's digest is looked at when its time is another one than at the last look.
     """
@@ -85,11 +85,11 @@ def workshop(folder: Path) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def put_in_place(made: Path, folder: Path) -> None:
+def put_in_place(draft: Path, folder: Path) -> None:
     """Move a complete folder out of its workshop to its place, in which another may stand."""
     if folder.exists():
-        folder.rename(made.parent / "replaced")  # not before there is something to put in its place
-    made.rename(folder)
+        folder.rename(draft.parent / "replaced")  # not before there is something to put in its place
+    draft.rename(folder)
 
 
 def digest(file: Path) -> str:

@@ -70,7 +70,7 @@ def run(config: JudgeCommandConfig) -> int:
             print(f"{result.card.name}: {stop.estimate}")
             continue
         verdict.save(result.folder)
-        print(f"{result.card.name}: {_line(verdict.figures)}")
+        print(f"{result.card.name}: {_figure_line(verdict.figures)}")
     if estimates:
         calls, dollars = sum(e.calls for e in estimates), sum(e.dollars for e in estimates)
         print(f"in all {calls} requests, ${dollars:.2f}; nothing was asked")
@@ -95,9 +95,14 @@ def _judged(config: JudgeCommandConfig, judge: Judge, result: Results, first: Re
         result_scores = score(questions, result.answers, judge, config.aspect)
         by_answer = {f"{question}/0": value for question, value in result_scores.scores.items()}
         return Verdict(
-            "geval", judge.config.model, config.aspect, "score", by_answer, _told(result_scores, "scores")
+            "geval",
+            judge.config.model,
+            config.aspect,
+            "score",
+            by_answer,
+            _shown_figures(result_scores, "scores"),
         )
-    return _mt_bench(config, judge, result, first, questions)
+    return _mt_bench_verdict(config, judge, result, first, questions)
 
 
 def _own_data(result: Results) -> str:
@@ -112,7 +117,7 @@ def _own_data(result: Results) -> str:
     return source
 
 
-def _mt_bench(
+def _mt_bench_verdict(
     config: JudgeCommandConfig, judge: Judge, result: Results, first: Results, questions: list[Question]
 ) -> Verdict:
     """Grades, or a comparison with the first run."""
@@ -123,10 +128,10 @@ def _mt_bench(
     questions = load_references(questions, config.references)
     if config.method == "mt_bench":
         grades = grade(questions, result.answers, judge, prompts)
-        return Verdict("mt_bench", model, "", "grade", grades.grades, _told(grades, "grades"))
+        return Verdict("mt_bench", model, "", "grade", grades.grades, _shown_figures(grades, "grades"))
     pairs = compare(questions, result.answers, first.answers, judge, prompts)
     return Verdict(
-        "mt_bench_pairs", model, first.card.name, "win", pairs.by_answer, _told(pairs, "by_answer")
+        "mt_bench_pairs", model, first.card.name, "win", pairs.by_answer, _shown_figures(pairs, "by_answer")
     )
 
 
@@ -153,12 +158,12 @@ def _alpaca(config: JudgeCommandConfig, judge: Judge, result: Results, questions
     return Verdict("alpaca_eval", judge.config.model, against, "win", won, asdict(rate))
 
 
-def _told(tally: Any, omitted: str) -> dict[str, Any]:
+def _shown_figures(tally: Any, omitted: str) -> dict[str, Any]:
     """The figures of a dataclass, without those of single answers."""
     return {name: value for name, value in asdict(tally).items() if name != omitted}
 
 
-def _line(figures: dict[str, Any]) -> str:
+def _figure_line(figures: dict[str, Any]) -> str:
     """One line for people."""
     out = []
     for name, value in figures.items():

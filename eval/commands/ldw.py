@@ -17,7 +17,7 @@ STYLES = {
     "end": "#ffffff on #5f6368",
     "other": "",
 }
-"""How the kinds of candidate look in the table."""
+"""Styles of the kinds of candidate in the table."""
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,12 @@ def table(title: str, zone: list[list[Any]]) -> Any:
 
     out = Table("distance", *(f"{i + 1}." for i in range(len(zone[0]))), title=title, padding=0)
     for distance, row in enumerate(zone):
-        cells = [Text(f"{_short(c.text)} {c.probability:.2f}", style=STYLES[c.kind]) for c in row]
+        cells = [Text(f"{_shown_token(c.text)} {c.probability:.2f}", style=STYLES[c.kind]) for c in row]
         out.add_row(str(distance), *cells)
     return out
 
 
-def _short(token: str, width: int = 9) -> str:
+def _shown_token(token: str, width: int = 9) -> str:
     """A token as Python would write it, cut so that five of them fit a terminal."""
     shown = repr(token)
     return shown if len(shown) <= width else shown[: width - 2] + "…" + shown[-1]
@@ -193,7 +193,7 @@ def summary(measured: dict[str, Any]) -> Any:
 
 
 def counts(rows: Any) -> str:
-    """How many prompts have a position at each distance, as "3 up to distance 5, 2 up to 6"."""
+    """Numbers of prompts that have a position at each distance, as "3 up to distance 5, 2 up to 6"."""
     numbers = rows.tolist()
     ends = [i for i, n in enumerate(numbers) if i + 1 == len(numbers) or numbers[i + 1] != n]
     listed = [f"{numbers[i]} up to {i}" for i in ends[:8]]

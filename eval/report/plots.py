@@ -81,7 +81,7 @@ def quality(
         return None
     panels = [(system, name) for system in systems for name in names]
     columns = len(names) if len(systems) > 1 else min(3, len(names))
-    lines = [_lines([run for run in measured if run.card.system == system], omitted) for system in systems]
+    lines = [_grouped([run for run in measured if run.card.system == system], omitted) for system in systems]
     looks = dict(
         zip(sorted({series for series_lines in lines for series in series_lines}), _looks(), strict=False)
     )
@@ -92,7 +92,7 @@ def quality(
     axes = figure.subplots(down, columns, squeeze=False, sharex=share, sharey=share).ravel()
     for panel, (system, name) in zip(axes, panels, strict=False):
         for series, series_lines in lines[systems.index(system)].items():
-            _line(panel, sorted(series_lines, key=across), across, name, series, looks[series])
+            _draw_series(panel, sorted(series_lines, key=across), across, name, series, looks[series])
         for run in levels:
             _level(panel, run, name)
     for panel, (system, name) in zip(axes, panels, strict=False):
@@ -117,7 +117,7 @@ def _legend_below(figure: Any, panels: Iterable[Any], columns: int) -> None:
     )  # fmt: skip
 
 
-def _lines(runs: Sequence[Results], omitted: Sequence[str]) -> dict[str, list[Results]]:
+def _grouped(runs: Sequence[Results], omitted: Sequence[str]) -> dict[str, list[Results]]:
     """The runs of each line, by its name."""
     groups: dict[str, list[Results]] = defaultdict(list)
     for run in runs:
@@ -151,7 +151,9 @@ def _looks() -> Any:
         hollow = not hollow
 
 
-def _line(panel: Any, runs: Sequence[Results], across: Size, name: str, series: str, look: Any) -> None:
+def _draw_series(
+    panel: Any, runs: Sequence[Results], across: Size, name: str, series: str, look: Any
+) -> None:
     colour, marker, line, hollow = look
     scale = 100 if MEASURES[name].percent else 1
     points = [(across(run), run.means[name]) for run in runs if name in run.means]

@@ -14,6 +14,7 @@ from dlm.errors import DataError, unknown_name
 from eval.report import plots, tables
 from eval.report.tables import Table
 from eval.run import BAND, Results, comparable, representatives
+from eval.variants import SIZES
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def write(
         The files.
     """
     output.mkdir(parents=True, exist_ok=True)
-    _check(against, runs)
+    _check_baselines(against, runs)
     runs = comparable(runs)
     tasks = sorted({run.card.task for run in runs})
     by_task = [(task, [run for run in runs if run.card.task == task]) for task in tasks]
@@ -114,11 +115,7 @@ def _curves(file: Path) -> Any:
     return curves
 
 
-SIZES = ("kernel_size", "block_size")
-"""What a sweep over sizes varies."""
-
-
-def _check(against: Sequence[str], runs: Sequence[Results]) -> None:
+def _check_baselines(against: Sequence[str], runs: Sequence[Results]) -> None:
     """Refuse names to compare with that are not among the runs."""
     names = {name for run in runs for name in (run.card.decoder, run.card.system) if name}
     for name in against:

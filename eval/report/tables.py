@@ -78,7 +78,7 @@ def quality(runs: Sequence[Results]) -> Table:
             run.card.name,
             *([str(len(run.measured))] if differ else []),
             *(_cell(name, run.means.get(name)) for name in names),
-            _distinct(run, 2),
+            _distinct_cell(run, 2),
         ]
         for run in runs
     ]
@@ -86,7 +86,7 @@ def quality(runs: Sequence[Results]) -> Table:
     return Table(f"{runs[0].card.task}: {count}", head, rows)
 
 
-def _distinct(run: Results, n: int) -> str:
+def _distinct_cell(run: Results, n: int) -> str:
     value, around = (run.whole.get(name, math.nan) for name in (f"distinct_{n}", f"distinct_{n}_around"))
     if math.isnan(value) or math.isnan(around):
         return "–" if math.isnan(value) else f"{value:.3f}"
@@ -100,7 +100,7 @@ def repetitions(runs: Sequence[Results]) -> Table:
         [
             run.card.name,
             *(_cell(f"repetition_{n}", run.means.get(f"repetition_{n}")) for n in range(1, 5)),
-            *(_distinct(run, n) for n in (1, 2, 3)),
+            *(_distinct_cell(run, n) for n in (1, 2, 3)),
         ]
         for run in runs
     ]

@@ -69,9 +69,9 @@ def run(config: NegativesConfig) -> int:
     console = Console(highlight=False, markup=False, emoji=False)
     for i in range(len(contrast.rule)):
         console.print(f"\n{i + 1}. rule: {list(RULES)[int(contrast.rule[i])]}", style="bold")
-        console.print("true     ", _text(tokenizer, batch, contrast, i, wrong=False))
-        console.print("negative ", _text(tokenizer, batch, contrast, i, wrong=True))
-    console.print("\n", _legend())
+        console.print("true     ", _coloured_row(tokenizer, batch, contrast, i, wrong=False))
+        console.print("negative ", _coloured_row(tokenizer, batch, contrast, i, wrong=True))
+    console.print("\n", _colour_legend())
     return 0
 
 
@@ -105,7 +105,7 @@ def _material(config: NegativesConfig) -> tuple[Any, Any, Any]:
     return tokenizer, collator(config.data, tokenizer, config.seed)(numbered), prior
 
 
-def _text(tokenizer: Any, batch: Any, contrast: Any, i: int, *, wrong: bool) -> Any:
+def _coloured_row(tokenizer: Any, batch: Any, contrast: Any, i: int, *, wrong: bool) -> Any:
     """A row as coloured text: the context, then the true or the wrong tokens of its masked cells."""
     from rich.text import Text
 
@@ -129,7 +129,7 @@ def _text(tokenizer: Any, batch: Any, contrast: Any, i: int, *, wrong: bool) -> 
     return text
 
 
-def _legend() -> Any:
+def _colour_legend() -> Any:
     from rich.text import Text
 
     text = Text()
