@@ -212,6 +212,11 @@ def export(run, place):
     run("export", "--model", "model", "--output", "exported")
 
 
+def convert(run, place):
+    with pytest.raises(DLMError, match="public"):
+        run("convert", "--model", "model", "--output", "converted")
+
+
 EVAL = ["alpaca_eval", "--data", "rows.json", "--limit", 2]
 
 
@@ -269,6 +274,7 @@ def r2ft(run, place):
 
 RUNS = {
     "generate": generate,
+    "convert": convert,
     "chat": chat,
     "infill": infill,
     "bench": bench,

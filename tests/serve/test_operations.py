@@ -122,6 +122,7 @@ def test_a_line_for_each_request_and_never_its_prompt(tiny, tokenizer, caplog):
 def test_a_path_cannot_write_a_line_of_the_log(server, caplog):
     caplog.set_level(logging.INFO, logger="serve.access")
     server.client.get("/nope%0arequest_id=FAKE%20status=200")
+    wait_for(lambda: any("FAKE" in message for message in caplog.messages))
     (line,) = [message for message in caplog.messages if "FAKE" in message]
     assert len(line.splitlines()) == 1
     assert '"/nope' in line

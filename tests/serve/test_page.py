@@ -78,7 +78,7 @@ def visit(browser, served, expected):
     def open_page(url=served.url, width=1280, scheme="light"):
         viewport = {"width": width, "height": 800}
         context = browser.new_context(viewport=viewport, color_scheme=scheme, reduced_motion="reduce")
-        context.set_default_timeout(8000)
+        context.set_default_timeout(30000)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: message.type == "error" and errors.append(message.text))
