@@ -340,6 +340,9 @@ def _read_weights(
     wrong = sorted(map(str, [*(info.get("missing_keys") or []), *(info.get("mismatched_keys") or [])]))
     if wrong:
         raise CheckpointError(f"{path}: lacks {len(wrong)} weights, the first is {wrong[0]}")
+    surplus = sorted(map(str, info.get("unexpected_keys") or [])) if not weights and origin is None else []
+    if surplus:
+        raise CheckpointError(f"{path}: holds {len(surplus)} weights too many, the first is {surplus[0]}")
     return model  # type: ignore[no-any-return]
 
 

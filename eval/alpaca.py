@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dlm.errors import ConfigError, DLMError, unknown_name
-from eval.judge import Judge, Request
+from eval.judge import Judge, Request, conclusion
 
 logger = logging.getLogger(__name__)
 
@@ -226,4 +226,4 @@ class _Completions:
 
 
 def _choice_text(choice: dict[str, Any] | None) -> str:
-    return "" if choice is None else str(choice["message"]["content"])
+    return "" if choice is None else conclusion(str(choice["message"]["content"]))

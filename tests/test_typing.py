@@ -47,6 +47,7 @@ def test_a_type_checker_finds_the_mistakes_of_a_users_script(tmp_path):
         ],
         capture_output=True,
         text=True,
+        cwd=tmp_path,  # a user's script lies elsewhere: the installed packages are what is found
     )
     lines = [line for line in done.stdout.splitlines() if "script.py" in line and ": error:" in line]
     numbers = [line.split(":")[1] for line in lines]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dlm.data.records import SUFFIXES, read_records, read_text
+from dlm.data.records import SUFFIXES, decoded, read_records, read_text
 from dlm.data.rows import dialogue, instruction_text
 from dlm.errors import DataError
 
@@ -19,14 +20,14 @@ def read_prompts(file: str) -> Iterator[Any]:
         DataError: naming the row that holds no prompt, or the file that holds none.
     """
     if file in ("", "-"):
-        yield from _filled_lines(sys.stdin)
+        yield from _filled_lines(_stdin_lines())
         return
     path, empty = Path(file), True
     if file.endswith(SUFFIXES):
         records = enumerate(read_records(path))
         prompts: Iterable[Any] = (_record_prompt(record, f"{file}, row {i}") for i, record in records)
     else:
-        prompts = _filled_lines(read_text(path).splitlines())
+        prompts = _filled_lines(io.StringIO(read_text(path), newline=None))
     for prompt in prompts:
         empty = False
         yield prompt
@@ -40,15 +41,26 @@ def read_whole(file: str) -> str:
     Raises:
         DataError: for a file that cannot be read, or holds nothing.
     """
-    text = (sys.stdin.read() if file == "-" else read_text(Path(file))).rstrip()
+    text = ("".join(_stdin_lines()) if file == "-" else read_text(Path(file))).rstrip()
     if not text:
         raise DataError(f"{'stdin' if file == '-' else file}: empty, so there is no prompt")
     return text
 
 
+def _stdin_lines() -> Iterator[str]:
+    """Lines of stdin as UTF-8, whatever the terminal's encoding, without a byte order mark.
+
+    Raises:
+        DataError: for bytes that are no UTF-8.
+    """
+    lines: Iterable[bytes | str] = getattr(sys.stdin, "buffer", sys.stdin)
+    for i, line in enumerate(lines, start=1):
+        yield decoded(line, f"stdin, line {i}") if isinstance(line, bytes) else line
+
+
 def _filled_lines(lines: Iterable[str]) -> Iterator[str]:
     """The lines that are not empty, without their ends."""
-    return (line.rstrip("\n") for line in lines if line.strip())
+    return (line.rstrip("\r\n") for line in lines if line.strip())
 
 
 def _record_prompt(record: Any, where: str) -> Any:

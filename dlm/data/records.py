@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -110,7 +111,7 @@ def _read_lines(path: Path) -> Iterator[Any]:
 def _read_csv(path: Path) -> Iterator[Any]:
     """Rows by the names in the first line; the mark between fields is the most frequent one there."""
     csv.field_size_limit(_LONGEST_FIELD)
-    lines = read_text(path).splitlines(keepends=True)
+    lines = list(io.StringIO(read_text(path), newline=""))  # which ends lines at \n and \r alone
     if not lines:
         raise DataError(f"{path}: the file is empty")
     mark = max(",;\t", key=lines[0].count)

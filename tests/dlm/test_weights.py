@@ -163,3 +163,18 @@ def test_inspect_refuses_what_it_does_not_know(folder):
     changed(folder, model_type="new")
     with pytest.raises(CheckpointError, match="unknown architecture 'new'"):
         describe(str(folder))
+
+
+def test_torch_files_with_weights_too_many_are_refused(model, tokenizer, tmp_path):
+    from safetensors.torch import load_file
+
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    file.unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    load_model(str(tmp_path))
+    torch.save({**weights, "backbone.layers.0.more": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"holds 1 weights too many, the first is .*more"):
+        load_model(str(tmp_path))

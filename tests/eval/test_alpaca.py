@@ -156,3 +156,10 @@ def test_a_model_that_always_wins(tmp_path):
         rate, _ = ask(endpoint, tmp_path, outputs(5, []), outputs(5, [], "theirs"), name="ours")
         assert rate.win_rate > 90
         assert json.dumps(rate.__dict__)
+
+
+def test_a_judges_thoughts_are_no_verdict():
+    from eval.alpaca import _choice_text
+
+    reply = {"message": {"content": "<think>m is better? No.</think>M"}}
+    assert (_choice_text(reply), _choice_text(None)) == ("M", "")

@@ -1,10 +1,11 @@
 """Prompts of files are those of training: one reader of records."""
 
+import io
 import json
 
 import pytest
 
-from dlm.data.prompts import read_prompts
+from dlm.data.prompts import read_prompts, read_whole
 from dlm.data.rows import parse_row
 from dlm.errors import DataError
 
@@ -70,3 +71,32 @@ def test_a_file_without_prompts_is_named(tmp_path, name):
     (tmp_path / name).write_text("[]" if name == "a.json" else "\n\n" if name == "a.txt" else "")
     with pytest.raises(DataError, match=f"{name}: (holds no prompts|empty|.*empty)"):
         list(read_prompts(str(tmp_path / name)))
+
+
+class Bytes:
+    """A stdin of bytes."""
+
+    def __init__(self, data):
+        self.buffer = io.BytesIO(data)
+
+
+def test_stdin_is_utf_8_whatever_marks_it_begins_with(monkeypatch):
+    monkeypatch.setattr("sys.stdin", Bytes("\ufeffOne é\r\n\nTwo\n".encode()))
+    assert list(read_prompts("-")) == ["One é", "Two"]
+    monkeypatch.setattr("sys.stdin", Bytes("\ufeffA page\nof text\n".encode()))
+    assert read_whole("-") == "A page\nof text"
+    for read in (lambda: list(read_prompts("")), lambda: read_whole("-")):
+        monkeypatch.setattr("sys.stdin", Bytes("fine\ncaf\xe9\n".encode("latin-1")))
+        with pytest.raises(DataError, match="stdin, line 2: not UTF-8"):
+            read()
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    """U+2028, form feeds and U+0085 stand in texts that people copy; they end no line of a file."""
+    odd = "a\u2028b\x0cc\x85d"
+    file = tmp_path / "a.txt"
+    file.write_bytes(f"{odd}\r\nTwo\r\n".encode())
+    assert list(read_prompts(str(file))) == [odd, "Two"]
+    table = tmp_path / "a.csv"
+    table.write_bytes(f"prompt,completion\r\n{odd},x\r\n".encode())
+    assert list(read_prompts(str(table))) == [odd]
