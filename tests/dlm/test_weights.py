@@ -166,8 +166,6 @@ def test_inspect_refuses_what_it_does_not_know(folder):
 
 
 def test_torch_files_with_weights_too_many_are_refused(model, tokenizer, tmp_path):
-    from safetensors.torch import load_file
-
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
