@@ -471,6 +471,7 @@ def test_it_says_when_the_server_is_gone_and_when_it_is_back(visit, parts, expec
     expected += ["ERR_", "status of 503"]
     server = Slow(*parts)
     page = visit(server.url)
+    page.wait_for_selector(".side .decoder")
     server.pause = 0.1
     ask(page, "sum: 3 4", tokens=256)
     page.wait_for_selector(WRITTEN)
