@@ -6,6 +6,9 @@ STAMP   = $(VENV)/.installed
 # Where there is no virtual environment, and no network to make one, `make gpu` takes the Python that is there.
 ANY     = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
+# Type checkers follow a path, and not the import hook that is the default.
+EDITABLE = --config-settings editable_mode=compat --editable
+
 STAMP_DOCS = $(VENV)/.installed-docs
 STAMP_RAY  = $(VENV)/.installed-ray
 
@@ -29,8 +32,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
-		--editable ".[dev,eval,serve]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE) ".[dev,eval,serve]"
 	@touch $(STAMP)
 
 demo: $(STAMP)
@@ -46,7 +48,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 $(STAMP_RAY): $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ray]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE) ".[ray]"
 	@touch $(STAMP_RAY)
 
 test-ray: $(STAMP_RAY)
@@ -59,7 +61,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 $(STAMP_DOCS): $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE) ".[docs]"
 	@touch $(STAMP_DOCS)
 
 docs: $(STAMP_DOCS)
