@@ -28,7 +28,16 @@ from dlm.errors import ConfigError
 from serve.api import schema
 from serve.api.fill import Filled, Filling, fill, filling_steps, prepare_filling
 from serve.api.openai import ERRORS, streamed
-from serve.api.parameters import Generation, Sampling, Texts, faults_named, first_seed, new_id, stop_texts
+from serve.api.parameters import (
+    Generation,
+    Sampling,
+    Texts,
+    faults_named,
+    first_seed,
+    new_id,
+    stop_texts,
+    usage,
+)
 from serve.api.sse import Events, event, stream
 from serve.errors import APIError
 from serve.job import Sample
@@ -208,7 +217,7 @@ class _View:
         """The response for a finished answer."""
         output = update.output
         assert output is not None
-        prompt, tokens = sample.row.answer, len(output.token_ids)
+        tokens = len(output.token_ids)
         return {
             **self.head,
             "text": output.text,
@@ -218,11 +227,7 @@ class _View:
             "step": int(canvas.step[0]),
             "model_calls": output.model_calls,
             "seed": sample.seed,
-            "usage": {
-                "prompt_tokens": prompt,
-                "completion_tokens": tokens,
-                "total_tokens": prompt + tokens,
-            },
+            "usage": usage(sample.row.answer, tokens),
         }
 
     def filled(self, filled: Filled, prompt_tokens: int) -> dict[str, Any]:
@@ -236,11 +241,7 @@ class _View:
             "step": int(filled.canvas.step[0]),
             "model_calls": filled.result.model_calls,
             "seed": filled.seed,
-            "usage": {
-                "prompt_tokens": prompt_tokens,
-                "completion_tokens": filled.written,
-                "total_tokens": prompt_tokens + filled.written,
-            },
+            "usage": usage(prompt_tokens, filled.written),
         }
 
 

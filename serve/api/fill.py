@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -20,9 +19,8 @@ from decoding.infill import Infilled, gap_scores, infilled, plan_infilling, rows
 from decoding.request import Plan
 from decoding.request import Request as DecodingRequest
 from decoding.rows import Prompt
-from dlm.version import __version__
 from serve.api import schema
-from serve.api.parameters import Sampling, check_rows, faults_named, first_seed, new_id, wrapped
+from serve.api.parameters import Sampling, check_rows, faults_named, first_seed, head, usage, wrapped
 from serve.api.sse import Events, event, stream
 from serve.errors import APIError
 from serve.job import Sample
@@ -168,36 +166,28 @@ async def fill_suffix(service: Service, body: schema.CompletionRequest, http: Re
         raise APIError(400, "stream_options needs stream to be true", param="stream_options")
     pieces: list[Piece] = [body.prompt, Gap(1, body.max_tokens or 16, coarse=True), body.suffix or ""]
     filling = await service.prepare(lambda: prepare_filling(service, pieces, None, body, body.n or 1))
-    head = {
-        "id": new_id("cmpl"),
-        "created": int(time.time()),
-        "model": service.config.served_name,
-        "system_fingerprint": f"dlm-{__version__}",
-        "object": "text_completion",
-    }
+    opening = {**head("cmpl", service.config.served_name), "object": "text_completion"}
 
     async def answer() -> tuple[list[dict[str, Any]], dict[str, int]]:
         results = await fill(service, filling, body.timeout)
         choices = [_choice(i, each, body, filling) for i, each in enumerate(results)]
         written = sum(each.written for each in results)
-        prompt = filling.prompt_tokens
-        usage = {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
-        return choices, usage
+        return choices, usage(filling.prompt_tokens, written)
 
     async def events() -> Events:
-        choices, usage = await answer()
+        choices, tokens = await answer()
         options = body.stream_options or schema.StreamOptions()
         extra: dict[str, Any] = {"usage": None} if options.include_usage else {}
-        extra |= {"usage": usage} if options.continuous_usage_stats else {}
+        extra |= {"usage": tokens} if options.continuous_usage_stats else {}
         for choice in choices:
-            yield event({**head, "choices": [choice], **extra})
+            yield event({**opening, "choices": [choice], **extra})
         if options.include_usage:
-            yield event({**head, "choices": [], "usage": usage})
+            yield event({**opening, "choices": [], "usage": tokens})
 
     if body.stream:
         return stream(events())
-    choices, usage = await service.unless_gone(http, answer())
-    return JSONResponse({**head, "choices": choices, "usage": usage})
+    choices, tokens = await service.unless_gone(http, answer())
+    return JSONResponse({**opening, "choices": choices, "usage": tokens})
 
 
 def _choice(index: int, filled: Filled, body: schema.CompletionRequest, filling: Filling) -> dict[str, Any]:

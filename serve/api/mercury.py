@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request
@@ -11,11 +10,10 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from decoding.gaps import Gap, Piece, without_span
-from dlm.version import __version__
 from serve.api import schema
 from serve.api.fill import Filled, Filling, fill, fill_suffix, prepare_filling
 from serve.api.openai import streamed
-from serve.api.parameters import Sampling, faults_named, new_id
+from serve.api.parameters import Sampling, faults_named, head, usage
 from serve.api.sse import Events, event, stream
 from serve.errors import APIError
 from serve.service import Service
@@ -125,32 +123,27 @@ class _Handlers:
             return prepare_filling(service, pieces, body.instruction, body), pieces
 
         filling, pieces = await service.prepare(prepare)
-        head = {
-            "id": new_id("chatcmpl"),
-            "created": int(time.time()),
-            "model": service.config.served_name,
-            "system_fingerprint": f"dlm-{__version__}",
-        }
+        opening = head("chatcmpl", service.config.served_name)
         if body.stream:
-            return stream(self._edit_events(filling, pieces, body.timeout, head))
+            return stream(self._edit_events(filling, pieces, body.timeout, opening))
         (filled,) = await service.unless_gone(http, fill(service, filling, body.timeout))
         message = {"role": "assistant", "content": _replacement(filled, pieces), "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
         response = {
-            **head,
+            **opening,
             "object": "chat.completion",
             "choices": [choice],
-            "usage": _usage(filled, filling),
+            "usage": usage(filling.prompt_tokens, filled.written),
         }
         return JSONResponse(response)
 
     async def _edit_events(
-        self, filling: Filling, pieces: list[Piece], timeout: float | None, head: dict[str, Any]
+        self, filling: Filling, pieces: list[Piece], timeout: float | None, opening: dict[str, Any]
     ) -> Events:
         (filled,) = await fill(self.service, filling, timeout)
         delta = {"role": "assistant", "content": _replacement(filled, pieces)}
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": "stop"}
-        yield event({**head, "object": "chat.completion.chunk", "choices": [choice]})
+        yield event({**opening, "object": "chat.completion.chunk", "choices": [choice]})
 
 
 def router(service: Service) -> APIRouter:
@@ -168,8 +161,3 @@ def _replacement(filled: Filled, pieces: list[Piece]) -> str:
     if text.startswith(before) and text.endswith(after):
         return text[len(before) : len(text) - len(after)]
     return "".join(filled.result.gaps)
-
-
-def _usage(filled: Filled, filling: Filling) -> dict[str, int]:
-    prompt, written = filling.prompt_tokens, filled.written
-    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}

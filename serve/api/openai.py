@@ -15,14 +15,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from decoding.answer import Output
+from decoding.answer import Output, until_end
 from decoding.engine import Update
 from dlm.errors import ConfigError
 from dlm.tokenizer import encode_prompt, encode_text
-from dlm.version import __version__
 from serve.api import schema
 from serve.api.fill import fill_suffix
-from serve.api.parameters import Generation, faults_named, metadata, new_id, stop_texts
+from serve.api.parameters import Generation, faults_named, head, metadata, stop_texts, usage
 from serve.api.sse import Events, event, stream
 from serve.api.tokens import TokenTexts, chat_logprobs, completion_logprobs, given_logprobs
 from serve.errors import APIError
@@ -61,12 +60,7 @@ class _Form:
         self.body, self.texts = body, texts
         self.prefix_ids = prefixes
         self.prefixes = [texts.join(ids) for ids in prefixes]
-        self.head = {
-            "id": new_id(self.prefix),
-            "created": int(time.time()),
-            "model": name,
-            "system_fingerprint": f"dlm-{__version__}",
-        }
+        self.head = head(self.prefix, name)
 
     def first(self, index: int) -> dict[str, Any] | None:
         """The first chunk of a choice, if there is one before any text."""
@@ -217,13 +211,8 @@ class Answers:
         self.prompt_tokens = prompt_tokens
 
     def usage(self, completion_tokens: int) -> dict[str, int]:
-        """OpenAI's usage object."""
-        total = self.prompt_tokens + completion_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": total,
-        }
+        """OpenAI's usage object, for the prompts of this request."""
+        return usage(self.prompt_tokens, completion_tokens)
 
     async def whole(self) -> dict[str, Any]:
         """The response when all answers are finished."""
@@ -235,8 +224,8 @@ class Answers:
             logprobs = self.form.logprobs(i, output, 0, 0)
             choice = self.form.choice(i, output.text, logprobs, output.finish_reason)
             choices.append(choice | self._metadata(i, output))
-        usage = self.usage(sum(len(output.token_ids) for output in outputs))
-        return {**self.form.head, "object": self.form.object, "choices": choices, "usage": usage}
+        tokens = self.usage(sum(len(output.token_ids) for output in outputs))
+        return {**self.form.head, "object": self.form.object, "choices": choices, "usage": tokens}
 
     def _metadata(self, index: int, output: Output) -> dict[str, Any]:
         if not self.form.body.return_metadata:
@@ -332,7 +321,7 @@ def _snapshot(update: Update, stops: Sequence[str]) -> Snapshot:
     """The answer as it stands, up to the first stop text, which may still be taken back."""
     event = update.event
     places = [place for place in map(event.text.find, stops) if place >= 0]
-    written = sum(token != update.plan.mask_id for token in event.token_ids)
+    written = sum(token != update.plan.mask_id for token in until_end(event.token_ids, update.plan))
     return Snapshot(event.text[: min(places)] if places else event.text, written)
 
 

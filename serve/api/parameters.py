@@ -6,6 +6,7 @@ A parameter that has no effect here is refused by name, unless its value asks fo
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pydantic_core import PydanticCustomError
 from decoding.canvas import Row
 from decoding.request import Plan, Request
 from dlm.errors import ConfigError
+from dlm.version import __version__
 from serve.config import ServeConfig
 from serve.errors import APIError, refused
 from serve.job import Sample
@@ -288,6 +290,22 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
+def head(prefix: str, model: str) -> dict[str, Any]:
+    """Fields that every response of OpenAI's form begins with."""
+    return {
+        "id": new_id(prefix),
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": f"dlm-{__version__}",
+    }
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """OpenAI's usage object."""
+    total = prompt_tokens + completion_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
+
 def metadata(row: Row, output: Any) -> dict[str, Any]:
     """Fields that `return_metadata` adds to an answer."""
     tokens = len(output.token_ids)
@@ -301,6 +319,4 @@ def metadata(row: Row, output: Any) -> dict[str, Any]:
     }
 
 
-PARAMETERS = frozenset(
-    {*Sampling.model_fields, "stop", "max_tokens", "begin", "ending", "forced", "text", "n"}
-)
+PARAMETERS = frozenset({*Sampling.model_fields, "stop", "max_tokens", "text", "n"})

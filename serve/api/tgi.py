@@ -11,9 +11,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
 from decoding.answer import HALF_CHARACTER, Output
-from decoding.engine import Update
 from dlm.version import __version__
-from serve.api.openai import ERRORS, PLAIN_ERRORS, raw_ids
+from serve.api.openai import ERRORS, PLAIN_ERRORS, confirmed_part, raw_ids
 from serve.api.parameters import Body, Generation, Sampling
 from serve.api.sse import Events, event, stream
 from serve.api.tokens import LEAST, TokenTexts, logprob
@@ -175,7 +174,7 @@ class _TGIAnswer:
 
     async def events(self) -> Events:
         """One event a token, the last with the whole text."""
-        notices = self.service.notices([self.sample], watch=_part, timeout=self.parameters.timeout)
+        notices = self.service.notices([self.sample], watch=confirmed_part, timeout=self.parameters.timeout)
         sent, held = 0, None
         async with aclosing(notices):
             async for notice in notices:
@@ -193,10 +192,6 @@ class _TGIAnswer:
 
 END = ("finish_reason", "generated_tokens", "seed")
 """Details that the last event of a stream holds."""
-
-
-def _part(update: Update) -> Output:
-    return update.partial
 
 
 def _finish_reason(output: Output) -> str:
