@@ -80,14 +80,15 @@ def test_texts_do_not_depend_on_the_server_or_on_its_load(tiny, tokenizer):
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_client_that_goes_away_frees_its_rows_within_one_step(tiny, tokenizer, streamed):
-    model = Slow(tiny)
+    model = Slow(tiny, 0.01)  # else the rows may be finished before this thread has seen them
     with running(model, tokenizer, max_rows=8) as server:
         body = {**CHAT, "max_tokens": 200, "n": 3, "stream": streamed, "rate": 1, "logit_bias": {"0": -100}}
         client = httpx.Client(base_url=server.url, timeout=30)
         if streamed:
             context = client.stream("POST", "/v1/chat/completions", json=body)
             response = context.__enter__()
-            next(response.iter_lines())
+            lines = response.iter_lines()  # kept: a generator that is dropped closes the connection
+            next(lines)
             wait_for(lambda: len(server.worker.engine) == 3)
             context.__exit__(None, None, None)
         else:
