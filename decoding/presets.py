@@ -81,7 +81,7 @@ class Decoder:
             raise ConfigError(
                 f"decoder {self.name!r} slides, and the model sees no further than blocks of {size}"
             )
-        return replace(self, window=Within(self.window, size, lead=shift))
+        return replace(self, window=Within(self.window, size, lead=shift and visibility.lead))
 
     def at_pace(self) -> Decoder:
         """This decoder, or where it has a pace of its own, the same order at a pace that is given."""

@@ -74,6 +74,8 @@ class Sight:
 
 
 ALL = Sight()
+CAUSAL = Sight(block_size=1)
+"""A block of one: everything before it and itself."""
 
 
 def with_layouts(implementation: str | None) -> str:
@@ -253,6 +255,55 @@ class Whole:
                 len(place), dtype=torch.bool, device=query.device
             )
             mask = visible if mask is None else mask & visible
+        return _sdpa(query, key, value, mask, scale).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class BesideClean:
+    """Noisy rows and the same rows clean, [B, N + C]: block-causal training (BD3LM, arXiv 2503.09573).
+
+    A noisy position attends to the noisy ones of its own block and to the clean ones of earlier blocks, as a
+    block that is being written sees itself and what is finished. A clean position attends to the clean ones
+    of its own and earlier blocks.
+
+    Attributes:
+        sight: of the model, with a block size.
+        positions: [N + C] int64, each one's place in its row; the first N are noisy.
+        noisy: how many are noisy, N.
+        valid: [B, N + C] bool, False at padding.
+    """
+
+    sight: Sight
+    positions: torch.Tensor
+    noisy: int
+    valid: torch.Tensor
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """[B, 1, N + C, N + C] bool, True where one attends to the other; the same for all layers."""
+        assert self.sight.block_size is not None
+        block = self.positions // self.sight.block_size
+        clean = torch.arange(len(block), device=block.device) >= self.noisy
+        query, key = block[:, None], block[None, :]
+        visible = torch.where(clean, torch.where(clean[:, None], key <= query, key < query), key == query)
+        visible &= clean | ~clean[:, None]  # nothing clean attends to anything noisy
+        alone = torch.eye(len(block), dtype=torch.bool, device=block.device)  # so that no sum is empty
+        return (visible & self.valid[:, None, :] | alone)[:, None]
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float | None,
+        sight: Sight | None = None,
+    ) -> torch.Tensor:
+        """See `Layout`; here A = N + C."""
+        del layer
+        mask = self.mask
+        if sight is not None and sight.reach is not None:
+            mask = mask & ((self.positions[:, None] - self.positions).abs() <= sight.reach)
         return _sdpa(query, key, value, mask, scale).transpose(1, 2)
 
 

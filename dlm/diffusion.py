@@ -19,12 +19,13 @@ def stratified_times(
 
     Args:
         offset: scalar in (0, 1), shared by the global batch.
-        slots: [B] int64, the place of each row in the global batch, 0 … total-1.
+        slots: any shape, the place of each row in the global batch, 0 … total-1; for blocks of rows, places
+            between and beyond those, which wrap around.
         total: rows in the global batch, over all processes and accumulated micro-batches.
         t_min: smallest time.
 
     Returns:
-        [B] float32 times.
+        Float32 times in the shape of `slots`.
     """
     fraction = torch.remainder(offset.double() + slots.double() / total, 1.0)
     return (t_min + (1 - t_min) * fraction).float()
@@ -45,7 +46,7 @@ def corrupt(
     Args:
         x0: [B, L] int64, clean rows.
         maskable: [B, L] bool, the positions that may be masked (never the prompt).
-        t: [B] float, the time of each row.
+        t: [B] float, the time of each row, or [B, L] of each position.
         mask_id: id of the mask token.
         generator: source of the noise when `noise` is not given.
         noise: [B, L] uniform numbers of [0, 1) to use instead.
@@ -57,15 +58,16 @@ def corrupt(
     Raises:
         ConfigError: when the shapes do not fit.
     """
-    if maskable.shape != x0.shape or t.shape != x0.shape[:1]:
+    if maskable.shape != x0.shape or t.shape not in (x0.shape[:1], x0.shape):
         raise ConfigError(
-            f"corrupt needs x0 [B, L], maskable [B, L] and t [B]; got {tuple(x0.shape)}, "
+            f"corrupt needs x0 [B, L], maskable [B, L] and t [B] or [B, L]; got {tuple(x0.shape)}, "
             f"{tuple(maskable.shape)} and {tuple(t.shape)}"
         )
     if noise is None:
         noise = torch.rand(x0.shape, generator=generator, device=generator.device if generator else x0.device)
     probability = (schedule or LogLinear()).mask_probability(t.float())
-    return torch.where(maskable & (noise.to(x0.device) < probability[:, None]), mask_id, x0)
+    probability = probability if t.dim() == 2 else probability[:, None]
+    return torch.where(maskable & (noise.to(x0.device) < probability), mask_id, x0)
 
 
 def corrupt_exactly(

@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 import dlm.families  # noqa: F401 (registers the backbones that transformers does not have)
-from dlm.attention import ALL, KeyValues, Packed, Partial, Sight, Whole, with_layouts
+from dlm.attention import ALL, CAUSAL, BesideClean, KeyValues, Packed, Partial, Sight, Whole, with_layouts
 from dlm.config import MaskedDiffusionConfig
 from dlm.device import sent
+from dlm.errors import ConfigError
 from dlm.modes import share
 from dlm.objective import token_log_probabilities
 from dlm.spec import ModelSpec
@@ -172,6 +173,51 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         ).last_hidden_state
         return _shifted(states) if self.config.shift else states
 
+    def hidden_beside(
+        self, noisy_ids: torch.Tensor, clean_ids: torch.Tensor, attention_mask: torch.Tensor, first: int = 0
+    ) -> torch.Tensor:
+        """States of a block-causal model for noise in all blocks at once, each behind its clean past.
+
+        One pass over the noisy blocks and the clean row (BD3LM, arXiv 2503.09573, section 3.1): a state is
+        that of `hidden` for the row whose earlier blocks are clean and whose own block is noisy. With a
+        shift, the first position of a block is predicted by the clean block before it.
+
+        Args:
+            noisy_ids: [B, L] int64.
+            clean_ids: [B, L] int64.
+            attention_mask: [B, L] bool, False at padding.
+            first: positions before this one need no states.
+
+        Returns:
+            [B, L, D]; zeros before the block that holds `first`.
+        """
+        size, length = self._block_size(), noisy_ids.shape[1]
+        begin, past = first // size * size, (length - 1) // size * size
+        ids = torch.cat([noisy_ids[:, begin:], clean_ids[:, :past]], dim=1)
+        place = torch.arange(length, device=self.device)
+        positions = torch.cat([place[begin:], place[:past]])
+        valid = attention_mask.bool().to(self.device)
+        valid = torch.cat([valid[:, begin:], valid[:, :past]], dim=1)
+        states = self.backbone(
+            inputs_embeds=self._embed(ids),
+            position_ids=positions.expand(len(ids), -1),
+            use_cache=False,
+            layout=BesideClean(self.sight, positions, length - begin, valid),
+        ).last_hidden_state
+        noisy, clean = states.split([length - begin, past], dim=1)
+        noisy = F.pad(noisy, (0, 0, begin, 0))
+        if not self.config.shift:
+            return noisy
+        ahead = F.pad(clean[:, size - 1 :: size], (0, 0, 1, 0))  # of the last position of each block
+        leads = ahead.repeat_interleave(size, dim=1)[:, :length]
+        return torch.where((place % size == 0)[:, None] & (place > 0)[:, None], leads, _shifted(noisy))
+
+    def _block_size(self) -> int:
+        """Positions per block, of a block-causal model."""
+        if self.config.block_size is None:
+            raise ConfigError("every position of this model sees its whole row: there are no clean blocks")
+        return int(self.config.block_size)
+
     def packed_hidden(self, input_ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """`hidden` of rows of different lengths, packed end to end so that nothing is spent on padding.
 
@@ -257,6 +303,8 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
+        clean_ids: torch.Tensor | None = None,
+        causal: bool = False,
     ) -> MaskedDiffusionOutput:
         """Logits everywhere, or the log-probabilities of given targets.
 
@@ -265,14 +313,36 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             attention_mask: [B, L] bool, False at padding.
             targets: [B, L] int64 clean tokens at the cells to predict, -100 elsewhere; or [B, L, K], K
                 candidates for every cell. Only cells with a target pass through the LM head, and once.
+            clean_ids: [B, L] int64, for block-causal models: the rows without noise, of which each block sees
+                the earlier ones (see `hidden_beside`).
+            causal: attend to earlier positions alone, as an autoregressive model.
         """
-        hidden = self.hidden(input_ids, attention_mask)
-        if targets is None:
+        cells = None
+        if targets is not None:
+            cells = targets != IGNORE if targets.dim() == 2 else (targets != IGNORE).any(-1)
+        hidden = self._hidden_for(input_ids, attention_mask, clean_ids, cells, causal)
+        if targets is None or cells is None:
             return MaskedDiffusionOutput(logits=self.logits(hidden))
-        cells = targets != IGNORE if targets.dim() == 2 else (targets != IGNORE).any(-1)
         return MaskedDiffusionOutput(
             token_logp=token_log_probabilities(hidden[cells], self.lm_head, targets[cells])
         )
+
+    def _hidden_for(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        clean_ids: torch.Tensor | None,
+        cells: torch.Tensor | None,
+        causal: bool,
+    ) -> torch.Tensor:
+        """The states that `forward` needs at `cells` [B, L] (None for all)."""
+        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
+        if causal:
+            return self._hidden_in_layout(input_ids, Whole(CAUSAL, valid.bool().to(self.device)))
+        if clean_ids is None:
+            return self.hidden(input_ids, attention_mask)
+        first = 0 if cells is None else int(cells.any(0).int().argmax())
+        return self.hidden_beside(input_ids, clean_ids, valid, first)
 
 
 def _name_of_embedding(backbone: nn.Module) -> str:

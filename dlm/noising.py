@@ -6,13 +6,56 @@ on its number and the draw.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from torch.nn import functional as F
 
 from dlm.data.windows import Batch
 from dlm.diffusion import corrupt, corrupt_exactly, stratified_times
 from dlm.model import IGNORE
 from dlm.noise import fold, key_of, uniform
-from dlm.schedule import NoiseSchedule
+from dlm.schedule import LogLinear, NoiseSchedule
+from dlm.spec import ModelSpec
+
+_GOLDEN = 0.6180339887498949
+"""Offset between neighbours that spreads any number of them evenly over (0, 1)."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of a block-causal model, each with a noise level of its own (BD3LM, arXiv 2503.09573).
+
+    Attributes:
+        size: positions per block, counted from the first of the row.
+        lead: whether the first position of a block is known when the others are written; then it is never
+            masked, and its own loss has weight 1.
+    """
+
+    size: int
+    lead: bool = False
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Blocks | None:
+        """Those of a model; None where every position sees its whole row."""
+        size = spec.visibility.block_size
+        return None if size is None else cls(size, spec.leads)
+
+    def leads(self, maskable: torch.Tensor) -> torch.Tensor:
+        """[B, L] bool, the maskable positions that are written first in their blocks."""
+        if not self.lead:
+            return torch.zeros_like(maskable)
+        place = torch.arange(maskable.shape[1], device=maskable.device)
+        return maskable & (place % self.size == 0) & (place > 0)
+
+    def number(self, length: int, device: torch.device) -> torch.Tensor:
+        """[L] int64, the block of each position."""
+        return torch.arange(length, device=device) // self.size
+
+
+def block_slots(blocks: Blocks, slots: torch.Tensor, total: int, length: int) -> torch.Tensor:
+    """[B, L] float64 places for `stratified_times`: those of the rows [B], moved from block to block."""
+    return slots[:, None] + total * _GOLDEN * blocks.number(length, slots.device).double()
 
 
 def add_noise(
@@ -23,6 +66,7 @@ def add_noise(
     step: int,
     mask_id: int,
     schedule: NoiseSchedule | None = None,
+    blocks: Blocks | None = None,
 ) -> Batch:
     """A training batch with its noise.
 
@@ -34,36 +78,75 @@ def add_noise(
         step: optimiser step.
         mask_id: id of the mask token.
         schedule: noise schedule, log-linear by default.
+        blocks: those of a block-causal model.
 
     Returns:
-        The batch and `t` [B], `noisy_ids` [B, L], `targets` [B, L] (-100 where there is no loss).
+        The batch and `t` [B], or [B, L] in blocks, `noisy_ids` [B, L], `targets` [B, L] (-100 where there is
+        no loss) and `weight` [B, L], of each target's -log p in the NELBO.
     """
     key = key_of(seed, "noise", step, device=slots.device)
-    times = stratified_times(uniform(key, -1), slots, total)
-    ids = batch["input_ids"]
+    ids, maskable = batch["input_ids"], batch["maskable"]
+    lead = blocks.leads(maskable) if blocks else torch.zeros_like(maskable)
+    places = block_slots(blocks, slots, total, ids.shape[1]) if blocks else slots
+    times = stratified_times(uniform(key, -1), places, total)
     noise = uniform(fold(key, slots)[:, None], torch.arange(ids.shape[1], device=ids.device))
-    noisy = corrupt(ids, batch["maskable"], times, mask_id, noise=noise, schedule=schedule)
-    return _with_targets(batch, times, noisy, mask_id)
+    noisy = corrupt(ids, maskable & ~lead, times, mask_id, noise=noise, schedule=schedule)
+    return with_targets(batch, times, (schedule or LogLinear()).weight(times), noisy, mask_id, lead)
 
 
-def add_eval_noise(batch: Batch, draw: int, draws: int, mask_id: int) -> Batch:
+def add_eval_noise(batch: Batch, draw: int, draws: int, mask_id: int, blocks: Blocks | None = None) -> Batch:
     """A validation batch with noise that depends on the row's number and on `draw` (of `draws`) alone.
 
-    A row has a fixed number of masks in each draw (`corrupt_exactly`), and `t` is their share, so that
-    weights of 1/t give the NELBO. The numbers of a row are evenly spaced over its draws, and rows are offset
-    against each other by the golden ratio.
+    A row, or each of its blocks, has a fixed number of masks in each draw (`corrupt_exactly`), and `t` is
+    their share, so that weights of 1/t give the NELBO. The numbers of a row are evenly spaced over its draws,
+    and rows are offset against each other by the golden ratio, blocks by its square.
     """
     rows = batch["row"]
-    offset = torch.remainder(rows.double() * 0.6180339887498949, 1.0)
-    level = torch.remainder(offset + draw / draws, 1.0)
     ids, maskable = batch["input_ids"], batch["maskable"]
+    offset = torch.remainder(rows.double() * _GOLDEN, 1.0)
+    level = torch.remainder(offset + draw / draws, 1.0)
     keys = fold(key_of("validation", draw, device=rows.device), rows)
     noise = uniform(keys[:, None], torch.arange(ids.shape[1], device=ids.device))
-    noisy, share = corrupt_exactly(ids, maskable, level, mask_id, noise)
-    return _with_targets(batch, share, noisy, mask_id)
+    if blocks is None:
+        noisy, share = corrupt_exactly(ids, maskable, level, mask_id, noise)
+        return with_targets(batch, share, 1 / share, noisy, mask_id)
+    lead = blocks.leads(maskable)
+    width = ids.shape[1]
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        """[B, L] -> [B · blocks, size]."""
+        padded = F.pad(x, (0, -width % blocks.size))
+        return padded.reshape(-1, blocks.size)
+
+    count = -(-width // blocks.size)
+    levels = torch.remainder(level[:, None] + _GOLDEN**2 * torch.arange(count, device=ids.device), 1.0)
+    pieces, shares = corrupt_exactly(cut(ids), cut(maskable & ~lead), levels.flatten(), mask_id, cut(noise))
+    noisy = pieces.unflatten(0, (-1, count)).flatten(1)[:, :width]
+    share = shares.unflatten(0, (-1, count)).repeat_interleave(blocks.size, dim=1)[:, :width]
+    return with_targets(batch, share, 1 / share, noisy, mask_id, lead)
 
 
-def _with_targets(batch: Batch, t: torch.Tensor, noisy: torch.Tensor, mask_id: int) -> Batch:
-    hit = batch["maskable"] & (noisy == mask_id) & batch["loss_mask"]
-    targets = torch.where(hit, batch["input_ids"], IGNORE)
-    return {**batch, "t": t, "noisy_ids": noisy, "targets": targets}
+def with_targets(
+    batch: Batch,
+    t: torch.Tensor,
+    weight: torch.Tensor,
+    noisy: torch.Tensor,
+    mask_id: int,
+    lead: torch.Tensor | None = None,
+) -> Batch:
+    """A batch with its noisy rows, what they are to become, and with what weight.
+
+    Args:
+        batch: from `WindowCollator`.
+        t: [B] or [B, L] times.
+        weight: [B] or [B, L], of a masked token's -log p.
+        noisy: [B, L] int64.
+        mask_id: id of the mask token.
+        lead: [B, L] bool, positions that are predicted though they are visible, with weight 1.
+    """
+    hit = batch["maskable"] & (noisy == mask_id)
+    weight = (weight[:, None] if weight.dim() == 1 else weight).expand(noisy.shape)
+    if lead is not None:
+        hit, weight = hit | lead, torch.where(lead, 1.0, weight)
+    targets = torch.where(hit & batch["loss_mask"], batch["input_ids"], IGNORE)
+    return {**batch, "t": t, "noisy_ids": noisy, "targets": targets, "weight": weight}

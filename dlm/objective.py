@@ -36,8 +36,14 @@ def masked_diffusion_loss(
     Returns:
         Scalar, float32.
     """
-    weight = (schedule or LogLinear()).weight(t.float())
-    return -(token_logp.float() * weight).sum() / maskable_count
+    return weighted_loss(token_logp, (schedule or LogLinear()).weight(t.float()), maskable_count)
+
+
+def weighted_loss(
+    token_logp: torch.Tensor, weight: torch.Tensor, count: torch.Tensor | int | float
+) -> torch.Tensor:
+    """Scalar float32, -Σ weight · log p over a count; both [N], of the masked tokens."""
+    return -(token_logp.float() * weight).sum() / count
 
 
 def _token_logp(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,12 @@ class Visibility:
     Attributes:
         block_size: None for all of the row ("full"); else a position attends to its own block of so many
             positions and to all earlier ones ("block", as BD3LM and SDAR).
+        lead: in a block-causal model with a shift, whether the first position of a block, which the block
+            before it predicts, is written first and alone (Fast-dLLM v2).
     """
 
     block_size: int | None = None
+    lead: bool = True
 
     def __post_init__(self) -> None:
         """Check the size."""
@@ -64,6 +67,11 @@ class ModelSpec:
         """Count the end token among those that end an answer."""
         object.__setattr__(self, "end_token_ids", frozenset({*self.end_token_ids, self.eos_token_id}))
 
+    @property
+    def leads(self) -> bool:
+        """True when the first position of each block is written before the others of its block."""
+        return self.shift and self.visibility.block_size is not None and self.visibility.lead
+
     @classmethod
     def of_config(cls, config: Any) -> ModelSpec:
         """Read a model's configuration; what it does not say has the defaults above."""
@@ -79,7 +87,7 @@ class ModelSpec:
             pad_token_id=getattr(config, "pad_token_id", None),
             positions=int(given("max_positions", _UNLIMITED)),
             shift=bool(given("shift", False)),
-            visibility=Visibility(getattr(config, "block_size", None)),
+            visibility=Visibility(getattr(config, "block_size", None), bool(given("block_lead", True))),
             schedule=schedule_named(**given("schedule", {})),
             generation=dict(given("generation", {})),
         )

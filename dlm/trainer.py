@@ -26,10 +26,9 @@ from dlm.data.windows import Batch, EpochSampler, WindowCollator
 from dlm.ema import EMA
 from dlm.errors import ConfigError
 from dlm.model import IGNORE
-from dlm.noising import add_eval_noise, add_noise
-from dlm.objective import masked_diffusion_loss
+from dlm.noising import Blocks, add_eval_noise, add_noise
+from dlm.objective import weighted_loss
 from dlm.prior import TokenPrior
-from dlm.schedule import NoiseSchedule
 from dlm.spec import ModelSpec
 
 _LOG_STATE = "log_state.json"
@@ -142,21 +141,28 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
 
     def with_noise(self, batch: Batch, slots: torch.Tensor, total: int, step: int) -> Batch:
         """A batch and everything random that its loss needs; see `add_noise` for the arguments."""
-        return add_noise(batch, slots, total, self.args.seed, step, self.mask_id, self.schedule)
+        return add_noise(
+            batch, slots, total, self.args.seed, step, self.mask_id, self.spec.schedule, self.blocks
+        )
 
     def divisor(self, batch: Batch) -> torch.Tensor:
         """Scalar, what a batch adds to the number that the global loss is divided by: its loss cells."""
         return batch["loss_mask"].sum()
 
     @property
-    def schedule(self) -> NoiseSchedule:
-        """The noise schedule of the model."""
-        return ModelSpec.of_config(self.accelerator.unwrap_model(self.model).config).schedule
+    def spec(self) -> ModelSpec:
+        """Properties of the model."""
+        return ModelSpec.of_config(self.accelerator.unwrap_model(self.model).config)
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """Blocks of the model, if it is block-causal."""
+        return Blocks.of(self.spec)
 
     @property
     def mask_id(self) -> int:
         """Id of the mask token."""
-        return int(self.accelerator.unwrap_model(self.model).config.mask_token_id)
+        return self.spec.mask_token_id
 
     def compute_loss(
         self,
@@ -174,12 +180,17 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
 
     def loss(self, model: torch.nn.Module, inputs: Batch, count: torch.Tensor) -> torch.Tensor:
         """The summed loss of a micro-batch over the global `count` (see `divisor`)."""
-        cells = inputs["targets"] != IGNORE
+        token_logp = self.token_logp(model, inputs)
+        return weighted_loss(token_logp, inputs["weight"][inputs["targets"] != IGNORE], count)
+
+    def token_logp(self, model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
+        """[N] log-probability of each target, in row-major order; blocks see the clean ones before them."""
+        clean = {"clean_ids": inputs["input_ids"]} if self.blocks else {}
         out = model(
-            input_ids=inputs["noisy_ids"], attention_mask=inputs["attention_mask"], targets=inputs["targets"]
-        )
-        times = inputs["t"][:, None].expand_as(cells)[cells]
-        return masked_diffusion_loss(out.token_logp, times, count, self.schedule)
+            input_ids=inputs["noisy_ids"], attention_mask=inputs["attention_mask"],
+            targets=inputs["targets"], **clean,
+        )  # fmt: skip
+        return out.token_logp  # type: ignore[no-any-return]
 
     def start_clock(self) -> None:
         """Measure the training speed from now on."""
@@ -278,14 +289,11 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
 
     def _row_nats(self, model: torch.nn.Module, batch: Batch, draw: int) -> torch.Tensor:
         """[B] weighted negative log-likelihood of each row at its noise level number `draw`."""
-        noised = add_eval_noise(batch, draw, self.eval_draws, self.mask_id)
+        noised = add_eval_noise(batch, draw, self.eval_draws, self.mask_id, self.blocks)
         cells = noised["targets"] != IGNORE
-        out = model(
-            input_ids=noised["noisy_ids"], attention_mask=noised["attention_mask"], targets=noised["targets"]
-        )
         per_cell = torch.zeros(cells.shape, device=cells.device)
-        per_cell[cells] = -out.token_logp.float()
-        return (per_cell / noised["t"][:, None]).sum(1)
+        per_cell[cells] = -self.token_logp(model, noised).float()
+        return (per_cell * noised["weight"]).sum(1)
 
     def averaged_weights(self) -> Any:
         """A context in which the model holds its averaged weights, if there are any."""

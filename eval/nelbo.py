@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from dlm.noise import fold, key_of, uniform
+from dlm.noising import Blocks
+from dlm.spec import ModelSpec
 
 PromptAndAnswer = tuple[Sequence[int], Sequence[int]]
 """Prompt and answer as ids."""
@@ -28,7 +30,7 @@ class Bound:
     error: float
     """Standard error of `nats` over the draws; 0 where every masking was looked at."""
     greedy: bool
-    """True if, all of the answer being masked, the likeliest token everywhere is the answer's."""
+    """True if, all of the answer (or of each block) being masked, the likeliest token everywhere is its."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,6 @@ def nelbo(
     return [bound.nats for bound in bounds(model, rows, draws, batch_size, seed)]
 
 
-@torch.inference_mode()
 def bounds(
     model: Any, rows: Sequence[PromptAndAnswer], draws: int = 32, batch_size: int = 16, seed: int = 0
 ) -> list[Bound]:
@@ -67,6 +68,9 @@ def bounds(
     The noise depends on the seed and the prompt alone: answers to one question share it, so that what sets
     them apart is not noise, and a row's result does not depend on its neighbours.
 
+    A block-causal model writes block after block, so its bound is the sum of those of the blocks, each with
+    the text before it as its prompt; it has `draws` for each.
+
     Args:
         model: a masked diffusion model.
         rows: prompts and answers; answers that end hold their end token.
@@ -77,6 +81,34 @@ def bounds(
     Returns:
         One bound for each row; of an answer without tokens, zero.
     """
+    blocks = Blocks.of(ModelSpec.of(model))
+    if blocks is None:
+        return _bounds(model, rows, draws, batch_size, seed)
+    pieces = [_pieces(prompt, answer, blocks) for prompt, answer in rows]
+    each = iter(_bounds(model, list(itertools.chain(*pieces)), draws, batch_size, seed))
+    return [_joined(list(itertools.islice(each, len(piece)))) for piece in pieces]
+
+
+def _pieces(prompt: Sequence[int], answer: Sequence[int], blocks: Blocks) -> list[PromptAndAnswer]:
+    """The parts of an answer that are written one after the other, each behind the text before it."""
+    ids, start = [*prompt, *answer], len(prompt)
+    maskable = (torch.arange(len(ids)) >= start)[None]
+    cuts = {start, *range(-(-start // blocks.size) * blocks.size, len(ids), blocks.size), len(ids)}
+    cuts |= {int(i) + 1 for i in blocks.leads(maskable)[0].nonzero()}
+    return [(ids[:a], ids[a:b]) for a, b in itertools.pairwise(sorted(cuts))]
+
+
+def _joined(parts: Sequence[Bound]) -> Bound:
+    """The bound of an answer from those of its parts."""
+    error = math.sqrt(sum(part.error**2 for part in parts))
+    return Bound(sum(part.nats for part in parts), error, all(part.greedy for part in parts))
+
+
+@torch.inference_mode()
+def _bounds(
+    model: Any, rows: Sequence[PromptAndAnswer], draws: int, batch_size: int, seed: int
+) -> list[Bound]:
+    """See `bounds`; every position sees its whole row."""
     jobs = list(_jobs(rows, draws, seed))
     jobs.sort(key=lambda job: sum(map(len, rows[job.owners[0]])))  # little padding
     parts: list[list[float]] = [[] for _ in rows]

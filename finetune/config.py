@@ -94,6 +94,10 @@ class ModelConfig(StartConfig):
             pretraining), or "model" for the checkpoint's own. A diffusion checkpoint keeps its own.
         shift: whether the state at i-1 predicts token i, for a causal LM as a start.
         schedule: noise schedule, "log-linear" or "cosine"; by default the checkpoint's, or log-linear.
+        visibility: "full", every position sees its whole row, or "block", its own block and the earlier ones
+            (BD3LM); by default the checkpoint's, or full.
+        block_size: positions per block, for visibility "block".
+        block_lead: with a shift, write the first position of each block before the others of its block.
         hidden_size: width of a random model.
         num_hidden_layers: layers of a random model.
         num_attention_heads: heads of a random model.
@@ -104,6 +108,9 @@ class ModelConfig(StartConfig):
     template: str = "chatml"
     shift: bool = True
     schedule: str = ""
+    visibility: Literal["", "full", "block"] = ""
+    block_size: int = 0
+    block_lead: bool = True
     hidden_size: int = 512
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
@@ -117,11 +124,22 @@ class ModelConfig(StartConfig):
             raise unknown_name("template", self.template, TEMPLATES)
         if self.schedule not in ("", *SCHEDULES):
             raise unknown_name("schedule", self.schedule, SCHEDULES)
+        self._check_visibility()
         if self.init:
             sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
             _refuse(self, (*sizes, "vocab_size"), "model.", "random weights; model.init brings its own")
         else:
             _refuse(self, ("shift",), "model.", "a causal LM as a start: give model.init")
+
+    def _check_visibility(self) -> None:
+        if self.visibility not in ("", "full", "block"):
+            raise unknown_name("visibility", self.visibility, ("full", "block"))
+        if self.visibility != "block":
+            _refuse(self, ("block_size", "block_lead"), "model.", 'model.visibility "block"')
+        elif self.block_size < 1:
+            raise ConfigError(
+                f"model.visibility 'block' needs model.block_size of at least 1, got {self.block_size}"
+            )
 
 
 @dataclass(frozen=True)
@@ -219,14 +237,53 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class MaskConfig:
+    """Masks of training, and what is trained beside them.
+
+    Args:
+        complementary: every row comes twice, with some tokens masked and with the others; twice the cost.
+        path: share of the rows whose masks lie on the path of a convolutional decoder; 0 for uniform masks.
+        kernel_size: of that decoder's convolution, odd.
+        autoregressive: weight of an autoregressive loss on the same rows, under causal attention; a step
+            costs twice as much.
+    """
+
+    complementary: bool = False
+    path: float = 0.0
+    kernel_size: int = 9
+    autoregressive: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and that no two ask for other masks of one row."""
+        if not 0 <= self.path <= 1:
+            raise ConfigError(f"masks.path must lie in [0, 1], got {self.path}")
+        if self.kernel_size < 3 or self.kernel_size % 2 == 0:
+            raise ConfigError(f"masks.kernel_size must be odd and at least 3, got {self.kernel_size}")
+        if self.autoregressive < 0:
+            raise ConfigError(f"masks.autoregressive must not be negative, got {self.autoregressive}")
+        if self.path and self.complementary:
+            raise ConfigError("masks.path and masks.complementary both choose the masks of a row: give one")
+        if not self.path:
+            _refuse(self, ("kernel_size",), "masks.", "masks on a path: give masks.path")
+
+
+@dataclass(frozen=True)
 class TrainConfig(RunConfig):
     """A run of supervised fine-tuning or pretraining.
 
     Args:
         model: where the weights come from.
+        masks: which tokens are masked, and what is trained beside that.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
+
+    def __post_init__(self) -> None:
+        """Check that the masks fit the model."""
+        super().__post_init__()
+        if self.masks.path and self.model.visibility == "block":
+            raise ConfigError("masks.path is for models whose positions see the whole row")
 
 
 @dataclass(frozen=True)

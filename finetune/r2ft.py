@@ -23,6 +23,7 @@ from dlm.data.windows import Batch
 from dlm.errors import ConfigError, DLMError
 from dlm.model import IGNORE, MaskedDiffusionModel
 from dlm.noise import fold, key_of
+from dlm.noising import Blocks
 from dlm.pretrained.names import located
 from dlm.prior import TokenPrior
 from dlm.trainer import DiffusionTrainer
@@ -110,6 +111,19 @@ def mean_logp(total: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
     return total.float() / n.clamp(min=1)
 
 
+def in_first_block(masked: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    """[B, L] bool, positions that a block-causal model may be writing when `masked` [B, L] are masks.
+
+    They are those of the block that holds the first mask; behind it, it never sees masks before its own
+    block. Where a block begins with a position that is written first, that position alone.
+    """
+    place = torch.arange(masked.shape[1], device=masked.device)
+    first = torch.where(masked, place, masked.shape[1]).amin(1, keepdim=True)
+    inside = place // blocks.size == first // blocks.size
+    alone = (first % blocks.size == 0) & (first > 0) & blocks.lead
+    return inside & (~alone | (place == first))
+
+
 class R2FTTrainer(DiffusionTrainer):
     """The trainer of SFT with another loss; validation NELBO stays what it is.
 
@@ -153,6 +167,9 @@ class R2FTTrainer(DiffusionTrainer):
     def _with_contrast(self, batch: Batch, key: torch.Tensor) -> Batch:
         contrast = self.contrast(batch, key)
         candidates = torch.stack([contrast.targets, contrast.rejected], dim=-1)
+        if self.blocks:
+            masked = contrast.noisy_ids == self.mask_id
+            candidates = candidates.masked_fill(~in_first_block(masked, self.blocks)[..., None], IGNORE)
         return {**batch, "noisy_ids": contrast.noisy_ids, "candidates": candidates}
 
     def contrast(self, batch: Batch, key: torch.Tensor) -> Contrast:

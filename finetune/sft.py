@@ -6,14 +6,22 @@ They are the same run: rows with a prompt never mask it, rows of plain text have
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from dlm.model import MaskedDiffusionModel
+from dlm.data.windows import Batch
+from dlm.errors import ConfigError
+from dlm.model import IGNORE, MaskedDiffusionModel
+from dlm.noise import fold, key_of, uniform
+from dlm.objective import weighted_loss
+from dlm.prior import TokenPrior
 from dlm.trainer import DiffusionTrainer
-from finetune.config import StartConfig, TrainConfig
+from finetune.config import MaskConfig, StartConfig, TrainConfig
+from finetune.masks import complementary_noise, path_noise
 from finetune.run import Stage, execute
 from finetune.run_folder import RunFolder
 from finetune.samples import SampleCallback
@@ -21,6 +29,55 @@ from finetune.start import first_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+class SFTTrainer(DiffusionTrainer):
+    """The trainer with a choice of masks, and an autoregressive loss beside the NELBO.
+
+    Args:
+        masks: see `MaskConfig`.
+        **kwargs: as for `DiffusionTrainer`.
+
+    Raises:
+        ConfigError: for masks on a path and a block-causal model.
+    """
+
+    def __init__(self, model: Any, *, masks: MaskConfig, **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
+        self.masks = masks
+        if masks.path and self.blocks:
+            raise ConfigError("masks.path is for models whose positions see the whole row")
+
+    def with_noise(self, batch: Batch, slots: torch.Tensor, total: int, step: int) -> Batch:
+        """See `DiffusionTrainer`."""
+        seed = self.args.seed
+        if self.masks.complementary:
+            return complementary_noise(batch, slots, total, seed, step, self.mask_id, self.blocks)
+        plain = super().with_noise(batch, slots, total, step)
+        if not self.masks.path:
+            return plain
+        path = path_noise(batch, slots, total, seed, step, self.mask_id, self.masks.kernel_size)
+        chance = uniform(fold(key_of(seed, "path rows", step, device=slots.device), slots), 0)
+        chosen = chance < self.masks.path
+        names = ("t", "noisy_ids", "targets", "weight")
+        return plain | {
+            name: torch.where(chosen.view(-1, *[1] * (plain[name].dim() - 1)), path[name], plain[name])
+            for name in names
+        }
+
+    def loss(self, model: torch.nn.Module, inputs: Batch, count: torch.Tensor) -> torch.Tensor:
+        """See `DiffusionTrainer`; with the autoregressive loss per token, if it has a weight."""
+        nelbo = super().loss(model, inputs, count)
+        if not self.masks.autoregressive:
+            return nelbo
+        targets = torch.where(inputs["loss_mask"], inputs["input_ids"], IGNORE)
+        out = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], targets=targets,
+            causal=True,
+        )  # fmt: skip
+        plain = weighted_loss(out.token_logp, torch.ones_like(out.token_logp), count)
+        self.watch("autoregressive", plain)
+        return nelbo + self.masks.autoregressive * plain
 
 
 class SFT(Stage[TrainConfig]):
@@ -38,6 +95,16 @@ class SFT(Stage[TrainConfig]):
     ) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
         """See `Stage`."""
         return first_model(self.config, rows, resume_from)
+
+    def trainer(self, model: Any, prior: TokenPrior, **common: Any) -> DiffusionTrainer:
+        """See `Stage`."""
+        del prior
+        return SFTTrainer(model, masks=self.config.masks, **common)
+
+    def record(self) -> dict[str, Any]:
+        """See `Stage`; with the masks, where they are not the usual ones."""
+        masks = {"masks": asdict(self.config.masks)} if self.config.masks != MaskConfig() else {}
+        return {**super().record(), **masks}
 
     def callbacks(
         self, trainer: DiffusionTrainer, tokenizer: PreTrainedTokenizerBase, held_out: Dataset, run: RunFolder

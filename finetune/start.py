@@ -39,6 +39,9 @@ def first_model(config: TrainConfig, rows: Dataset, resume_from: Path | None = N
     model, tokenizer = make
     if config.model.schedule:
         model.config.schedule = {"name": config.model.schedule}
+    if config.model.visibility:
+        model.config.block_size = config.model.block_size or None
+        model.config.block_lead = config.model.block_lead
     return model, tokenizer
 
 
@@ -90,13 +93,8 @@ def prepare(model: MaskedDiffusionModel, config: StartConfig, window: int, seed:
         seed: seed of the adapter's first weights.
 
     Raises:
-        ConfigError: when the window is longer than the model's positions, and for a block-causal model.
+        ConfigError: when the window is longer than the model's positions.
     """
-    if model.config.block_size is not None:
-        raise ConfigError(
-            f"{config.init}: a block-causal model (blocks of {model.config.block_size}) cannot be trained "
-            "yet; its objective needs noisy and clean rows side by side"
-        )
     if window > model.config.max_positions:
         raise ConfigError(
             f"window {window} is longer than the {model.config.max_positions} positions of the model"

@@ -253,3 +253,19 @@ def test_a_causal_lm_whose_weights_are_others_is_refused(tokenizer, tmp_path, ch
     save_file(change(load_file(file)), file, {"format": "pt"})
     with pytest.raises(CheckpointError, match=message):
         from_causal_lm(str(tmp_path))
+
+
+@torch.no_grad()
+def test_under_causal_attention_it_is_the_autoregressive_base(causal):
+    folder, base = causal("llama")
+    model, _ = from_causal_lm(str(folder), template="chatml", shift=True)
+    ids = torch.randint(5, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    valid[1, 6:] = False
+    targets = torch.where(valid & (torch.arange(9) > 2), ids, IGNORE)
+    got = model(input_ids=ids, attention_mask=valid, targets=targets, causal=True).token_logp
+    logits = base(ids).logits
+    logits[..., model.config.mask_token_id : model.config.mask_token_id + 1] = -torch.inf
+    logp = logits.log_softmax(-1)
+    expected = [logp[b, i - 1, ids[b, i]] for b, i in (targets != IGNORE).nonzero().tolist()]
+    torch.testing.assert_close(got, torch.stack(expected), rtol=1e-4, atol=1e-4)

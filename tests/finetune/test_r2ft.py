@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from decoding import Sampler
 from dlm import load_model
 from dlm.data.config import DataConfig
 from dlm.errors import CheckpointError, ConfigError, DLMError
 from dlm.model import IGNORE
+from dlm.noising import Blocks
 from dlm.prior import TokenPrior
 from finetune.config import (
     LoraConfig,
@@ -21,7 +23,7 @@ from finetune.config import (
     R2FTConfig,
     StartConfig,
 )
-from finetune.r2ft import R2FT, r2ft, r2ft_loss
+from finetune.r2ft import R2FT, in_first_block, r2ft, r2ft_loss
 from finetune.run import build_trainer, split_rows
 from finetune.sft import train
 from tests.finetune.test_train import on_two_processes, settings, unfinish
@@ -557,3 +559,36 @@ def test_the_contrast_of_validation_is_the_same_at_every_evaluation(sft, tmp_pat
     first, second = trainer.evaluate(), trainer.evaluate()
     assert first["eval_r2ft"] == second["eval_r2ft"]
     assert first["eval_nelbo"] == second["eval_nelbo"]
+
+
+@pytest.mark.parametrize(("lead", "expected"), [(False, [3, 4, 5]), (True, [3, 4, 5])])
+def test_blocks_are_contrasted_up_to_the_end_of_the_block_that_is_written(lead, expected):
+    masked = torch.zeros(1, 12, dtype=torch.bool)
+    masked[0, 3:] = True
+    inside = in_first_block(masked, Blocks(6, lead))
+    assert (inside & masked)[0].nonzero()[:, 0].tolist() == expected
+
+
+def test_a_position_that_leads_its_block_is_contrasted_alone():
+    masked = torch.zeros(1, 12, dtype=torch.bool)
+    masked[0, 6:] = True
+    assert in_first_block(masked, Blocks(6, lead=True))[0].nonzero()[:, 0].tolist() == [6]
+    assert in_first_block(masked, Blocks(6))[0].nonzero()[:, 0].tolist() == list(range(6, 12))
+
+
+def test_a_block_causal_model_goes_through_fine_tuning_and_r2ft(tmp_path):
+    shape = ModelConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=400,
+        visibility="block", block_size=8,
+    )  # fmt: skip
+    sft = train(settings(tmp_path / "sft", model=shape))
+    folder = r2ft(R2FTConfig(
+        output_dir=str(tmp_path / "r2ft"), model=StartConfig(init=str(sft)),
+        data=DataConfig(source="rules", window=48, limit=150, validation_rows=20), max_steps=4,
+        per_device_train_batch_size=8, learning_rate=1e-5, eval_steps=2, save_steps=2, precision="fp32",
+        nelbo_tolerance=0.5, watch=2, report_to="none", trainer={"disable_tqdm": True},
+    ))  # fmt: skip
+    model, tokenizer = load_model(folder, device="cpu")
+    assert model.spec.visibility.block_size == 8
+    out = Sampler(model, tokenizer).generate("copy: 1 2 3", max_tokens=12)
+    assert tokenizer.mask_token_id not in out.token_ids

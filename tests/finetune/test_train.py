@@ -430,7 +430,7 @@ def test_training_noise_and_weights_follow_the_models_schedule(rows, tokenizer, 
     encoded = Dataset.from_list([{"prompt": r["prompt"], "answer": r["answer"]} for r in rows])
     trainer = trainer_on(encoded, tokenizer, tmp_path)
     trainer.model.config.schedule = Cosine().as_dict()
-    assert trainer.schedule == Cosine()
+    assert trainer.spec.schedule == Cosine()
     ids = torch.full((400, 64), 7)
     batch = {
         "input_ids": ids,

@@ -7,7 +7,6 @@ from decoding import Request, Sampler
 from decoding.pace import OwnPace, Rate, Steps
 from dlm import load_model
 from dlm.data.config import DataConfig
-from dlm.errors import ConfigError
 from dlm.spec import ModelSpec
 from finetune.config import ModelConfig, TrainConfig
 from finetune.sft import train
@@ -87,13 +86,7 @@ def run_of(folder, target):
     )  # fmt: skip
 
 
-def test_block_causal_models_are_not_trained_as_if_they_saw_everything(tmp_path, base):
-    folder = LAYOUTS["sdar"]().write(tmp_path / "public", base)
-    with pytest.raises(ConfigError, match="a block-causal model .blocks of 4. cannot be trained yet"):
-        train(run_of(folder, tmp_path / "run"))
-
-
-@pytest.mark.parametrize("name", ["mdlm", "bert-chat", "diffugpt"])
+@pytest.mark.parametrize("name", ["mdlm", "bert-chat", "diffugpt", "sdar", "fast-dllm-v2", "bd3lm"])
 def test_training_begins_from_a_public_checkpoint(tmp_path, base, name):
     layout = LAYOUTS[name]()
     folder = layout.write(tmp_path / "public", base)
