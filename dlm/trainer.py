@@ -136,7 +136,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             noised.append(self.with_noise(batch, slots, total, step))
         if not batches:
             return [], None
-        count = torch.stack([self.divisor(batch) for batch in batches]).sum().to(device)
+        count = torch.stack([self.divisor(batch) for batch in noised]).sum().to(device)
         return noised, self.accelerator.reduce(count, reduction="sum")
 
     def with_noise(self, batch: Batch, slots: torch.Tensor, total: int, step: int) -> Batch:

@@ -26,6 +26,7 @@ STAGES = {
     "tests": "benchmarks.gpu.proofs",
     "kernels": "benchmarks.gpu.kernels",
     "decode": "benchmarks.gpu.decode",
+    "objectives": "benchmarks.gpu.objectives",
     "train": "benchmarks.gpu.train",
     "r2ft": "benchmarks.gpu.r2ft",
     "eval": "benchmarks.gpu.evaluation",

@@ -1,6 +1,7 @@
 """Masks on the path of a decoder, complementary masks and the autoregressive loss: laws and bounds."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -14,9 +15,10 @@ from dlm.noising import Blocks
 from dlm.objective import weighted_loss
 from finetune.config import MaskConfig, ModelConfig, TrainConfig
 from finetune.masks import complementary_noise, path_masks, path_noise
-from finetune.sft import SFTTrainer
+from finetune.sft import SFTTrainer, train
 from tests.dlm.test_noising import batch_of
 from tests.dlm.test_objective import enumerated_nelbo
+from tests.finetune.test_train import losses, settings
 
 
 def paths(start, n, kernel_size):
@@ -160,3 +162,14 @@ def test_the_trainer_adds_the_autoregressive_loss(monkeypatch):
     assert "causal" not in calls[0]
     assert calls[1]["causal"]
     assert calls[2] == {"autoregressive": 3.0}
+
+
+@pytest.mark.parametrize("masks", [MaskConfig(complementary=True), MaskConfig(path=0.5, kernel_size=5)])
+def test_a_run_with_other_masks_has_losses_of_the_same_size(tmp_path, masks):
+    runs = {}
+    for name, config in (("plain", MaskConfig()), ("other", masks)):
+        runs[name] = train(settings(tmp_path / name, masks=config, max_steps=3, eval_steps=0))
+    plain, other = (sum(losses(folder).values()) / 3 for folder in runs.values())
+    assert other == pytest.approx(plain, rel=0.15)
+    recorded = json.loads((runs["other"] / "config.json").read_text())["training"]["masks"]
+    assert recorded["complementary"] == masks.complementary

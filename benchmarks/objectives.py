@@ -1,0 +1,316 @@
+"""Training objectives compared: masks, autoregressive loss, block-causal attention, at equal cost.
+
+Every variant of the default recipe starts from the same base, sees the same rows in the same order, and has
+the same number of positions pass through the model (a second pass and clean rows beside noisy ones count).
+It is measured by the nats per token of held-out answers in the order in which a decoder writes them, at
+several tokens per call, and, where there are questions, by its answers.
+
+    python -m benchmarks.objectives --rows rows.npz --positions 300000 --variants full "block 8"
+    python -m benchmarks.objectives --data alpaca_data.json --questions alpaca_eval.json --parallel 4
+
+Results are written as they come (results.jsonl); a variant that is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.material import built, recipe
+from finetune.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A variant of the recipe.
+
+    Attributes:
+        name: in the table.
+        changes: of the recipe, by dotted names.
+        passes: forward passes over a row in a step.
+    """
+
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    passes: int = 1
+
+
+def block(size: int, **changes: Any) -> dict[str, Any]:
+    """Changes for block-causal attention."""
+    return {"model.visibility": "block", "model.block_size": size, **changes}
+
+
+PAIRS = {"masks.complementary": True}
+CAUSAL = {"masks.autoregressive": 0.3}
+FREE = {"model.block_lead": False}
+
+OBJECTIVES = (
+    Objective("full"),
+    Objective("block 8", block(8)),
+    Objective("block 16", block(16)),
+    Objective("block 32", block(32)),
+    Objective("block 4", block(4)),
+    Objective("block 8, lead not first", block(8, **FREE)),
+    Objective("block 16, lead not first", block(16, **FREE)),
+    Objective("full, path 0.5", {"masks.path": 0.5}),
+    Objective("full, complementary", PAIRS, passes=2),
+    Objective("block 8, complementary", block(8, **PAIRS), passes=2),
+    Objective("block 8, complementary, lead not first", block(8, **PAIRS, **FREE), passes=2),
+    Objective("full, autoregressive 0.3", CAUSAL, passes=2),
+    Objective("block 8, no shift", block(8, **{"model.shift": False})),
+    Objective("full, path 1", {"masks.path": 1.0}),
+    Objective("block 16, complementary", block(16, **PAIRS), passes=2),
+)
+
+DECODERS = (
+    ("entropy-bound", {"kernel_size": 9}, None),
+    ("conv", {"kernel_size": 9}, 1.0),
+    ("conv", {"kernel_size": 9}, 2.0),
+    ("conv", {"kernel_size": 9}, 4.0),
+)
+"""Decoders and their tokens per call."""
+
+
+def settings(objective: Objective, options: argparse.Namespace) -> TrainConfig:
+    """The recipe of a variant, with as many steps as its cost allows."""
+    values: dict[str, Any] = {
+        "output_dir": str(options.output / objective.name.replace(" ", "-").replace(",", "")),
+        "model.init": options.base,
+        "model.lora.fold": True,
+        "data.source": str(options.rows or options.data),
+        "per_device_train_batch_size": options.batch,
+        "warmup_steps": 20,
+        "eval_steps": 10**6,
+        "eval_rows": options.answers,
+        "eval_draws": 2,
+        "save_steps": 10**6,
+        "logging_steps": 20,
+        "max_steps": 1,
+        "report_to": "none",
+        "seed": options.seed,
+        "trainer": {"disable_tqdm": True, "logging_nan_inf_filter": False},
+        **objective.changes,
+    }
+    if options.tiny:
+        values |= {"data.window": 96, "data.validation_rows": 20, "model.lora.r": 4, "precision": "fp32"}
+    config: TrainConfig = built(TrainConfig, recipe("alpaca-smollm2-135m-lora", values))
+    steps = max(2, round(options.positions / (objective.passes * positions(config))))
+    return built(TrainConfig, recipe("alpaca-smollm2-135m-lora", {**values, "max_steps": steps}))
+
+
+def positions(config: TrainConfig) -> float:
+    """Mean number of positions in a forward pass of a step, padding included, over some of its batches."""
+    from dlm.data.encode import encode_rows
+    from dlm.data.windows import EpochSampler
+    from finetune.run import collator, split_rows
+    from finetune.start import first_model
+
+    rows, _ = split_rows(config.data, config.seed)
+    _, tokenizer = first_model(config, rows)
+    encoded, _ = encode_rows(rows, tokenizer, config.data.window)
+    collate = collator(config.data, tokenizer, config.seed)
+    size, total, batches = config.per_device_train_batch_size, 0, 0
+    order = list(islice(EpochSampler(list(encoded["length"]), size, config.seed), 40 * size))
+    for first in range(0, len(order) - size + 1, size):
+        batch = collate([{**encoded[i], "row": i} for i in order[first : first + size]])
+        length = batch["input_ids"].shape[1]
+        total += size * (length + clean(batch["maskable"], length, config.model.block_size))
+        batches += 1
+    return total / batches
+
+
+def clean(maskable: torch.Tensor, length: int, block_size: int) -> int:
+    """Positions of the clean half of a row beyond the noisy half that is left out before the answers."""
+    if not block_size:
+        return 0
+    before = int(maskable.any(0).int().argmax()) // block_size * block_size
+    return (length - 1) // block_size * block_size - before
+
+
+# ---- measuring ---------------------------------------------------------------------------------------
+
+
+def measure(objective: Objective, options: argparse.Namespace) -> dict[str, Any]:
+    """Train a variant and measure it."""
+    from finetune.sft import train
+
+    config = settings(objective, options)
+    begun = time.monotonic()
+    folder = train(config)
+    history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+    result: dict[str, Any] = {
+        "name": objective.name, "steps": config.max_steps, "train_seconds": round(time.monotonic() - begun),
+        "nelbo": next((r["eval_nelbo"] for r in reversed(history) if "eval_nelbo" in r), None),
+    }  # fmt: skip
+    return result | path(folder, config, options) | (asked(folder, options) if options.questions else {})
+
+
+def path(folder: Path, config: TrainConfig, options: argparse.Namespace) -> dict[str, Any]:
+    """Nats per token of held-out answers, and tokens per call, for each of `DECODERS`."""
+    from decoding.request import Request
+    from decoding.sampler import Sampler
+    from dlm.checkpoint import load_model
+    from dlm.data.encode import encode_rows
+    from eval.path import path_costs
+    from finetune.run import split_rows
+
+    model, tokenizer = load_model(folder, options.device)
+    sampler = Sampler(model, tokenizer)
+    held_out = encode_rows(split_rows(config.data, config.seed)[1], tokenizer, config.data.window)[0]
+    pairs = [
+        (row["input_ids"][: row["prompt_length"]], row["input_ids"][row["prompt_length"] :])
+        for row in (held_out[i] for i in range(len(held_out)))
+        if int(row["input_ids"][-1]) == tokenizer.eos_token_id
+        and row["length"] - row["prompt_length"] <= options.longest
+    ]
+    pairs = [(list(map(int, prompt)), list(map(int, answer))) for prompt, answer in pairs][: options.answers]
+    found: dict[str, Any] = {"answers": len(pairs)}
+    for name, choices, rate in DECODERS:
+        request = Request(decoder=name, options=choices, rate=rate, max_tokens=options.longest)
+        costs = list(
+            path_costs(model, pairs, sampler.plan(request), seed=options.seed, batch_size=options.answers)
+        )
+        tokens = sum(len(cost.nats) for cost in costs)
+        label = name if rate is None else f"{name} {rate:g}"
+        found[f"{label} nats"] = round(sum(cost.total for cost in costs) / tokens, 4)
+        found[f"{label} tokens per call"] = round(tokens / sum(cost.calls for cost in costs), 2)
+    return found
+
+
+def asked(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Repetition, length and calls of answers to questions; the answers stay in the folder."""
+    from eval.config import EvalConfig
+    from eval.evaluate import evaluate
+
+    begun = time.monotonic()
+    (result,) = evaluate(
+        EvalConfig(
+            task="alpaca_eval",
+            model=str(folder),
+            name=folder.name,
+            data=str(options.questions),
+            output=str(options.output / "eval"),
+            decoders="entropy-bound(kernel_size=9)",
+            batch_size=256,
+            reader="",
+            device=options.device,
+            limit=options.limit,
+            max_tokens=options.longest,
+        )
+    )
+    names = ("repetition_4", "empty", "ended", "tokens", "model_calls")
+    means = {name: round(result.means[name].mean, 4) for name in names if name in result.means}
+    return {**means, "answer_seconds": round(time.monotonic() - begun, 1)}
+
+
+def stored(output: Path) -> dict[str, dict[str, Any]]:
+    """Results that are there, by name."""
+    file = output / "results.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return {result["name"]: result for result in map(json.loads, lines)}
+
+
+def run(objectives: list[Objective], options: argparse.Namespace) -> None:
+    """Measure variants that are not there yet, one after the other; a failure is kept as a result."""
+    for objective in objectives:
+        if objective.name not in stored(options.output):
+            try:
+                result = measure(objective, options)
+            except Exception as error:
+                result = {"name": objective.name, "error": f"{type(error).__name__}: {error}"[:400]}
+            with (options.output / "results.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+            print(json.dumps(result), flush=True)
+
+
+def run_beside(objectives: list[Objective], options: argparse.Namespace, words: list[str]) -> None:
+    """Measure variants, so many at a time, each in a process of its own: one alone leaves a GPU idle."""
+    waiting = [o for o in objectives if o.name not in stored(options.output)]
+    running: list[subprocess.Popen[bytes]] = []
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    while waiting or running:
+        running = [process for process in running if process.poll() is None]
+        while waiting and len(running) < options.parallel and time.monotonic() < options.until:
+            command = [sys.executable, "-m", "benchmarks.objectives", *words, "--parallel", "1"]
+            command += ["--variants", waiting.pop(0).name]
+            running.append(subprocess.Popen(command, env=environment))
+        if time.monotonic() > options.until:
+            waiting = []
+            if time.monotonic() > options.until + options.grace:
+                for process in running:
+                    process.kill()
+        time.sleep(0.2)
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown: nats per token by decoder, and what the answers are like."""
+    columns = ["steps", "nelbo", *(f"{_label(*d)} nats" for d in DECODERS)]
+    columns += ["entropy-bound tokens per call", "tokens", "model_calls", "repetition_4"]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, result in results.items():
+        if "error" in result:
+            lines.append(f"| {name} | {result['error'][:60]} |")
+        else:
+            lines.append(f"| {name} | " + " | ".join(str(result.get(c, "")) for c in columns) + " |")
+    return "\n".join(lines)
+
+
+def _label(name: str, choices: dict[str, Any], rate: float | None) -> str:
+    del choices
+    return name if rate is None else f"{name} {rate:g}"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    out = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    out.add_argument("--output", type=Path, default=Path("runs/objectives"))
+    out.add_argument("--base", default="smollm2-135m-instruct", help="the autoregressive model to start from")
+    out.add_argument("--rows", type=Path, help="encoded rows (python -m dlm.data.encoded)")
+    out.add_argument("--data", default="tatsu-lab/alpaca", help="rows, where none are encoded")
+    out.add_argument("--questions", type=Path, help="questions to answer, in Alpaca's fields")
+    out.add_argument("--limit", type=int, default=128, help="of the questions")
+    out.add_argument("--variants", nargs="+", default=[o.name for o in OBJECTIVES], metavar="NAME")
+    out.add_argument("--positions", type=float, default=5e5, help="through the model, for each variant")
+    out.add_argument("--batch", type=int, default=32, help="rows in a step")
+    out.add_argument("--answers", type=int, default=128, help="held-out answers for nats per token")
+    out.add_argument("--longest", type=int, default=128, help="tokens of an answer")
+    out.add_argument("--seed", type=int, default=0)
+    out.add_argument("--device", default="auto")
+    out.add_argument("--parallel", type=int, default=1, help="processes at a time")
+    out.add_argument("--seconds", type=float, default=1e9, help="no variant begins after so long")
+    out.add_argument("--grace", type=float, default=60.0, help="seconds that the last may take beyond that")
+    out.add_argument("--tiny", action="store_true", help="in miniature")
+    return out
+
+
+def main(words: list[str] | None = None) -> None:
+    """Measure and print the table."""
+    words = sys.argv[1:] if words is None else words
+    options = parser().parse_args(words)
+    options.until = time.monotonic() + options.seconds
+    by_name = {objective.name: objective for objective in OBJECTIVES}
+    if unknown := [name for name in options.variants if name not in by_name]:
+        sys.exit(f"no variant {unknown[0]!r}; variants: {', '.join(by_name)}")
+    chosen = [by_name[name] for name in options.variants]
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.parallel > 1:
+        at = words.index("--variants") if "--variants" in words else len(words)
+        run_beside(chosen, options, words[:at])
+    else:
+        run(chosen, options)
+    if options.parallel > 1 or len(chosen) > 1:
+        print(table(stored(options.output)))
+
+
+if __name__ == "__main__":
+    main()
