@@ -17,6 +17,10 @@ from dlm.errors import ConfigError
 from dlm.noise import key_of
 
 
+Rows = torch.Tensor | slice
+"""Rows [b] of a canvas, as an index; the slice of all of them gives views, which cost nothing."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One row, before it becomes part of a canvas."""
@@ -105,20 +109,25 @@ class Canvas:
         """Number of rows."""
         return len(self.ids)
 
-    def grow(self, rows: torch.Tensor, ahead: int, closed: torch.Tensor) -> None:
-        """Give the rows [b] new masks on the right until they have `ahead`; none to those `closed` [b]."""
-        position = torch.arange(self.ids.shape[1])
-        valid, masked = self.valid[rows], self.masked[rows]
-        reach = torch.minimum(valid.sum(1) + ahead - masked.sum(1), self.end[rows])
-        new = (position < torch.where(closed, 0, reach)[:, None]) & ~valid
-        grown = new.any(1)
-        if bool(grown.any()):
-            self.valid[rows] |= new
-            self.masked[rows] |= new
-            self.pinned[rows] &= ~new
-            self.done[rows] &= ~grown
+    def grow(self, rows: torch.Tensor, ahead: int, closed: torch.Tensor) -> torch.Tensor:
+        """Give the rows [b] new masks on the right until they have `ahead`; none to those `closed` [b].
 
-    def take(self, rows: torch.Tensor | slice) -> Canvas:
+        Returns:
+            The rows that have grown.
+        """
+        size = self.valid[rows].sum(1)
+        reach = torch.minimum(size + ahead - self.masked[rows].sum(1), self.end[rows])
+        grown = (reach > size) & ~closed
+        if bool(grown.any()):
+            place, position = rows[grown], torch.arange(self.ids.shape[1])
+            new = (position >= size[grown][:, None]) & (position < reach[grown][:, None])
+            self.valid[place] |= new
+            self.masked[place] |= new
+            self.pinned[place] &= ~new
+            self.done[place] = False
+        return rows[grown]
+
+    def take(self, rows: Rows) -> Canvas:
         """The rows [b], as a canvas of their own; a slice of rows shares their memory."""
         state = {name: x[rows] for name, x in self.rule_state.items()}
         return Canvas(**{name: getattr(self, name)[rows] for name in _TENSORS}, rule_state=state)

@@ -1,6 +1,6 @@
 """The model as decoding sees it: one call over rows of different lengths, and caches of what it computed.
 
-An entry of a cache belongs to a version of its row; dropping all of them between two steps costs time and
+An entry of a cache belongs to a revision of its row; dropping all of them between two steps costs time and
 changes no text. (Keys and values that are reused on purpose are the exception, see `Reuse`.)
 """
 
@@ -13,8 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from decoding.canvas import Canvas, resized
+from decoding.canvas import Canvas, Rows, resized
 from decoding.request import Reuse
+from dlm.device import sent
 from dlm.errors import ConfigError
 
 
@@ -78,36 +79,38 @@ def hidden_of_rows(model: Any, ids: torch.Tensor, lengths: Sequence[int]) -> tor
 
 
 class _Entries:
-    """For each position of a canvas, True where the cache holds an entry for the row's present version."""
+    """For each position of a canvas, True where the cache holds an entry for the row as it is.
+
+    A row that has been written to has another revision; of one that has grown the entries are dropped.
+    """
 
     def __init__(self, canvas: Canvas) -> None:
         self.canvas = canvas
-        self.version = torch.full_like(canvas.revision, -1)  # [B]
+        self.revision = torch.full_like(canvas.revision, -1)  # [B]
         self.cached = torch.zeros_like(canvas.masked)  # [B, L]
 
-    def _present(self, rows: torch.Tensor) -> torch.Tensor:
-        """[b] a number that changes whenever the model would see another row: revision and size."""
-        return (self.canvas.revision[rows] << 24) + self.canvas.valid[rows].sum(1)
-
-    def at(self, rows: torch.Tensor, width: int) -> torch.Tensor:
+    def at(self, rows: Rows, width: int) -> torch.Tensor:
         """[b, width] bool, positions of the rows [b] that have an entry."""
-        return self.cached[rows, :width] & (self.version[rows] == self._present(rows))[:, None]
+        return self.cached[rows, :width] & (self.revision[rows] == self.canvas.revision[rows])[:, None]
 
     def add(self, rows: torch.Tensor, where: torch.Tensor) -> None:
-        """Note entries for the present version of the rows [b] at `where` [b, W]."""
-        version = self._present(rows)
-        cached = self.cached[rows] & (self.version[rows] == version)[:, None]
-        cached[:, : where.shape[1]] |= where
-        self.cached[rows], self.version[rows] = cached, version
+        """Note entries for the rows [b] as they are at `where` [b, W], beyond which they have no positions."""
+        width = where.shape[1]
+        self.cached[rows, :width] = where | self.at(rows, width)
+        self.revision[rows] = self.canvas.revision[rows]
+
+    def drop(self, rows: torch.Tensor) -> None:
+        """Forget the entries of the rows [b]."""
+        self.revision[rows] = -1
 
     def follow(self, canvas: Canvas, rows: torch.Tensor | None) -> None:
         """Go on with another canvas: `rows` of the old one, or the old one with more rows behind it."""
         self.canvas = canvas
         if rows is not None:
-            self.cached, self.version = self.cached[rows], self.version[rows]
+            self.cached, self.revision = self.cached[rows], self.revision[rows]
         size, width = canvas.ids.shape
         self.cached = resized(self.cached, size, width)
-        self.version = resized(self.version[:, None], size, 1, -1)[:, 0]
+        self.revision = resized(self.revision[:, None], size, 1, -1)[:, 0]
 
 
 class ScoreCache:
@@ -130,10 +133,11 @@ class ScoreCache:
         row, position = where.nonzero().unbind(1)
         cells = rows[row], position
         self.token[cells], self.probability[cells], self.score[cells] = token, probability, score.float()
-        self.alternatives[cells] = alternatives.view(len(row), *self.alternatives.shape[2:])
+        if size:
+            self.alternatives[cells] = alternatives.view(len(row), *self.alternatives.shape[2:])
         self.entries.add(rows, where)
 
-    def scores(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    def scores(self, rows: Rows, where: torch.Tensor) -> torch.Tensor:
         """[b, W] or [b, W, C] scores of the rows [b], 0 outside `where` [b, W]."""
         score = torch.where(where[..., None], self.score[rows, : where.shape[1]], 0)
         return score[..., 0] if score.shape[2] == 1 else score
@@ -201,10 +205,20 @@ class StateCache:
             self.states = states.new_zeros(size, width, states.shape[-1])
         if self.states.shape[1] < width:
             self.states = resized(self.states, size, width)
-        place = (x.to(states.device, non_blocking=True) for x in (rows[row], position))
-        self.states[tuple(place)] = states
+        self.states.flatten(0, 1)[self._cells(rows[row], position)] = states
         self.entries.add(rows, where)
         self.canvas.model_calls[rows] += 1
+
+    def at(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        """[N, D] the states of the positions `where` [b, W] of the rows [b], in row-major order."""
+        assert self.states is not None
+        row, position = where.nonzero().unbind(1)
+        return self.states.flatten(0, 1)[self._cells(rows[row], position)]
+
+    def _cells(self, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """[N] places in the states [B * W, D], on their device."""
+        assert self.states is not None
+        return sent(row * self.states.shape[1] + position, self.states.device)
 
     def compute_partly(self, model: Any, rows: torch.Tensor, where: torch.Tensor) -> None:
         """Compute the rows [b] again, except what `reuse` keeps; `where` [b, W] is needed."""
@@ -294,11 +308,4 @@ def compute_states(model: Denoiser, queries: Sequence[StateQuery]) -> list[torch
         computed = hidden_of_rows(model, ids, lengths).split(sizes)
         for (cache, rows, valid), states in zip(due, computed, strict=True):
             cache.put(rows, valid, states)
-    answers = []
-    for query in queries:
-        row, position = query.where.nonzero().unbind(1)
-        states = query.cache.states
-        assert states is not None
-        place = (x.to(states.device, non_blocking=True) for x in (query.rows[row], position))
-        answers.append(states[tuple(place)])
-    return answers
+    return [query.cache.at(query.rows, query.where) for query in queries]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -194,11 +194,7 @@ class Engine:
         if self._waiting:
             self._admit()
         run_work(self.model, [group.batch.step() for group in self._groups.values()])
-        updates = [
-            self._update(ticket, group.batch.canvas, index)
-            for group in self._groups.values()
-            for index, ticket in enumerate(group.tickets)
-        ]
+        updates = [update for group in self._groups.values() for update in self._updates(group)]
         self._drop({update.ticket for update in updates if update.finished})
         return updates
 
@@ -262,11 +258,17 @@ class Engine:
             else:
                 self._groups[key] = _Group(Batch(self.model, canvas, entries[0].plan), tickets)
 
-    def _update(self, ticket: int, canvas: Canvas, index: int) -> Update:
-        """The update of a row, which is number `index` of its batch."""
+    def _updates(self, group: _Group) -> Iterator[Update]:
+        """The updates of a batch, in order."""
+        canvas = group.batch.canvas
+        fates = zip(group.tickets, canvas.done.tolist(), canvas.failed.tolist(), strict=True)
+        for index, (ticket, done, failed) in enumerate(fates):
+            yield self._update(ticket, canvas, index, done, failed)
+
+    def _update(self, ticket: int, canvas: Canvas, index: int, done: bool, failed: int) -> Update:
+        """The update of a row, number `index` of its batch, that is done, or failed in a step (-1 for no)."""
         entry = self._running[ticket]
         plan, reader = entry.plan, entry.reader
-        done, failed = bool(canvas.done[index]), int(canvas.failed[index])
         if plan.stop and plan.keeps_tokens and not done:
             done = answer.find_stop(canvas.take(slice(index, index + 1)), plan, reader) is not None
         if not done:

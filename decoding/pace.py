@@ -262,6 +262,8 @@ class Ending:
             free: [b, W] bool, positions that are not given; only there can an answer end.
         """
         ended = self.is_end(ids) & free & ~masked
+        if not bool(ended.any()):
+            return Ended(ids, masked, ~masked.any(1))
         if self.fill:
             tail = (ended.cumsum(1) - ended.int() > 0) & free
             ids, masked = torch.where(tail, self.eos_id, ids), masked & ~tail

@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 
-from decoding.canvas import Canvas
+from decoding.canvas import Canvas, Rows
 from decoding.denoiser import Denoiser, ScoreCache, StateCache, StateQuery, compute_states
 from decoding.pace import Clock
 from decoding.request import Plan
@@ -98,7 +98,7 @@ class Opening:
     """Time after it."""
 
 
-def open_window(canvas: Canvas, plan: Plan, rows: torch.Tensor, width: int) -> Opening:
+def open_window(canvas: Canvas, plan: Plan, rows: Rows, width: int) -> Opening:
     """The window of the rows [b] of a canvas in their coming step, over the first `width` positions."""
     window, cells = plan.decoder.window, (rows, slice(width))
     masked, valid, start = canvas.masked[cells], canvas.valid[cells], canvas.start[rows]
@@ -158,31 +158,36 @@ class Batch:
         """
         canvas = self.canvas
         rows = (~canvas.done).nonzero()[:, 0]
+        live: Rows = slice(None) if len(rows) == len(canvas) else rows
         late = canvas.step[rows] >= self.steps
-        if bool(late.any()):
+        ends = bool(late.any())
+        if ends:
             self._grow(rows[late], int(canvas.end.max()))
-        self.width = int(canvas.valid[rows].sum(1).max())
-        view, late = self._view(rows), late[:, None]
-        masked = canvas.masked[rows, : self.width]
+        self.width = int(canvas.valid[live].sum(1).max())
+        view, cells = self._view(live), (live, slice(self.width))
+        masked = canvas.masked[cells]
         score = torch.full(masked.shape, self.constant_score or 0.0)
         needed = torch.zeros_like(masked)
         if self.constant_score is None:
-            needed = torch.where(late, masked, self.rule.needs(view))
+            needed = self.rule.needs(view)
+            if ends:
+                needed = torch.where(late[:, None], masked, needed)
             yield from self._look(rows, needed)
-            score = self.scores.scores(rows, needed)
-        token, confidence = (x[rows, : self.width] for x in (self.scores.token, self.scores.probability))
+            score = self.scores.scores(live, needed)
+        token, confidence = self.scores.token[cells], self.scores.probability[cells]
         decision = self.rule.decide(replace(view, score=score, token=token, confidence=confidence))
-        if bool(late.any()):
-            decision = decision.filled(late, masked)
+        if ends:
+            decision = decision.filled(late[:, None], masked)
         written = decision.reveal if decision.replace is None else decision.reveal | decision.replace
         if bool((written & ~needed).any()):
             yield from self._look(rows, written)
-        self._write(rows, decision, written)
-        canvas.done[rows[late[:, 0]]] = True
+        self._write(live, decision, written)
+        if ends:
+            canvas.done[rows[late]] = True
         if self.plan.ahead is not None:
-            self._grow(rows[~late[:, 0]], self.plan.ahead)
+            self._grow(rows[~late] if ends else rows, self.plan.ahead)
 
-    def _view(self, rows: torch.Tensor) -> StepView:
+    def _view(self, rows: Rows) -> StepView:
         """View of the rows [b] before any score."""
         canvas, plan, cells = self.canvas, self.plan, (rows, slice(self.width))
         ids, masked, pinned, valid = (
@@ -208,23 +213,25 @@ class Batch:
             state={name: x[cells] if x.dim() > 1 else x[rows] for name, x in canvas.rule_state.items()},
         )
 
-    def _beyond(self, rows: torch.Tensor) -> torch.Tensor:
+    def _beyond(self, rows: Rows) -> torch.Tensor:
         """[b] masks of a fixed window that the canvas does not hold yet."""
         canvas = self.canvas
         closed = self._has_end(rows) & self.plan.ending.fill
         return torch.where(closed, 0, canvas.end[rows] - canvas.valid[rows].sum(1))
 
-    def _has_end(self, rows: torch.Tensor) -> torch.Tensor:
+    def _has_end(self, rows: Rows) -> torch.Tensor:
         """[b] bool, rows in which an end token has been written."""
         canvas = self.canvas
-        written = ~canvas.masked[rows] & ~canvas.pinned[rows]
-        return (written & self.plan.ending.is_end(canvas.ids[rows])).any(1)
+        given_or_masked = canvas.masked[rows] | canvas.pinned[rows]
+        return (self.plan.ending.is_end(canvas.ids[rows]) & ~given_or_masked).any(1)
 
     def _grow(self, rows: torch.Tensor, ahead: int) -> None:
         """Give the rows [b] masks on the right; none where an end token has closed them."""
         canvas = self.canvas
         closed = self.plan.ending.closed(self._has_end(rows), canvas.done[rows])
-        canvas.grow(rows, ahead, closed | (canvas.failed[rows] >= 0))
+        grown = canvas.grow(rows, ahead, closed | (canvas.failed[rows] >= 0))
+        for cache in (self.scores, *self.states):
+            cache.entries.drop(grown)
 
     # ---- the model -----------------------------------------------------------------------------------
 
@@ -238,7 +245,8 @@ class Batch:
         incomplete = where.any(1)
         if not bool(incomplete.any()):
             return
-        rows, where = rows[incomplete], where[incomplete]
+        if not bool(incomplete.all()):
+            rows, where = rows[incomplete], where[incomplete]
         states = yield [StateQuery(cache, rows, where) for cache in self.states]
         canvas = self.canvas
         noise = cell_noise(canvas.key[rows], canvas.revision[rows], self.width, TOKEN_NOISE)
@@ -321,7 +329,7 @@ class Batch:
 
     # ---- writing -------------------------------------------------------------------------------------
 
-    def _write(self, rows: torch.Tensor, decision: Decision, written: torch.Tensor) -> None:
+    def _write(self, rows: Rows, decision: Decision, written: torch.Tensor) -> None:
         """Put tokens on the canvas, let ends have their effect, and see which rows are finished."""
         canvas, cells = self.canvas, (rows, slice(self.width))
         ids, masked, sound = canvas.ids[cells], canvas.masked[cells], canvas.failed[rows] < 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,8 +49,8 @@ class Candidates:
         return Candidates(self.probability[rows], ids, self.share[rows], self.kept[rows])
 
 
-ROWS = 4
-"""Positions whose logits a CPU sums at a time: they stay in its cache."""
+CACHED = 200_000
+"""Logits that a CPU sums at a time: they stay in its cache."""
 
 SORTED_FIRST = 256
 """So many tokens are sorted first in search of a top-p or min-p set."""
@@ -62,9 +63,7 @@ the entropy in nats."""
 
 def log_normaliser(logits: torch.Tensor) -> torch.Tensor:
     """[N, V] -> [N, 1] float32, log Σ exp."""
-    if logits.device.type != "cpu":
-        return logits.float().logsumexp(1, keepdim=True)
-    return torch.cat([rows.float().logsumexp(1, keepdim=True) for rows in logits.split(ROWS)])
+    return torch.cat([rows.float().logsumexp(1, keepdim=True) for rows in _portions(logits)])
 
 
 def certainty(logits: torch.Tensor, kind: Certainty) -> torch.Tensor:
@@ -72,7 +71,14 @@ def certainty(logits: torch.Tensor, kind: Certainty) -> torch.Tensor:
     if kind == "margin":
         best = (logits.topk(2, dim=1).values.float() - log_normaliser(logits)).exp()
         return best[:, 0] - best[:, 1]
-    return torch.cat([_exp_entropy(rows.float()) for rows in logits.split(ROWS)])
+    return torch.cat([_exp_entropy(rows.float()) for rows in _portions(logits)])
+
+
+def _portions(logits: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Logits [N, V] in portions of some positions on a CPU; as they are on any other device."""
+    if logits.device.type != "cpu":
+        return (logits,)
+    return logits.split(max(CACHED // logits.shape[1], 1))  # type: ignore[no-any-return]
 
 
 def _exp_entropy(logits: torch.Tensor) -> torch.Tensor:

@@ -158,11 +158,10 @@ class Convolution(Window):
         size, length = self.fitted(unmasked.shape[1]).kernel_size, unmasked.shape[1]
         assert size is not None
         reach = (size - 1) // 2
-        total = torch.nn.functional.pad(unmasked.to(torch.int32).cumsum(1), (1, 0))  # [B, L+1]
-        position = torch.arange(length, device=unmasked.device)
-        right = (position + reach + 1).clamp(max=length)
-        left = (position - reach).clamp(min=0)
-        return torch.tanh(self.scale * (total[:, right] - total[:, left]).float())
+        padded = torch.nn.functional.pad(unmasked.int(), (reach + 1, reach))
+        total = padded.cumsum(1, dtype=torch.int32)  # [B, L + 2r + 1]
+        within = total[:, 2 * reach + 1 :] - total[:, :length]
+        return torch.tanh(self.scale * within.float())
 
 
 @dataclass(frozen=True)
