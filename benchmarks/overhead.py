@@ -2,7 +2,8 @@
 
 The model costs nothing: its states and logits are there already. What is left is what an accelerator waits
 for: window, clock, caches, noise, reveal rule, writing, which always are on the host; and the token rule,
-which an accelerator computes. Rows begin with so many masks.
+which an accelerator computes. Times are of the processor, so that other programs disturb them little. Rows
+begin with so many masks.
 
     python -m benchmarks.overhead [--steps 40] [--rounds 3] [--vocabulary 512] [--rows 1 64] [--masks 64 512]
     python -m benchmarks.overhead --profile 25      # where the time goes, by function
@@ -17,7 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
-from statistics import median
 from typing import Any, TypeVar
 
 import torch
@@ -57,9 +57,9 @@ class Stopwatch:
         """The call, clocked."""
 
         def clocked(*args: Any, **kwargs: Any) -> T:
-            begun = time.perf_counter()
+            begun = time.process_time()
             out = call(*args, **kwargs)
-            self.seconds += time.perf_counter() - begun
+            self.seconds += time.process_time() - begun
             return out
 
         return clocked
@@ -122,11 +122,11 @@ def clocked(model: FreeModel, name: str, rows: int, masks: int, steps: int) -> t
     engine, usual = engine_of(model, name, rows, masks), (TokenRule.choose, TokenRule.certainty)
     TokenRule.choose, TokenRule.certainty = map(rule.timed, usual)  # type: ignore[method-assign]
     try:
-        begun, taken = time.perf_counter(), 0
+        begun, taken = time.process_time(), 0
         while len(engine) and taken < steps:
             engine.step()
             taken += 1
-        total = time.perf_counter() - begun
+        total = time.process_time() - begun
     finally:
         TokenRule.choose, TokenRule.certainty = usual  # type: ignore[method-assign]
     return 1000 * (total - rule.seconds) / taken, 1000 * rule.seconds / taken
@@ -143,14 +143,14 @@ def operations(model: FreeModel, name: str, rows: int, masks: int) -> int:
 
 
 def table(model: FreeModel, cases: list[tuple[str, int, int]], steps: int, rounds: int) -> str:
-    """A line for each case: medians of the rounds, in each of which all are measured in turn."""
+    """A line for each case: the least of the rounds, in each of which all are measured in turn."""
     took: dict[tuple[str, int, int], list[tuple[float, float]]] = {case: [] for case in cases}
     for number in range(rounds + 1):
         for case in cases:
             took[case].append(clocked(model, *case, steps if number else 3))
     lines = ["| decoder | rows | masks | host, ms | token rule, ms | operations |", "|---" * 6 + "|"]
     for (name, rows, masks), each in took.items():
-        host, rule = (median(x) for x in zip(*each[1:], strict=True))
+        host, rule = (min(x) for x in zip(*each[1:], strict=True))
         count = operations(model, name, rows, masks)
         lines.append(f"| {name} | {rows} | {masks} | {host:.2f} | {rule:.2f} | {count} |")
     return "\n".join(lines)

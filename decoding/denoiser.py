@@ -1,6 +1,6 @@
 """The model as decoding sees it: one call over rows of different lengths, and caches of what it computed.
 
-An entry of a cache belongs to a revision of its row; dropping all of them between two steps costs time and
+An entry of a cache lives until its row changes; dropping all of them between two steps costs time and
 changes no text. (Keys and values that are reused on purpose are the exception, see `Reuse`.)
 """
 
@@ -79,38 +79,27 @@ def hidden_of_rows(model: Any, ids: torch.Tensor, lengths: Sequence[int]) -> tor
 
 
 class _Entries:
-    """For each position of a canvas, True where the cache holds an entry for the row as it is.
-
-    A row that has been written to has another revision; of one that has grown the entries are dropped.
-    """
+    """For each position of a canvas, True where the cache holds an entry for the row as it is."""
 
     def __init__(self, canvas: Canvas) -> None:
-        self.canvas = canvas
-        self.revision = torch.full_like(canvas.revision, -1)  # [B]
         self.cached = torch.zeros_like(canvas.masked)  # [B, L]
 
-    def at(self, rows: Rows, width: int) -> torch.Tensor:
+    def at(self, rows: torch.Tensor, width: int) -> torch.Tensor:
         """[b, width] bool, positions of the rows [b] that have an entry."""
-        return self.cached[rows, :width] & (self.revision[rows] == self.canvas.revision[rows])[:, None]
+        return self.cached[rows, :width]
 
     def add(self, rows: torch.Tensor, where: torch.Tensor) -> None:
-        """Note entries for the rows [b] as they are at `where` [b, W], beyond which they have no positions."""
-        width = where.shape[1]
-        self.cached[rows, :width] = where | self.at(rows, width)
-        self.revision[rows] = self.canvas.revision[rows]
+        """Note entries for the rows [b] at `where` [b, W]."""
+        cells = rows, slice(where.shape[1])
+        self.cached[cells] = self.cached[cells] | where
 
     def drop(self, rows: torch.Tensor) -> None:
-        """Forget the entries of the rows [b]."""
-        self.revision[rows] = -1
+        """Forget the entries of the rows [b], which the model would see changed."""
+        self.cached[rows] = False
 
     def follow(self, canvas: Canvas, rows: torch.Tensor | None) -> None:
         """Go on with another canvas: `rows` of the old one, or the old one with more rows behind it."""
-        self.canvas = canvas
-        if rows is not None:
-            self.cached, self.revision = self.cached[rows], self.revision[rows]
-        size, width = canvas.ids.shape
-        self.cached = resized(self.cached, size, width)
-        self.revision = resized(self.revision[:, None], size, 1, -1)[:, 0]
+        self.cached = resized(self.cached if rows is None else self.cached[rows], *canvas.ids.shape)
 
 
 class ScoreCache:

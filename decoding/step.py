@@ -166,14 +166,14 @@ class Batch:
         self.width = int(canvas.valid[live].sum(1).max())
         view, cells = self._view(live), (live, slice(self.width))
         masked = canvas.masked[cells]
-        score = torch.full(masked.shape, self.constant_score or 0.0)
-        needed = torch.zeros_like(masked)
         if self.constant_score is None:
             needed = self.rule.needs(view)
             if ends:
                 needed = torch.where(late[:, None], masked, needed)
             yield from self._look(rows, needed)
             score = self.scores.scores(live, needed)
+        else:
+            needed, score = torch.zeros_like(masked), torch.full(masked.shape, self.constant_score)
         token, confidence = self.scores.token[cells], self.scores.probability[cells]
         decision = self.rule.decide(replace(view, score=score, token=token, confidence=confidence))
         if ends:
@@ -229,9 +229,12 @@ class Batch:
         """Give the rows [b] masks on the right; none where an end token has closed them."""
         canvas = self.canvas
         closed = self.plan.ending.closed(self._has_end(rows), canvas.done[rows])
-        grown = canvas.grow(rows, ahead, closed | (canvas.failed[rows] >= 0))
+        self._drop(canvas.grow(rows, ahead, closed | (canvas.failed[rows] >= 0)))
+
+    def _drop(self, rows: torch.Tensor) -> None:
+        """Forget what was computed for the rows [b]."""
         for cache in (self.scores, *self.states):
-            cache.entries.drop(grown)
+            cache.entries.drop(rows)
 
     # ---- the model -----------------------------------------------------------------------------------
 
@@ -360,6 +363,7 @@ class Batch:
         canvas.ids[cells], canvas.masked[cells] = after.ids, after.masked
         canvas.revision[rows] += changed
         canvas.step[rows] += 1
+        self._drop(torch.arange(len(canvas))[rows][changed])
         done = after.complete
         if decision.settled is not None:
             endless = self.plan.pace.steps is None  # a row that stays as it is would be looked at for ever

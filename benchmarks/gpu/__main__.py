@@ -27,6 +27,7 @@ STAGES = {
     "kernels": "benchmarks.gpu.kernels",
     "decode": "benchmarks.gpu.decode",
     "objectives": "benchmarks.gpu.objectives",
+    "speed": "benchmarks.gpu.speed",
     "train": "benchmarks.gpu.train",
     "r2ft": "benchmarks.gpu.r2ft",
     "eval": "benchmarks.gpu.evaluation",

@@ -77,11 +77,13 @@ def first_arrivals(
     time = torch.where(speed > 0, -noise.double().log() / speed, math.inf)
     first = time.amin(1, keepdim=True)
     later = torch.where(time == first, 0.0, speed)
-    further = torch.zeros_like(first)
+    further, before = torch.zeros_like(first), torch.ones_like(first)
     for _ in range(8):
+        if rate == 1 or torch.equal(further, before):
+            break
         left = torch.exp(-later * further)
         missing = rate - 1 - (1 - left).sum(1, keepdim=True)
-        further = further + missing / (later * left).sum(1, keepdim=True).clamp(min=1e-12)
+        before, further = further, further + missing / (later * left).sum(1, keepdim=True).clamp(min=1e-12)
     everything = (speed > 0).sum(1, keepdim=True) <= rate
     return (speed > 0) & ((time <= first + further) | everything)
 
