@@ -16,7 +16,6 @@ from decoding.request import Plan
 from dlm.errors import ConfigError
 from dlm.noise import key_of
 
-
 Rows = torch.Tensor | slice
 """Rows [b] of a canvas, as an index; the slice of all of them gives views, which cost nothing."""
 

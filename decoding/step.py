@@ -233,8 +233,8 @@ class Batch:
 
     def _drop(self, rows: torch.Tensor) -> None:
         """Forget what was computed for the rows [b]."""
-        for cache in (self.scores, *self.states):
-            cache.entries.drop(rows)
+        for entries in (self.scores.entries, *(cache.entries for cache in self.states)):
+            entries.drop(rows)
 
     # ---- the model -----------------------------------------------------------------------------------
 

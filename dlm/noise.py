@@ -33,7 +33,7 @@ def _mix(x: Integers) -> Integers:
     x = x + _GOLDEN
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
+    return x ^ _shift_right(x, 31)  # type: ignore[no-any-return]
 
 
 def fold(key: torch.Tensor, counter: torch.Tensor | int) -> torch.Tensor:

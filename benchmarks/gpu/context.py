@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +109,22 @@ def once(call: Any, device: torch.device) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / 1000
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises `TimeoutError` when what is done here takes longer (in the main thread, of which it is)."""
+
+    def over(*_: object) -> None:
+        raise TimeoutError(f"stopped after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1), 5.0)  # again, should somebody catch it
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def free(device: torch.device) -> None:

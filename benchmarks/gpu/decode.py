@@ -1,8 +1,9 @@
 """Stage `decode`: tokens per second of the default model's shape and of LLaDA-8B's, with random weights.
 
 A random model almost never ends an answer, so every answer has all its tokens, whatever the decoder. Compared
-are ours at several paces and options, the loop of the published code, and `generate` of transformers on the
-same backbone made causal.
+are ours at several paces and options, the loop of the published code, and the same backbone made causal:
+greedy decoding with a static cache and a CUDA graph for a token (the baseline of all ratios), and `generate`
+of transformers with a dynamic cache and with a static one, compiled.
 """
 
 from __future__ import annotations
@@ -16,21 +17,19 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.gpu.baselines import Timed, as_causal, autoregressive, published
-from benchmarks.gpu.context import Context, ceilings, free
+from benchmarks.gpu.baselines import Graphed, Timed, as_causal, autoregressive, published
+from benchmarks.gpu.context import Context, ceilings, free, time_limit
 from benchmarks.gpu.material import LLADA_8B, MINIATURE, SMOLLM2, shaped
-from decoding import Sampler
+from benchmarks.gpu.profiling import profile
+from decoding import Engine, Sampler
+from decoding.canvas import Row
+from decoding.request import Request
 from dlm.graphs import BucketedModel
 
 ANSWER = 64
 """Tokens of an answer."""
 
-ASKED = (
-    "Give three tips for staying healthy.",
-    "Describe the structure of an atom, with all its parts, and say which of them makes it an element.",
-    "Write a short story in third person narration about somebody who has to make an important decision.",
-    "What is the capital of France?",
-)
+ASKED = "Give three tips for staying healthy."
 
 
 @dataclass(frozen=True)
@@ -40,89 +39,111 @@ class Way:
     Attributes:
         name: in the report.
         rows: answers at a time.
-        how: arguments of `Sampler.generate`; None for a baseline of that name.
+        how: arguments of `Sampler.generate`; for baselines none.
         accelerate: "", "graphs" or "compile".
-        seconds: that it may take, with warm-up.
-        mixed: prompts of several lengths, four times as many as rows.
+        baseline: "dynamic", "graphs" or "compiled" for `generate` with such a cache; "published" for the
+            published loop; "" for ours.
+        lengths: shortest and longest answer of rows that an engine decodes, instead of `ANSWER`.
         timed: with the time in the model apart, for the shares of sampling and of the roofline.
+        profiled: with the kernels and the host's operations of a whole answer.
+        seconds: that it may take, with warm-up; it is stopped then.
     """
 
     name: str
     rows: int
-    how: dict[str, Any] | None = field(default_factory=dict)
+    how: dict[str, Any] = field(default_factory=dict)
     accelerate: str = ""
-    seconds: float = 8.0
-    mixed: bool = False
+    baseline: str = ""
+    lengths: tuple[int, int] | None = None
     timed: bool = False
+    profiled: bool = False
+    seconds: float = 8.0
 
 
 RATE_4, RATE_1 = {"decoder": "conv", "rate": 4.0}, {"decoder": "conv", "rate": 1.0}
 REUSED = {"decoder": "conv", "rate": 4.0, "reuse": "dual"}
-PACED = {"decoder": "conv", "window": 128, "steps": 32}
+DEFAULT = {"decoder": "entropy-bound", "options": {"kernel_size": 9}}
+BLOCKS = {"decoder": "llada", "options": {"block_size": 32}, "window": 128, "steps": 32}
+CAUSAL = "autoregressive, static cache, graphs"
+PUBLISHED = "published loop, L=512, S=64"
 
 
-def ways(large: bool) -> Iterator[Way]:
-    """All measurements, the most important first; for a large model fewer."""
-    yield Way("autoregressive", 1, None)
+def core(rows: int) -> Iterator[Way]:
+    """Ours with graphs against autoregressive decoding with graphs."""
+    yield Way(CAUSAL, rows, baseline="graphs")
+    yield Way("rate 4, graphs", rows, RATE_4, "graphs", timed=True, profiled=rows <= 64)
+
+
+def first_ways() -> Iterator[Way]:
+    """The most important of a small model."""
+    yield from core(1)
+    yield from core(64)
+    yield Way("rate 1, graphs", 1, RATE_1, "graphs")
+    yield Way("entropy bound, graphs", 1, DEFAULT, "graphs", timed=True)
     yield Way("rate 4", 1, RATE_4, timed=True)
-    yield Way("rate 4, graphs", 1, RATE_4, "graphs")
-    yield Way("rate 4, reuse", 1, REUSED)
-    yield Way("autoregressive", 64, None)
     yield Way("rate 4", 64, RATE_4, timed=True)
-    yield Way("published loop, L=512, S=64", 1, None)
-    yield Way("rate 1", 1, RATE_1)
-    yield Way("rate 4, graphs", 64, RATE_4, "graphs")
+
+
+def large_ways() -> Iterator[Way]:
+    """All of a large model."""
+    yield from core(1)
+    yield from core(64)
+    yield Way("entropy bound, graphs", 1, DEFAULT, "graphs")
+    yield from core(256)
+    yield Way("rate 1, graphs", 1, RATE_1, "graphs")
+
+
+def other_ways() -> Iterator[Way]:
+    """The rest of a small model."""
+    yield from core(256)
+    for accelerate in ("", "graphs"):
+        for name, lengths in (("mixed lengths, 32 to 512", (32, 512)), ("equal lengths, 272", (272, 272))):
+            more = ", graphs" if accelerate else ""
+            yield Way(f"rate 4, {name}{more}", 64, RATE_4, accelerate, lengths=lengths, seconds=25)
+    yield Way("llada, blocks of 32, 32 steps, graphs", 64, BLOCKS, "graphs")
+    yield Way("entropy bound, graphs", 64, DEFAULT, "graphs", timed=True)
+    yield Way("rate 4, reuse", 1, REUSED)
     yield Way("rate 4, reuse", 64, REUSED)
-    yield Way("entropy bound", 1, {"decoder": "entropy-bound", "options": {"kernel_size": 9}})
-    if not large:
-        yield Way("published loop, L=512, S=64", 64, None, seconds=25)
-    for rows in (8,) if large else (8, 256):
-        yield Way("autoregressive", rows, None)
-        yield Way("rate 4", rows, RATE_4, timed=True)
-        yield Way("rate 1", rows, RATE_1)
-    yield Way("window 128, 32 steps", 64, PACED)
-    yield Way("rate 4, mixed lengths", 64, RATE_4, mixed=True, seconds=15)
+    yield Way("autoregressive", 1, baseline="dynamic")
+    yield Way("autoregressive", 64, baseline="dynamic")
     yield Way("rate 4, compiled", 1, RATE_4, "compile", seconds=60)
-    yield Way("autoregressive, static cache", 1, None)
-    yield Way("autoregressive, static cache, compiled", 1, None, seconds=60)
+    yield Way("autoregressive, static cache, compiled", 1, baseline="compiled", seconds=60)
     yield Way("rate 4, compiled", 64, RATE_4, "compile", seconds=60)
+    yield Way(PUBLISHED, 1, baseline="published")
 
 
 def run(context: Context) -> None:
-    """The default model's shape, then the large one, then what is left of the first."""
+    """What matters most of the small model, then the large one, then the rest of the small one."""
     if context.tiny:
-        measure_all(
-            context,
-            "tiny",
-            {**MINIATURE, "vocab_size": SMOLLM2["vocab_size"]},
-            list(ways(False))[:8],
-            context.until,
-        )
+        shape = {**MINIATURE, "vocab_size": SMOLLM2["vocab_size"]}
+        measure_all(context, "tiny", shape, [*first_ways(), *other_ways()])
         return
-    first = time.monotonic() + context.left * 0.6
-    measure_all(context, "135M", SMOLLM2, list(ways(False)), first)
+    measure_all(context, "135M", SMOLLM2, [*first_ways()])
     if context.cuda:
-        measure_all(context, "8B", LLADA_8B, list(ways(True)), context.until)
-        measure_all(context, "135M", SMOLLM2, list(ways(False)), context.until)
+        measure_all(context, "8B", LLADA_8B, [*large_ways()])
+    measure_all(context, "135M", SMOLLM2, [*other_ways()])
     goals(context, "135M")
 
 
-def measure_all(context: Context, label: str, shape: dict[str, Any], chosen: list[Way], until: float) -> None:
-    """Measure one model; each way that is not measured yet and fits into the time."""
+def measure_all(context: Context, label: str, shape: dict[str, Any], chosen: list[Way]) -> None:
+    """Measure one model in each way that is not measured yet and fits into the time, each on its own."""
     due = [way for way in chosen if not context.done("decode", title(label, way))]
-    if not due or until - time.monotonic() < 8:
+    if not due or context.left < 8:
+        print(f"[decode] {label}: left out are {', '.join(title(label, way) for way in due)}", flush=True)
         return
     dtype = torch.bfloat16 if context.cuda else torch.float32
     subject = Subject(context, shaped(context.device, dtype, **shape), label)
     for way in due:
-        if until - time.monotonic() > (1 if context.tiny else way.seconds):
-            try:
+        name = title(label, way)
+        if context.skip("decode", name, 1 if context.tiny else min(way.seconds, 20)):
+            continue
+        try:
+            with time_limit(min(way.seconds, context.left)):
                 measure(context, subject, way)
-            except Exception as error:
-                context.report.add(
-                    "failures", title(label, way), error=f"{type(error).__name__}: {error}"[:300]
-                )
-            free(context.device)
+        except Exception as error:
+            context.report.add("failures", name, error=f"{type(error).__name__}: {error}"[:500])
+        subject.model.backbone._compiled_call_impl = None  # what a way compiled is not the next one's
+        free(context.device)
     del subject
     free(context.device)
 
@@ -149,21 +170,20 @@ class Subject:
             self._causal = as_causal(self.model)
         return self._causal
 
+    def rows(self, way: Way) -> int:
+        """Answers at a time; in miniature few."""
+        return min(way.rows, 2) if self.context.tiny else way.rows
+
     def prompts(self, rows: int, width: int = 40) -> torch.Tensor:
         """[rows, width] random ids."""
         top = min(self.model.config.vocab_size, len(self.tokenizer)) - 5
         return torch.randint(5, top, (rows, width), device=self.model.device)
 
-    def texts(self, way: Way) -> list[str]:
-        """Prompts of one length, or of several and four times as many."""
-        if not way.mixed:
-            return [ASKED[0]] * way.rows
-        return [ASKED[i % len(ASKED)] * (1 + i % 3) for i in range(4 * way.rows)]
-
 
 def measure(context: Context, subject: Subject, way: Way) -> None:
     """Write once to warm up, then until a second is over, three times at most; the median counts."""
-    write = writer(subject, way)
+    model = accelerated(subject, way)
+    write = writer(subject, way, model)
     first, _ = _clocked(context, write)
     took: list[float] = []
     tokens = 0
@@ -171,16 +191,18 @@ def measure(context: Context, subject: Subject, way: Way) -> None:
         again, tokens = _clocked(context, write)
         took.append(again)
     speed = tokens / sorted(took)[len(took) // 2]
-    base = context.report.find("decode", f"{subject.label}, batch {way.rows}: autoregressive")
+    base = context.report.find("decode", f"{subject.label}, batch {way.rows}: {CAUSAL}")
     context.report.add(
         "decode", title(subject.label, way), tokens_per_second=speed, seconds=tokens / speed,
         first_seconds=first,
         times_autoregressive=speed / base["tokens_per_second"] if base else None,
     )  # fmt: skip
     if way.timed:  # apart, for it waits for the GPU in every call
-        timed = Timed(subject.model)
-        again, _ = _clocked(context, _ours(subject, way, timed))
+        timed = Timed(model)
+        again, _ = _clocked(context, writer(subject, way, timed))
         context.report.add("decode shares", title(subject.label, way), **shares(context, timed, again))
+    if way.profiled and (context.cuda or way.rows == 1):
+        profile(context, title(subject.label, way), write, calls=1)
 
 
 def _clocked(context: Context, write: Callable[[], int]) -> tuple[float, int]:
@@ -197,30 +219,62 @@ def _wait(context: Context) -> None:
         torch.cuda.synchronize()
 
 
-def writer(subject: Subject, way: Way) -> Callable[[], int]:
-    """What writes the answers and says how many tokens they have."""
-    if way.how is None:
-        prompts = subject.prompts(way.rows)
-        if way.name.startswith("published"):
-            window, steps = (64, 4) if subject.context.tiny else (512, 64)
-            return published(subject.model, prompts, window, steps, subject.tokens)
-        cache = "static" if "static" in way.name else "dynamic"
-        return autoregressive(subject.causal, prompts, subject.tokens, cache, "compiled" in way.name)
-    model: Any = subject.model
-    if way.accelerate == "compile":
+def accelerated(subject: Subject, way: Way) -> Any:
+    """The model as the way has it."""
+    if way.accelerate == "compile" and not subject.context.tiny:
         subject.model.backbone.compile(dynamic=False)
     if way.accelerate:
-        model = BucketedModel(model, graphs=way.accelerate == "graphs")
-    return _ours(subject, way, model)
+        return BucketedModel(subject.model, graphs=way.accelerate == "graphs")
+    return subject.model
+
+
+def writer(subject: Subject, way: Way, model: Any) -> Callable[[], int]:
+    """What writes the answers and says how many tokens they have."""
+    rows = subject.rows(way)
+    if way.lengths:
+        return mixed(subject, way, model)
+    if not way.baseline:
+        return _ours(subject, way, model)
+    prompts = subject.prompts(rows)
+    if way.baseline == "published":
+        window, steps = (64, 4) if subject.context.tiny else (512, 64)
+        return published(subject.model, prompts, window, steps, subject.tokens)
+    if way.baseline == "graphs":
+        return Graphed(subject.causal, prompts, subject.tokens).write
+    compiled = way.baseline == "compiled" and not subject.context.tiny
+    cache = "dynamic" if way.baseline == "dynamic" else "static"
+    return autoregressive(subject.causal, prompts, subject.tokens, cache, compiled)
 
 
 def _ours(subject: Subject, way: Way, model: Any) -> Callable[[], int]:
-    how, sampler, texts = way.how or {}, Sampler(model, subject.tokenizer), subject.texts(way)
-    limit: dict[str, Any] = {} if "window" in how else {"max_tokens": subject.tokens}
+    sampler, texts = Sampler(model, subject.tokenizer), [ASKED] * subject.rows(way)
+    limit: dict[str, Any] = {} if "window" in way.how else {"max_tokens": subject.tokens}
 
     def write() -> int:
-        outs = sampler.generate(texts, batch_size=way.rows, seed=list(range(len(texts))), **how, **limit)
+        outs = sampler.generate(texts, batch_size=way.rows, seed=list(range(len(texts))), **way.how, **limit)
         return sum(len(out.token_ids) for out in outs)
+
+    return write
+
+
+def mixed(subject: Subject, way: Way, model: Any) -> Callable[[], int]:
+    """Answers of evenly spread lengths through an engine, twice as many as are at work at a time."""
+    assert way.lengths is not None
+    rows, (least, most) = subject.rows(way), way.lengths
+    if subject.context.tiny:
+        least, most = least // 8, most // 8
+    sizes = [least + (most - least) * i // (2 * rows - 1) for i in range(2 * rows)]
+    order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(0)).tolist()
+    plan = Request(**way.how, max_tokens=most).resolve(subject.model)
+    prompts = subject.prompts(len(sizes)).cpu().tolist()
+
+    def write() -> int:
+        engine = Engine(model, subject.tokenizer, max_rows=rows)
+        for seed, i in enumerate(order):
+            engine.submit(Row(prompts[i] + [plan.mask_id] * sizes[i], len(prompts[i])), plan, seed)
+        while len(engine):
+            engine.step()
+        return sum(sizes)
 
     return write
 
@@ -242,10 +296,7 @@ def shares(context: Context, timed: Any, took: float) -> dict[str, Any]:
 
 def goals(context: Context, label: str) -> None:
     """What the goals ask for, beside what was measured."""
-    found = [
-        context.report.find("decode", f"{label}, batch 1: rate 4{more}")
-        for more in ("", ", graphs", ", reuse")
-    ]
+    found = [context.report.find("decode", f"{label}, batch 1: rate 4{more}") for more in ("", ", graphs")]
     ratios = [r["times_autoregressive"] for r in found if r and r["times_autoregressive"]]
     context.report.add(
         "goals", "decode", times_autoregressive=max(ratios, default=None), goal=">= 5 at batch 1, rate 4"

@@ -58,7 +58,9 @@ def _measure(context: Context, call: Callable[[], Any], calls: int) -> dict[str,
 def _listed(events: list[Any], by: str, calls: int) -> str:
     """Name, milliseconds a call and count of the dearest events."""
     dearest = sorted(events, key=lambda e: -getattr(e, by))[:LISTED]
-    return "; ".join(f"{e.key[:70]} {getattr(e, by) / 1000 / calls:.3g} ms x{e.count // calls}" for e in dearest)
+    return "; ".join(
+        f"{e.key[:70]} {getattr(e, by) / 1000 / calls:.3g} ms x{e.count // calls}" for e in dearest
+    )
 
 
 def _wait(context: Context) -> None:

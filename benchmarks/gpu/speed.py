@@ -1,8 +1,8 @@
 """Stage `speed`: tokens per second of a training step and its share of the peak, in variants; and a profile.
 
 A step is forward, backward, clipping and AdamW under bf16 autocast, on rows of 256 tokens of which half are
-masked; the LM head sees the masked ones alone. The variants show what a step gains by attention without a mask
-(rows end to end, as flash kernels take them), frozen weights in bf16, compiled layers, more rows.
+masked; the LM head sees the masked ones alone. The variants show what a step gains by attention without a
+mask (rows end to end, as flash kernels take them), frozen weights in bf16, compiled layers, more rows.
 """
 
 from __future__ import annotations
@@ -51,20 +51,22 @@ class Speed:
     estimate: float = 12.0
 
 
-LORA, BIG_LORA = {"rank": 32, "folded": True}, {"rank": 64}
+LORA: dict[str, Any] = {"rank": 32, "folded": True}
+BIG: dict[str, Any] = {"rank": 64}
 FAST: dict[str, Any] = {"packed": True, "half": True}
+BIG_FAST = {**BIG, **FAST, "folded": True}
 SPEEDS = (
     Speed("135M, LoRA r 32, folded", SMOLLM2, 96, **LORA, profiled=True),
     Speed("135M, LoRA r 32, folded, packed", SMOLLM2, 96, **LORA, packed=True),
     Speed("135M, LoRA r 32, folded, packed, bf16 base", SMOLLM2, 96, **LORA, **FAST, profiled=True),
-    Speed("1B, LoRA r 64", BILLION, 32, **BIG_LORA, profiled=True),
-    Speed("1B, LoRA r 64, folded, packed, bf16 base", BILLION, 32, **BIG_LORA, folded=True, **FAST),
+    Speed("1B, LoRA r 64", BILLION, 32, **BIG, profiled=True),
+    Speed("1B, LoRA r 64, folded, packed, bf16 base", BILLION, 32, **BIG_FAST),
     Speed("135M, all weights, packed", SMOLLM2, 96, packed=True, profiled=True),
     Speed("135M, LoRA r 32, folded, packed, bf16 base, 256 rows", SMOLLM2, 256, **LORA, **FAST),
-    Speed("1B, LoRA r 64, folded, packed, bf16 base, 128 rows", BILLION, 128, **BIG_LORA, folded=True, **FAST),
+    Speed("1B, LoRA r 64, folded, packed, bf16 base, 128 rows", BILLION, 128, **BIG_FAST),
     Speed("135M, LoRA r 32, folded, packed, bf16 base, compiled", SMOLLM2, 96, **LORA, **FAST, compiled=True,
           profiled=True, estimate=30),
-    Speed("1B, LoRA r 64, folded, packed, bf16 base, compiled", BILLION, 32, **BIG_LORA, folded=True, **FAST,
+    Speed("1B, LoRA r 64, folded, packed, bf16 base, compiled", BILLION, 32, **BIG_FAST,
           compiled=True, estimate=30),
     Speed("135M, all weights, packed, compiled", SMOLLM2, 96, packed=True, compiled=True, estimate=30),
     Speed("135M, all weights", SMOLLM2, 96),
