@@ -31,6 +31,7 @@ STAGES = {
     "train": "benchmarks.gpu.train",
     "r2ft": "benchmarks.gpu.r2ft",
     "eval": "benchmarks.gpu.evaluation",
+    "serve": "benchmarks.gpu.serving",
 }
 """Stages in order, and the modules whose `run(context)` they are."""
 
@@ -131,7 +132,7 @@ def main(words: list[str] | None = None) -> int:
     if len(stages) > 1 and (options.apart or not options.tiny):
         return 1 if run_apart(words, stages) else 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    for chatty in ("httpx", "torch", "transformers", "accelerate", "matplotlib"):
+    for chatty in ("httpx", "torch", "transformers", "accelerate", "matplotlib", "serve"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     device = torch.device(("cuda" if cuda else "cpu") if options.device == "auto" else options.device)
     context = Context(

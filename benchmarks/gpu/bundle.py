@@ -117,9 +117,10 @@ def installed(have: Path | None) -> set[str]:
 
 
 def wanted(have: Path | None) -> list[Requirement]:
-    """What the project needs and the machine lacks; without a list, what a Python with torch often lacks."""
+    """What the project and its server need and the machine lacks; without a list, what often is lacking."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    needed = [Requirement(line) for line in project["dependencies"]]
+    extras = project["optional-dependencies"]["serve"]
+    needed = [Requirement(line) for line in [*project["dependencies"], *extras]]
     if have is None:
         usual = {
             "gguf",
