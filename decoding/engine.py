@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -183,21 +183,37 @@ class Engine:
         self._waiting[ticket] = entry
         return ticket
 
+    def lengths(self) -> dict[int, int]:
+        """Positions of each row at work as it is now, by ticket; first, rows that wait begin."""
+        self._admit()
+        return {
+            ticket: length
+            for group in self._groups.values()
+            for ticket, length in zip(group.tickets, group.batch.canvas.valid.sum(1).tolist(), strict=True)
+        }
+
     @torch.inference_mode()
-    def step(self) -> list[Update]:
+    def step(self, tickets: Collection[int] | None = None) -> list[Update]:
         """Take the next step of every row; rows that are finished leave the engine.
+
+        Args:
+            tickets: of the rows at work that take the step, all by default; texts do not depend on it.
 
         Returns:
             One update for each row that took a step. A row for which the model fails is finished with an
             error; the others go on.
         """
-        if self._waiting:
-            self._admit()
-        run_work(self.model, [group.batch.step() for group in self._groups.values()])
-        updates = [
-            self._update(ticket, group.batch.canvas, index)
+        self._admit()
+        places = [
+            [i for i, ticket in enumerate(group.tickets) if tickets is None or ticket in tickets]
             for group in self._groups.values()
-            for index, ticket in enumerate(group.tickets)
+        ]
+        groups = [pair for pair in zip(self._groups.values(), places, strict=True) if pair[1]]
+        run_work(self.model, [group.batch.step(torch.tensor(rows)) for group, rows in groups])
+        updates = [
+            self._update(group.tickets[index], group.batch.canvas, index)
+            for group, rows in groups
+            for index in rows
         ]
         self._drop({update.ticket for update in updates if update.finished})
         return updates
@@ -243,6 +259,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Let rows that wait begin, in order, as far as the limits allow."""
+        if not self._waiting:
+            return
         positions = sum(int(group.batch.canvas.end.sum()) for group in self._groups.values())
         admitted: dict[Any, list[int]] = {}
         for ticket, entry in self._waiting.items():
