@@ -138,9 +138,9 @@ class StepTimes:
         """Begin to take times."""
         self._step = Engine.step
 
-        def step(engine: Engine) -> list[Update]:
+        def step(engine: Engine, *chosen: Any) -> list[Update]:
             begun = time.perf_counter()
-            updates = self._step(engine)
+            updates = self._step(engine, *chosen)
             self.spans.append((begun, time.perf_counter()))
             self.rows.append(len(updates))
             self._full.append(len(engine) > 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -183,18 +183,37 @@ class Engine:
         self._waiting[ticket] = entry
         return ticket
 
+    def lengths(self) -> dict[int, int]:
+        """Positions of each row at work as it is now, by ticket; first, rows that wait begin."""
+        self._admit()
+        return {
+            ticket: length
+            for group in self._groups.values()
+            for ticket, length in zip(group.tickets, group.batch.canvas.valid.sum(1).tolist(), strict=True)
+        }
+
     @torch.inference_mode()
-    def step(self) -> list[Update]:
+    def step(self, tickets: Collection[int] | None = None) -> list[Update]:
         """Take the next step of every row; rows that are finished leave the engine.
+
+        Args:
+            tickets: of the rows at work that take the step, all by default; texts do not depend on it.
 
         Returns:
             One update for each row that took a step. A row for which the model fails is finished with an
             error; the others go on.
         """
-        if self._waiting:
-            self._admit()
-        run_work(self.model, [group.batch.step() for group in self._groups.values()])
-        updates = [update for group in self._groups.values() for update in self._updates(group)]
+        self._admit()
+        stepping = [
+            (group, None if tickets is None else [i for i, x in enumerate(group.tickets) if x in tickets])
+            for group in self._groups.values()
+        ]
+        stepping = [(group, rows) for group, rows in stepping if rows != []]
+        run_work(
+            self.model,
+            [group.batch.step(None if rows is None else torch.tensor(rows)) for group, rows in stepping],
+        )
+        updates = [update for group, rows in stepping for update in self._updates(group, rows)]
         self._drop({update.ticket for update in updates if update.finished})
         return updates
 
@@ -239,6 +258,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Let rows that wait begin, in order, as far as the limits allow."""
+        if not self._waiting:
+            return
         positions = sum(int(group.batch.canvas.end.sum()) for group in self._groups.values())
         admitted: dict[Any, list[int]] = {}
         for ticket, entry in self._waiting.items():
@@ -258,12 +279,12 @@ class Engine:
             else:
                 self._groups[key] = _Group(Batch(self.model, canvas, entries[0].plan), tickets)
 
-    def _updates(self, group: _Group) -> Iterator[Update]:
-        """The updates of a batch, in order."""
+    def _updates(self, group: _Group, rows: list[int] | None) -> Iterator[Update]:
+        """The updates of some rows of a batch (None for all), in order."""
         canvas = group.batch.canvas
-        fates = zip(group.tickets, canvas.done.tolist(), canvas.failed.tolist(), strict=True)
-        for index, (ticket, done, failed) in enumerate(fates):
-            yield self._update(ticket, canvas, index, done, failed)
+        done, failed = canvas.done.tolist(), canvas.failed.tolist()
+        for index in range(len(group.tickets)) if rows is None else rows:
+            yield self._update(group.tickets[index], canvas, index, done[index], failed[index])
 
     def _update(self, ticket: int, canvas: Canvas, index: int, done: bool, failed: int) -> Update:
         """The update of a row, number `index` of its batch, that is done, or failed in a step (-1 for no)."""

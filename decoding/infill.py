@@ -93,20 +93,28 @@ def rows_with_gaps(
             f"{name}: its gaps have {combinations} combinations of lengths; at most {MOST_LENGTHS}"
         )
     before = rows.prompt(prompt) if prompt is not None else []
-    return [_row(rows, pieces, sizes, before, plan, name) for sizes in itertools.product(*lengths)]
+    given: list[list[int] | None] = []
+    for i, piece in enumerate(pieces):
+        if isinstance(piece, Gap):
+            given.append(None)
+        else:
+            given.append(rows.text(piece.removesuffix(" ") if i + 1 < len(pieces) else piece))
+    return [_row(rows, given, sizes, before, plan, name) for sizes in itertools.product(*lengths)]
 
 
 def _row(
-    rows: RowMaker, pieces: Sequence[Piece], sizes: Sequence[int], before: list[int], plan: Plan, name: str
+    rows: RowMaker,
+    given: Sequence[list[int] | None],
+    sizes: Sequence[int],
+    before: list[int],
+    plan: Plan,
+    name: str,
 ) -> Row:
+    """The row of one combination of lengths; `given` holds the tokens of each piece, None for gaps."""
     ids: list[int] = []
     remaining = iter(sizes)
-    for i, piece in enumerate(pieces):
-        if isinstance(piece, Gap):
-            size = min(next(remaining), plan.positions + 1)
-            ids += [plan.mask_id] * size
-        else:
-            ids += rows.text(piece.removesuffix(" ") if i + 1 < len(pieces) else piece)
+    for tokens in given:
+        ids += [plan.mask_id] * min(next(remaining), plan.positions + 1) if tokens is None else tokens
         if len(before) + len(ids) > plan.positions:
             raise ConfigError(f"{name} is longer than the model's {plan.positions} positions")
     if not before and ids[0] == plan.mask_id and rows.spec.shift:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -10,10 +11,14 @@ from decoding.canvas import Row
 from decoding.request import Plan
 from dlm.errors import ConfigError
 from dlm.spec import ModelSpec
-from dlm.tokenizer import Message, as_messages, encode_prompt, encode_text
+from dlm.tokenizer import Message, as_messages, encode_prompt, encode_text, longest_token
 
 Prompt = str | list[Message]
 """A text (one user turn) or chat messages."""
+
+
+class TooLongError(ConfigError):
+    """Raised for a text that cannot fit, before it is encoded."""
 
 
 class RowMaker:
@@ -22,20 +27,44 @@ class RowMaker:
     Args:
         tokenizer: the model's.
         spec: the model's.
+        most_tokens: texts that cannot have so few tokens are refused before they are encoded; None for no
+            such limit. It has no effect where `longest_token` is not known.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> None:
-        self.tokenizer, self.spec = tokenizer, spec
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, most_tokens: int | None = None
+    ) -> None:
+        self.tokenizer, self.spec, self.most_tokens = tokenizer, spec, most_tokens
+
+    @cached_property
+    def most_characters(self) -> int | None:
+        """Characters that `most_tokens` can hold; None for no limit."""
+        longest = None if self.most_tokens is None else longest_token(self.tokenizer)
+        return None if longest is None or self.most_tokens is None else longest * self.most_tokens
+
+    def check_length(self, text: str) -> None:
+        """Refuse a text of too many characters.
+
+        Raises:
+            TooLongError: naming both numbers.
+        """
+        most = self.most_characters
+        if most is not None and len(text) > most:
+            raise TooLongError(
+                f"the prompt has {len(text)} characters; {self.most_tokens} tokens hold {most} at most"
+            )
 
     def prompt(self, prompt: Prompt | list[int]) -> list[int]:
         """Token ids of a prompt, template included; token ids are taken as they are.
 
         Raises:
             ConfigError: for a conversation that is none, and token ids that no prompt can have.
+            TooLongError: for a text that cannot fit.
         """
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
             return self._token_ids(prompt)
-        return encode_prompt(self.tokenizer, as_messages(cast("str | list[Message]", prompt)))
+        messages = as_messages(cast("str | list[Message]", prompt))
+        return encode_prompt(self.tokenizer, messages, self.check_length)
 
     def _token_ids(self, ids: list[Any]) -> list[int]:
         size = len(self.tokenizer)
@@ -57,7 +86,12 @@ class RowMaker:
         return f"the window {plan.positions}; the window must be at least {tokens + 1}"
 
     def text(self, text: str) -> list[int]:
-        """Token ids of plain text; what looks like a control token is text."""
+        """Token ids of plain text; what looks like a control token is text.
+
+        Raises:
+            TooLongError: for a text that cannot fit.
+        """
+        self.check_length(text)
         return encode_text(self.tokenizer, text)
 
     def answer(self, prompt: Prompt | list[int], plan: Plan, name: str = "the prompt") -> Row:

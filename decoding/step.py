@@ -151,13 +151,16 @@ class Batch:
 
     # ---- one step ------------------------------------------------------------------------------------
 
-    def step(self) -> Work:
+    def step(self, chosen: torch.Tensor | None = None) -> Work:
         """Take the next step of every row that is not done, as work to be done beside that of other batches.
 
         A row that has no step left is late: every position that is still masked gets its token.
+
+        Args:
+            chosen: [b] int64, rows in rising order that take the step; all by default.
         """
         canvas = self.canvas
-        rows = (~canvas.done).nonzero()[:, 0]
+        rows = (~canvas.done).nonzero()[:, 0] if chosen is None else chosen[~canvas.done[chosen]]
         live: Rows = slice(None) if len(rows) == len(canvas) else rows
         late = canvas.step[rows] >= self.steps
         ends = bool(late.any())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -143,11 +144,20 @@ def as_messages(prompt: str | list[Message]) -> list[Message]:
     return list(prompt)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    check: Callable[[str], None] | None = None,
+) -> list[int]:
     """Token ids of a conversation up to where the answer begins, rendered by the tokenizer's own template.
 
     Training and inference both call this and append the answer's own tokens, so the boundary is the same
     in both. Special tokens written inside a message are text, never control tokens.
+
+    Args:
+        tokenizer: the model's.
+        messages: the conversation.
+        check: called with the rendered text before it is encoded; may raise.
 
     Raises:
         ConfigError: for roles that are none, and when the template refuses the conversation.
@@ -156,9 +166,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -
     controls = _control_tokens(tokenizer)
     written = [token for token in controls if any(token in turn["content"] for turn in talk)]
     if not written:
-        return _encode(tokenizer, _rendered(tokenizer, talk))
+        text = _rendered(tokenizer, talk)
+        if check is not None:
+            check(text)
+        return _encode(tokenizer, text)
     hidden = _Hidden(written, [turn["content"] for turn in talk] + [str(tokenizer.chat_template)])
     text = _rendered(tokenizer, [{**turn, "content": hidden.hide(turn["content"])} for turn in talk])
+    if check is not None:
+        check(hidden.show(text))
     ids: list[int] = []
     parts = _either(controls).split(text)  # what the template wrote, texts and control tokens in turn
     for is_text, run in itertools.groupby(parts, hidden.holds):
@@ -229,3 +244,31 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         return []
     kwargs: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}
     return list(tokenizer(whole_characters(text), **kwargs)["input_ids"])
+
+
+PARTING = {"ByteLevel", "Digits", "Split", "Punctuation"}
+"""Pre-tokenizers that part a text and, unless their behaviour is "Removed", lose nothing of it."""
+
+
+def longest_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Most characters of a text that one token stands for; None where encoding may lose characters.
+
+    It is known for byte-level BPE without a normaliser. A text of C characters then has at least C divided by
+    it tokens.
+    """
+    from tokenizers import decoders, models, pre_tokenizers
+
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is None or core.normalizer is not None or core.pre_tokenizer is None:
+        return None
+    if not isinstance(core.model, models.BPE) or not isinstance(core.decoder, decoders.ByteLevel):
+        return None
+    if any(token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values()):
+        return None
+    state = json.loads(core.pre_tokenizer.__getstate__())
+    steps = state.get("pretokenizers", [state])
+    if any(step["type"] not in PARTING or step.get("behavior") == "Removed" for step in steps):
+        return None
+    vocabulary = tokenizer.get_vocab()
+    whole = all(character in vocabulary for character in pre_tokenizers.ByteLevel.alphabet())
+    return max(map(len, vocabulary)) if whole else None

@@ -21,6 +21,8 @@ class ServeConfig(LoadConfig):
         model_name: name of the model in the API; by default the last part of --model.
         max_rows: answers written at a time; others wait.
         max_positions: tokens of all answers at work, prompts included and each at its longest.
+        max_step_positions: tokens of the answers that take a step together, prompts included; requests take
+            turns where not all fit. 0 for no limit; by default 512 on a CPU and no limit on a GPU.
         max_waiting: requests that may wait; more are refused with status 429.
         timeout: seconds until a request is given up, unless it says so itself; 0 for none.
         grace: seconds that running requests have to finish after SIGTERM.
@@ -46,6 +48,7 @@ class ServeConfig(LoadConfig):
     model_name: str = ""
     max_rows: int = 32
     max_positions: int = 32768
+    max_step_positions: int | None = None
     max_waiting: int = 256
     timeout: float = 600.0
     grace: float = 30.0
@@ -81,6 +84,8 @@ class ServeConfig(LoadConfig):
         ):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.max_step_positions is not None and self.max_step_positions < 0:
+            raise ConfigError(f"max_step_positions must not be negative, got {self.max_step_positions}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must lie between 0 and 65535, got {self.port}")
         if self.log_format not in ("plain", "json"):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from decoding.rows import TooLongError
 from dlm.errors import DLMError
 
 TYPES = {
@@ -69,4 +70,5 @@ def refused(error: DLMError, names: Iterable[str]) -> APIError:
     """
     words = re.findall(r"\w+", str(error))
     param = next((word for word in words[:6] if word in set(names)), None)
-    return APIError(400, str(error), param=param, code="invalid_value")
+    code = "context_length_exceeded" if isinstance(error, TooLongError) else "invalid_value"
+    return APIError(400, str(error), param=param, code=code)

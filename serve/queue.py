@@ -1,18 +1,21 @@
-"""Who is next: admission of rows by number and by positions.
+"""Who is next: which rows begin, and which rows at work take the next step.
 
-The request with the fewest rows at work comes first, the earliest among equals; so a request of eight answers
-does not starve others. A row too large for what is free is passed by smaller ones, but not for ever.
+Of those that wait, the request with the fewest rows at work comes first, the earliest among equals; so a
+request of eight answers does not starve others. A row too large for what is free is passed by smaller ones,
+but not for ever. Of those at work, as many take a step as fit into it, in turn.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 J = TypeVar("J", bound=Hashable)
+R = TypeVar("R", bound=Hashable)
+T = TypeVar("T", bound=Hashable)
 
 PATIENCE = 32
 """Rows that may pass one that does not fit; then all wait until it does."""
@@ -119,3 +122,55 @@ class Queue(Generic[J]):
     def waiting_jobs(self) -> list[J]:
         """Requests of which no row has begun, in order."""
         return [job for job, entry in self._entries.items() if not entry.working]
+
+
+class Shares(Generic[J, R]):
+    """Which rows at work take the next step, where it cannot hold them all: requests take turns.
+
+    A turn is a step of one row. Requests of several rows have second turns when all have had one, and their
+    rows take turns too. A row that does not fit in what is left is passed by others; its request comes
+    earlier in the next step.
+
+    Args:
+        budget: positions of one step, which a row alone may exceed; 0 for no limit.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._requests: list[J] = []
+        self._rows: list[R] = []
+
+    def choose(self, rows: Mapping[J, Mapping[R, int]]) -> list[R]:
+        """Rows of the next step; `rows` holds the positions of every request's rows at work."""
+        owner = {row: job for job, sizes in rows.items() for row in sizes}
+        if not self.budget or sum(sum(sizes.values()) for sizes in rows.values()) <= self.budget:
+            return list(owner)
+        self._requests, self._rows = _go_on(self._requests, rows), _go_on(self._rows, owner)
+        waiting: dict[J, deque[R]] = {job: deque() for job in self._requests}
+        for row in self._rows:
+            waiting[owner[row]].append(row)
+        chosen: list[R] = []
+        room, turns = self.budget, deque(self._requests)
+        while turns:
+            job = turns.popleft()
+            size = rows[job][waiting[job][0]]
+            if size <= room or not chosen:
+                chosen.append(waiting[job].popleft())
+                room -= size
+                if waiting[job]:
+                    turns.append(job)
+        self._rows = _to_the_end(self._rows, chosen)
+        self._requests = _to_the_end(self._requests, [owner[row] for row in chosen])
+        return chosen
+
+
+def _go_on(order: list[T], present: Collection[T]) -> list[T]:
+    """Those of an order that are present, and behind them those that are new."""
+    known = set(order)
+    return [each for each in order if each in present] + [each for each in present if each not in known]
+
+
+def _to_the_end(order: list[T], moved: Sequence[T]) -> list[T]:
+    """An order with some moved behind all others."""
+    last = dict.fromkeys(moved)
+    return [each for each in order if each not in last] + list(last)

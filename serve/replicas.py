@@ -32,7 +32,7 @@ from serve.config import ServeConfig
 from serve.errors import APIError
 from serve.front import Front, ReplicaLostError
 from serve.metrics import Metrics
-from serve.worker import Worker
+from serve.server import make_worker
 
 logger = logging.getLogger("serve")
 
@@ -63,9 +63,7 @@ class Replica:
         torch.set_num_threads(max(1, int(resources.get("CPU", 1))))
         self.name: str = ray_serve.get_replica_context().replica_id.unique_id
         self._metrics = Metrics(config.served_name)
-        self.worker = Worker(
-            config.load, max_rows=config.max_rows, max_positions=config.max_positions, metrics=self._metrics
-        )
+        self.worker = make_worker(config, self._metrics)
         self._app = create_app(self.worker, config, self._metrics)
         self.worker.start()
         self.worker.loaded.result()  # Ray sends requests once this returns

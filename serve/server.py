@@ -29,7 +29,13 @@ def make_worker(
 ) -> Worker:
     """A worker for the model of the settings, or for one that is loaded otherwise; not yet started."""
     load = config.load if load is None else load
-    return Worker(load, max_rows=config.max_rows, max_positions=config.max_positions, metrics=metrics)
+    return Worker(
+        load,
+        max_rows=config.max_rows,
+        max_positions=config.max_positions,
+        metrics=metrics,
+        step_positions=config.max_step_positions,
+    )
 
 
 class Backend(Protocol):

@@ -1,18 +1,21 @@
 """Between HTTP and the worker: jobs as something to await.
 
-Prompts are encoded on one thread of their own, so that a long one stalls neither the event loop nor a step.
+Prompts are encoded on two threads, one for short and one for long ones, so that a long one stalls neither the
+event loop, nor a step, nor a short prompt.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
+import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
-from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request as HTTPRequest
 
 from decoding.engine import Update
@@ -32,6 +35,9 @@ NAMELESS = ("dummy", "tgi")
 """Names that clients of TGI send because the interface has none: they mean the model that is there."""
 
 
+LONG_BODY = 1 << 15
+"""Bytes of a body from which on its prompt is encoded among the long ones: about 25 ms of work."""
+
 MOST_UNREAD = 4096
 """Steps that a client may be behind before its request is given up."""
 
@@ -48,8 +54,10 @@ class Service:
     def __init__(self, worker: Worker, config: ServeConfig, metrics: Metrics) -> None:
         self.worker, self.config, self.metrics = worker, config, metrics
         self.created = int(time.time())
-        self._limiter: CapacityLimiter | None = None
-        self._rows: RowMaker | None = None
+        self._short, self._long = (ThreadPoolExecutor(1, f"dlm-encode-{name}") for name in ("short", "long"))
+        self._of_thread = threading.local()
+        self._preparing = 0
+        worker.loaded.add_done_callback(self._make_rows)
 
     # ---- the model -----------------------------------------------------------------------------------
 
@@ -64,8 +72,9 @@ class Service:
             raise self._refused(503, "the server is shutting down", "draining")
         if not self.worker.ready:
             raise self._refused(503, "the model is not there", "dead")
-        if self.worker.waiting >= self.config.max_waiting:
-            seconds = math.ceil(self.worker.row_seconds * self.worker.waiting / self.config.max_rows)
+        requests = self.worker.waiting + self._preparing
+        if requests >= self.config.max_waiting:
+            seconds = math.ceil(self.worker.row_seconds * requests / self.config.max_rows)
             waiting = self.config.max_waiting
             message = f"{waiting} requests wait already; try again later"
             raise self._refused(429, message, "queue_full", retry_after=max(1, seconds))
@@ -95,10 +104,18 @@ class Service:
 
     @property
     def rows(self) -> RowMaker:
-        """Makes rows of prompts."""
-        if self._rows is None:
-            self._rows = RowMaker(self.tokenizer, self.spec)
-        return self._rows
+        """Makes rows of prompts; each thread has its own, as a call changes settings of its tokenizer."""
+        if not hasattr(self._of_thread, "rows"):
+            most = min(self.spec.positions, self.config.max_positions)
+            self._of_thread.rows = RowMaker(copy.deepcopy(self.tokenizer), self.spec, most)
+        rows: RowMaker = self._of_thread.rows
+        return rows
+
+    def _make_rows(self, loaded: Future[Any]) -> None:
+        """Have both threads make their tokenizers, so that the first request does not pay for it."""
+        if loaded.exception() is None:
+            for thread in (self._short, self._long):
+                thread.submit(lambda: self.rows)
 
     def check_model(self, name: str | None) -> None:
         """Refuse the name of another model.
@@ -114,11 +131,17 @@ class Service:
 
     # ---- jobs ----------------------------------------------------------------------------------------
 
-    async def prepare(self, function: Callable[[], T]) -> T:
-        """Call a function that encodes prompts, on the thread for that."""
-        if self._limiter is None:
-            self._limiter = CapacityLimiter(1)
-        return await to_thread.run_sync(function, limiter=self._limiter)
+    async def prepare(self, http: HTTPRequest, function: Callable[[], T]) -> T:
+        """Call a function that encodes the prompts of a request, on a thread for that.
+
+        One that has not begun when its client goes away is dropped.
+        """
+        thread = self._long if len(await http.body()) > LONG_BODY else self._short
+        self._preparing += 1
+        try:
+            return await self.unless_gone(http, asyncio.wrap_future(thread.submit(function)))
+        finally:
+            self._preparing -= 1
 
     def check_samples(self, samples: Sequence[Sample]) -> None:
         """Refuse rows that the server could never hold.

@@ -21,11 +21,18 @@ from decoding.request import Request
 from dlm.errors import DLMError
 from serve.job import DrainingError, ExpiredError, Job, Notice, Sample, StoppedError
 from serve.metrics import Metrics
-from serve.queue import Queue
+from serve.queue import Queue, Shares
 
 logger = logging.getLogger("serve")
 
 T = TypeVar("T")
+
+CPU_STEP_POSITIONS = 512
+"""Positions of a step on a CPU, where from about 128 on a call's time grows with its positions."""
+
+
+def _on_cpu(model: Any) -> bool:
+    return getattr(getattr(model, "device", None), "type", "cpu") == "cpu"
 
 
 class Worker:
@@ -36,6 +43,8 @@ class Worker:
         max_rows: rows at work at a time.
         max_positions: positions of all rows at work, each at its longest.
         metrics: where to count.
+        step_positions: positions of the rows that take a step together; 0 for no limit, None for
+            `CPU_STEP_POSITIONS` where the model is on a CPU.
     """
 
     def __init__(
@@ -45,12 +54,15 @@ class Worker:
         max_rows: int,
         max_positions: int,
         metrics: Metrics,
+        step_positions: int | None = None,
     ) -> None:
         self.metrics = metrics
         self.max_rows, self.max_positions = max_rows, max_positions
         self._load = load
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._queue: Queue[Job] = Queue(max_rows, max_positions)
+        self._step_positions = step_positions
+        self._shares: Shares[int, int] = Shares(step_positions or 0)
         self._jobs: dict[int, tuple[Job, int]] = {}  # by ticket
         self._engine: Engine | None = None
         self._stopping = self._ended = False
@@ -151,6 +163,8 @@ class Worker:
         try:
             model, tokenizer = self._load()
             self._engine = Engine(model, tokenizer)
+            if self._step_positions is None and _on_cpu(model):
+                self._shares.budget = CPU_STEP_POSITIONS
             self._warm_up()
         except BaseException as error:
             self.loaded.set_exception(error)
@@ -273,7 +287,7 @@ class Worker:
         """One step of all rows, and the news of it."""
         begun = time.perf_counter()
         try:
-            updates = self.engine.step()
+            updates = self.engine.step(self._chosen())
         except Exception as error:
             self._start_again(error)
             return
@@ -294,6 +308,15 @@ class Worker:
             if notices:
                 job.deliver(notices)
         self.metrics.step_time.observe(time.perf_counter() - begun)
+
+    def _chosen(self) -> set[int] | None:
+        """Tickets of the rows that take the next step; None for all."""
+        if not self._shares.budget:
+            return None
+        rows: dict[int, dict[int, int]] = {}  # by number of the job, so that none is held in memory
+        for ticket, length in self.engine.lengths().items():
+            rows.setdefault(self._jobs[ticket][0].number, {})[ticket] = length
+        return set(self._shares.choose(rows))
 
     def _follow(self, job: Job, index: int, update: Update, notices: list[Notice]) -> None:
         """Note what a step did to a row."""

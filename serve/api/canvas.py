@@ -316,11 +316,11 @@ class _Handlers:
         view = _View(service.tokenizer, service.config.served_name)
         canvases = _Canvases(service, view, body)
         if body.text is not None:
-            filling = await service.prepare(lambda: _canvas_filling(service, body))
+            filling = await service.prepare(http, lambda: _canvas_filling(service, body))
             if body.stream:
                 return stream(canvases.filled_events(filling), done=False, error_name="error")
             return JSONResponse(await service.unless_gone(http, canvases.filled(filling)))
-        sample = await service.prepare(lambda: _answer_sample(service, body))
+        sample = await service.prepare(http, lambda: _answer_sample(service, body))
         if body.stream:
             return stream(canvases.answer_events(sample), done=False, error_name="error")
         return JSONResponse(await service.unless_gone(http, canvases.answer(sample)))

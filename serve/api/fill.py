@@ -165,7 +165,7 @@ async def fill_suffix(service: Service, body: schema.CompletionRequest, http: Re
     if body.stream_options is not None and not body.stream:
         raise APIError(400, "stream_options needs stream to be true", param="stream_options")
     pieces: list[Piece] = [body.prompt, Gap(1, body.max_tokens or 16, coarse=True), body.suffix or ""]
-    filling = await service.prepare(lambda: prepare_filling(service, pieces, None, body, body.n or 1))
+    filling = await service.prepare(http, lambda: prepare_filling(service, pieces, None, body, body.n or 1))
     opening = {**head("cmpl", service.config.served_name), "object": "text_completion"}
 
     async def answer() -> tuple[list[dict[str, Any]], dict[str, int]]:

@@ -122,7 +122,7 @@ class _Handlers:
                 pieces = _pieces(service, body)
             return prepare_filling(service, pieces, body.instruction, body), pieces
 
-        filling, pieces = await service.prepare(prepare)
+        filling, pieces = await service.prepare(http, prepare)
         opening = head("chatcmpl", service.config.served_name)
         if body.stream:
             return stream(self._edit_events(filling, pieces, body.timeout, opening))

@@ -177,7 +177,7 @@ class _Handlers:
         self._check(body)
         answer = _OllamaAnswer(self.service, body, "message")
         messages = [{"role": turn.role, "content": turn.text} for turn in body.messages]
-        await self.service.prepare(lambda: answer.prepare(self._templated(messages)))
+        await self.service.prepare(http, lambda: answer.prepare(self._templated(messages)))
         return await self._respond(http, answer)
 
     async def generate(self, body: OllamaGenerateRequest, http: Request) -> Response:
@@ -192,7 +192,7 @@ class _Handlers:
             raw = body.raw or False
             answer.prepare(raw_ids(self.service, body.prompt) if raw else self._templated(messages))
 
-        await self.service.prepare(prepare)
+        await self.service.prepare(http, prepare)
         return await self._respond(http, answer)
 
     async def tags(self) -> dict[str, Any]:

@@ -18,13 +18,12 @@ from fastapi.responses import JSONResponse, Response
 from decoding.answer import Output, until_end
 from decoding.engine import Update
 from dlm.errors import ConfigError
-from dlm.tokenizer import encode_prompt, encode_text
 from serve.api import schema
 from serve.api.fill import fill_suffix
 from serve.api.parameters import Generation, faults_named, head, metadata, stop_texts, usage
 from serve.api.sse import Events, event, stream
 from serve.api.tokens import TokenTexts, chat_logprobs, completion_logprobs, given_logprobs
-from serve.errors import APIError
+from serve.errors import APIError, refused
 from serve.job import Notice, Sample
 from serve.service import Service
 
@@ -170,13 +169,13 @@ def chat_prompt(service: Service, body: schema.ChatRequest) -> list[int]:
     messages = [{"role": turn.role, "content": turn.text} for turn in body.messages]
     try:
         if not body.continue_final_message:
-            return encode_prompt(service.tokenizer, messages)
+            return service.rows.prompt(messages)
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
             raise ConfigError("continue_final_message needs a last message of the assistant, after others")
-        given = encode_text(service.tokenizer, messages[-1]["content"])
-        return encode_prompt(service.tokenizer, messages[:-1]) + given
+        return service.rows.prompt(messages[:-1]) + service.rows.text(messages[-1]["content"])
     except ConfigError as error:
-        raise APIError(400, str(error), param="messages", code="invalid_value") from error
+        fault = refused(error, ())
+        raise APIError(400, fault.message, param="messages", code=fault.code) from error
 
 
 def raw_prompts(service: Service, prompt: Any) -> list[list[int]]:
@@ -185,12 +184,21 @@ def raw_prompts(service: Service, prompt: Any) -> list[list[int]]:
     return [raw_ids(service, each) for each in prompts]
 
 
-def raw_ids(service: Service, prompt: str | list[int]) -> list[int]:
-    """Token ids of a text as it is; token ids are checked by the maker of rows."""
-    if isinstance(prompt, str):
-        prompt = list(service.tokenizer(prompt)["input_ids"]) if prompt else [service.spec.eos_token_id]
+def raw_ids(service: Service, prompt: str | list[int], cut: bool = False) -> list[int]:
+    """Token ids of a text as it is; token ids are checked by the maker of rows.
+
+    Args:
+        service: has the tokenizer.
+        prompt: the text, or its token ids.
+        cut: the caller keeps the end of it alone, so that no text is too long.
+    """
+    rows = service.rows
     with faults_named():
-        return service.rows.prompt(prompt)
+        if isinstance(prompt, str):
+            if not cut:
+                rows.check_length(prompt)
+            prompt = list(rows.tokenizer(prompt)["input_ids"]) if prompt else [service.spec.eos_token_id]
+        return rows.prompt(prompt)
 
 
 # ---- answering ---------------------------------------------------------------------------------------
@@ -361,7 +369,7 @@ class _Handlers:
             ids = chat_prompt(service, body)
             return generation.samples(service, [ids]), len(ids)
 
-        samples, tokens = await service.prepare(prepare)
+        samples, tokens = await service.prepare(http, prepare)
         form = _ChatForm(body, self.token_texts(), service.config.served_name, [[]] * len(samples))
         return await self._respond(http, Answers(service, samples, form, tokens))
 
@@ -380,7 +388,7 @@ class _Handlers:
             samples = generation.samples(service, prompts)
             return samples, sum(map(len, prompts)), [ids for ids in echoes for _ in range(generation.n)]
 
-        samples, tokens, prefixes = await service.prepare(prepare)
+        samples, tokens, prefixes = await service.prepare(http, prepare)
         form = _Form(body, self.token_texts(), service.config.served_name, prefixes)
         return await self._respond(http, Answers(service, samples, form, tokens))
 

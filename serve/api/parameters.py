@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from decoding.canvas import Row
 from decoding.request import Plan, Request
+from dlm.characters import whole_characters
 from dlm.errors import ConfigError
 from dlm.version import __version__
 from serve.config import ServeConfig
@@ -63,7 +64,7 @@ def _has_half_character(value: Any) -> bool:
     """True for texts that no encoding can write, which JSON may hold."""
     if isinstance(value, list):
         return any(map(_has_half_character, value))
-    return isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, str) and whole_characters(value) is not value
 
 
 class Diffusion(Body):

@@ -107,7 +107,7 @@ class _TGIAnswer:
         p = self.parameters
         if p.do_sample is False and p.temperature is None:
             p = p.model_copy(update={"temperature": 0.0})
-        ids = raw_ids(self.service, self.inputs)
+        ids = raw_ids(self.service, self.inputs, cut=bool(p.truncate))
         ids = ids[-p.truncate :] if p.truncate else ids
         longest = (
             None if p.window is not None and p.max_new_tokens is None else p.max_new_tokens or NEW_TOKENS
@@ -210,26 +210,26 @@ class _Handlers:
     def __init__(self, service: Service) -> None:
         self.service = service
 
-    async def _prepared(self, body: TGIRequest) -> _TGIAnswer:
+    async def _prepared(self, http: Request, body: TGIRequest) -> _TGIAnswer:
         self.service.check_ready()
         answer = _TGIAnswer(self.service, body, TokenTexts(self.service.tokenizer))
-        await self.service.prepare(answer.prepare)
+        await self.service.prepare(http, answer.prepare)
         return answer
 
     async def generate(self, body: TGIRequest, http: Request) -> Response:
         """Go on with a text as it is."""
-        answer = await self._prepared(body)
+        answer = await self._prepared(http, body)
         return JSONResponse(await self.service.unless_gone(http, answer.whole()))
 
-    async def generate_stream(self, body: TGIRequest) -> Response:
+    async def generate_stream(self, body: TGIRequest, http: Request) -> Response:
         """Go on with a text, one event a token."""
         if body.parameters is not None and body.parameters.return_full_text:
             raise APIError(400, "return_full_text means nothing in a stream", param="return_full_text")
-        return stream((await self._prepared(body)).events(), done=False)
+        return stream((await self._prepared(http, body)).events(), done=False)
 
     async def root(self, body: CompatRequest, http: Request) -> Response:
         """As /generate or /generate_stream, by `stream`; the answer in a list of one."""
-        answer = await self._prepared(body)
+        answer = await self._prepared(http, body)
         if body.stream:
             return stream(answer.events(), done=False)
         return JSONResponse([await self.service.unless_gone(http, answer.whole())])

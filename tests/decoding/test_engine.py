@@ -57,6 +57,12 @@ def run(engine):
     return found
 
 
+def some(engine, draw):
+    """Tickets of a few rows at work, or of all."""
+    tickets = list(engine.lengths())
+    return draw.sample(tickets, draw.randint(1, len(tickets))) if tickets and draw.random() < 0.7 else None
+
+
 def same(one, two):
     for field in ("ids", "reveal_step", "model_calls", "step"):
         a, b = getattr(one, field)[0], getattr(two, field)[0]
@@ -74,8 +80,10 @@ def same(one, two):
     leaving=st.lists(st.integers(0, 12), max_size=3),
     bias=st.sampled_from([-50.0, 0.5]),
     limit=st.sampled_from([None, 1, 3]),
+    apart=st.none() | st.randoms(use_true_random=False),
 )
-def test_rows_that_come_and_go_are_bit_identical_to_rows_alone(arrivals, leaving, bias, limit):
+def test_rows_that_come_and_go_are_bit_identical_to_rows_alone(arrivals, leaving, bias, limit, apart):
+    """Whoever joins and leaves, and whichever of the rows step together."""
     engine = engine_of(FakeDenoiser(eos_bias=bias), max_rows=limit)
     due = sorted((turn, number) for number, turn in enumerate(arrivals))
     at_work, done, turn = {}, {}, 0
@@ -83,7 +91,7 @@ def test_rows_that_come_and_go_are_bit_identical_to_rows_alone(arrivals, leaving
         while due and due[0][0] <= turn:
             number = due.pop(0)[1]
             at_work[engine.submit(*request(number))] = number
-        for update in engine.step():
+        for update in engine.step(some(engine, apart) if apart else None):
             if update.finished:
                 done[at_work.pop(update.ticket)] = update.canvas
         if turn in leaving and at_work:
@@ -139,6 +147,19 @@ def test_all_rows_share_one_model_call_a_step():
         engine.submit(row, plan_of(Decoder.named("llada", temperature=float(number % 2)), 4), seed)
     engine.step()
     assert (model.calls, model.rows) == (1, 12)
+
+
+def test_only_rows_that_are_named_take_a_step():
+    model = FakeDenoiser(eos_bias=-50.0)
+    engine = engine_of(model)
+    plans = [plan_of(Decoder.named("llada", temperature=float(n % 2)), 8) for n in range(4)]
+    tickets = [engine.submit(request(n)[0], plan, n) for n, plan in enumerate(plans)]
+    sizes = [len(request(n)[0].ids) for n in range(4)]
+    assert engine.lengths() == dict(zip(tickets, sizes, strict=True)) | {}
+    assert [update.ticket for update in engine.step({tickets[1], tickets[2]})] == [tickets[2], tickets[1]]
+    assert (model.calls, model.rows) == (1, 2)
+    assert [int(engine.canvas(ticket).step[0]) for ticket in tickets] == [0, 1, 1, 0]
+    assert engine.step(set()) == []
 
 
 def test_what_does_not_fit_leaves_the_engine_as_it_was():
@@ -250,7 +271,7 @@ def test_nothing_that_rows_carry_is_mixed_up(seed):
     while len(found) < 9:
         for number in itertools.islice(numbers, draw.randint(0, 3) if at_work else 2):
             at_work[engine.submit(*row(number))] = number
-        for update in engine.step():
+        for update in engine.step(some(engine, draw)):
             if update.finished:
                 found[at_work.pop(update.ticket)] = update.canvas
     for number, canvas in found.items():

@@ -13,7 +13,7 @@ import uvicorn
 from serve.app import create_app
 from serve.config import ServeConfig
 from serve.metrics import Metrics
-from serve.worker import Worker
+from serve.server import make_worker
 
 
 class Running:
@@ -29,12 +29,7 @@ class Running:
         self.config = ServeConfig(**{"model": "tiny", "port": 0, **settings})
         self.metrics = Metrics(self.config.served_name)
         load = model if tokenizer is None else lambda: (model, tokenizer)
-        self.worker = Worker(
-            load,
-            max_rows=self.config.max_rows,
-            max_positions=self.config.max_positions,
-            metrics=self.metrics,
-        )
+        self.worker = make_worker(self.config, self.metrics, load)
         self.app = create_app(self.worker, self.config, self.metrics)
         self.socket = socket.create_server(("127.0.0.1", self.config.port))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"

@@ -1,18 +1,21 @@
 """The worker: rows that join and leave, ends of all kinds, and a queue that is fair."""
 
+import itertools
 import threading
 import time
 
 import httpx2 as httpx
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from decoding.request import Request
 from dlm.errors import DLMError
 from serve.errors import APIError
 from serve.job import DrainingError, ExpiredError, Job, Sample, StoppedError
 from serve.metrics import Metrics
-from serve.queue import PATIENCE, Queue
+from serve.queue import PATIENCE, Queue, Shares
 from serve.worker import Worker
 from tests.serve.rig import Running, running, stream_of, wait_for
 
@@ -57,11 +60,11 @@ class Slow:
 
 
 def test_texts_do_not_depend_on_the_server_or_on_its_load(tiny, tokenizer):
-    """Two servers, batches of one and of eight, requests at once and one by one: equal texts."""
+    """Batches of one and of eight, requests at once and one by one, few or many positions a step."""
     bodies = [{**CHAT, "max_tokens": 10 + 3 * i, "seed": i, "n": 1 + i % 3} for i in range(10)]
     texts = []
-    for rows, threads in ((1, 1), (8, 10), (3, 5)):
-        with running(tiny, tokenizer, max_rows=rows) as server:
+    for rows, threads, positions in ((1, 1, None), (8, 10, 0), (3, 5, 0), (8, 10, 1), (8, 10, 70)):
+        with running(tiny, tokenizer, max_rows=rows, max_step_positions=positions) as server:
             results = [None] * len(bodies)
 
             def ask(numbers, server=server, results=results):
@@ -75,7 +78,7 @@ def test_texts_do_not_depend_on_the_server_or_on_its_load(tiny, tokenizer):
                 part.join()
             texts.append([[c["message"]["content"] for c in choices] for choices in results])
             assert server.rows == 0
-    assert texts[0] == texts[1] == texts[2]
+    assert all(each == texts[0] for each in texts)
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -370,6 +373,72 @@ def test_a_long_row_does_not_stall_short_ones_and_comes_to_its_turn():
     assert queue.admit() == [("long", 0)]
     queue.release("long", 0)
     assert len(queue.admit()) == 5
+
+
+def test_requests_share_the_positions_of_a_step():
+    """Eight long rows of one request, in turn, beside one short row that is in every step."""
+    shares = Shares(budget=150)
+    rows = {"many": dict.fromkeys(range(8), 100), "one": {8: 50}}
+    steps = [shares.choose(rows) for _ in range(16)]
+    assert all(sum(rows["one" if row == 8 else "many"][row] for row in step) == 150 for step in steps)
+    assert [[row for row in step if row != 8] for step in steps] == [[i % 8] for i in range(16)]
+    rows["late"] = {9: 50}
+    steps = [shares.choose(rows) for _ in range(3)]
+    owners = [{"one" if row == 8 else "late" if row == 9 else "many" for row in step} for step in steps]
+    assert owners == [{"many", "one"}, {"late", "many"}, {"one", "late"}]
+
+
+def test_without_a_limit_and_where_all_fit_everybody_takes_the_step():
+    rows = {"a": {0: 50, 1: 60}, "b": {2: 40}}
+    assert Shares(0).choose(rows) == Shares(150).choose(rows) == [0, 1, 2]
+    assert Shares(1).choose(rows) == [0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=6), min_size=1, max_size=6),
+    budget=st.integers(1, 300),
+)
+def test_every_row_comes_to_its_turn_and_no_step_is_too_long(sizes, budget):
+    """A request waits fewer steps than there are requests, a row fewer turns than its request has rows."""
+    shares, numbers = Shares(budget), itertools.count()
+    rows = {job: {next(numbers): size for size in each} for job, each in enumerate(sizes)}
+    owner = {row: job for job, each in rows.items() for row in each}
+    waits = dict.fromkeys(owner, 0)
+    for _ in range(100):
+        chosen = shares.choose(rows)
+        total = sum(rows[owner[row]][row] for row in chosen)
+        assert len(set(chosen)) == len(chosen) > 0
+        assert len(chosen) == 1 or total <= budget
+        waits = {row: 0 if row in chosen else wait + 1 for row, wait in waits.items()}
+        assert all(wait < len(rows) * len(rows[owner[row]]) for row, wait in waits.items())
+        for each in rows.values():  # nobody who would fit is left out
+            if not each.keys() & set(chosen):
+                assert total + max(each.values()) > budget
+
+
+def test_a_request_of_long_rows_does_not_make_every_step_long(tiny, tokenizer):
+    """The short request ends in about as many steps as alone, none of which holds all the long rows."""
+    model = Slow(tiny, 0.002)
+    with running(model, tokenizer, max_rows=16, max_step_positions=150) as server:
+        lengths, step = [], server.worker.engine.step
+
+        def counted(tickets):
+            sizes = server.worker.engine.lengths()
+            lengths.append(sum(sizes[ticket] for ticket in tickets))
+            return step(tickets)
+
+        server.worker.engine.step = counted
+        body = {**CHAT, "n": 8, "max_tokens": 100, "canvas": "full", "steps": 100}
+        many = threading.Thread(target=server.post, args=("/v1/chat/completions",), kwargs=body)
+        many.start()
+        wait_for(lambda: len(server.worker.engine) == 8)
+        before = len(lengths)
+        assert server.post("/v1/chat/completions", **CHAT, max_tokens=8, rate=1).status_code == 200
+        assert len(lengths) - before < 30
+        assert len(server.worker.engine) == 8
+        many.join()
+        assert max(lengths) <= 150
 
 
 def test_no_limit_is_ever_passed_and_everything_is_served():

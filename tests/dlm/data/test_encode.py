@@ -2,11 +2,14 @@ import copy
 
 import pytest
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from dlm.data.encode import _encode_long, encode_rows
 from dlm.data.rows import features
 from dlm.errors import ConfigError, DataError
-from dlm.tokenizer import as_messages, encode_prompt, encode_text
+from dlm.tokenizer import as_messages, encode_prompt, encode_text, longest_token, train_tokenizer
 
 
 def dataset(*pairs):
@@ -172,3 +175,30 @@ def test_the_cache_knows_which_token_ends_an_answer(tokenizer):
     second, _ = encode_rows(rows, other, 32)
     assert first[0]["input_ids"][-1] == tokenizer.eos_token_id
     assert second[0]["input_ids"][-1] == other.eos_token_id != tokenizer.eos_token_id
+
+
+@given(st.text())
+def test_no_text_has_more_characters_than_its_tokens_can_stand_for(text):
+    tokenizer = train_tokenizer(["-" * 40, "a b c", "é" * 9] * 9, vocab_size=300)
+    assert longest_token(tokenizer) == max(map(len, tokenizer.get_vocab()))
+    for ids in (tokenizer(text)["input_ids"], encode_text(tokenizer, text)):
+        assert len(text) <= len(ids) * longest_token(tokenizer)
+
+
+@pytest.mark.parametrize("loss", ["normaliser", "removed", "stripped", "bytes", "words"])
+def test_a_tokenizer_that_may_lose_characters_has_no_longest_token(tokenizer, loss):
+    lossy = copy.deepcopy(tokenizer)
+    core = lossy.backend_tokenizer
+    if loss == "normaliser":
+        core.normalizer = normalizers.NFC()
+    elif loss == "removed":
+        parts = [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel()]
+        core.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    elif loss == "stripped":
+        lossy.add_tokens([AddedToken("<|x|>", lstrip=True)])
+    elif loss == "bytes":
+        core.model = models.BPE({"a": 0}, [])
+    else:
+        core.model = models.WordLevel({"a": 0}, unk_token="a")
+    assert longest_token(tokenizer) is not None
+    assert longest_token(lossy) is None
