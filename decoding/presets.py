@@ -17,6 +17,7 @@ from decoding.reveal import (
     Quota,
     Remask,
     RevealRule,
+    Separated,
     Stability,
     Threshold,
 )
@@ -116,9 +117,10 @@ class Decoder:
             if numeric and not number and not optional:
                 raise ConfigError(f"option {option} of decoder {name!r} must be a number, got {value!r}")
         common = {option: options.pop(option, default) for option, default in preset.common.items()}
-        guidance = common.pop("guidance")
+        guidance, gap = common.pop("guidance"), common.pop("gap")
         try:
             window, reveal = preset.build(**options)
+            reveal = reveal if gap == 1 else Separated(reveal, gap)
             return cls(window, reveal, replace(preset.tokens, **common), name, guidance)
         except TypeError as error:
             raise ConfigError(f"decoder {name!r}: {error}") from error
@@ -161,7 +163,7 @@ class Preset:
     @property
     def common(self) -> dict[str, Any]:
         """Options that every preset has, and their defaults here."""
-        return {option: getattr(self.tokens, option) for option in TOKENS} | {"guidance": 0.0}
+        return {option: getattr(self.tokens, option) for option in TOKENS} | {"guidance": 0.0, "gap": 1}
 
     @property
     def options(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from decoding.reveal.editing import Editing
 from decoding.reveal.entropy_bound import EntropyBound
 from decoding.reveal.quota import Quota
 from decoding.reveal.remask import Remask
+from decoding.reveal.separated import Separated
 from decoding.reveal.stability import Stability
 from decoding.reveal.threshold import Threshold
 
@@ -22,6 +23,7 @@ __all__ = [
     "Quota",
     "Remask",
     "RevealRule",
+    "Separated",
     "Stability",
     "StepView",
     "Threshold",

@@ -104,6 +104,19 @@ class MassRule(RevealRule):
         del logits, state, tokens
         return choice.mass
 
+    def precedence(self, view: StepView) -> torch.Tensor:
+        """[b, W] exponential times of rate w · q, the race of `first_arrivals`; see `RevealRule`.
+
+        Over steps small noise is early, as where a coin is flipped for each position.
+        """
+        speed = torch.where(view.masked, view.weight.double() * view.score.double(), 0.0)
+        noise = view.noise(REVEAL_NOISE).double()
+        return -(torch.log1p(-noise) if view.rate is None else noise.log()) / speed
+
+    def makes_up(self, view: StepView) -> bool:
+        """True over steps, where more masks make every reveal likelier; see `RevealRule`."""
+        return view.rate is None
+
 
 @dataclass(frozen=True)
 class Ancestral(MassRule):

@@ -145,14 +145,28 @@ class RevealRule:
         del rows, length
         return {}
 
+    def precedence(self, view: StepView) -> torch.Tensor:
+        """[b, W] numbers by which positions are taken, the smallest first; by score · weight by default."""
+        return -ordering(view.score, view.weight, view.masked)
+
+    def makes_up(self, view: StepView) -> bool:
+        """Whether the rule itself makes up in later steps for tokens that it did not write in this one."""
+        del view
+        return False
+
     def decide(self, view: StepView) -> Decision:
         """Choose the positions to write in this step."""
         raise NotImplementedError
 
 
-def ranked(score: torch.Tensor, weight: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """[b, W] rank of each position (0 = first to go): open ones by score · weight, then the rest by score."""
+def ordering(score: torch.Tensor, weight: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """[b, W] float64, the higher the sooner: open positions by score · weight, then the rest by score."""
     score, weight = score.double(), weight.double()
     order = torch.where(weight > 0, 2 + score * weight, score)
-    order = torch.where(masked, order, -1.0)
+    return torch.where(masked, order, -1.0)
+
+
+def ranked(score: torch.Tensor, weight: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """[b, W] rank of each position (0 = first to go): open ones by score · weight, then the rest by score."""
+    order = ordering(score, weight, masked)
     return order.argsort(dim=1, descending=True, stable=True).argsort(dim=1)

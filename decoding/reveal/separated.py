@@ -1,0 +1,123 @@
+"""Tokens of one call kept apart: any rule's choice, thinned to positions that are far from each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from decoding.reveal.base import Decision, RevealRule, StepView
+from decoding.tokens import Choice, TokenRule
+from dlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Separated(RevealRule):
+    """Another rule whose tokens of one call are at least `gap` positions apart.
+
+    Tokens of one call are drawn independently given the text; neighbours depend on each other most. Positions
+    are taken in the rule's own order, and one is passed over that lies closer than `gap` to one already taken
+    in this call. At a pace that is given, what falls short is owed to the next call, so that the mean pace
+    holds; a rule with a pace of its own writes less instead. The last step of a stage takes all that is left.
+
+    Attributes:
+        inner: the other rule.
+        gap: least distance of two tokens of one call, in positions; 1 changes nothing.
+    """
+
+    inner: RevealRule
+    gap: int
+
+    def __post_init__(self) -> None:
+        """Check the gap."""
+        if not isinstance(self.gap, int) or isinstance(self.gap, bool) or self.gap < 1:
+            raise ConfigError(f"gap must be a whole number of at least 1, got {self.gap!r}")
+
+    @property
+    def random(self) -> bool:  # type: ignore[override]
+        """See `RevealRule`."""
+        return self.inner.random
+
+    @property
+    def revises(self) -> bool:  # type: ignore[override]
+        """See `RevealRule`."""
+        return self.inner.revises
+
+    @property
+    def sees_token(self) -> bool:
+        """See `RevealRule`."""
+        return self.inner.sees_token
+
+    @property
+    def paced(self) -> bool:
+        """See `RevealRule`."""
+        return self.inner.paced
+
+    def at_pace(self) -> Separated:
+        """See `RevealRule`."""
+        return Separated(self.inner.at_pace(), self.gap)
+
+    def constant_score(self, tokens: TokenRule) -> float | None:
+        """See `RevealRule`."""
+        return self.inner.constant_score(tokens)
+
+    def needs(self, view: StepView) -> torch.Tensor:
+        """[b, W] bool; see `RevealRule`."""
+        return self.inner.needs(view)
+
+    def precedence(self, view: StepView) -> torch.Tensor:
+        """[b, W]; see `RevealRule`."""
+        return self.inner.precedence(view)
+
+    def score(
+        self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
+    ) -> torch.Tensor:
+        """[N] or [N, C]; see `RevealRule`."""
+        return self.inner.score(logits, choice, state, tokens)
+
+    def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
+        """State of the other rule, and the tokens that are owed."""
+        return self.inner.initial_state(rows, length) | {"owed": torch.zeros(rows, dtype=torch.int64)}
+
+    def decide(self, view: StepView) -> Decision:
+        """Take what the other rule takes, but apart."""
+        decision = self.inner.decide(view)
+        reveal = decision.reveal
+        number, eligible = reveal.sum(1), reveal
+        if self.paced:
+            eligible = reveal | view.open
+            if not self.inner.makes_up(view):
+                number = number + view.state["owed"]
+        rank = self.inner.precedence(view).argsort(dim=1, stable=True).argsort(dim=1)
+        order = torch.where(reveal, rank, rank + rank.shape[1])  # what the rule takes, then its next ones
+        taken = apart(order, eligible, number, self.gap)
+        if self.paced and view.rate is None:
+            last = (view.s if view.s.dim() == 1 else view.s.amax(1)) <= 0
+            taken = torch.where(last[:, None], apart(order, eligible, number, 1), taken)
+        owed = number - taken.sum(1)
+        return replace(decision, reveal=taken, state={**decision.state, "owed": owed})
+
+
+def apart(order: torch.Tensor, eligible: torch.Tensor, number: torch.Tensor, gap: int) -> torch.Tensor:
+    """Choose positions in order, none closer than `gap` to one that is chosen.
+
+    Args:
+        order: [b, W], the smallest first; of equal ones the left one.
+        eligible: [b, W] bool.
+        number: [b] int64, most positions of each row.
+        gap: least distance, in positions.
+
+    Returns:
+        [b, W] bool.
+    """
+    free, taken = eligible.clone(), torch.zeros_like(eligible)
+    position = torch.arange(order.shape[1])
+    for count in range(int(number.max()) if len(number) else 0):
+        first = torch.where(free, order.double(), torch.inf).argmin(1, keepdim=True)
+        pick = (position == first) & free & (count < number)[:, None]
+        if not bool(pick.any()):
+            break
+        taken |= pick
+        free &= ~((position - first).abs() < gap)
+    return taken
