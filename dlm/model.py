@@ -228,7 +228,8 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         Returns:
             [N, D], equal to `hidden` of each row alone up to the order of floating-point sums.
         """
-        place = torch.cat([torch.arange(n, device=input_ids.device) for n in lengths])
+        position, size = torch.arange(len(input_ids)), torch.tensor(lengths)
+        place = position - (size.cumsum(0) - size).repeat_interleave(size)
         states = self.backbone(
             inputs_embeds=self._embed(input_ids[None]),
             position_ids=sent(place[None], self.device),
@@ -236,7 +237,6 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             layout=Packed(lengths, self.sight),
         ).last_hidden_state[0]
         if self.config.shift:
-            position = torch.arange(len(input_ids), device=input_ids.device)
             states = states[sent(torch.where(place > 0, position - 1, position), self.device)]
         return states  # type: ignore[no-any-return]
 
