@@ -317,15 +317,14 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
                 the earlier ones (see `hidden_beside`).
             causal: attend to earlier positions alone, as an autoregressive model.
         """
-        cells = None
-        if targets is not None:
-            cells = targets != IGNORE if targets.dim() == 2 else (targets != IGNORE).any(-1)
-        hidden = self._hidden_for(input_ids, attention_mask, clean_ids, cells, causal)
-        if targets is None or cells is None:
+        if targets is None:
+            hidden = self._hidden_for(input_ids, attention_mask, clean_ids, None, causal)
             return MaskedDiffusionOutput(logits=self.logits(hidden))
-        return MaskedDiffusionOutput(
-            token_logp=token_log_probabilities(hidden[cells], self.lm_head, targets[cells])
-        )
+        cells = targets != IGNORE if targets.dim() == 2 else (targets != IGNORE).any(-1)
+        place = cells.flatten().nonzero()[:, 0]  # before the layers, for which the host would wait here
+        hidden = self._hidden_for(input_ids, attention_mask, clean_ids, cells, causal)
+        states, wanted = hidden.flatten(0, 1)[place], targets.flatten(0, 1)[place]
+        return MaskedDiffusionOutput(token_logp=token_log_probabilities(states, self.lm_head, wanted))
 
     def _hidden_for(
         self,
