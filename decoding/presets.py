@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from importlib.metadata import entry_points
+from types import MappingProxyType
 from typing import Any, Literal
 
 from decoding.reveal import (
@@ -309,12 +312,19 @@ GROUP = "dlm.decoders"
 """Entry points by which other packages offer presets: the decoder's name, and where its `Preset` is."""
 
 
-def presets() -> dict[str, Preset]:
+def presets() -> Mapping[str, Preset]:
     """All decoders by name: `PRESETS`, and those that installed packages offer.
 
     Raises:
         ConfigError: for one that cannot be imported, is no `Preset`, or has the name of another.
     """
+    return _presets_on(tuple(sys.path))
+
+
+@lru_cache(maxsize=1)
+def _presets_on(path: tuple[str, ...]) -> Mapping[str, Preset]:
+    """Those on a path of Python, read once: that takes longer than a denoising step."""
+    del path
     offered: dict[str, Preset] = {}
     for point in entry_points(group=GROUP):
         where = f"decoder {point.name!r} of {point.dist.name if point.dist else point.value}"
@@ -327,7 +337,7 @@ def presets() -> dict[str, Preset]:
         if point.name in PRESETS or point.name in offered:
             raise ConfigError(f"{where} has the name of another decoder; uninstall it, or rename it")
         offered[point.name] = preset
-    return {**PRESETS, **offered}
+    return MappingProxyType({**PRESETS, **offered})
 
 
 def list_decoders() -> dict[str, str]:

@@ -209,7 +209,7 @@ class TokenRule:
             return Candidates(probability, None, share, torch.ones_like(share, dtype=torch.bool))
         k = min(width or self.width or 0, logits.shape[1])
         values, ids = logits.max(1, keepdim=True) if k == 1 else logits.topk(k, dim=1)
-        total, heated = log_normaliser(logits), values.float() / heat
+        total, heated = log_normaliser(logits), values.float() if heat == 1 else values.float() / heat
         if width is None:
             among = heated.logsumexp(1, keepdim=True)
         else:
@@ -219,7 +219,9 @@ class TokenRule:
 
     def _within(self, probability: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         """[N, k] bool, where min-p admits the probability and top-p the share, both in falling order."""
-        inside = (probability > 0) & (probability >= self.min_p * probability[:, :1])
+        inside = probability > 0
+        if self.min_p:
+            inside = inside & (probability >= self.min_p * probability[:, :1])
         return inside & (share.cumsum(1) - share < self.top_p) if self.top_p < 1 else inside
 
     def _choose_of_nucleus(self, logits: torch.Tensor, noise: torch.Tensor) -> Choice:

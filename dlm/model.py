@@ -228,7 +228,8 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         Returns:
             [N, D], equal to `hidden` of each row alone up to the order of floating-point sums.
         """
-        place = torch.cat([torch.arange(n, device=input_ids.device) for n in lengths])
+        position, size = torch.arange(len(input_ids)), torch.tensor(lengths)
+        place = position - (size.cumsum(0) - size).repeat_interleave(size)
         states = self.backbone(
             inputs_embeds=self._embed(input_ids[None]),
             position_ids=sent(place[None], self.device),
@@ -236,7 +237,6 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             layout=Packed(lengths, self.sight),
         ).last_hidden_state[0]
         if self.config.shift:
-            position = torch.arange(len(input_ids), device=input_ids.device)
             states = states[sent(torch.where(place > 0, position - 1, position), self.device)]
         return states  # type: ignore[no-any-return]
 
@@ -317,15 +317,14 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
                 the earlier ones (see `hidden_beside`).
             causal: attend to earlier positions alone, as an autoregressive model.
         """
-        cells = None
-        if targets is not None:
-            cells = targets != IGNORE if targets.dim() == 2 else (targets != IGNORE).any(-1)
-        hidden = self._hidden_for(input_ids, attention_mask, clean_ids, cells, causal)
-        if targets is None or cells is None:
+        if targets is None:
+            hidden = self._hidden_for(input_ids, attention_mask, clean_ids, None, causal)
             return MaskedDiffusionOutput(logits=self.logits(hidden))
-        return MaskedDiffusionOutput(
-            token_logp=token_log_probabilities(hidden[cells], self.lm_head, targets[cells])
-        )
+        cells = targets != IGNORE if targets.dim() == 2 else (targets != IGNORE).any(-1)
+        place = cells.flatten().nonzero()[:, 0]  # before the layers, for which the host would wait here
+        hidden = self._hidden_for(input_ids, attention_mask, clean_ids, cells, causal)
+        states, wanted = hidden.flatten(0, 1)[place], targets.flatten(0, 1)[place]
+        return MaskedDiffusionOutput(token_logp=token_log_probabilities(states, self.lm_head, wanted))
 
     def _hidden_for(
         self,

@@ -180,8 +180,8 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
 
     def loss(self, model: torch.nn.Module, inputs: Batch, count: torch.Tensor) -> torch.Tensor:
         """The summed loss of a micro-batch over the global `count` (see `divisor`)."""
-        token_logp = self.token_logp(model, inputs)
-        return weighted_loss(token_logp, inputs["weight"][inputs["targets"] != IGNORE], count)
+        weight = inputs["weight"][inputs["targets"] != IGNORE]  # first: the host waits for what is before it
+        return weighted_loss(self.token_logp(model, inputs), weight, count)
 
     def token_logp(self, model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
         """[N] log-probability of each target, in row-major order; blocks see the clean ones before them."""

@@ -4,12 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu import bundle
 from benchmarks.gpu.__main__ import STAGES, timed
+from benchmarks.gpu.baselines import Graphed, as_causal
+from benchmarks.gpu.context import time_limit
+from benchmarks.gpu.decode import CAUSAL, first_ways, large_ways, other_ways, title
+from benchmarks.gpu.material import MINIATURE, shaped
 from benchmarks.gpu.pieces import cut, joined
 from benchmarks.gpu.report import Report
 
@@ -63,7 +69,7 @@ def test_every_stage_passes_on_a_bare_python(folder):
         "not installed, and done without: datasets" not in shown
     )  # it has its metadata, and is not imported
     names = {r["name"] for r in results}
-    assert {"hardware", "ceilings", "recipe", "V=300, N=4", "tiny, batch 1: rate 4"} <= names
+    assert {"hardware", "ceilings", "recipe", "V=300, N=4", "tiny, batch 1: rate 4", "4 clients"} <= names
     found = {r["name"]: r for r in results if r["stage"] == "train"}["recipe"]
     assert found["nelbo_last"] < found["nelbo_first"]
 
@@ -102,6 +108,43 @@ def test_pieces_are_checked(tmp_path):
         joined(tmp_path, "y")
 
 
+def test_the_baseline_writes_what_generate_writes():
+    causal = as_causal(shaped(torch.device("cpu"), torch.float32, **MINIATURE))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in causal.parameters():
+            if weight.dim() == 2:  # larger weights, so that the next token depends on those before it
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.4)
+    prompts = torch.randint(5, 290, (3, 10), generator=torch.Generator().manual_seed(0))
+    expected = causal.generate(
+        prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=9,
+        min_new_tokens=9, pad_token_id=0, eos_token_id=None,
+    )[:, 10:]  # fmt: skip
+    assert len(set(expected.flatten().tolist())) > 9
+    graphed = Graphed(causal, prompts, 9)
+    for _ in range(2):  # the cache begins anew
+        assert graphed.write() == 27
+        assert torch.equal(graphed.text, expected)
+
+
+def test_every_batch_has_its_baseline_first():
+    for ways in ([*first_ways(), *other_ways()], [*large_ways()]):
+        titles = [title("m", way) for way in ways]
+        assert len(set(titles)) == len(titles)
+        for place, way in enumerate(ways):
+            assert titles.index(title("m", way).split(":")[0] + f": {CAUSAL}") <= place
+
+
+def test_what_takes_too_long_is_stopped():
+    begun = time.monotonic()
+    with pytest.raises(TimeoutError, match="stopped after 0 s"), time_limit(0.1):
+        time.sleep(5)
+    assert time.monotonic() - begun < 4
+    with time_limit(0.1):
+        pass
+    time.sleep(0.2)  # nothing is stopped later
+
+
 def test_stages_have_minutes_of_their_own():
     assert timed(["train=4.5", "r2ft"], 2) == {"train": 4.5, "r2ft": 2.0}
     with pytest.raises(ValueError, match="no stage 'trian'"):
@@ -123,7 +166,7 @@ def test_wheels_are_those_that_the_machine_lacks(tmp_path):
     have.write_text("torch==2.11.0\nTransformers>=5\nhuggingface_hub, tokenizers numpy\n")
     names = {requirement.name for requirement in bundle.wanted(have)}
     assert not names & {"torch", "transformers", "huggingface-hub", "tokenizers", "numpy"}
-    assert {"gguf", "datasets", "platformdirs"} <= names
+    assert {"gguf", "datasets", "platformdirs", "fastapi", "sse-starlette"} <= names
 
 
 def test_a_wheel_says_what_it_needs(tmp_path):

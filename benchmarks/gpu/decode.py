@@ -40,7 +40,8 @@ class Way:
         name: in the report.
         rows: answers at a time.
         how: arguments of `Sampler.generate`; for baselines none.
-        accelerate: "", "graphs" or "compile".
+        accelerate: "", "graphs" or "compile" as in `LoadConfig`; "layers" compiles each layer, which takes
+            seconds where "compile" takes minutes; "graphs of layers" records compiled layers.
         baseline: "dynamic", "graphs" or "compiled" for `generate` with such a cache; "published" for the
             published loop; "" for ours.
         lengths: shortest and longest answer of rows that an engine decodes, instead of `ANSWER`.
@@ -106,6 +107,9 @@ def other_ways() -> Iterator[Way]:
     yield Way("rate 4, reuse", 64, REUSED)
     yield Way("autoregressive", 1, baseline="dynamic")
     yield Way("autoregressive", 64, baseline="dynamic")
+    for rows in (1, 64):
+        yield Way("rate 4, graphs of compiled layers", rows, RATE_4, "graphs of layers", seconds=40)
+    yield Way("rate 4, compiled layers", 64, RATE_4, "layers", seconds=30)
     yield Way("rate 4, compiled", 1, RATE_4, "compile", seconds=60)
     yield Way("autoregressive, static cache, compiled", 1, baseline="compiled", seconds=60)
     yield Way("rate 4, compiled", 64, RATE_4, "compile", seconds=60)
@@ -142,7 +146,8 @@ def measure_all(context: Context, label: str, shape: dict[str, Any], chosen: lis
                 measure(context, subject, way)
         except Exception as error:
             context.report.add("failures", name, error=f"{type(error).__name__}: {error}"[:500])
-        subject.model.backbone._compiled_call_impl = None  # what a way compiled is not the next one's
+        for part in (subject.model.backbone, *subject.model.layers):
+            part._compiled_call_impl = None  # what a way compiled is not the next one's
         free(context.device)
     del subject
     free(context.device)
@@ -221,11 +226,11 @@ def _wait(context: Context) -> None:
 
 def accelerated(subject: Subject, way: Way) -> Any:
     """The model as the way has it."""
-    if way.accelerate == "compile" and not subject.context.tiny:
-        subject.model.backbone.compile(dynamic=False)
-    if way.accelerate:
-        return BucketedModel(subject.model, graphs=way.accelerate == "graphs")
-    return subject.model
+    model = subject.model
+    parts = {"compile": [model.backbone], "layers": model.layers, "graphs of layers": model.layers}
+    for part in () if subject.context.tiny else parts.get(way.accelerate, ()):
+        part.compile(dynamic=False)
+    return BucketedModel(model, graphs="graphs" in way.accelerate) if way.accelerate else model
 
 
 def writer(subject: Subject, way: Way, model: Any) -> Callable[[], int]:

@@ -64,7 +64,8 @@ def record(context: Context, file: str, log: Path) -> int:
         counts[fate] += 1
         figures = ", ".join(f"{p.attrib['name']} {short(p.attrib['value'])}" for p in case.iter("property"))
         if fate != "passed" or figures:
-            context.report.add("tests", case.attrib["name"], fate=fate, found=why[:300] or figures)
+            found = "; ".join(text for text in (figures, why[:500]) if text)
+            context.report.add("tests", case.attrib["name"], fate=fate, found=found)
     context.report.add("test files", file, **counts)
     return counts["failed"]
 

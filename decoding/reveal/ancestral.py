@@ -77,11 +77,11 @@ def first_arrivals(
     time = torch.where(speed > 0, -noise.double().log() / speed, math.inf)
     first = time.amin(1, keepdim=True)
     later = torch.where(time == first, 0.0, speed)
-    further, before = torch.zeros_like(first), torch.ones_like(first)
+    minus, further, before = -later, torch.zeros_like(first), torch.ones_like(first)
     for _ in range(8):
         if rate == 1 or torch.equal(further, before):
             break
-        left = torch.exp(-later * further)
+        left = (minus * further).exp_()
         missing = rate - 1 - (1 - left).sum(1, keepdim=True)
         before, further = further, further + missing / (later * left).sum(1, keepdim=True).clamp(min=1e-12)
     everything = (speed > 0).sum(1, keepdim=True) <= rate
