@@ -29,6 +29,7 @@ from serve.app import create_app
 from serve.config import ServeConfig
 from serve.job import Job
 from serve.metrics import Metrics
+from serve.protocol import TimedProtocol
 from serve.server import make_worker
 from serve.worker import Worker
 
@@ -54,7 +55,8 @@ class Standing:
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False}
-        self._server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=5, **quiet))
+        config = uvicorn.Config(app, http=TimedProtocol, timeout_graceful_shutdown=5, **quiet)
+        self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([self.socket],), daemon=True)
 
     def __enter__(self) -> Standing:

@@ -24,8 +24,8 @@ from serve.metrics import Metrics
 
 logger = logging.getLogger("serve.access")
 
-BODY_SECONDS = 60
-"""Seconds that a client may take for the next piece of its body."""
+BODY_SECONDS = 60.0
+"""Seconds that a client may take for its whole body."""
 
 OPEN = re.compile(r"/(health|ready|metrics|docs|openapi\.json|page/[\w.]+)?")
 """Paths that need no key; / for GET alone."""
@@ -101,7 +101,7 @@ def _quoted(value: Any) -> str:
 
 
 class BodyLimit:
-    """Refuses bodies that are too long, before they are read whole.
+    """Refuses bodies that are too long, before they are read whole, and those that take too long.
 
     Args:
         app: what comes behind.
@@ -119,20 +119,22 @@ class BodyLimit:
             return
         announced = Headers(scope=scope).get("content-length", "0")
         if announced.isdigit() and int(announced) > self.limit:
-            await self._refuse(scope, receive, send)
+            await self._refuse(self._too_long(), scope, receive, send)
             return
         read, started, whole = 0, False, False
+        deadline = time.monotonic() + BODY_SECONDS
 
         async def receiving() -> Message:
             nonlocal read, whole
             try:
-                message = await asyncio.wait_for(receive(), None if whole else BODY_SECONDS)
+                message = await asyncio.wait_for(receive(), None if whole else deadline - time.monotonic())
             except TimeoutError:
-                return {"type": "http.disconnect"}
+                words = f"the body was not there within {BODY_SECONDS:g} seconds"
+                raise _Refused(APIError(408, words, code="body_too_slow")) from None
             read += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if read > self.limit:
-                raise _TooLong
+                raise _Refused(self._too_long())
             return message
 
         async def sending(message: Message) -> None:
@@ -142,19 +144,25 @@ class BodyLimit:
 
         try:
             await self.app(scope, receiving, sending)
-        except _TooLong:
+        except _Refused as refused:
             if not started:
-                await self._refuse(scope, receive, send)
+                await self._refuse(refused.error, scope, receive, send)
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.metrics.refused.inc(label="body_too_long")
-        error = APIError(413, f"a body may have {self.limit} bytes at most", code="body_too_long")
+    def _too_long(self) -> APIError:
+        return APIError(413, f"a body may have {self.limit} bytes at most", code="body_too_long")
+
+    async def _refuse(self, error: APIError, scope: Scope, receive: Receive, send: Send) -> None:
+        self.metrics.refused.inc(label=str(error.code))
         headers = {"Connection": "close"}
         await JSONResponse(error.body, error.status, headers)(scope, receive, send)
 
 
-class _TooLong(BaseException):
+class _Refused(BaseException):
     """Raised through the application, past its handlers of exceptions."""
+
+    def __init__(self, error: APIError) -> None:
+        super().__init__(error.message)
+        self.error = error
 
 
 class Keys:

@@ -19,6 +19,7 @@ from dlm.errors import DLMError
 from serve.app import create_app
 from serve.config import ServeConfig
 from serve.metrics import Metrics
+from serve.protocol import TimedProtocol
 from serve.worker import Worker
 
 logger = logging.getLogger("serve")
@@ -163,6 +164,7 @@ def serve(config: ServeConfig) -> int:
         log_config=None,
         log_level="warning",
         access_log=False,
+        http=TimedProtocol,
         timeout_graceful_shutdown=5,
         timeout_keep_alive=30,
     )

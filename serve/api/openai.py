@@ -30,7 +30,7 @@ from serve.service import Service
 COMPLETION_TOKENS = 16
 """Longest answer of /v1/completions where none is given, as OpenAI's."""
 
-STATUSES = (400, 401, 404, 413, 429, 500, 503, 504)
+STATUSES = (400, 401, 404, 408, 413, 429, 500, 503, 504)
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": schema.Error} for status in STATUSES}
 PLAIN_ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": schema.PlainError} for status in STATUSES}
 

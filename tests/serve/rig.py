@@ -13,6 +13,7 @@ import uvicorn
 from serve.app import create_app
 from serve.config import ServeConfig
 from serve.metrics import Metrics
+from serve.protocol import TimedProtocol
 from serve.server import make_worker
 
 
@@ -33,7 +34,8 @@ class Running:
         self.app = create_app(self.worker, self.config, self.metrics)
         self.socket = socket.create_server(("127.0.0.1", self.config.port))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        settings = uvicorn.Config(self.app, log_config=None, log_level="error", access_log=False)
+        quiet = {"log_config": None, "log_level": "error", "access_log": False}
+        settings = uvicorn.Config(self.app, http=TimedProtocol, **quiet)
         self.server = uvicorn.Server(settings)
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
         self.thread.start()

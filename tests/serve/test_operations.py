@@ -1,9 +1,11 @@
 """What those who run the server rely on: keys, limits, logs, metrics, signals."""
 
+import contextlib
 import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ from serve.config import ServeConfig
 from serve.metrics import Metrics
 from serve.worker import Worker
 from tests.serve.rig import running, wait_for
+from tests.serve.test_worker import Slow
 
 CHAT = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4}
 
@@ -80,6 +83,61 @@ def test_long_bodies_are_refused_before_they_are_read(tiny, tokenizer):
         )
         assert response.status_code == 413
         assert server.post("/v1/completions", prompt="a", max_tokens=2).status_code == 200
+
+
+def _lines(server, *pieces, pause=0.05, seconds=10):
+    """What a server says to pieces of a request that come slowly, until it closes the connection."""
+    with socket.create_connection(
+        ("127.0.0.1", server.socket.getsockname()[1]), timeout=seconds
+    ) as connection:
+        heard = b""
+        for piece in pieces:
+            try:
+                connection.sendall(piece)
+                time.sleep(pause)
+            except OSError:
+                break
+        with contextlib.suppress(ConnectionResetError):
+            while data := connection.recv(65536):
+                heard += data
+        return heard
+
+
+def test_a_head_that_does_not_come_closes_the_connection(server, monkeypatch):
+    """Also the second head of a connection, and one of which a byte comes now and then."""
+    monkeypatch.setattr("serve.protocol.HEAD_SECONDS", 0.3)
+    assert _lines(server) == b""
+    drops = [b"GET /health HTTP/1.1\r\n", *[b"x-%d: 1\r\n" % i for i in range(40)]]
+    begun = time.monotonic()
+    assert _lines(server, *drops) == b""
+    assert time.monotonic() - begun < 1.5
+    whole = b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n"
+    heard = _lines(server, whole, whole, *drops)
+    assert heard.count(b"HTTP/1.1 200") == 2
+    assert time.monotonic() - begun < 5
+
+
+def test_a_request_that_is_whole_has_all_the_time_it_needs(tiny, tokenizer, monkeypatch):
+    monkeypatch.setattr("serve.protocol.HEAD_SECONDS", 0.2)
+    monkeypatch.setattr("serve.middleware.BODY_SECONDS", 0.2)
+    with running(Slow(tiny, 0.05), tokenizer) as server:
+        response = server.post("/v1/completions", prompt="a", max_tokens=12, rate=1, logit_bias={"0": -100})
+        assert response.status_code == 200
+        assert response.elapsed.total_seconds() > 0.4
+
+
+def test_a_body_that_does_not_come_is_a_408(server, monkeypatch):
+    """As a whole, however often a piece of it comes."""
+    monkeypatch.setattr("serve.middleware.BODY_SECONDS", 0.4)
+    refused = server.metric("request_refused_total", reason="body_too_slow")
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 900\r\n\r\n"
+    for pieces in ([head], [head, *[b" "] * 40]):
+        begun = time.monotonic()
+        heard = _lines(server, *pieces)
+        assert heard.startswith(b"HTTP/1.1 408")
+        assert b"body_too_slow" in heard
+        assert time.monotonic() - begun < 3.5
+    assert server.metric("request_refused_total", reason="body_too_slow") == refused + 2
 
 
 def test_limits_of_prompts_and_positions_name_both_numbers(tiny, tokenizer):
