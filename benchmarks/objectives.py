@@ -72,13 +72,22 @@ OBJECTIVES = (
     Objective("block 16, complementary", block(16, **PAIRS), passes=2),
 )
 
-DECODERS = (
+Paced = tuple[str, dict[str, Any], float | None]
+"""A decoder, its options, and its tokens per call, if it is given them."""
+
+DECODERS: tuple[Paced, ...] = (
     ("entropy-bound", {"kernel_size": 9}, None),
     ("conv", {"kernel_size": 9}, 1.0),
     ("conv", {"kernel_size": 9}, 2.0),
     ("conv", {"kernel_size": 9}, 4.0),
+    ("conv", {"kernel_size": 9, "gap": 3}, 4.0),
 )
-"""Decoders and their tokens per call."""
+
+
+def label(name: str, choices: dict[str, Any], rate: float | None) -> str:
+    """A decoder at its pace, in a few words."""
+    gap = f" gap {choices['gap']}" if "gap" in choices else ""
+    return name + gap + ("" if rate is None else f" {rate:g}")
 
 
 def settings(objective: Objective, options: argparse.Namespace) -> TrainConfig:
@@ -155,36 +164,53 @@ def measure(objective: Objective, options: argparse.Namespace) -> dict[str, Any]
     return result | path(folder, config, options) | (asked(folder, options) if options.questions else {})
 
 
+Pairs = list[tuple[list[int], list[int]]]
+"""Prompts and answers as ids."""
+
+
 def path(folder: Path, config: TrainConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Nats per token of held-out answers, and tokens per call, for each of `DECODERS`."""
-    from decoding.request import Request
-    from decoding.sampler import Sampler
     from dlm.checkpoint import load_model
-    from dlm.data.encode import encode_rows
-    from eval.path import path_costs
-    from finetune.run import split_rows
 
     model, tokenizer = load_model(folder, options.device)
-    sampler = Sampler(model, tokenizer)
-    held_out = encode_rows(split_rows(config.data, config.seed)[1], tokenizer, config.data.window)[0]
-    pairs = [
-        (row["input_ids"][: row["prompt_length"]], row["input_ids"][row["prompt_length"] :])
-        for row in (held_out[i] for i in range(len(held_out)))
-        if int(row["input_ids"][-1]) == tokenizer.eos_token_id
-        and row["length"] - row["prompt_length"] <= options.longest
-    ]
-    pairs = [(list(map(int, prompt)), list(map(int, answer))) for prompt, answer in pairs][: options.answers]
+    pairs = held_out(config, tokenizer, options.answers, options.longest)
     found: dict[str, Any] = {"answers": len(pairs)}
-    for name, choices, rate in DECODERS:
-        request = Request(decoder=name, options=choices, rate=rate, max_tokens=options.longest)
-        costs = list(
-            path_costs(model, pairs, sampler.plan(request), seed=options.seed, batch_size=options.answers)
-        )
-        tokens = sum(len(cost.nats) for cost in costs)
-        label = name if rate is None else f"{name} {rate:g}"
-        found[f"{label} nats"] = round(sum(cost.total for cost in costs) / tokens, 4)
-        found[f"{label} tokens per call"] = round(tokens / sum(cost.calls for cost in costs), 2)
+    for decoder in DECODERS:
+        nats, tokens = cost(model, tokenizer, pairs, decoder, options.longest, options.seed)
+        found[f"{label(*decoder)} nats"] = round(nats, 4)
+        found[f"{label(*decoder)} tokens per call"] = round(tokens, 2)
     return found
+
+
+def held_out(config: TrainConfig, tokenizer: Any, count: int, longest: int) -> Pairs:
+    """The first answers among the validation rows that end and are no longer than `longest`."""
+    from dlm.data.encode import encode_rows
+    from finetune.run import split_rows
+
+    rows = encode_rows(split_rows(config.data, config.seed)[1], tokenizer, config.data.window)[0]
+    pairs: Pairs = []
+    for row in (rows[i] for i in range(len(rows))):
+        ids, start = [int(token) for token in row["input_ids"]], int(row["prompt_length"])
+        if ids[-1] == tokenizer.eos_token_id and len(ids) - start <= longest:
+            pairs.append((ids[:start], ids[start:]))
+    return pairs[:count]
+
+
+def cost(
+    model: Any, tokenizer: Any, pairs: Pairs, decoder: Paced, longest: int, seed: int
+) -> tuple[float, float]:
+    """Nats per token of answers along the path of a decoder, and tokens per call."""
+    from decoding.request import Request
+    from decoding.sampler import Sampler
+    from eval.path import path_costs
+
+    name, choices, rate = decoder
+    plan = Sampler(model, tokenizer).plan(
+        Request(decoder=name, options=dict(choices), rate=rate, max_tokens=longest)
+    )
+    costs = list(path_costs(model, pairs, plan, seed=seed, batch_size=len(pairs)))
+    tokens = sum(len(cost.nats) for cost in costs)
+    return sum(cost.total for cost in costs) / tokens, tokens / sum(cost.calls for cost in costs)
 
 
 def asked(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -254,7 +280,7 @@ def run_beside(objectives: list[Objective], options: argparse.Namespace, words: 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown: nats per token by decoder, and what the answers are like."""
-    columns = ["steps", "nelbo", *(f"{_label(*d)} nats" for d in DECODERS)]
+    columns = ["steps", "nelbo", *(f"{label(*d)} nats" for d in DECODERS)]
     columns += ["entropy-bound tokens per call", "tokens", "model_calls", "repetition_4"]
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, result in results.items():
@@ -263,11 +289,6 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         else:
             lines.append(f"| {name} | " + " | ".join(str(result.get(c, "")) for c in columns) + " |")
     return "\n".join(lines)
-
-
-def _label(name: str, choices: dict[str, Any], rate: float | None) -> str:
-    del choices
-    return name if rate is None else f"{name} {rate:g}"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -31,6 +31,7 @@ STAGES = {
     "train": "benchmarks.gpu.train",
     "r2ft": "benchmarks.gpu.r2ft",
     "eval": "benchmarks.gpu.evaluation",
+    "paths": "benchmarks.gpu.paths",
     "serve": "benchmarks.gpu.serving",
 }
 """Stages in order, and the modules whose `run(context)` they are."""
@@ -55,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--rows", type=Path, help="encoded rows to train on (python -m dlm.data.encoded)")
     out.add_argument("--questions", type=Path, help="questions to answer, .json in Alpaca's fields")
     out.add_argument("--apart", action="store_true", help="each stage in a process of its own, as on a GPU")
+    out.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes of the recipe of stage train"
+    )
     out.add_argument("--deliver", type=Path, help="folder that results are copied to as well, few files")
     return out
 
@@ -137,7 +141,7 @@ def main(words: list[str] | None = None) -> int:
     device = torch.device(("cuda" if cuda else "cpu") if options.device == "auto" else options.device)
     context = Context(
         device, options.tiny, options.output, Report(options.output), options.rows, options.questions,
-        options.deliver,
+        options.deliver, dict(pair.split("=", 1) for pair in options.set),
     )  # fmt: skip
     context.report.add("machine", "hardware", **hardware(device))
     if lacking := missing():

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Context:
         rows: encoded rows to train on (`dlm.data.encoded`), where there are any.
         questions: questions to answer, where there are any.
         deliver: folder that results and pieces are copied to as well; for machines that give few files back.
+        changes: of the recipe of stage `train`, by dotted names, values as YAML.
         until: when the present stage has to end, on `time.monotonic`.
     """
 
@@ -43,6 +44,7 @@ class Context:
     rows: Path | None = None
     questions: Path | None = None
     deliver: Path | None = None
+    changes: dict[str, str] = field(default_factory=dict)
     until: float = float("inf")
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from benchmarks.gpu import material
 from benchmarks.gpu.context import Context
@@ -94,6 +95,7 @@ def settings(context: Context, minutes: float, compiled: bool | None = None) -> 
     }
     if context.tiny:
         changes |= tiny_changes() | {"max_minutes": 0.03, "gradient_accumulation_steps": 1, "model.lora.r": 4}
+    changes |= {name: yaml.safe_load(value) for name, value in context.changes.items()}
     return recipe("alpaca-smollm2-135m-lora", changes)
 
 
