@@ -57,19 +57,19 @@ FREE = {"model.block_lead": False}
 OBJECTIVES = (
     Objective("full"),
     Objective("block 8", block(8)),
-    Objective("block 16", block(16)),
-    Objective("block 32", block(32)),
-    Objective("block 4", block(4)),
-    Objective("block 8, lead not first", block(8, **FREE)),
-    Objective("block 16, lead not first", block(16, **FREE)),
-    Objective("full, path 0.5", {"masks.path": 0.5}),
-    Objective("full, complementary", PAIRS, passes=2),
     Objective("block 8, complementary", block(8, **PAIRS), passes=2),
-    Objective("block 8, complementary, lead not first", block(8, **PAIRS, **FREE), passes=2),
+    Objective("block 16", block(16)),
+    Objective("full, complementary", PAIRS, passes=2),
+    Objective("block 4", block(4)),
+    Objective("block 32", block(32)),
+    Objective("block 8, lead not first", block(8, **FREE)),
+    Objective("full, path 0.5", {"masks.path": 0.5}),
     Objective("full, autoregressive 0.3", CAUSAL, passes=2),
     Objective("block 8, no shift", block(8, **{"model.shift": False})),
     Objective("full, path 1", {"masks.path": 1.0}),
     Objective("block 16, complementary", block(16, **PAIRS), passes=2),
+    Objective("block 16, lead not first", block(16, **FREE)),
+    Objective("block 8, complementary, lead not first", block(8, **PAIRS, **FREE), passes=2),
 )
 
 Paced = tuple[str, dict[str, Any], float | None]

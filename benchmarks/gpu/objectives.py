@@ -14,13 +14,25 @@ def run(context: Context) -> None:
     """Every variant while there is time, and the table."""
     output = context.output / "objectives"
     words = ["--output", str(output), "--base", material.base(context), "--rows", str(material.rows(context))]
-    words += ["--questions", str(material.questions(context)), "--device", context.device.type]
+    words += ["--device", context.device.type]
     if context.tiny:
-        words += ["--tiny", "--positions", "8000", "--batch", "8", "--answers", "4", "--longest", "12"]
+        words += [
+            "--questions",
+            str(material.questions(context)),
+            "--tiny",
+            "--positions",
+            "8000",
+            "--batch",
+            "8",
+            "--answers",
+            "4",
+            "--longest",
+            "12",
+        ]
         words += ["--limit", "3", "--variants", "full, path 0.5", "block 8, complementary"]
     else:
-        words += ["--positions", "1e6", "--parallel", str(TOGETHER)]
-        words += ["--seconds", str(max(0.0, context.left - 75)), "--grace", "70"]
+        words += ["--positions", "1e6", "--answers", "64", "--parallel", str(TOGETHER)]
+        words += ["--seconds", str(max(0.0, context.left - 65)), "--grace", "60"]
     objectives.main(words)
     for name, result in objectives.stored(output).items():
         stage = "failures" if "error" in result else "objectives"
