@@ -16,20 +16,9 @@ def run(context: Context) -> None:
     words = ["--output", str(output), "--base", material.base(context), "--rows", str(material.rows(context))]
     words += ["--device", context.device.type]
     if context.tiny:
-        words += [
-            "--questions",
-            str(material.questions(context)),
-            "--tiny",
-            "--positions",
-            "8000",
-            "--batch",
-            "8",
-            "--answers",
-            "4",
-            "--longest",
-            "12",
-        ]
-        words += ["--limit", "3", "--variants", "full, path 0.5", "block 8, complementary"]
+        words += ["--questions", str(material.questions(context)), "--tiny", "--limit", "3"]
+        words += ["--positions", "8000", "--batch", "8", "--answers", "4", "--longest", "12"]
+        words += ["--variants", "full, path 0.5", "block 8, complementary"]
     else:
         words += ["--positions", "1e6", "--answers", "64", "--parallel", str(TOGETHER)]
         words += ["--seconds", str(max(0.0, context.left - 65)), "--grace", "60"]
