@@ -305,8 +305,8 @@ class Batch:
         For guidance there are also the states `unconditional_states` the prompt.
         """
         logits = self.model.logits(states)
-        shut = position < self.canvas.ends_from[row]  # too early for an end token
-        if bool(shut.any()):
+        if bool(self.canvas.ends_from.any()):
+            shut = position < self.canvas.ends_from[row]  # too early for an end token
             for end_id in self.plan.ending.end_ids:
                 logits[:, end_id].masked_fill_(shut.to(logits.device, non_blocking=True), -math.inf)
         for unconditional in unconditional_states:

@@ -168,5 +168,6 @@ def ordering(score: torch.Tensor, weight: torch.Tensor, masked: torch.Tensor) ->
 
 def ranked(score: torch.Tensor, weight: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """[b, W] rank of each position (0 = first to go): open ones by score · weight, then the rest by score."""
-    order = ordering(score, weight, masked)
-    return order.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    best_first = ordering(score, weight, masked).argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(best_first.shape[1]).expand_as(best_first)
+    return torch.empty_like(best_first).scatter_(1, best_first, place)
