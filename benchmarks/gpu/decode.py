@@ -29,6 +29,9 @@ from dlm.graphs import BucketedModel
 ANSWER = 64
 """Tokens of an answer."""
 
+SLOW = 2.0
+"""Seconds of a first answer beyond which little is repeated."""
+
 ASKED = "Give three tips for staying healthy."
 
 
@@ -44,7 +47,8 @@ class Way:
             seconds where "compile" takes minutes; "graphs of layers" records compiled layers.
         baseline: "dynamic", "graphs" or "compiled" for `generate` with such a cache; "published" for the
             published loop; "" for ours.
-        lengths: shortest and longest answer of rows that an engine decodes, instead of `ANSWER`.
+        lengths: shortest and longest answer of rows that an engine decodes, instead of `tokens`.
+        tokens: of an answer.
         timed: with the time in the model apart, for the shares of sampling and of the roofline.
         profiled: with the kernels and the host's operations of a whole answer.
         seconds: that it may take, with warm-up; it is stopped then.
@@ -56,9 +60,10 @@ class Way:
     accelerate: str = ""
     baseline: str = ""
     lengths: tuple[int, int] | None = None
+    tokens: int = ANSWER
     timed: bool = False
     profiled: bool = False
-    seconds: float = 8.0
+    seconds: float = 12.0
 
 
 RATE_4, RATE_1 = {"decoder": "conv", "rate": 4.0}, {"decoder": "conv", "rate": 1.0}
@@ -69,10 +74,10 @@ CAUSAL = "autoregressive, static cache, graphs"
 PUBLISHED = "published loop, L=512, S=64"
 
 
-def core(rows: int) -> Iterator[Way]:
+def core(rows: int, tokens: int = ANSWER) -> Iterator[Way]:
     """Ours with graphs against autoregressive decoding with graphs."""
-    yield Way(CAUSAL, rows, baseline="graphs")
-    yield Way("rate 4, graphs", rows, RATE_4, "graphs", timed=True, profiled=rows <= 64)
+    yield Way(CAUSAL, rows, baseline="graphs", tokens=tokens)
+    yield Way("rate 4, graphs", rows, RATE_4, "graphs", tokens=tokens, timed=True, profiled=rows <= 64)
 
 
 def first_ways() -> Iterator[Way]:
@@ -90,8 +95,8 @@ def large_ways() -> Iterator[Way]:
     yield from core(1)
     yield from core(64)
     yield Way("entropy bound, graphs", 1, DEFAULT, "graphs")
-    yield from core(256)
     yield Way("rate 1, graphs", 1, RATE_1, "graphs")
+    yield from core(256, tokens=16)  # a call takes most of a second
 
 
 def other_ways() -> Iterator[Way]:
@@ -113,7 +118,7 @@ def other_ways() -> Iterator[Way]:
     yield Way("rate 4, compiled", 1, RATE_4, "compile", seconds=60)
     yield Way("autoregressive, static cache, compiled", 1, baseline="compiled", seconds=60)
     yield Way("rate 4, compiled", 64, RATE_4, "compile", seconds=60)
-    yield Way(PUBLISHED, 1, baseline="published")
+    yield Way(PUBLISHED, 1, baseline="published", seconds=10)
 
 
 def run(context: Context) -> None:
@@ -155,7 +160,13 @@ def measure_all(context: Context, label: str, shape: dict[str, Any], chosen: lis
 
 def title(label: str, way: Way) -> str:
     """Of a measurement, in the report."""
-    return f"{label}, batch {way.rows}: {way.name}"
+    return f"{setting(label, way)}: {way.name}"
+
+
+def setting(label: str, way: Way) -> str:
+    """The model, the batch and the answers, that measurements are compared in."""
+    length = "" if way.tokens == ANSWER else f", answers of {way.tokens}"
+    return f"{label}, batch {way.rows}{length}"
 
 
 class Subject:
@@ -175,6 +186,10 @@ class Subject:
             self._causal = as_causal(self.model)
         return self._causal
 
+    def tokens_of(self, way: Way) -> int:
+        """Tokens of an answer; in miniature few."""
+        return min(way.tokens, self.tokens)
+
     def rows(self, way: Way) -> int:
         """Answers at a time; in miniature few."""
         return min(way.rows, 2) if self.context.tiny else way.rows
@@ -186,27 +201,32 @@ class Subject:
 
 
 def measure(context: Context, subject: Subject, way: Way) -> None:
-    """Write once to warm up, then until a second is over, three times at most; the median counts."""
+    """Write once to warm up, then until a second is over, three times at most; the median counts.
+
+    The time in the model is clocked apart, as that waits for the GPU in every call: a matter of microseconds,
+    so that an answer of seconds is written no third time for it.
+    """
     model = accelerated(subject, way)
     write = writer(subject, way, model)
     first, _ = _clocked(context, write)
-    took: list[float] = []
-    tokens = 0
+    timed, took = Timed(model) if way.timed else None, list[float]()
+    slow, tokens = first > SLOW and timed is not None, 0
+    if timed:
+        again, tokens = _clocked(context, writer(subject, way, timed))
+        took += [again] if slow else []
     while not took or (len(took) < 3 and sum(took) < 1 and not context.tiny):
-        again, tokens = _clocked(context, write)
-        took.append(again)
+        again_untimed, tokens = _clocked(context, write)
+        took.append(again_untimed)
     speed = tokens / sorted(took)[len(took) // 2]
-    base = context.report.find("decode", f"{subject.label}, batch {way.rows}: {CAUSAL}")
+    base = context.report.find("decode", f"{setting(subject.label, way)}: {CAUSAL}")
     context.report.add(
         "decode", title(subject.label, way), tokens_per_second=speed, seconds=tokens / speed,
         first_seconds=first,
         times_autoregressive=speed / base["tokens_per_second"] if base else None,
     )  # fmt: skip
-    if way.timed:  # apart, for it waits for the GPU in every call
-        timed = Timed(model)
-        again, _ = _clocked(context, writer(subject, way, timed))
+    if timed:
         context.report.add("decode shares", title(subject.label, way), **shares(context, timed, again))
-    if way.profiled and (context.cuda or way.rows == 1):
+    if way.profiled and not slow and (context.cuda or way.rows == 1):
         profile(context, title(subject.label, way), write, calls=1)
 
 
@@ -245,7 +265,7 @@ def writer(subject: Subject, way: Way, model: Any) -> Callable[[], int]:
         window, steps = (64, 4) if subject.context.tiny else (512, 64)
         return published(subject.model, prompts, window, steps, subject.tokens)
     if way.baseline == "graphs":
-        return Graphed(subject.causal, prompts, subject.tokens).write
+        return Graphed(subject.causal, prompts, subject.tokens_of(way)).write
     compiled = way.baseline == "compiled" and not subject.context.tiny
     cache = "dynamic" if way.baseline == "dynamic" else "static"
     return autoregressive(subject.causal, prompts, subject.tokens, cache, compiled)
@@ -253,7 +273,7 @@ def writer(subject: Subject, way: Way, model: Any) -> Callable[[], int]:
 
 def _ours(subject: Subject, way: Way, model: Any) -> Callable[[], int]:
     sampler, texts = Sampler(model, subject.tokenizer), [ASKED] * subject.rows(way)
-    limit: dict[str, Any] = {} if "window" in way.how else {"max_tokens": subject.tokens}
+    limit: dict[str, Any] = {} if "window" in way.how else {"max_tokens": subject.tokens_of(way)}
 
     def write() -> int:
         outs = sampler.generate(texts, batch_size=way.rows, seed=list(range(len(texts))), **way.how, **limit)
