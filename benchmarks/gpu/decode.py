@@ -50,7 +50,7 @@ class Way:
         lengths: shortest and longest answer of rows that an engine decodes, instead of `tokens`.
         tokens: of an answer.
         timed: with the time in the model apart, for the shares of sampling and of the roofline.
-        profiled: with the kernels and the host's operations of a whole answer.
+        profiled: the kernels and the host's operations of a whole answer are listed instead.
         seconds: that it may take, with warm-up; it is stopped then.
     """
 
@@ -77,7 +77,7 @@ PUBLISHED = "published loop, L=512, S=64"
 def core(rows: int, tokens: int = ANSWER) -> Iterator[Way]:
     """Ours with graphs against autoregressive decoding with graphs."""
     yield Way(CAUSAL, rows, baseline="graphs", tokens=tokens)
-    yield Way("rate 4, graphs", rows, RATE_4, "graphs", tokens=tokens, timed=True, profiled=rows <= 64)
+    yield Way("rate 4, graphs", rows, RATE_4, "graphs", tokens=tokens, timed=True)
 
 
 def first_ways() -> Iterator[Way]:
@@ -108,6 +108,8 @@ def other_ways() -> Iterator[Way]:
             yield Way(f"rate 4, {name}{more}", 64, RATE_4, accelerate, lengths=lengths, seconds=25)
     yield Way("llada, blocks of 32, 32 steps, graphs", 64, BLOCKS, "graphs")
     yield Way("entropy bound, graphs", 64, DEFAULT, "graphs", timed=True)
+    for rows in (1, 64):
+        yield Way("rate 4, graphs, profile", rows, RATE_4, "graphs", profiled=True)
     yield Way("rate 4, reuse", 1, REUSED)
     yield Way("rate 4, reuse", 64, REUSED)
     yield Way("autoregressive", 1, baseline="dynamic")
@@ -208,6 +210,9 @@ def measure(context: Context, subject: Subject, way: Way) -> None:
     """
     model = accelerated(subject, way)
     write = writer(subject, way, model)
+    if way.profiled:
+        profile(context, title(subject.label, way), write, calls=1)
+        return
     first, _ = _clocked(context, write)
     timed, took = Timed(model) if way.timed else None, list[float]()
     slow, tokens = first > SLOW and timed is not None, 0
@@ -226,8 +231,6 @@ def measure(context: Context, subject: Subject, way: Way) -> None:
     )  # fmt: skip
     if timed:
         context.report.add("decode shares", title(subject.label, way), **shares(context, timed, again))
-    if way.profiled and not slow and (context.cuda or way.rows == 1):
-        profile(context, title(subject.label, way), write, calls=1)
 
 
 def _clocked(context: Context, write: Callable[[], int]) -> tuple[float, int]:

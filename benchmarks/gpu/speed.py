@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.context import PEAK, Context, ceilings, free, seconds
+from benchmarks.gpu.context import PEAK, Context, ceilings, free, seconds, time_limit
 from benchmarks.gpu.material import BILLION, MINIATURE, SMOLLM2, shaped
 from benchmarks.gpu.profiling import profile
 from dlm.adapter import add_adapter
@@ -62,8 +62,8 @@ SPEEDS = (
     Speed("1B, LoRA r 64", BILLION, 32, **BIG, profiled=True),
     Speed("1B, LoRA r 64, folded, packed, bf16 base", BILLION, 32, **BIG_FAST),
     Speed("135M, all weights, packed", SMOLLM2, 96, packed=True, profiled=True),
-    Speed("135M, LoRA r 32, folded, packed, bf16 base, 256 rows", SMOLLM2, 256, **LORA, **FAST),
-    Speed("1B, LoRA r 64, folded, packed, bf16 base, 128 rows", BILLION, 128, **BIG_FAST),
+    Speed("135M, LoRA r 32, folded, packed, bf16 base, 192 rows", SMOLLM2, 192, **LORA, **FAST),
+    Speed("1B, LoRA r 64, folded, packed, bf16 base, 64 rows", BILLION, 64, **BIG_FAST),
     Speed("135M, LoRA r 32, folded, packed, bf16 base, compiled", SMOLLM2, 96, **LORA, **FAST, compiled=True,
           profiled=True, estimate=30),
     Speed("1B, LoRA r 64, folded, packed, bf16 base, compiled", BILLION, 32, **BIG_FAST,
@@ -92,7 +92,8 @@ def measured(context: Context, speed: Speed, keep: float = 0.0) -> None:
     if context.skip("train", speed.name, keep + (0 if context.tiny else speed.estimate)):
         return
     try:
-        measure(context, speed)
+        with time_limit(min(2 * speed.estimate, max(context.left - keep, speed.estimate))):
+            measure(context, speed)
     except Exception as error:  # out of memory, or a compiler that is not there
         context.report.add("failures", speed.name, error=f"{type(error).__name__}: {error}"[:500])
     free(context.device)
