@@ -183,6 +183,7 @@ class Packed:
     ) -> torch.Tensor:
         """See `Layout`; here B = 1 and A = N."""
         del layer
+        query, key, value = _as_autocast(query, key, value)
         sight = sight or self.sight
         half = query.dtype in (torch.float16, torch.bfloat16) and sight == ALL
         if query.is_cuda and half and (is_flash_attn_2_available() or torch_varlen()):
@@ -305,6 +306,14 @@ class BesideClean:
         if sight is not None and sight.reach is not None:
             mask = mask & ((self.positions[:, None] - self.positions).abs() <= sight.reach)
         return _sdpa(query, key, value, mask, scale).transpose(1, 2)
+
+
+def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in the type of autocast, as SDPA would take them; other kernels are not known to it."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
 
 
 def _sdpa(

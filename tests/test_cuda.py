@@ -95,6 +95,23 @@ def test_packed_rows_have_the_states_of_padded_ones(gpu, record_property, dtype)
     assert off(packed, padded) < (1e-4 if dtype == torch.float32 else 3e-2)
 
 
+def test_packed_rows_are_trained_as_padded_ones(gpu, record_property):
+    ids, mask = ids_and_mask()
+    gradients = []
+    for packed in (False, True):
+        gpu.zero_grad()
+        with torch.autocast(gpu.device.type, torch.bfloat16):
+            if packed:
+                states = gpu.packed_hidden(ids[mask], mask.sum(1).tolist())
+            else:
+                states = gpu.hidden(ids.to(gpu.device), mask.to(gpu.device))[mask.to(gpu.device)]
+            loss = gpu.logits(states)[:, 5:90].float().square().mean()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in gpu.layers.parameters()]))
+    record_property("packed_gradient_off", off(gradients[1], gradients[0]))
+    assert off(gradients[1], gradients[0]) < 5e-2
+
+
 @only_cuda
 @pytest.mark.parametrize("kernel", ["flash-attn", "varlen"])
 def test_kernels_for_rows_of_different_lengths_agree_with_sdpa(gpu, monkeypatch, record_property, kernel):
