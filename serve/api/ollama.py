@@ -6,7 +6,7 @@ Paths: /api/chat, /api/generate, /api/tags, /api/show, /api/ps, /api/version.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar
@@ -231,7 +231,7 @@ class _Handlers:
         """Sum of `numel` or `nbytes` over the model's parameters; 0 before it is loaded."""
         if not self.service.worker.loaded.done():
             return 0
-        parameters = getattr(self.service.worker.engine.model, "parameters", list)()
+        parameters: Iterable[Any] = getattr(self.service.worker.engine.model, "parameters", list)()
         values = (getattr(each, measure) for each in parameters)
         return sum(int(value() if callable(value) else value) for value in values)
 

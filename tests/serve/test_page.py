@@ -75,7 +75,7 @@ def visit(browser, served, expected):
     served.pause = 0.0
     contexts, errors, urls = [], [], []
 
-    def open_page(url=served.url, width=1280, scheme="light", before=None):
+    def open_page(url=served.url, width=1280, scheme="light", before=None, ready="#health:not(:empty)"):
         viewport = {"width": width, "height": 800}
         context = browser.new_context(viewport=viewport, color_scheme=scheme, reduced_motion="reduce")
         context.set_default_timeout(30000)
@@ -87,7 +87,7 @@ def visit(browser, served, expected):
         if before is not None:
             before(page)
         page.goto(url)
-        page.wait_for_selector("#health:not(:empty)")
+        page.wait_for_selector(ready)
         return page
 
     yield open_page
@@ -537,6 +537,24 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(visit, parts, expected):
 
 
 # ---- files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_interfaces_can_be_tried_without_anything_from_elsewhere(visit, parts, shown):
+    """Swagger UI, also where the page is switched off; that nothing else is loaded `visit` checks."""
+    server = Slow(*parts, page=shown, api_key=["secret"])
+    page = visit(f"{server.url}/docs", ready="#operations-operations-health_health_get")
+    assert page.locator(".opblock").count() == sum(
+        len(each) for each in server.client.get("/openapi.json").json()["paths"].values()
+    )
+    page.click("#operations-operations-health_health_get button.opblock-summary-control")
+    page.click("text=Try it out")
+    page.click("button.execute")
+    page.wait_for_selector(".live-responses-table:has-text('alive')")
+    headers = server.client.get("/docs").headers
+    assert "script-src" not in headers["content-security-policy"]  # default-src 'self' holds for scripts
+    assert "default-src 'self'" in headers["content-security-policy"]
+    server.stop()
 
 
 def test_the_page_is_small_and_keeps_to_its_policy():
