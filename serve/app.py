@@ -38,7 +38,12 @@ def create_app(worker: Worker, config: ServeConfig, metrics: Metrics) -> FastAPI
     """The ASGI application in front of a worker, which somebody else starts and stops."""
     service = Service(worker, config, metrics)
     app = FastAPI(
-        title="dlm", version=__version__, description=DESCRIPTION, redoc_url=None, strict_content_type=False
+        title="dlm",
+        version=__version__,
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        strict_content_type=False,
     )
     app.state.service = service
     for module in (openai, canvas, mercury, tgi, ollama, operations):

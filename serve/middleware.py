@@ -27,7 +27,7 @@ logger = logging.getLogger("serve.access")
 BODY_SECONDS = 60.0
 """Seconds that a client may take for its whole body."""
 
-OPEN = re.compile(r"/(health|ready|metrics|docs|openapi\.json|page/[\w.]+)?")
+OPEN = re.compile(r"/(health|ready|metrics|openapi\.json|docs(/[\w.-]+)?|page/[\w.]+)?")
 """Paths that need no key; / for GET alone."""
 
 ID = re.compile(r"[\w.:-]{1,128}")

@@ -89,6 +89,7 @@ class CanvasResponse(BaseModel):
     model: str
     text: str
     gaps: list[str] | None = None
+    candidate: int | None = Field(None, description="Which of the lengths that were tried it is, from 0.")
     cells: list[CellModel]
     finish_reason: Literal["stop", "length"]
     step: int
@@ -203,16 +204,6 @@ class _View:
         texts = cell_texts(listed, self.decode)
         return [{**asdict(cell), "text": text} for cell, text in zip(listed, texts, strict=True)]
 
-    def step(self, update: Update) -> dict[str, Any]:
-        """The canvas after a step."""
-        canvas = update.canvas
-        return {
-            "step": int(canvas.step[0]),
-            "model_calls": int(canvas.model_calls[0]),
-            "text": update.event.text,
-            "cells": self.cells(canvas, update.plan),
-        }
-
     def answer(self, canvas: Canvas, update: Update, sample: Sample) -> dict[str, Any]:
         """The response for a finished answer."""
         output = update.output
@@ -222,6 +213,7 @@ class _View:
             **self.head,
             "text": output.text,
             "gaps": None,
+            "candidate": None,
             "cells": self.cells(canvas, update.plan)[:tokens],
             "finish_reason": output.finish_reason,
             "step": int(canvas.step[0]),
@@ -237,12 +229,40 @@ class _View:
             "text": filled.result.text,
             "gaps": filled.result.gaps,
             "cells": self.cells(filled.canvas, filled.plan),
+            "candidate": filled.candidate,
             "finish_reason": "stop",
             "step": int(filled.canvas.step[0]),
             "model_calls": filled.result.model_calls,
             "seed": filled.seed,
             "usage": usage(prompt_tokens, filled.written),
         }
+
+
+class _Steps:
+    """The canvas of a row after each step as JSON: whole at first, then the cells that have changed.
+
+    Args:
+        view: makes JSON of canvases.
+    """
+
+    def __init__(self, view: _View) -> None:
+        self._view = view
+        self._last: dict[int, list[dict[str, Any]]] = {}  # by ticket
+
+    def __call__(self, update: Update) -> dict[str, Any]:
+        """Data of the event; to be called once for each step of a row."""
+        canvas = update.canvas
+        listed, before = self._view.cells(canvas, update.plan), self._last.get(update.ticket)
+        self._last[update.ticket] = listed
+        data: dict[str, Any] = {
+            "step": int(canvas.step[0]),
+            "model_calls": int(canvas.model_calls[0]),
+            "text": update.event.text,
+        }
+        if before is None or len(before) > len(listed):
+            return {**data, "cells": listed}
+        fresh = [i for i, cell in enumerate(listed) if i >= len(before) or cell != before[i]]
+        return {**data, "changes": [{"index": i, **listed[i]} for i in fresh]}
 
 
 class _Canvases:
@@ -259,7 +279,7 @@ class _Canvases:
 
     async def answer_events(self, sample: Sample) -> Events:
         """Each step of an answer, then the answer."""
-        async with aclosing(self._answer(sample, self.view.step)) as items:
+        async with aclosing(self._answer(sample, _Steps(self.view))) as items:
             async for finished, value in items:
                 yield event(value, "done" if finished else "canvas")
 
@@ -280,14 +300,14 @@ class _Canvases:
         raise AssertionError("an answer without an end")
 
     async def filled_events(self, filling: Filling) -> Events:
-        """Each step of a text with gaps whose lengths are fixed, then the text."""
-        watch = self.view.step if filling.lengths == 1 else None
+        """Each step of a text with gaps, of every length that is tried, then the text."""
+        several, watch = filling.lengths > 1, _Steps(self.view)
         async with aclosing(filling_steps(self.service, filling, self.body.timeout, watch)) as steps:
             async for value in steps:
                 if isinstance(value, list):
                     yield event(self.view.filled(value[0], filling.prompt_tokens), "done")
                 else:
-                    yield event(value, "canvas")
+                    yield event({**({"candidate": value.index} if several else {}), **value.value}, "canvas")
 
     async def filled(self, filling: Filling) -> dict[str, Any]:
         """The filled text."""
@@ -308,7 +328,9 @@ class _Handlers:
     async def canvas(self, body: CanvasRequest, http: Request) -> Response:
         """Write an answer, or fill the gaps of a text, and tell of every cell.
 
-        As a stream: `event: canvas` after each step, then `event: done`.
+        As a stream: `event: canvas` after each step, with all `cells` at first and then those that have
+        changed (`changes`, each with its `index`); then `event: done`. The lengths of a gap that are tried
+        are told apart by `candidate`.
         """
         service = self.service
         service.check_model(body.model)

@@ -23,7 +23,7 @@ from serve.api import schema
 from serve.api.parameters import Sampling, check_rows, faults_named, first_seed, head, usage, wrapped
 from serve.api.sse import Events, event, stream
 from serve.errors import APIError
-from serve.job import Sample
+from serve.job import Notice, Sample
 from serve.service import Service
 
 MEANINGLESS = ("window", "eos_fill", "begin", "ending", "forced", "canvas", "margin")
@@ -41,6 +41,8 @@ class Filled:
     canvas: Canvas
     plan: Plan
     seed: int
+    candidate: int = 0
+    """Which of the lengths that were tried it is."""
 
     @property
     def written(self) -> int:
@@ -116,13 +118,21 @@ async def fill(service: Service, filling: Filling, timeout: float | None) -> lis
 async def filling_steps(
     service: Service, filling: Filling, timeout: float | None, watch: Callable[[Update], Any] | None = None
 ) -> AsyncGenerator[Any, None]:
-    """Results of `watch` for each step, then the filled texts, see `fill`."""
+    """Notices with the results of `watch` for each step, then the filled texts, see `fill`.
+
+    Where several lengths are tried, their last steps are among them.
+    """
+    several = filling.lengths > 1
+
+    def finish(update: Update) -> tuple[Canvas, Any]:
+        return update.canvas, watch(update) if watch is not None and several else None
+
     with service.worker.held():
         canvases: dict[int, Canvas] = {}
         notices = service.notices(
             filling.samples,
             watch=watch,
-            finish=lambda update: update.canvas,
+            finish=finish,
             timeout=timeout,
             prompt_tokens=filling.prompt_tokens,
             counted=False,
@@ -130,9 +140,10 @@ async def filling_steps(
         async with aclosing(notices):
             async for notice in notices:
                 if notice.finished:
-                    canvases[notice.index] = notice.value
-                else:
-                    yield notice.value
+                    canvases[notice.index], value = notice.value
+                    notice = Notice(notice.index, value)
+                if notice.value is not None:
+                    yield notice
         size = filling.lengths
         tries = [[canvases[i * size + j] for j in range(size)] for i in range(len(filling.seeds))]
         results = [await _best(service, filling, *pair) for pair in zip(tries, filling.seeds, strict=True)]
@@ -152,7 +163,8 @@ async def _best(service: Service, filling: Filling, tries: list[Canvas], seed: i
         scores += await service.call(partial(gap_scores, tries=part, plan=plan, batch_size=len(part)))
     best = max(range(size), key=scores.__getitem__)
     calls = sum(int(canvas.model_calls[0]) for canvas in tries) + (size if size > 1 else 0)
-    return Filled(infilled(tries[best], service.tokenizer, calls, scores[best]), tries[best], plan, seed)
+    result = infilled(tries[best], service.tokenizer, calls, scores[best])
+    return Filled(result, tries[best], plan, seed, best)
 
 
 async def fill_suffix(service: Service, body: schema.CompletionRequest, http: Request) -> Response:

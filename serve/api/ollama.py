@@ -1,9 +1,12 @@
-"""The part of Ollama's interface that clients need: /api/chat, /api/generate, /api/tags, /api/version."""
+"""The part of Ollama's interface that clients need: answers, and what there is of models.
+
+Paths: /api/chat, /api/generate, /api/tags, /api/show, /api/ps, /api/version.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar
@@ -23,6 +26,9 @@ from serve.api.sse import json_line
 from serve.errors import APIError
 from serve.job import Sample
 from serve.service import Service
+
+NEVER = "9999-12-31T23:59:59Z"
+"""When a model is unloaded that stays."""
 
 
 class Options(Sampling):
@@ -77,6 +83,14 @@ class OllamaGenerateRequest(OllamaRequest):
     prompt: str
     system: str | None = None
     raw: bool | None = None
+
+
+class OllamaShowRequest(Body):
+    """Body of /api/show."""
+
+    model: str | None = None
+    name: str | None = Field(None, description="As `model`, in older clients.")
+    verbose: bool | None = Field(None, description="Taken, and not used.")
 
 
 class _OllamaAnswer:
@@ -195,13 +209,73 @@ class _Handlers:
         await self.service.prepare(http, prepare)
         return await self._respond(http, answer)
 
+    def _card(self) -> dict[str, Any]:
+        """The model, with its size in bytes once it is loaded."""
+        name = self.service.config.served_name
+        size = self._parameters("nbytes")
+        return {"name": name, "model": name, "size": size, "digest": "", "details": self._details()}
+
+    def _details(self) -> dict[str, Any]:
+        count = self._parameters("numel")
+        size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
+        return {
+            "parent_model": "",
+            "format": "safetensors",
+            "family": "dlm",
+            "families": ["dlm"],
+            "parameter_size": size if count else "",
+            "quantization_level": "",
+        }
+
+    def _parameters(self, measure: str) -> int:
+        """Sum of `numel` or `nbytes` over the model's parameters; 0 before it is loaded."""
+        if not self.service.worker.loaded.done():
+            return 0
+        parameters: Iterable[Any] = getattr(self.service.worker.engine.model, "parameters", list)()
+        values = (getattr(each, measure) for each in parameters)
+        return sum(int(value() if callable(value) else value) for value in values)
+
+    @property
+    def _created(self) -> str:
+        return datetime.fromtimestamp(self.service.created, UTC).isoformat().replace("+00:00", "Z")
+
     async def tags(self) -> dict[str, Any]:
         """List the model of this server."""
-        created = datetime.fromtimestamp(self.service.created, UTC).isoformat().replace("+00:00", "Z")
-        name = self.service.config.served_name
-        details = {"format": "safetensors", "family": "dlm"}
-        card = {"name": name, "model": name, "modified_at": created, "size": 0, "details": details}
-        return {"models": [card]}
+        return {"models": [{**self._card(), "modified_at": self._created}]}
+
+    async def ps(self) -> dict[str, Any]:
+        """List the model once it is loaded; it stays."""
+        if not self.service.worker.loaded.done():
+            return {"models": []}
+        card = self._card()
+        on_cpu = self._device() == "cpu"
+        return {"models": [{**card, "expires_at": NEVER, "size_vram": 0 if on_cpu else card["size"]}]}
+
+    def _device(self) -> str:
+        return str(getattr(getattr(self.service.worker.engine.model, "device", None), "type", "cpu"))
+
+    async def show(self, body: OllamaShowRequest) -> dict[str, Any]:
+        """Describe the model."""
+        service, name = self.service, body.model or body.name
+        if name is None:
+            raise APIError(400, "model is missing", param="model", code="missing_parameter")
+        service.check_model(name.removesuffix(":latest"))
+        service.check_loaded()
+        spec = service.spec
+        return {
+            "modelfile": "",
+            "parameters": "",
+            "template": str(service.tokenizer.chat_template or ""),
+            "details": self._details(),
+            "model_info": {
+                "general.architecture": "dlm",
+                "general.parameter_count": self._parameters("numel"),
+                "dlm.context_length": spec.positions,
+                "dlm.decoder": str(spec.generation.get("decoder", "conv")),
+            },
+            "capabilities": ["completion"],
+            "modified_at": self._created,
+        }
 
     async def version(self) -> dict[str, str]:
         """Version of this server."""
@@ -216,5 +290,7 @@ def router(service: Service) -> APIRouter:
     api.post("/chat", response_class=Response, responses=answers)(handlers.chat)
     api.post("/generate", response_class=Response, responses=answers)(handlers.generate)
     api.get("/tags", responses=PLAIN_ERRORS)(handlers.tags)
+    api.get("/ps", responses=PLAIN_ERRORS)(handlers.ps)
+    api.post("/show", responses=PLAIN_ERRORS)(handlers.show)
     api.get("/version", responses=PLAIN_ERRORS)(handlers.version)
     return api

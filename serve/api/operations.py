@@ -1,7 +1,9 @@
-"""Paths for those who run the server: /health, /ready, /metrics; and the page at /."""
+"""Paths for those who run the server: /health, /ready, /metrics, /docs; and the page at /."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from importlib.resources import files
 from pathlib import Path
 
 from fastapi import APIRouter
@@ -15,6 +17,11 @@ PAGE = Path(__file__).parent.parent / "page"
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'"
 """The page loads nothing from elsewhere."""
+
+SWAGGER = Path(str(files("fastapi_offline"))) / "static"
+"""Where the files of Swagger UI are."""
+DOCS_POLICY = POLICY + "; style-src 'self' 'unsafe-inline'"
+"""Swagger UI writes styles into its elements."""
 
 
 def router(service: Service) -> APIRouter:
@@ -41,17 +48,32 @@ def router(service: Service) -> APIRouter:
         """Numbers for Prometheus."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
+    _add_docs(api)
     if service.config.page:
-
-        def add(path: str, file: Path) -> None:
-            async def send() -> Response:
-                headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache"}
-                return Response(file.read_bytes(), media_type=KINDS[file.suffix], headers=headers)
-
-            api.add_api_route(path, send, methods=["GET"], include_in_schema=False)
-
-        add("/", PAGE / "index.html")
-        for file in sorted(PAGE.iterdir()):
-            if file.suffix in KINDS:
-                add(f"/page/{file.name}", file)
+        own = [file for file in PAGE.iterdir() if file.suffix in KINDS and file.stem != "docs"]
+        _add_files(api, "/", "/page/", PAGE / "index.html", own, POLICY)
     return api
+
+
+def _add_docs(api: APIRouter) -> None:
+    """Serve Swagger UI at /docs."""
+    brought = [SWAGGER / name for name in ("swagger-ui.css", "swagger-ui-bundle.js")]
+    parts = [PAGE / "docs.js", PAGE / "icon.svg", *brought]
+    _add_files(api, "/docs", "/docs/", PAGE / "docs.html", parts, DOCS_POLICY)
+
+
+def _add_files(
+    api: APIRouter, path: str, folder: str, page: Path, parts: Iterable[Path], policy: str
+) -> None:
+    """Serve a page at `path`, and its parts in `folder`."""
+
+    def add(path: str, file: Path) -> None:
+        async def send() -> Response:
+            headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
+            return Response(file.read_bytes(), media_type=KINDS[file.suffix], headers=headers)
+
+        api.add_api_route(path, send, methods=["GET"], include_in_schema=False)
+
+    add(path, page)
+    for part in parts:
+        add(folder + part.name, part)

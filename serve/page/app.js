@@ -26,6 +26,7 @@ const settings = new Settings();
 const health = new Health(loadCatalogue);
 let turns = [];
 let stopper = null;
+let eager = false; // sent before the decoders were there
 
 /** Fetch the decoders and the model's name, once the server is there. */
 async function loadCatalogue() {
@@ -35,6 +36,7 @@ async function loadCatalogue() {
     byId("model").textContent = models.data[0].id;
     byId("key-form").hidden = true;
     adaptComposer();
+    if (eager) send();
   } catch (error) {
     if (error.status === 401) askForKey();
     else byId("hint").textContent = error.message;
@@ -50,7 +52,12 @@ function askForKey() {
 /** Answer what is in the composer. */
 async function send() {
   const text = prompt.value;
-  if (stopper || !text.trim() || !settings.sides.length || !settings.valid()) return;
+  if (stopper || !text.trim() || !settings.valid()) return;
+  eager = !settings.sides.length;
+  if (eager) {
+    byId("hint").textContent = "It will be sent once the server is there.";
+    return;
+  }
   const fills = countGaps(text) > 0;
   const seed = settings.seed();
   const sides = settings.active;
@@ -145,7 +152,10 @@ function sendOnEnter(event) {
 }
 
 function listen() {
-  prompt.addEventListener("input", adaptComposer);
+  prompt.addEventListener("input", () => {
+    eager = false;
+    adaptComposer();
+  });
   prompt.addEventListener("keydown", sendOnEnter);
   byId("composer").addEventListener("submit", (event) => {
     event.preventDefault();

@@ -1,22 +1,21 @@
 // Frames: the canvas after each step, { step, calls, cells }.
 
-/** The frame of an event of the stream. */
-export const frameOf = (data) => ({ step: data.step, calls: data.model_calls, cells: data.cells });
-
 /**
- * Frames made from the steps of a finished canvas, for a text whose steps were not streamed (the lengths of
- * its gaps were compared). Which masks were open is not known then: all count as open.
+ * The frame of an event of the stream, which holds all cells or those that have changed.
+ * @param {object} data of the event
+ * @param {object} [before] the frame before it
  */
-export function framesOfSteps(cells) {
-  const last = Math.max(-1, ...cells.map((cell) => cell.step ?? -1)) + 1;
-  return Array.from({ length: last }, (_, i) => ({
-    step: i + 1,
-    calls: i + 1,
-    cells: cells.map((cell) => (cell.state === "written" && cell.step > i ? masked(cell) : cell)),
-  }));
-}
+export const frameOf = (data, before) => ({
+  step: data.step,
+  calls: data.model_calls,
+  cells: data.cells ?? changed(before.cells, data.changes),
+});
 
-const masked = (cell) => ({ ...cell, state: "open", text: "", probability: null, step: null });
+function changed(cells, changes) {
+  const fresh = cells.slice();
+  for (const { index, ...cell } of changes) fresh[index] = cell;
+  return fresh;
+}
 
 /** The last frame that is not after `step`, or the first. */
 export function frameAt(frames, step) {

@@ -3,9 +3,32 @@
 import { ServerError, canvasEvents } from "./api.js";
 import { CanvasView } from "./canvas.js";
 import { make, plural, readable } from "./dom.js";
-import { frameAt, frameOf, framesOfSteps, written } from "./frames.js";
+import { frameAt, frameOf, written } from "./frames.js";
 
-/** What one decoder makes of a prompt. */
+/** A canvas and its frames. */
+class Track {
+  /** @param {string} label for those who hear the page */
+  constructor(label) {
+    this.frames = [];
+    this.view = new CanvasView(label);
+  }
+
+  get last() {
+    return this.frames.at(-1);
+  }
+
+  /** Take an event of the stream. */
+  add(data) {
+    this.frames.push(frameOf(data, this.last));
+  }
+
+  /** Take the finished canvas, in the place of frames that are not before it. */
+  end(data) {
+    this.frames = [...this.frames.filter((frame) => frame.step < data.step), frameOf(data)];
+  }
+}
+
+/** What one decoder makes of a prompt: a canvas, or one for each length of a gap while they are tried. */
 export class Panel {
   /**
    * @param {string} name of the decoder
@@ -14,9 +37,9 @@ export class Panel {
   constructor(name, changed) {
     this.name = name;
     this.changed = changed;
-    this.frames = [];
+    this.tracks = new Map();
     this.answer = null;
-    this.view = new CanvasView(`Canvas of ${name}`);
+    this.canvases = make("div", { class: "canvases" });
     this.facts = make("dl", { class: "facts" });
     this.problem = make("p", { class: "problem", role: "alert" });
     this.note = make("p", { class: "soft" });
@@ -25,7 +48,7 @@ export class Panel {
       "section",
       { class: "panel", "aria-label": `Answer by ${name}` },
       make("div", { class: "row head" }, make("h3", { text: name }), this.actions),
-      this.view.element,
+      this.canvases,
       this.facts,
       this.note,
       this.problem,
@@ -34,7 +57,7 @@ export class Panel {
 
   /** Steps so far. */
   get steps() {
-    return this.frames.at(-1)?.step ?? 0;
+    return Math.max(0, ...this.#all.map((track) => track.last.step));
   }
 
   /** Decode, and follow every step; raises when it is stopped or fails. */
@@ -44,7 +67,7 @@ export class Panel {
     try {
       for await (const { name, data } of canvasEvents(body, signal)) {
         if (name === "done") this.#finish(data, (performance.now() - begun) / 1000);
-        else this.#add(frameOf(data));
+        else this.#add(data);
       }
       if (!this.answer) throw new ServerError("The answer broke off.");
     } catch (error) {
@@ -57,23 +80,44 @@ export class Panel {
 
   /** Show the canvas as it was after a step. */
   show(step) {
-    if (this.frames.length) this.view.draw(frameAt(this.frames, step), this.steps);
+    for (const track of this.#all) track.view.draw(frameAt(track.frames, step), this.steps);
   }
 
-  #add(frame) {
-    this.frames.push(frame);
-    this.#list(frame.calls, written(frame));
+  get #all() {
+    return [...this.tracks.values()];
+  }
+
+  /** The track of a length that is tried; there is but one where nothing is tried. */
+  #track(candidate) {
+    const number = candidate ?? 0;
+    if (!this.tracks.has(number)) {
+      const track = new Track(`Canvas of ${this.name}`);
+      this.tracks.set(number, track);
+      this.canvases.append(track.view.element);
+    }
+    return this.tracks.get(number);
+  }
+
+  #add(data) {
+    this.#track(data.candidate).add(data);
+    const last = this.#all.map((track) => track.last);
+    this.#list(
+      last.reduce((sum, frame) => sum + frame.calls, 0),
+      Math.max(...last.map(written)),
+    );
+    if (last.length > 1) this.note.textContent = `${last.length} lengths are tried.`;
     this.changed();
   }
 
   #finish(data, seconds) {
     this.answer = data.text;
-    if (!this.frames.length && data.gaps) {
-      this.frames = framesOfSteps(data.cells);
-      this.note.textContent = "Several lengths were tried. This is the likeliest, replayed from its steps.";
+    const track = this.#track(data.candidate);
+    track.end(data);
+    if (this.tracks.size > 1) {
+      this.note.textContent = `${this.tracks.size} lengths were tried. This is the likeliest.`;
+      this.tracks = new Map([[0, track]]);
+      this.canvases.replaceChildren(track.view.element);
     }
-    this.frames = this.frames.filter((frame) => frame.step < data.step);
-    this.frames.push(frameOf(data));
     const tokens = data.usage.completion_tokens;
     const perCall = readable(tokens / Math.max(1, data.model_calls));
     const rates = { "tokens per call": perCall, "tokens per second": readable(tokens / seconds) };

@@ -1,5 +1,9 @@
 """The native interface: every cell, its state, its probability and its step."""
 
+import re
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,13 +14,24 @@ from tests.decoding.rig import canvas_of, plan_of
 from tests.fakes import FakeDenoiser, FakeTokenizer
 from tests.serve.rig import events, stream_of
 
+ROOT = Path(__file__).parents[2]
 BODY = {"prompt": "Sort the words: b a c", "max_tokens": 20, "seed": 3}
 
 
 def stream(server, **body):
+    """The events of a stream, each with all cells."""
     with server.client.stream("POST", "/v1/canvas", json={**body, "stream": True}) as response:
         assert response.status_code == 200, response.read()
-        return events(response)
+        items, known = events(response), {}
+    for name, data in items:
+        if name == "canvas" and "changes" in data:
+            data["cells"] = list(known[data.get("candidate")])
+            for change in data["changes"]:
+                index = change.pop("index")
+                assert data["cells"][index : index + 1] != [change]
+                data["cells"][index : index + 1] = [change]
+        known[data.get("candidate")] = data["cells"]
+    return items
 
 
 def test_the_cells_of_an_answer_are_those_of_the_python_api(server, tiny, tokenizer):
@@ -40,6 +55,7 @@ def test_a_stream_shows_every_step_and_ends_with_the_answer(server, decoder):
     assert names == ["canvas"] * (len(names) - 1) + ["done"]
     done = items[-1][1]
     assert {k: done[k] for k in ("text", "cells", "step")} == {k: whole[k] for k in ("text", "cells", "step")}
+    assert ["changes" in data for _, data in items[:-1]] == [False] + [True] * (len(items) - 2)
     steps = [data["step"] for _, data in items[:-1]]
     assert steps == list(range(1, len(steps) + 1))
     for _, data in items[:-1]:
@@ -109,7 +125,38 @@ def test_gaps_are_filled_as_the_python_api_fills_them(server, tiny, tokenizer, t
     items = stream(server, **body)
     assert items[-1][0] == "done"
     assert items[-1][1]["text"] == got["text"]
-    assert (len(items) > 1) == (text == "ab <mask:3> cd")
+    candidates = {data.get("candidate") for name, data in items if name == "canvas"}
+    assert candidates == ({None} if text == "ab <mask:3> cd" else {0, 1, 2})
+    if None not in candidates:  # the last of the one that was taken is the answer
+        (*_, last) = (data for _, data in items[:-1] if data["candidate"] == got["candidate"])
+        assert last["cells"] == got["cells"]
+
+
+def test_a_stream_of_changes_holds_each_step_as_the_engine_has_it(server, tiny, tokenizer):
+    """Whole canvases made of the changes, against the cells of the engine after each step."""
+    for options in ({"decoder": "llada", "steps": 9}, {"rate": 2.0}, {"decoder": "remdm", "steps": 9}):
+        items = stream(server, **BODY, **options)
+        canvas = {"canvas": "full"} if "steps" in options else {}
+        plan = Request.of(max_tokens=20, **options, **canvas).resolve(tiny)
+        engine = Engine(tiny, tokenizer)
+        engine.submit(BODY["prompt"], plan, BODY["seed"])
+        for _, data in items[:-1]:
+            (update,) = engine.step()
+            expected = [asdict(cell) for cell in cells(update.canvas, plan)]
+            assert [{k: v for k, v in cell.items() if k != "text"} for cell in data["cells"]] == expected
+
+
+def test_the_example_of_the_documentation_follows_a_stream(server, capsys):
+    """It prints the canvas after each step; the last line is the answer."""
+    text = (ROOT / "docs" / "serve.md").read_text()
+    (code,) = [block for block in re.findall(r"```py\n(.*?)```", text, re.DOTALL) if "v1/canvas" in block]
+    code = code.replace("http://127.0.0.1:8000", server.url).replace("import httpx", "import httpx2 as httpx")
+    exec(code, {})
+    lines = capsys.readouterr().out.splitlines()
+    answer = server.post("/v1/canvas", prompt="What is a cat?", seed=1, max_tokens=32).json()
+    assert lines[-1] == repr("".join(cell["text"] for cell in answer["cells"]))
+    assert len(lines) > 3
+    assert "░" in lines[0]
 
 
 def test_what_does_not_fit_a_canvas_is_refused_by_name(server):

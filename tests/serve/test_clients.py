@@ -115,6 +115,41 @@ def test_the_paths_of_ollama(server):
     assert "format" in refused.json()["error"]
 
 
+def test_the_client_of_ollama(server, tiny, tokenizer):
+    """Its own package: list, show, ps; chat and generate, whole and as streams; errors."""
+    ollama = pytest.importorskip("ollama")
+    client = ollama.Client(host=server.url)
+    (model,) = client.list().models
+    count = sum(each.numel() for each in tiny.parameters())
+    assert (model.model, model.size) == ("tiny", sum(each.nbytes for each in tiny.parameters()))
+    assert client.ps().models[0].model == "tiny"
+    shown = client.show("tiny:latest")
+    assert shown.template == tokenizer.chat_template
+    assert shown.modelinfo["general.parameter_count"] == count
+    assert shown.modelinfo["dlm.context_length"] == tiny.spec.positions
+    assert shown.details.parameter_size == f"{count / 1e6:.0f}M"
+    assert shown.capabilities == ["completion"]
+    messages = [{"role": "user", "content": PROMPT}]
+    options = {"num_predict": 12, "seed": 5}
+    chat = server.post("/v1/chat/completions", messages=messages, max_tokens=12, seed=5).json()
+    text = chat["choices"][0]["message"]["content"]
+    whole = client.chat(model="tiny", messages=messages, options=options)
+    assert (whole.message.content, whole.done_reason) == (text, chat["choices"][0]["finish_reason"])
+    parts = list(client.chat(model="tiny", messages=messages, options=options, stream=True))
+    assert "".join(part.message.content for part in parts) == text
+    assert client.generate(model="tiny", prompt=PROMPT, options=options).response == text
+    parts = list(client.generate(model="tiny", prompt=PROMPT, options=options, stream=True))
+    assert "".join(part.response for part in parts) == text
+    for fails, status in (
+        (lambda: client.show("other"), 404),
+        (lambda: client.chat(model="other", messages=messages), 404),
+        (lambda: client.chat(model="tiny", messages=messages, format="json"), 400),
+    ):
+        with pytest.raises(ollama.ResponseError) as error:
+            fails()
+        assert error.value.status_code == status
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 def test_curl(server, plain):
     body = json.dumps({"prompt": PROMPT, "max_tokens": 12, "seed": 5})

@@ -31,7 +31,7 @@ class Slow(Running):
         super().__init__(*args, **settings)
         self.pause = 0.0
         step = self.ready().worker.engine.step
-        self.worker.engine.step = lambda: (time.sleep(self.pause), step())[1]
+        self.worker.engine.step = lambda rows: (time.sleep(self.pause), step(rows))[1]
 
     def canvas(self, **body):
         """The answer of /v1/canvas."""
@@ -75,7 +75,7 @@ def visit(browser, served, expected):
     served.pause = 0.0
     contexts, errors, urls = [], [], []
 
-    def open_page(url=served.url, width=1280, scheme="light"):
+    def open_page(url=served.url, width=1280, scheme="light", before=None, ready="#health:not(:empty)"):
         viewport = {"width": width, "height": 800}
         context = browser.new_context(viewport=viewport, color_scheme=scheme, reduced_motion="reduce")
         context.set_default_timeout(30000)
@@ -84,8 +84,10 @@ def visit(browser, served, expected):
         page.on("console", lambda message: message.type == "error" and errors.append(message.text))
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: urls.append(request.url))
+        if before is not None:
+            before(page)
         page.goto(url)
-        page.wait_for_selector("#health:not(:empty)")
+        page.wait_for_selector(ready)
         return page
 
     yield open_page
@@ -246,10 +248,16 @@ def test_gaps_typed_in_place_are_filled(page, served):
     assert page.locator(WRITTEN).count() == 5
 
 
-def test_gaps_of_open_length_are_replayed_from_their_steps(page, served):
+def test_lengths_of_an_open_gap_are_watched_and_the_likeliest_stays(page, served):
+    served.pause = 0.05
     ask(page, "the first <mask:2-4> word", tokens=8)
+    page.wait_for_selector(".turn .canvas >> nth=2")
+    page.wait_for_selector("text=3 lengths are tried.")
+    page.wait_for_selector(MASKS)
     finish(page)
+    served.pause = 0.0
     answer = served.canvas(text="the first <mask:2-4> word", seed=7)
+    assert page.locator(".turn .canvas").count() == 1
     assert shown(page) == texts_of(answer)
     page.press(".timeline input", "Home")
     first = sum(cell["step"] == 0 for cell in answer["cells"])
@@ -258,6 +266,22 @@ def test_gaps_of_open_length_are_replayed_from_their_steps(page, served):
     finish(page)
     assert page.locator(".turn").count() == 2
     assert page.locator(".panel .problem:not(:empty)").count() == 0
+
+
+def test_what_is_sent_before_the_decoders_are_listed_waits_for_them(visit, served):
+    held = []
+
+    def hold(route):
+        held.append(route)
+
+    page = visit(before=lambda page: page.route("**/v1/decoders", hold))
+    ask(page, "sum: 3 4")
+    page.wait_for_selector("#hint:has-text('once the server is there')")
+    wait_for(lambda: page.evaluate("1") and held)
+    held[0].continue_()
+    finish(page)
+    assert page.text_content(".asked") == "sum: 3 4"
+    assert shown(page) == texts_of(served.canvas(messages=user("sum: 3 4"), seed=7, max_tokens=24))
 
 
 # ---- conversation ------------------------------------------------------------------------------------
@@ -513,6 +537,24 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(visit, parts, expected):
 
 
 # ---- files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_interfaces_can_be_tried_without_anything_from_elsewhere(visit, parts, shown):
+    """Swagger UI, also where the page is switched off; that nothing else is loaded `visit` checks."""
+    server = Slow(*parts, page=shown, api_key=["secret"])
+    page = visit(f"{server.url}/docs", ready="#operations-operations-health_health_get")
+    assert page.locator(".opblock").count() == sum(
+        len(each) for each in server.client.get("/openapi.json").json()["paths"].values()
+    )
+    page.click("#operations-operations-health_health_get button.opblock-summary-control")
+    page.click("text=Try it out")
+    page.click("button.execute")
+    page.wait_for_selector(".live-responses-table:has-text('alive')")
+    headers = server.client.get("/docs").headers
+    assert "script-src" not in headers["content-security-policy"]  # default-src 'self' holds for scripts
+    assert "default-src 'self'" in headers["content-security-policy"]
+    server.stop()
 
 
 def test_the_page_is_small_and_keeps_to_its_policy():
