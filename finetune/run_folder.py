@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm.checkpointing import discard_incomplete, last_checkpoint
+from dlm.config import flat
 from dlm.data.encode import EncodingReport
 from dlm.errors import ConfigError
 from finetune.config import RunConfig
@@ -59,10 +60,10 @@ class RunFolder:
         return dict(stored)
 
     def _compare(self, new: dict[str, Any], old: dict[str, Any]) -> None:
-        for name, value in _flat(old).items():
-            if name.split(".")[0] not in self.config.FREE and _flat(new).get(name, value) != value:
+        for name, value in flat(old).items():
+            if name.split(".")[0] not in self.config.FREE and flat(new).get(name, value) != value:
                 raise ConfigError(
-                    f"{self.path} holds a run with {name} = {value!r}, not {_flat(new)[name]!r}; "
+                    f"{self.path} holds a run with {name} = {value!r}, not {flat(new)[name]!r}; "
                     "choose another output_dir (--model.init can start from this one)"
                 )
 
@@ -131,14 +132,3 @@ class RunFolder:
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
     """As JSON would give them back."""
     return dict(json.loads(json.dumps(settings)))
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
