@@ -204,9 +204,7 @@ def _weights_that_differ(base: MaskedDiffusionModel, file: Path) -> list[str]:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged ({first_line(error)})") from error
     current = {name: torch.tensor(values) for name, values in sketch(base).items()}
-    return sorted(
-        name for name in {*recorded, *current} if not _alike(recorded.get(name), current.get(name))
-    )
+    return sorted(name for name in {*recorded, *current} if not _alike(recorded.get(name), current.get(name)))
 
 
 def _alike(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:

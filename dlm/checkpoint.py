@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from dlm.config import FAMILIES, MaskedDiffusionConfig
 from dlm.errors import CheckpointError, ConfigError, did_you_mean, first_line
 from dlm.families import PUBLIC, family_named, family_of
 from dlm.families.base import Family
+from dlm.json_files import read_object
 from dlm.model import MaskedDiffusionModel
 from dlm.pretrained.names import NAMES, located
 from dlm.weights import Stored, check_files, read_lazily, tensors
@@ -138,10 +138,7 @@ def stored_config(path: str) -> dict[str, Any]:
             f"{path}: no such folder, not a model that the hub could give, and none of {', '.join(NAMES)}."
             + did_you_mean(path, NAMES)
         ) from error
-    try:
-        return dict(json.loads(Path(str(file)).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: config.json is damaged ({error})") from error
+    return read_object(str(file))
 
 
 Loaded = tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]

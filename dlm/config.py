@@ -15,11 +15,11 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
 
 _WITHOUT_EFFECT = (
-    "transformers_version _name_or_path architectures dtype id2label label2id problem_type return_dict "
-    "output_attentions output_hidden_states use_cache pretraining_tp reorder_and_upcast_attn "
-    "initializer_range chunk_size_feed_forward vocab_size max_position_embeddings "
-    "bos_token_id eos_token_id pad_token_id unk_token_id"
-).split()
+    "transformers_version", "_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type",
+    "return_dict", "output_attentions", "output_hidden_states", "use_cache", "pretraining_tp",
+    "reorder_and_upcast_attn", "initializer_range", "chunk_size_feed_forward", "vocab_size",
+    "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
+)  # fmt: skip
 """Fields of a backbone's configuration that change no hidden state: how it is begun, bounded or called."""
 
 

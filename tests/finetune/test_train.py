@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from dlm import load_model
-from dlm.checkpointing import MARKER, complete_checkpoints, is_complete, last_checkpoint
+from dlm.checkpointing import MARKER, complete_checkpoints, is_complete, last_checkpoint, mark_complete
 from dlm.data.config import DataConfig
-from dlm.errors import ConfigError, DataError
+from dlm.errors import CheckpointError, ConfigError, DataError
 from finetune.config import LoraConfig, ModelConfig, TrainConfig
 from finetune.sft import SFT, train
 
@@ -340,8 +340,44 @@ def test_validation_rows_that_are_all_too_long_are_told_apart(tmp_path, caplog):
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", "{}", '{"config": 3}', "[" * 10_000])
 def test_a_record_that_is_none_is_named(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"run\.json: not what a run writes"):
+    with pytest.raises(ConfigError, match=r"run\.json: damaged \(.*; choose another output_dir"):
         train(settings(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "junk", ["", "{", "[]", "null", "{}", '{"global_step": "x"}', '{"parts": []}', "[" * 9999]
+)
+@pytest.mark.parametrize("name", ["trainer_state.json", "log_state.json"])
+def test_a_damaged_state_of_a_checkpoint_is_one_line_before_the_data_are_read(
+    whole, tmp_path, monkeypatch, name, junk
+):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    unfinish(folder)
+    last = last_checkpoint(folder)
+    (last / name).write_text(junk)
+    (last / MARKER).unlink()
+    mark_complete(last, 12)  # as far as sizes tell
+    monkeypatch.setattr("finetune.run.split_rows", lambda *_: pytest.fail("data were read"))
+    with pytest.raises(CheckpointError) as error:
+        train(settings(folder, eval_steps=6, keep_checkpoints=5))
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(f"{last / name}: damaged (")
+    assert line.endswith("; remove this checkpoint's folder, and the run goes on from the one before")
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole, tmp_path):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    unfinish(folder)
+    shutil.rmtree(last_checkpoint(folder))
+    train(settings(folder, eval_steps=6, keep_checkpoints=5))
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(folder).items())
 
 
 def test_a_finished_run_is_left_as_it_is(whole):
