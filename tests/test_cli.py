@@ -29,6 +29,23 @@ def checkpoint(tmp_path_factory, tokenizer):
     return str(folder)
 
 
+def test_a_row_that_the_template_refuses_is_named(checkpoint, tmp_path, capsys):
+    import shutil
+
+    from tests.dlm.data.test_encode import STRICT
+
+    strict = shutil.copytree(checkpoint, tmp_path / "strict")
+    (strict / "chat_template.jinja").write_text(STRICT)
+    file = tmp_path / "chat.jsonl"
+    talk = [{"role": "system", "content": "x"}, {"role": "user", "content": "Go."}]
+    file.write_text("".join(json.dumps({"messages": talk[i:]}) + "\n" for i in (1, 1, 0)))
+    words = ["generate", "--model", str(strict), "--device", "cpu", "--file", str(file)]
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) >= 2  # those before it are answered
+    assert "error: prompt 2: the chat template refuses the conversation: System role not supported" in err
+
+
 def test_help_names_every_command_and_every_option_with_its_default(capsys):
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
