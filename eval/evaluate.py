@@ -105,8 +105,8 @@ def _answered(contestant: Contestant, questions: list[Question], config: EvalCon
 
 def _fitting(questions: list[Question], loaded: _Loaded) -> list[Question]:
     """The questions that leave room for an answer in the window: the same for all decoders."""
-    window, prompt_length = loaded.config.window, loaded.sampler.prompt_length
-    fitting = [question for question in questions if prompt_length(question.opening) < window]
+    window, fits = loaded.config.window, loaded.sampler.fits
+    fitting = [question for question in questions if fits(question.opening, window)]
     if not fitting:
         raise ConfigError(f"none of the {len(questions)} questions fits in a window of {window} tokens")
     if len(fitting) < len(questions):

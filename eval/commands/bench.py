@@ -46,7 +46,7 @@ def run(config: BenchConfig) -> int:
 
     model, tokenizer = config.load()
     spec = model.spec
-    ids = RowMaker(tokenizer, spec).prompt(config.prompt)
+    ids = RowMaker(tokenizer, spec, spec.positions).prompt(config.prompt)
     if len(ids) + config.max_tokens > spec.positions or len(ids) >= config.window:
         raise ConfigError(f"the prompt has {len(ids)} tokens: too long for this window or this model")
     prompts = torch.tensor([ids] * config.rows, device=model.device)

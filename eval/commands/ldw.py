@@ -80,7 +80,7 @@ def run(config: LDWConfig) -> int:
     first = Sampler(*models[config.checkpoints[0]])
     check_comparable(models)
     window, prior = config.window or first.window, token_prior(config, first.tokenizer)
-    fits = (prompt for prompt in texts if first.prompt_length(prompt) < window)
+    fits = (prompt for prompt in texts if first.fits(prompt, window))
     prompts = list(itertools.islice(fits, config.limit or None))
     if not prompts:
         raise ConfigError(f"no prompt leaves room for an answer in a window of {window} tokens")
