@@ -52,6 +52,7 @@ def evaluated(config: EvalConfig) -> tuple[list[Results], list[str]]:
     questions = load_questions(config.task, config.data, config.limit)
     if config.references:
         questions = with_references(questions, read_records(Path(config.references)), config.references)
+    _check_variants(config)
     loaded = _Loaded(config)
     questions = _fitting(questions, loaded) if config.model and config.window else questions
     contestants = list(_contestants(config, loaded))
@@ -101,6 +102,24 @@ def _answered(contestant: Contestant, questions: list[Question], config: EvalCon
     wanted = [(question.id, turn) for question in questions for turn in range(len(question.turns))]
     missing = [key for key in wanted if key not in answers]
     return f"{card.name}: {len(missing)} of {len(wanted)} answers" if missing else ""
+
+
+def _check_variants(config: EvalConfig) -> None:
+    """Refuse an evaluation none of whose variants the model can do, before its weights are read."""
+    from dlm.checkpoint import stored_spec
+
+    spec = stored_spec(config.model) if config.model else None
+    if spec is None:
+        return
+    failures = []
+    variants = config.variants()
+    for variant in variants:
+        try:
+            variant.request(eos_fill=config.eos_fill).resolve(spec)
+        except ConfigError as error:
+            failures.append(error)
+    if len(failures) == len(variants):
+        raise failures[0]
 
 
 def _fitting(questions: list[Question], loaded: _Loaded) -> list[Question]:

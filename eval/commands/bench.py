@@ -42,8 +42,13 @@ def run(config: BenchConfig) -> int:
     import torch
 
     from decoding.rows import RowMaker
+    from dlm.checkpoint import stored_positions
     from eval.bench import Problem, as_causal, measure, standard_ways, table
 
+    positions = stored_positions(config.model)
+    for name in ("window", "max_tokens"):
+        if positions is not None and getattr(config, name) > positions:
+            raise ConfigError(f"{name} is {getattr(config, name)}, and the model has {positions} positions")
     model, tokenizer = config.load()
     spec = model.spec
     ids = RowMaker(tokenizer, spec, spec.positions).prompt(config.prompt)

@@ -69,13 +69,17 @@ def run(config: LDWConfig) -> int:
     from tqdm import tqdm
 
     from decoding.sampler import Sampler
-    from dlm.checkpoint import load_model
+    from dlm.checkpoint import load_model, stored_positions
     from dlm.data.prompts import read_prompts
     from eval.ldw import candidates, decoding_window, draw_decoding_windows
 
     console, measured = Console(record=True, markup=False, emoji=False), {}
     texts = [config.prompt] if config.prompt else []
     texts += read_prompts(config.file) if config.file else []
+    for path in config.checkpoints:
+        positions = stored_positions(path)
+        if positions is not None and config.window > positions:
+            raise ConfigError(f"window is {config.window}, and {path} has {positions} positions")
     models = {path: load_model(path, dtype="float32") for path in config.checkpoints}
     first = Sampler(*models[config.checkpoints[0]])
     check_comparable(models)
