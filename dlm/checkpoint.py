@@ -314,7 +314,7 @@ def stored_spec(path: str | Path) -> ModelSpec | None:
 
 
 def stored_positions(path: str | Path) -> int | None:
-    """Longest row, in tokens, of the model at a path, from its configuration; None where that does not say."""
+    """Longest row, in tokens, of the model at a path, by its configuration; None where that does not say."""
     spec = stored_spec(path)
     if spec is not None:
         return spec.positions

@@ -358,9 +358,15 @@ BEYOND = "the model's 2048 positions"
         (["generate", "--model", "{m}", *LONG, "a"], f"window must lie between 1 and {BEYOND}, got 100000"),
         (["chat", "--model", "{m}", *LONG], f"window must lie between 1 and {BEYOND}, got 100000"),
         (["infill", "--model", "{m}", "a <mask:5000> b"], "gaps of 5000 tokens, and the model has 2048"),
-        (["bench", "--model", "{m}", *LONG], "window is 100000, and the model has 2048 positions"),
-        (["bench", "--model", "{m}", "--max_tokens", "5000"], "max_tokens is 5000, and the model has 2048"),
-        (["inspect", "ldw", "{m}", "--prompt", "a", *LONG], "window is 100000, and {m} has 2048 positions"),
+        (["bench", "--model", "{m}", *LONG], "window 100000 is longer than the model's 2048 positions"),
+        (
+            ["bench", "--model", "{m}", "--max_tokens", "5000"],
+            "max_tokens 5000 is longer than the model's 2048 positions",
+        ),
+        (
+            ["inspect", "ldw", "{m}", "--prompt", "a", *LONG],
+            "{m}: a window of 100000 is longer than the model's 2048 positions",
+        ),
         (["eval", "file", "--model", "{m}", *ROWS, *LONG], f"{BEYOND}, got 100000"),
         (["eval", "path", "{m}", *ROWS, *LONG], f"{BEYOND}, got 100000"),
         (["train", *RUN], "window 5000 is longer than the 2048 positions of the model"),

@@ -47,8 +47,9 @@ def run(config: BenchConfig) -> int:
 
     positions = stored_positions(config.model)
     for name in ("window", "max_tokens"):
-        if positions is not None and getattr(config, name) > positions:
-            raise ConfigError(f"{name} is {getattr(config, name)}, and the model has {positions} positions")
+        size = getattr(config, name)
+        if positions is not None and size > positions:
+            raise ConfigError(f"{name} {size} is longer than the model's {positions} positions")
     model, tokenizer = config.load()
     spec = model.spec
     ids = RowMaker(tokenizer, spec, spec.positions).prompt(config.prompt)

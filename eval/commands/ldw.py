@@ -79,7 +79,9 @@ def run(config: LDWConfig) -> int:
     for path in config.checkpoints:
         positions = stored_positions(path)
         if positions is not None and config.window > positions:
-            raise ConfigError(f"window is {config.window}, and {path} has {positions} positions")
+            raise ConfigError(
+                f"{path}: a window of {config.window} is longer than the model's {positions} positions"
+            )
     models = {path: load_model(path, dtype="float32") for path in config.checkpoints}
     first = Sampler(*models[config.checkpoints[0]])
     check_comparable(models)
