@@ -9,6 +9,9 @@ ANY     = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 # Type checkers follow a path, and not the import hook that is the default.
 EDITABLE = --config-settings editable_mode=compat --editable
 
+# Processes that share the tests; each takes one thread and about a gigabyte.
+WORKERS ?= $(shell n=`getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2`; [ $$n -gt 8 ] && n=8; echo $$n)
+
 STAMP_DOCS = $(VENV)/.installed-docs
 STAMP_RAY  = $(VENV)/.installed-ray
 
@@ -45,7 +48,7 @@ else
 endif
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 $(STAMP_RAY): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE) ".[ray]"

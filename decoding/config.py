@@ -12,6 +12,7 @@ from dlm.device import check_place
 from dlm.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
+    from decoding.request import Request
     from decoding.sampler import Sampler
 
 
@@ -65,12 +66,33 @@ class LoadConfig:
                 "--accelerate makes few shapes fast, and --reuse has another in every call: give one of them"
             )
 
-    def sampler(self) -> Sampler:
-        """A sampler of the model; nothing is searched for garbage while it is imported and loaded."""
+    def sampler(self, request: Request | None = None) -> Sampler:
+        """A sampler of the model; nothing is searched for garbage while it is imported and loaded.
+
+        Args:
+            request: what is going to be asked for.
+
+        Raises:
+            ConfigError: for a request that the model cannot answer, before its weights are read.
+        """
         with collection_paused():
             from decoding.sampler import Sampler
 
+            if request is not None:
+                self.check(request)
             return Sampler(*self.load())
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that the model cannot answer, from its configuration alone.
+
+        Raises:
+            ConfigError: see `Request.resolve`.
+        """
+        from dlm.checkpoint import stored_spec
+
+        spec = stored_spec(self.model)
+        if spec is not None:
+            request.resolve(spec)
 
     def load(self) -> tuple[Any, Any]:
         """The model and its tokenizer."""

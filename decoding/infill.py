@@ -15,7 +15,7 @@ from decoding.denoiser import hidden_of_rows
 from decoding.gaps import Gap, Piece
 from decoding.pace import Ending
 from decoding.request import OPEN_LENGTH, Plan, Request
-from decoding.rows import Prompt, RowMaker
+from decoding.rows import Prompt, RowMaker, TooLongError
 from dlm.device import sent
 from dlm.errors import ConfigError
 from dlm.spec import ModelSpec
@@ -92,13 +92,16 @@ def rows_with_gaps(
         raise ConfigError(
             f"{name}: its gaps have {combinations} combinations of lengths; at most {MOST_LENGTHS}"
         )
-    before = rows.prompt(prompt) if prompt is not None else []
-    given: list[list[int] | None] = []
-    for i, piece in enumerate(pieces):
-        if isinstance(piece, Gap):
-            given.append(None)
-        else:
-            given.append(rows.text(piece.removesuffix(" ") if i + 1 < len(pieces) else piece))
+    try:
+        before = rows.prompt(prompt) if prompt is not None else []
+        given = [
+            None
+            if isinstance(piece, Gap)
+            else rows.text(piece.removesuffix(" ") if i + 1 < len(pieces) else piece)
+            for i, piece in enumerate(pieces)
+        ]
+    except TooLongError as error:
+        raise ConfigError(f"{name}: {error}") from error
     return [_row(rows, given, sizes, before, plan, name) for sizes in itertools.product(*lengths)]
 
 

@@ -100,7 +100,10 @@ class RowMaker:
         Raises:
             ConfigError: for a prompt that does not fit, and for given tokens that do not fit or overlap.
         """
-        before = self.prompt(prompt)
+        try:
+            before = self.prompt(prompt)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
         if len(before) >= plan.positions:
             raise ConfigError(
                 f"{name}: the prompt has {len(before)} tokens and {self._room(len(before), plan)}"

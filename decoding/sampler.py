@@ -17,7 +17,7 @@ from decoding.infill import Infilled, gap_scores, infilled, plan_infilling, rows
 from decoding.inputs import as_list, cut_text, with_seeds
 from decoding.presets import Decoder
 from decoding.request import Plan, Request, is_whole
-from decoding.rows import Prompt, RowMaker
+from decoding.rows import Prompt, RowMaker, TooLongError
 from dlm.errors import ConfigError, DLMError
 from dlm.spec import ModelSpec
 
@@ -39,7 +39,7 @@ class Sampler:
         self.model = model
         self.tokenizer = tokenizer
         self.spec = ModelSpec.of(model)
-        self.rows = RowMaker(tokenizer, self.spec)
+        self.rows = RowMaker(tokenizer, self.spec, self.spec.positions)
 
     @overload
     def generate(
@@ -330,8 +330,19 @@ class Sampler:
         """Tokens of a prompt, template included; a window must be longer."""
         return len(self.rows.prompt(prompt))
 
+    def fits(self, prompt: Prompt, window: int) -> bool:
+        """True for a prompt that leaves room for an answer in a window of so many tokens."""
+        try:
+            return self.prompt_length(prompt) < window
+        except TooLongError:
+            return False
+
     def text_length(self, text: str) -> int:
-        """Tokens of a plain text."""
+        """Tokens of a plain text.
+
+        Raises:
+            ConfigError: for one that cannot fit in the model's positions by its number of characters alone.
+        """
         return len(self.rows.text(text))
 
     def show(self, ids: list[int]) -> str:

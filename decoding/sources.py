@@ -42,7 +42,7 @@ class SamplerSource:
         room = plan.positions - min(plan.tokens, plan.positions // 2)
         head = [message for message in messages[:1] if message["role"] == "system"]
         rest = list(messages[len(head) :])
-        while len(rest) > 2 and self.sampler.prompt_length(head + rest) > room:
+        while len(rest) > 2 and not self.sampler.fits(head + rest, room + 1):
             rest = rest[2:]
         return head + rest
 

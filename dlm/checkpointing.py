@@ -12,8 +12,15 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
+
+from dlm.json_files import damaged, read_object
 
 MARKER = "complete.json"
+LOG_STATE = "log_state.json"
+"""In a checkpoint: the loss summed since the last log line, so that a resumed curve is the same curve."""
+
+DROP_CHECKPOINT = "remove this checkpoint's folder, and the run goes on from the one before"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -45,7 +52,7 @@ def is_complete(folder: str | Path) -> bool:
     try:
         files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
         return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
@@ -75,6 +82,28 @@ def discard_incomplete(run: str | Path) -> list[str]:
     for path in broken:
         shutil.rmtree(path)
     return sorted(path.name for path in broken)
+
+
+def log_state(checkpoint: str | Path) -> dict[str, Any]:
+    """Of a checkpoint: the sums that were being collected when it was written; empty where it has none.
+
+    Raises:
+        CheckpointError: naming the file that is damaged.
+    """
+    file = Path(checkpoint) / LOG_STATE
+    if not file.is_file():
+        return {}
+    log = read_object(file, hint=DROP_CHECKPOINT)
+    try:
+        return {
+            "loss_sum": float(log["loss_sum"]),
+            "since_step": int(log["since_step"]),
+            "watched": {str(name): float(value) for name, value in log.get("watched", {}).items()},
+            "watched_since": int(log.get("watched_since", log["since_step"])),
+            "parts": None if log.get("parts") is None else int(log["parts"]),
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise damaged(file, error, hint=DROP_CHECKPOINT) from error
 
 
 def _step(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -12,6 +13,14 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 """Backbone families (transformers `model_type`) whose attention can be made bidirectional."""
 
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
+
+_WITHOUT_EFFECT = (
+    "transformers_version", "_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type",
+    "return_dict", "output_attentions", "output_hidden_states", "use_cache", "pretraining_tp",
+    "reorder_and_upcast_attn", "initializer_range", "chunk_size_feed_forward", "vocab_size",
+    "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
+)  # fmt: skip
+"""Fields of a backbone's configuration that change no hidden state: how it is begun, bounded or called."""
 
 
 def bidirectional(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -35,6 +44,14 @@ def bidirectional(config: PreTrainedConfig) -> PreTrainedConfig:
 
 BACKBONES = (*FAMILIES, "ddit", "modernbert_headed")
 """All backbones; those beyond `FAMILIES` are of `dlm.families`."""
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    out: dict[str, Any] = {}
+    for name, value in settings.items():
+        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
 
 
 class MaskedDiffusionConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -94,6 +111,12 @@ class MaskedDiffusionConfig(PreTrainedConfig):  # type: ignore[misc]
             )
         config = AutoConfig.for_model(family, **{**settings, "vocab_size": self.vocab_size})
         return bidirectional(config) if family in FAMILIES else config
+
+    def forward_fields(self) -> dict[str, Any]:
+        """Everything but the weights that hidden states depend on, defaults included, under dotted names."""
+        backbone = {k: v for k, v in self.backbone_config().to_dict().items() if k not in _WITHOUT_EFFECT}
+        shared = {name: getattr(self, name) for name in ("shift", "block_size", "mask_token_id")}
+        return flat({**backbone, **shared})
 
     @property
     def hidden_size(self) -> int:

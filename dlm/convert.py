@@ -20,7 +20,7 @@ from dlm.lock import check_writable
 from dlm.model import MaskedDiffusionModel
 from dlm.notice import carry_notice
 from dlm.pretrained.names import located
-from dlm.weights import INDEX, check_files, shards, tensors
+from dlm.weights import INDEX, check_files, read_index, shards, tensors
 
 
 def convert(source: str | Path, target: str | Path) -> Path:
@@ -103,7 +103,7 @@ def _write_weights(folder: Path, target: Path, renamed: Any) -> None:
         weights = load_file(file)
         save_file({renamed(name): x for name, x in weights.items()}, target / file.name, {"format": "pt"})
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = read_index(folder / INDEX)
         index["weight_map"] = {renamed(name): file for name, file in index["weight_map"].items()}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for name in ("generation_config.json",):

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from dlm.checkpointing import keep_last, mark_complete
+from dlm.checkpointing import LOG_STATE, keep_last, log_state, mark_complete
 from dlm.data.windows import Batch, EpochSampler, WindowCollator
 from dlm.ema import EMA
 from dlm.errors import ConfigError
@@ -30,9 +30,6 @@ from dlm.noising import Blocks, add_eval_noise, add_noise
 from dlm.objective import weighted_loss
 from dlm.prior import TokenPrior
 from dlm.spec import ModelSpec
-
-_LOG_STATE = "log_state.json"
-"""In a checkpoint: the loss summed since the last log line, so that a resumed curve is the same curve."""
 
 
 class DiffusionTrainer(Trainer):  # type: ignore[misc]
@@ -318,7 +315,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
                 "watched_since": self._watched_since,
                 "parts": self.args.gradient_accumulation_steps * max(1, self.args.world_size),
             }
-            (folder / _LOG_STATE).write_text(json.dumps(log), encoding="utf-8")
+            (folder / LOG_STATE).write_text(json.dumps(log), encoding="utf-8")
             if self.ema:
                 self.ema.save(folder)
             mark_complete(folder, self.state.global_step)
@@ -336,10 +333,9 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.ema:
             self.ema.load(resume_from_checkpoint)
-        file = Path(resume_from_checkpoint) / _LOG_STATE
-        self._resumed_log = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self._resumed_log = log_state(resume_from_checkpoint)
         parts = self.args.gradient_accumulation_steps * max(1, self.args.world_size)
-        if self._resumed_log.get("parts", parts) != parts:
+        if self._resumed_log.get("parts") not in (None, parts):
             raise ConfigError(
                 f"{resume_from_checkpoint}: a step of this run has {self._resumed_log['parts']} "
                 f"micro-batches, not {parts}; go on with as many processes as it began with"
@@ -357,17 +353,16 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             share = 1 / self.accelerator.num_processes  # the stored sums are those of all processes
             self._watched = {
                 name: torch.tensor(value * share, device=self.args.device)
-                for name, value in self._resumed_log.get("watched", {}).items()
+                for name, value in self._resumed_log["watched"].items()
             }
-            self._watched_since = self._resumed_log.get("watched_since", self._globalstep_last_logged)
+            self._watched_since = self._resumed_log["watched_since"]
             self._resumed_log = {}
 
 
 def micro_batches(checkpoint: str | Path) -> int | None:
     """Micro-batches in a step of the run that wrote a checkpoint, over all its processes; None if unknown."""
-    file = Path(checkpoint) / _LOG_STATE
-    parts = json.loads(file.read_text(encoding="utf-8")).get("parts") if file.is_file() else None
-    return None if parts is None else int(parts)
+    parts: int | None = log_state(checkpoint).get("parts")
+    return parts
 
 
 class _Bookkeeping(TrainerCallback):  # type: ignore[misc]

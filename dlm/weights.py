@@ -14,6 +14,7 @@ import torch
 
 from dlm.errors import CheckpointError
 from dlm.families.base import file_of
+from dlm.json_files import damaged, read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -83,6 +84,7 @@ def header(file: Path) -> dict[str, Stored]:
         TypeError,
         AttributeError,
         MemoryError,
+        RecursionError,
         OverflowError,
     ) as error:
         raise CheckpointError(f"{file}: truncated or damaged (not a safetensors header)") from error
@@ -101,7 +103,7 @@ def shards(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not (folder / INDEX).is_file():
         return [folder / SINGLE] if (folder / SINGLE).is_file() else []
-    names = sorted(set(_index(folder / INDEX)["weight_map"].values()))
+    names = sorted(set(read_index(folder / INDEX)["weight_map"].values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -110,13 +112,20 @@ def shards(folder: str | Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _index(file: Path) -> dict[str, Any]:
+def read_index(file: Path) -> dict[str, Any]:
+    """The index of a checkpoint in several files: `weight_map`, tensor names to names of files.
+
+    Raises:
+        CheckpointError: when it is damaged.
+    """
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
+        index = read_object(file)
         index["weight_map"].values()
-        return dict(index)
+        return index
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: damaged ({error})") from error
+        if isinstance(error, CheckpointError):
+            raise
+        raise damaged(file, error) from error
 
 
 def read_lazily(path: str | Path) -> dict[str, Stored]:
@@ -131,7 +140,7 @@ def read_lazily(path: str | Path) -> dict[str, Stored]:
 def _hub_shards(path: str) -> list[Path]:
     """The safetensors files of a hub repository, on this machine."""
     index = file_of(path, INDEX)
-    names = [SINGLE] if index is None else sorted(set(_index(Path(index))["weight_map"].values()))
+    names = [SINGLE] if index is None else sorted(set(read_index(Path(index))["weight_map"].values()))
     paths = {name: file_of(path, name) for name in names}
     missing = [name for name, file in paths.items() if file is None]
     if missing and index is not None:
@@ -152,7 +161,7 @@ def check_files(path: str | Path) -> None:
     files = shards(path)
     held = {name for file in files for name in header(file)}
     if (Path(path) / INDEX).is_file():
-        lacking = sorted(set(_index(Path(path) / INDEX)["weight_map"]) - held)
+        lacking = sorted(set(read_index(Path(path) / INDEX)["weight_map"]) - held)
         if lacking:
             raise CheckpointError(f"{path}: its files lack {len(lacking)} weights, the first is {lacking[0]}")
 
@@ -168,7 +177,7 @@ def stored_bytes(path: str | Path) -> int | None:
         return sum(file.stat().st_size for file in shards(path)) or None
     index = file_of(str(path), INDEX)
     if index is not None:
-        total = _index(Path(index)).get("metadata", {}).get("total_size")
+        total = read_index(Path(index)).get("metadata", {}).get("total_size")
         return None if total is None else int(total)
     return _size_on_hub(str(path))
 

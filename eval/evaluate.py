@@ -52,6 +52,7 @@ def evaluated(config: EvalConfig) -> tuple[list[Results], list[str]]:
     questions = load_questions(config.task, config.data, config.limit)
     if config.references:
         questions = with_references(questions, read_records(Path(config.references)), config.references)
+    _check_variants(config)
     loaded = _Loaded(config)
     questions = _fitting(questions, loaded) if config.model and config.window else questions
     contestants = list(_contestants(config, loaded))
@@ -103,10 +104,28 @@ def _answered(contestant: Contestant, questions: list[Question], config: EvalCon
     return f"{card.name}: {len(missing)} of {len(wanted)} answers" if missing else ""
 
 
+def _check_variants(config: EvalConfig) -> None:
+    """Refuse an evaluation none of whose variants the model can do, before its weights are read."""
+    from dlm.checkpoint import stored_spec
+
+    spec = stored_spec(config.model) if config.model else None
+    if spec is None:
+        return
+    failures = []
+    variants = config.variants()
+    for variant in variants:
+        try:
+            variant.request(eos_fill=config.eos_fill).resolve(spec)
+        except ConfigError as error:
+            failures.append(error)
+    if len(failures) == len(variants):
+        raise failures[0]
+
+
 def _fitting(questions: list[Question], loaded: _Loaded) -> list[Question]:
     """The questions that leave room for an answer in the window: the same for all decoders."""
-    window, prompt_length = loaded.config.window, loaded.sampler.prompt_length
-    fitting = [question for question in questions if prompt_length(question.turns[0]) < window]
+    window, fits = loaded.config.window, loaded.sampler.fits
+    fitting = [question for question in questions if fits(question.opening, window)]
     if not fitting:
         raise ConfigError(f"none of the {len(questions)} questions fits in a window of {window} tokens")
     if len(fitting) < len(questions):
@@ -187,7 +206,7 @@ class _Loaded:
             talks, texts = list(rows["prompt"]), list(rows["answer"])
         else:
             referenced = [q for q in questions if q.reference]
-            talks = [[{"role": "user", "content": q.turns[0]}] for q in referenced]
+            talks = [q.opening for q in referenced]
             texts = [q.reference[0] for q in referenced]
         return Band.of(reader.read(talks, texts, "usual perplexities")) if len(texts) > 1 else None
 
@@ -217,7 +236,7 @@ class _Loaded:
         tokenizer, referenced = self.sampler.tokenizer, [q for q in questions if q.reference]
         rows = []
         for q in referenced:
-            prompt = encode_prompt(tokenizer, [{"role": "user", "content": q.turns[0]}])
+            prompt = encode_prompt(tokenizer, q.opening)
             rows.append((prompt, [*encode_text(tokenizer, q.reference[0]), tokenizer.eos_token_id]))
         nats = nelbo(self.sampler.model, rows, self.config.nelbo_draws, self.config.batch_size)
         return {q.id: x / len(answer) for q, x, (_, answer) in zip(referenced, nats, rows, strict=True)}

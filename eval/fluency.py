@@ -82,7 +82,7 @@ def base_of(model: str) -> str:
         if file.is_file():
             try:
                 model = str(json.loads(file.read_text(encoding="utf-8"))["config"]["model"]["init"] or "")
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 return ""
         elif is_adapter(model):
             model = base_of(model)

@@ -17,16 +17,17 @@ from eval.tasks import Question
 
 def conversation(question: Question, turn: int, answers: dict[tuple[str, int], Answer]) -> list[Message]:
     """Messages before the answer to `turn`: the user's turns, and the system's answers between them."""
-    talk: list[Message] = []
+    talk = question.opening
     for i in range(turn):
-        talk.append({"role": "user", "content": question.turns[i]})
         talk.append({"role": "assistant", "content": answers[question.id, i].text})
-    return [*talk, {"role": "user", "content": question.turns[turn]}]
+        talk.append({"role": "user", "content": question.turns[i + 1]})
+    return talk
 
 
 def mark(question: Question, turn: int) -> str:
-    """A hash of what the user has said up to `turn`."""
-    return hashlib.sha256("\0".join(question.turns[: turn + 1]).encode()).hexdigest()[:12]
+    """A hash of what the user has said up to `turn`, and of what was said before."""
+    texts = [text for message in question.history for text in message]
+    return hashlib.sha256("\0".join([*texts, *question.turns[: turn + 1]]).encode()).hexdigest()[:12]
 
 
 def check(questions: Sequence[Question], answers: Mapping[tuple[str, int], Answer], where: str) -> None:

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from dlm.errors import DLMError
+from dlm.errors import CheckpointError, DLMError
+from dlm.json_files import read_object
 from dlm.tokenizer import Message
 from eval.config import JudgeConfig
 from eval.formats import write_json
@@ -141,8 +142,10 @@ class Judge:
     def _one(self, request: Request) -> dict[str, Any] | None:
         file = self._file(request)
         try:
-            return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-        except (OSError, ValueError):
+            stored = read_object(file)
+            if isinstance(stored.get("message"), dict):
+                return stored
+        except CheckpointError:  # not there, or damaged: it is asked for again
             pass
         for pause in (*PAUSES, None):
             try:

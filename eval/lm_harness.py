@@ -88,6 +88,7 @@ class DLM(LM):  # type: ignore[misc]
         super().__init__()
         import torch
 
+        from decoding.rows import RowMaker
         from decoding.sampler import Sampler
         from dlm.checkpoint import load_model
         from eval.variants import Variant
@@ -97,6 +98,7 @@ class DLM(LM):  # type: ignore[misc]
             device = "cpu"  # the harness asks for cuda:0 unless it is told otherwise
         self.model, self.tokenizer = load_model(pretrained, device or "auto", dtype)
         self.sampler = Sampler(self.model, self.tokenizer)
+        self.maker = RowMaker(self.tokenizer, self.sampler.spec)  # of texts of any length, which are cut here
         name, options = parse_decoders(str(decoder).replace(";", ","))[0]
         self.limit, self.likelihood, self.draws = int(max_tokens), likelihood, int(draws)
         self.seed = int(number(str(seed), "seed"))
@@ -162,13 +164,13 @@ class DLM(LM):  # type: ignore[misc]
         room = self.window or (self.sampler.window if self.steps else self.sampler.spec.positions)
         room = room * 3 // 4
         talk = list(self._talks.get(context, ()))
-        while len(talk) > 2 and self.sampler.prompt_length(talk) > room:
+        while len(talk) > 2 and len(self.maker.prompt(talk)) > room:
             first = 1 if talk[0]["role"] == "system" and len(talk) > 3 else 0
             del talk[first : first + 2]  # an example: a question and its answer
         if talk:
             return talk
-        ids = self.sampler.rows.text(context)
-        excess = self.sampler.prompt_length(context) - room
+        ids = self.maker.text(context)
+        excess = len(self.maker.prompt(context)) - room
         return context if excess <= 0 else str(self.tokenizer.decode(ids[excess:]))
 
     def loglikelihood(
@@ -230,18 +232,18 @@ class DLM(LM):  # type: ignore[misc]
         to the continuation.
         """
         if context and template_name(self.tokenizer) != "plain":
-            before = self.sampler.rows.prompt(self._fitting(context))
-            after = self.sampler.rows.text(continuation.lstrip() or continuation)
+            before = self.maker.prompt(self._fitting(context))
+            after = self.maker.text(continuation.lstrip() or continuation)
             return before, after[: self.sampler.spec.positions - len(before)]
         space = len(context) - len(context.rstrip())
         context, continuation = (
             context[: len(context) - space],
             context[len(context) - space :] + continuation,
         )
-        joined = self.sampler.rows.text(context + continuation)
-        before = self.sampler.rows.text(context) if context else [int(self.model.config.eos_token_id)]
+        joined = self.maker.text(context + continuation)
+        before = self.maker.text(context) if context else [int(self.model.config.eos_token_id)]
         cut = joined[len(before) :] if context and joined[: len(before)] == before else None
-        after = cut or self.sampler.rows.text(continuation)
+        after = cut or self.maker.text(continuation)
         room = self.sampler.spec.positions - len(after)
         return before[-room:] if room > 0 else [], after[: self.sampler.spec.positions]
 
@@ -249,7 +251,7 @@ class DLM(LM):  # type: ignore[misc]
         """A bound on log p of whole texts; those longer than the model's positions, in pieces."""
         del disable_tqdm
         eos, room = [int(self.model.config.eos_token_id)], self.sampler.spec.positions - 1
-        texts = [self.sampler.rows.text(request.args[0]) for request in requests]
+        texts = [self.maker.text(request.args[0]) for request in requests]
         pieces = [
             (i, ids[begin : begin + room])
             for i, ids in enumerate(texts)

@@ -196,7 +196,7 @@ class PathFolder:
             runs = [
                 PathRun(**{**run, "costs": [PathCost(**c) for c in run["costs"]]}) for run in stored["runs"]
             ]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(f"{self.file}: not what `dlm eval path` writes ({error!r})") from error
         return {run.key: run for run in runs}
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm.errors import ConfigError, DataError
+from dlm.json_files import read_object
 from eval.answers import Answer, AnswerFile
 from eval.formats import model_answers, model_outputs, without_nan, write_json, write_lines
 from eval.generation import check, generate
@@ -213,10 +214,7 @@ def open_run(folder: Path, card: Card) -> None:
     """
     file = folder / "run.json"
     if file.exists():
-        try:
-            old = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise DataError(f"{file}: damaged ({error}); remove the folder") from error
+        old = read_object(file, DataError, "remove the folder")
         new = json.loads(json.dumps(asdict(card)))
         for name in ("task", "fingerprint", "label", "decoder", "settings"):
             if old.get(name) != new[name]:

@@ -6,11 +6,14 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlm.data.records import SUFFIXES, read_records
-from dlm.data.rows import instruction_text
+from dlm.data.rows import instruction_text, question_and_answer
 from dlm.errors import ConfigError, DataError, unknown_name
+
+if TYPE_CHECKING:
+    from dlm.tokenizer import Message
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Question:
     Attributes:
         id: names it within its task.
         turns: what the user says, in order.
+        history: messages before the first turn, as (role, content).
         reference: reference answers, one for each turn; empty if there are none.
         category: what the task files it under.
         generator: who wrote the reference.
@@ -30,6 +34,13 @@ class Question:
     reference: tuple[str, ...] = ()
     category: str = ""
     generator: str = "reference"
+    history: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def opening(self) -> list[Message]:
+        """The messages before the first answer."""
+        before: list[Message] = [{"role": role, "content": content} for role, content in self.history]
+        return [*before, {"role": "user", "content": self.turns[0]}]
 
 
 @dataclass(frozen=True)
@@ -94,10 +105,23 @@ def _arena(row: dict[str, Any], index: int) -> Question:
     return Question(str(key), (first,), (), str(row.get("category") or row.get("cluster") or ""))
 
 
+def _chat(row: dict[str, Any], key: str, index: int) -> Question:
+    """A conversation: its last turn of the user's is the question, an assistant's behind it the reference."""
+    completion = row.get("completion") if key == "prompt" else None
+    turns = [*row[key], *(completion if isinstance(completion, list) else ())]
+    messages, answer = question_and_answer(turns, "the question")
+    *before, last = messages
+    history = tuple((turn["role"], turn["content"]) for turn in before)
+    return Question(str(index), (last["content"],), (answer,) if answer else (), history=history)
+
+
 def _any(row: Any, index: int) -> Question:
     """Questions from any file that `dlm generate --file` reads."""
     if isinstance(row, str):
         return Question(str(index), (row,))
+    for key in ("messages", "conversations", "prompt"):
+        if isinstance(row.get(key), list):
+            return _chat(row, key, index)
     if isinstance(row.get("turns"), list):
         return _mt_bench({"question_id": index, **row}, index)
     if "question" in row and "answer" in row:

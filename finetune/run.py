@@ -18,7 +18,6 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from dlm.adapter import merged
-from dlm.checkpoint import is_causal_lm
 from dlm.curves import CurveCallback, Draw, draw_curve
 from dlm.data.config import DataConfig
 from dlm.data.encode import EncodingReport, encode_rows
@@ -30,14 +29,13 @@ from dlm.errors import ConfigError, DataError, unknown_name
 from dlm.lock import alone_in
 from dlm.model import MaskedDiffusionModel
 from dlm.notice import carry_notice
-from dlm.pretrained.names import located
 from dlm.prior import TokenPrior
 from dlm.tokenizer import template_name
 from dlm.trainer import DiffusionTrainer, micro_batches
 from finetune.config import RunConfig, StartConfig
 from finetune.deadline import Deadline
 from finetune.run_folder import RunFolder
-from finetune.start import prepare
+from finetune.start import check_model, prepare
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,7 +77,7 @@ class Stage(Generic[Config]):
     def check(self) -> None:
         """Refuse, before the data are read, a start that does not exist."""
         if self.start.init:
-            is_causal_lm(located(self.start.init))
+            check_model(self.start.init, self.config.data.window)
 
     def prior(self, tokenizer: PreTrainedTokenizerBase, model: Any, rows: Dataset) -> TokenPrior:
         """Token counts of the training answers, stored with the model."""

@@ -13,9 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dlm.checkpointing import discard_incomplete, last_checkpoint
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from dlm.checkpointing import DROP_CHECKPOINT, discard_incomplete, last_checkpoint, log_state
+from dlm.config import flat
 from dlm.data.encode import EncodingReport
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, DLMError
+from dlm.json_files import damaged, read_object
 from finetune.config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -41,6 +46,9 @@ class RunFolder:
         if self._stored:
             self._compare(_as_json(asdict(config)), self._stored["config"])
         self.resume_from = last_checkpoint(self.path)
+        if self.resume_from:
+            trainer_state(self.resume_from)
+            log_state(self.resume_from)
         if self.resume_from and not config.resume:
             raise ConfigError(f"{self.path} holds a run already; resume it or choose another output_dir")
 
@@ -48,21 +56,21 @@ class RunFolder:
         """Contents of run.json; empty if there is none."""
         if not self._file.is_file():
             return {}
+        hint = "choose another output_dir"
+        stored = read_object(self._file, ConfigError, hint)
         try:
-            stored = json.loads(self._file.read_text(encoding="utf-8"))
             if not isinstance(stored["config"], dict):
                 raise TypeError("its config is no object")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ConfigError(
-                f"{self._file}: not what a run writes ({error!r}); choose another output_dir"
-            ) from error
-        return dict(stored)
+            stored["seconds"] = float(stored.get("seconds", 0.0))
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(self._file, error, ConfigError, hint) from error
+        return stored
 
     def _compare(self, new: dict[str, Any], old: dict[str, Any]) -> None:
-        for name, value in _flat(old).items():
-            if name.split(".")[0] not in self.config.FREE and _flat(new).get(name, value) != value:
+        for name, value in flat(old).items():
+            if name.split(".")[0] not in self.config.FREE and flat(new).get(name, value) != value:
                 raise ConfigError(
-                    f"{self.path} holds a run with {name} = {value!r}, not {_flat(new)[name]!r}; "
+                    f"{self.path} holds a run with {name} = {value!r}, not {flat(new)[name]!r}; "
                     "choose another output_dir (--model.init can start from this one)"
                 )
 
@@ -75,23 +83,21 @@ class RunFolder:
     def trained(self) -> bool:
         """True when the newest checkpoint is that of the last step."""
         state = self._state
-        return bool(state) and (
-            self._stored.get("stopped", False) or state["global_step"] >= state["max_steps"]
+        return state is not None and (
+            self._stored.get("stopped", False) or state.global_step >= state.max_steps
         )
 
     @property
     def best(self) -> Path | None:
         """The checkpoint that validation found best, if the run chooses one."""
-        best = self._state.get("best_model_checkpoint")
+        best = self._state.best_model_checkpoint if self._state else None
         return self.path / Path(best).name if best else None
 
     @property
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> TrainerState | None:
         """The trainer's state in the newest whole checkpoint."""
         newest = last_checkpoint(self.path)
-        if newest is None:
-            return {}
-        return dict(json.loads((newest / "trainer_state.json").read_text(encoding="utf-8")))
+        return trainer_state(newest) if newest else None
 
     @property
     def seconds(self) -> float:
@@ -128,17 +134,30 @@ class RunFolder:
         os.replace(partial, self._file)
 
 
+def trainer_state(checkpoint: Path) -> TrainerState:
+    """The trainer's state in a checkpoint.
+
+    Raises:
+        CheckpointError: naming the file that is damaged.
+    """
+    file = checkpoint / TRAINER_STATE_NAME
+    try:
+        stored = read_object(file, hint=DROP_CHECKPOINT)
+        for name in ("global_step", "max_steps"):
+            if not isinstance(stored[name], int):
+                raise TypeError(f"{name} is {stored[name]!r:.40}")
+        state = TrainerState(**stored)
+        if not isinstance(state.log_history, list) or not all(isinstance(x, dict) for x in state.log_history):
+            raise TypeError("log_history is no list of objects")
+        if not isinstance(state.best_model_checkpoint, str | None):
+            raise TypeError("best_model_checkpoint is no path")
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        if isinstance(error, DLMError):
+            raise
+        raise damaged(file, error, hint=DROP_CHECKPOINT) from error
+    return state
+
+
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
     """As JSON would give them back."""
     return dict(json.loads(json.dumps(settings)))
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -40,7 +40,7 @@ def held_out_prompts(
     prompts: Iterable[Prompt] = (
         source if isinstance(source, list) else (row["prompt"] or "" for row in source)
     )
-    fits = (prompt for prompt in prompts if sampler.prompt_length(prompt) < config.data.window - 1)
+    fits = (prompt for prompt in prompts if sampler.fits(prompt, config.data.window - 1))
     return list(itertools.islice(fits, count))
 
 

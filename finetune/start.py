@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dlm.adapter import add_adapter
 from dlm.backbone import ScratchConfig, from_causal_lm, from_scratch
-from dlm.checkpoint import is_causal_lm, load_model
+from dlm.checkpoint import is_causal_lm, load_model, stored_positions
 from dlm.data.encoded import EncodedRows
 from dlm.errors import CheckpointError, ConfigError
 from dlm.model import MaskedDiffusionModel
@@ -83,6 +83,25 @@ def _how(path: str) -> str:
     return f"fine-tune it first: dlm train --model.init {path} --output_dir …"
 
 
+def check_model(path: str, window: int) -> None:
+    """Refuse a model that a run cannot start from, by its configuration: before rows and weights are read.
+
+    Args:
+        path: name, folder or hub id.
+        window: longest window of the run, in tokens.
+
+    Raises:
+        CheckpointError: when there is no model, or its family is not known.
+        ConfigError: when the window is longer than the model's positions.
+    """
+    _check_window(window, stored_positions(path))
+
+
+def _check_window(window: int, positions: int | None) -> None:
+    if positions is not None and window > positions:
+        raise ConfigError(f"window {window} is longer than the {positions} positions of the model")
+
+
 def prepare(model: MaskedDiffusionModel, config: StartConfig, window: int, seed: int) -> Any:
     """Fit a model out for training: memory, attention kernel, and an adapter around it if asked for.
 
@@ -95,10 +114,7 @@ def prepare(model: MaskedDiffusionModel, config: StartConfig, window: int, seed:
     Raises:
         ConfigError: when the window is longer than the model's positions.
     """
-    if window > model.config.max_positions:
-        raise ConfigError(
-            f"window {window} is longer than the {model.config.max_positions} positions of the model"
-        )
+    _check_window(window, model.config.max_positions)
     if config.gradient_checkpointing:  # transformers renamed the method during 5.x
         old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
         getattr(model, new if hasattr(model, new) else old)()

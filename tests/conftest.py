@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of programs that tests start, and of several workers
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -29,6 +29,23 @@ def checkpoint(tmp_path_factory, tokenizer):
     return str(folder)
 
 
+def test_a_row_that_the_template_refuses_is_named(checkpoint, tmp_path, capsys):
+    import shutil
+
+    from tests.dlm.data.test_encode import STRICT
+
+    strict = shutil.copytree(checkpoint, tmp_path / "strict")
+    (strict / "chat_template.jinja").write_text(STRICT)
+    file = tmp_path / "chat.jsonl"
+    talk = [{"role": "system", "content": "x"}, {"role": "user", "content": "Go."}]
+    file.write_text("".join(json.dumps({"messages": talk[i:]}) + "\n" for i in (1, 1, 0)))
+    words = ["generate", "--model", str(strict), "--device", "cpu", "--file", str(file)]
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) >= 2  # those before it are answered
+    assert "error: prompt 2: the chat template refuses the conversation: System role not supported" in err
+
+
 def test_help_names_every_command_and_every_option_with_its_default(capsys):
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
@@ -327,3 +344,62 @@ print(model.dtype, Sampler(model, tokenizer).generate([{prompt!r}])[0].token_ids
     dtype, ids = python.stdout.split(" ", 1)
     assert json.loads(ids) == json.loads(program.stdout)["token_ids"]
     assert dtype == program_dtype(checkpoint)
+
+
+LONG = ["--window", "100000"]
+ROWS = ["--data", "{q}", "--output", "{o}/x"]
+RUN = ["--model.init", "{m}", "--data.source", "{q}", "--data.window", "5000", "--output_dir", "{o}/run"]
+BEYOND = "the model's 2048 positions"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "--model", "{m}", *LONG, "a"], f"window must lie between 1 and {BEYOND}, got 100000"),
+        (["chat", "--model", "{m}", *LONG], f"window must lie between 1 and {BEYOND}, got 100000"),
+        (["infill", "--model", "{m}", "a <mask:5000> b"], "gaps of 5000 tokens, and the model has 2048"),
+        (["bench", "--model", "{m}", *LONG], "window 100000 is longer than the model's 2048 positions"),
+        (
+            ["bench", "--model", "{m}", "--max_tokens", "5000"],
+            "max_tokens 5000 is longer than the model's 2048 positions",
+        ),
+        (
+            ["inspect", "ldw", "{m}", "--prompt", "a", *LONG],
+            "{m}: a window of 100000 is longer than the model's 2048 positions",
+        ),
+        (["eval", "file", "--model", "{m}", *ROWS, *LONG], f"{BEYOND}, got 100000"),
+        (["eval", "path", "{m}", *ROWS, *LONG], f"{BEYOND}, got 100000"),
+        (["train", *RUN], "window 5000 is longer than the 2048 positions of the model"),
+        (["r2ft", *RUN], "window 5000 is longer than the 2048 positions of the model"),
+    ],
+    ids=lambda words: " ".join(words[:2]) if isinstance(words, list) else "",
+)
+def test_numbers_beyond_the_models_are_refused_before_weights_are_read(
+    checkpoint, tmp_path, monkeypatch, capsys, words, message
+):
+    monkeypatch.setattr("dlm.checkpoint._read_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("dlm.data.rows.read_records", lambda *_: pytest.fail("rows were read"))
+    (tmp_path / "q.jsonl").write_text(json.dumps({"instruction": "Go.", "output": "Gone."}))
+    places = {"m": checkpoint, "q": tmp_path / "q.jsonl", "o": tmp_path}
+    assert main([word.format(**places) for word in words]) == 2
+    assert message.format(**places) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_spec_is_known_without_weights(checkpoint, tmp_path, monkeypatch):
+    from transformers import GPT2Config, LlamaConfig
+
+    from dlm.adapter import add_adapter
+    from dlm.checkpoint import load_model, stored_positions, stored_spec
+
+    model, tokenizer = load_model(checkpoint, device="cpu")
+    assert stored_spec(checkpoint) == model.spec
+    add_adapter(model, checkpoint, r=2, alpha=2).save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    assert stored_spec(tmp_path / "adapter") == load_model(tmp_path / "adapter", device="cpu")[0].spec
+    for name, config in (
+        ("llama", LlamaConfig(max_position_embeddings=99)),
+        ("gpt2", GPT2Config(n_positions=99)),
+    ):
+        config.save_pretrained(tmp_path / name)
+        assert stored_spec(tmp_path / name) is None
+        assert stored_positions(tmp_path / name) == 99

@@ -366,6 +366,7 @@ METHODS = {
         {"texts": ["a"], "decoder": "conv"},
         {"texts": ["b"], "decoder": "llada", "request": Request(stop="x")},
     ),
+    "fits": ({"prompt": "a", "window": 64}, {"prompt": "a " * 64, "window": 3}),
     "plan": ({}, {"request": Request(stop="x")}),
 }
 """Of each method, arguments, and of each of its parameters another value."""
@@ -390,7 +391,9 @@ def test_every_method_of_the_sampler_is_tried_with_every_parameter():
 def test_a_parameter_of_the_sampler_changes_the_result_or_is_refused(name, model, tokenizer):
     sampler = Sampler(model, tokenizer)
     given, changed = METHODS[name]
-    fields = {} if name in ("without", "plan") else {"decoder": "conv"} if "text" in str(given) else ANSWER
+    fields = (
+        {} if name in ("without", "plan", "fits") else {"decoder": "conv"} if "text" in str(given) else ANSWER
+    )
 
     def result(**arguments):
         fixed = fields if "request" not in arguments else {}

@@ -65,7 +65,7 @@ class ChatConfig(Request, LoadConfig):
 
         if self.endpoint:
             return EndpointSource(self.endpoint, self.model)
-        return SamplerSource(self.sampler())
+        return SamplerSource(self.sampler(Request.read_from(self)))
 
 
 def check_new(file: str) -> None:

@@ -85,7 +85,7 @@ def run(config: GenerateConfig) -> int:
         return 0
     request = Request.read_from(config)
     request.check_decoder()
-    sampler = config.sampler()
+    sampler = config.sampler(request)
     if config.forbidden:
         decoder = sampler.without(config.forbidden, request=request)
         request = replace(request, decoder=decoder, options=None)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from decoding.config import LoadConfig, decoder_option
-from decoding.gaps import pieces_of, place_of
+from decoding.gaps import Gap, pieces_of, place_of
 from decoding.request import Request
 from dlm.cli import Command, json_line
 from dlm.data.prompts import read_prompts
@@ -75,6 +75,16 @@ class InfillConfig(LoadConfig):
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
 
+    def check_sizes(self) -> None:
+        """Refuse gaps that are longer than the model's positions, before its weights are read."""
+        from dlm.checkpoint import stored_positions
+
+        positions = stored_positions(self.model)
+        for i, text in enumerate(self.texts if self.texts != ["-"] and not self.edit else []):
+            size = sum(piece.least for piece in pieces_of(text) if isinstance(piece, Gap))
+            if positions is not None and size > positions:
+                raise ConfigError(f"text {i}: gaps of {size} tokens, and the model has {positions} positions")
+
     def request(self) -> Request:
         """The part of these settings that says how to decode."""
         return Request.read_from(self)
@@ -83,6 +93,7 @@ class InfillConfig(LoadConfig):
 def run(config: InfillConfig) -> int:
     """Fill the texts, in order."""
     config.request().check_decoder()
+    config.check_sizes()
     sampler = config.sampler()
     texts: Iterable[str] = read_prompts("-") if config.texts in ([], ["-"]) else config.texts
     settings: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,19 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from dlm.data.encoded import EncodedRows
-from dlm.errors import DataError
+from dlm.errors import ConfigError, DataError
 from dlm.tokenizer import encode_prompt, encode_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_VERSION = 2
+logger = logging.getLogger(__name__)
+
+_VERSION = 3
 """Raised when rows are encoded differently, so that old caches are not taken."""
+
+_REFUSED = "row "
+"""How the fate of a row begins that the chat template refuses; its number and the reason follow."""
 
 _PIECE = 200_000
 """Characters of plain text that are tokenised at a time."""
@@ -40,11 +46,14 @@ class EncodingReport:
     """Rows whose prompt fills the window, so that nothing is left to learn."""
     truncated: int
     """Rows whose answer was cut at the window's end (they carry no EOS)."""
+    dropped_refused: int = 0
+    """Rows whose conversation the chat template refuses."""
 
     def __str__(self) -> str:
         return (
             f"{self.read} rows read, {self.kept} kept, {self.dropped_empty} dropped (empty answer), "
             f"{self.dropped_long_prompt} dropped (prompt longer than the window), {self.truncated} truncated"
+            + (f", {self.dropped_refused} dropped (refused by the template)" if self.dropped_refused else "")
         )
 
     def as_dict(self) -> dict[str, int]:
@@ -64,7 +73,7 @@ def encode_rows(
         A data set with `input_ids` (list of int), `prompt_length` and `length` (int, tokens), and the counts.
 
     Raises:
-        DataError: when no row is left.
+        DataError: when no row is left, or the chat template refuses most of them.
     """
     if isinstance(rows, EncodedRows):
         rows.check(tokenizer, window)
@@ -85,13 +94,16 @@ def encode_rows(
     encoded = rows.map(
         _encode_batch,
         batched=True,
+        with_indices=True,
         fn_kwargs={"tokenizer": tokenizer, "window": window},
         remove_columns=rows.column_names,
         new_fingerprint=key,
         desc="Tokenising",
     )
     fates = encoded["fate"]
-    count = {fate: sum(f == fate for f in fates) for fate in ("empty", "long_prompt", "truncated")}
+    count = {name: sum(fate == name for fate in fates) for name in ("empty", "long_prompt", "truncated")}
+    refused = [fate for fate in fates if fate.startswith(_REFUSED)]
+    _report_refused(refused, len(rows))
     usable = encoded.filter(
         lambda fate: [f in ("whole", "truncated") for f in fate],
         batched=True,
@@ -101,17 +113,37 @@ def encode_rows(
     )
     if len(usable) == 0:
         raise DataError(f"none of the {len(rows)} rows can be used with a window of {window} tokens")
-    report = EncodingReport(len(rows), len(usable), count["empty"], count["long_prompt"], count["truncated"])
+    dropped = count["empty"], count["long_prompt"], count["truncated"], len(refused)
+    report = EncodingReport(len(rows), len(usable), *dropped)
     return usable.remove_columns("fate"), report
 
 
+def _report_refused(refused: list[str], total: int) -> None:
+    """Say how many rows the template refuses, and show one.
+
+    Raises:
+        DataError: when they are most of the rows.
+    """
+    if not refused:
+        return
+    message = f"{len(refused)} of {total} rows cannot be rendered, the first: {refused[0]}"
+    if len(refused) > total / 2:
+        raise DataError(f"{message}; dlm train --model.template chooses another template")
+    logger.warning("%s; they are left out", message)
+
+
 def _encode_batch(
-    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, window: int
+    batch: dict[str, list[Any]], indices: list[int], tokenizer: PreTrainedTokenizerBase, window: int
 ) -> dict[str, list[Any]]:
     out: dict[str, list[Any]] = {"input_ids": [], "prompt_length": [], "length": [], "fate": []}
     limit = window * 2 * max(map(len, tokenizer.get_vocab()))  # characters that fill the window in any case
-    for prompt, answer in zip(batch["prompt"], batch["answer"], strict=True):
-        for ids, boundary, fate in _encode_row(prompt, answer, tokenizer, window, limit):
+    numbers = batch.get("row", indices)
+    for number, prompt, answer in zip(numbers, batch["prompt"], batch["answer"], strict=True):
+        try:
+            encoded = _encode_row(prompt, answer, tokenizer, window, limit)
+        except ConfigError as error:
+            encoded = [([], 0, f"{_REFUSED}{number}: {error}")]
+        for ids, boundary, fate in encoded:
             out["input_ids"].append(ids)
             out["prompt_length"].append(boundary)
             out["length"].append(len(ids))

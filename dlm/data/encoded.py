@@ -97,7 +97,7 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
                 starts = stored["prompt_lengths"].astype(np.int64)
                 ids, probe = stored["ids"], tuple(facts["probe"])
                 return cls(ids, lengths.cumsum(), lengths, starts, facts["window"], probe)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{file}: not a file of encoded rows ({error})") from error
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm.data.records import SUFFIXES, decoded, read_records, read_text
-from dlm.data.rows import dialogue, instruction_text
+from dlm.data.rows import dialogue, instruction_text, question_and_answer
 from dlm.errors import DataError
 
 
@@ -68,9 +68,11 @@ def _record_prompt(record: Any, where: str) -> Any:
     if isinstance(record, str):
         return record
     if isinstance(record, dict):
-        for key in ("messages", "conversations", "prompt"):
+        for key in ("messages", "conversations"):
             if isinstance(record.get(key), list) and record[key]:
-                return dialogue(record[key], where)
+                return question_and_answer(record[key], where)[0]
+        if isinstance(record.get("prompt"), list) and record["prompt"]:
+            return dialogue(record["prompt"], where)
         for key in ("instruction", "prompt", "question", "text"):
             if isinstance(record.get(key), str) and record[key]:
                 return instruction_text(record, key, where)

@@ -8,7 +8,8 @@ Three kinds of row are understood, whatever the file:
   hold messages too;
 - text: `text`, no prompt, everything maskable (pretraining).
 
-Chat rows of another shape (a last turn of the user's, tools, pictures) are left out and counted.
+Chat rows of another shape (a last turn of the user's, tools, pictures), and rows whose instruction, answer or
+text is null, are left out and counted.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ def features() -> Features:
 
 @cache
 def _with_odd() -> Features:
-    """Those, and what is odd about a row that is to be left out."""
+    """Those, the row's number in its source, and what is odd about it if it is to be left out."""
     from datasets import Features, Value
 
-    return Features({**features(), "odd": Value("string")})
+    return Features({**features(), "row": Value("int64"), "odd": Value("string")})
 
 
 PAIRS = (
@@ -67,7 +68,7 @@ SPEAKERS = {
 
 
 class OddRowError(DataError):
-    """A chat row that is no dialogue that ends with an answer."""
+    """A row that does not end with an answer: a chat row of another shape, or a null in place of a text."""
 
 
 def load_rows(source: str, split: str = "train") -> Dataset:
@@ -78,7 +79,7 @@ def load_rows(source: str, split: str = "train") -> Dataset:
         split: split of a hub data set.
 
     Returns:
-        A `datasets.Dataset` with the columns of `features`.
+        A `datasets.Dataset` with the columns of `features`, and `row`: the number in the source.
 
     Raises:
         ConfigError: for a split of a file.
@@ -110,9 +111,9 @@ def load_rows(source: str, split: str = "train") -> Dataset:
 
 def _checked(row: Any, source: str, index: int) -> Row:
     try:
-        return {**parse_row(row, source, index), "odd": ""}
+        return {**parse_row(row, source, index), "row": index, "odd": ""}
     except OddRowError as error:
-        return {"prompt": [], "answer": "", "odd": str(error)}
+        return {"prompt": [], "answer": "", "row": index, "odd": str(error)}
 
 
 def _without_odd(rows: Dataset, source: str) -> Dataset:
@@ -120,7 +121,7 @@ def _without_odd(rows: Dataset, source: str) -> Dataset:
     odd = [reason for reason in rows["odd"] if reason]
     if not odd:
         return rows.remove_columns("odd")
-    message = f"{len(odd)} of {len(rows)} rows are no dialogues that end with an answer, the first: {odd[0]}"
+    message = f"{len(odd)} of {len(rows)} rows do not end with an answer, the first: {odd[0]}"
     if len(odd) > len(rows) / 2:
         raise DataError(f"{source}: {message}")
     logger.warning("%s: %s; they are left out", source, message)
@@ -163,7 +164,7 @@ def parse_row(row: Any, source: str, index: int) -> Row:
     """One record as `{"prompt": messages, "answer": text}`.
 
     Raises:
-        OddRowError: for a chat row that is no dialogue that ends with an answer.
+        OddRowError: for a row that does not end with an answer.
         DataError: naming `source`, the row's index and what is wrong with it.
     """
     where = f"{source}, row {index}"
@@ -210,6 +211,8 @@ def instruction_text(row: Row, key: str, where: str) -> str:
 
 def _text_field(row: Row, key: str, where: str) -> str:
     value = row[key]
+    if value is None:
+        raise OddRowError(f"{where}: '{key}' is null")
     if not isinstance(value, str):
         raise DataError(f"{where}: '{key}' must be text, got {type(value).__name__} {value!r:.80}")
     return whole_characters(value)
@@ -231,6 +234,19 @@ def _parse_chat(turns: Any, where: str) -> Row:
     if messages[-1]["role"] != "assistant":
         raise OddRowError(f"{where}: the last turn must be the assistant's, got {messages[-1]['role']!r}")
     return {"prompt": messages[:-1], "answer": messages[-1]["content"]}
+
+
+def question_and_answer(turns: Any, where: str) -> tuple[list[dict[str, str]], str]:
+    """The turns of a conversation up to the last one of a user, and the assistant's answer to it, or "".
+
+    Raises:
+        DataError: for what is no conversation, and one in which only the assistant speaks.
+    """
+    messages = dialogue(turns, where)
+    answer = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
+    if not messages or messages[-1]["role"] != "user":
+        raise DataError(f"{where}: a conversation must end with a user's turn, or with the answer to one")
+    return messages, answer
 
 
 def _parse_turn(turn: Any, where: str) -> dict[str, str]:

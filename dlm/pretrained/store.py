@@ -37,7 +37,7 @@ def manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder; empty where there is none that can be read."""
     try:
         return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 

@@ -42,11 +42,17 @@ def run(config: BenchConfig) -> int:
     import torch
 
     from decoding.rows import RowMaker
+    from dlm.checkpoint import stored_positions
     from eval.bench import Problem, as_causal, measure, standard_ways, table
 
+    positions = stored_positions(config.model)
+    for name in ("window", "max_tokens"):
+        size = getattr(config, name)
+        if positions is not None and size > positions:
+            raise ConfigError(f"{name} {size} is longer than the model's {positions} positions")
     model, tokenizer = config.load()
     spec = model.spec
-    ids = RowMaker(tokenizer, spec).prompt(config.prompt)
+    ids = RowMaker(tokenizer, spec, spec.positions).prompt(config.prompt)
     if len(ids) + config.max_tokens > spec.positions or len(ids) >= config.window:
         raise ConfigError(f"the prompt has {len(ids)} tokens: too long for this window or this model")
     prompts = torch.tensor([ids] * config.rows, device=model.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,7 @@ class JudgeCommandConfig:
 
 def run(config: JudgeCommandConfig) -> int:
     """Judge run after run; what was judged before comes from the cache."""
+    from dlm.lock import alone_in
     from eval.judge import DryRunError, Judge
     from eval.run import Results
 
@@ -64,12 +66,13 @@ def run(config: JudgeCommandConfig) -> int:
     results = [Results.load(Path(folder)) for folder in config.runs]
     for result in results[1:] if config.method == "mt_bench_pairs" else results:
         try:
-            verdict = _judged(config, judge, result, results[0])
+            with nullcontext() if config.judge.dry_run else alone_in(result.folder):
+                verdict = _judged(config, judge, result, results[0])
+                verdict.save(result.folder)
         except DryRunError as stop:
             estimates.append(stop.estimate)
             print(f"{result.card.name}: {stop.estimate}")
             continue
-        verdict.save(result.folder)
         print(f"{result.card.name}: {_figure_line(verdict.figures)}")
     if estimates:
         calls, dollars = sum(e.calls for e in estimates), sum(e.dollars for e in estimates)

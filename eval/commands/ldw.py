@@ -69,18 +69,24 @@ def run(config: LDWConfig) -> int:
     from tqdm import tqdm
 
     from decoding.sampler import Sampler
-    from dlm.checkpoint import load_model
+    from dlm.checkpoint import load_model, stored_positions
     from dlm.data.prompts import read_prompts
     from eval.ldw import candidates, decoding_window, draw_decoding_windows
 
     console, measured = Console(record=True, markup=False, emoji=False), {}
     texts = [config.prompt] if config.prompt else []
     texts += read_prompts(config.file) if config.file else []
+    for path in config.checkpoints:
+        positions = stored_positions(path)
+        if positions is not None and config.window > positions:
+            raise ConfigError(
+                f"{path}: a window of {config.window} is longer than the model's {positions} positions"
+            )
     models = {path: load_model(path, dtype="float32") for path in config.checkpoints}
     first = Sampler(*models[config.checkpoints[0]])
     check_comparable(models)
     window, prior = config.window or first.window, token_prior(config, first.tokenizer)
-    fits = (prompt for prompt in texts if first.prompt_length(prompt) < window)
+    fits = (prompt for prompt in texts if first.fits(prompt, window))
     prompts = list(itertools.islice(fits, config.limit or None))
     if not prompts:
         raise ConfigError(f"no prompt leaves room for an answer in a window of {window} tokens")

@@ -97,12 +97,16 @@ def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
     from tqdm import tqdm
 
     from decoding.sampler import Sampler
-    from dlm.checkpoint import load_model
+    from dlm.checkpoint import load_model, stored_spec
     from eval.path import path_costs
     from eval.paths import PathRun, held_out
     from eval.systems import fingerprint
 
     choices, runs = config.variants(), []
+    for path in config.models:
+        spec = stored_spec(path)
+        for variant in choices if spec is not None else ():
+            variant.request().resolve(spec)
     for path in config.models:
         mark = fingerprint(path)
         sampler = Sampler(*load_model(path, config.device, config.dtype))

@@ -42,14 +42,15 @@ class ReportConfig:
 
 def run(config: ReportConfig) -> int:
     """Write the report, and say where."""
-    from dlm.lock import check_writable
+    from dlm.lock import alone_in, check_writable
     from eval.report.report import find_runs, write
 
     check_writable(config.output)
     against = [name.strip() for name in config.against.split(",") if name.strip()]
     runs = find_runs(config.runs)
-    for file in write(runs, Path(config.output), config.title, config.texts, config.ldw, against):
-        print(file)
+    with alone_in(config.output):
+        files = write(runs, Path(config.output), config.title, config.texts, config.ldw, against)
+    print(*files, sep="\n")
     return 0
 
 

@@ -110,7 +110,7 @@ def _curves(file: Path) -> Any:
         curves = json.loads(file.read_text(encoding="utf-8"))
         if not curves or any(set(curve) < {"frequent", "prompt", "end"} for curve in curves.values()):
             raise ValueError("no curves by model")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(f"{file}: not what `dlm inspect ldw` writes ({error})") from error
     return curves
 

@@ -10,6 +10,7 @@ import torch
 from decoding import Decoder, Sampler
 from decoding.infill import rows_with_gaps
 from dlm.errors import ConfigError, DLMError
+from dlm.tokenizer import longest_token
 from tests.decoding.test_given import Letters
 from tests.fakes import FakeDenoiser, FakeTokenizer
 
@@ -199,6 +200,38 @@ def test_arguments_of_other_types_are_named(given, message):
 def test_what_is_no_prompt_is_named(verb, given):
     with pytest.raises(ConfigError, match="must be a text"):
         list(getattr(sampler(), verb)(given))
+
+
+@pytest.mark.parametrize("verb", ["generate", "stream", "infill", "infill prompt", "edit", "edit all"])
+@pytest.mark.parametrize("size", [10**5, 2 * 10**7])
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(model, tokenizer, monkeypatch, verb, size):
+    sampler, text = Sampler(model, tokenizer), "x" * size
+    limit = model.config.max_positions * max(map(len, tokenizer.get_vocab()))
+    refuse = lambda tokenizer, text, **_: pytest.fail("encoded") if len(text) > limit else [5]  # noqa: E731
+    monkeypatch.setattr("decoding.rows.encode_text", refuse)
+    monkeypatch.setattr("dlm.tokenizer._encode", refuse)
+    calls = {
+        "generate": lambda: sampler.generate(text, max_tokens=4),
+        "stream": lambda: list(sampler.stream([{"role": "user", "content": text}], max_tokens=4)),
+        "infill": lambda: sampler.infill(f"{text}<mask:2>"),
+        "infill prompt": lambda: sampler.infill("a<mask:2>", prompt=text),
+        "edit": lambda: sampler.edit(f"{text} word", "word"),
+        "edit all": lambda: sampler.edit(text, (0, size)),
+    }
+    message = rf"has {size // 1000}\d+ characters; {model.config.max_positions} tokens hold {limit} at most"
+    with pytest.raises(ConfigError, match=message):
+        calls[verb]()
+
+
+def test_a_text_within_the_bound_is_encoded_and_counted_in_tokens(model, tokenizer):
+    sampler = Sampler(model, tokenizer)
+    size = model.config.max_positions * longest_token(tokenizer)
+    frame = len(tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False,
+                                              add_generation_prompt=True))  # fmt: skip
+    with pytest.raises(ConfigError, match=r"prompt 0: the prompt has [\d]+ tokens and the model"):
+        sampler.generate("x" * (size - frame), max_tokens=4)
+    with pytest.raises(ConfigError, match=rf"prompt 0: the prompt has {size + 1} characters"):
+        sampler.generate("x" * (size - frame + 1), max_tokens=4)
 
 
 @pytest.mark.parametrize(

@@ -41,13 +41,18 @@ def best(model, row, top_k, cache):
 
 
 def conv(row, i, kernel):
-    near = [j for j in range(LENGTH) if abs(i - j) <= (kernel - 1) // 2 and row[j] != MASK]
+    cells = row.tolist()
+    near = [j for j in range(LENGTH) if abs(i - j) <= (kernel - 1) // 2 and cells[j] != MASK]
     return math.tanh(len(near))
+
+
+def masks(row):
+    return [i for i, token in enumerate(row.tolist()) if token == MASK]
 
 
 def fill(row):
     """Everything behind the first EOS of the answer becomes EOS."""
-    ends = [i for i in range(PROMPT, LENGTH) if row[i] == EOS]
+    ends = [i for i, token in enumerate(row.tolist()) if i >= PROMPT and token == EOS]
     if ends:
         row[ends[0] :] = EOS
     return row
@@ -55,7 +60,7 @@ def fill(row):
 
 def chances(name, row, p, step):
     """Reveal probability of each masked position, by the definition of the method."""
-    masked = [i for i in range(LENGTH) if row[i] == MASK]
+    masked = masks(row)
     t, s = 1 - step / STEPS, 1 - (step + 1) / STEPS
     if name == "cosine":
         t, s = math.sin(math.pi * t / 2), math.sin(math.pi * s / 2)
@@ -76,7 +81,8 @@ def chances(name, row, p, step):
             for i in masked
         }
         masked = [i for i in masked if times[i][1] < 1]
-    q = {i: float(p[i].sum()) for i in masked}
+    kept = p.sum(-1).tolist()
+    q = {i: kept[i] for i in masked}
     if sum(w[i] * q[i] for i in masked) == 0:
         w = dict.fromkeys(masked, 1.0)
     total = sum(w[i] * q[i] for i in masked)
@@ -89,9 +95,8 @@ def chances(name, row, p, step):
 
 def finished(row, p, generator):
     """Every position that is still masked gets its token."""
-    for i in range(LENGTH):
-        if row[i] == MASK:
-            row[i] = int(torch.multinomial(p[i], 1, generator=generator))
+    for i in masks(row):
+        row[i] = int(torch.multinomial(p[i], 1, generator=generator))
     return fill(row)
 
 
@@ -102,7 +107,7 @@ def slow(name, top_k, eos_bias):
     for _ in range(TRIALS):
         row = start()
         for step in range(STEPS):
-            if not (row == MASK).any():
+            if not masks(row):
                 break
             p = best(model, row, top_k, cache)
             new = row.clone()
@@ -120,11 +125,10 @@ def slow_events(top_k, eos_bias):
     model, cache, texts = fake(eos_bias), {}, []
     for _ in range(TRIALS):
         row = start()
-        while (row == MASK).any():
+        while masked := masks(row):
             p = best(model, row, top_k, cache)
-            speed = torch.tensor(
-                [conv(row, i, 5) * float(p[i].sum()) if row[i] == MASK else 0.0 for i in range(LENGTH)]
-            )
+            speed = torch.zeros(LENGTH)
+            speed[masked] = torch.tensor([conv(row, i, 5) * float(p[i].sum()) for i in masked])
             i = int(torch.multinomial(speed, 1, generator=generator))
             row[i] = int(torch.multinomial(p[i], 1, generator=generator))
             row = fill(row)
@@ -134,7 +138,7 @@ def slow_events(top_k, eos_bias):
 
 def by_certainty(name, row, drawn, p, whole, step):
     """The masked positions that a rule of confidence or entropy writes, the tokens being drawn already."""
-    masked = [i for i in range(LENGTH) if row[i] == MASK]
+    masked = masks(row)
     sure = {i: float(whole[i, drawn[i]]) for i in masked}
     best = sorted(masked, key=lambda i: -sure[i])
     if name == "llada":  # 7 positions in 4 steps
@@ -156,9 +160,8 @@ def slow_by_certainty(name, top_k, eos_bias):
     model, cache, everything, texts = fake(eos_bias), {}, {}, []
     for _ in range(TRIALS):
         row, step = start(), 0
-        while (row == MASK).any():
+        while masked := masks(row):
             p, whole = best(model, row, top_k, cache), best(model, row, 0, everything)
-            masked = [i for i in range(LENGTH) if row[i] == MASK]
             drawn = {i: int(torch.multinomial(p[i], 1, generator=generator)) for i in masked}
             for i in by_certainty(name, row, drawn, p, whole, step):
                 row[i] = drawn[i]
@@ -188,8 +191,8 @@ def slow_remdm(top_k, eos_bias, on=0.8, eta=0.3):
             t, s = 1 - step / STEPS, 1 - (step + 1) / STEPS
             looping = t <= 0.6 and t > 0.3 and s > 0
             p, new = best(model, row, top_k, cache), row.clone()
-            masked = [i for i in range(LENGTH) if row[i] == MASK]
-            q = {i: float(p[i].sum()) for i in masked}
+            masked, kept = masks(row), p.sum(-1).tolist()
+            q = {i: kept[i] for i in masked}
             for i in masked:
                 a = (share_of_masks(t) - share_of_masks(s)) * q[i] * len(masked) / sum(q.values())
                 chance = min(1.0, on * eta / (1 - on) * q[i]) if looping else a / (a + share_of_masks(s))

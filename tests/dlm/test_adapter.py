@@ -240,6 +240,55 @@ def test_another_base_of_the_same_shapes_is_refused(base, tokenizer, tmp_path):
         load_model(folder, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_attention_heads", 4),
+        ("rms_norm_eps", 1e-5),
+        ("hidden_act", "gelu"),
+        ("rope_parameters", {"rope_theta": 5e5, "rope_type": "default"}),
+        ("rope_parameters", {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}),
+    ],
+)
+def test_a_base_with_these_weights_and_another_configuration_is_refused(base, tmp_path, field, value):
+    """Its tensors have the same names, shapes and values, and it computes something else."""
+    folder = saved(base, tmp_path / "adapter")
+    before, _ = load_model(base, device="cpu")
+    file = base / "config.json"
+    settings = json.loads(file.read_text())
+    change = {field: value} | ({"num_key_value_heads": 4, "head_dim": 8} if "heads" in field else {})
+    file.write_text(json.dumps({**settings, "backbone": {**settings["backbone"], **change}}))
+    after, _ = load_model(base, device="cpu")
+    ids = noisy(before)
+    assert not torch.allclose(before(ids).logits.nan_to_num(), after(ids).logits.nan_to_num())
+    name = "head_dim" if "heads" in field else field
+    with pytest.raises(CheckpointError, match=rf"is not the model that it was trained on: its {name}"):
+        load_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize("change", [{"rms_norm_eps": 9.999999974752427e-07}, {"use_cache": True, "note": 1}])
+def test_a_configuration_that_computes_the_same_is_known_again(base, tmp_path, change):
+    """As a GGUF file rounds it, and with fields that nothing reads."""
+    folder = saved(base, tmp_path / "adapter")
+    file = base / "config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "backbone": {**settings["backbone"], **change}}))
+    load_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_a_base_that_is_shifted_otherwise_is_refused(base, tmp_path, shift):
+    folder = saved(base, tmp_path / "adapter")
+    file = base / "config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "shift": shift}))
+    if shift == settings["shift"]:
+        load_model(folder, device="cpu")
+        return
+    with pytest.raises(CheckpointError, match="its shift is True, and was False"):
+        load_model(folder, device="cpu")
+
+
 @pytest.mark.parametrize(("noise", "known"), [(0.0, True), (0.02, False)])
 def test_a_base_is_known_again_when_it_is_rounded(base, tmp_path, noise, known):
     folder = saved(base, tmp_path / "adapter")
@@ -270,7 +319,7 @@ def test_an_adapter_on_an_adapter_knows_both(base, tmp_path):
 def test_a_damaged_record_of_the_base_is_named(base, tmp_path):
     folder = saved(base, tmp_path / "adapter")
     (folder / "base.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"base\.json is damaged"):
+    with pytest.raises(CheckpointError, match=r"base\.json: damaged"):
         load_model(folder, device="cpu")
     (folder / "base.json").unlink()
     load_model(folder, device="cpu")  # as older versions wrote it

@@ -315,12 +315,16 @@ def test_whatever_an_endpoint_says_can_be_read_again(text, tmp_path):
     assert {answer.text for answer in file.read().values()} == {text}
 
 
-def command(checkpoint, questions_file, output, **env):
-    words = [
-        Path(sys.executable).parent / "dlm", "eval", "alpaca_eval", "--model", checkpoint,
-        "--data", questions_file, "--output", output, "--max_tokens", "24", "--rate", "1",
+def command_words(checkpoint, questions_file, output):
+    return [
+        "eval", "alpaca_eval", "--model", str(checkpoint),
+        "--data", str(questions_file), "--output", str(output), "--max_tokens", "24", "--rate", "1",
         "--device", "cpu", "--dtype", "float32", "--batch_size", "1",
     ]  # fmt: skip
+
+
+def command(checkpoint, questions_file, output, **env):
+    words = [sys.executable, "-m", "dlm.cli", *command_words(checkpoint, questions_file, output)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, **pipes)
 
@@ -339,9 +343,7 @@ def test_after_a_kill_the_same_texts_come(checkpoint, questions_file, tmp_path):
     before = AnswerFile(found[0]).read()
     assert 3 <= len(before) < 48
     for output in ("killed", "whole"):
-        done = command(checkpoint, questions_file, tmp_path / output)
-        _, errors = done.communicate(timeout=120)
-        assert done.returncode == 0, errors.decode()[-2000:]
+        assert main(command_words(checkpoint, questions_file, tmp_path / output)) == 0
     folders = [next((tmp_path / output).rglob("run.json")).parent for output in ("killed", "whole")]
     killed, whole = (Results.load(folder) for folder in folders)
     assert {k: a.text for k, a in killed.answers.items()} == {k: a.text for k, a in whole.answers.items()}
@@ -364,8 +366,7 @@ def test_two_processes_share_the_questions(checkpoint, questions_file, tmp_path)
     for process in both:
         _, errors = process.communicate(timeout=180)
         assert process.returncode == 0, errors.decode()[-2000:]
-    alone = command(checkpoint, questions_file, tmp_path / "one")
-    alone.communicate(timeout=180)
+    assert main(command_words(checkpoint, questions_file, tmp_path / "one")) == 0
     two, one = (Results.load(next((tmp_path / x).rglob("run.json")).parent) for x in ("two", "one"))
     assert [(a.id, a.text) for a in two.answers.values()] == [(a.id, a.text) for a in one.answers.values()]
     assert len(two.answers) == 6

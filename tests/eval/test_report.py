@@ -8,6 +8,7 @@ import pytest
 
 from dlm.cli import main
 from dlm.errors import DataError
+from dlm.lock import alone_in
 from eval.answers import Answer, AnswerFile
 from eval.metrics import Instruments, summary
 from eval.report import plots, tables
@@ -246,6 +247,15 @@ def test_a_report_is_one_page_and_markdown(runs, tmp_path, capsys):
     assert (out / "gsm8k-calls.svg").read_bytes() == before
 
 
+def test_two_processes_do_not_write_one_report(runs, tmp_path, capsys):
+    words = ["eval", "report", str(tmp_path / "runs"), "--output", str(tmp_path / "report")]
+    with alone_in(tmp_path / "report"):
+        assert main(words) == 2
+        assert "report: another process is writing there" in capsys.readouterr().err
+        assert not (tmp_path / "report" / "report.md").exists()
+    assert main(words) == 0
+
+
 def test_order_is_natural_and_nothing_is_an_error(runs, tmp_path):
     assert [r.card.settings["steps"] for r in find_runs([str(tmp_path)])] == [8, 16, 16, 8, 16]
     assert len(find_runs([str(tmp_path), str(tmp_path / "runs" / ".." / "runs")])) == 5
@@ -270,6 +280,12 @@ def test_judging_a_run_by_command(runs, tmp_path, capsys, monkeypatch):
         assert "12 requests to make" in said
         assert "nothing was asked" in said
         assert endpoint.seen == []
+        with alone_in(runs[0].folder):
+            assert main([*words, "--judge.dry_run"]) == 0  # which writes nothing
+            assert main(words) == 2
+        assert "another process is writing there" in capsys.readouterr().err
+        assert endpoint.seen == []
+        assert not (runs[0].folder / "verdicts").exists()
         assert main(words) == 0
         assert len(endpoint.seen) == 12
     run = Results.load(runs[0].folder)

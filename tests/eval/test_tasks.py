@@ -3,7 +3,10 @@ from dataclasses import replace
 
 import pytest
 
+from dlm.data.prompts import read_prompts
+from dlm.data.rows import parse_row
 from dlm.errors import ConfigError, DataError
+from eval.generation import conversation, mark
 from eval.mt_bench import load_references
 from eval.tasks import TASKS, load_questions
 
@@ -42,6 +45,50 @@ def test_rows_of_every_task_are_read(task, tmp_path):
 def test_an_input_follows_its_instruction(tmp_path):
     row = {"instruction": "Sum up.", "input": "A text.", "output": "T."}
     assert load_questions("file", write(tmp_path, [row]))[0].turns == ("Sum up.\n\nA text.",)
+
+
+USER, ASSISTANT = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("row", "history", "reference"),
+    [
+        ({"messages": [USER, ASSISTANT]}, [], ("Me.",)),
+        ({"messages": [USER]}, [], ()),
+        ({"messages": [SYSTEM, USER, ASSISTANT]}, [SYSTEM], ("Me.",)),
+        ({"messages": [USER, ASSISTANT, USER, ASSISTANT]}, [USER, ASSISTANT], ("Me.",)),
+        (
+            {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]},
+            [],
+            ("Me.",),
+        ),
+        ({"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}, [SYSTEM], ("Me.",)),
+    ],
+)
+def test_a_chat_row_is_its_last_question_with_what_was_said_before(tmp_path, row, history, reference):
+    file = write(tmp_path, [row])
+    (question,) = load_questions("file", file)
+    assert (question.turns, question.reference) == (("Who?",), reference)
+    assert question.opening == [*history, USER] == conversation(question, 0, {})
+    if reference:  # the same prompt and the same answer as in training
+        parsed = parse_row(row, "f", 0)
+        assert (question.opening, question.reference[0]) == (parsed["prompt"], parsed["answer"])
+    if "completion" not in row:
+        assert [question.opening] == [
+            [{"role": "user", "content": p}] if isinstance(p, str) else p for p in read_prompts(file)
+        ]
+
+
+def test_questions_that_differ_in_their_history_are_others(tmp_path):
+    rows = [{"messages": [*before, USER]} for before in ([], [SYSTEM], [USER, ASSISTANT])]
+    assert len({mark(question, 0) for question in load_questions("file", write(tmp_path, rows))}) == 3
+
+
+@pytest.mark.parametrize("turns", [[ASSISTANT], [SYSTEM], [], ["x"], [{"role": "robot", "content": "x"}]])
+def test_a_chat_row_without_a_question_is_named(tmp_path, turns):
+    with pytest.raises(DataError, match=r"q\.jsonl, row 0: "):
+        load_questions("file", write(tmp_path, [{"messages": turns}]))
 
 
 def test_the_second_release_of_arena_hard(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from dlm import load_model
-from dlm.checkpointing import MARKER, complete_checkpoints, is_complete, last_checkpoint
+from dlm.checkpointing import MARKER, complete_checkpoints, is_complete, last_checkpoint, mark_complete
 from dlm.data.config import DataConfig
-from dlm.errors import ConfigError, DataError
+from dlm.errors import CheckpointError, ConfigError, DataError
 from finetune.config import LoraConfig, ModelConfig, TrainConfig
 from finetune.sft import SFT, train
 
@@ -109,8 +110,6 @@ def test_a_killed_run_resumes_to_the_same_curve(whole, tmp_path):
 
 
 def test_half_written_checkpoints_are_never_taken_for_whole_ones(whole, tmp_path):
-    import shutil
-
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     newest = last_checkpoint(folder)
@@ -152,22 +151,42 @@ def gradient_step(folder, **kwargs):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("windows", ["fixed", "grouped"])
-def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path, windows):
-    tail = {"eos_tail": 8} if windows == "grouped" else {}
-    data = DataConfig(source="rules", window=48, limit=150, validation_rows=20, windows=windows, **tail)
-    one, accumulated, two = tmp_path / "one", tmp_path / "accumulated", tmp_path / "two"
-    train(gradient_step(one, per_device_train_batch_size=8, data=data))
-    train(gradient_step(accumulated, per_device_train_batch_size=4, gradient_accumulation_steps=2, data=data))
-    script = tmp_path / "script.py"
+def windows_of(kind):
+    tail = {"eos_tail": 8} if kind == "grouped" else {}
+    return DataConfig(source="rules", window=48, limit=150, validation_rows=20, windows=kind, **tail)
+
+
+AGAIN = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 9}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Runs of two processes: a step in windows of both kinds, and the end of a run that one process began."""
+    folder = tmp_path_factory.mktemp("shared")
+    train(settings(folder / "one", **AGAIN))
+    shutil.copytree(folder / "one", folder / "two")
+    for late in complete_checkpoints(folder / "two")[1:]:  # back to step 4
+        (late / MARKER).unlink()
+    unfinish(folder / "two")
+    script = folder / "script.py"
     script.write_text(
-        "import sys; sys.path.insert(0, '.')\n"
         "from tests.finetune.test_train import *\n"
         "torch.set_num_threads(1)\n"
-        f"data = DataConfig(**{vars(data)!r})\n"
-        f"train(gradient_step({str(two)!r}, per_device_train_batch_size=4, data=data))\n"
+        "for kind in ('fixed', 'grouped'):\n"
+        f"    folder = {str(folder)!r} + '/' + kind\n"
+        "    train(gradient_step(folder, per_device_train_batch_size=4, data=windows_of(kind)))\n"
+        f"train(settings({str(folder / 'two')!r}, **AGAIN))\n"
     )
     on_two_processes(script)
+    return folder
+
+
+@pytest.mark.parametrize("windows", ["fixed", "grouped"])
+def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(shared, tmp_path, windows):
+    data = windows_of(windows)
+    one, accumulated, two = tmp_path / "one", tmp_path / "accumulated", shared / windows
+    train(gradient_step(one, per_device_train_batch_size=8, data=data))
+    train(gradient_step(accumulated, per_device_train_batch_size=4, gradient_accumulation_steps=2, data=data))
     expected = weights(one)
     start_scale = max(float(v.abs().max()) for v in expected.values())
     for other in (accumulated, two):
@@ -177,29 +196,18 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path, 
     assert losses(two)[1] == pytest.approx(losses(one)[1], rel=1e-4)
 
 
-def test_a_run_goes_on_with_another_number_of_processes_to_the_same_weights(tmp_path):
-    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 9}
-    train(settings(tmp_path / "one", **options))
-    train(settings(tmp_path / "two", **options))
-    for late in complete_checkpoints(tmp_path / "two")[1:]:  # back to step 4
-        (late / MARKER).unlink()
-    unfinish(tmp_path / "two")
-    script = tmp_path / "again.py"
-    script.write_text(
-        "from tests.finetune.test_train import settings\n"
-        "from finetune.sft import train\n"
-        f"train(settings({str(tmp_path / 'two')!r}, **{options!r}))\n"
-    )
-    on_two_processes(script)
-    expected = weights(tmp_path / "one")
-    for name, value in weights(tmp_path / "two").items():
+def test_a_run_goes_on_with_another_number_of_processes_to_the_same_weights(shared):
+    expected = weights(shared / "one")
+    for name, value in weights(shared / "two").items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert losses(shared / "two") == pytest.approx(losses(shared / "one"), rel=1e-4)
+    (log,) = (
+        json.loads((c / "log_state.json").read_text()) for c in complete_checkpoints(shared / "two")[-1:]
+    )
+    assert log["parts"] == 2
 
 
 def test_micro_batches_are_dealt_out_to_the_processes_that_there_are(whole, tmp_path):
-    import shutil
-
     from finetune.run import accumulation
 
     newest = last_checkpoint(whole)
@@ -340,8 +348,40 @@ def test_validation_rows_that_are_all_too_long_are_told_apart(tmp_path, caplog):
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", "{}", '{"config": 3}', "[" * 10_000])
 def test_a_record_that_is_none_is_named(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"run\.json: not what a run writes"):
+    with pytest.raises(ConfigError, match=r"run\.json: damaged \(.*; choose another output_dir"):
         train(settings(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "junk", ["", "{", "[]", "null", "{}", '{"global_step": "x"}', '{"parts": []}', "[" * 9999]
+)
+@pytest.mark.parametrize("name", ["trainer_state.json", "log_state.json"])
+def test_a_damaged_state_of_a_checkpoint_is_one_line_before_the_data_are_read(
+    whole, tmp_path, monkeypatch, name, junk
+):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    unfinish(folder)
+    last = last_checkpoint(folder)
+    (last / name).write_text(junk)
+    (last / MARKER).unlink()
+    mark_complete(last, 12)  # as far as sizes tell
+    monkeypatch.setattr("finetune.run.split_rows", lambda *_: pytest.fail("data were read"))
+    with pytest.raises(CheckpointError) as error:
+        train(settings(folder, eval_steps=6, keep_checkpoints=5))
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(f"{last / name}: damaged (")
+    assert line.endswith("; remove this checkpoint's folder, and the run goes on from the one before")
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    unfinish(folder)
+    shutil.rmtree(last_checkpoint(folder))
+    train(settings(folder, eval_steps=6, keep_checkpoints=5))
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(folder).items())
 
 
 def test_a_finished_run_is_left_as_it_is(whole):
@@ -351,8 +391,6 @@ def test_a_finished_run_is_left_as_it_is(whole):
 
 
 def test_a_run_killed_before_its_final_model_does_not_train_on(whole, tmp_path):
-    import shutil
-
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     unfinish(folder)

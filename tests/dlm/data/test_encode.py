@@ -1,4 +1,5 @@
 import copy
+import json
 
 import pytest
 from datasets import Dataset
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from dlm.data.encode import _encode_long, encode_rows
-from dlm.data.rows import features
+from dlm.data.rows import features, load_rows
 from dlm.errors import ConfigError, DataError
 from dlm.tokenizer import as_messages, encode_prompt, encode_text, longest_token, train_tokenizer
 
@@ -30,6 +31,49 @@ def test_the_boundary_is_exactly_what_inference_uses(tokenizer):
         "<|im_start|>user\nCount from 3 to 5.<|im_end|>\n<|im_start|>assistant\n3 4 5<|im_end|>"
     )
     assert report.kept == 1
+
+
+STRICT = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+)
+"""As Gemma's: it knows no system message."""
+
+
+def chat_file(path, *systems):
+    """Rows of chat, some behind a system message, and at place 1 one without an answer."""
+    turns = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Gone."}]
+    rows = [{"messages": [{"role": "system", "content": "x"}] * has_system + turns} for has_system in systems]
+    rows.insert(1, {"messages": turns[:1]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_rows(str(path))
+
+
+def test_rows_that_the_template_refuses_are_left_out_counted_and_one_is_shown(tokenizer, tmp_path, caplog):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = STRICT
+    rows = chat_file(tmp_path / "chat.jsonl", 0, 0, 1, 0, 1)  # of the file rows 0, 2, 3, 4, 5
+    for _ in range(2):  # encoded, and from the cache
+        caplog.clear()
+        encoded, report = encode_rows(rows, strict, 64)
+        assert (report.read, report.kept, report.dropped_refused, len(encoded)) == (5, 3, 2, 3)
+        assert "2 dropped (refused by the template)" in str(report)
+        message = (
+            "2 of 5 rows cannot be rendered, the first: row 3: the chat template refuses the conversation: "
+        )
+        assert message + "System role not supported; they are left out" in caplog.text
+    encoded, report = encode_rows(rows.select(range(3, 5)), strict, 64)
+    assert "the first: row 5: " in caplog.text  # its number in the file, whatever part of it is trained on
+    assert encode_rows(rows, tokenizer, 64)[1].dropped_refused == 0
+
+
+def test_a_template_that_refuses_most_rows_is_an_error(tokenizer, tmp_path):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = STRICT
+    with pytest.raises(
+        DataError, match=r"2 of 3 rows cannot be rendered, the first: row 0: .*--model.template"
+    ):
+        encode_rows(chat_file(tmp_path / "chat.jsonl", 1, 1, 0), strict, 64)
 
 
 @pytest.mark.parametrize("size", [50, 333])
@@ -56,6 +100,7 @@ def test_dropped_and_truncated_rows_are_counted(tokenizer):
     encoded, report = encode_rows(rows, tokenizer, 48)
     assert report.as_dict() == {
         "read": 5, "kept": 2, "dropped_empty": 2, "dropped_long_prompt": 1, "truncated": 1,
+        "dropped_refused": 0,
     }  # fmt: skip
     assert max(encoded["length"]) == 48
     assert "2 dropped (empty answer)" in str(report)

@@ -35,7 +35,7 @@ def test_conversations_by_any_name(tmp_path):
     file = tmp_path / "a.jsonl"
     other = [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "What?"}]
     file.write_text("\n".join(json.dumps(r) for r in ({"messages": TURNS}, {"conversations": other})))
-    assert list(read_prompts(str(file))) == [TURNS, TURNS]
+    assert list(read_prompts(str(file))) == [TURNS[:1]] * 2  # what training learns is not part of the prompt
     file.write_text(json.dumps({"messages": [{"role": "user"}]}))
     with pytest.raises(DataError, match=r"a\.jsonl, row 0: turn 0 needs a role"):
         list(read_prompts(str(file)))
@@ -44,6 +44,24 @@ def test_conversations_by_any_name(tmp_path):
         list(read_prompts(str(file)))
     file.write_text(json.dumps({"prompt": 5}))
     with pytest.raises(DataError, match=r"row 0: 'prompt' must be a text, got 5"):
+        list(read_prompts(str(file)))
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+@pytest.mark.parametrize("before", [[], [{"role": "system", "content": "Be brief."}], TURNS])
+def test_a_chat_row_gives_the_prompt_that_training_sees(tmp_path, key, before):
+    file, record = tmp_path / "a.jsonl", {key: [*before, *TURNS]}
+    file.write_text(json.dumps(record))
+    assert list(read_prompts(str(file))) == [parse_row(record, "f", 0)["prompt"]]
+    file.write_text(json.dumps({key: record[key][:-1]}))  # nobody has answered yet
+    assert list(read_prompts(str(file))) == [parse_row(record, "f", 0)["prompt"]]
+
+
+@pytest.mark.parametrize("turns", [TURNS[1:], [TURNS[1], TURNS[1]], [{"role": "system", "content": "x"}]])
+def test_a_conversation_without_a_question_is_named(tmp_path, turns):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"messages": turns}))
+    with pytest.raises(DataError, match=r"a\.jsonl, row 0: a conversation must end with a user's turn"):
         list(read_prompts(str(file)))
 
 

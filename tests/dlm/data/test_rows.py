@@ -19,12 +19,18 @@ EXPECTED = [
 ]
 
 
+def listed(rows):
+    """The rows, which are numbered in order, without their numbers."""
+    assert list(rows["row"]) == list(range(len(rows)))
+    return rows.remove_columns("row").to_list()
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz"])
 def test_every_file_format_gives_the_same_rows(tmp_path, name):
     text = "\n".join(map(json.dumps, ALPACA)) if "jsonl" in name else json.dumps(ALPACA)
     path = tmp_path / name
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
-    assert load_rows(str(path)).to_list() == EXPECTED
+    assert listed(load_rows(str(path))) == EXPECTED
 
 
 def test_chat_and_text_rows():
@@ -41,7 +47,7 @@ def test_chat_and_text_rows():
     [
         ({"instruction": "x"}, "needs 'instruction' and 'output'.*it has instruction"),
         ({"instruction": "x", "output": 3}, "'output' must be text, got int 3"),
-        ({"instruction": None, "output": "y"}, "'instruction' must be text, got NoneType"),
+        ({"instruction": ["x"], "output": "y"}, "'instruction' must be text, got list"),
         (["x"], "expected an object, got list"),
         ({"text": 1}, "'text' must be text"),
     ],
@@ -75,14 +81,28 @@ def test_odd_chat_rows_are_left_out_counted_and_one_is_shown(tmp_path, turns, me
     for _ in range(2):  # read, and from the cache
         caplog.clear()
         rows = load_rows(str(path))
-        assert rows.to_list() == [{"prompt": [USER], "answer": "a"}] * 2
-        assert rows.column_names == ["prompt", "answer"]
+        assert rows.to_list() == [{"prompt": [USER], "answer": "a", "row": number} for number in (0, 2)]
         assert re.search(rf"1 of 3 rows .* the first: .*chat\.jsonl, row 1: .*{message}", caplog.text)
     path.write_text(
         "".join(json.dumps(row) + "\n" for row in ({"messages": turns}, good, {"messages": turns}))
     )
     with pytest.raises(DataError, match=rf"2 of 3 rows .* the first: .*row 0: .*{message}"):
         load_rows(str(path))
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"instruction": "x", "output": None}, "output"),
+        ({"instruction": None, "output": "y"}, "instruction"),
+        ({"text": None}, "text"),
+    ],
+)
+def test_a_null_is_left_out_counted_and_shown(tmp_path, row, name, caplog):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in (ALPACA[0], row, ALPACA[1])))
+    assert load_rows(str(path)).remove_columns("row").to_list() == EXPECTED
+    assert f"1 of 3 rows do not end with an answer, the first: {path}, row 1: '{name}' is null" in caplog.text
 
 
 def test_speakers_have_many_names_and_contents_parts():
@@ -117,13 +137,13 @@ def test_rows_of_other_data_sets(tmp_path, row, ending):
         path.write_text(f"{json.dumps(row)}\n" * 2)
     else:
         rows.to_csv(path, sep="\t" if ending == "tsv" else ",", index=False)
-    assert load_rows(str(path)).to_list() == EXPECTED[:1] * 2
+    assert listed(load_rows(str(path))) == EXPECTED[:1] * 2
 
 
 def test_a_table_may_be_divided_by_semicolons_and_must_be_whole(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_bytes('\ufeffinstruction;input;output\r\nAdd.;1 2;3\r\nGreet.;;"Hello."\r\n'.encode())
-    assert load_rows(str(path)).to_list() == EXPECTED
+    assert listed(load_rows(str(path))) == EXPECTED
     path.write_text("instruction,output\nAdd.,3,4\n")
     with pytest.raises(DataError, match=r"rows\.csv, row 0: has not as many fields"):
         load_rows(str(path))
@@ -141,7 +161,7 @@ def test_encodings(tmp_path, name):
     path = tmp_path / name
     expected = [{"prompt": [{"role": "user", "content": "Grüße"}], "answer": "Schöne Grüße"}]
     path.write_bytes(text.encode("utf-8-sig"))
-    assert load_rows(str(path)).to_list() == expected
+    assert listed(load_rows(str(path))) == expected
     path.write_bytes(text.encode("utf-16"))
     with pytest.raises(DataError, match=rf"{name}.*UTF-16"):
         load_rows(str(path))
@@ -153,7 +173,7 @@ def test_encodings(tmp_path, name):
 def test_halves_of_surrogate_pairs_are_replaced(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text('{"instruction": "a \\ud800 b \\ud83d\\ude00", "output": "\\udfff"}\n')
-    (row,) = load_rows(str(path)).to_list()
+    (row,) = listed(load_rows(str(path)))
     assert row == {"prompt": [{"role": "user", "content": "a \ufffd b \U0001f600"}], "answer": "\ufffd"}
     assert encode_text(tokenizer, "a\ud800") == encode_text(tokenizer, "a\ufffd")
     encode_prompt(tokenizer, [{"role": "user", "content": "\ud800 <|mask|>"}])
@@ -188,7 +208,7 @@ def test_a_hub_data_set_gives_the_same_rows(monkeypatch):
         return Dataset.from_list(ALPACA)
 
     monkeypatch.setattr("datasets.load_dataset", hub)
-    assert load_rows("tatsu-lab/alpaca").to_list() == EXPECTED
+    assert listed(load_rows("tatsu-lab/alpaca")) == EXPECTED
     assert asked == [("tatsu-lab/alpaca", "train")]
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Dataset.from_list([{"instruction": "x"}]))
     with pytest.raises(DataError, match=r"some/set\[train\], row 0: needs 'instruction' and 'output'"):
