@@ -6,8 +6,8 @@ from benchmarks import objectives
 from benchmarks.gpu import material
 from benchmarks.gpu.context import Context
 
-TOGETHER = 5
-"""Processes at a time: a small model leaves most of a GPU idle."""
+TOGETHER = 3
+"""Processes at a time: a small model leaves most of a GPU idle, but each needs up to 20 GB."""
 
 
 def run(context: Context) -> None:
