@@ -191,6 +191,33 @@ def test_lm_evaluation_harness_generates_through_the_server(server, kind):
     assert sys.version_info >= (3, 11)
 
 
+def test_lm_evaluation_harness_is_told_what_scores_in_place_of_the_server(server, tokenizer, caplog):
+    """Never a wrong number: log-likelihoods of a prompt are refused, with what to use."""
+    pytest.importorskip("lm_eval.models.openai_completions", reason="lm-eval's API models are not installed")
+    import requests
+    import tenacity
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    settings = {"base_url": f"{server.url}/v1/completions", "model": "tiny", "max_retries": 1}
+    lm = LocalCompletionsAPI(**settings, tokenizer_backend=None, tokenized_requests=False)
+    payload = lm._create_payload([[5, 6, 7]], generate=False, gen_kwargs={"seed": 1}, eos="")
+    response = server.post("/v1/completions", **payload)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (400, "echo", "unsupported_parameter")
+    assert "python -m eval.lm_harness run --model dlm" in error["message"]
+    lm.tokenizer, lm.tokenized_requests = tokenizer, True
+    with pytest.raises((tenacity.RetryError, requests.HTTPError)), caplog.at_level("WARNING"):
+        lm._loglikelihood_tokens([(("a b", " c"), [5, 6], [7])], disable_tqdm=True)
+    assert "eval.lm_harness" in caplog.text
+    for body in (
+        {"echo": True, "logprobs": 1, "max_tokens": 0},
+        {"echo": True, "logprobs": 0, "max_tokens": 1},
+    ):
+        assert server.post("/v1/completions", prompt="a", **body).json()["error"]["param"] == "echo"
+    for body in ({"echo": True, "max_tokens": 1}, {"logprobs": 1, "max_tokens": 1}):
+        assert server.post("/v1/completions", prompt="a", **body).status_code == 200
+
+
 def test_dlm_eval_and_dlm_chat_talk_to_the_server(server, tmp_path, capsys):
     from decoding.request import Request
     from decoding.sources import EndpointSource
