@@ -109,6 +109,9 @@ class Message(Body):
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         "name": (),
         "tool_calls": _NOTHING,
+        "images": _NOTHING,  # of Ollama, as are the next two
+        "thinking": ("",),
+        "tool_name": ("",),
         "function_call": (),
         "tool_call_id": (),
         "audio": (),
