@@ -114,6 +114,8 @@ def explain(errors: Sequence[Any]) -> APIError:  # noqa: PLR0911
         param = ".".join([*names, name])
         message = f"{param} is not supported by this server"
         return APIError(400, message, param=param, code="unsupported_parameter")
+    if kind == "scoring":
+        return APIError(400, str(fault["msg"]), param="echo", code="unsupported_parameter")
     if kind == "half_character":
         param = ".".join([*names, str(fault["ctx"]["name"])])
         return APIError(400, f"{param} holds half of a surrogate pair", param=param, code="invalid_value")

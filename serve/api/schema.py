@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, LiteralString
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from serve.api.parameters import Body, Sampling, Texts
 from serve.errors import APIError
@@ -34,6 +35,14 @@ _EVERYWHERE: dict[str, tuple[Any, ...]] = {
     "structured_outputs": (),
     "priority": (0,),
 }
+
+
+SCORING: LiteralString = (
+    "echo with logprobs and max_tokens of 0 or 1 asks for log-likelihoods of the prompt, which this server "
+    "does not give: a masked diffusion model has none token by token. For lm-evaluation-harness there is "
+    "python -m eval.lm_harness run --model dlm --model_args pretrained=MODEL"
+)
+"""Error of requests that score a prompt."""
 
 
 class StreamOptions(Body):
@@ -70,6 +79,15 @@ class CompletionRequest(Answering):
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {**_EVERYWHERE, "best_of": (1,)}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_scoring(cls, body: Any) -> Any:
+        """Refuse to give log-likelihoods of a prompt, which is what others do with these three."""
+        echoed = isinstance(body, dict) and body.get("echo") is True and body.get("logprobs") is not None
+        if echoed and body.get("max_tokens") in (0, 1):
+            raise PydanticCustomError("scoring", SCORING)
+        return body
+
 
 class Message(Body):
     """One turn of a conversation."""
@@ -91,6 +109,9 @@ class Message(Body):
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         "name": (),
         "tool_calls": _NOTHING,
+        "images": _NOTHING,  # of Ollama, as are the next two
+        "thinking": ("",),
+        "tool_name": ("",),
         "function_call": (),
         "tool_call_id": (),
         "audio": (),

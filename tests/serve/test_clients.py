@@ -1,5 +1,6 @@
 """Other people's clients, unmodified: huggingface_hub, Ollama's protocol, curl, lm-evaluation-harness."""
 
+import asyncio
 import itertools
 import json
 import re
@@ -110,6 +111,11 @@ def test_the_paths_of_ollama(server):
     body = {"prompt": PROMPT, "max_tokens": 12, "seed": 5}
     assert raw["response"] == server.post("/v1/completions", **body).json()["choices"][0]["text"]
     assert server.post("/api/chat", model="other", messages=messages).status_code == 404
+    images = [{**messages[0], "images": []}]
+    assert server.post("/api/chat", model="tiny", messages=images, stream=False).status_code == 200
+    images = [{**messages[0], "images": ["aGk="]}]
+    refused = server.post("/api/chat", model="tiny", messages=images, stream=False)
+    assert "images is not supported" in refused.json()["error"]
     refused = server.post("/api/generate", model="tiny", prompt="a", format="json")
     assert refused.json()["param"] == "format"
     assert "format" in refused.json()["error"]
@@ -148,6 +154,39 @@ def test_the_client_of_ollama(server, tiny, tokenizer):
         with pytest.raises(ollama.ResponseError) as error:
             fails()
         assert error.value.status_code == status
+
+
+def test_litellm(server):
+    """Whole, streamed, async, options of diffusion; by both interfaces. It is no dependency."""
+    litellm = pytest.importorskip("litellm")
+    messages = [{"role": "user", "content": PROMPT}]
+    chat = server.post("/v1/chat/completions", messages=messages, max_tokens=12, seed=5).json()
+    text = chat["choices"][0]["message"]["content"]
+    openai = {"model": "openai/tiny", "api_base": f"{server.url}/v1", "api_key": "none"}
+    ollama = {"model": "ollama_chat/tiny", "api_base": server.url}
+    for way in (openai, ollama):
+        settings = {**way, "messages": messages, "max_tokens": 12, "seed": 5}
+        assert litellm.completion(**settings).choices[0].message.content == text
+        parts = list(litellm.completion(**settings, stream=True))
+        assert "".join(part.choices[0].delta.content or "" for part in parts) == text
+
+    async def wait():
+        settings = {**openai, "messages": messages, "max_tokens": 12, "seed": 5}
+        whole = await litellm.acompletion(**settings)
+        parts = [part async for part in await litellm.acompletion(**settings, stream=True)]
+        return whole, "".join(part.choices[0].delta.content or "" for part in parts)
+
+    whole, streamed = asyncio.run(wait())
+    assert whole.choices[0].message.content == streamed == text
+    assert whole.usage.completion_tokens == chat["usage"]["completion_tokens"]
+    body = {"messages": messages, "max_tokens": 12, "seed": 5, "decoder": "llada", "steps": 6}
+    expected = server.post("/v1/chat/completions", **body).json()["choices"][0]["message"]["content"]
+    extra = {"decoder": "llada", "steps": 6}
+    answer = litellm.completion(**openai, messages=messages, max_tokens=12, seed=5, extra_body=extra)
+    assert answer.choices[0].message.content == expected
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    with pytest.raises(litellm.BadRequestError, match="tools is not supported"):
+        litellm.completion(**openai, messages=messages, tools=[tool])
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
@@ -189,6 +228,33 @@ def test_lm_evaluation_harness_generates_through_the_server(server, kind):
     assert answers[0]
     assert "\n" not in answers[0]
     assert sys.version_info >= (3, 11)
+
+
+def test_lm_evaluation_harness_is_told_what_scores_in_place_of_the_server(server, tokenizer, caplog):
+    """Never a wrong number: log-likelihoods of a prompt are refused, with what to use."""
+    pytest.importorskip("lm_eval.models.openai_completions", reason="lm-eval's API models are not installed")
+    import requests
+    import tenacity
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    settings = {"base_url": f"{server.url}/v1/completions", "model": "tiny", "max_retries": 1}
+    lm = LocalCompletionsAPI(**settings, tokenizer_backend=None, tokenized_requests=False)
+    payload = lm._create_payload([[5, 6, 7]], generate=False, gen_kwargs={"seed": 1}, eos="")
+    response = server.post("/v1/completions", **payload)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (400, "echo", "unsupported_parameter")
+    assert "python -m eval.lm_harness run --model dlm" in error["message"]
+    lm.tokenizer, lm.tokenized_requests = tokenizer, True
+    with pytest.raises((tenacity.RetryError, requests.HTTPError)), caplog.at_level("WARNING"):
+        lm._loglikelihood_tokens([(("a b", " c"), [5, 6], [7])], disable_tqdm=True)
+    assert "eval.lm_harness" in caplog.text
+    for body in (
+        {"echo": True, "logprobs": 1, "max_tokens": 0},
+        {"echo": True, "logprobs": 0, "max_tokens": 1},
+    ):
+        assert server.post("/v1/completions", prompt="a", **body).json()["error"]["param"] == "echo"
+    for body in ({"echo": True, "max_tokens": 1}, {"logprobs": 1, "max_tokens": 1}):
+        assert server.post("/v1/completions", prompt="a", **body).status_code == 200
 
 
 def test_dlm_eval_and_dlm_chat_talk_to_the_server(server, tmp_path, capsys):
