@@ -22,7 +22,7 @@ def masked_diffusion_loss(
 
     w(t) = -alpha'(t) / (1 - alpha(t)), which is 1/t for the log-linear schedule whatever its eps: with
     u = (1 - eps) t the probability of a mask, the mean of this loss over t is the integral of S(u) / u from 0
-    to 1 - eps, S(u) the expected nats of the masked tokens. The bound goes on to 1. What is lacking is eps S(1),
+    to 1 - eps, S(u) the expected nats of the masked tokens. The bound goes on to 1. Lacking is eps S(1),
     a thousandth of the nats of a row that is masked whole; another weight would bend the rest of the integral
     to make up for it. So training keeps 1/t (MDLM), and what is reported as NELBO, in validation and
     evaluation, draws fixed numbers of masks, which is the bound whatever the schedule.

@@ -112,7 +112,7 @@ def test_the_model_takes_candidates_at_the_cells_that_have_any(model):
 @pytest.mark.parametrize("power", [1, 2, 3])
 @pytest.mark.parametrize("eps", [1e-3, 0.2])
 def test_the_loss_is_the_integral_up_to_the_greatest_probability_of_a_mask(eps, power):
-    """For masked tokens of S(u) = u^k nats in all: ∫ S(u)/u du from 0 to 1 - eps, which is (1 - eps)^k / k."""
+    """For masked tokens of S(u) = u^k nats: ∫ S(u)/u du from 0 to 1 - eps, which is (1 - eps)^k / k."""
     schedule = LogLinear(eps)
     t = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     nats = schedule.mask_probability(t) ** power
