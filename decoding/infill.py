@@ -129,7 +129,9 @@ def gap_scores(model: Any, tries: Sequence[Canvas], plan: Plan, batch_size: int)
     """Log-likelihood of each way to fill a text's gaps (see `Infilled.score`), so many at a time.
 
     The terms are summed, not averaged: a longer gap has more tokens to explain, and given tokens that are
-    certain anyway must not dilute the others.
+    certain anyway must not dilute the others. All lengths within the bounds count as equally likely: the
+    mean length is right alone and a little short behind a prompt (docs/infilling.md has the numbers), so
+    that one prior would not serve both.
     """
     if len(tries) == 1:
         return [float(_written(tries[0]).sum())]

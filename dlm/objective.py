@@ -20,10 +20,12 @@ def masked_diffusion_loss(
 ) -> torch.Tensor:
     """Monte-Carlo NELBO per maskable token, in nats: sum over masked tokens of -w(t) log p, over the count.
 
-    w(t) = -alpha'(t) / (1 - alpha(t)), which is 1/t for the log-linear schedule. That schedule stops at a
-    mask probability of 1 - eps: the mean of this loss is eps (0.1 %) below the bound, a constant factor to
-    training. What is reported as NELBO, in validation and evaluation, draws fixed numbers of masks, which is
-    the bound whatever the schedule.
+    w(t) = -alpha'(t) / (1 - alpha(t)), which is 1/t for the log-linear schedule whatever its eps: with
+    u = (1 - eps) t the probability of a mask, the mean of this loss over t is the integral of S(u) / u from 0
+    to 1 - eps, S(u) the expected nats of the masked tokens. The bound goes on to 1. Lacking is eps S(1),
+    a thousandth of the nats of a row that is masked whole; another weight would bend the rest of the integral
+    to make up for it. So training keeps 1/t (MDLM), and what is reported as NELBO, in validation and
+    evaluation, draws fixed numbers of masks, which is the bound whatever the schedule.
     Unmasked tokens contribute nothing (SUBS: they predict themselves with probability 1), so only the
     masked ones are passed.
 

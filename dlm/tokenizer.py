@@ -7,7 +7,9 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -235,15 +237,30 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(whole_characters(text), add_special_tokens=False)["input_ids"]) if text else []
+    """Token ids of a text in which control tokens are control tokens."""
+    return _ids(tokenizer, text, split_special_tokens=False)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of plain text; special tokens written in it are split into ordinary ones."""
+    return _ids(tokenizer, text, split_special_tokens=True)
+
+
+_LOCKS: WeakKeyDictionary[Any, Lock] = WeakKeyDictionary()
+"""A lock for each tokenizer: transformers sets a switch of the tokenizer before it encodes, so that a thread
+could encode with the other's switch."""
+
+_LOCKING = Lock()
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, split_special_tokens: bool) -> list[int]:
     if not text:
         return []
-    kwargs: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}
-    return list(tokenizer(whole_characters(text), **kwargs)["input_ids"])
+    with _LOCKING:
+        lock = _LOCKS.setdefault(tokenizer, Lock())
+    settings: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": split_special_tokens}
+    with lock:
+        return list(tokenizer(whole_characters(text), **settings)["input_ids"])
 
 
 PARTING = {"ByteLevel", "Digits", "Split", "Punctuation"}

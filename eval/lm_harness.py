@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -36,16 +36,20 @@ LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 """Names of tasks for the longest answer, in the harness's order of precedence."""
 
 
-def _check_arguments(pretrained: str, likelihood: str, draws: int, rest: Iterable[str]) -> None:
+def _check_arguments(
+    pretrained: str, likelihood: str, draws: int | str | None, rest: Mapping[str, Any]
+) -> None:
     """Refuse arguments of the model that are missing, unknown, or do not go together."""
     if not pretrained:
         raise ConfigError("model_args need pretrained=DIR")
     for name in rest:
         if name not in ("max_batch_size", "trust_remote_code"):  # what the harness adds by itself
             raise unknown_name("model_args", name, list(inspect.signature(DLM.__init__).parameters)[1:-1])
+    if str(rest.get("trust_remote_code", False)).lower() not in ("false", "none", ""):
+        logger.warning("trust_remote_code has no effect: code that lies beside a model is never run")
     if likelihood not in LIKELIHOODS:
         raise unknown_name("likelihood", likelihood, LIKELIHOODS)
-    if likelihood == "path" and draws != DRAWS:
+    if likelihood == "path" and draws is not None:
         raise ConfigError("draws are for likelihood=nelbo; a path takes one call for each token")
 
 
@@ -61,8 +65,8 @@ class DLM(LM):  # type: ignore[misc]
         steps: denoising steps, on a fixed canvas; with a window and 0, the checkpoint's own.
         rate: tokens per model call; 0 for the default.
         likelihood: "nelbo", or "path" for the bound along the decoder's own order, one token a call.
-        draws: model calls for each log-likelihood by the NELBO. A continuation with no more maskings than
-            that is exact; the standard error of the others falls with the root, and is logged.
+        draws: model calls for each log-likelihood by the NELBO, by default 32. A continuation with no more
+            maskings than that is exact; the standard error of the others falls with the root, and is logged.
         seed: of the noise.
         batch_size: rows per model call.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
@@ -78,7 +82,7 @@ class DLM(LM):  # type: ignore[misc]
         steps: int | str = 0,
         rate: float | str = 0,
         likelihood: str = "nelbo",
-        draws: int | str = DRAWS,
+        draws: int | str | None = None,
         seed: int | str = 0,
         batch_size: int | str = 8,
         device: str | None = "auto",
@@ -93,14 +97,15 @@ class DLM(LM):  # type: ignore[misc]
         from dlm.checkpoint import load_model
         from eval.variants import Variant
 
-        _check_arguments(pretrained, likelihood, int(draws), rest)
+        _check_arguments(pretrained, likelihood, draws, rest)
         if device and device.startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"  # the harness asks for cuda:0 unless it is told otherwise
         self.model, self.tokenizer = load_model(pretrained, device or "auto", dtype)
         self.sampler = Sampler(self.model, self.tokenizer)
         self.maker = RowMaker(self.tokenizer, self.sampler.spec)  # of texts of any length, which are cut here
         name, options = parse_decoders(str(decoder).replace(";", ","))[0]
-        self.limit, self.likelihood, self.draws = int(max_tokens), likelihood, int(draws)
+        self.limit, self.likelihood = int(max_tokens), likelihood
+        self.draws = DRAWS if draws is None else int(draws)
         self.seed = int(number(str(seed), "seed"))
         self.rows = int(batch_size) if str(batch_size).isdecimal() else 8
         self.steps, self.window = int(steps), int(window)

@@ -468,6 +468,8 @@ def test_a_parameter_of_the_harness_changes_what_it_does_or_is_refused(place, mo
 
     from lm_eval.api.instance import Instance
 
+    with pytest.raises(ConfigError, match="draws are for likelihood=nelbo"):
+        work(likelihood="path", draws=32)  # the default, given by name
     before = work()
     for name, value in HARNESS.items():
         try:

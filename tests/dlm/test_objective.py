@@ -1,5 +1,6 @@
 import itertools
 
+import pytest
 import torch
 
 from dlm.diffusion import corrupt
@@ -106,3 +107,16 @@ def test_the_model_takes_candidates_at_the_cells_that_have_any(model):
     full = model(input_ids=ids).logits.log_softmax(-1)
     expected = torch.tensor([[full[0, 3, 7], full[0, 3, 8]], [0.0, full[1, 5, 9]]])
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("power", [1, 2, 3])
+@pytest.mark.parametrize("eps", [1e-3, 0.2])
+def test_the_loss_is_the_integral_up_to_the_greatest_probability_of_a_mask(eps, power):
+    """For masked tokens of S(u) = u^k nats: ∫ S(u)/u du from 0 to 1 - eps, which is (1 - eps)^k / k."""
+    schedule = LogLinear(eps)
+    t = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    nats = schedule.mask_probability(t) ** power
+    loss = masked_diffusion_loss(-nats, t, len(t), schedule)
+    assert float(loss) == pytest.approx((1 - eps) ** power / power, rel=1e-4)
+    lacking = 1 / power - float(loss)  # of the bound
+    assert lacking == pytest.approx(eps, rel=power * eps + 0.1)  # eps S(1)
