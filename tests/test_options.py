@@ -238,6 +238,10 @@ def eval_path(run, place):
     run("eval.path", "model", "--data", "rows.json", "--last", 2, "--max_tokens", 64, "--output", "paths")
 
 
+def eval_dependence(run, place):
+    run("eval.dependence", "model", "--data", "rows.json", "--last", 2, "--output", "dependence")
+
+
 def eval_report(run, place):
     run("eval", *EVAL, "--max_tokens", 4, "--output", "runs", "--model", "model")
     run("eval.report", "runs", "--output", "report")
@@ -285,6 +289,7 @@ RUNS = {
     "eval": eval_,
     "eval.sweep": eval_sweep,
     "eval.path": eval_path,
+    "eval.dependence": eval_dependence,
     "eval.report": eval_report,
     "eval.judge": eval_judge,
     "train": train,

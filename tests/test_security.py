@@ -95,6 +95,7 @@ COMMANDS = {
     ],
     "eval.sweep": [["eval", "sweep", *ASK, "--model", "{m}"]],
     "eval.path": [["eval", "path", "{m}", "--data", "{q}", "--last", "1", "--output", "{o}/p"]],
+    "eval.dependence": [["eval", "dependence", "{m}", "--data", "{q}", "--last", "1", "--output", "{o}/d"]],
     "serve": [["serve", "--model", "{m}", "--port", "0"]],
     "lm_harness": [],
 }
