@@ -34,7 +34,8 @@ class Choice:
 
 def choices(count: int, seed: int) -> list[Choice]:
     """Questions whose answers are single digits."""
-    draw, out = random.Random(seed), []
+    draw = random.Random(seed)
+    out: list[Choice] = []
     while len(out) < count:
         a, b, sign = draw.randint(1, 9), draw.randint(1, 9), draw.choice("+-")
         value = a + b if sign == "+" else a - b

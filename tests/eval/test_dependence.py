@@ -22,7 +22,7 @@ def logp(model, ids, position, token):
 def test_gains_are_those_of_one_row_after_the_other():
     model = FakeDenoiser()
     found = {
-        (g.answer, g.distance, g.reach, round(g.nats, 4)) for g in gains(model, ROWS, furthest=3, seed=4)
+        (g.answer, g.distance, g.reach, round(g.nats, 4)) for g in gains(model, ROWS, furthest=3, seed=5)
     }
     expected = set()
     for number, (prompt, answer) in enumerate(ROWS):
