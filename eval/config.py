@@ -19,7 +19,8 @@ class EvalConfig:
     """Settings of an evaluation: systems, questions, measures.
 
     Args:
-        task: alpaca_eval, mt_bench, wiki, arena_hard, gsm8k, rules, or file (the word that is no option).
+        task: alpaca_eval, mt_bench, wiki, arena_hard, gsm8k, rules, parallel, or file (the word that is no
+            option).
         model: folder or hub id of a masked diffusion model, or "default".
         endpoint: base URL of an OpenAI-compatible endpoint to evaluate in its place (the key, if it needs
             one, is OPENAI_API_KEY in the environment).

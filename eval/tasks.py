@@ -139,6 +139,13 @@ def _rule_rows() -> Iterable[dict[str, Any]]:
         yield {"instruction": example.instruction, "output": example.answer, "category": example.task}
 
 
+def _parallel_rows() -> Iterable[dict[str, Any]]:
+    from eval.parallel import examples
+
+    for task, instruction, answer in examples(350):
+        yield {"instruction": instruction, "output": answer, "category": task}
+
+
 def _no_source() -> Iterable[dict[str, Any]]:
     raise ConfigError("the task 'file' needs --data: a .json or .jsonl file of questions")
 
@@ -164,6 +171,10 @@ TASKS = {
         "Arena-Hard (2406.11939): 500 prompts", _arena, _web(f"{ARENA}/arena-hard-v0.1/question.jsonl"),
     ),
     "rules": Task("the rule-made instructions of `make demo`", _instruction, _rule_rows, "rules"),
+    "parallel": Task(
+        "tasks whose tokens depend on each other (as ParallelBench, 2510.04767), made by rule",
+        _instruction, _parallel_rows, "parallel",
+    ),
     "file": Task("questions of your own; give --data", _any, _no_source),
 }  # fmt: skip
 

@@ -148,6 +148,9 @@ def _task(task: str, runs: list[Results], against: Sequence[str] = ()) -> list[P
         if figure is not None:
             first.plots.append(_plot(f"{task}-{name}", caption, figure))
     second = Part(f"{task}: speed", tables=[tables.speed(runs)])
+    area = tables.under_parallelism(runs)
+    if area:
+        second.tables.append(area)
     if len(runs) < 2:
         return [first, second]
     measures = ("win", "grade", "score", "right", "nll", "inlier", "relevance", "repetition_4")

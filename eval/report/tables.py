@@ -10,6 +10,7 @@ from typing import Any
 
 from dlm.errors import DataError
 from eval.metrics import MEASURES, by_question, summary
+from eval.parallel import Point, accuracy_under_parallelism
 from eval.run import Results, Verdict
 from eval.statistics import Estimate, paired_test
 
@@ -125,6 +126,37 @@ def speed(runs: Sequence[Results]) -> Table:
             ]
         )
     return Table("Speed", head, rows)
+
+
+def under_parallelism(runs: Sequence[Results]) -> Table | None:
+    """Accuracy under parallelism of each decoder that was run at several paces; None where none was.
+
+    See `eval.parallel.accuracy_under_parallelism`; y_max is the best accuracy of all runs.
+    """
+    lines: dict[tuple[Any, ...], list[tuple[str, Point]]] = {}
+    for run in runs:
+        right, rate = run.means.get("right"), _tokens_per_call(run)
+        if right is not None and rate is not None:
+            pace = {"rate", "steps", "seconds"}
+            kept = tuple(sorted((k, repr(v)) for k, v in run.card.settings.items() if k not in pace))
+            key = (run.card.system, run.card.decoder, kept)
+            lines.setdefault(key, []).append((run.card.name, Point(rate, 100 * right.mean)))
+    several = {key: line for key, line in lines.items() if len(line) > 1}
+    best = max((point.accuracy for line in several.values() for _, point in line), default=0.0)
+    rows = []
+    for line in several.values():
+        line.sort(key=lambda named: named[1].tokens_per_call)
+        shown = ", ".join(f"{p.accuracy:.1f} % at {p.tokens_per_call:.2f}" for _, p in line)
+        area = accuracy_under_parallelism([point for _, point in line], best)
+        rows.append([line[0][0], f"{area:.1f}", shown])
+    head = ["slowest run of each decoder", "AUP", "right, at tokens per call"]
+    return Table("Accuracy under parallelism", head, rows) if rows else None
+
+
+def _tokens_per_call(run: Results) -> float | None:
+    """Tokens per model call over all answers; None where they are not known."""
+    calls = sum(answer.model_calls for answer in run.answers.values())
+    return sum(answer.tokens for answer in run.answers.values()) / calls if calls else None
 
 
 def paired(runs: Sequence[Results], name: str, against: Sequence[str] = ()) -> Table:

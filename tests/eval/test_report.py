@@ -213,6 +213,16 @@ def test_a_name_never_leaves_its_folder(tmp_path, system):
         assert card.folder(tmp_path).resolve().parent == (tmp_path / "gsm8k").resolve()
 
 
+def test_decoders_at_several_paces_have_an_area_under_parallelism(runs):
+    table = tables.under_parallelism(runs)
+    assert [row[:2] for row in table.rows] == [
+        ["tiny, conv,K=9,S=16", f"{75 * 4 / 15:.1f}"],  # half as many calls lose 25 points: they do not count
+        ["tiny, top-k,S=16", f"{100 * 5 / 12 * 4 / 15:.1f}"],
+    ]
+    assert table.rows[0][2] == "75.0 % at 0.27, 50.0 % at 0.57"
+    assert tables.under_parallelism(runs[:1]) is None
+
+
 def test_a_report_is_one_page_and_markdown(runs, tmp_path, capsys):
     verdict = Verdict("geval", "j", "fluency", "score", {"0/0": 3.0, "1/0": 4.0}, {"mean": {"mean": 3.5}})
     verdict.save(runs[0].folder)
