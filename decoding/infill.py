@@ -101,7 +101,7 @@ def rows_with_gaps(
             for i, piece in enumerate(pieces)
         ]
     except TooLongError as error:
-        raise ConfigError(f"{name}: {error}") from error
+        raise TooLongError(f"{name}: {error}") from error
     return [_row(rows, given, sizes, before, plan, name) for sizes in itertools.product(*lengths)]
 
 

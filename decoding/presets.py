@@ -318,12 +318,12 @@ def presets() -> Mapping[str, Preset]:
     Raises:
         ConfigError: for one that cannot be imported, is no `Preset`, or has the name of another.
     """
-    return _presets_on(tuple(sys.path))
+    return {**PRESETS, **_offered_on(tuple(sys.path))}
 
 
 @lru_cache(maxsize=1)
-def _presets_on(path: tuple[str, ...]) -> Mapping[str, Preset]:
-    """Those on a path of Python, read once: that takes longer than a denoising step."""
+def _offered_on(path: tuple[str, ...]) -> Mapping[str, Preset]:
+    """Those of packages on a path of Python, read once: that takes longer than a denoising step."""
     del path
     offered: dict[str, Preset] = {}
     for point in entry_points(group=GROUP):
@@ -337,7 +337,7 @@ def _presets_on(path: tuple[str, ...]) -> Mapping[str, Preset]:
         if point.name in PRESETS or point.name in offered:
             raise ConfigError(f"{where} has the name of another decoder; uninstall it, or rename it")
         offered[point.name] = preset
-    return MappingProxyType({**PRESETS, **offered})
+    return MappingProxyType(offered)
 
 
 def list_decoders() -> dict[str, str]:

@@ -103,7 +103,7 @@ class RowMaker:
         try:
             before = self.prompt(prompt)
         except ConfigError as error:
-            raise ConfigError(f"{name}: {error}") from error
+            raise type(error)(f"{name}: {error}") from error
         if len(before) >= plan.positions:
             raise ConfigError(
                 f"{name}: the prompt has {len(before)} tokens and {self._room(len(before), plan)}"

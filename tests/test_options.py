@@ -262,6 +262,10 @@ def train(run, place):
     for _ in range(2):
         run("train", "--output_dir", "train", *RUN.split(), *TINY.split())
     run("train", "--output_dir", "b", *RUN.split(), "--model.init", "causal", "--model.lora.r", 2)
+    path = ["--masks.path", 0.5, "--masks.kernel_size", 5]
+    run("train", "--output_dir", "d", *RUN.split(), *TINY.split(), *path)
+    blocks = ["--model.visibility", "block", "--model.block_size", 8, "--sample_steps", 12]
+    run("train", "--output_dir", "e", *RUN.split(), *TINY.split(), *blocks, "--model.block_lead=true")
     with suppress(DataError):  # there is no hub here
         run("train", "--output_dir", "c", "--data.source", "some/rows", *TINY.split())
 

@@ -51,7 +51,7 @@ def test_no_json_file_is_parsed_without_a_net():
         for path in (root / package).rglob("*.py")
         for lines in [path.read_text("utf-8").splitlines()]
         for number, line in enumerate(lines)
-        if re.search(r"json\.loads?\(", line) and "json.loads(json.dumps(" not in line
+        if re.search(r"json\.loads?\(", line) and not re.search(r"json\.dumps\(|__getstate__", line)
     ]
     assert len(calls) > 5
     for path, number, lines in calls:

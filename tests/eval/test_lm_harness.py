@@ -252,3 +252,19 @@ def test_long_contexts_are_cut_from_the_left(checkpoint):
     assert isinstance(text, str)
     assert small._fitting("short") == "short"
     assert small._fitting(long).endswith("1 to 3.")
+
+
+def test_choices_of_one_token_have_the_winner_of_the_exact_bound_in_every_way(checkpoint):
+    from benchmarks.likelihood import WAYS, choices, winners
+
+    asked = choices(6, seed=1)
+    for choice in asked:
+        assert len(set(choice.answers)) == 4
+        a, sign, b = choice.question.removeprefix("What is ").removesuffix("?").split()
+        assert int(choice.answers[choice.right]) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
+    ways = {
+        name: DLM(str(checkpoint), device="cpu", dtype="float32", **given) for name, given in WAYS.items()
+    }
+    exact = winners(ways["exact"], asked, "")
+    assert all(winners(model, asked, "") == exact for model in ways.values())
+    assert len(set(exact)) > 1
