@@ -28,6 +28,8 @@ class Track {
   }
 }
 
+const SHOWN = 8; // lengths of a gap whose canvases are shown while they are tried
+
 /** What one decoder makes of a prompt: a canvas, or one for each length of a gap while they are tried. */
 export class Panel {
   /**
@@ -80,7 +82,8 @@ export class Panel {
 
   /** Show the canvas as it was after a step. */
   show(step) {
-    for (const track of this.#all) track.view.draw(frameAt(track.frames, step), this.steps);
+    const shown = this.#all.filter((track) => track.view.element.parentNode);
+    for (const track of shown) track.view.draw(frameAt(track.frames, step), this.steps);
   }
 
   get #all() {
@@ -93,7 +96,7 @@ export class Panel {
     if (!this.tracks.has(number)) {
       const track = new Track(`Canvas of ${this.name}`);
       this.tracks.set(number, track);
-      this.canvases.append(track.view.element);
+      if (this.tracks.size <= SHOWN) this.canvases.append(track.view.element);
     }
     return this.tracks.get(number);
   }
@@ -105,7 +108,8 @@ export class Panel {
       last.reduce((sum, frame) => sum + frame.calls, 0),
       Math.max(...last.map(written)),
     );
-    if (last.length > 1) this.note.textContent = `${last.length} lengths are tried.`;
+    const rest = last.length > SHOWN ? ` The first ${SHOWN} are shown.` : "";
+    if (last.length > 1) this.note.textContent = `${last.length} lengths are tried.${rest}`;
     this.changed();
   }
 
@@ -113,8 +117,9 @@ export class Panel {
     this.answer = data.text;
     const track = this.#track(data.candidate);
     track.end(data);
-    if (this.tracks.size > 1) {
-      this.note.textContent = `${this.tracks.size} lengths were tried. This is the likeliest.`;
+    const tried = this.tracks.size;
+    if (tried > 1) {
+      this.note.textContent = `${tried} lengths were tried. This is the likeliest.`;
       this.tracks = new Map([[0, track]]);
       this.canvases.replaceChildren(track.view.element);
     }

@@ -1,6 +1,7 @@
 """OpenAI's interface, by its own client: what a client may rely on, whatever server it talks to."""
 
 import functools
+import itertools
 import json
 import math
 import operator
@@ -190,6 +191,53 @@ def test_options_of_diffusion_come_by_extra_body(client):
     assert metadata["tokens_per_call"] == pytest.approx(
         metadata["completion_tokens"] / metadata["model_calls"], abs=1e-3
     )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rate": 1.0},
+        {"steps": 7},
+        {"window": 70, "steps": 9, "eos_fill": False},
+        {"decoder": "llada", "steps": 9, "reuse": "prefix", "refresh": 2},
+        {"decoder": "conv", "kernel_size": 5, "min_p": 0.1, "top_k": 9, "temperature": 0.8},
+        {"canvas": "full", "begin": "Sorted", "ending": ".", "forced": {"9": "x"}},
+    ],
+)
+def test_options_of_diffusion_are_those_of_the_python_api(server, tiny, tokenizer, given):
+    names = ("kernel_size", "min_p", "top_k", "temperature")
+    options = {name: given[name] for name in names if name in given}
+    fields = {name: value for name, value in given.items() if name not in names}
+    length = {} if "window" in given else {"max_tokens": 24}
+    if "steps" in given and "window" not in given:
+        fields["canvas"] = "full"
+    if "forced" in fields:
+        fields["forced"] = {int(place): text for place, text in fields["forced"].items()}
+    message = CHAT["messages"][-1]["content"]
+    sampler = Sampler(tiny, tokenizer)
+    expected = sampler.generate(message, seed=3, options=options or None, **length, **fields)
+    body = {"messages": CHAT["messages"], "seed": 3, "return_metadata": True, **length, **given}
+    (choice,) = server.post("/v1/chat/completions", **body).json()["choices"]
+    assert choice["message"]["content"] == expected.text
+    metadata = choice["metadata"]
+    assert (metadata["model_calls"], metadata["steps"]) == (expected.model_calls, expected.steps)
+    assert metadata["reveal_steps"] == expected.reveal_step
+
+
+def test_a_stop_text_over_two_deltas_never_appears(server, tokenizer):
+    letters = {str(tokenizer.convert_tokens_to_ids(letter)): 60 for letter in "abcdefghijklmnop"}
+    body = {"prompt": "a b c", "max_tokens": 40, "seed": 3, "rate": 1, "logit_bias": letters}
+    body |= {"decoder": "conv", "kernel_size": 3, "temperature": 1}
+    chunks = stream_of(server, "/v1/completions", **body)[:-1]
+    deltas = [text for chunk in chunks if (text := chunk["choices"][0]["text"])]
+    stops = [first[-1] + second[0] for first, second in itertools.pairwise(deltas)]
+    assert len(stops) > 4
+    plain = "".join(deltas)
+    for stop in stops[:8]:
+        chunks = stream_of(server, "/v1/completions", **body, stop=[stop])[:-1]
+        text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+        assert text == plain[: plain.index(stop)]
+        assert [r for c in chunks if (r := c["choices"][0]["finish_reason"])] == ["stop"]
 
 
 def test_snapshots_replace_each_other_and_end_with_the_answer(server):

@@ -10,16 +10,19 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx2 as httpx
 import pytest
 
+from dlm.cli import main
 from dlm.errors import ConfigError, DataError
 from serve.app import create_app
 from serve.config import ServeConfig
 from serve.metrics import Metrics
+from serve.server import serve
 from serve.worker import Worker
-from tests.serve.rig import running, wait_for
+from tests.serve.rig import running, stream_of, wait_for
 from tests.serve.test_worker import Slow
 
 CHAT = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4}
@@ -203,6 +206,45 @@ def test_metrics_say_what_clients_saw(tiny, tokenizer):
         assert server.metric("request_refused_total") == 1
         text = server.client.get("/metrics").text
         assert 'model_name="tiny"' in text
+
+
+def test_times_are_counted_once_for_what_they_measure(tiny, tokenizer):
+    with running(tiny, tokenizer) as server:
+        body = {"prompt": "ab", "max_tokens": 12, "rate": 1, "seed": 1, "logit_bias": {"0": -100}, "n": 2}
+        chunks = stream_of(server, "/v1/completions", **body)[:-1]
+        whole = server.post("/v1/completions", **body, return_metadata=True).json()
+        assert server.metric("time_to_first_token_seconds_count") == 2
+        assert 0 < server.metric("inter_token_latency_seconds_count") <= len(chunks) - 2
+        assert server.metric("request_queue_time_seconds_count") == 2
+        assert server.metric("tokens_per_model_call_count") == 4
+        calls = sum(choice["metadata"]["model_calls"] for choice in whole["choices"])
+        assert server.metric("row_model_calls_total") == 2 * calls
+        assert server.metric("answer_success_total", finished_reason="length") == 4
+
+
+def test_settings_come_from_a_file_and_from_the_command_line(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("serve.server.serve", lambda config: seen.append(config) or 0)
+    file = tmp_path / "serve.yaml"
+    file.write_text("model: default\nport: 9000\nmax_rows: 4\nmax_step_positions: 0\n")
+    words = ["serve", "--config", str(file), "--port", "9001", "--model-name", "gpt-dlm"]
+    assert main(words) == 0
+    (config,) = seen
+    assert (config.served_name, config.port, config.max_rows) == ("gpt-dlm", 9001, 4)
+    assert (config.max_step_positions, ServeConfig().max_step_positions) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [({"host": "0.0.0.0"}, True), ({"host": "0.0.0.0", "api_key": ["a"]}, False), ({}, False)],
+)
+def test_an_open_server_for_all_is_warned_of(monkeypatch, capsys, settings, warned):
+    worker = SimpleNamespace(stop=lambda: None)
+    monkeypatch.setattr("serve.server.make_backend", lambda config: (worker, None))
+    monkeypatch.setattr("serve.server.Server.run", lambda self: None)
+    assert serve(ServeConfig(**settings)) == 0
+    assert ("can be reached from other machines" in capsys.readouterr().err) == warned
+    assert ServeConfig().host == "127.0.0.1"
 
 
 def test_unknown_paths_and_methods_have_openai_errors(server):

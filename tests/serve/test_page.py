@@ -262,8 +262,15 @@ def test_lengths_of_an_open_gap_are_watched_and_the_likeliest_stays(page, served
     page.press(".timeline input", "Home")
     first = sum(cell["step"] == 0 for cell in answer["cells"])
     wait_for(lambda: page.locator(WRITTEN).count() == first)
-    ask(page, "the first <mask>", tokens=4)
+    served.pause = 0.05
+    ask(page, "the <mask:1-4> first <mask:2-4> word", tokens=8)
+    page.wait_for_selector("text=12 lengths are tried. The first 8 are shown.")
+    assert page.locator(".turn:last-child .canvas").count() == 8
     finish(page)
+    served.pause = 0.0
+    assert page.locator(".turn:last-child .canvas").count() == 1
+    answer = served.canvas(text="the <mask:1-4> first <mask:2-4> word", seed=7)
+    assert shown(page, ".turn:last-child .canvas") == texts_of(answer)
     assert page.locator(".turn").count() == 2
     assert page.locator(".panel .problem:not(:empty)").count() == 0
 

@@ -275,6 +275,26 @@ def started(model, tokenizer):
     return worker, Sample(worker.engine.rows.answer("a", plan), plan, 0)
 
 
+def test_a_job_cancelled_during_a_step_takes_no_other(tiny, tokenizer):
+    """With all its rows, also those that wait."""
+    model = Slow(tiny)
+    worker, sample = started(model, tokenizer)
+    before, steps = model.calls, worker.metrics.registry.get_sample_value
+    model.gate.clear()
+    job = Job([sample] * 6, lambda item: None)
+    worker.submit(job)
+    wait_for(lambda: model.calls == before + 1)
+    assert len(worker.engine) == 4
+    worker.cancel(job)
+    model.gate.set()
+    worker.call(lambda model: None).result(10)
+    worker.call(lambda model: None).result(10)  # a step later, if there were one
+    assert (len(worker.engine), len(worker._queue), worker._jobs) == (0, 0, {})
+    assert model.calls == before + 1
+    assert steps("dlm:engine_steps_total", {"model_name": "x"}) == 1
+    worker.stop()
+
+
 def test_a_job_that_comes_after_the_end_is_told(tiny, tokenizer):
     """Else its client would wait for ever, and no counter would say what became of it."""
     worker, sample = started(tiny, tokenizer)
