@@ -221,8 +221,8 @@ class AdapterFormat:
             ) from error
         model = places.cast_weights(load_adapter(model, path), dtype)
         model.config.dtype = dtype
-        model.config.training, model.config.generation = config.training, config.generation
-        model.config.schedule = config.schedule
+        for name in ("training", "generation", "schedule", "block_size", "block_lead"):
+            setattr(model.config, name, getattr(config, name))
         _check_tokenizer(path, model, tokenizer)
         return model, tokenizer
 

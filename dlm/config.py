@@ -113,9 +113,12 @@ class MaskedDiffusionConfig(PreTrainedConfig):  # type: ignore[misc]
         return bidirectional(config) if family in FAMILIES else config
 
     def forward_fields(self) -> dict[str, Any]:
-        """Everything but the weights that hidden states depend on, defaults included, under dotted names."""
+        """Everything but the weights that states depend on, defaults included, under dotted names.
+
+        Visibility is not among them: an adapter may be trained on blocks whose base sees the whole row.
+        """
         backbone = {k: v for k, v in self.backbone_config().to_dict().items() if k not in _WITHOUT_EFFECT}
-        shared = {name: getattr(self, name) for name in ("shift", "block_size", "mask_token_id")}
+        shared = {name: getattr(self, name) for name in ("shift", "mask_token_id")}
         return flat({**backbone, **shared})
 
     @property

@@ -276,6 +276,22 @@ def test_a_configuration_that_computes_the_same_is_known_again(base, tmp_path, c
     load_model(folder, device="cpu")
 
 
+def test_an_adapter_trained_on_blocks_is_block_causal_and_its_base_is_not(base, tmp_path):
+    model, tokenizer = adapted(base)
+    ids = noisy(model)
+    full = model.eval()(ids).logits.detach()
+    model.config.block_size, model.config.block_lead = 4, False
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    expected = model.eval()(ids).logits.detach()
+    again, _ = load_model(tmp_path / "adapter", device="cpu")
+    assert (again.config.block_size, again.config.block_lead) == (4, False)
+    assert again.spec.visibility.block_size == 4
+    torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert (full - expected).nan_to_num().abs().max() > 0.01
+    assert load_model(base, device="cpu")[0].config.block_size is None
+
+
 @pytest.mark.parametrize("shift", [True, False])
 def test_a_base_that_is_shifted_otherwise_is_refused(base, tmp_path, shift):
     folder = saved(base, tmp_path / "adapter")
