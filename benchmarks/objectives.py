@@ -246,10 +246,15 @@ def stored(output: Path) -> dict[str, dict[str, Any]]:
     return {result["name"]: result for result in map(json.loads, lines)}
 
 
+def complete(output: Path) -> set[str]:
+    """Names of the variants that need not run again."""
+    return {name for name, result in stored(output).items() if "error" not in result}
+
+
 def run(objectives: list[Objective], options: argparse.Namespace) -> None:
     """Measure variants that are not there yet, one after the other; a failure is kept as a result."""
     for objective in objectives:
-        if objective.name not in stored(options.output):
+        if objective.name not in complete(options.output):
             try:
                 result = measure(objective, options)
             except Exception as error:
@@ -261,14 +266,14 @@ def run(objectives: list[Objective], options: argparse.Namespace) -> None:
 
 def run_beside(objectives: list[Objective], options: argparse.Namespace, words: list[str]) -> None:
     """Measure variants, so many at a time, each in a process of its own: one alone leaves a GPU idle."""
-    waiting = [o for o in objectives if o.name not in stored(options.output)]
+    waiting = [o for o in objectives if o.name not in complete(options.output)]
     running: list[subprocess.Popen[bytes]] = []
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     while waiting or running:
         running = [process for process in running if process.poll() is None]
         while waiting and len(running) < options.parallel and time.monotonic() < options.until:
             command = [sys.executable, "-m", "benchmarks.objectives", *words, "--parallel", "1"]
-            command += ["--variants", waiting.pop(0).name]
+            command += ["--variants", waiting.pop(0).name]  # of two, the last counts
             running.append(subprocess.Popen(command, env=environment))
         if time.monotonic() > options.until:
             waiting = []
@@ -285,7 +290,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, result in results.items():
         if "error" in result:
-            lines.append(f"| {name} | {result['error'][:60]} |")
+            lines.append(f"| {name} | {result['error'][:60]} |" + " |" * (len(columns) - 1))
         else:
             lines.append(f"| {name} | " + " | ".join(str(result.get(c, "")) for c in columns) + " |")
     return "\n".join(lines)
@@ -325,8 +330,7 @@ def main(words: list[str] | None = None) -> None:
     chosen = [by_name[name] for name in options.variants]
     options.output.mkdir(parents=True, exist_ok=True)
     if options.parallel > 1:
-        at = words.index("--variants") if "--variants" in words else len(words)
-        run_beside(chosen, options, words[:at])
+        run_beside(chosen, options, words)
     else:
         run(chosen, options)
     if options.parallel > 1 or len(chosen) > 1:

@@ -54,9 +54,8 @@ class DenoisingHead(nn.Linear):
         closed = torch.zeros(self.out_features, dtype=hidden.dtype, device=hidden.device)
         closed[self.num_tokens :] = float("-inf")
         mask_id = self.mask_token_id
-        closed[mask_id : mask_id + 1] = float(
-            "-inf"
-        )  # a slice is filled; a single element would be copied, which waits
+        # A slice is filled; a single element would be copied, which waits.
+        closed[mask_id : mask_id + 1] = float("-inf")
         return F.linear(hidden, self.weight, closed if self.bias is None else closed + self.bias)
 
 

@@ -5,9 +5,9 @@ drawn, on true answers: for a masked position i that is told and another j at di
 
     I(d) = E[log p(x_j | U, x_i) - log p(x_j | U)],  |i - j| = d
 
-in nats, the pointwise mutual information of the two tokens under the model. Its sum over the pairs of a call
-is the leading term of what drawing them together loses; from the distance on at which it is small, tokens may
-be written together.
+in nats: for a calibrated model the mutual information of the two tokens. Its sum over the pairs of a call is
+the leading term of what drawing them together loses; from the distance on at which it is small, tokens may be
+written together. Told tokens stand near the text, where decoders write.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from decoding.denoiser import hidden_of_rows
+from dlm.errors import ConfigError
 from dlm.noise import key_of, uniform
 from eval.statistics import Estimate, estimate
 
@@ -70,10 +71,15 @@ def gains(
 
     Yields:
         One gain for each pair.
+
+    Raises:
+        ConfigError: for a block-causal model, which never sees masks in two blocks at once.
     """
+    if getattr(model.config, "block_size", None) is not None:
+        raise ConfigError("the model is block-causal: it never sees masks of two blocks, nor a later token")
     mask_id = int(model.config.mask_token_id)
     for first in range(0, len(rows), batch_size):
-        chunk = list(enumerate(rows))[first : first + batch_size]
+        chunk = list(enumerate(rows[first : first + batch_size], start=first))
         shown: list[list[int]] = []
         told: list[tuple[int, int, list[int]]] = []  # answer, first mask, positions told
         for number, (prompt, answer) in chunk:

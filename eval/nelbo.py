@@ -108,7 +108,7 @@ def _joined(parts: Sequence[Bound]) -> Bound:
 def _bounds(
     model: Any, rows: Sequence[PromptAndAnswer], draws: int, batch_size: int, seed: int
 ) -> list[Bound]:
-    """See `bounds`; every position sees its whole row."""
+    """See `bounds`; of answers whose tokens are written in any order."""
     jobs = list(_jobs(rows, draws, seed))
     jobs.sort(key=lambda job: sum(map(len, rows[job.owners[0]])))  # little padding
     parts: list[list[float]] = [[] for _ in rows]

@@ -136,6 +136,8 @@ class ModelConfig(StartConfig):
             raise unknown_name("visibility", self.visibility, ("full", "block"))
         if self.visibility != "block":
             _refuse(self, ("block_size", "block_lead"), "model.", 'model.visibility "block"')
+        elif not self.block_lead and not self.shift:
+            raise ConfigError("model.block_lead is for models with a shift: without one no position leads")
         elif self.block_size < 1:
             raise ConfigError(
                 f"model.visibility 'block' needs model.block_size of at least 1, got {self.block_size}"

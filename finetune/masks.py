@@ -32,23 +32,27 @@ def path_masks(batch: Batch, share: torch.Tensor, key: torch.Tensor, kernel_size
         kernel_size: of the convolution, odd.
 
     Returns:
-        Masks, and weights n · w / Σ w.
+        Masks, and weights n · w / Σ w. One written token after the other is drawn, on the host.
     """
-    masked, real = batch["maskable"].clone(), batch["attention_mask"].bool()
+    device = batch["maskable"].device
+    masked, real, share, key = (
+        x.cpu() for x in (batch["maskable"].clone(), batch["attention_mask"].bool(), share, key)
+    )
     count = masked.sum(1)
     written = (share * count).long()
-    window, position = Convolution(kernel_size), torch.arange(masked.shape[1], device=masked.device)
+    window, position = Convolution(kernel_size), torch.arange(masked.shape[1])
 
     def weights() -> torch.Tensor:
         weight = torch.where(masked, window.weights(real & ~masked), 0.0)
         return torch.where(weight.any(1, keepdim=True), weight, masked.float())  # nothing to begin from
 
-    for step in range(int(written.max())):
+    for step in range(int(written.max()) if len(written) else 0):
         wait = -uniform(fold(key, step)[:, None], position).log() / weights()  # infinite without weight
         first = torch.where(masked, wait, torch.inf).argmin(1, keepdim=True)
         masked &= ~((position == first) & (step < written)[:, None])
     weight = weights()
-    return masked, count[:, None] * weight / weight.sum(1, keepdim=True).clamp(min=1e-9)
+    weight = count[:, None] * weight / weight.sum(1, keepdim=True).clamp(min=1e-9)
+    return masked.to(device), weight.to(device)
 
 
 def path_noise(

@@ -111,7 +111,7 @@ def mean_logp(total: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
     return total.float() / n.clamp(min=1)
 
 
-def in_first_block(masked: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+def writable(masked: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     """[B, L] bool, positions that a block-causal model may be writing when `masked` [B, L] are masks.
 
     They are those of the block that holds the first mask; behind it, it never sees masks before its own
@@ -169,7 +169,7 @@ class R2FTTrainer(DiffusionTrainer):
         candidates = torch.stack([contrast.targets, contrast.rejected], dim=-1)
         if self.blocks:
             masked = contrast.noisy_ids == self.mask_id
-            candidates = candidates.masked_fill(~in_first_block(masked, self.blocks)[..., None], IGNORE)
+            candidates = candidates.masked_fill(~writable(masked, self.blocks)[..., None], IGNORE)
         return {**batch, "noisy_ids": contrast.noisy_ids, "candidates": candidates}
 
     def contrast(self, batch: Batch, key: torch.Tensor) -> Contrast:

@@ -39,7 +39,8 @@ class SFTTrainer(DiffusionTrainer):
         **kwargs: as for `DiffusionTrainer`.
 
     Raises:
-        ConfigError: for masks on a path and a block-causal model.
+        ConfigError: for masks on a path and a block-causal model, and for an autoregressive loss of a model
+            without a shift, whose states see the token that they predict.
     """
 
     def __init__(self, model: Any, *, masks: MaskConfig, **kwargs: Any) -> None:
@@ -47,6 +48,8 @@ class SFTTrainer(DiffusionTrainer):
         self.masks = masks
         if masks.path and self.blocks:
             raise ConfigError("masks.path is for models whose positions see the whole row")
+        if masks.autoregressive and not self.spec.shift:
+            raise ConfigError("masks.autoregressive is for models with a shift; others see what they predict")
 
     def with_noise(self, batch: Batch, slots: torch.Tensor, total: int, step: int) -> Batch:
         """See `DiffusionTrainer`."""
@@ -56,26 +59,27 @@ class SFTTrainer(DiffusionTrainer):
         plain = super().with_noise(batch, slots, total, step)
         if not self.masks.path:
             return plain
-        path = path_noise(batch, slots, total, seed, step, self.mask_id, self.masks.kernel_size)
         chance = uniform(fold(key_of(seed, "path rows", step, device=slots.device), slots), 0)
-        chosen = chance < self.masks.path
+        chosen = (chance < self.masks.path).nonzero()[:, 0]
+        rows = {name: values[chosen] for name, values in batch.items()}
+        path = path_noise(rows, slots[chosen], total, seed, step, self.mask_id, self.masks.kernel_size)
         names = ("t", "noisy_ids", "targets", "weight")
-        return plain | {
-            name: torch.where(chosen.view(-1, *[1] * (plain[name].dim() - 1)), path[name], plain[name])
-            for name in names
-        }
+        return plain | {name: plain[name].clone().index_copy_(0, chosen, path[name]) for name in names}
 
     def loss(self, model: torch.nn.Module, inputs: Batch, count: torch.Tensor) -> torch.Tensor:
         """See `DiffusionTrainer`; with the autoregressive loss per token, if it has a weight."""
         nelbo = super().loss(model, inputs, count)
         if not self.masks.autoregressive:
             return nelbo
-        targets = torch.where(inputs["loss_mask"], inputs["input_ids"], IGNORE)
-        out = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], targets=targets,
-            causal=True,
-        )  # fmt: skip
-        plain = weighted_loss(out.token_logp, torch.ones_like(out.token_logp), count)
+        copies = 2 if self.masks.complementary else 1  # of each row; one of them is enough
+        ids, valid, cells = (
+            inputs[name][: len(inputs[name]) // copies]
+            for name in ("input_ids", "attention_mask", "loss_mask")
+        )
+        targets = torch.where(cells, ids, IGNORE)
+        targets[:, 0] = IGNORE  # nothing comes before it
+        token_logp = model(input_ids=ids, attention_mask=valid, targets=targets, causal=True).token_logp
+        plain = copies * weighted_loss(token_logp, torch.ones_like(token_logp), count)
         self.watch("autoregressive", plain)
         return nelbo + self.masks.autoregressive * plain
 

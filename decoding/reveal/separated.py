@@ -17,9 +17,10 @@ class Separated(RevealRule):
     """Another rule whose tokens of one call are at least `gap` positions apart.
 
     Tokens of one call are drawn independently given the text; neighbours depend on each other most. Positions
-    are taken in the rule's own order, and one is passed over that lies closer than `gap` to one already taken
-    in this call. At a pace that is given, what falls short is owed to the next call, so that the mean pace
-    holds; a rule with a pace of its own writes less instead. The last step of a stage takes all that is left.
+    are taken in the rule's own order; one that lies closer than `gap` to one already taken in this call is
+    left for later, and the next in order takes its place. At a pace that is given, what falls short is owed
+    to the next call: the mean pace holds, as far as the window has room. A rule with a pace of its own writes
+    less instead. The last step of a stage takes all that is left.
 
     Attributes:
         inner: the other rule.
@@ -95,8 +96,9 @@ class Separated(RevealRule):
         if self.paced and view.rate is None:
             last = (view.s if view.s.dim() == 1 else view.s.amax(1)) <= 0
             taken = torch.where(last[:, None], apart(order, eligible, number, 1), taken)
-        owed = number - taken.sum(1)
-        return replace(decision, reveal=taken, state={**decision.state, "owed": owed})
+        if not self.paced:
+            return replace(decision, reveal=taken)
+        return replace(decision, reveal=taken, state={**decision.state, "owed": number - taken.sum(1)})
 
 
 def apart(order: torch.Tensor, eligible: torch.Tensor, number: torch.Tensor, gap: int) -> torch.Tensor:

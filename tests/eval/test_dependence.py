@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dlm.errors import ConfigError
 from dlm.noise import key_of, uniform
 from eval.commands.dependence import DependenceConfig, run
 from eval.dependence import by_distance, gains
@@ -44,6 +45,12 @@ def test_a_model_that_sees_nothing_gains_nothing():
     found = list(gains(FakeDenoiser(context=False), ROWS))
     assert found
     assert max(abs(gain.nats) for gain in found) < 1e-5
+
+
+def test_a_block_causal_model_is_refused(model):
+    model.config.block_size = 4
+    with pytest.raises(ConfigError, match="block-causal"):
+        next(gains(model, ROWS))
 
 
 class Chain:
@@ -105,7 +112,7 @@ def test_the_command_writes_figures_table_and_plot(model, tokenizer, tmp_path, c
     assert run(config) == 0
     assert "distance" in capsys.readouterr().out
     figures = json.loads((tmp_path / "out" / "dependence.json").read_text())
-    assert set(figures[str(tmp_path / "model")]) <= {"1", "2", "3"}
+    assert set(figures[str(tmp_path / "model")]) == {"1", "2", "3"}
     assert (tmp_path / "out" / "dependence.svg").read_text().startswith("<?xml")
     assert "| distance |" in (tmp_path / "out" / "dependence.md").read_text()
 

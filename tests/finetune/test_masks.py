@@ -3,18 +3,23 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from decoding.window import Convolution
+from dlm import load_model
+from dlm.data.config import DataConfig
 from dlm.errors import ConfigError
 from dlm.model import IGNORE
 from dlm.noise import fold, key_of
-from dlm.noising import Blocks
+from dlm.noising import Blocks, add_noise
 from dlm.objective import weighted_loss
-from finetune.config import MaskConfig, ModelConfig, TrainConfig
+from dlm.trainer import DiffusionTrainer
+from finetune.config import LoraConfig, MaskConfig, ModelConfig, R2FTConfig, StartConfig, TrainConfig
 from finetune.masks import complementary_noise, path_masks, path_noise
+from finetune.r2ft import r2ft
 from finetune.sft import SFTTrainer, train
 from tests.dlm.test_noising import batch_of
 from tests.dlm.test_objective import enumerated_nelbo
@@ -141,27 +146,53 @@ def test_masks_that_cannot_be_are_refused(make, message):
         make()
 
 
-def test_the_trainer_adds_the_autoregressive_loss(monkeypatch):
-    calls = []
-
-    class Model:
-        def __call__(self, **given):
-            calls.append(given)
-            return type("Out", (), {"token_logp": torch.full((2,), -3.0)})
-
+@torch.no_grad()
+def test_the_autoregressive_loss_is_that_of_tokens_behind_their_past(model, tokenizer):
+    model.config.shift = True
     trainer = SFTTrainer.__new__(SFTTrainer)
-    trainer.masks = MaskConfig(autoregressive=0.5)
-    monkeypatch.setattr(SFTTrainer, "blocks", None)
-    trainer.watch = lambda name, total: calls.append({name: float(total)})
-    ids = torch.tensor([[4, 5]])
-    batch = {
-        "input_ids": ids, "noisy_ids": ids, "attention_mask": ids > 0, "targets": ids, "loss_mask": ids > 0,
-        "weight": torch.tensor([[1.0, 2.0]]),
+    noted = {}
+    trainer.watch = lambda name, total: noted.update({name: float(total)})
+    trainer.masks, trainer.model = MaskConfig(autoregressive=0.5), model
+    trainer.accelerator = SimpleNamespace(unwrap_model=lambda inner: inner)
+    torch.manual_seed(0)
+    batch = batch_of(torch.randint(5, len(tokenizer), (3, 9)), 0)
+    noised = add_noise(batch, torch.arange(3), 3, 0, 0, tokenizer.mask_token_id)
+    count = batch["loss_mask"].sum()
+    loss = trainer.loss(model, noised, count)
+    expected = 0.0
+    for ids in batch["input_ids"]:
+        for i in range(1, 9):  # each from its past alone
+            past = model(input_ids=torch.cat([ids[:i], ids[:1]])[None], causal=True).logits[0, i]
+            expected -= float(past.log_softmax(-1)[ids[i]])
+    assert noted["autoregressive"] == pytest.approx(expected / int(count), rel=1e-4)
+    plain = DiffusionTrainer.loss(trainer, model, noised, count)
+    assert float(loss) == pytest.approx(float(plain) + 0.5 * noted["autoregressive"])
+
+    trainer.masks = MaskConfig(autoregressive=0.5, complementary=True)
+    twice = {name: torch.cat([values, values]) for name, values in noised.items()}
+    assert float(trainer.loss(model, twice, 2 * count)) == pytest.approx(float(loss))
+
+
+def test_an_autoregressive_loss_needs_a_shift(tmp_path):
+    with pytest.raises(ConfigError, match="for models with a shift"):
+        train(settings(tmp_path / "run", masks=MaskConfig(autoregressive=0.3)))
+
+
+def test_an_adapter_in_blocks_goes_through_fine_tuning_loading_and_r2ft(tmp_path):
+    common = {
+        "data": DataConfig(source="rules", window=48, limit=60, validation_rows=10), "precision": "fp32",
+        "per_device_train_batch_size": 4, "report_to": "none", "trainer": {"disable_tqdm": True},
     }  # fmt: skip
-    assert float(trainer.loss(Model(), batch, torch.tensor(2))) == pytest.approx((3 + 6) / 2 + 0.5 * 3)
-    assert "causal" not in calls[0]
-    assert calls[1]["causal"]
-    assert calls[2] == {"autoregressive": 3.0}
+    base = train(settings(tmp_path / "base", max_steps=2, eval_steps=0))
+    start = ModelConfig(init=str(base), visibility="block", block_size=8, lora=LoraConfig(r=2))
+    sft = train(TrainConfig(str(tmp_path / "sft"), model=start, max_steps=2, eval_steps=0, **common))
+    model, _ = load_model(sft, device="cpu")
+    assert model.spec.visibility.block_size == 8
+    again = r2ft(R2FTConfig(
+        str(tmp_path / "r2ft"), model=StartConfig(init=str(sft), lora=LoraConfig(r=2)), max_steps=2,
+        eval_steps=2, save_steps=2, nelbo_tolerance=1.0, watch=0, **common,
+    ))  # fmt: skip
+    assert load_model(again, device="cpu")[0].spec.visibility.block_size == 8
 
 
 @pytest.mark.parametrize("masks", [MaskConfig(complementary=True), MaskConfig(path=0.5, kernel_size=5)])

@@ -110,6 +110,11 @@ def test_every_decoder_takes_a_gap(model, tokenizer, name):
     assert isinstance(plan.decoder.reveal, Separated)
     (output,) = sampler.generate(["copy: 1 2 3"], request=request)
     assert tokenizer.mask_token_id not in output.token_ids
+    if plan.decoder.reveal.revises or plan.decoder.window.stages(torch.tensor([0]), torch.tensor([48])) > 1:
+        return  # steps are those of the last change, or each block has a last step
+    for step in range(15 if plan.pace.steps else max(output.reveal_step) + 1):
+        written = [i for i, at in enumerate(output.reveal_step) if at == step]
+        assert all(b - a >= 4 for a, b in itertools.pairwise(written)), (step, written)
 
 
 @pytest.mark.parametrize("name", ["conv", "llada-conv"])
