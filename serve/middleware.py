@@ -6,6 +6,7 @@ Plain ASGI, so that streams and disconnections pass through untouched.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -26,6 +27,10 @@ logger = logging.getLogger("serve.access")
 
 BODY_SECONDS = 60.0
 """Seconds that a client may take for its whole body."""
+
+DRAINED_BYTES, DRAINED_SECONDS = 2**24, 2.0
+"""Bounds of what is read of a body that is refused: closing a connection with bytes unread resets it, and the
+client would lose the answer."""
 
 OPEN = re.compile(r"/(health|ready|metrics|openapi\.json|docs(/[\w.-]+)?|page/[\w.]+)?")
 """Paths that need no key; / for GET alone."""
@@ -119,6 +124,8 @@ class BodyLimit:
             return
         announced = Headers(scope=scope).get("content-length", "0")
         if announced.isdigit() and int(announced) > self.limit:
+            if "expect" not in Headers(scope=scope):  # else it waits with the body
+                await _drain(receive)
             await self._refuse(self._too_long(), scope, receive, send)
             return
         read, started, whole = 0, False, False
@@ -134,6 +141,8 @@ class BodyLimit:
             read += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if read > self.limit:
+                if not whole:
+                    await _drain(receive)
                 raise _Refused(self._too_long())
             return message
 
@@ -155,6 +164,18 @@ class BodyLimit:
         self.metrics.refused.inc(label=str(error.code))
         headers = {"Connection": "close"}
         await JSONResponse(error.body, error.status, headers)(scope, receive, send)
+
+
+async def _drain(receive: Receive) -> None:
+    """Read what a client is still sending, and forget it; up to `DRAINED_BYTES` and `DRAINED_SECONDS`."""
+    read = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAINED_SECONDS):
+            while read < DRAINED_BYTES:
+                message = await receive()
+                read += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 class _Refused(BaseException):

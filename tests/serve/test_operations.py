@@ -106,6 +106,30 @@ def _lines(server, *pieces, pause=0.05, seconds=10):
         return heard
 
 
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_client_that_sends_all_of_a_long_body_reads_its_answer(tiny, tokenizer, announced):
+    """Closed with bytes unread, the connection would be reset, and the answer lost."""
+    size = 3_000_000
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    if announced:
+        body = [head + b"content-length: %d\r\n\r\n" % size, b"a" * size]
+    else:
+        body = [
+            head + b"transfer-encoding: chunked\r\n\r\n",
+            b"10000\r\n" + b"a" * 2**16 + b"\r\n",
+            b"0\r\n\r\n",
+        ]
+        body[1:2] = body[1:2] * 40
+    with running(tiny, tokenizer, max_body=5000) as server:
+        address = ("127.0.0.1", server.socket.getsockname()[1])
+        with socket.create_connection(address, timeout=10) as connection:
+            connection.sendall(b"".join(body))  # raises where the server has closed
+            heard = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert heard.startswith(b"HTTP/1.1 413")
+        assert heard.endswith(b"}")
+        assert b"body_too_long" in heard
+
+
 def test_a_head_that_does_not_come_closes_the_connection(server, monkeypatch):
     """Also the second head of a connection, and one of which a byte comes now and then."""
     monkeypatch.setattr("serve.protocol.HEAD_SECONDS", 0.3)
