@@ -48,14 +48,32 @@ class Blocks:
         place = torch.arange(maskable.shape[1], device=maskable.device)
         return maskable & (place % self.size == 0) & (place > 0)
 
-    def number(self, length: int, device: torch.device) -> torch.Tensor:
-        """[L] int64, the block of each position."""
-        return torch.arange(length, device=device) // self.size
+    def places(self, slots: torch.Tensor, total: int, length: int) -> torch.Tensor:
+        """[B, L] float64 places for `stratified_times`: those of the rows [B], moved from block to block."""
+        number = torch.arange(length, device=slots.device) // self.size
+        return slots[:, None] + total * _GOLDEN * number.double()
 
 
-def block_slots(blocks: Blocks, slots: torch.Tensor, total: int, length: int) -> torch.Tensor:
-    """[B, L] float64 places for `stratified_times`: those of the rows [B], moved from block to block."""
-    return slots[:, None] + total * _GOLDEN * blocks.number(length, slots.device).double()
+def draws(
+    batch: Batch, slots: torch.Tensor, total: int, key: torch.Tensor, blocks: Blocks | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Randomness of a training batch.
+
+    Args:
+        batch: from `WindowCollator`.
+        slots: [B] int64, the rows' places in the global batch of `total` rows.
+        total: rows in the global batch.
+        key: of the noise.
+        blocks: those of a block-causal model.
+
+    Returns:
+        [B, L] bool the leads of blocks; times [B], or [B, L] in blocks; [B, L] uniform numbers of (0, 1).
+    """
+    ids, maskable = batch["input_ids"], batch["maskable"]
+    lead = blocks.leads(maskable) if blocks else torch.zeros_like(maskable)
+    places = blocks.places(slots, total, ids.shape[1]) if blocks else slots
+    times = stratified_times(uniform(key, -1), places, total)
+    return lead, times, uniform(fold(key, slots)[:, None], torch.arange(ids.shape[1], device=ids.device))
 
 
 def add_noise(
@@ -86,10 +104,7 @@ def add_noise(
     """
     key = key_of(seed, "noise", step, device=slots.device)
     ids, maskable = batch["input_ids"], batch["maskable"]
-    lead = blocks.leads(maskable) if blocks else torch.zeros_like(maskable)
-    places = block_slots(blocks, slots, total, ids.shape[1]) if blocks else slots
-    times = stratified_times(uniform(key, -1), places, total)
-    noise = uniform(fold(key, slots)[:, None], torch.arange(ids.shape[1], device=ids.device))
+    lead, times, noise = draws(batch, slots, total, key, blocks)
     noisy = corrupt(ids, maskable & ~lead, times, mask_id, noise=noise, schedule=schedule)
     return with_targets(batch, times, (schedule or LogLinear()).weight(times), noisy, mask_id, lead)
 

@@ -6,10 +6,9 @@ import torch
 
 from decoding.window import Convolution
 from dlm.data.windows import Batch
-from dlm.diffusion import stratified_times
 from dlm.model import IGNORE
 from dlm.noise import fold, key_of, uniform
-from dlm.noising import Blocks, block_slots, with_targets
+from dlm.noising import Blocks, draws, with_targets
 
 Weighted = tuple[torch.Tensor, torch.Tensor]
 """[B, L] bool masks, and [B, L] float32 weights of their -log p."""
@@ -84,10 +83,8 @@ def complementary_noise(
     """
     key = key_of(seed, "complementary", step, device=slots.device)
     ids, maskable = batch["input_ids"], batch["maskable"]
-    lead = blocks.leads(maskable) if blocks else torch.zeros_like(maskable)
-    places = block_slots(blocks, slots, total, ids.shape[1]) if blocks else slots[:, None]
-    m = stratified_times(uniform(key, -1), places, total).expand(ids.shape)
-    noise = uniform(fold(key, slots)[:, None], torch.arange(ids.shape[1], device=ids.device))
+    lead, times, noise = draws(batch, slots, total, key, blocks)
+    m = (times if times.dim() == 2 else times[:, None]).expand(ids.shape)
     hidden = maskable & ~lead & (noise < m)
     halves = []
     for masks, probability in ((hidden, m), (maskable & ~lead & ~hidden, 1 - m)):
