@@ -9,6 +9,7 @@ error, 1 a failure, each with one line on stderr.
 from __future__ import annotations
 
 import argparse
+import atexit
 import difflib
 import io
 import json
@@ -16,6 +17,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import entry_points
@@ -53,6 +55,28 @@ def commands() -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `dlm`; returns the exit status."""
     return _run_guarded(_dispatch, argv)
+
+
+def program() -> NoReturn:
+    """Run `dlm` as a program of its own, and end the process."""
+    leave(main())
+
+
+def leave(status: int) -> NoReturn:
+    """End the process without freeing what it holds: a second of work for millions of objects.
+
+    What was registered for the end runs, and streams are flushed. While other threads that must finish are at
+    work, the process ends the usual way, which waits for them.
+    """
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        status = _fail(f"the output cannot be written: {error.strerror}", status or 1)
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def script(prog: str, command: Command, argv: Sequence[str] | None = None) -> int:
@@ -291,4 +315,4 @@ def _fail(message: str, status: int = 1, prog: str = "dlm") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

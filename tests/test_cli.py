@@ -403,3 +403,48 @@ def test_a_spec_is_known_without_weights(checkpoint, tmp_path, monkeypatch):
         config.save_pretrained(tmp_path / name)
         assert stored_spec(tmp_path / name) is None
         assert stored_positions(tmp_path / name) == 99
+
+
+LEAVE = """
+import atexit, sys, threading, time
+from dlm.cli import leave
+
+class Slow:
+    def __del__(self):
+        print("freed")
+
+kept = [Slow()]
+kept.append(kept)
+atexit.register(lambda: print("registered", file=sys.stderr))
+{more}
+sys.stdout.write("last words ")
+leave({status})
+"""
+
+
+def left(status, more="", **kwargs):
+    return subprocess.run(
+        [sys.executable, "-c", LEAVE.format(status=status, more=more)],
+        check=False, text=True, env={**os.environ, "PYTHONUNBUFFERED": ""},
+        **({"capture_output": True} | kwargs),
+    )  # fmt: skip
+
+
+def test_leaving_runs_what_was_registered_and_frees_nothing():
+    done = left(3)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "last words ", "registered\n")
+
+
+def test_leaving_waits_for_threads_that_must_finish():
+    work = "threading.Thread(target=lambda: (time.sleep(0.3), print('worked'))).start()"
+    done = left(0, work)
+    assert done.returncode == 0
+    assert "worked" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_leaving_says_when_the_last_output_cannot_be_written():
+    with open("/dev/full", "w") as full:
+        done = left(0, stdout=full, stderr=subprocess.PIPE, capture_output=False)
+    assert done.returncode == 1
+    assert done.stderr == "registered\ndlm: error: the output cannot be written: No space left on device\n"

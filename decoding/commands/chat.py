@@ -85,8 +85,6 @@ def check_new(file: str) -> None:
 def run(config: ChatConfig) -> int:
     """Talk until `/quit` or the end of input; Ctrl-C stops an answer, and at the prompt the conversation."""
     request = Request.read_from(config)
-    if not config.endpoint:
-        request.check_decoder()
     conversation = Conversation(config.source(), request, config.system, config.seed)
     conversation.source.check(request)
     console = plain_console()

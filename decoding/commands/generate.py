@@ -84,7 +84,6 @@ def run(config: GenerateConfig) -> int:
             print(f"{name}: {line}")
         return 0
     request = Request.read_from(config)
-    request.check_decoder()
     sampler = config.sampler(request)
     if config.forbidden:
         decoder = sampler.without(config.forbidden, request=request)
