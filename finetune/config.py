@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -49,7 +50,9 @@ class LoraConfig:
                 f"lora.alpha must be above 0 and lora.dropout lie in [0, 1), got {self.alpha}, {self.dropout}"
             )
         if not self.r:
-            _refuse(self, ("alpha", "dropout", "targets", "merge"), "lora.", "an adapter: give lora.r")
+            _refuse(
+                self, ("alpha", "dropout", "targets", "merge", "fold"), "lora.", "an adapter: give lora.r"
+            )
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,10 @@ class ModelConfig(StartConfig):
             )
 
 
+EPOCHS = 3.0
+"""Passes over the rows of a run without any limit."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Settings of every training run.
@@ -151,10 +158,10 @@ class RunConfig:
     Args:
         output_dir: folder of the run: checkpoints, logs, curve, samples, and the final model.
         data: where the rows come from.
-        max_steps: optimiser steps; 0 to train for `num_train_epochs` instead.
-        num_train_epochs: passes over the rows, when `max_steps` is 0.
-        max_minutes: end after so many minutes at the latest, resumed ones counted; the learning rate follows
-            a cosine over this time and not over steps. 0 for no such limit. For one process.
+        max_steps: optimiser steps; 0 for no such limit. The first limit that is reached ends the run.
+        num_train_epochs: passes over the rows; 0 for no such limit, or for 3 if there is no other.
+        max_minutes: minutes, resumed ones counted; 0 for no such limit. The learning rate then follows a
+            cosine over the share that is spent of whichever limit is nearest. For one process.
         per_device_train_batch_size: rows per device and micro-batch.
         gradient_accumulation_steps: micro-batches per optimiser step.
         learning_rate: peak learning rate of AdamW.
@@ -173,7 +180,7 @@ class RunConfig:
         save_minutes: with max_minutes, minutes between further checkpoints; 0 for none.
         keep_checkpoints: whole checkpoints to keep.
         samples: prompts that are answered at each validation; empty for the first held-out rows.
-        sample_steps: denoising steps of those answers.
+        sample_steps: denoising steps of those answers; in blocks, at least one for each block.
         resume: continue from the newest whole checkpoint in `output_dir`, if there is one.
         report_to: "tensorboard", "wandb", "none" …, as transformers takes it.
         trainer: any other field of transformers' TrainingArguments, by name.
@@ -190,7 +197,7 @@ class RunConfig:
     output_dir: str
     data: DataConfig = field(default_factory=DataConfig)
     max_steps: int = 0
-    num_train_epochs: float = 3.0
+    num_train_epochs: float = 0.0
     max_minutes: float = 0.0
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
@@ -228,14 +235,33 @@ class RunConfig:
         for name in (*positive, "save_steps", "eval_draws", "keep_checkpoints", "sample_steps"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
-        unsigned = ("max_steps", "max_minutes", "save_minutes", "eval_steps", "eval_rows", "warmup_steps")
+        unsigned = (
+            "max_steps",
+            "num_train_epochs",
+            "max_minutes",
+            "save_minutes",
+            "eval_steps",
+            "eval_rows",
+            "warmup_steps",
+        )
         for name in (*unsigned, "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
-        if self.max_steps == 0 and self.num_train_epochs <= 0:
-            raise ConfigError("either max_steps or num_train_epochs must be above 0")
+        if self.max_minutes and self.lr_scheduler_type != "cosine":
+            raise ConfigError(
+                f"max_minutes has a cosine of its own: lr_scheduler_type {self.lr_scheduler_type!r} is for "
+                "max_steps and num_train_epochs"
+            )
+        if self.save_minutes and not self.max_minutes:
+            raise ConfigError("save_minutes is for runs with max_minutes; give save_steps")
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the rows at most; infinite where other limits end the run."""
+        unlimited = math.inf if self.max_steps or self.max_minutes else EPOCHS
+        return self.num_train_epochs or unlimited
 
 
 @dataclass(frozen=True)

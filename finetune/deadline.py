@@ -22,12 +22,14 @@ class Deadline(TrainerCallback):  # type: ignore[misc]
     Args:
         run: the folder of the run.
         config: its settings.
+        steps: after which it ends if its time is not up before.
     """
 
-    def __init__(self, run: RunFolder, config: RunConfig) -> None:
+    def __init__(self, run: RunFolder, config: RunConfig, steps: float = math.inf) -> None:
         self.run, self.total, self.warmup = run, 60 * config.max_minutes, config.warmup_steps
         self.between = 60 * config.save_minutes
         self.before, self.since = run.seconds, time.monotonic()
+        self.steps = steps
         self.saved = self.before
 
     @property
@@ -36,8 +38,8 @@ class Deadline(TrainerCallback):  # type: ignore[misc]
         return self.before + time.monotonic() - self.since
 
     def pace(self, step: int) -> float:
-        """Factor of the learning rate: a linear warm-up over steps, a cosine to 0 over the time."""
-        share = min(1.0, self.seconds / self.total)
+        """Factor of the learning rate: a linear warm-up over steps, a cosine to 0 at the end of the run."""
+        share = min(1.0, max(self.seconds / self.total, step / self.steps))
         return min(1.0, (step + 1) / (self.warmup + 1)) * 0.5 * (1 + math.cos(math.pi * share))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

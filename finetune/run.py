@@ -7,6 +7,7 @@ is watched. What they share is here: the data, resuming, checkpoints, the final 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
@@ -30,11 +31,13 @@ from dlm.lock import alone_in
 from dlm.model import MaskedDiffusionModel
 from dlm.notice import carry_notice
 from dlm.prior import TokenPrior
+from dlm.spec import ModelSpec
 from dlm.tokenizer import template_name
 from dlm.trainer import DiffusionTrainer, micro_batches
 from finetune.config import RunConfig, StartConfig
 from finetune.deadline import Deadline
 from finetune.run_folder import RunFolder
+from finetune.samples import sample_steps
 from finetune.start import check_model, prepare
 
 if TYPE_CHECKING:
@@ -135,14 +138,10 @@ def _execute(stage: Stage[Any], run: RunFolder) -> Path:
     logger.info("training rows: %s", report)
     record(model, tokenizer, config, report, stage.record())
     model = prepare(model, stage.start, config.data.window, config.seed)
-    deadline = Deadline(run, config) if config.max_minutes else None
-    accumulated = accumulation(config, run.resume_from, PartialState().num_processes)
-    trainer = build_trainer(stage, model, tokenizer, train_set, eval_set, deadline, accumulated)
+    trainer = build_trainer(stage, model, tokenizer, train_set, eval_set, run)
     if config.eval_steps and eval_set is not None:
         for callback in stage.callbacks(trainer, tokenizer, held_out, run):
             trainer.add_callback(callback)
-    if deadline:
-        trainer.add_callback(deadline)
     trainer.add_callback(CurveCallback(run.path, stage.drawings))  # last: it draws what the others measured
     if trainer.accelerator.is_main_process:
         run.begin(report)
@@ -233,7 +232,8 @@ def record(
         "seed": config.seed,
         "ema_decay": config.ema_decay,
     }
-    model.config.generation = {"decoder": "conv", "window": config.data.window, "steps": config.sample_steps}
+    steps = sample_steps(config, ModelSpec.of(model))
+    model.config.generation = {"decoder": "conv", "window": config.data.window, "steps": steps}
 
 
 def build_trainer(
@@ -242,18 +242,21 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     train_set: Dataset | EncodedRows,
     eval_set: Dataset | EncodedRows | None,
-    deadline: Deadline | None = None,
-    accumulated: int = 0,
+    run: RunFolder | None = None,
 ) -> DiffusionTrainer:
-    """The trainer of a run; with another number of accumulated micro-batches, if one is given."""
+    """The trainer of a run, or, with its folder, of what is left of it."""
     config: RunConfig = stage.config
-    if accumulated:
-        config = replace(config, gradient_accumulation_steps=accumulated)
+    processes = PartialState().num_processes
+    if run:
+        parts = accumulation(config, run.resume_from, processes)
+        config = replace(config, gradient_accumulation_steps=parts)
+    steps = step_limit(config, len(train_set), processes)
+    deadline = Deadline(run, config, steps) if run and config.max_minutes else None
     prior = stage.prior(tokenizer, model, train_set)
     trainer = stage.trainer(
         model,
         prior,
-        args=training_arguments(config, evaluate=eval_set is not None),
+        args=training_arguments(config, eval_set is not None, steps),
         data_collator=collator(config.data, tokenizer, config.seed),
         processing_class=tokenizer,
         train_dataset=_numbered(train_set),
@@ -264,6 +267,8 @@ def build_trainer(
         pace=deadline.pace if deadline else None,
     )
     trainer.prior = prior
+    if deadline:
+        trainer.add_callback(deadline)
     return trainer
 
 
@@ -311,9 +316,18 @@ def _numbered(rows: Dataset | EncodedRows) -> Dataset | EncodedRows:
 _ENDLESS = 10**7
 """Steps of a run that its deadline ends."""
 
+
+def step_limit(config: RunConfig, rows: int, processes: int) -> int:
+    """Optimiser steps at most, of a run over so many rows: those of `max_steps`, or of its passes."""
+    passes = math.ceil(
+        math.ceil(rows / config.per_device_train_batch_size / processes) / config.gradient_accumulation_steps
+    )
+    limits = [config.max_steps or _ENDLESS, config.epochs * passes]
+    return math.ceil(min(limits))
+
+
 _SHARED = (
     "output_dir",
-    "num_train_epochs",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "learning_rate",
@@ -329,15 +343,16 @@ _SHARED = (
 """Settings that transformers knows by the same name."""
 
 
-def training_arguments(config: RunConfig, evaluate: bool) -> TrainingArguments:
-    """Our settings as transformers' own.
+def training_arguments(config: RunConfig, evaluate: bool, max_steps: int = _ENDLESS) -> TrainingArguments:
+    """Our settings as transformers' own, for a run of so many steps.
 
     Raises:
         ConfigError: when `config.trainer` names a field that does not exist, or one that we set.
     """
     ours: dict[str, Any] = {name: getattr(config, name) for name in _SHARED}
     ours |= {
-        "max_steps": config.max_steps or (_ENDLESS if config.max_minutes else -1),
+        "max_steps": max_steps,
+        "num_train_epochs": config.num_train_epochs,
         "eval_strategy": "steps" if evaluate and config.eval_steps else "no",
         "eval_steps": config.eval_steps or None,
         "save_strategy": "steps",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from dlm.config import flat
 from dlm.data.encode import EncodingReport
 from dlm.errors import ConfigError, DLMError
 from dlm.json_files import damaged, read_object
-from finetune.config import RunConfig
+from finetune.config import EPOCHS, RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +67,22 @@ class RunFolder:
         return stored
 
     def _compare(self, new: dict[str, Any], old: dict[str, Any]) -> None:
-        for name, value in flat(old).items():
-            if name.split(".")[0] not in self.config.FREE and flat(new).get(name, value) != value:
+        """Refuse to go on with other settings; those that an older version did not write had their defaults.
+
+        Raises:
+            ConfigError: naming the first that differs.
+        """
+        defaults = flat(_as_json(_defaults(type(self.config))))
+        new, old = flat(new), {**defaults, **flat(old)}
+        if old["num_train_epochs"] == EPOCHS and not new["num_train_epochs"]:
+            old["num_train_epochs"] = 0.0  # as it was written where none were given
+        for name in {**old, **new}:
+            group = name.split(".")[0]
+            if group in self.config.FREE or (name not in new and group != "trainer"):
+                continue  # or it is no setting any more
+            if old.get(name) != new.get(name):
                 raise ConfigError(
-                    f"{self.path} holds a run with {name} = {value!r}, not {flat(new)[name]!r}; "
+                    f"{self.path} holds a run with {name} = {old.get(name)!r}, not {new.get(name)!r}; "
                     "choose another output_dir (--model.init can start from this one)"
                 )
 
@@ -156,6 +168,19 @@ def trainer_state(checkpoint: Path) -> TrainerState:
             raise
         raise damaged(file, error, hint=DROP_CHECKPOINT) from error
     return state
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """The defaults of a dataclass of settings, those of its groups included."""
+    found: dict[str, Any] = {}
+    for item in fields(kind):
+        if item.default is not MISSING:
+            found[item.name] = item.default
+        elif isinstance(item.default_factory, type) and is_dataclass(item.default_factory):
+            found[item.name] = _defaults(item.default_factory)
+        elif item.default_factory is not MISSING:
+            found[item.name] = item.default_factory()
+    return found
 
 
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:

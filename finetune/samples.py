@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from decoding.presets import Decoder
 from decoding.rows import Prompt
 from decoding.sampler import Sampler
 from dlm.data.encoded import EncodedRows
+from dlm.spec import ModelSpec
 from dlm.trainer import DiffusionTrainer
 from finetune.config import RunConfig
 
@@ -44,6 +46,13 @@ def held_out_prompts(
     return list(itertools.islice(fits, count))
 
 
+def sample_steps(config: RunConfig, spec: ModelSpec) -> int:
+    """Steps of an answer: `config.sample_steps`, and in blocks at least one for each of the window."""
+    size = spec.visibility.block_size
+    blocks = 1 if size is None else math.ceil(config.data.window / size)
+    return max(config.sample_steps, blocks)
+
+
 def answers(
     trainer: DiffusionTrainer,
     tokenizer: PreTrainedTokenizerBase,
@@ -61,7 +70,7 @@ def answers(
                 prompts,
                 decoder=decoder,
                 window=config.data.window,
-                steps=config.sample_steps,
+                steps=sample_steps(config, ModelSpec.of(model)),
                 seed=config.seed,
             )
     finally:

@@ -10,7 +10,7 @@ from dlm.data.encode import encode_rows
 from dlm.data.encoded import EncodedRows
 from dlm.errors import ConfigError
 from finetune.deadline import Deadline
-from finetune.run import split_rows
+from finetune.run import split_rows, step_limit
 from finetune.run_folder import RunFolder
 from finetune.sft import train
 from tests.finetune.test_train import losses, settings, unfinish, weights
@@ -29,6 +29,46 @@ def test_the_rate_warms_up_over_steps_and_comes_to_rest_with_the_time(tmp_path, 
     assert deadline.pace(50) == pytest.approx(0.5)
     now[0] = 161.0
     assert deadline.pace(90) == pytest.approx(0.0)
+
+
+def test_the_rate_comes_to_rest_with_the_steps_where_they_end_first(tmp_path):
+    config = timed(tmp_path, 100.0, warmup_steps=0)
+    deadline = Deadline(RunFolder(config), config, steps=10)
+    rates = [deadline.pace(step) for step in (0, 5, 10)]
+    assert rates == pytest.approx([1.0, 0.5, 0.0], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [
+        ({"max_steps": 7}, 7),
+        ({"max_steps": 0}, 3 * 4),  # three passes
+        ({"max_steps": 0, "num_train_epochs": 0.6}, 3),
+        ({"max_steps": 7, "num_train_epochs": 1}, 4),
+        ({"max_steps": 3, "num_train_epochs": 1}, 3),
+        ({"max_minutes": 1, "max_steps": 0, "num_train_epochs": 1}, 4),
+        ({"max_minutes": 1, "max_steps": 0}, 10**7),
+    ],
+)
+def test_the_first_limit_of_steps_and_passes_holds(tmp_path, limits, steps):
+    # 50 rows in 2 processes of 4 rows are 7 micro-batches, which are 4 steps of two
+    config = settings(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, **limits)
+    assert step_limit(config, 50, 2) == steps
+
+
+def test_passes_count_as_transformers_counts_them(tmp_path):
+    train(settings(tmp_path, max_steps=0, num_train_epochs=0.3, gradient_accumulation_steps=2))
+    state = json.loads((next(tmp_path.glob("checkpoint-*")) / "trainer_state.json").read_text())
+    rows = json.loads((tmp_path / "run.json").read_text())["rows"]["kept"]
+    assert state["epoch"] == pytest.approx(0.3, abs=16 / rows)
+    assert state["global_step"] == state["max_steps"]
+
+
+def test_a_pace_that_a_deadline_does_not_have_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="lr_scheduler_type 'linear' is for max_steps"):
+        timed(tmp_path, lr_scheduler_type="linear")
+    with pytest.raises(ConfigError, match="save_minutes is for runs with max_minutes"):
+        settings(tmp_path, save_minutes=2.0)
 
 
 def test_a_run_ends_with_its_time_and_is_finished(tmp_path):

@@ -534,3 +534,10 @@ def test_the_trainers_nelbo_is_that_of_the_enumeration(tokenizer, tmp_path):
     trainer.model.eval()
     exact = enumerated_nelbo(trainer.model, window, torch.arange(len(ids)) >= start, tokenizer.mask_token_id)
     assert trainer.evaluate()["eval_nelbo"] == pytest.approx(exact, rel=0.01)
+
+
+def test_a_run_in_small_blocks_has_a_step_for_each_in_its_samples_and_its_model(tmp_path):
+    model = replace(TINY, visibility="block", block_size=4, block_lead=True)
+    train(settings(tmp_path, model=model, max_steps=1, eval_steps=1, sample_steps=2, samples=["Count."]))
+    assert "## Step 1" in (tmp_path / "samples.md").read_text()
+    assert json.loads((tmp_path / "config.json").read_text())["generation"]["steps"] == 48 // 4

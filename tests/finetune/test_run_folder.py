@@ -1,0 +1,63 @@
+"""Which runs a folder continues: those with the same settings, however old the folder is."""
+
+import json
+
+import pytest
+
+from dlm.errors import ConfigError
+from finetune.config import MaskConfig, TrainConfig
+from finetune.run_folder import RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the settings of a run, and the way to change what is written there."""
+    report = type("Report", (), {"as_dict": lambda self: {}})()
+    RunFolder(TrainConfig(str(tmp_path), max_steps=5)).begin(report)
+
+    def rewrite(change):
+        stored = json.loads((tmp_path / "run.json").read_text())
+        change(stored["config"])
+        (tmp_path / "run.json").write_text(json.dumps(stored))
+
+    return str(tmp_path), rewrite
+
+
+def test_the_same_settings_go_on_and_others_do_not(folder):
+    path, _ = folder
+    RunFolder(TrainConfig(path, max_steps=5))
+    RunFolder(TrainConfig(path, max_steps=5, logging_steps=3))
+    with pytest.raises(ConfigError, match="max_steps = 5, not 6"):
+        RunFolder(TrainConfig(path, max_steps=6))
+
+
+def test_a_setting_that_an_older_version_did_not_have_had_its_default(folder):
+    path, rewrite = folder
+    rewrite(lambda config: config.pop("masks"))
+    RunFolder(TrainConfig(path, max_steps=5))
+    with pytest.raises(ConfigError, match=r"masks.complementary = False, not True"):
+        RunFolder(TrainConfig(path, max_steps=5, masks=MaskConfig(complementary=True)))
+
+
+def test_a_setting_that_is_none_any_more_is_no_obstacle(folder):
+    path, rewrite = folder
+    rewrite(lambda config: config.update(forgotten=3))
+    RunFolder(TrainConfig(path, max_steps=5))
+
+
+def test_settings_of_transformers_are_compared_where_only_one_run_has_them(folder):
+    path, rewrite = folder
+    with pytest.raises(ConfigError, match=r"trainer.adam_beta1 = None, not 0.5"):
+        RunFolder(TrainConfig(path, max_steps=5, trainer={"adam_beta1": 0.5}))
+    rewrite(lambda config: config.update(trainer={"adam_beta1": 0.5}))
+    with pytest.raises(ConfigError, match=r"trainer.adam_beta1 = 0.5, not None"):
+        RunFolder(TrainConfig(path, max_steps=5))
+
+
+def test_three_epochs_were_written_where_none_were_given(folder):
+    path, rewrite = folder
+    rewrite(lambda config: config.update(num_train_epochs=3.0))
+    RunFolder(TrainConfig(path, max_steps=5))
+    rewrite(lambda config: config.update(num_train_epochs=2.0))
+    with pytest.raises(ConfigError, match=r"num_train_epochs = 2.0, not 0.0"):
+        RunFolder(TrainConfig(path, max_steps=5))
