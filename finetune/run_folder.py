@@ -172,15 +172,10 @@ def trainer_state(checkpoint: Path) -> TrainerState:
 
 def _defaults(kind: type) -> dict[str, Any]:
     """The defaults of a dataclass of settings, those of its groups included."""
-    found: dict[str, Any] = {}
-    for item in fields(kind):
-        if item.default is not MISSING:
-            found[item.name] = item.default
-        elif isinstance(item.default_factory, type) and is_dataclass(item.default_factory):
-            found[item.name] = _defaults(item.default_factory)
-        elif item.default_factory is not MISSING:
-            found[item.name] = item.default_factory()
-    return found
+    made = {item.name: item.default_factory() for item in fields(kind) if item.default_factory is not MISSING}
+    plain = {item.name: item.default for item in fields(kind) if item.default is not MISSING}
+    groups = {name: _defaults(type(value)) for name, value in made.items() if is_dataclass(value)}
+    return plain | made | groups
 
 
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
