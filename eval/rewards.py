@@ -15,7 +15,8 @@ class Likelihood:
     An empty text counts as one token drawn from all alike, -log V.
 
     Args:
-        path: hub id, folder or .gguf file of a causal language model, or a name as "default-base".
+        path: hub id, folder or .gguf file of a causal language model; "smollm2-135m-instruct" is the base of
+            the default model.
     """
 
     def __init__(self, path: str) -> None:
@@ -48,8 +49,12 @@ class Closeness:
 
         if not text.strip():
             raise ConfigError("closeness needs a text, as in closeness='a walk by the sea'")
-        self.text, self.encoder = text, Encoder()
+        self.encoder = Encoder()
+        self.target = self.encoder.encode([text])[0]  # [D]
 
     def __call__(self, *, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
         """See `decoding.rewards.Reward`."""
-        return self.encoder.relevance(completions, [self.text] * len(completions))
+        if not completions:
+            return []
+        cosine = self.encoder.encode(completions) @ self.target
+        return [float(x) if text.strip() else 0.0 for x, text in zip(cosine, completions, strict=True)]
