@@ -32,6 +32,8 @@ from dlm.data.rows import load_rows
 from dlm.data.rules import is_right, make_examples
 from examples.demo import DECODERS, PROMPT_SEED, STEPS, WINDOW
 
+CHECKED, REPEATED = 0.1, 0.01
+"""β of rewards that are 0 or 1, and of repetition."""
 SIZES = (1, 4, 16)
 TWISTS = ("none", "written", "predicted")
 LIST = "regex=(?s)^1\\..*\\n2\\..*\\n3\\."
@@ -118,7 +120,7 @@ def table(results: dict[tuple[int, str], list[Result]]) -> None:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def of_demo(beta: float) -> list[Trial]:
+def of_demo() -> list[Trial]:
     """Whether answers to the demo's held-out instructions are right."""
     examples = {e.instruction: e for e in make_examples(1000, seed=PROMPT_SEED, split="test")}
 
@@ -129,18 +131,19 @@ def of_demo(beta: float) -> list[Trial]:
     how = {"decoder": Decoder.named("conv", **DECODERS["conv"]), "window": WINDOW, "steps": STEPS}
     no_repetition = reward_named("no-repetition=2")
     return [
-        Trial("the answer is right", right, list(examples), how, beta),
-        Trial("no-repetition=2", no_repetition, list(examples), how, beta),
+        Trial("the answer is right", right, list(examples), how, CHECKED),
+        Trial("no-repetition=2", no_repetition, list(examples), how, REPEATED),
     ]
 
 
-def of_model(sampler: Sampler, data: str, last: int, max_tokens: int, beta: float) -> list[Trial]:
+def of_model(sampler: Sampler, data: str, last: int, max_tokens: int) -> list[Trial]:
     """No repetition and a list of three points, for prompts of held-out rows."""
     rows = load_rows(data)
     prompts = [rows[i]["prompt"] for i in range(len(rows) - last, len(rows))]
     prompts = [prompt for prompt in prompts if sampler.prompt_length(prompt) <= 64]
     how = {"decoder": "conv", "max_tokens": max_tokens}
-    return [Trial(name, reward_named(name), prompts, how, beta) for name in ("no-repetition=2", LIST)]
+    named = {"no-repetition=2": REPEATED, LIST: CHECKED}
+    return [Trial(name, reward_named(name), prompts, how, beta) for name, beta in named.items()]
 
 
 def main() -> None:
@@ -151,16 +154,15 @@ def main() -> None:
     parser.add_argument("--last", type=int, default=1000, help="held-out rows, from the end")
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--demo", default="", help="a model of make demo")
-    parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--minutes", type=float, default=10.0, help="for all tables together")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for path in filter(None, (options.model, options.demo)):
         sampler = Sampler(*load_model(path, "cpu", "float32"))
         trials = (
-            of_demo(options.beta)
+            of_demo()
             if path == options.demo
-            else of_model(sampler, options.data, options.last, options.max_tokens, options.beta)
+            else of_model(sampler, options.data, options.last, options.max_tokens)
         )
         for trial in trials:
             share = len(trials) * len([path for path in (options.model, options.demo) if path])
