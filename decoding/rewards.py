@@ -172,7 +172,9 @@ def values(reward: Reward, prompts: Sequence[Any], completions: Sequence[str]) -
     """
     found = [float(value) for value in reward(prompts=prompts, completions=completions)]
     if len(found) != len(completions):
-        raise DLMError(f"the reward gave {len(found)} numbers for {len(completions)} texts")
+        raise DLMError(
+            f"the reward must give a number for each of {len(completions)} texts, gave {len(found)}"
+        )
     for value, text in zip(found, completions, strict=True):
         if not math.isfinite(value):
             raise DLMError(f"the reward must be a finite number, got {value} for {text[:80]!r}")

@@ -27,9 +27,9 @@ class Tilt:
         reward: r, a callable (`decoding.rewards.Reward`) or the name of one (`reward_named`).
         particles: K, rows for each answer.
         beta: β, in units of the reward; the smaller, the more the reward counts against the model.
-        twist: ψ, an estimate of E[exp(r / β)] for an unfinished text: "none" (1 until the end), "written"
-            (exp(r / β) of the text that can no longer change), or "predicted" (the mean of exp(r / β) over
-            texts in which every mask is filled at once).
+        twist: ψ, an estimate of E[exp(r / β)] for an unfinished text: "predicted" (the mean of exp(r / β)
+            over texts in which every mask is filled at once), "written" (exp(r / β) of the text that can no
+            longer change), or "none" (1 until the end).
         predictions: texts in that mean; 4 by default.
         threshold: particles are resampled where their effective number is below this share of K, 0.5 by
             default; 1 for always, 0 for never. Without a twist they never are.
@@ -39,7 +39,7 @@ class Tilt:
     reward: Reward | str
     particles: int = 8
     beta: float = 0.1
-    twist: str = "written"
+    twist: str = "predicted"
     predictions: int | None = None
     threshold: float | None = None
     select: str = "sample"
@@ -114,5 +114,5 @@ class Tilt:
             raise ConfigError("reuse keeps keys and values that a copy of a row lacks: give no reuse")
         if self.twist == "written" and not plan.keeps_tokens:
             raise ConfigError(
-                f'decoder {name!r} revises what it has written: give twist="predicted" or twist="none"'
+                f'decoder {name!r} revises what it has written: give twist="predicted" or "none"'
             )

@@ -95,9 +95,9 @@ TILTED = {
     "reward": [("length=9", {})],
     "particles": [(5, {})],
     "beta": [(0.01, {})],
-    "twist": [("predicted", {}), ("none", {})],
-    "predictions": [(7, {"twist": "predicted"}), (7, {}), (7, {"twist": "none"})],
-    "threshold": [(1.0, {}), (1.0, {"twist": "predicted"}), (1.0, {"twist": "none"})],
+    "twist": [("written", {}), ("none", {})],
+    "predictions": [(7, {}), (7, {"twist": "written"}), (7, {"twist": "none"})],
+    "threshold": [(1.0, {}), (1.0, {"twist": "written"}), (1.0, {"twist": "none"})],
     "select": [("best", {}), ("best", {"twist": "none"})],
 }
 """Values to try, each beside other fields."""

@@ -43,8 +43,8 @@ class GenerateConfig(Request, LoadConfig):
             meaning), or "module:function" of your own, called with prompts and completions.
         particles: with a reward, rows for each answer; 8 by default.
         reward_beta: with a reward, β in its units; 0.1 by default, less counts it more.
-        twist: with a reward, how unfinished answers are weighed: by what is "written" (default), by what is
-            "predicted" for every mask, or "none" (soft best-of-n).
+        twist: with a reward, how unfinished answers are weighed: by what is "predicted" for every mask
+            (default), by what is "written", or "none" (soft best-of-n).
         select: with a reward, the particle that is printed: a "sample" by weight (default), or the "best".
         json: write one JSON object per answer, the prompt in it, instead of its text.
         batch_size: prompts per model call.

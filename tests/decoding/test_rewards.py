@@ -72,7 +72,7 @@ def test_rewards_of_packages_are_found_by_their_entry_points(monkeypatch):
 
 
 def test_what_is_no_list_of_finite_numbers_is_an_error():
-    with pytest.raises(DLMError, match="gave 1 numbers for 2 texts"):
+    with pytest.raises(DLMError, match="must give a number for each of 2 texts, gave 1"):
         values(lambda prompts, completions: [1], ["p", "p"], ["a", "b"])
     with pytest.raises(DLMError, match="must be a finite number, got nan for 'b'"):
         values(lambda prompts, completions: [1, math.nan], ["p", "p"], ["a", "b"])
