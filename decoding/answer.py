@@ -9,6 +9,7 @@ import itertools
 import math
 from dataclasses import dataclass, field, replace
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from decoding.canvas import Canvas
@@ -179,6 +180,14 @@ def output(canvas: Canvas, plan: Plan, reader: Reader) -> Output:
     cut = find_stop(canvas, plan, reader)
     reason = "length" if cut is None and len(answer) == len(ids) else "stop"
     return _output(canvas, plan, cut or Cut(len(answer), reader.text(answer)), reason)
+
+
+def completed(canvas: Canvas, ids: torch.Tensor, plan: Plan, reader: Reader) -> Output:
+    """The answer of a row, were its first tokens `ids` [W] and everything beyond the canvas an end token."""
+    filled = canvas.ids.clone()
+    filled[0, : len(ids)] = ids
+    filled = torch.where(canvas.valid, filled, plan.ending.eos_id)
+    return output(replace(canvas, ids=filled, masked=torch.zeros_like(canvas.masked)), plan, reader)
 
 
 def _output(canvas: Canvas, plan: Plan, part: Cut, finish_reason: str) -> Output:

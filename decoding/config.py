@@ -13,7 +13,7 @@ from dlm.device import check_place
 from dlm.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
-    from decoding.request import Request
+    from decoding.request import Plan, Request
     from decoding.sampler import Sampler
 
 
@@ -89,8 +89,11 @@ class LoadConfig:
 
             return Sampler(*self.load())
 
-    def check(self, request: Request) -> None:
+    def check(self, request: Request) -> Plan | None:
         """Refuse a request that the model cannot answer, from its configuration alone.
+
+        Returns:
+            Its plan; None where the configuration is not here yet.
 
         Raises:
             ConfigError: see `Request.resolve`.
@@ -98,8 +101,7 @@ class LoadConfig:
         from dlm.checkpoint import stored_spec
 
         spec = stored_spec(self.model)
-        if spec is not None:
-            request.resolve(spec)
+        return None if spec is None else request.resolve(spec)
 
     def load(self) -> tuple[Any, Any]:
         """The model and its tokenizer."""

@@ -176,6 +176,17 @@ class StateCache:
         if self.states is not None:
             self.states = resized(self.states, size, self.states.shape[1])
 
+    def copy(self, rows: torch.Tensor, places: torch.Tensor) -> None:
+        """Keep the states of the rows [b] for the rows `places` [b] too, which are equal to them.
+
+        Keys and values are not copied; where there are any they are computed again.
+        """
+        if self.states is None:
+            return
+        source, target = (x.to(self.states.device, non_blocking=True) for x in (rows, places))
+        self.states[target] = self.states[source]
+        self.entries.cached[places] = self.entries.cached[rows]
+
     def shown_ids(self, rows: torch.Tensor) -> torch.Tensor:
         """[b, L] the ids that the model is shown."""
         ids = self.canvas.ids[rows]

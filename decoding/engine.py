@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -217,17 +217,16 @@ class Engine:
         self._drop({update.ticket for update in updates if update.finished})
         return updates
 
-    def cancel(self, ticket: int) -> None:
-        """Forget a row.
+    def cancel(self, *tickets: int) -> None:
+        """Forget rows.
 
         Raises:
-            KeyError: for a ticket that is not there.
+            KeyError: for a ticket that is not there; nothing is forgotten then.
         """
-        if self._waiting.pop(ticket, None) is not None:
-            return
-        if ticket not in self._running:
-            raise KeyError(f"no row has the ticket {ticket}")
-        self._drop({ticket})
+        for ticket in tickets:
+            if ticket not in self._waiting and ticket not in self._running:
+                raise KeyError(f"no row has the ticket {ticket}")
+        self._drop({ticket for ticket in tickets if self._waiting.pop(ticket, None) is None})
 
     @torch.inference_mode()
     def remove(self, ticket: int) -> Canvas:
@@ -256,17 +255,92 @@ class Engine:
         group = self._groups[self._running[ticket].plan.batch_key]
         return group.batch.canvas.take(torch.tensor([group.tickets.index(ticket)]))
 
+    @torch.inference_mode()
+    def fork(self, tickets: Sequence[int], keys: torch.Tensor) -> list[int]:
+        """Copy rows at work; the rows stay as they are, and the copies go on with noise of their own.
+
+        Args:
+            tickets: of the rows; one that occurs twice is copied twice.
+            keys: [N] int64, of each copy's noise from now on (`dlm.noise.fold` makes new ones of a key).
+
+        Returns:
+            The tickets of the copies, which take part in the next step.
+
+        Raises:
+            KeyError: for a ticket that is not at work.
+            ConfigError: when the copies are more than the engine's limits allow.
+        """
+        for ticket in tickets:
+            if ticket not in self._running:
+                raise KeyError(f"no row at work has the ticket {ticket}")
+        sizes = [self._running[ticket].size for ticket in tickets]
+        if not self._has_room(len(sizes), self._positions() + sum(sizes)):
+            raise ConfigError(
+                f"{len(tickets)} copies are more than the engine has room for: it holds {len(self._running)} "
+                f"rows, max_rows is {self.max_rows} and max_positions {self.max_positions}"
+            )
+        copies = [next(self._tickets) for _ in tickets]
+        for group in self._groups.values():
+            chosen = [i for i, ticket in enumerate(tickets) if ticket in group.tickets]
+            if chosen:
+                rows = torch.tensor([group.tickets.index(tickets[i]) for i in chosen])
+                group.batch.fork(rows, keys[chosen])
+                group.tickets += [copies[i] for i in chosen]
+        for ticket, copy in zip(tickets, copies, strict=True):
+            self._running[copy] = replace(self._running[ticket], reader=Reader(self.tokenizer))
+        return copies
+
+    @torch.inference_mode()
+    def predictions(self, tickets: Collection[int], draws: int = 1) -> dict[int, list[str]]:
+        """Answers that rows at work would give if every mask were filled now (`Batch.predict`).
+
+        Nothing changes, and the model calls are those of the next step.
+
+        Args:
+            tickets: of the rows.
+            draws: answers for each row.
+
+        Returns:
+            By ticket, so many texts.
+        """
+        work, predicted = [], []
+        for group in self._groups.values():
+            rows = [i for i, ticket in enumerate(group.tickets) if ticket in tickets]
+            if rows:
+                ids: list[torch.Tensor] = []
+                work.append(group.batch.predict(torch.tensor(rows), draws, ids))
+                predicted.append((group, rows, ids))
+        run_work(self.model, work)
+        return {
+            group.tickets[row]: [self._predicted_text(group, row, each[place]) for each in ids]
+            for group, rows, ids in predicted
+            for place, row in enumerate(rows)
+        }
+
+    def _predicted_text(self, group: _Group, row: int, ids: torch.Tensor) -> str:
+        """The answer of a row of a batch, were its tokens these [W]."""
+        entry = self._running[group.tickets[row]]
+        canvas = group.batch.canvas.take(torch.tensor([row]))
+        return answer.completed(canvas, ids, entry.plan, Reader(self.tokenizer)).text
+
+    def _positions(self) -> int:
+        """Positions of all rows at work, each at its longest."""
+        return sum(int(group.batch.canvas.end.sum()) for group in self._groups.values())
+
+    def _has_room(self, new: int, positions: int) -> bool:
+        """True where `new` rows more, `positions` in all, are within the limits."""
+        rows = self.max_rows is None or len(self._running) + new <= self.max_rows
+        return rows and (self.max_positions is None or positions <= self.max_positions)
+
     def _admit(self) -> None:
         """Let rows that wait begin, in order, as far as the limits allow."""
         if not self._waiting:
             return
-        positions = sum(int(group.batch.canvas.end.sum()) for group in self._groups.values())
+        positions = self._positions()
         admitted: dict[Any, list[int]] = {}
         for ticket, entry in self._waiting.items():
             positions += entry.size
-            if self.max_rows is not None and len(self._running) >= self.max_rows:
-                break
-            if self.max_positions is not None and positions > self.max_positions:
+            if not self._has_room(1, positions):
                 break
             admitted.setdefault(entry.plan.batch_key, []).append(ticket)
             self._running[ticket] = entry

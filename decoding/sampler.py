@@ -15,9 +15,11 @@ from decoding.engine import Engine, Update
 from decoding.gaps import Gap, Piece, pieces_of, without_span
 from decoding.infill import Infilled, gap_scores, infilled, plan_infilling, rows_with_gaps
 from decoding.inputs import as_list, cut_text, with_seeds
+from decoding.particles import steer
 from decoding.presets import Decoder
 from decoding.request import Plan, Request, is_whole
 from decoding.rows import Prompt, RowMaker, TooLongError
+from decoding.tilt import Tilt
 from dlm.errors import ConfigError, DLMError
 from dlm.spec import ModelSpec
 
@@ -90,12 +92,14 @@ class Sampler:
             request: how they are decoded; or give its fields as keyword arguments.
             seed: one seed for all rows, or one per prompt. A row's noise depends on its seed and its own
                 prompt, never on the rows beside it, so equal prompts under one seed give equal texts.
-            batch_size: rows per model call.
+            batch_size: rows per model call, or with a reward those of one prompt if they are more.
             n: answers to each prompt, under its seed, that seed + 1, and so on.
             **fields: the fields of a `Request`: decoder, options, max_tokens, rate, window, steps, stop, …
+                Beside them or a request, those of a `Tilt`: reward, particles, beta, … Each answer is then
+                drawn from p(x) exp(reward(x) / beta) / Z, approximately.
 
         Yields:
-            `n` outputs per prompt, in order.
+            `n` outputs per prompt, in order; with a reward each is a `TiltedOutput`.
 
         Raises:
             ConfigError: for settings out of range, and several answers of a decoder that draws nothing, which
@@ -103,15 +107,19 @@ class Sampler:
                 those before it.
             DLMError: when the model returns NaN, naming the step and the prompt.
         """
+        tilt, fields = Tilt.among(fields)
         plan = self.plan(request, **fields)
         _check_samples(n, plan)
-        seeded = enumerate(with_seeds(prompts, seed))
+        _check_batch_size(batch_size)
         rows = (
-            (self.rows.answer(prompt, plan, f"prompt {i}"), plan, each + number)
-            for i, (prompt, each) in seeded
+            (self.rows.answer(prompt, plan, f"prompt {i}"), prompt, each + number)
+            for i, (prompt, each) in enumerate(with_seeds(prompts, seed))
             for number in range(n)
         )
-        for update in self._finished(rows, batch_size):
+        if tilt is not None:
+            yield from steer(Engine(self.model, self.tokenizer), plan, tilt, rows, batch_size)
+            return
+        for update in self._finished(((row, plan, each) for row, _, each in rows), batch_size):
             assert update.output is not None
             yield update.output
 
@@ -368,8 +376,7 @@ class Sampler:
 
     def _finished(self, rows: Iterator[tuple[Row, Plan, int]], batch_size: int) -> Iterator[Update]:
         """Decode rows with their plans and seeds, so many at a time; yields their last updates in order."""
-        if not is_whole(batch_size) or batch_size < 1:
-            raise ConfigError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+        _check_batch_size(batch_size)
         engine = Engine(self.model, self.tokenizer)
         done: dict[int, Update] = {}
         names: dict[int, str] = {}
@@ -426,11 +433,19 @@ class Sampler:
 
 def _request(request: Request | None, fields: dict[str, Any]) -> Request:
     """The request given, or one made of its fields."""
+    if Tilt.among(fields)[0] is not None:
+        raise ConfigError("a reward steers whole answers: it is for generate and iter_generate alone")
     if request is None:
         return Request.of(**fields)
     if fields:
         raise ConfigError(f"give a request or its fields, not both: {', '.join(fields)}")
     return request
+
+
+def _check_batch_size(batch_size: int) -> None:
+    """Refuse a number of rows that means nothing."""
+    if not is_whole(batch_size) or batch_size < 1:
+        raise ConfigError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
 
 
 def _check_samples(n: int, plan: Plan) -> None:

@@ -24,7 +24,7 @@ from decoding.canvas import Canvas, Rows
 from decoding.denoiser import Denoiser, ScoreCache, StateCache, StateQuery, compute_states
 from decoding.pace import Clock
 from decoding.request import Plan
-from decoding.reveal.base import TOKEN_NOISE, Decision, StepView
+from decoding.reveal.base import PREDICTION_NOISE, TOKEN_NOISE, Decision, StepView
 from dlm.device import sent
 from dlm.errors import ConfigError, DLMError
 from dlm.noise import cell_noise
@@ -143,6 +143,17 @@ class Batch:
         """Keep the rows [b], given in rising order."""
         self._follow(self.canvas.take(rows), rows)
 
+    def fork(self, rows: torch.Tensor, keys: torch.Tensor) -> None:
+        """Add copies of the rows [b] behind those that are there; their noise is that of `keys` [b] now.
+
+        Hidden states are copied with them. Scores are not: their tokens were drawn with the other noise.
+        """
+        size, copies = len(self.canvas), self.canvas.take(rows)
+        copies.key, copies.model_calls = keys, torch.zeros_like(copies.model_calls)
+        self.join(copies)
+        for cache in self.states:
+            cache.copy(rows, torch.arange(size, len(self.canvas)))
+
     def _follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
         self.canvas = canvas
         self.scores.follow(canvas, rows)
@@ -238,6 +249,43 @@ class Batch:
         """Forget what was computed for the rows [b]."""
         for entries in (self.scores.entries, *(cache.entries for cache in self.states)):
             entries.drop(rows)
+
+    def predict(self, rows: torch.Tensor, draws: int, predicted: list[torch.Tensor]) -> Work:
+        """Fill copies of the rows [b] at once: each mask with a token drawn by itself, given the row now.
+
+        The canvas stays as it is, and the hidden states serve the next step too. The noise is of streams
+        that no step draws from, so a prediction says nothing of the tokens to come.
+
+        Args:
+            rows: [b] int64, in rising order.
+            draws: predictions of each row.
+            predicted: takes `draws` tensors [b, W], ids without a mask up to the end of each row.
+        """
+        canvas = self.canvas
+        self.width = int(canvas.valid[rows].sum(1).max())
+        cells = (rows, slice(self.width))
+        where = canvas.masked[cells]
+        owner, position = where.nonzero().unbind(1)
+        states = (yield [StateQuery(cache, rows, where) for cache in self.states]) if len(owner) else ()
+        streams = range(PREDICTION_NOISE, PREDICTION_NOISE + draws)
+        key, revision = canvas.key[rows], canvas.revision[rows]
+        noise = [cell_noise(key, revision, self.width, stream)[where] for stream in streams]
+        pieces = [x.split(_LOGIT_ROWS) for x in (rows[owner], position, torch.stack(noise, 1), *states)]
+        tokens = [
+            self._tokens(self._logits(row, place, *hidden), uniform)
+            for row, place, uniform, *hidden in zip(*pieces, strict=True)
+            if len(row)
+        ]
+        for number in range(draws):
+            ids = canvas.ids[cells]
+            if tokens:
+                ids[where] = torch.cat(tokens)[:, number]
+            predicted.append(ids)
+
+    def _tokens(self, logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """[N, draws] int64 on the host, tokens drawn from the logits [N, V] with the noise [N, draws]."""
+        drawn = [self.tokens.choose(logits, x.to(logits.device, non_blocking=True)).token for x in noise.T]
+        return torch.stack(drawn, 1).cpu()
 
     # ---- the model -----------------------------------------------------------------------------------
 

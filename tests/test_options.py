@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from decoding.engine import Engine
 from decoding.request import Request
 from decoding.sampler import Sampler
+from decoding.tilt import Tilt
 from dlm.cli import Command, commands, parse
 from dlm.errors import ConfigError, DataError, DLMError
 from tests.eval.endpoint import serving
@@ -86,6 +87,40 @@ def test_a_field_changes_the_plan_or_is_refused_whatever_else_is_given(name, mod
         if not any(has_effect(sampler, context, name, value) for value in VALUES[name])
     ]
     assert not ignored, f"{name} is accepted and ignored beside {ignored}"
+
+
+# Tilts: every field changes what comes out, or is refused.
+
+TILTED = {
+    "reward": [("length=9", {})],
+    "particles": [(5, {})],
+    "beta": [(0.01, {})],
+    "twist": [("written", {}), ("none", {})],
+    "predictions": [(7, {}), (7, {"twist": "written"}), (7, {"twist": "none"})],
+    "threshold": [(1.0, {}), (1.0, {"twist": "written"}), (1.0, {"twist": "none"})],
+    "select": [("best", {}), ("best", {"twist": "none"})],
+}
+"""Values to try, each beside other fields."""
+
+
+def test_every_field_of_a_tilt_has_a_value_to_try():
+    assert set(TILTED) == {item.name for item in dataclasses.fields(Tilt)}
+
+
+@pytest.mark.parametrize(("name", "value", "context"), [(n, *pair) for n in TILTED for pair in TILTED[n]])
+def test_a_field_of_a_tilt_changes_the_outputs_or_is_refused(name, value, context, model, tokenizer):
+    sampler, prompts = Sampler(model, tokenizer), ["a", "b", "c"]
+
+    def letters(prompts, completions):
+        return [-float(len(text)) for text in completions]
+
+    def outputs(**given):
+        fields = {"reward": letters, "beta": 3.0, **context, **given}
+        return sampler.generate(prompts, decoder="conv", max_tokens=12, **fields)
+
+    before = outputs()
+    with suppress(ConfigError):
+        assert outputs(**{name: value}) != before, f"{name} is accepted and ignored beside {context}"
 
 
 # Commands: every setting is read by what the command does, after it has been checked.
@@ -167,6 +202,19 @@ def generate(run, place):
     run("generate", "--list-decoders")
     run("generate", "--model", "model", "--max-tokens", 4, "--forbidden", '["a"]', "a")
     run("generate", "--model", "model", "--max-tokens", 4, "--file", "prompts.txt")
+    steered = [
+        "--reward",
+        "length=3",
+        "--particles",
+        2,
+        "--reward-beta",
+        1,
+        "--twist",
+        "none",
+        "--select",
+        "best",
+    ]
+    run("generate", "--model", "model", "--max-tokens", 4, *steered, "a")
 
 
 def chat(run, place):

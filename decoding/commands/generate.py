@@ -12,6 +12,7 @@ from typing import Any
 from decoding.commands.display import plain_console, watch
 from decoding.config import LoadConfig, decoder_option
 from decoding.request import Request
+from decoding.tilt import Tilt
 from dlm.cli import Command, json_line
 from dlm.data.prompts import read_prompts, read_whole
 from dlm.errors import ConfigError, DataError
@@ -37,6 +38,14 @@ class GenerateConfig(Request, LoadConfig):
         samples: answers to each prompt, one behind the other, under the seeds seed, seed + 1, …
         seed: seed of the noise; a decoder that takes the likeliest token, as the default model's, has none.
         forbidden: tokens that never come out, as texts such as '[" delve"]', which must be one token each.
+        reward: draw answers from p(x) exp(reward / beta) / Z, by particles: "length=80" (words),
+            "no-repetition", "regex=PATTERN", "likelihood=MODEL" (an autoregressive one), "closeness=TEXT" (in
+            meaning), or "module:function" of your own, called with prompts and completions.
+        particles: with a reward, rows for each answer; 8 by default.
+        reward_beta: with a reward, β in its units; 0.1 by default, less counts it more.
+        twist: with a reward, how unfinished answers are weighed: by what is "predicted" for every mask
+            (default), by what is "written", or "none" (soft best-of-n).
+        select: with a reward, the particle that is printed: a "sample" by weight (default), or the "best".
         json: write one JSON object per answer, the prompt in it, instead of its text.
         batch_size: prompts per model call.
         list_decoders: print the decoders with their options and leave.
@@ -50,6 +59,11 @@ class GenerateConfig(Request, LoadConfig):
     samples: int = 1
     seed: int = 0
     forbidden: list[str] = field(default_factory=list)
+    reward: str | None = None
+    particles: int | None = None
+    reward_beta: float | None = None
+    twist: str | None = None
+    select: str | None = None
     json: bool = False
     batch_size: int = 8
     list_decoders: bool = False
@@ -73,6 +87,23 @@ class GenerateConfig(Request, LoadConfig):
         if self.limit < 0:
             raise ConfigError(f"limit must not be negative, got {self.limit}")
 
+    def tilt(self, request: Request) -> dict[str, Any]:
+        """The fields of a `Tilt` that are given, the reward ready to be called; empty without a reward.
+
+        Raises:
+            ConfigError: for fields that do not go together or with the request, before any weights are read.
+        """
+        fields = ("reward", "particles", "twist", "select")
+        given = {name: getattr(self, name) for name in fields} | {"beta": self.reward_beta}
+        given = {name: value for name, value in given.items() if value is not None}
+        tilt, _ = Tilt.among(given)
+        if tilt is None:
+            return {}
+        plan = self.check(request)
+        if plan is not None:
+            tilt.check(plan)
+        return given | {"reward": tilt.reward}
+
 
 def run(config: GenerateConfig) -> int:
     """Answer the prompts, in order, as they are finished."""
@@ -84,6 +115,7 @@ def run(config: GenerateConfig) -> int:
             print(f"{name}: {line}")
         return 0
     request = Request.read_from(config)
+    tilt = config.tilt(request)
     sampler = config.sampler(request)
     if config.forbidden:
         decoder = sampler.without(config.forbidden, request=request)
@@ -91,7 +123,7 @@ def run(config: GenerateConfig) -> int:
     given, count = _prompts(config)
     given = (_with_system(prompt, config.system) for prompt in given) if config.system else given
     given = itertools.islice(given, config.limit) if config.limit else given
-    if (count, config.samples, config.json, sys.stdout.isatty()) == (1, 1, False, True):
+    if (count, config.samples, tilt, config.json, sys.stdout.isatty()) == (1, 1, {}, False, True):
         watch(
             plain_console(),
             (event.text for event in sampler.stream(next(iter(given)), request=request, seed=config.seed)),
@@ -99,7 +131,7 @@ def run(config: GenerateConfig) -> int:
         return 0
     questions, prompts = itertools.tee(given)
     outputs = sampler.iter_generate(
-        prompts, request=request, seed=config.seed, batch_size=config.batch_size, n=config.samples
+        prompts, request=request, seed=config.seed, batch_size=config.batch_size, n=config.samples, **tilt
     )
     questions = itertools.chain.from_iterable(itertools.repeat(each, config.samples) for each in questions)
     for prompt, output in zip(
