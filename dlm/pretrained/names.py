@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dlm.errors import CheckpointError
-from dlm.pretrained import base
+from dlm.pretrained import base, lightning
 
 ADAPTERS = {"default": "r2ft", "default-sft": "sft"}
 """Adapters that come with the package, and their folders in it: after R2FT, and before."""
@@ -16,13 +16,17 @@ NAMES = (*ADAPTERS, base.NAME)
 def located(path: str | Path) -> str:
     """Path of a model: for one of `NAMES` its folder, fetched if it is not there yet; else `path` itself.
 
+    For a checkpoint of Lightning it is the folder into which that has been unpacked.
+
     Raises:
-        CheckpointError: for an empty path, which would be the current folder; and when the base of the
-            default model has to be fetched and cannot be.
+        CheckpointError: for an empty path, which would be the current folder; when the base of the default
+            model has to be fetched and cannot be; and for a `.ckpt` file that cannot be read.
     """
     name = str(path)
     if not name.strip():
         raise CheckpointError("the name of a model must not be empty")
     if name in ADAPTERS:
         return str(Path(__file__).parent / ADAPTERS[name])
+    if name.endswith(lightning.SUFFIX) and not Path(name).is_dir():
+        return str(lightning.unpacked(Path(name)))
     return str(base.folder()) if name == base.NAME else name
