@@ -363,43 +363,98 @@ class NegativeConfig:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
 
 
+_OWN = {
+    "r2ft": ("beta_w", "beta_l", "gamma", "beta_a", "reference", "weighting"),
+    "ddro": ("theta", "alpha", "kl", "floor", "draws"),
+    "dpo": ("beta", "draws"),
+}
+"""Settings of each objective."""
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The R2FT loss: -logsigmoid(beta_w l_w/n_w - beta_l l_l/n_l - gamma) - beta_a l_w/n_w.
+    """The loss of good and bad answers.
+
+    r2ft: -logsigmoid(beta_w l_w/n_w - beta_l l_l/n_l - gamma) - beta_a l_w/n_w, both on one masked row.
+    ddro: log(1 + 1/rho) + alpha log(1 + rho) of good answers, (1 - alpha) log(1 + rho) of bad ones, with
+    rho = (1 - theta) / ((1 - alpha) p_ref/p + alpha - theta).
+    dpo: -logsigmoid(beta (s_w - s_l)), with s = log p/p_ref.
 
     Args:
-        beta_w: factor of the true answer's mean log-probability.
-        beta_l: factor of the negative's.
-        gamma: margin that the difference has to exceed.
-        beta_a: weight of the anchor, which keeps the true answer likely.
-        reference: measure both against the frozen model that the run starts from (as DPO does). Costs one
-            more forward pass and, without an adapter, a second copy of the weights.
-        weighting: "none" counts all cells of a negative alike; "confidence" weights them by the probability
-            that the model gives them.
+        name: "r2ft", "ddro" or "dpo". The last two measure by NELBO against the frozen model that the run
+            starts from; without an adapter that is a second copy of the weights.
+        beta_w: r2ft: factor of the true answer's mean log-probability.
+        beta_l: r2ft: factor of the negative's.
+        gamma: r2ft: margin that the difference has to exceed.
+        beta_a: r2ft: weight of the anchor, which keeps the true answer likely.
+        reference: r2ft: measure both against the frozen model that the run starts from (as DPO does). Costs
+            one more forward pass and, without an adapter, a second copy of the weights.
+        weighting: r2ft: "none" counts all cells of a negative alike; "confidence" weights them by the
+            probability that the model gives them.
+        theta: ddro: share of good answers among those of the model that the run starts from.
+        alpha: ddro: share of good answers in the denominator of the density ratio; 0 for DDRO as published,
+            from theta on the ratio is bounded.
+        kl: ddro: weight of the divergence from the reference.
+        floor: ddro: ratio of bad to good, with alpha below theta, under which the loss is continued by its
+            tangent; bounds the gradient.
+        beta: dpo: pull towards the reference; the larger, the closer.
+        draws: ddro, dpo: draws of masks for each row of a step; each costs as much again.
     """
 
+    name: Literal["r2ft", "ddro", "dpo"] = "r2ft"
     beta_w: float = 1.0
     beta_l: float = 1.0
     gamma: float = 0.0
     beta_a: float = 0.1
     reference: bool = False
     weighting: Literal["none", "confidence"] = "none"
+    theta: float = 0.5
+    alpha: float = 0.0
+    kl: float = 0.0
+    floor: float = 0.05
+    beta: float = 0.1
+    draws: int = 1
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
-        for name in ("beta_w", "beta_l", "beta_a"):
+        """Check the name, the ranges, and that no setting belongs to another objective."""
+        if self.name not in _OWN:
+            raise unknown_name("objective", self.name, _OWN)
+        for name in ("beta_w", "beta_l", "beta_a", "kl"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.weighting not in ("none", "confidence"):
+            raise unknown_name("weighting", self.weighting, ("none", "confidence"))
+        if self.beta <= 0 or self.draws < 1:
+            raise ConfigError(f"beta must be above 0 and draws at least 1, got {self.beta} and {self.draws}")
+        self._check_ratio()
+        for owner, names in _OWN.items():
+            foreign = [name for name in names if name not in _OWN[self.name]]
+            _refuse(self, foreign, "objective.", f"objective.name {owner}, not {self.name}")
+
+    def _check_ratio(self) -> None:
+        if not 0 < self.theta < 1 or not 0 <= self.alpha < 1:
+            raise ConfigError(
+                f"theta must lie in (0, 1) and alpha in [0, 1), got {self.theta} and {self.alpha}"
+            )
+        if not 0 < self.floor < 1:
+            raise ConfigError(f"floor must lie in (0, 1), got {self.floor}")
+        if 0 < self.alpha < min(self.theta, self.floor):
+            raise ConfigError(
+                f"alpha must be 0, or at least floor ({self.floor}) or theta, got {self.alpha}: in between, the "
+                "loss is no longer that of the density ratio where the ratio is reached"
+            )
 
 
 @dataclass(frozen=True)
 class R2FTConfig(RunConfig):
-    """A run of rejecting rule-based fine-tuning (R2FT), after supervised fine-tuning on the same data.
+    """A run that sets good answers against bad ones, after supervised fine-tuning: R2FT, DDRO or DPO.
 
     Args:
         model: the fine-tuned checkpoint to start from (`model.init`), and the adapter if there is to be one.
         objective: the loss.
-        negatives: how negatives are made.
+        rejected: source of the bad answers: "rules" makes them, "data" takes those of the rows, which have
+            prompt, chosen and rejected, or prompt, completion and label (trl's formats).
+        negatives: how negatives are made by rule.
         nelbo_tolerance: training stops at the first validation whose NELBO exceeds that of the start by more
             than this share.
         watch: held-out prompts that are answered with top-k sampling at each validation, to watch repetition
@@ -416,6 +471,7 @@ class R2FTConfig(RunConfig):
 
     model: StartConfig = field(default_factory=StartConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rejected: Literal["rules", "data"] = "rules"
     negatives: NegativeConfig = field(default_factory=NegativeConfig)
     max_steps: int = 250
     learning_rate: float = 5e-6
@@ -430,6 +486,7 @@ class R2FTConfig(RunConfig):
         super().__post_init__()
         if not self.model.init:
             raise ConfigError("model.init must name the fine-tuned checkpoint to start from")
+        self._check_rejected()
         if self.nelbo_tolerance < 0 or self.watch < 0:
             raise ConfigError(
                 f"nelbo_tolerance and watch must not be negative, got {self.nelbo_tolerance}, {self.watch}"
@@ -444,3 +501,20 @@ class R2FTConfig(RunConfig):
                 f"every validated state is saved, so that the best one can be kept: save_steps must equal "
                 f"eval_steps, got {self.save_steps} and {self.eval_steps}"
             )
+
+    def _check_rejected(self) -> None:
+        if self.rejected not in ("rules", "data"):
+            raise unknown_name("rejected", self.rejected, ("rules", "data"))
+        if self.rejected == "rules":
+            return
+        if self.objective.name == "r2ft":
+            raise ConfigError(
+                'rejected "data" is for objective.name ddro or dpo: r2ft sets a negative made by rule '
+                "against the true tokens of the same masked row"
+            )
+        if self.data.source == "rules" or self.data.source.endswith(".npz"):
+            raise ConfigError(
+                f'rejected "data" needs data.source with rejected answers; {self.data.source} has none'
+            )
+        if self.negatives != NegativeConfig():
+            raise ConfigError('negatives.… is for rejected "rules"; with "data" no negative is made')

@@ -276,9 +276,9 @@ def test_the_best_state_is_kept_though_a_later_one_is_the_last(sft, tmp_path, mo
     scripted = iter([(2.0, 1.0), (2.0, 0.5), (2.03, 0.1), (2.05, 0.01)])
     plain = R2FTTrainer.metrics
 
-    def metrics(self, sums, rows):
+    def metrics(self, measured):
         nelbo, loss = next(scripted)
-        return {**plain(self, sums, rows), "nelbo": nelbo, "r2ft": loss}
+        return {**plain(self, measured), "nelbo": nelbo, "r2ft": loss}
 
     monkeypatch.setattr(R2FTTrainer, "metrics", metrics)
     start = StartConfig(init=str(sft), lora=LoraConfig(r=r))
@@ -335,9 +335,9 @@ def test_a_validation_that_is_not_a_number_ends_the_run(sft, tmp_path, monkeypat
 
     plain, calls = R2FTTrainer.metrics, []
 
-    def metrics(self, sums, rows):
+    def metrics(self, measured):
         calls.append(1)
-        return plain(self, sums, rows) | ({"nelbo": math.nan} if len(calls) == 3 else {})
+        return plain(self, measured) | ({"nelbo": math.nan} if len(calls) == 3 else {})
 
     monkeypatch.setattr(R2FTTrainer, "metrics", metrics)
     folder = r2ft(stage(tmp_path / "run", sft, max_steps=16, watch=0, nelbo_tolerance=9.0))
@@ -397,8 +397,8 @@ def test_the_average_of_the_best_state_is_what_is_kept(sft, tmp_path, monkeypatc
     scripted = iter([(2.0, 1.0), (2.0, 0.1), (2.0, 0.5)])
     plain = R2FTTrainer.metrics
 
-    def metrics(self, sums, rows):
-        return plain(self, sums, rows) | dict(zip(("nelbo", "r2ft"), next(scripted), strict=True))
+    def metrics(self, measured):
+        return plain(self, measured) | dict(zip(("nelbo", "r2ft"), next(scripted), strict=True))
 
     monkeypatch.setattr(R2FTTrainer, "metrics", metrics)
     folder = r2ft(stage(tmp_path / "run", sft, max_steps=8, watch=0, ema_decay=0.9))
