@@ -60,7 +60,7 @@ def test_single_answers_have_a_label(label, good):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a", "chosen": "b"}, r"needs 'prompt', 'chosen' and 'rejected', or .*; it has chosen, prompt"),
+        ({"prompt": "a", "chosen": "b"}, r"needs 'prompt', 'chosen' and 'rejected', or .*has chosen, prompt"),
         ({"instruction": "a", "output": "b"}, "it has instruction, output"),
         ({"chosen": "a", "rejected": "b"}, "'chosen' is an answer alone and needs a 'prompt'"),
         ({**PAIR, "rejected": 3}, "'rejected' must be text, got int 3"),
