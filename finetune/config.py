@@ -440,8 +440,8 @@ class ObjectiveConfig:
             raise ConfigError(f"floor must lie in (0, 1), got {self.floor}")
         if 0 < self.alpha < min(self.theta, self.floor):
             raise ConfigError(
-                f"alpha must be 0, or at least floor ({self.floor}) or theta ({self.theta}), not {self.alpha}: "
-                "in between, the loss is cut off before the ratio that it is to find"
+                f"alpha must be 0, or at least floor ({self.floor}) or theta ({self.theta}), for the loss to "
+                f"reach the ratio that it is to find; got {self.alpha}"
             )
 
 

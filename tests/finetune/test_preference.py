@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from finetune.run import build_trainer, split_rows
 from finetune.sft import train
 from finetune.start import prepare
 from tests.finetune.test_r2ft import history, stage
-from tests.finetune.test_train import settings, unfinish
+from tests.finetune.test_train import TINY, settings, unfinish
 
 # ---- losses of gains ---------------------------------------------------------------------------------
 
@@ -299,6 +300,35 @@ def test_a_run_resumes_to_the_bit_and_logs_its_figures(sft, tmp_path, name):
     assert (whole / "r2ft.png").is_file()
     recorded = json.loads((whole / "config.json").read_text())["training"]
     assert recorded["objective"] == f"{name.upper()} (rule-made negatives)"
+
+
+def test_micro_batches_give_the_gradients_of_one_batch(sft, tmp_path, files):
+    options = {
+        "max_steps": 2, "eval_steps": 2, "save_steps": 2, "watch": 0, "learning_rate": 0.5, "warmup_steps": 0,
+        "lr_scheduler_type": "constant", "max_grad_norm": 1e9, "weight_decay": 0.0,
+        "trainer": {"disable_tqdm": True, "optim": "sgd"},
+    }  # fmt: skip
+    one = r2ft(config_of(tmp_path / "one", sft, "ddro", files / "single.jsonl", **options))
+    halves = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    two = r2ft(config_of(tmp_path / "two", sft, "ddro", files / "single.jsonl", **options, **halves))
+    expected, got = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert max(float((got[name] - value).abs().max()) for name, value in expected.items()) < 2e-5
+    for key in ("loss", "gain_good", "gain_bad"):
+        ours, theirs = ([r[key] for r in history(f) if key in r] for f in (two, one))
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6), key
+
+
+def test_a_block_causal_model_is_measured_by_the_bound_of_its_blocks(tmp_path):
+    shape = replace(TINY, visibility="block", block_size=8)
+    base = train(settings(tmp_path / "sft", model=shape))
+    config = config_of(tmp_path / "run", base, max_steps=4, learning_rate=1e-3)
+    trainer = trainer_of(config)
+    assert trainer.blocks
+    trainer.model.eval()
+    loss, _ = trainer.rows(trainer.model, noised(trainer))
+    assert loss.tolist() == pytest.approx([2 * math.log(2)] * 6, rel=1e-5)
+    first, last = [r for r in history(r2ft(config)) if "eval_margin" in r]
+    assert last["eval_margin"] > first["eval_margin"] == 0
 
 
 @pytest.mark.parametrize(("name", "file"), [("ddro", "pairs"), ("dpo", "pairs"), ("ddro", "single")])

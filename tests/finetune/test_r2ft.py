@@ -205,6 +205,30 @@ def test_cells_where_negative_and_truth_agree_do_not_count(sft, tmp_path):
     assert loss.tolist() == pytest.approx([-0.1 * w / n for w, n, _, _ in sums], rel=1e-4)
 
 
+def test_rows_without_a_negative_count_in_no_margin_and_no_accuracy(sft, tmp_path):
+    """Of six rows, two lose their negatives: the log is the mean over the four others."""
+    trainer = trainer_of(stage(tmp_path / "x", sft))
+    trainer.model.eval()
+    noised = trainer.with_noise(batch_of(trainer), torch.arange(6), 6, step=0)
+    noised["candidates"][:2, :, 1] = IGNORE
+    _, sums = by_hand(trainer, noised)
+    trainer.compute_loss(trainer.model, noised)
+    logged = trainer._watched_means()
+    sides = [(w / n_w, l / n_l) for w, n_w, l, n_l in sums[2:]]
+    assert logged["margin"] == pytest.approx(sum(w - l for w, l in sides) / 4, rel=1e-4)
+    assert logged["accuracy"] == sum(w > l for w, l in sides) / 4
+    assert logged["logp_negative"] == pytest.approx(sum(l for _, l in sides) / 4, rel=1e-4)
+    assert logged["logp_true"] == pytest.approx(sum(w / n for w, n, _, _ in sums) / 6, rel=1e-4)
+    _, figures = trainer.rows(trainer.model, noised)
+    loss = torch.zeros(6, 3)
+    validated = trainer.metrics(torch.cat([loss + 1, figures], 1).double())
+    assert validated["margin"] == pytest.approx(logged["margin"], rel=1e-5)
+    noised["candidates"][..., 1] = IGNORE
+    trainer._watched.clear()
+    trainer.compute_loss(trainer.model, noised)
+    assert set(trainer._watched_means()) == {"logp_true"}  # nothing to take a mean of
+
+
 def test_confidence_weights_favour_likely_negatives_and_keep_their_mean(sft, tmp_path):
     trainer = trainer_of(stage(tmp_path / "x", sft, objective=ObjectiveConfig(weighting="confidence")))
     logp = torch.log(torch.tensor([[[0.5, 0.2], [0.5, 0.6], [1.0, 1.0]]]))
