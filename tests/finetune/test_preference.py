@@ -256,7 +256,8 @@ def test_good_and_bad_answers_of_equal_length_have_equal_masks(sft, tmp_path, fi
 
 
 def test_negatives_by_rule_are_both_answers_of_one_stretch(sft, tmp_path):
-    trainer = trainer_of(config_of(tmp_path / "x", sft))
+    short = NegativeConfig(span_min=2, span_max=3)
+    trainer = trainer_of(config_of(tmp_path / "x", sft, negatives=short))
     plain = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
     batch = noised(trainer, n=8)
     span, true = batch["rejected_maskable"], batch["maskable"]
@@ -268,7 +269,32 @@ def test_negatives_by_rule_are_both_answers_of_one_stretch(sft, tmp_path):
         assert torch.equal(ids[before], plain["input_ids"][before])  # one context
         behind = ~span & ~before
         assert (ids[behind] == trainer.mask_id).all()  # nothing behind is given away
+        assert behind.any()
     assert (batch["rejected_input_ids"] != plain["input_ids"])[span].any()
+
+
+def test_the_draws_of_a_row_are_spread_over_its_numbers_of_masks_and_depend_on_its_key(
+    sft, tmp_path, monkeypatch
+):
+    import finetune.preference as module
+
+    trainer = trainer_of(config_of(tmp_path / "x", sft, objective={"draws": 4}))
+    plain, seen = module.add_exact_noise, []
+    monkeypatch.setattr(module, "add_exact_noise", lambda *args: seen.append(plain(*args)) or seen[-1])
+    batch = noised(trainer)
+    first, _ = trainer.rows(trainer.model.eval(), batch)
+    masks = torch.stack([rows["noisy_ids"] == trainer.mask_id for rows in seen])
+    cells = (masks & joined(batch)["maskable"]).sum(2) / joined(batch)["maskable"].sum(1)  # [4, 12] shares
+    spread = cells.sort(0).values
+    count = joined(batch)["maskable"].sum(1)
+    for quarter in range(4):  # one draw in each, as far as the numbers of masks of the row allow
+        assert (spread[quarter] > quarter / 4 - 1e-6).all()
+        assert (spread[quarter] <= (quarter + 1) / 4 + 1 / count + 1e-6).all()
+    seen.clear()
+    torch.manual_seed(1)
+    again, _ = trainer.rows(trainer.model, batch)
+    assert torch.equal(first, again)
+    assert all(torch.equal(a, b["noisy_ids"] == trainer.mask_id) for a, b in zip(masks, seen, strict=True))
 
 
 # ---- runs --------------------------------------------------------------------------------------------
@@ -304,8 +330,8 @@ def test_a_run_resumes_to_the_bit_and_logs_its_figures(sft, tmp_path, name):
 
 def test_micro_batches_give_the_gradients_of_one_batch(sft, tmp_path, files):
     options = {
-        "max_steps": 2, "eval_steps": 2, "save_steps": 2, "watch": 0, "learning_rate": 1e-3, "warmup_steps": 0,
-        "lr_scheduler_type": "constant", "max_grad_norm": 1e9, "weight_decay": 0.0,
+        "max_steps": 2, "eval_steps": 2, "save_steps": 2, "watch": 0, "learning_rate": 1e-3,
+        "warmup_steps": 0, "lr_scheduler_type": "constant", "max_grad_norm": 1e9, "weight_decay": 0.0,
         "trainer": {"disable_tqdm": True, "optim": "sgd"},
     }  # fmt: skip
     one = r2ft(config_of(tmp_path / "one", sft, "ddro", files / "single.jsonl", **options))
