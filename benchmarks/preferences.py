@@ -59,6 +59,7 @@ def settings(variant: Variant, options: argparse.Namespace) -> R2FTConfig:
         "model.init": options.base,
         "objective": variant.objective,
         "data.source": str(options.rows),
+        "data.limit": options.first,
         "data.validation_rows": max(options.held_out, 200),
         "data.window": options.window,
         "data.eos_tail": options.window // 4,
@@ -199,6 +200,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--output", type=Path, default=Path("runs/preferences"))
     out.add_argument("--base", default="default-sft", help="the fine-tuned model to start from")
     out.add_argument("--rows", required=True, help="rows to train on, whose last ones are held out")
+    out.add_argument("--first", type=int, default=4000, help="so many of the rows; 0 for all")
     out.add_argument(
         "--questions", type=Path, required=True, help="with reference answers, in Alpaca's fields"
     )
