@@ -169,7 +169,8 @@ def run_all(variants: list[Variant], options: argparse.Namespace, words: list[st
         left = until - time.monotonic()
         if variant.name in complete(options.output) or left <= 0:
             continue
-        command = [sys.executable, "-m", "benchmarks.preferences", *words, "--variants", variant.name]
+        command = [sys.executable, "-m", "benchmarks.preferences", *words, "--here"]
+        command += ["--variants", variant.name]  # of two, the last counts
         try:
             subprocess.run(command, env=environment, timeout=left, check=False)
         except subprocess.TimeoutExpired:
@@ -218,6 +219,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--encoder", default="package", help="of the relevance; empty for none")
     out.add_argument("--seed", type=int, default=0)
     out.add_argument("--minutes", type=float, default=1e6, help="for everything")
+    out.add_argument("--here", action="store_true", help="in this process, however long it takes")
     out.add_argument("--tiny", action="store_true", help="for a tiny model")
     return out
 
@@ -230,10 +232,12 @@ def main(words: list[str] | None = None) -> None:
     if unknown := [name for name in options.variants if name not in by_name]:
         sys.exit(f"no variant {unknown[0]!r}; variants: {', '.join(by_name)}")
     options.output.mkdir(parents=True, exist_ok=True)
-    if len(options.variants) == 1:
-        run(by_name[options.variants[0]], options)
+    chosen = [by_name[name] for name in options.variants]
+    if options.here:
+        for variant in chosen:
+            run(variant, options)
         return
-    run_all([by_name[name] for name in options.variants], options, words)
+    run_all(chosen, options, words)
     print(table(stored(options.output), options.decoders.split(",")))
 
 

@@ -17,7 +17,7 @@ from dlm.data.windows import Batch
 from dlm.noise import fold, key_of
 from dlm.prior import TokenPrior
 from dlm.trainer import DiffusionTrainer
-from finetune.config import NegativeConfig, ObjectiveConfig
+from finetune.contrast_config import NegativeConfig, ObjectiveConfig
 from finetune.negatives import Contrast, make_negative
 
 

@@ -17,7 +17,7 @@ import torch
 from dlm.errors import ConfigError
 from dlm.model import IGNORE
 from dlm.noise import fold, uniform
-from finetune.config import NegativeConfig
+from finetune.contrast_config import NegativeConfig
 
 
 @dataclass(frozen=True)

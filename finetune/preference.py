@@ -21,8 +21,8 @@ from dlm.diffusion import stratified_times
 from dlm.model import IGNORE
 from dlm.noise import fold, key_of, uniform
 from dlm.noising import GOLDEN, add_exact_noise
-from finetune.config import ObjectiveConfig
 from finetune.contrast import ContrastTrainer
+from finetune.contrast_config import ObjectiveConfig
 from finetune.density_ratio import bad_loss, divergence, good_loss, widened
 
 

@@ -27,8 +27,9 @@ from dlm.noising import Blocks
 from dlm.pretrained.names import located
 from dlm.prior import TokenPrior
 from dlm.trainer import DiffusionTrainer
-from finetune.config import ObjectiveConfig, R2FTConfig, StartConfig
+from finetune.config import R2FTConfig, StartConfig
 from finetune.contrast import ContrastTrainer
+from finetune.contrast_config import ObjectiveConfig
 from finetune.preference import PreferenceTrainer
 from finetune.run import Stage, execute
 from finetune.run_folder import RunFolder

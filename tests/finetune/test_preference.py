@@ -15,7 +15,8 @@ from dlm.data.preferences import joined
 from dlm.data.rules import make_examples
 from dlm.errors import ConfigError, DataError
 from dlm.model import IGNORE
-from finetune.config import LoraConfig, NegativeConfig, ObjectiveConfig, StartConfig
+from finetune.config import LoraConfig, StartConfig
+from finetune.contrast_config import NegativeConfig, ObjectiveConfig
 from finetune.preference import DDRO, DPO, Gains, PreferenceTrainer
 from finetune.r2ft import R2FT, r2ft
 from finetune.run import build_trainer, split_rows
