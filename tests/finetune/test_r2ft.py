@@ -294,8 +294,7 @@ def test_a_run_leaves_curves_counts_and_the_best_model(sft, tmp_path):
 @pytest.mark.parametrize(("r", "file"), [(0, "model.safetensors"), (4, "adapter_model.safetensors")])
 def test_the_best_state_is_kept_though_a_later_one_is_the_last(sft, tmp_path, monkeypatch, r, file):
     """Validation losses and NELBO are scripted: 0.5, 0.1, then 0.01 with a NELBO beyond the tolerance."""
-    from finetune.contrast_config import NegativeConfig, ObjectiveConfig
-from finetune.r2ft import R2FTTrainer
+    from finetune.r2ft import R2FTTrainer
 
     scripted = iter([(2.0, 1.0), (2.0, 0.5), (2.03, 0.1), (2.05, 0.01)])
     plain = R2FTTrainer.metrics
@@ -355,8 +354,7 @@ def test_a_run_that_harms_the_language_ends_and_says_so(sft, tmp_path, caplog):
 
 
 def test_a_validation_that_is_not_a_number_ends_the_run(sft, tmp_path, monkeypatch):
-    from finetune.contrast_config import NegativeConfig, ObjectiveConfig
-from finetune.r2ft import R2FTTrainer
+    from finetune.r2ft import R2FTTrainer
 
     plain, calls = R2FTTrainer.metrics, []
 
@@ -417,8 +415,7 @@ def test_an_adapter_run_resumes_to_the_bit_and_starts_from_a_causal_model(tokeni
 
 
 def test_the_average_of_the_best_state_is_what_is_kept(sft, tmp_path, monkeypatch):
-    from finetune.contrast_config import NegativeConfig, ObjectiveConfig
-from finetune.r2ft import R2FTTrainer
+    from finetune.r2ft import R2FTTrainer
 
     scripted = iter([(2.0, 1.0), (2.0, 0.1), (2.0, 0.5)])
     plain = R2FTTrainer.metrics
