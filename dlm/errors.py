@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class DLMError(Exception):
@@ -30,6 +31,23 @@ def unknown_name(kind: str, name: str, choices: Iterable[str]) -> ConfigError:
     """A `ConfigError` for an unknown `name`: the nearest right one first, then all the choices."""
     names = sorted(choices)
     return ConfigError(f"unknown {kind} {name!r}.{did_you_mean(name, names)} Choices: {', '.join(names)}")
+
+
+def refuse_ignored(config: Any, names: Iterable[str], prefix: str, wanted: str) -> None:
+    """Refuse settings that would be ignored: those that are not their defaults.
+
+    Args:
+        config: an instance of a dataclass of settings.
+        names: fields that have no effect.
+        prefix: what comes before their names on a command line.
+        wanted: what they are for.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    for name in names:
+        if getattr(config, name) != getattr(type(config), name):
+            raise ConfigError(f"{prefix}{name} is for {wanted}")
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

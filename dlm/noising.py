@@ -18,7 +18,7 @@ from dlm.noise import fold, key_of, uniform
 from dlm.schedule import LogLinear, NoiseSchedule
 from dlm.spec import ModelSpec
 
-_GOLDEN = 0.6180339887498949
+GOLDEN = 0.6180339887498949
 """Offset between neighbours that spreads any number of them evenly over (0, 1)."""
 
 
@@ -51,7 +51,7 @@ class Blocks:
     def places(self, slots: torch.Tensor, total: int, length: int) -> torch.Tensor:
         """[B, L] float64 places for `stratified_times`: those of the rows [B], moved from block to block."""
         number = torch.arange(length, device=slots.device) // self.size
-        return slots[:, None] + total * _GOLDEN * number.double()
+        return slots[:, None] + total * GOLDEN * number.double()
 
 
 def draws(
@@ -112,16 +112,38 @@ def add_noise(
 def add_eval_noise(batch: Batch, draw: int, draws: int, mask_id: int, blocks: Blocks | None = None) -> Batch:
     """A validation batch with noise that depends on the row's number and on `draw` (of `draws`) alone.
 
-    A row, or each of its blocks, has a fixed number of masks in each draw (`corrupt_exactly`), and `t` is
-    their share, so that weights of 1/t give the NELBO. The numbers of a row are evenly spaced over its draws,
-    and rows are offset against each other by the golden ratio, blocks by its square.
+    The numbers of masks of a row are evenly spaced over its draws, and rows are offset against each other by
+    the golden ratio. See `add_exact_noise`.
     """
     rows = batch["row"]
-    ids, maskable = batch["input_ids"], batch["maskable"]
-    offset = torch.remainder(rows.double() * _GOLDEN, 1.0)
+    offset = torch.remainder(rows.double() * GOLDEN, 1.0)
     level = torch.remainder(offset + draw / draws, 1.0)
     keys = fold(key_of("validation", draw, device=rows.device), rows)
-    noise = uniform(keys[:, None], torch.arange(ids.shape[1], device=ids.device))
+    return add_exact_noise(batch, level, keys, mask_id, blocks)
+
+
+def add_exact_noise(
+    batch: Batch, level: torch.Tensor, key: torch.Tensor, mask_id: int, blocks: Blocks | None = None
+) -> Batch:
+    """A batch in which a row, or each of its blocks, has a fixed number of masks (`corrupt_exactly`).
+
+    `t` is their share, so that weights of 1/t give the NELBO. Over uniform levels the weighted -log p of a
+    row has the mean of the bound, whatever the schedule. Two rows of the same level, key and maskable
+    positions have the same masks.
+
+    Args:
+        batch: from `WindowCollator`.
+        level: [B] float64 of [0, 1), which number of masks a row has; blocks are offset against each other by
+            the square of the golden ratio.
+        key: [B] int64, of the noise that chooses the positions.
+        mask_id: id of the mask token.
+        blocks: those of a block-causal model.
+
+    Returns:
+        The batch and what `with_targets` adds.
+    """
+    ids, maskable = batch["input_ids"], batch["maskable"]
+    noise = uniform(key[:, None], torch.arange(ids.shape[1], device=ids.device))
     if blocks is None:
         noisy, share = corrupt_exactly(ids, maskable, level, mask_id, noise)
         return with_targets(batch, share, 1 / share, noisy, mask_id)
@@ -134,7 +156,7 @@ def add_eval_noise(batch: Batch, draw: int, draws: int, mask_id: int, blocks: Bl
         return padded.reshape(-1, blocks.size)
 
     count = -(-width // blocks.size)
-    levels = torch.remainder(level[:, None] + _GOLDEN**2 * torch.arange(count, device=ids.device), 1.0)
+    levels = torch.remainder(level[:, None] + GOLDEN**2 * torch.arange(count, device=ids.device), 1.0)
     pieces, shares = corrupt_exactly(cut(ids), cut(maskable & ~lead), levels.flatten(), mask_id, cut(noise))
     noisy = pieces.unflatten(0, (-1, count)).flatten(1)[:, :width]
     share = shares.unflatten(0, (-1, count)).repeat_interleave(blocks.size, dim=1)[:, :width]

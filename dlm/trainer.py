@@ -31,6 +31,9 @@ from dlm.objective import weighted_loss
 from dlm.prior import TokenPrior
 from dlm.spec import ModelSpec
 
+_COUNT = " count"
+"""Behind the name of a watched figure: what its sum is divided by."""
+
 
 class DiffusionTrainer(Trainer):  # type: ignore[misc]
     """Trains a `MaskedDiffusionModel` on batches of `WindowCollator`.
@@ -193,14 +196,18 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         """Measure the training speed from now on."""
         self._tokens, self._since = 0, time.perf_counter()
 
-    def watch(self, name: str, total: torch.Tensor) -> None:
-        """Add to a figure that is logged with the loss, divided by the same number of steps.
+    def watch(self, name: str, total: torch.Tensor, count: torch.Tensor | None = None) -> None:
+        """Add to a figure that is logged with the loss: the sum of totals over that of counts.
 
         Args:
             name: key in the log.
             total: scalar, this process's share; processes and micro-batches add up.
+            count: scalar, what the sum is divided by, added up likewise; by default the number of steps. A
+                figure whose counts add up to 0 is left out of the log.
         """
-        self._watched[name] = self._watched.get(name, torch.zeros_like(total)) + total.detach()
+        parts = {name: total} if count is None else {name: total, name + _COUNT: count}
+        for key, value in parts.items():
+            self._watched[key] = self._watched.get(key, torch.zeros_like(value)) + value.detach()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training speed (tokens of all processes, padding excluded) and what was watched."""
@@ -208,10 +215,16 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             time_now = time.perf_counter()
             logs["tokens_per_second"] = round(float(self._tokens) / (time_now - self._since), 1)
             self.start_clock()
-            steps = max(1, self.state.global_step - self._watched_since)
-            logs |= {name: value / steps for name, value in self._watched_sums().items()}
+            logs |= self._watched_means()
             self._watched, self._watched_since = {}, self.state.global_step
         super().log(logs, start_time)
+
+    def _watched_means(self) -> dict[str, float]:
+        """The watched figures since the last log line."""
+        steps = max(1, self.state.global_step - self._watched_since)
+        sums = self._watched_sums()
+        counts = {name: sums.get(name + _COUNT, steps) for name in sums if not name.endswith(_COUNT)}
+        return {name: sums[name] / count for name, count in counts.items() if count}
 
     def _watched_sums(self) -> dict[str, float]:
         """Sums since the last log line, over all processes."""
@@ -259,29 +272,28 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         del description, prediction_loss_only, ignore_keys
         model = self.model_wrapped if self.is_in_train else self._wrap_model(self.model, training=False)
         model.eval()
-        sums, rows = torch.zeros(0), 0
+        measured: list[torch.Tensor] = []
         self.callback_handler.eval_dataloader = dataloader
         with torch.no_grad(), self.averaged_weights():
             for batch in dataloader:
                 batch = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
-                    measured = self.accelerator.gather_for_metrics(self.measure(model, batch).contiguous())
-                total = measured.double().sum(0).cpu()
-                sums = sums + total if rows else total
-                rows += len(measured)
+                    figures = self.accelerator.gather_for_metrics(self.measure(model, batch).contiguous())
+                measured.append(figures.double().cpu())
                 self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        named = {f"{metric_key_prefix}_{name}": value for name, value in self.metrics(sums, rows).items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=rows)
+        rows = torch.cat(measured)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in self.metrics(rows).items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(rows))
 
     def measure(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """[B, M] float, figures of each validation row that `metrics` makes sense of; here nats and cells."""
         draws = torch.stack([self._row_nats(model, batch, draw) for draw in range(self.eval_draws)])
         return torch.stack([draws.mean(0), batch["loss_mask"].sum(1).float()], dim=1)
 
-    def metrics(self, sums: torch.Tensor, rows: int) -> dict[str, float]:
-        """Validation figures from the sums [M] of `measure` over all rows."""
-        del rows
-        nelbo = float(sums[0] / sums[1])
+    def metrics(self, measured: torch.Tensor) -> dict[str, float]:
+        """Validation figures, from the [n, M] float64 of `measure` for all rows."""
+        nats, cells = measured[:, :2].sum(0)
+        nelbo = float(nats / cells)
         return {"loss": nelbo, "nelbo": nelbo, "perplexity_bound": math.exp(min(nelbo, 700.0))}
 
     def _row_nats(self, model: torch.nn.Module, batch: Batch, draw: int) -> torch.Tensor:

@@ -28,7 +28,8 @@ from dlm.prior import TokenPrior
 from dlm.repetition import repetition
 from eval.ldw import decoding_window, draw_decoding_windows
 from examples.coloured import coloured, legend
-from finetune.config import ModelConfig, ObjectiveConfig, R2FTConfig, StartConfig, TrainConfig
+from finetune.config import ModelConfig, R2FTConfig, StartConfig, TrainConfig
+from finetune.contrast_config import ObjectiveConfig
 
 WINDOW = 72
 STEPS = WINDOW // 8

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from dlm.data.config import DataConfig
-from dlm.errors import ConfigError, unknown_name
-
-
-def _refuse(config: Any, names: Iterable[str], prefix: str, wanted: str) -> None:
-    """Refuse settings that would be ignored: those that are not their defaults."""
-    for name in names:
-        if getattr(config, name) != getattr(type(config), name):
-            raise ConfigError(f"{prefix}{name} is for {wanted}")
+from dlm.errors import ConfigError, refuse_ignored, unknown_name
+from finetune.contrast_config import NegativeConfig, ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ class LoraConfig:
                 f"lora.alpha must be above 0 and lora.dropout lie in [0, 1), got {self.alpha}, {self.dropout}"
             )
         if not self.r:
-            _refuse(
+            refuse_ignored(
                 self, ("alpha", "dropout", "targets", "merge", "fold"), "lora.", "an adapter: give lora.r"
             )
 
@@ -130,15 +123,17 @@ class ModelConfig(StartConfig):
         self._check_visibility()
         if self.init:
             sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-            _refuse(self, (*sizes, "vocab_size"), "model.", "random weights; model.init brings its own")
+            refuse_ignored(
+                self, (*sizes, "vocab_size"), "model.", "random weights; model.init brings its own"
+            )
         else:
-            _refuse(self, ("shift",), "model.", "a causal LM as a start: give model.init")
+            refuse_ignored(self, ("shift",), "model.", "a causal LM as a start: give model.init")
 
     def _check_visibility(self) -> None:
         if self.visibility not in ("", "full", "block"):
             raise unknown_name("visibility", self.visibility, ("full", "block"))
         if self.visibility != "block":
-            _refuse(self, ("block_size", "block_lead"), "model.", 'model.visibility "block"')
+            refuse_ignored(self, ("block_size", "block_lead"), "model.", 'model.visibility "block"')
         elif not self.block_lead and not self.shift:
             raise ConfigError("model.block_lead is for models with a shift: without one no position leads")
         elif self.block_size < 1:
@@ -292,7 +287,7 @@ class MaskConfig:
         if self.path and self.complementary:
             raise ConfigError("masks.path and masks.complementary both choose the masks of a row: give one")
         if not self.path:
-            _refuse(self, ("kernel_size",), "masks.", "masks on a path: give masks.path")
+            refuse_ignored(self, ("kernel_size",), "masks.", "masks on a path: give masks.path")
 
 
 @dataclass(frozen=True)
@@ -315,91 +310,15 @@ class TrainConfig(RunConfig):
 
 
 @dataclass(frozen=True)
-class NegativeConfig:
-    """Settings of negatives; a rule with weight 0 is off, weights need not add up to 1.
-
-    Args:
-        left: weight of the rule that repeats the tokens before the masked cells.
-        right: weight of the rule that repeats the tokens behind them (in text without a prompt).
-        prior: weight of the rule that repeats a unit of high-prior tokens.
-        mixed: weight of the rule that repeats the tokens before, about half of them high-prior ones instead.
-        run: weight of the rule that repeats one single high-prior token; also the rule of rows that have
-            nothing to repeat.
-        unit_max: longest unit, in tokens.
-        span_min: shortest stretch of cells that the negative covers.
-        span_max: longest stretch.
-        eos_p: probability that an early EOS is put into the negative (a repeated unit may bring one too).
-        frequent: how many tokens count as high-prior: the most frequent ones of the training answers.
-        in_span: for text without a prompt, the share of rows masked inside a span; the rest outside it.
-    """
-
-    left: float = 0.5
-    right: float = 0.25
-    prior: float = 0.15
-    mixed: float = 0.2
-    run: float = 0.15
-    unit_max: int = 15
-    span_min: int = 30
-    span_max: int = 50
-    eos_p: float = 0.1
-    frequent: int = 100
-    in_span: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        weights = (self.left, self.right, self.prior, self.mixed, self.run)
-        if min(weights) < 0 or self.left + self.prior + self.mixed + self.run == 0:
-            raise ConfigError(
-                f"weights of rules must not be negative, nor left, prior, mixed and run all 0; got {weights}"
-            )
-        if self.unit_max < 1 or self.frequent < 1:
-            raise ConfigError(
-                f"unit_max and frequent must be at least 1, got {self.unit_max} and {self.frequent}"
-            )
-        if not 1 <= self.span_min <= self.span_max:
-            raise ConfigError(f"need 1 <= span_min <= span_max, got {self.span_min} and {self.span_max}")
-        for name in ("eos_p", "in_span"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """The R2FT loss: -logsigmoid(beta_w l_w/n_w - beta_l l_l/n_l - gamma) - beta_a l_w/n_w.
-
-    Args:
-        beta_w: factor of the true answer's mean log-probability.
-        beta_l: factor of the negative's.
-        gamma: margin that the difference has to exceed.
-        beta_a: weight of the anchor, which keeps the true answer likely.
-        reference: measure both against the frozen model that the run starts from (as DPO does). Costs one
-            more forward pass and, without an adapter, a second copy of the weights.
-        weighting: "none" counts all cells of a negative alike; "confidence" weights them by the probability
-            that the model gives them.
-    """
-
-    beta_w: float = 1.0
-    beta_l: float = 1.0
-    gamma: float = 0.0
-    beta_a: float = 0.1
-    reference: bool = False
-    weighting: Literal["none", "confidence"] = "none"
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        for name in ("beta_w", "beta_l", "beta_a"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
 class R2FTConfig(RunConfig):
-    """A run of rejecting rule-based fine-tuning (R2FT), after supervised fine-tuning on the same data.
+    """A run that sets good answers against bad ones, after supervised fine-tuning: R2FT, DDRO or DPO.
 
     Args:
         model: the fine-tuned checkpoint to start from (`model.init`), and the adapter if there is to be one.
         objective: the loss.
-        negatives: how negatives are made.
+        rejected: source of the bad answers: "rules" makes them, "data" takes those of the rows, which have
+            prompt, chosen and rejected, or prompt, completion and label (trl's formats).
+        negatives: how negatives are made by rule.
         nelbo_tolerance: training stops at the first validation whose NELBO exceeds that of the start by more
             than this share.
         watch: held-out prompts that are answered with top-k sampling at each validation, to watch repetition
@@ -416,6 +335,7 @@ class R2FTConfig(RunConfig):
 
     model: StartConfig = field(default_factory=StartConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rejected: Literal["rules", "data"] = "rules"
     negatives: NegativeConfig = field(default_factory=NegativeConfig)
     max_steps: int = 250
     learning_rate: float = 5e-6
@@ -430,6 +350,7 @@ class R2FTConfig(RunConfig):
         super().__post_init__()
         if not self.model.init:
             raise ConfigError("model.init must name the fine-tuned checkpoint to start from")
+        self._check_rejected()
         if self.nelbo_tolerance < 0 or self.watch < 0:
             raise ConfigError(
                 f"nelbo_tolerance and watch must not be negative, got {self.nelbo_tolerance}, {self.watch}"
@@ -444,3 +365,20 @@ class R2FTConfig(RunConfig):
                 f"every validated state is saved, so that the best one can be kept: save_steps must equal "
                 f"eval_steps, got {self.save_steps} and {self.eval_steps}"
             )
+
+    def _check_rejected(self) -> None:
+        if self.rejected not in ("rules", "data"):
+            raise unknown_name("rejected", self.rejected, ("rules", "data"))
+        if self.rejected == "rules":
+            return
+        if self.objective.name == "r2ft":
+            raise ConfigError(
+                'rejected "data" is for objective.name ddro or dpo: r2ft sets a negative made by rule '
+                "against the true tokens of the same masked row"
+            )
+        if self.data.source == "rules" or self.data.source.endswith(".npz"):
+            raise ConfigError(
+                f'rejected "data" needs data.source with rejected answers; {self.data.source} has none'
+            )
+        if self.negatives != NegativeConfig():
+            raise ConfigError('negatives.… is for rejected "rules"; with "data" no negative is made')

@@ -17,7 +17,7 @@ import torch
 from dlm.errors import ConfigError
 from dlm.model import IGNORE
 from dlm.noise import fold, uniform
-from finetune.config import NegativeConfig
+from finetune.contrast_config import NegativeConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Contrast:
     rejected: torch.Tensor
     """int64, y_l: the wrong token of masked cells that the negative covers, -100 elsewhere and where it would
     be the true one."""
+    span: torch.Tensor
+    """bool, the masked cells that the negative covers, whether its token is the true one or not."""
     rule: torch.Tensor
     """[B] int64, index in `RULES`."""
 
@@ -189,6 +191,7 @@ def make_negative(
         noisy_ids=torch.where(layout.masked, mask_id, ids),
         targets=torch.where(layout.masked & answered, ids, IGNORE),
         rejected=torch.where(layout.span & (wrong != ids), wrong, IGNORE),
+        span=layout.span,
         rule=rule,
     )
 

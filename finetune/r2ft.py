@@ -6,10 +6,8 @@ row, so one forward pass gives the log-probabilities of both.
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,16 +17,20 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from dlm.curves import Draw
-from dlm.data.windows import Batch
-from dlm.errors import ConfigError, DLMError
+from dlm.data.encode import EncodingReport, encode_rows
+from dlm.data.preferences import PreferenceCollator, are_pairs, encode_preferences, load_preferences
+from dlm.data.rows import load_rows
+from dlm.data.windows import Batch, WindowCollator
+from dlm.errors import ConfigError, DataError, DLMError
 from dlm.model import IGNORE, MaskedDiffusionModel
-from dlm.noise import fold, key_of
 from dlm.noising import Blocks
 from dlm.pretrained.names import located
 from dlm.prior import TokenPrior
 from dlm.trainer import DiffusionTrainer
-from finetune.config import NegativeConfig, ObjectiveConfig, R2FTConfig, StartConfig
-from finetune.negatives import Contrast, make_negative
+from finetune.config import R2FTConfig, StartConfig
+from finetune.contrast import ContrastTrainer
+from finetune.contrast_config import ObjectiveConfig
+from finetune.preference import PreferenceTrainer
 from finetune.run import Stage, execute
 from finetune.run_folder import RunFolder
 from finetune.samples import SampleCallback
@@ -124,47 +126,22 @@ def writable(masked: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     return inside & (~alone | (place == first))
 
 
-class R2FTTrainer(DiffusionTrainer):
-    """The trainer of SFT with another loss; validation NELBO stays what it is.
+class R2FTTrainer(ContrastTrainer):
+    """The trainer of SFT with the R2FT loss; validation NELBO stays what it is.
 
     Args:
         objective: factors of the loss.
-        negatives: how negatives are made.
-        prior: token counts of the training answers.
-        **kwargs: as for `DiffusionTrainer`.
+        **kwargs: as for `ContrastTrainer`.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        *,
-        objective: ObjectiveConfig,
-        negatives: NegativeConfig,
-        prior: TokenPrior,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(model, **kwargs)
-        self.objective, self.negatives, self.prior = objective, negatives, prior
-        self.frequent = prior.top(negatives.frequent).to(self.args.device)
-        self.frequent_counts = prior.counts.to(self.args.device)[self.frequent]
-        self.reference: torch.nn.Module | None = None
-        if objective.reference and not hasattr(model, "disable_adapter"):
-            self.reference = copy.deepcopy(model).eval().requires_grad_(False).to(self.args.device)
+    FIGURES = ("logp_true", "logp_negative", "margin", "accuracy")
+    """ℓ_w/n_w; ℓ_l/n_l, their difference, and whether it is positive, of rows that have a negative."""
 
-    # ---- what a batch needs --------------------------------------------------------------------------
+    def __init__(self, model: Any, *, objective: ObjectiveConfig, **kwargs: Any) -> None:
+        super().__init__(model, objective=objective, referred=objective.reference, **kwargs)
 
-    def with_noise(self, batch: Batch, slots: torch.Tensor, total: int, step: int) -> Batch:
-        """A batch and its contrast, which depends on (seed, step, place in the global batch) alone."""
-        del total
-        return self._with_contrast(
-            batch, fold(key_of(self.args.seed, "negative", step, device=slots.device), slots)
-        )
-
-    def divisor(self, batch: Batch) -> torch.Tensor:
-        """The rows of the batch: every row weighs the same."""
-        return torch.tensor(len(batch["row"]), device=batch["row"].device)
-
-    def _with_contrast(self, batch: Batch, key: torch.Tensor) -> Batch:
+    def contrasted(self, batch: Batch, key: torch.Tensor) -> Batch:
+        """See `ContrastTrainer`; the rows with masks, and both candidates for each of them."""
         contrast = self.contrast(batch, key)
         candidates = torch.stack([contrast.targets, contrast.rejected], dim=-1)
         if self.blocks:
@@ -172,40 +149,15 @@ class R2FTTrainer(DiffusionTrainer):
             candidates = candidates.masked_fill(~writable(masked, self.blocks)[..., None], IGNORE)
         return {**batch, "noisy_ids": contrast.noisy_ids, "candidates": candidates}
 
-    def contrast(self, batch: Batch, key: torch.Tensor) -> Contrast:
-        """The contrast of a batch under noise keys [B]."""
-        device = batch["input_ids"].device
-        return make_negative(
-            batch["input_ids"],
-            batch["prompt_length"],
-            batch["length"],
-            key,
-            mask_id=self.mask_id,
-            eos_id=self.data_collator.eos_token_id,
-            frequent=self.frequent.to(device),
-            frequent_counts=self.frequent_counts,
-            rules=self.negatives,
-            real=batch["attention_mask"],
-        )
-
-    # ---- loss ----------------------------------------------------------------------------------------
-
-    def loss(self, model: torch.nn.Module, inputs: Batch, count: torch.Tensor) -> torch.Tensor:
-        """The summed R2FT loss of a micro-batch over the global number of rows."""
-        losses, figures = self.rows(model, inputs)
-        for i, name in enumerate(FIGURES):
-            self.watch(name, figures[:, i].sum() / count)
-        return losses.sum() / count
-
     def rows(self, model: torch.nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B] loss of each row, and [B, 4] its `FIGURES`, without gradient."""
+        """See `ContrastTrainer`."""
         cells = inputs["candidates"] != IGNORE  # [B, L, 2]
         logp = self._logp(model, inputs, cells)
         weight = self._weights(logp.detach(), cells)
         total, n = (logp * weight).sum(1), cells.sum(1)  # [B, 2]
         reference: dict[str, torch.Tensor] = {}
         if self.objective.reference:
-            with torch.no_grad(), self._as_reference(model) as frozen:
+            with torch.no_grad(), self.as_reference(model) as frozen:
                 held = (self._logp(frozen, inputs, cells) * weight).sum(1)
             reference = {"reference_w": held[:, 0], "reference_l": held[:, 1]}
         objective = self.objective
@@ -214,9 +166,7 @@ class R2FTTrainer(DiffusionTrainer):
             beta_w=objective.beta_w, beta_l=objective.beta_l, gamma=objective.gamma,
             beta_a=objective.beta_a, **reference,
         )  # fmt: skip
-        true, wrong = mean_logp(logp.detach().sum(1), n).unbind(1)
-        figures = torch.stack([true, wrong, true - wrong, (true > wrong).float()], dim=1)
-        return loss, figures
+        return loss, contrast_figures(logp.detach().sum(1), n)
 
     def _logp(self, model: torch.nn.Module, inputs: Batch, cells: torch.Tensor) -> torch.Tensor:
         """[B, L, 2] log-probability of both candidates, 0 where there is none; one forward pass."""
@@ -239,44 +189,60 @@ class R2FTTrainer(DiffusionTrainer):
             weight[..., 1] = share * negative.sum(1, keepdim=True)
         return weight
 
-    @contextlib.contextmanager
-    def _as_reference(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-        """The frozen model that the run started from: a copy, or the base under the adapter."""
-        if self.reference is not None:
-            yield self.reference
-            return
-        plain = self.accelerator.unwrap_model(model)
-        with plain.disable_adapter():
-            yield plain
 
-    # ---- validation ----------------------------------------------------------------------------------
-
-    def measure(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """[B, 8]: nats and cells for the NELBO, then the loss, the figures and a 1 for each row."""
-        key = fold(key_of("validation negative", device=batch["row"].device), batch["row"])
-        loss, figures = self.rows(model, self._with_contrast(batch, key))
-        return torch.cat(
-            [super().measure(model, batch), loss[:, None], figures, torch.ones_like(loss)[:, None]], dim=1
-        )
-
-    def metrics(self, sums: torch.Tensor, rows: int) -> dict[str, float]:
-        """NELBO as in SFT; beside it the R2FT loss and figures over the validation rows."""
-        means = (sums[2:] / sums[-1]).tolist()
-        return {
-            **super().metrics(sums[:2], rows),
-            "r2ft": means[0],
-            **dict(zip(FIGURES, means[1:], strict=False)),
-        }
+def contrast_figures(total: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    """[B, 4] the figures of rows, from ℓ and n of both sides [B, 2]; NaN for those that need a negative."""
+    true, wrong = mean_logp(total, n).unbind(1)
+    figures = torch.stack([true, wrong, true - wrong, (true > wrong).float()], dim=1)
+    lacking = torch.cat([torch.zeros_like(n[:, :1]), (n[:, 1:] == 0).expand(-1, 3)], dim=1).bool()
+    return figures.masked_fill(lacking, torch.nan)
 
 
-FIGURES = ("logp_true", "logp_negative", "margin", "accuracy")
-"""ℓ_w/n_w, ℓ_l/n_l, their difference, and the share of rows in which it is positive."""
+TRAINERS: dict[str, type[ContrastTrainer]] = {
+    "r2ft": R2FTTrainer,
+    "ddro": PreferenceTrainer,
+    "dpo": PreferenceTrainer,
+}
+"""Trainers by the name of the objective."""
+
+TITLES = {"r2ft": "R2FT", "ddro": "DDRO", "dpo": "DPO"}
 
 
 class R2FT(Stage[R2FTConfig]):
-    """Rejecting repetition and high-prior tokens."""
+    """Setting good answers against bad ones, which are made by rule or come with the rows."""
 
-    objective = "R2FT (rule-made negatives)"
+    def __init__(self, config: R2FTConfig) -> None:
+        super().__init__(config)
+        answers = "rule-made negatives" if config.rejected == "rules" else "rejected answers of the data"
+        self.objective = f"{TITLES[config.objective.name]} ({answers})"
+
+    @property
+    def from_data(self) -> bool:
+        """True when the rows bring their bad answers."""
+        return self.config.rejected == "data"
+
+    def load(self, source: str, split: str) -> Dataset:
+        """See `Stage`; with the rejected answers, where they are wanted."""
+        if not self.from_data:
+            return load_rows(source, split)
+        rows = load_preferences(source, split)
+        check_preferences(rows, source, self.config.objective.name)
+        return rows
+
+    def encode(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, window: int
+    ) -> tuple[Dataset, EncodingReport]:
+        """See `Stage`; with the rejected answers, where there are any."""
+        encode = encode_preferences if self.from_data else encode_rows
+        return encode(rows, tokenizer, window)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> WindowCollator:
+        """See `Stage`; with the rejected answers, where there are any."""
+        plain = super().collator(tokenizer, rows)
+        if not self.from_data:
+            return plain
+        settings = {item.name: getattr(plain, item.name) for item in fields(plain)}
+        return PreferenceCollator(**settings, paired="rejected_ids" in rows.column_names)
 
     @property
     def start(self) -> StartConfig:
@@ -286,7 +252,8 @@ class R2FT(Stage[R2FTConfig]):
     @property
     def drawings(self) -> dict[str, Draw]:
         """See `Stage`."""
-        return {"r2ft.png": partial(draw_r2ft, tolerance=self.config.nelbo_tolerance)}
+        name = self.config.objective.name
+        return {"r2ft.png": partial(draw_r2ft, tolerance=self.config.nelbo_tolerance, objective=name)}
 
     def first(
         self, rows: Dataset, resume_from: Path | None
@@ -308,8 +275,9 @@ class R2FT(Stage[R2FTConfig]):
 
     def trainer(self, model: Any, prior: TokenPrior, **common: Any) -> DiffusionTrainer:
         """See `Stage`."""
-        return R2FTTrainer(
-            model, objective=self.config.objective, negatives=self.config.negatives, prior=prior, **common
+        objective = self.config.objective
+        return TRAINERS[objective.name](
+            model, objective=objective, negatives=self.config.negatives, prior=prior, **common
         )
 
     def check(self) -> None:
@@ -335,6 +303,8 @@ class R2FT(Stage[R2FTConfig]):
     def prior(self, tokenizer: PreTrainedTokenizerBase, model: Any, rows: Dataset) -> TokenPrior:
         """The counts that the checkpoint brings; those of `rows` if it has none."""
         stored = TokenPrior.load(located(self.config.model.init))
+        if stored is None and self.from_data and "good" in rows.column_names:
+            rows = rows.select([i for i, good in enumerate(rows["good"]) if good])
         return stored or super().prior(tokenizer, model, rows)
 
     def callbacks(
@@ -342,10 +312,29 @@ class R2FT(Stage[R2FTConfig]):
     ) -> Iterable[TrainerCallback]:
         """The guard of the NELBO, samples to measure and samples to read."""
         return [
-            BestWithinTolerance(trainer, run, self.config.nelbo_tolerance),
+            BestWithinTolerance(trainer, run, self.config.nelbo_tolerance, self.config.objective.name),
             WatchCallback(trainer, tokenizer, self.config, held_out),
             SampleCallback(trainer, tokenizer, self.config, held_out),
         ]
+
+
+def check_preferences(rows: Dataset, source: str, objective: str) -> None:
+    """Refuse answers that an objective cannot learn from.
+
+    Raises:
+        DataError: for single answers with DPO, and for single answers that are all good, or all bad.
+    """
+    if are_pairs(rows):
+        return
+    if objective == "dpo":
+        raise DataError(
+            f"{source}: single answers with a label; DPO compares two answers to one prompt and needs rows "
+            "with prompt, chosen and rejected. --objective.name ddro takes single answers"
+        )
+    if len(labels := set(rows["good"])) == 1:
+        raise DataError(
+            f"{source}: 'label' is {str(*labels).lower()} in every row; DDRO needs good and bad answers"
+        )
 
 
 def r2ft(config: R2FTConfig) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -47,6 +47,12 @@ logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=RunConfig)
 
+Load = Callable[[str, str], "Dataset"]
+"""(source, split) -> rows."""
+
+Encode = Callable[["Dataset", PreTrainedTokenizerBase, int], "tuple[Dataset, EncodingReport]"]
+"""(rows, tokenizer, window) -> encoded rows, and their counts."""
+
 
 class Stage(Generic[Config]):
     """One kind of run.
@@ -70,6 +76,21 @@ class Stage(Generic[Config]):
     def drawings(self) -> dict[str, Draw]:
         """Plots of the run, by file name."""
         return {"curve.png": draw_curve}
+
+    def load(self, source: str, split: str) -> Dataset:
+        """The rows of a source; see `load_rows`."""
+        return load_rows(source, split)
+
+    def encode(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, window: int
+    ) -> tuple[Dataset, EncodingReport]:
+        """The rows as token ids, and their counts; see `encode_rows`."""
+        return encode_rows(rows, tokenizer, window)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, rows: Dataset | EncodedRows) -> WindowCollator:
+        """What makes batches of encoded rows."""
+        del rows
+        return collator(self.config.data, tokenizer, self.config.seed)
 
     def first(
         self, rows: Dataset, resume_from: Path | None
@@ -131,10 +152,10 @@ def _execute(stage: Stage[Any], run: RunFolder) -> Path:
     config: RunConfig = stage.config
     if run.finished:  # by another process, meanwhile
         return run.path
-    rows, held_out = split_rows(config.data, config.seed)
+    rows, held_out = split_rows(config.data, config.seed, stage.load)
     model, tokenizer = stage.first(rows, run.resume_from)
-    train_set, report = encode_rows(rows, tokenizer, config.data.window)
-    eval_set = validation_set(config, held_out, tokenizer)
+    train_set, report = stage.encode(rows, tokenizer, config.data.window)
+    eval_set = validation_set(config, held_out, tokenizer, stage.encode)
     logger.info("training rows: %s", report)
     record(model, tokenizer, config, report, stage.record())
     model = prepare(model, stage.start, config.data.window, config.seed)
@@ -160,16 +181,16 @@ def _execute(stage: Stage[Any], run: RunFolder) -> Path:
     return run.path
 
 
-def split_rows(data: DataConfig, seed: int) -> tuple[Dataset, Dataset]:
+def split_rows(data: DataConfig, seed: int, load: Load = load_rows) -> tuple[Dataset, Dataset]:
     """Rows for training and rows for validation: the last `validation_rows`, which are never trained on.
 
-    Of a file of encoded rows they are `EncodedRows`.
+    Those of a source are read by `load`. Of a file of encoded rows they are `EncodedRows`.
     """
     if data.source == "rules":  # made by rule, with splits of their own
         held_out = rule_rows(max(1, data.validation_rows), seed, "validation")
         return rule_rows(data.limit or 20_000, seed), held_out.select(range(data.validation_rows))
     encoded = data.source.endswith(SUFFIX)
-    rows: Any = EncodedRows.load(data.source) if encoded else load_rows(data.source, data.split)
+    rows: Any = EncodedRows.load(data.source) if encoded else load(data.source, data.split)
     rows = rows.select(range(min(data.limit, len(rows)))) if data.limit else rows
     if data.validation_rows >= len(rows):
         raise DataError(
@@ -181,7 +202,10 @@ def split_rows(data: DataConfig, seed: int) -> tuple[Dataset, Dataset]:
 
 
 def validation_set(
-    config: RunConfig, held_out: Dataset, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig,
+    held_out: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    encode: Encode = encode_rows,
 ) -> Dataset | None:
     """The encoded rows that the run validates on; None where it does not validate, or there are none.
 
@@ -192,7 +216,7 @@ def validation_set(
     if not len(subset):
         return None
     try:
-        return encode_rows(subset, tokenizer, config.data.window)[0]
+        return encode(subset, tokenizer, config.data.window)[0]
     except DataError as error:
         problem = f"{config.data.source}: of the validation rows (the last {len(held_out)}), {error}"
         if config.eval_steps:
@@ -257,7 +281,7 @@ def build_trainer(
         model,
         prior,
         args=training_arguments(config, eval_set is not None, steps),
-        data_collator=collator(config.data, tokenizer, config.seed),
+        data_collator=stage.collator(tokenizer, train_set),
         processing_class=tokenizer,
         train_dataset=_numbered(train_set),
         eval_dataset=_numbered(eval_set) if eval_set is not None else None,

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class BestWithinTolerance(TrainerCallback):  # type: ignore[misc]
-    """Keeps the checkpoint with the lowest validation R2FT loss among those that did not harm the language.
+    """Keeps the checkpoint with the lowest validation loss among those that did not harm the language.
 
     The NELBO is measured before the first step. A validation whose NELBO exceeds it by more than the
     tolerance ends the run and is never the best.
@@ -34,10 +34,14 @@ class BestWithinTolerance(TrainerCallback):  # type: ignore[misc]
         trainer: the trainer that is watched.
         run: where an early end is written down.
         tolerance: share by which the NELBO may rise.
+        objective: name of the loss in the log, behind "eval_".
     """
 
-    def __init__(self, trainer: DiffusionTrainer, run: RunFolder, tolerance: float) -> None:
+    def __init__(
+        self, trainer: DiffusionTrainer, run: RunFolder, tolerance: float, objective: str = "r2ft"
+    ) -> None:
         self.trainer, self.run, self.tolerance = trainer, run, tolerance
+        self.objective = objective
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Validate the model that the run starts from."""
@@ -52,10 +56,10 @@ class BestWithinTolerance(TrainerCallback):  # type: ignore[misc]
             return
         start = series(state.log_history, "eval_nelbo")[1][0]
         limit = (1 + self.tolerance) * start
-        nelbo, loss = metrics["eval_nelbo"], metrics["eval_r2ft"]
+        nelbo, loss = metrics["eval_nelbo"], metrics[f"eval_{self.objective}"]
         if not (nelbo <= limit and math.isfinite(loss)):  # NaN is not within the limit either
             logger.warning(
-                "validation NELBO %.4f is above %.4f (start %.4f and %.1f %%): R2FT ends at step %d",
+                "validation NELBO %.4f is above %.4f (start %.4f and %.1f %%): the run ends at step %d",
                 *(nelbo, limit, start, 100 * self.tolerance, state.global_step),
             )
             control.should_training_stop = True
@@ -96,25 +100,37 @@ class WatchCallback(TrainerCallback):  # type: ignore[misc]
         self.trainer.log(figures)
 
 
-def draw_r2ft(history: History, tolerance: float) -> Any:
+SIDES = {
+    "r2ft": (("logp_true", BLUE, "true answer"), ("logp_negative", RED, "negative")),
+    "ddro": (("gain_good", BLUE, "good answer"), ("gain_bad", RED, "bad answer")),
+    "dpo": (("gain_good", BLUE, "good answer"), ("gain_bad", RED, "bad answer")),
+}
+"""What is plotted of the two answers, by objective: key in the log, colour, label."""
+
+UNITS = {"r2ft": ("log-probability", "nats per token")}
+"""Title and unit of these, where they are not those of gains."""
+
+
+def draw_r2ft(history: History, tolerance: float, objective: str = "r2ft") -> Any:
     """Six panels over steps, as a matplotlib figure; a grey line marks the step whose weights are kept."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 7), layout="constrained")
     (sides, margin, loss), (nelbo, prior, repeated) = figure.subplots(2, 3, sharex=True)
-    for key, colour, name in (("logp_true", BLUE, "true answer"), ("logp_negative", RED, "negative")):
+    title, unit = UNITS.get(objective, ("log p / p of the start", "nats per answer"))
+    for key, colour, name in SIDES[objective]:
         _draw_curve(sides, history, key, colour, f"{name}, training")
         _points(sides, history, f"eval_{key}", colour, f"{name}, validation")
-    sides.set(title="log-probability", ylabel="nats per token")
+    sides.set(title=title, ylabel=unit)
     _points(margin, history, "eval_margin", BLUE, "margin, validation (left)")
-    margin.set(title="true against negative", ylabel="nats per token")
+    margin.set(title="good against bad", ylabel=unit)
     share = margin.twinx()
     _points(share, history, "eval_accuracy", GREEN, "accuracy (right)", "s--")
     share.set(ylabel="share of rows", ylim=(0, 1.05))
     share.spines["top"].set_visible(False)
     _draw_curve(loss, history, "loss", RED, "training")
-    _points(loss, history, "eval_r2ft", RED, "validation")
-    loss.set(title="R2FT loss")
+    _points(loss, history, f"eval_{objective}", RED, "validation")
+    loss.set(title=f"{objective.upper()} loss")
     _points(nelbo, history, "eval_nelbo", BLUE, "validation NELBO")
     for value in series(history, "eval_nelbo")[1][:1]:
         nelbo.axhline(
@@ -129,7 +145,7 @@ def draw_r2ft(history: History, tolerance: float) -> Any:
     _points(repeated, history, "sample_stutter", GREEN, "words equal to the last", "^:")
     repeated.set(title="repetition in top-k samples", ylabel="share")
     repeated.set_ylim(bottom=0)
-    _mark_best((sides, margin, loss, nelbo, prior, repeated), kept_step(history, tolerance))
+    _mark_best((sides, margin, loss, nelbo, prior, repeated), kept_step(history, tolerance, objective))
     for axes in (sides, margin, loss, nelbo, prior, repeated):
         _shared_legend(axes, share if axes is margin else None)
     for axes in (nelbo, prior, repeated):
@@ -145,12 +161,12 @@ def _mark_best(panels: Iterable[Any], best: float | None) -> None:
         plain(axes)
 
 
-def kept_step(history: History, tolerance: float) -> float | None:
-    """The validated step with the lowest R2FT loss within the tolerance; None if there is none."""
-    start = series(history, "eval_nelbo")[1][:1]
-    validated = [r for r in history if "eval_r2ft" in r and r["step"] > 0]
+def kept_step(history: History, tolerance: float, objective: str = "r2ft") -> float | None:
+    """The validated step with the lowest loss within the tolerance; None if there is none."""
+    start, key = series(history, "eval_nelbo")[1][:1], f"eval_{objective}"
+    validated = [r for r in history if key in r and r["step"] > 0]
     fit = [r for r in validated if r["eval_nelbo"] <= (1 + tolerance) * start[0]]
-    return min(fit, key=lambda r: r["eval_r2ft"])["step"] if fit else None
+    return min(fit, key=lambda r: r[key])["step"] if fit else None
 
 
 def _draw_curve(axes: Any, history: History, key: str, colour: str, label: str) -> None:

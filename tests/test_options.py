@@ -324,6 +324,8 @@ def r2ft(run, place):
     run("r2ft", "--output_dir", "a", *common, "--watch", 1)
     run("r2ft", "--output_dir", "b", *common, "--model.lora.r", 2, "--data.windows", "grouped")
     run("r2ft", "--output_dir", "b", *common, "--model.lora.r", 2, "--data.windows", "grouped")
+    run("r2ft", "--output_dir", "d", *common, "--objective.name", "ddro", "--objective.draws", 2)
+    run("r2ft", "--output_dir", "e", *common, "--objective.name", "dpo")
     with suppress(DataError):  # there is no hub here
         run("r2ft", "--output_dir", "c", "--model.init", "start", "--data.source", "some/rows")
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 _VERSION = 3
 """Raised when rows are encoded differently, so that old caches are not taken."""
 
-_REFUSED = "row "
+REFUSED = "row "
 """How the fate of a row begins that the chat template refuses; its number and the reason follow."""
 
 _PIECE = 200_000
@@ -78,21 +79,30 @@ def encode_rows(
     if isinstance(rows, EncodedRows):
         rows.check(tokenizer, window)
         return rows, EncodingReport(len(rows), len(rows), 0, 0, rows.truncated(int(tokenizer.eos_token_id)))
-    key = hashlib.sha256(
-        json.dumps(
-            [
-                _VERSION,
-                rows._fingerprint,
-                window,
-                tokenizer.chat_template,
-                tokenizer.eos_token_id,
-                sorted(tokenizer.all_special_tokens),
-                tokenizer.backend_tokenizer.to_str(),
-            ]
-        ).encode()
-    ).hexdigest()[:32]
+    return encode_with(_encode_batch, rows, tokenizer, window)
+
+
+def encode_with(
+    encode: Callable[..., dict[str, list[Any]]],
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+) -> tuple[Dataset, EncodingReport]:
+    """Tokenise rows batch by batch; cached by `datasets` under the rows, the tokenizer, window and function.
+
+    Args:
+        encode: (batch, indices, tokenizer, window) -> columns, among them `fate`: "whole" or "truncated" of a
+            row that is kept, "empty", "long_prompt", or `REFUSED` and the reason.
+        rows: what it is given.
+        tokenizer: of the model.
+        window: longest row, in tokens.
+
+    Returns:
+        The other columns of the rows that are kept, and the counts; errors as of `encode_rows`.
+    """
+    key = _fingerprint(rows, tokenizer, window, f"{encode.__module__}.{encode.__name__}")
     encoded = rows.map(
-        _encode_batch,
+        encode,
         batched=True,
         with_indices=True,
         fn_kwargs={"tokenizer": tokenizer, "window": window},
@@ -102,7 +112,7 @@ def encode_rows(
     )
     fates = encoded["fate"]
     count = {name: sum(fate == name for fate in fates) for name in ("empty", "long_prompt", "truncated")}
-    refused = [fate for fate in fates if fate.startswith(_REFUSED)]
+    refused = [fate for fate in fates if fate.startswith(REFUSED)]
     _report_refused(refused, len(rows))
     usable = encoded.filter(
         lambda fate: [f in ("whole", "truncated") for f in fate],
@@ -116,6 +126,21 @@ def encode_rows(
     dropped = count["empty"], count["long_prompt"], count["truncated"], len(refused)
     report = EncodingReport(len(rows), len(usable), *dropped)
     return usable.remove_columns("fate"), report
+
+
+def _fingerprint(rows: Dataset, tokenizer: PreTrainedTokenizerBase, window: int, function: str) -> str:
+    """Name of encoded rows in the cache."""
+    parts = [
+        _VERSION,
+        rows._fingerprint,
+        window,
+        tokenizer.chat_template,
+        tokenizer.eos_token_id,
+        sorted(tokenizer.all_special_tokens),
+        tokenizer.backend_tokenizer.to_str(),
+        function,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def _report_refused(refused: list[str], total: int) -> None:
@@ -136,13 +161,13 @@ def _encode_batch(
     batch: dict[str, list[Any]], indices: list[int], tokenizer: PreTrainedTokenizerBase, window: int
 ) -> dict[str, list[Any]]:
     out: dict[str, list[Any]] = {"input_ids": [], "prompt_length": [], "length": [], "fate": []}
-    limit = window * 2 * max(map(len, tokenizer.get_vocab()))  # characters that fill the window in any case
+    limit = fill_length(tokenizer, window)
     numbers = batch.get("row", indices)
     for number, prompt, answer in zip(numbers, batch["prompt"], batch["answer"], strict=True):
         try:
-            encoded = _encode_row(prompt, answer, tokenizer, window, limit)
+            encoded = encode_row(prompt, answer, tokenizer, window, limit)
         except ConfigError as error:
-            encoded = [([], 0, f"{_REFUSED}{number}: {error}")]
+            encoded = [([], 0, f"{REFUSED}{number}: {error}")]
         for ids, boundary, fate in encoded:
             out["input_ids"].append(ids)
             out["prompt_length"].append(boundary)
@@ -151,7 +176,12 @@ def _encode_batch(
     return out
 
 
-def _encode_row(
+def fill_length(tokenizer: PreTrainedTokenizerBase, window: int) -> int:
+    """So many characters fill a window in any case."""
+    return window * 2 * max(map(len, tokenizer.get_vocab()))
+
+
+def encode_row(
     prompt: list[dict[str, str]], answer: str, tokenizer: PreTrainedTokenizerBase, window: int, limit: int
 ) -> list[tuple[list[int], int, str]]:
     """(ids, prompt length, fate) of each window that a row gives; one, unless it is long plain text.

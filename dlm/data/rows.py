@@ -15,7 +15,8 @@ text is null, are left out and counted.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,14 +42,6 @@ def features() -> Features:
     return Features({"prompt": List(message), "answer": Value("string")})
 
 
-@cache
-def _with_odd() -> Features:
-    """Those, the row's number in its source, and what is odd about it if it is to be left out."""
-    from datasets import Features, Value
-
-    return Features({**features(), "row": Value("int64"), "odd": Value("string")})
-
-
 PAIRS = (
     ("instruction", "output"),  # Alpaca
     ("instruction", "response"),  # Dolly
@@ -71,15 +64,43 @@ class OddRowError(DataError):
     """A row that does not end with an answer: a chat row of another shape, or a null in place of a text."""
 
 
-def load_rows(source: str, split: str = "train") -> Dataset:
+@dataclass(frozen=True)
+class Form:
+    """One kind of rows.
+
+    Attributes:
+        parse: a record, its source and its number -> its columns; an `OddRowError` leaves the row out, any
+            other `DataError` ends the reading.
+        features: of the columns.
+    """
+
+    parse: Callable[[Any, str, int], Row]
+    features: Callable[[], Features]
+
+    def columns(self) -> Features:
+        """Those, the row's number in its source, and what is odd about it if it is to be left out."""
+        from datasets import Features, Value
+
+        return Features({**self.features(), "row": Value("int64"), "odd": Value("string")})
+
+    def checked(self, row: Any, source: str, index: int) -> Row:
+        """The columns of a record; nulls where it is odd."""
+        try:
+            return {**self.parse(row, source, index), "row": index, "odd": ""}
+        except OddRowError as error:
+            return {**dict.fromkeys(self.features()), "row": index, "odd": str(error)}
+
+
+def load_rows(source: str, split: str = "train", form: Form | None = None) -> Dataset:
     """Read and check every row of `source`; parsed files are cached by `datasets`.
 
     Args:
         source: hub id, or path of a .json, .jsonl, .json.gz, .jsonl.gz, .csv, .tsv or .parquet file.
         split: split of a hub data set.
+        form: kind of the rows; instructions, chats and texts by default.
 
     Returns:
-        A `datasets.Dataset` with the columns of `features`, and `row`: the number in the source.
+        A `datasets.Dataset` with the columns of the form (`features`), and `row`: the number in the source.
 
     Raises:
         ConfigError: for a split of a file.
@@ -87,11 +108,11 @@ def load_rows(source: str, split: str = "train") -> Dataset:
     """
     from datasets import load_dataset
 
-    path = Path(source)
+    path, form = Path(source), form or Form(parse_row, features)
     if source.endswith(SUFFIXES) or path.exists():
         if split != "train":
             raise ConfigError(f"split {split!r} is for data sets of the hub; {source} is a file")
-        return _without_odd(_load_file(path), source)
+        return _without_odd(_load_file(path, form), source)
     try:
         raw = load_dataset(source, split=split)
     except Exception as error:
@@ -100,20 +121,13 @@ def load_rows(source: str, split: str = "train") -> Dataset:
             f"({type(error).__name__}: {error})"
         ) from error
     rows = raw.map(
-        lambda row, i: _checked(dict(row), f"{source}[{split}]", i),
+        lambda row, i: form.checked(dict(row), f"{source}[{split}]", i),
         with_indices=True,
         remove_columns=raw.column_names,
-        features=_with_odd(),
+        features=form.columns(),
         desc="Checking rows",
     )
     return _without_odd(rows, source)
-
-
-def _checked(row: Any, source: str, index: int) -> Row:
-    try:
-        return {**parse_row(row, source, index), "row": index, "odd": ""}
-    except OddRowError as error:
-        return {"prompt": [], "answer": "", "row": index, "odd": str(error)}
 
 
 def _without_odd(rows: Dataset, source: str) -> Dataset:
@@ -129,7 +143,7 @@ def _without_odd(rows: Dataset, source: str) -> Dataset:
     return regular.remove_columns("odd")
 
 
-def _load_file(path: Path) -> Dataset:
+def _load_file(path: Path, form: Form) -> Dataset:
     if path.is_dir():
         raise DataError(f"{path}: is a folder; name a file in it")
     if not path.is_file():
@@ -139,9 +153,9 @@ def _load_file(path: Path) -> Dataset:
     from datasets import Dataset
 
     stat = path.stat()
-    identity = {"path": str(path.resolve()), "size": stat.st_size, "modified": stat.st_mtime_ns}
+    identity = {"path": str(path.resolve()), "size": stat.st_size, "modified": stat.st_mtime_ns, "form": form}
     try:
-        return Dataset.from_generator(_generate, features=_with_odd(), gen_kwargs=identity)
+        return Dataset.from_generator(_generate, features=form.columns(), gen_kwargs=identity)
     except Exception as error:
         cause = error.__cause__ or error
         if isinstance(cause, DataError):
@@ -150,12 +164,12 @@ def _load_file(path: Path) -> Dataset:
         raise DataError(f"{path}: cannot be read ({reason})") from error
 
 
-def _generate(path: str, size: int, modified: int) -> Iterator[Row]:
+def _generate(path: str, size: int, modified: int, form: Form) -> Iterator[Row]:
     """Rows of a file; `size` and `modified` only serve as the cache's key."""
     del size, modified
     index = -1
     for index, row in enumerate(read_records(Path(path))):
-        yield _checked(row, path, index)
+        yield form.checked(row, path, index)
     if index < 0:
         raise DataError(f"{path}: holds no rows")
 
@@ -177,7 +191,7 @@ def parse_row(row: Any, source: str, index: int) -> Row:
         if question_key in row and answer_key in row:
             return _parse_pair(row, question_key, answer_key, where)
     if "text" in row:
-        return {"prompt": [], "answer": _text_field(row, "text", where)}
+        return {"prompt": [], "answer": text_field(row, "text", where)}
     columns = ", ".join(sorted(map(str, row))) or "nothing"
     raise DataError(f"{where}: needs 'instruction' and 'output', or 'messages', or 'text'; it has {columns}")
 
@@ -187,7 +201,7 @@ def _parse_pair(row: Row, question_key: str, answer_key: str, where: str) -> Row
     if isinstance(row[question_key], list) and isinstance(row[answer_key], list):
         return _parse_chat([*row[question_key], *row[answer_key]], where)
     content = instruction_text(row, question_key, where)
-    return {"prompt": [{"role": "user", "content": content}], "answer": _text_field(row, answer_key, where)}
+    return {"prompt": [{"role": "user", "content": content}], "answer": text_field(row, answer_key, where)}
 
 
 def instruction_text(row: Row, key: str, where: str) -> str:
@@ -201,15 +215,21 @@ def instruction_text(row: Row, key: str, where: str) -> str:
     Raises:
         DataError: for an instruction or an input that is no text.
     """
-    content = _text_field(row, key, where)
+    content = text_field(row, key, where)
     for name in ("input", "context"):
-        extra = _text_field(row, name, where) if row.get(name) is not None else ""
+        extra = text_field(row, name, where) if row.get(name) is not None else ""
         if extra.strip():
             return f"{content}\n\n{extra}"
     return content
 
 
-def _text_field(row: Row, key: str, where: str) -> str:
+def text_field(row: Row, key: str, where: str) -> str:
+    """The text of a field, its broken surrogates replaced.
+
+    Raises:
+        OddRowError: for a null.
+        DataError: for anything else that is no text.
+    """
     value = row[key]
     if value is None:
         raise OddRowError(f"{where}: '{key}' is null")

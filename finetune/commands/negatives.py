@@ -8,7 +8,7 @@ from typing import Any
 from dlm.cli import Command
 from dlm.data.config import DataConfig
 from dlm.errors import ConfigError
-from finetune.config import NegativeConfig
+from finetune.contrast_config import NegativeConfig
 
 CONTEXT, TRUE, WRONG, SAME, END = (
     "dim",

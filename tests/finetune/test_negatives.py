@@ -9,7 +9,7 @@ import torch
 from dlm.errors import ConfigError
 from dlm.model import IGNORE
 from dlm.noise import fold, key_of
-from finetune.config import NegativeConfig
+from finetune.contrast_config import NegativeConfig
 from finetune.negatives import RULES, make_negative
 
 MASK, EOS, PAD_FROM = 2, 1, 0

@@ -18,11 +18,10 @@ from dlm.prior import TokenPrior
 from finetune.config import (
     LoraConfig,
     ModelConfig,
-    NegativeConfig,
-    ObjectiveConfig,
     R2FTConfig,
     StartConfig,
 )
+from finetune.contrast_config import NegativeConfig, ObjectiveConfig
 from finetune.r2ft import R2FT, r2ft, r2ft_loss, writable
 from finetune.run import build_trainer, split_rows
 from finetune.sft import train
@@ -205,6 +204,30 @@ def test_cells_where_negative_and_truth_agree_do_not_count(sft, tmp_path):
     assert loss.tolist() == pytest.approx([-0.1 * w / n for w, n, _, _ in sums], rel=1e-4)
 
 
+def test_rows_without_a_negative_count_in_no_margin_and_no_accuracy(sft, tmp_path):
+    """Of six rows, two lose their negatives: the log is the mean over the four others."""
+    trainer = trainer_of(stage(tmp_path / "x", sft))
+    trainer.model.eval()
+    noised = trainer.with_noise(batch_of(trainer), torch.arange(6), 6, step=0)
+    noised["candidates"][:2, :, 1] = IGNORE
+    _, sums = by_hand(trainer, noised)
+    trainer.compute_loss(trainer.model, noised)
+    logged = trainer._watched_means()
+    sides = [(w / n_w, l / n_l) for w, n_w, l, n_l in sums[2:]]
+    assert logged["margin"] == pytest.approx(sum(w - l for w, l in sides) / 4, rel=1e-4)
+    assert logged["accuracy"] == sum(w > l for w, l in sides) / 4
+    assert logged["logp_negative"] == pytest.approx(sum(l for _, l in sides) / 4, rel=1e-4)
+    assert logged["logp_true"] == pytest.approx(sum(w / n for w, n, _, _ in sums) / 6, rel=1e-4)
+    _, figures = trainer.rows(trainer.model, noised)
+    loss = torch.zeros(6, 3)
+    validated = trainer.metrics(torch.cat([loss + 1, figures], 1).double())
+    assert validated["margin"] == pytest.approx(logged["margin"], rel=1e-5)
+    noised["candidates"][..., 1] = IGNORE
+    trainer._watched.clear()
+    trainer.compute_loss(trainer.model, noised)
+    assert set(trainer._watched_means()) == {"logp_true"}  # nothing to take a mean of
+
+
 def test_confidence_weights_favour_likely_negatives_and_keep_their_mean(sft, tmp_path):
     trainer = trainer_of(stage(tmp_path / "x", sft, objective=ObjectiveConfig(weighting="confidence")))
     logp = torch.log(torch.tensor([[[0.5, 0.2], [0.5, 0.6], [1.0, 1.0]]]))
@@ -276,9 +299,9 @@ def test_the_best_state_is_kept_though_a_later_one_is_the_last(sft, tmp_path, mo
     scripted = iter([(2.0, 1.0), (2.0, 0.5), (2.03, 0.1), (2.05, 0.01)])
     plain = R2FTTrainer.metrics
 
-    def metrics(self, sums, rows):
+    def metrics(self, measured):
         nelbo, loss = next(scripted)
-        return {**plain(self, sums, rows), "nelbo": nelbo, "r2ft": loss}
+        return {**plain(self, measured), "nelbo": nelbo, "r2ft": loss}
 
     monkeypatch.setattr(R2FTTrainer, "metrics", metrics)
     start = StartConfig(init=str(sft), lora=LoraConfig(r=r))
@@ -335,9 +358,9 @@ def test_a_validation_that_is_not_a_number_ends_the_run(sft, tmp_path, monkeypat
 
     plain, calls = R2FTTrainer.metrics, []
 
-    def metrics(self, sums, rows):
+    def metrics(self, measured):
         calls.append(1)
-        return plain(self, sums, rows) | ({"nelbo": math.nan} if len(calls) == 3 else {})
+        return plain(self, measured) | ({"nelbo": math.nan} if len(calls) == 3 else {})
 
     monkeypatch.setattr(R2FTTrainer, "metrics", metrics)
     folder = r2ft(stage(tmp_path / "run", sft, max_steps=16, watch=0, nelbo_tolerance=9.0))
@@ -397,8 +420,8 @@ def test_the_average_of_the_best_state_is_what_is_kept(sft, tmp_path, monkeypatc
     scripted = iter([(2.0, 1.0), (2.0, 0.1), (2.0, 0.5)])
     plain = R2FTTrainer.metrics
 
-    def metrics(self, sums, rows):
-        return plain(self, sums, rows) | dict(zip(("nelbo", "r2ft"), next(scripted), strict=True))
+    def metrics(self, measured):
+        return plain(self, measured) | dict(zip(("nelbo", "r2ft"), next(scripted), strict=True))
 
     monkeypatch.setattr(R2FTTrainer, "metrics", metrics)
     folder = r2ft(stage(tmp_path / "run", sft, max_steps=8, watch=0, ema_decay=0.9))
