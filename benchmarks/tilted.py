@@ -81,7 +81,12 @@ def run(sampler: Sampler, trial: Trial, minutes: float) -> dict[tuple[int, str],
             if time.monotonic() > end:
                 return results
             begun = time.monotonic()
-            tilt = {"reward": trial.reward, "particles": size, "beta": trial.beta, "twist": twist}
+            tilt: dict[str, Any] = {
+                "reward": trial.reward,
+                "particles": size,
+                "beta": trial.beta,
+                "twist": twist,
+            }
             output = sampler.generate([prompt], seed=seed, **tilt, **trial.how)[0]
             assert isinstance(output, TiltedOutput)
             answered[size, twist] = Result.of(output, time.monotonic() - begun)
