@@ -110,6 +110,51 @@ def test_unknown_keys_in_a_config_file_are_named(tmp_path, capsys):
     assert "Did you mean output_dir?" in capsys.readouterr().err
 
 
+def test_generate_steers_by_a_reward(checkpoint, tmp_path, capsys, monkeypatch):
+    def generate(*words):
+        status = main(["generate", "--model", checkpoint, "--max-tokens", "12", *words, "hello"])
+        return status, capsys.readouterr()
+
+    steered = ["--reward", "no-repetition=1", "--reward-beta", "0.5"]
+    status, streams = generate("--particles", "3", *steered, "--json")
+    row = json.loads(streams.out)
+    assert status == 0
+    assert len(row["texts"]) == len(row["weights"]) == 3
+    assert row["text"] in row["texts"]
+    assert row["rewards"][row["texts"].index(row["text"])] == row["reward"]
+    two = [
+        json.loads(line)
+        for line in generate(*steered, "--particles", "3", "--samples", "2", "--json")[1].out.splitlines()
+    ]
+    assert two[0] == row
+    assert two[1] != row
+    best = json.loads(generate(*steered, "--twist", "none", "--select", "best", "--json")[1].out)
+    assert best["reward"] == max(best["rewards"])
+    assert len(best["rewards"]) == 8
+    plain = generate("--json")[1].out
+    assert (
+        json.loads(generate(*steered, "--particles", "1", "--json")[1].out)["text"]
+        == json.loads(plain)["text"]
+    )
+    (tmp_path / "rewards_of_a_user.py").write_text(
+        "def short(prompts, completions, **others):\n    return [-len(text) for text in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    status, streams = generate("--reward", "rewards_of_a_user:short", "--json")
+    assert json.loads(streams.out)["reward"] == -len(json.loads(streams.out)["text"])
+    monkeypatch.setattr("dlm.checkpoint.load_model", None)  # what follows is refused before weights are read
+    for words, message in (
+        (["--particles", "4"], "particles is for texts that are steered by a reward; give reward"),
+        (["--reward-beta", "1"], "beta is for texts that are steered by a reward"),
+        (["--reward", "lenght=3"], "Did you mean 'length'"),
+        ([*steered, "--twist", "writen"], "Did you mean 'written'"),
+        ([*steered, "--decoder", "llada"], "draws nothing at random, so 8 particles would be equal"),
+        ([*steered, "--reuse", "dual"], "give no reuse"),
+    ):
+        status, streams = generate(*words)
+        assert (status, message in streams.err) == (2, True), streams.err
+
+
 def test_generate_reads_words_files_and_stdin_and_writes_text_or_json(checkpoint, tmp_path, capsys):
     def generate(*words):
         assert main(["generate", "--model", checkpoint, *words]) == 0
