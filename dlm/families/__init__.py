@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from dlm.families.a2d import A2D
+from dlm.families.a2d import A2D, A2DBlocks
 from dlm.families.base import Family
 from dlm.families.bd3lm import BD3LM
 from dlm.families.block import SDAR, FastDLLM
@@ -20,7 +20,8 @@ from dlm.families.mdlm import MDLM
 from dlm.families.modernbert import BertChat
 
 PUBLIC: tuple[Family, ...] = (
-    LLaDA(), Dream(), MDLM(), A2D(), BertChat(), DiffuGPT(), DiffuLLaMA(), SDAR(), FastDLLM(), BD3LM(),
+    LLaDA(), Dream(), MDLM(), A2DBlocks(), A2D(), BertChat(), DiffuGPT(), DiffuLLaMA(), SDAR(), FastDLLM(),
+    BD3LM(),
 )  # fmt: skip
 """The families, in the order in which they are tried."""
 

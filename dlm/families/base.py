@@ -246,3 +246,9 @@ def require(public: Public, allowed: Mapping[str, tuple[Any, ...]]) -> None:
             raise CheckpointError(
                 f"config.json says {name} = {public[name]!r}; known: {', '.join(map(repr, values))}"
             )
+
+
+def is_named(public: Public, path: str, name: str) -> bool:
+    """True where the place of a model, or the place that its configuration remembers, has the name in it."""
+    places = (path.rstrip("/").split("/")[-1], str(public.get("_name_or_path", "")))
+    return any(name in place.lower() for place in places)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dlm.families.base import Family, Public, stock_settings
+from dlm.families.base import Family, Public, is_named, stock_settings
 
 
 def _settings(temperature: float) -> dict[str, Any]:
@@ -82,9 +82,3 @@ class DiffuLLaMA(_Adapted):
     def backbone(self, public: Public) -> dict[str, Any]:
         """A Llama."""
         return {"tie_word_embeddings": False, **stock_settings(public), "model_type": "llama"}
-
-
-def is_named(public: Public, path: str, name: str) -> bool:
-    """True where the place of a model, or the place that its configuration remembers, has the name in it."""
-    places = (path.rstrip("/").split("/")[-1], str(public.get("_name_or_path", "")))
-    return any(name in place.lower() for place in places)

@@ -241,12 +241,20 @@ QWEN_CHAT = (
 )
 
 
-def a2d():
+def a2d(name="a2d", sees=plain.all_see, **more):
     auto = {"AutoConfig": "modeling_qwen3.A2DQwen3Config", "AutoModel": "modeling_qwen3.A2DQwen3LMHeadModel"}
-    made = qwen3("a2d-qwen3", 3, plain.all_see, architectures=["A2DQwen3LMHeadModel"], auto_map=auto)
+    made = qwen3("a2d-qwen3", 3, sees, architectures=["A2DQwen3LMHeadModel"], auto_map=auto, **more)
     ends = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "mask_token": "<|mask|>"}
-    return Layout("a2d", *made, None, ends, {**settings, "chat_template": QWEN_CHAT})
+    return Layout(name, *made, None, ends, {**settings, "chat_template": QWEN_CHAT})
+
+
+def a2d_blocks():
+    return a2d(
+        "a2d-bd3lm",
+        lambda n: plain.blocks_see(n, 32),
+        _name_or_path="dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1",
+    )
 
 
 def bert_chat():
@@ -399,6 +407,7 @@ LAYOUTS = {
     "diffugpt": diffugpt,
     "diffullama": diffullama,
     "a2d": a2d,
+    "a2d-bd3lm": a2d_blocks,
     "bert-chat": bert_chat,
     "mdlm": mdlm,
     "llada": llada,

@@ -13,7 +13,7 @@ from tests.dlm.families import plain
 from tests.dlm.families.layouts import LAYOUTS
 from tests.dlm.families.test_public import published, until_end
 
-BLOCKS = {"sdar": 4, "fast-dllm-v2": 32, "bd3lm": 4}
+BLOCKS = {"sdar": 4, "fast-dllm-v2": 32, "bd3lm": 4, "a2d-bd3lm": 32}
 
 
 @pytest.fixture(params=BLOCKS)
@@ -46,6 +46,8 @@ def test_default_decoding_is_the_published_loop(case, tau, length):
     layout, model, tokenizer = case
     if layout.family == "bd3lm":
         pytest.skip("sampled, never greedy")
+    if layout.family == "a2d-bd3lm":
+        pytest.skip("has no confidence: see the next test")
     mask, size = model.config.mask_token_id, BLOCKS[layout.family]
     prompt = some_prompt(model, length)
     blocks = length // size + 2 if size == 32 else length // size + 8
@@ -59,6 +61,20 @@ def test_default_decoding_is_the_published_loop(case, tau, length):
     assert len(until_end(model, theirs)) > 4
     if tau == 0.1 and layout.family == "sdar":
         assert out.model_calls < len(until_end(model, theirs))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_dllm_blocks_are_decoded_as_published_behind_whole_blocks(tmp_path, base, blocks):
+    layout = LAYOUTS["a2d-bd3lm"]()
+    model, tokenizer = load_model(layout.write(tmp_path / "public", base), device="cpu", dtype="float32")
+    prompt = some_prompt(model, 32 * blocks)
+    theirs = plain.llada_loop(
+        published(model, layout), prompt, model.config.mask_token_id, length=64, block=32, steps=32
+    )
+    out = answer(model, tokenizer, prompt, 64, steps=32, canvas="full")
+    assert len(until_end(model, theirs)) > 4
+    assert until_end(model, out.token_ids) == until_end(model, theirs)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ BLOCKS = {  # decoder, pace, positions per block, whether the first of a block g
     "sdar": ("threshold", OwnPace(), 4, False),
     "fast-dllm-v2": ("block-threshold", OwnPace(), 32, True),
     "bd3lm": ("categorical", Rate(1.0), 4, False),
+    "a2d-bd3lm": ("llada", Steps(128), 32, False),
 }
 
 
@@ -86,7 +87,9 @@ def run_of(folder, target):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["mdlm", "bert-chat", "diffugpt", "sdar", "fast-dllm-v2", "bd3lm"])
+@pytest.mark.parametrize(
+    "name", ["mdlm", "bert-chat", "diffugpt", "sdar", "fast-dllm-v2", "bd3lm", "a2d-bd3lm"]
+)
 def test_training_begins_from_a_public_checkpoint(tmp_path, base, name):
     layout = LAYOUTS[name]()
     folder = layout.write(tmp_path / "public", base)
