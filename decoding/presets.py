@@ -9,14 +9,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from decoding.order_table import OrderTable
 from decoding.reveal import (
     Ancestral,
     Dilated,
     Editing,
     EntropyBound,
+    ProcessReward,
     Quota,
     Remask,
     RevealRule,
@@ -24,6 +27,7 @@ from decoding.reveal import (
     Stability,
     Threshold,
 )
+from decoding.reveal.process_reward import Control
 from decoding.reveal.quota import Order
 from decoding.tokens import TokenRule
 from decoding.window import Block, Convolution, Full, Sliding, Window, Within
@@ -114,11 +118,7 @@ class Decoder:
             if option not in preset.options:
                 raise unknown_name(f"option of decoder {name!r}:", option, preset.options)
         for option, value in options.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            optional = value is None and option not in preset.common
-            numeric = isinstance(preset.options[option], int | float) or isinstance(value, bool)
-            if numeric and not number and not optional:
-                raise ConfigError(f"option {option} of decoder {name!r} must be a number, got {value!r}")
+            _check_kind(name, option, value, preset)
         common = {option: options.pop(option, default) for option, default in preset.common.items()}
         guidance, gap = common.pop("guidance"), common.pop("gap")
         try:
@@ -173,6 +173,20 @@ class Preset:
         """Option names and their defaults."""
         parameters = {name: p.default for name, p in inspect.signature(self.build).parameters.items()}
         return parameters | self.common
+
+
+def _check_kind(name: str, option: str, value: Any, preset: Preset) -> None:
+    """Refuse a value that is no number where the default is one, and no switch where the default is one."""
+    default = preset.options[option]
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ConfigError(f"option {option} of decoder {name!r} must be true or false, got {value!r}")
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    optional = value is None and option not in preset.common
+    numeric = isinstance(default, int | float) or isinstance(value, bool)
+    if numeric and not number and not optional:
+        raise ConfigError(f"option {option} of decoder {name!r} must be a number, got {value!r}")
 
 
 def _ancestral() -> Axes:
@@ -247,6 +261,23 @@ def _dilated(block_size: int | None = None, base: int = 2) -> Axes:
     return Block(block_size), Dilated(base)
 
 
+def _dprm(
+    table: OrderTable | str | Path | None = None,
+    kernel_size: int | None = 0,
+    control: Control = "none",
+    normalise: bool = False,
+    strength: float = 1.0,
+    ready: int = 64,
+    warm_up: float = 0.2,
+    switch: float = 0.7,
+    draws: int = 0,
+) -> Axes:
+    order = None if table is None else OrderTable.named(table)
+    return _maybe(kernel_size), ProcessReward(
+        order, control, normalise, strength, ready, warm_up, switch, draws
+    )
+
+
 def _maybe(kernel_size: int | None) -> Window:
     """A convolution, or with kernel size 0 none."""
     return Full() if kernel_size == 0 else Convolution(kernel_size)
@@ -302,6 +333,7 @@ PRESETS: dict[str, Preset] = {
     "dilated": Preset(
         "every n-th token of a block, then those between", "DUS, 2506.19037", _dilated, _GREEDY
     ),
+    "dprm": Preset("the most confident of a shortlist, by a learnt table of rewards", "DPRM", _dprm, _GREEDY),
     "remdm": Preset(
         "ancestral, with a loop that remasks written tokens", "ReMDM, 2503.00307", _remdm, _NUCLEUS
     ),

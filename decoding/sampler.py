@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from decoding.answer import Event, Output, Reader, show
 from decoding.canvas import Canvas, Row
+from decoding.course import Trace
 from decoding.engine import Engine, Update
 from decoding.gaps import Gap, Piece, pieces_of, without_span
 from decoding.infill import Infilled, gap_scores, infilled, plan_infilling, rows_with_gaps
@@ -122,6 +123,26 @@ class Sampler:
         for update in self._finished(((row, plan, each) for row, _, each in rows), batch_size):
             assert update.output is not None
             yield update.output
+
+    def iter_traced(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        request: Request | None = None,
+        seed: int | Sequence[int] = 0,
+        batch_size: int = 16,
+        **fields: Any,
+    ) -> Iterator[tuple[Output, Trace]]:
+        """Answer prompts as `iter_generate` does, each with the trace of how it was written."""
+        plan = self.plan(request, **fields)
+        _check_batch_size(batch_size)
+        rows = (
+            (self.rows.answer(prompt, plan, f"prompt {i}"), plan, each)
+            for i, (prompt, each) in enumerate(with_seeds(prompts, seed))
+        )
+        for update in self._finished(rows, batch_size):
+            assert update.output is not None
+            yield update.output, Trace.of(update.canvas, plan)
 
     @overload
     def stream(

@@ -21,6 +21,7 @@ from functools import partial
 import torch
 
 from decoding.canvas import Canvas, Rows
+from decoding.course import course
 from decoding.denoiser import Denoiser, ScoreCache, StateCache, StateQuery, compute_states
 from decoding.pace import Clock
 from decoding.request import Plan
@@ -222,6 +223,7 @@ class Batch:
             scope=scope & valid & (torch.arange(self.width) >= start[:, None]),
             progress=lambda: written.sum(1) / initial.sum(1).clamp(min=1),
             step=step,
+            course=partial(course, canvas, plan, rows, self.width),
             beyond=self._beyond(rows) if plan.margin is not None and plan.pace.steps else None,
             rate=plan.pace.rate,
             state={name: x[cells] if x.dim() > 1 else x[rows] for name, x in canvas.rule_state.items()},

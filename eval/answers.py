@@ -27,6 +27,8 @@ class Answer:
         seconds: wall time since the answer before it, so that the sum is the time that a process took.
         reveal_step: for each token, the step at which it appeared.
         asked: a hash of what the user had said, by which answers are known to belong to questions.
+        trace: when, how surely and where each token was written (`decoding.course.Trace`); None unless it
+            was asked for.
     """
 
     id: str
@@ -39,6 +41,7 @@ class Answer:
     seconds: float = 0.0
     reveal_step: list[int] = field(default_factory=list)
     asked: str = ""
+    trace: dict[str, list[float]] | None = None
 
     @property
     def key(self) -> tuple[str, int]:

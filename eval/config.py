@@ -40,6 +40,7 @@ class EvalConfig:
         rate: tokens per model call, several as "1,2"; in place of steps.
         seed: of the noise; equal for all decoders.
         eos_fill: once the end is written, everything to its right becomes the end token.
+        trace: record when, how surely and where each token was written, for `dlm orders learn`.
         batch_size: rows per model call, or requests at a time.
         reader: autoregressive model (hub id, folder, .gguf) that says how likely answers are; "base" for the
             one that the model's training began with, where its records name one; empty for none.
@@ -71,6 +72,7 @@ class EvalConfig:
     rate: str = ""
     seed: int = 0
     eos_fill: bool = True
+    trace: bool = False
     batch_size: int = 8
     reader: str = "base"
     usual: str = ""
@@ -116,7 +118,12 @@ class EvalConfig:
 
     def _refuse_what_has_no_use(self) -> None:
         """Refuse options that would be ignored."""
-        for name, wanted in (("endpoint_model", "endpoint"), ("eos_fill", "model"), ("usual_rows", "usual")):
+        for name, wanted in (
+            ("endpoint_model", "endpoint"),
+            ("eos_fill", "model"),
+            ("trace", "model"),
+            ("usual_rows", "usual"),
+        ):
             if getattr(self, name) != getattr(EvalConfig, name) and not getattr(self, wanted):
                 raise ConfigError(f"{name} is for --{wanted}")
         if self.usual and not self.reader:

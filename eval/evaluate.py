@@ -277,7 +277,10 @@ def _local(
     config: EvalConfig, loaded: _Loaded, variant: Variant, mark: str, common: dict[str, str]
 ) -> Contestant:
     fixed = {"seed": config.seed, "eos_fill": config.eos_fill}
-    settings = {**variant.options, **variant.pace, **fixed, "dtype": config.dtype}
+    fixed |= {"trace": True} if config.trace else {}
+    settings = {**variant.recorded, **variant.pace, **fixed, "dtype": config.dtype}
     card = Card(**common, fingerprint=mark, label=variant.label, decoder=variant.decoder, settings=settings)
     request = variant.request(eos_fill=config.eos_fill)
-    return Contestant(card, lambda: Local(loaded.sampler, config.batch_size, request, config.seed))
+    return Contestant(
+        card, lambda: Local(loaded.sampler, config.batch_size, request, config.seed, config.trace)
+    )

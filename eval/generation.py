@@ -90,6 +90,6 @@ def _timed_answers(
         time_now = time.perf_counter()
         yield Answer(
             question.id, turn, reply.text, reply.tokens, reply.finish_reason, reply.model_calls, reply.steps,
-            round(time_now - begun, 4), list(reply.reveal_step), mark(question, turn),
+            round(time_now - begun, 4), list(reply.reveal_step), mark(question, turn), reply.trace,
         )  # fmt: skip
         begun = time_now

@@ -59,7 +59,7 @@ class DLM(LM):  # type: ignore[misc]
 
     Args:
         pretrained: folder or hub id.
-        decoder: name, or name(option=number;…), of the decoder; the checkpoint's own if empty.
+        decoder: name, or name(option=value;…), of the decoder; the checkpoint's own if empty.
         max_tokens: longest text, where the task does not say; on a canvas that grows. 0 for 256.
         window: tokens of prompt and answer together, for a fixed canvas.
         steps: denoising steps, on a fixed canvas; with a window and 0, the checkpoint's own.

@@ -12,7 +12,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,7 @@ class Reply:
     model_calls: int = 0
     steps: int = 0
     reveal_step: tuple[int, ...] = ()
+    trace: dict[str, list[float]] | None = None
 
 
 class System(Protocol):
@@ -53,15 +54,23 @@ class Local:
         batch_size: rows per model call.
         request: how answers are decoded.
         seed: of the noise.
+        trace: whether replies have the traces of how they were written.
     """
 
-    def __init__(self, sampler: Any, batch_size: int, request: Request, seed: int = 0) -> None:
+    def __init__(
+        self, sampler: Any, batch_size: int, request: Request, seed: int = 0, trace: bool = False
+    ) -> None:
         self.sampler, self.batch_size, self.request, self.seed = sampler, batch_size, request, seed
+        self.trace = trace
 
     def replies(self, conversations: Sequence[list[Message]]) -> Iterator[Reply]:
         """See `System`; a conversation's noise depends on the seed and its own text alone."""
         settings = {"request": self.request, "seed": self.seed, "batch_size": self.batch_size}
-        for out in self.sampler.iter_generate(conversations, **settings):
+        if self.trace:
+            outs = self.sampler.iter_traced(conversations, **settings)
+        else:
+            outs = ((out, None) for out in self.sampler.iter_generate(conversations, **settings))
+        for out, trace in outs:
             yield Reply(
                 out.text,
                 len(out.token_ids),
@@ -69,6 +78,7 @@ class Local:
                 out.model_calls,
                 out.steps,
                 tuple(out.reveal_step),
+                None if trace is None else asdict(trace),
             )
 
 

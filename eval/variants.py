@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from decoding.request import Request
@@ -31,6 +32,15 @@ class Variant:
     pace: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def recorded(self) -> dict[str, Any]:
+        """The options as a run records them: of an order table its contents, whatever its name."""
+        if "table" not in self.options:
+            return self.options
+        from decoding.order_table import OrderTable
+
+        return {**self.options, "table": OrderTable.named(self.options["table"]).digest}
+
+    @property
     def label(self) -> str:
         """Short, and fit for a folder's name."""
         return ",".join(part for part in self.split("default") if part)
@@ -49,7 +59,14 @@ class Variant:
 
 def _labels(settings: dict[str, Any]) -> list[str]:
     words = {"kernel_size": "K", "block_size": "B", "window": "L", "steps": "S", "max_tokens": "max"}
-    return [f"{words.get(name, name)}={value:g}" for name, value in settings.items()]
+    return [f"{words.get(name, name)}={short(value)}" for name, value in settings.items()]
+
+
+def short(value: Any) -> str:
+    """A value in a label: a number, a word, or the name of a file."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:g}"
+    return Path(value).stem if isinstance(value, str | Path) else str(value).lower()
 
 
 def parse_decoders(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -62,15 +79,27 @@ def parse_decoders(text: str) -> list[tuple[str, dict[str, Any]]]:
     for part in re.split(r",(?![^(]*\))", text) if text else [""]:
         shape = re.fullmatch(r"\s*([\w-]*)\s*(?:\((.*)\))?\s*", part)
         if shape is None or (text and not shape[1]):
-            raise ConfigError(f"decoders: cannot read {part!r}; write name or name(option=number,…)")
+            raise ConfigError(f"decoders: cannot read {part!r}; write name or name(option=value,…)")
         options = {}
         for pair in (shape[2] or "").split(",") if shape[2] else []:
             name, equals, value = pair.partition("=")
             if not equals:
-                raise ConfigError(f"decoders: {pair!r} is not option=number")
-            options[name.strip()] = number(value, name.strip())
+                raise ConfigError(f"decoders: {pair!r} is not option=value")
+            options[name.strip()] = _value(shape[1], name.strip(), value)
         decoders.append((shape[1], options))
     return decoders
+
+
+def _value(decoder: str, option: str, text: str) -> Any:
+    """The value of an option: a number, or a word where the decoder takes words there."""
+    from decoding.presets import presets
+
+    default = presets()[decoder].options.get(option) if decoder in presets() else None
+    if isinstance(default, bool) and text.strip().lower() in ("true", "false"):
+        return text.strip().lower() == "true"
+    if isinstance(default, str) or option == "table":
+        return text.strip()
+    return number(text, option)
 
 
 def number(text: str, name: str, window: int = 0) -> int | float:

@@ -17,6 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoding.engine import Engine
+from decoding.order_table import OrderTable
 from decoding.request import Request
 from decoding.sampler import Sampler
 from decoding.tilt import Tilt
@@ -290,6 +291,25 @@ def eval_dependence(run, place):
     run("eval.dependence", "model", "--data", "rows.json", "--last", 2, "--output", "dependence")
 
 
+def orders(run, place):
+    OrderTable.empty().save("table.json")
+    run("orders", "table.json")
+
+
+def orders_learn(run, place):
+    asked = ["--task", "file", "--data", "rows.json", "--limit", 2, "--model", "model", "--max_tokens", 4]
+    asked += ["--batch_size", 2, "--reward", "tests.test_options:length"]
+    run("orders.learn", *asked, "--output", "a.json")
+    run("orders.learn", *asked, "--output", "b.json", "--start", "a.json")
+    run("eval", *EVAL, "--max_tokens", 4, "--output", "traced", "--model", "model", "--trace=true")
+    run("orders.learn", "traced", "--output", "c.json", "--reward", "length=3")
+
+
+def length(prompts, completions):
+    """A reward."""
+    return [len(text) for text in completions]
+
+
 def eval_report(run, place):
     run("eval", *EVAL, "--max_tokens", 4, "--output", "runs", "--model", "model")
     run("eval.report", "runs", "--output", "report")
@@ -345,6 +365,8 @@ RUNS = {
     "eval.path": eval_path,
     "eval.dependence": eval_dependence,
     "eval.report": eval_report,
+    "orders": orders,
+    "orders.learn": orders_learn,
     "eval.judge": eval_judge,
     "train": train,
     "r2ft": r2ft,
@@ -404,6 +426,7 @@ METHODS = {
         {"prompts": ["c"], "request": Request(stop="x"), "seed": 1, "n": 2},
     ),
     "iter_generate": ({"prompts": ["a", "b"]}, {"prompts": ["c"], "request": Request(), "seed": 1, "n": 2}),
+    "iter_traced": ({"prompts": ["a", "b"]}, {"prompts": ["c"], "request": Request(), "seed": 1}),
     "stream": ({"prompts": "a"}, {"prompts": "c", "request": Request(stop="x"), "seed": 1}),
     "infill": (
         {"texts": ["a <mask:4> b", "<mask:3>"]},
@@ -458,7 +481,11 @@ def test_a_parameter_of_the_sampler_changes_the_result_or_is_refused(name, model
         fixed = fields if "request" not in arguments else {}
         found = getattr(sampler, name)(**{**given, **arguments}, **fixed)
         found = list(found) if inspect.isgenerator(found) else found
-        return [each.text for each in found] if isinstance(found, list) else getattr(found, "text", found)
+        return (
+            [getattr(each, "text", each) for each in found]
+            if isinstance(found, list)
+            else getattr(found, "text", found)
+        )
 
     before = result()
     for parameter, value in changed.items():

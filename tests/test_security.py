@@ -96,12 +96,30 @@ COMMANDS = {
     "eval.sweep": [["eval", "sweep", *ASK, "--model", "{m}"]],
     "eval.path": [["eval", "path", "{m}", "--data", "{q}", "--last", "1", "--output", "{o}/p"]],
     "eval.dependence": [["eval", "dependence", "{m}", "--data", "{q}", "--last", "1", "--output", "{o}/d"]],
+    "orders.learn": [
+        [
+            "orders",
+            "learn",
+            "--task",
+            "file",
+            "--data",
+            "{q}",
+            "--output",
+            "{o}/t.json",
+            "--reward",
+            reward,
+            "--model",
+            "{m}",
+            *SHORT,
+        ]
+        for reward in ("no-repetition", "likelihood={m}")
+    ],
     "serve": [["serve", "--model", "{m}", "--port", "0"]],
     "lm_harness": [],
 }
 """By command, all ways to give it a model or a tokenizer."""
 
-WITHOUT_MODEL = {"eval.report", "eval.judge"}
+WITHOUT_MODEL = {"eval.report", "eval.judge", "orders"}
 """Commands that take none: a judge is an endpoint."""
 
 

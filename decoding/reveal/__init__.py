@@ -8,6 +8,7 @@ from decoding.reveal.base import Decision, RevealRule, StepView
 from decoding.reveal.dilated import Dilated
 from decoding.reveal.editing import Editing
 from decoding.reveal.entropy_bound import EntropyBound
+from decoding.reveal.process_reward import ProcessReward
 from decoding.reveal.quota import Quota
 from decoding.reveal.remask import Remask
 from decoding.reveal.separated import Separated
@@ -20,6 +21,7 @@ __all__ = [
     "Dilated",
     "Editing",
     "EntropyBound",
+    "ProcessReward",
     "Quota",
     "Remask",
     "RevealRule",

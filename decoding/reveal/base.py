@@ -23,6 +23,18 @@ PREDICTION_NOISE = 16
 
 
 @dataclass(frozen=True)
+class Course:
+    """How far rows [b] are, and where their positions lie, as shares in [0, 1]."""
+
+    elapsed: torch.Tensor
+    """[b] float64, share of the process that has passed: steps taken, where their number is fixed, else
+    positions written, of those to be written. A canvas that grows at a rate has no length, and
+    `decoding.course.OPEN_COURSE` stands for it."""
+    place: torch.Tensor
+    """[b, W] float64, relative position among those to be written, from the first of them on."""
+
+
+@dataclass(frozen=True)
 class StepView:
     """The rows [b] of one step, as a rule sees them."""
 
@@ -54,6 +66,8 @@ class StepView:
     """Gives [b], the share of the positions to be written that hold a token."""
     step: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[b] int64, steps that the row has taken."""
+    course: Callable[[], Course] = lambda: Course(torch.empty(0), torch.empty(0))
+    """Gives how far the rows are."""
     beyond: torch.Tensor | None = None
     """[b] masks of the process that are not on the canvas yet and count in |M| all the same; None for 0."""
     rate: float | None = None
@@ -160,6 +174,15 @@ class RevealRule:
     def decide(self, view: StepView) -> Decision:
         """Choose the positions to write in this step."""
         raise NotImplementedError
+
+
+def needed_for(view: StepView, number: torch.Tensor) -> torch.Tensor:
+    """[b, W] bool, the positions that a rule must see to write `number` [b] tokens.
+
+    They are the open ones, or all masks of a row whose open ones are too few.
+    """
+    short = view.open.sum(1) < number
+    return torch.where(short[:, None], view.masked, view.open) & (number > 0)[:, None]
 
 
 def ordering(score: torch.Tensor, weight: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:

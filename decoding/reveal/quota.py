@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
-from decoding.reveal.base import Decision, RevealRule, StepView, ranked
+from decoding.reveal.base import Decision, RevealRule, StepView, needed_for, ranked
 from decoding.tokens import Choice, TokenRule
 from dlm.errors import ConfigError, unknown_name
 
@@ -88,9 +88,7 @@ class Quota(RevealRule):
 
     def needs(self, view: StepView) -> torch.Tensor:
         """[b, W] bool, the open positions; all masks of a row whose open ones do not fill the quota."""
-        number = self._number(view)
-        short = view.open.sum(1) < number
-        return torch.where(short[:, None], view.masked, view.open) & (number > 0)[:, None]
+        return needed_for(view, self._number(view))
 
     def decide(self, view: StepView) -> Decision:
         """Take the best `quota` positions by certainty · weight."""

@@ -13,6 +13,7 @@ import numpy as np
 from dlm.curves import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, plain
 from eval.metrics import MEASURES
 from eval.run import Results, representatives
+from eval.variants import short
 
 LOOKS = tuple(
     zip(
@@ -27,7 +28,7 @@ LOOKS = tuple(
 SHOWN = ("win", "grade", "score", "right", "nll", "inlier", "relevance", "repetition_4", "empty")
 """Measures that have a panel of their own, where they were measured and differ."""
 
-_COMMON = ("seed", "eos_fill", "dtype", "window", "max_tokens")
+_COMMON = ("seed", "eos_fill", "trace", "dtype", "window", "max_tokens")
 
 Size = Callable[[Results], float]
 
@@ -46,12 +47,11 @@ def size(run: Results) -> float:
 
 def _series(run: Results, omitted: Sequence[str]) -> str:
     """Name of a line: the decoder, and the settings that it does not run over."""
-    settings = {
-        k: v for k, v in run.card.settings.items()
-        if k not in (*omitted, *_COMMON) and isinstance(v, int | float)
-    }  # fmt: skip
+    settings = {k: v for k, v in run.card.settings.items() if k not in (*omitted, *_COMMON)}
     words = {"kernel_size": "K", "block_size": "B", "steps": "S"}
-    parts = [run.card.decoder or run.card.label] + [f"{words.get(k, k)}={v:g}" for k, v in settings.items()]
+    parts = [run.card.decoder or run.card.label] + [
+        f"{words.get(k, k)}={short(v)}" for k, v in settings.items()
+    ]
     return ", ".join(part for part in parts if part)
 
 

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from decoding.canvas import Row
+from decoding.order_table import is_name
 from decoding.request import Plan, Request
 from dlm.characters import whole_characters
 from dlm.errors import ConfigError
@@ -89,6 +90,15 @@ class Diffusion(Body):
     seed: Seed | None = Field(None, description="Equal seeds and requests give equal texts.")
     timeout: float | None = Field(None, ge=0.001, description="Seconds until the request is given up.")
     return_metadata: bool | None = Field(None, description="Report model calls, steps and reveal steps.")
+
+    @field_validator("options")
+    @classmethod
+    def _check_files(cls, options: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Refuse paths: what a client may read of the server's files has a name (`dlm orders`)."""
+        table = (options or {}).get("table")
+        if table is not None and not is_name(table):
+            raise PydanticCustomError("table", "table must be the name of an order table of this server")
+        return options
 
 
 class Sampling(Diffusion):

@@ -4,12 +4,26 @@ import torch
 
 from decoding import Decoder
 from decoding.canvas import Row, make_canvas
+from decoding.order_table import OrderTable
 from decoding.pace import Ending, OwnPace, Rate, Steps
 from decoding.request import OPEN_LENGTH, Plan, Reuse
 from decoding.step import denoise
 from decoding.window import MARGIN
 
 MASK, EOS = 22, 0
+
+
+def order_table(shape=(8, 16, 4), seed=0, tokens=4000):
+    """A table of rewards that differ much from cell to cell; some cells are empty."""
+    generator = torch.Generator().manual_seed(seed)
+    table = OrderTable.empty(shape)
+    cells = torch.randint(table.counts.numel(), (tokens,), generator=generator)
+    worth = torch.randn(table.counts.numel(), generator=generator) * 4
+    return table.credited(cells[cells % 7 > 0], worth[cells[cells % 7 > 0]])
+
+
+LEARNT = {"table": order_table(), "warm_up": 0.0, "switch": 0.3, "ready": 4}
+"""Options of the decoder dprm under which its table counts from the start."""
 
 
 def plan_of(
@@ -75,4 +89,4 @@ def rows(model, lengths, window):
     return ids
 
 
-__all__ = ["EOS", "MASK", "Reuse", "canvas_of", "decode", "plan_of", "rows"]
+__all__ = ["EOS", "LEARNT", "MASK", "Reuse", "canvas_of", "decode", "plan_of", "rows"]

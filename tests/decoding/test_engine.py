@@ -16,7 +16,7 @@ from decoding.engine import Engine
 from decoding.presets import PRESETS
 from decoding.request import Reuse
 from dlm.errors import ConfigError
-from tests.decoding.rig import EOS, MASK, canvas_of, decode, plan_of, rows
+from tests.decoding.rig import EOS, LEARNT, MASK, canvas_of, decode, plan_of, rows
 from tests.dlm.test_attention import MASK as TINY_MASK
 from tests.dlm.test_attention import tiny
 from tests.fakes import FakeDenoiser, FakeTokenizer
@@ -26,6 +26,7 @@ SMALL = {
     "dilated": {"block_size": 8},
     "conv": {"kernel_size": 9},
     "llada-conv": {"kernel_size": 7},
+    "dprm": {"kernel_size": 7, **LEARNT},
 }
 
 

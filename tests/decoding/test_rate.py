@@ -12,11 +12,16 @@ from decoding.step import Batch, denoise
 from decoding.window import MARGIN
 from dlm.errors import ConfigError
 from dlm.noise import fold, key_of, uniform
-from tests.decoding.rig import canvas_of, plan_of
+from tests.decoding.rig import LEARNT, canvas_of, plan_of
 from tests.fakes import FakeDenoiser, FakeTokenizer
 
 RATED = [name for name in PRESETS if not Decoder.named(name).timed]
-SMALL = {"conv": {"kernel_size": 9}, "llada-conv": {"kernel_size": 9}, "semi-ar": {"block_size": 8}}
+SMALL = {
+    "conv": {"kernel_size": 9},
+    "llada-conv": {"kernel_size": 9},
+    "semi-ar": {"block_size": 8},
+    "dprm": {"kernel_size": 9, **LEARNT},
+}
 
 
 def noise(rows, length, seed=0):

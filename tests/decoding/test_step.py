@@ -10,7 +10,7 @@ from decoding.reveal import Quota, Remask
 from decoding.step import denoise, guided
 from decoding.window import Block, Convolution
 from dlm.errors import ConfigError, DLMError
-from tests.decoding.rig import canvas_of, decode, plan_of, rows
+from tests.decoding.rig import LEARNT, canvas_of, decode, plan_of, rows
 from tests.fakes import FakeDenoiser, FakeTokenizer
 
 
@@ -63,7 +63,8 @@ def test_no_mask_comes_out_and_pinned_tokens_stay(
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_row_is_bit_identical_alone_and_in_any_batch(name):
     model = FakeDenoiser(eos_bias=-1.0)
-    decoder = Decoder.named(name, **({"block_size": 8} if name in ("semi-ar", "dilated") else {}))
+    small = {"semi-ar": {"block_size": 8}, "dilated": {"block_size": 8}, "dprm": LEARNT}
+    decoder = Decoder.named(name, **small.get(name, {}))
     lengths = [0, 3, 9, 1, 5, 12, 2, 7]
     ids = rows(model, lengths, 30)
     keys = list(range(100, 108))

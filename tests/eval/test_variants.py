@@ -1,7 +1,8 @@
 import pytest
 
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, DataError
 from eval.variants import Variant, parse_decoders, variants
+from tests.decoding.rig import order_table
 
 
 def test_decoders_are_read_with_their_options():
@@ -87,8 +88,32 @@ def test_length_free_paces():
         ({"decoders": "conv,,semi-ar"}, "cannot read"),
         ({"decoders": "convv"}, "Did you mean 'conv'"),
         ({"decoders": "conv(kernel=3)"}, "kernel_size"),
+        ({"decoders": "conv(scale=much)"}, "'much' is not a number"),
+        ({"decoders": "llada(order=margins)"}, "Did you mean 'margin'"),
+        ({"decoders": "dprm(normalise=yes)"}, "normalise: 'yes' is not a number"),
+        ({"decoders": "dprm(normalise=1)"}, "must be true or false, got 1"),
+        ({"decoders": "dprm(table=no/such.json)"}, "no/such.json: no such order table"),
     ],
 )
 def test_errors_say_what_would_be_right(how, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, DataError), match=message):
         variants(how.pop("decoders", "conv"), **how)
+
+
+def test_options_that_are_words_and_switches(tmp_path, monkeypatch):
+    monkeypatch.setenv("DLM_HOME", str(tmp_path))
+    table = order_table()
+    file = table.save(tmp_path / "a.safetensors")
+    table.save("mine")
+    one, two, three = variants(
+        f"llada(order=margin),dprm(table=mine,normalise=true),dprm(table={file},draws=2)"
+    )
+    assert one.options == {"order": "margin"}
+    assert (two.options, two.label) == (
+        {"table": "mine", "normalise": True},
+        "dprm,table=mine,normalise=true",
+    )
+    assert three.label == "dprm,table=a,draws=2"
+    assert one.recorded == one.options
+    assert two.recorded == {"table": table.digest, "normalise": True}
+    assert two.request().decoder.reveal.table == three.request().decoder.reveal.table == table

@@ -10,7 +10,8 @@ import torch
 from decoding import Request, Sampler
 from decoding.cells import cells, open_positions
 from decoding.engine import Engine
-from tests.decoding.rig import canvas_of, plan_of
+from decoding.order_table import OrderTable
+from tests.decoding.rig import canvas_of, order_table, plan_of
 from tests.fakes import FakeDenoiser, FakeTokenizer
 from tests.serve.rig import events, stream_of
 
@@ -185,6 +186,47 @@ def test_decoders_are_listed_with_their_options(server):
     conv = listed["data"][names.index("conv")]
     assert "kernel_size" in conv["options"]
     assert conv["paper"]
+
+
+def test_a_client_names_order_tables_and_reads_no_files(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("DLM_HOME", str(tmp_path))
+    secret = order_table().save(tmp_path / "secret.json")
+    order_table().save("mine")
+    (tmp_path / "orders" / "bad.json").write_text("{")
+    read = []
+    monkeypatch.setattr(OrderTable, "load", read.append)
+    body = {"prompt": "a", "max_tokens": 4, "decoder": "dprm"}
+    for table in (str(secret), "../secret.json", "mine.json", "/etc/passwd", "", 3, ["mine"], {"counts": []}):
+        for path in ("/v1/canvas", "/v1/completions", "/api/generate", "/v1/fim/completions"):
+            given = {**body, "options": {"table": table}}
+            if path == "/api/generate":  # there, all of ours stand among the options
+                given = {"model": "tiny", "prompt": "a", "options": {"decoder": "dprm", **given}}
+            response = server.post(path, **given)
+            assert response.status_code == 400, (path, table, response.text)
+            assert "must be the name of an order table" in response.text
+    assert not read
+
+
+def test_order_tables_by_name_are_those_of_the_server(server, tiny, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("DLM_HOME", str(tmp_path))
+    table = order_table()
+    table.save("mine")
+    (tmp_path / "orders" / "bad.json").write_text("{")
+    body = {"prompt": "a b c", "max_tokens": 20, "canvas": "full", "steps": 10, "decoder": "dprm"}
+    options = {"warm_up": 0.0, "switch": 0.2, "ready": 1}
+    got = server.post("/v1/canvas", **body, options={**options, "table": "mine"}, seed=3).json()
+    expected = Sampler(tiny, tokenizer).generate(
+        "a b c", max_tokens=20, canvas="full", steps=10, decoder="dprm", options={**options, "table": table},
+        seed=3,
+    )  # fmt: skip
+    assert [cell["step"] for cell in got["cells"]] == expected.reveal_step
+    other = server.post("/v1/canvas", **body, options=options, seed=3).json()
+    assert [cell["step"] for cell in other["cells"]] != expected.reveal_step
+    for name, message in (("mime", "Did you mean 'mine'"), ("bad", "order table 'bad' is damaged")):
+        response = server.post("/v1/canvas", **body, options={"table": name})
+        assert response.status_code == 400
+        assert message in response.text
+        assert str(tmp_path) not in response.text
 
 
 def test_mercury_fills_between_prompt_and_suffix(server):
