@@ -153,3 +153,17 @@ def test_batches_hold_both_answers_in_windows_of_one_width():
     assert labelled["good"].tolist() == [True, False]
     assert torch.equal(labelled["bad"], ~labelled["good"])
     assert not any(name.startswith("rejected") for name in labelled)
+
+
+def test_bad_answers_are_not_read_as_good_ones(tmp_path):
+    from dlm.data.rows import load_rows
+
+    advice = "good and bad answers are for dlm r2ft --rejected data"
+    for rows in (
+        [PAIR],
+        [SINGLE, {**SINGLE, "label": False}],
+        [{**SINGLE, "prompt": [USER], "label": False}],
+    ):
+        with pytest.raises(DataError, match=advice):
+            load_rows(written(tmp_path, rows, f"{len(rows)}-{'chosen' in rows[0]}-{rows[0]['prompt']}.jsonl"))
+    assert len(load_rows(written(tmp_path, [SINGLE], "good.jsonl"))) == 1
