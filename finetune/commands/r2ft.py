@@ -17,6 +17,4 @@ def run(config: R2FTConfig) -> int:
     return 0
 
 
-COMMAND = Command(
-    "reject repetition, or bad answers of a file, after train (R2FT, DDRO, DPO)", R2FTConfig, run
-)
+COMMAND = Command("reject repetition, or bad answers, after train (R2FT, DDRO, DPO)", R2FTConfig, run)

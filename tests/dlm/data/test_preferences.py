@@ -159,11 +159,9 @@ def test_bad_answers_are_not_read_as_good_ones(tmp_path):
     from dlm.data.rows import load_rows
 
     advice = "good and bad answers are for dlm r2ft --rejected data"
-    for rows in (
-        [PAIR],
-        [SINGLE, {**SINGLE, "label": False}],
-        [{**SINGLE, "prompt": [USER], "label": False}],
-    ):
+    bad = {**SINGLE, "label": False}
+    chat = {"prompt": [USER], "completion": said("Two."), "label": False}
+    for i, rows in enumerate(([PAIR], [SINGLE, bad], [chat], [{**SINGLE, "label": "False"}])):
         with pytest.raises(DataError, match=advice):
-            load_rows(written(tmp_path, rows, f"{len(rows)}-{'chosen' in rows[0]}-{rows[0]['prompt']}.jsonl"))
+            load_rows(written(tmp_path, rows, f"{i}.jsonl"))
     assert len(load_rows(written(tmp_path, [SINGLE], "good.jsonl"))) == 1
