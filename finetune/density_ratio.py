@@ -5,9 +5,9 @@ equals p_w then tells the ratio of the two apart from the reference alone. For a
 
     ρ(y) = p / (α p + (1-α) (p_ref - θ p) / (1-θ)) = (1-θ) / ((1-α) p_ref/p + α - θ)
 
-is p_w / (α p_w + (1-α) p_l), the relative density ratio, where p = p_w, and nowhere else, since it grows with
-p. A density ratio is fitted by a Bregman divergence; the logistic one of numerator p_w and denominator
-α p_w + (1-α) p_l, whose minimum over all functions is that ratio, is
+is p_w / (α p_w + (1-α) p_l), the relative density ratio (see arXiv 2604.04410), where p = p_w, and nowhere
+else, since it grows with p. A density ratio is fitted by a Bregman divergence; the logistic one of numerator
+p_w and denominator α p_w + (1-α) p_l, whose minimum over all functions is that ratio, is
 
     L = E_w[log(1 + 1/ρ) + α log(1 + ρ)] + (1-α) E_l[log(1 + ρ)]
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from dlm.data.preferences import PreferenceCollator, joined
 from dlm.data.windows import Batch
 from dlm.diffusion import stratified_times
+from dlm.errors import DataError
 from dlm.model import IGNORE
 from dlm.noise import fold, key_of, uniform
 from dlm.noising import GOLDEN, add_exact_noise
@@ -117,7 +118,12 @@ class PreferenceTrainer(ContrastTrainer):
         self.good_share = 1.0
         """Share of the training rows that have a good answer: 1 unless answers are unpaired."""
         if self._unpaired:
-            self.good_share = float(sum(self.train_dataset["good"])) / len(self.train_dataset)
+            self.good_share = share_of_good(self.train_dataset)
+            if self.eval_dataset is not None and not any(self.eval_dataset["good"]):
+                raise DataError(
+                    f"none of the {len(self.eval_dataset)} validation rows is a good answer, so there is no "
+                    "NELBO to watch; shuffle the rows, or raise --data.validation_rows"
+                )
 
     @property
     def _unpaired(self) -> bool:
@@ -226,6 +232,22 @@ class PreferenceTrainer(ContrastTrainer):
                     f"{name}_p{round(100 * share)}": float(gains.quantile(share)) for share in QUANTILES
                 }
         return figures
+
+
+def share_of_good(rows: Any) -> float:
+    """Share of good ones among single answers.
+
+    Raises:
+        DataError: when all are good, or all bad.
+    """
+    share = float(sum(rows["good"])) / len(rows)
+    if share in (0.0, 1.0):
+        kind = "good" if share else "bad"
+        raise DataError(
+            f"all {len(rows)} training rows are {kind} answers; DDRO needs both kinds, in the training rows "
+            "as in those held out, which are the last"
+        )
+    return share
 
 
 QUANTILES = (0.1, 0.5, 0.9)

@@ -319,21 +319,11 @@ class R2FT(Stage[R2FTConfig]):
 
 
 def check_preferences(rows: Dataset, source: str, objective: str) -> None:
-    """Refuse answers that an objective cannot learn from.
-
-    Raises:
-        DataError: for single answers with DPO, and for single answers that are all good, or all bad.
-    """
-    if are_pairs(rows):
-        return
-    if objective == "dpo":
+    """Refuse, with a DataError, single answers for DPO."""
+    if objective == "dpo" and not are_pairs(rows):
         raise DataError(
             f"{source}: single answers with a label; DPO compares two answers to one prompt and needs rows "
             "with prompt, chosen and rejected. --objective.name ddro takes single answers"
-        )
-    if len(labels := set(rows["good"])) == 1:
-        raise DataError(
-            f"{source}: 'label' is {str(*labels).lower()} in every row; DDRO needs good and bad answers"
         )
 
 

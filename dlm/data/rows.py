@@ -60,6 +60,10 @@ SPEAKERS = {
 """Roles by the names that data sets give them, in small letters."""
 
 
+FOR_PREFERENCES = "good and bad answers are for dlm r2ft --rejected data --objective.name ddro or dpo"
+"""Advice for rows that hold answers to be avoided."""
+
+
 class OddRowError(DataError):
     """A row that does not end with an answer: a chat row of another shape, or a null in place of a text."""
 
@@ -193,11 +197,16 @@ def parse_row(row: Any, source: str, index: int) -> Row:
     if "text" in row:
         return {"prompt": [], "answer": text_field(row, "text", where)}
     columns = ", ".join(sorted(map(str, row))) or "nothing"
-    raise DataError(f"{where}: needs 'instruction' and 'output', or 'messages', or 'text'; it has {columns}")
+    hint = f"; {FOR_PREFERENCES}" if "chosen" in row and "rejected" in row else ""
+    raise DataError(
+        f"{where}: needs 'instruction' and 'output', or 'messages', or 'text'; it has {columns}{hint}"
+    )
 
 
 def _parse_pair(row: Row, question_key: str, answer_key: str, where: str) -> Row:
     """A row with an instruction and its answer; both may be lists of messages."""
+    if answer_key == "completion" and str(row.get("label")).lower() == "false":
+        raise DataError(f"{where}: 'label' is false, so its completion is a bad answer; {FOR_PREFERENCES}")
     if isinstance(row[question_key], list) and isinstance(row[answer_key], list):
         return _parse_chat([*row[question_key], *row[answer_key]], where)
     content = instruction_text(row, question_key, where)

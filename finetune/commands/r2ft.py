@@ -1,4 +1,4 @@
-"""`dlm r2ft`: reject repetition and high-prior tokens, after fine-tuning."""
+"""`dlm r2ft`: reject repetition and high-prior tokens, or bad answers of a file, after fine-tuning."""
 
 from __future__ import annotations
 
@@ -17,4 +17,4 @@ def run(config: R2FTConfig) -> int:
     return 0
 
 
-COMMAND = Command("reject repetition and high-prior tokens, after train (R2FT)", R2FTConfig, run)
+COMMAND = Command("reject repetition, or bad answers, after train (R2FT, DDRO, DPO)", R2FTConfig, run)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dlm import load_model
 from dlm.checkpointing import MARKER, complete_checkpoints
 from dlm.data.config import DataConfig
 from dlm.data.preferences import joined
@@ -172,6 +173,9 @@ def test_at_the_start_every_gain_is_zero(sft, tmp_path, name, lora):
     assert loss[batch["bad"]].tolist() == pytest.approx([start] * int(batch["bad"].sum()), rel=1e-5)
     shifted, _ = moved(trainer).rows(trainer.model, batch)
     assert (shifted - loss).abs().max() > 1e-3
+    with torch.no_grad(), trainer.as_reference(trainer.model) as frozen:  # moved by nothing
+        ids = batch["input_ids"]
+        torch.testing.assert_close(frozen(input_ids=ids).logits, load_model(sft, device="cpu")[0](ids).logits)
     shifted.sum().backward()
     if trainer.reference is not None:
         assert all(p.grad is None for p in trainer.reference.parameters())
@@ -395,8 +399,13 @@ def test_what_an_objective_cannot_learn_from_is_refused(sft, tmp_path, files):
     alike = tmp_path / "alike.jsonl"
     rows = [{"prompt": "a", "completion": "b", "label": True} for _ in range(30)]
     alike.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(DataError, match="'label' is true in every row"):
+    with pytest.raises(DataError, match="all 10 training rows are good answers; DDRO needs both"):
         r2ft(config_of(tmp_path / "b", sft, "ddro", alike))
+    late = tmp_path / "late.jsonl"
+    rows = [{"prompt": "say", "completion": "b", "label": i < 20} for i in range(50)]
+    late.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match="none of the 20 validation rows is a good answer"):
+        r2ft(config_of(tmp_path / "d", sft, "ddro", late))
     for message, changes in (
         ("r2ft sets a negative made by rule", {"name": "r2ft", "file": files / "pairs.jsonl"}),
         ("needs data.source with rejected answers", {"file": "rules"}),

@@ -153,3 +153,15 @@ def test_batches_hold_both_answers_in_windows_of_one_width():
     assert labelled["good"].tolist() == [True, False]
     assert torch.equal(labelled["bad"], ~labelled["good"])
     assert not any(name.startswith("rejected") for name in labelled)
+
+
+def test_bad_answers_are_not_read_as_good_ones(tmp_path):
+    from dlm.data.rows import load_rows
+
+    advice = "good and bad answers are for dlm r2ft --rejected data"
+    bad = {**SINGLE, "label": False}
+    chat = {"prompt": [USER], "completion": said("Two."), "label": False}
+    for i, rows in enumerate(([PAIR], [SINGLE, bad], [chat], [{**SINGLE, "label": "False"}])):
+        with pytest.raises(DataError, match=advice):
+            load_rows(written(tmp_path, rows, f"{i}.jsonl"))
+    assert len(load_rows(written(tmp_path, [SINGLE], "good.jsonl"))) == 1
