@@ -240,11 +240,11 @@ class Steering:
             particle = population.particles[number]
             if update.error is not None:
                 raise DLMError(f"{update.error} ({population.name}, particle {number})")
-            if update.output is not None:
-                particle.output = update.output
-                population.model_calls += particle.output.model_calls
+            if (output := update.output) is not None:
+                particle.output = output
+                population.model_calls += output.model_calls
                 del self._owners[update.ticket]
-                found.append((population, number, [particle.output.text]))
+                found.append((population, number, [output.text]))
             elif self.tilt.twist != "none" and particle.revision != (now := int(update.canvas.revision[0])):
                 particle.revision = now
                 changed.append(update)

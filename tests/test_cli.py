@@ -144,8 +144,8 @@ def test_generate_steers_by_a_reward(checkpoint, tmp_path, capsys, monkeypatch):
     assert json.loads(streams.out)["reward"] == -len(json.loads(streams.out)["text"])
     monkeypatch.setattr("dlm.checkpoint.load_model", None)  # what follows is refused before weights are read
     for words, message in (
-        (["--particles", "4"], "particles is for texts that are steered by a reward; give reward"),
-        (["--reward-beta", "1"], "beta is for texts that are steered by a reward"),
+        (["--particles", "4"], "--particles is for answers that are steered by a reward; give --reward"),
+        (["--reward-beta", "1"], "--reward_beta is for answers that are steered by a reward"),
         (["--reward", "lenght=3"], "Did you mean 'length'"),
         ([*steered, "--twist", "writen"], "Did you mean 'written'"),
         ([*steered, "--decoder", "llada"], "draws nothing at random, so 8 particles would be equal"),

@@ -93,13 +93,14 @@ class GenerateConfig(Request, LoadConfig):
         Raises:
             ConfigError: for fields that do not go together or with the request, before any weights are read.
         """
-        fields = ("reward", "particles", "twist", "select")
-        given = {name: getattr(self, name) for name in fields} | {"beta": self.reward_beta}
-        given = {name: value for name, value in given.items() if value is not None}
-        tilt, _ = Tilt.among(given)
-        if tilt is None:
+        names = ("reward", "particles", "reward_beta", "twist", "select")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.reward is None:
+            for name in given:
+                raise ConfigError(f"--{name} is for answers that are steered by a reward; give --reward")
             return {}
-        plan = self.check(request)
+        given = {name.removeprefix("reward_"): value for name, value in given.items()}
+        tilt, plan = Tilt(**given), self.check(request)
         if plan is not None:
             tilt.check(plan)
         return given | {"reward": tilt.reward}
