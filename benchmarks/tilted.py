@@ -1,6 +1,6 @@
 """Reward against model calls: particles beside best-of-n and soft best-of-n with as many rows.
 
-    python -m benchmarks.tilted --model default-sft --data alpaca_data.json --minutes 40
+    python -m benchmarks.tilted --model default-sft --data alpaca_data.json --sizes 1 4 --minutes 40
     python -m benchmarks.tilted --demo runs/demo/sft --minutes 20
 
 Every line answers the same prompts under the same seeds, in one thread. "drawn" is the expected reward of a
@@ -8,7 +8,7 @@ particle drawn by weight (of soft best-of-n, where there is no twist), "best" th
 (best-of-n); ± is the standard error over prompts. "gain" is the difference from the line without a twist and
 as many rows, prompt by prompt. "calls" are the rows that went through the model for one answer.
 
-With `--model`: prompts of held-out rows, no repetition and a list of three points. With `--demo`, a model of
+With `--model`: prompts of held-out rows, and three rewards by name. With `--demo`, a model of
 `make demo`: its held-out instructions, and whether a program finds the answer right.
 """
 
@@ -32,11 +32,9 @@ from dlm.data.rows import load_rows
 from dlm.data.rules import is_right, make_examples
 from examples.demo import DECODERS, PROMPT_SEED, STEPS, WINDOW
 
-CHECKED, REPEATED = 0.1, 0.01
-"""β of rewards that are 0 or 1, and of repetition."""
-SIZES = (1, 4, 16)
 TWISTS = ("none", "written", "predicted")
-LIST = "regex=(?s)^1\\..*\\n2\\..*\\n3\\."
+NAMED = {"no-repetition=1": 0.02, "regex=^[^.!?]+[.]$": 0.1, "length=12": 0.1}
+"""Rewards of answers to Alpaca's questions, each with its β: new words, one whole sentence, a length."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +64,16 @@ class Result:
         return cls(drawn, max(output.rewards), output.model_calls, seconds)
 
 
-def lines() -> list[tuple[int, str]]:
+def lines(sizes: Sequence[int]) -> list[tuple[int, str]]:
     """Particles and twist of each line; one particle has no use for a twist."""
-    return [(size, twist) for size in SIZES for twist in TWISTS if size > 1 or twist == "none"]
+    return [(size, twist) for size in sizes for twist in TWISTS if size > 1 or twist == "none"]
 
 
-def run(sampler: Sampler, trial: Trial, minutes: float) -> dict[tuple[int, str], list[Result]]:
+def run(
+    sampler: Sampler, trial: Trial, sizes: Sequence[int], minutes: float
+) -> dict[tuple[int, str], list[Result]]:
     """Answer prompts in every way, until the time is over or they are; only whole prompts count."""
-    results: dict[tuple[int, str], list[Result]] = {line: [] for line in lines()}
+    results: dict[tuple[int, str], list[Result]] = {line: [] for line in lines(sizes)}
     end = time.monotonic() + 60 * minutes
     for seed, prompt in enumerate(trial.prompts):
         answered = {}
@@ -136,19 +136,18 @@ def of_demo() -> list[Trial]:
     how = {"decoder": Decoder.named("conv", **DECODERS["conv"]), "window": WINDOW, "steps": STEPS}
     no_repetition = reward_named("no-repetition=2")
     return [
-        Trial("the answer is right", right, list(examples), how, CHECKED),
-        Trial("no-repetition=2", no_repetition, list(examples), how, REPEATED),
+        Trial("the answer is right", right, list(examples), how, 0.1),
+        Trial("no-repetition=2", no_repetition, list(examples), how, 0.01),
     ]
 
 
 def of_model(sampler: Sampler, data: str, last: int, max_tokens: int) -> list[Trial]:
-    """No repetition and a list of three points, for prompts of held-out rows."""
+    """The rewards of `NAMED`, for prompts of held-out rows."""
     rows = load_rows(data)
     prompts = [rows[i]["prompt"] for i in range(len(rows) - last, len(rows))]
     prompts = [prompt for prompt in prompts if sampler.prompt_length(prompt) <= 64]
     how = {"decoder": "conv", "max_tokens": max_tokens}
-    named = {"no-repetition=2": REPEATED, LIST: CHECKED}
-    return [Trial(name, reward_named(name), prompts, how, beta) for name, beta in named.items()]
+    return [Trial(name, reward_named(name), prompts, how, beta) for name, beta in NAMED.items()]
 
 
 def main() -> None:
@@ -159,6 +158,7 @@ def main() -> None:
     parser.add_argument("--last", type=int, default=1000, help="held-out rows, from the end")
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--demo", default="", help="a model of make demo")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 16], help="particles")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all tables together")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -171,8 +171,8 @@ def main() -> None:
         )
         for trial in trials:
             share = len(trials) * len([path for path in (options.model, options.demo) if path])
-            results = run(sampler, trial, options.minutes / share)
-            count = len(results[1, "none"])
+            results = run(sampler, trial, options.sizes, options.minutes / share)
+            count = len(results[options.sizes[0], "none"])
             print(f"\n{path}, {trial.name}: {count} prompts, β = {trial.beta:g}\n")
             if count:
                 table(results)
