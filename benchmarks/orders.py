@@ -5,13 +5,14 @@ every way of ordering answers the other part under the same seeds, at the same p
 reward that the table learnt from, and what it was not told of: closeness to the reference, repetition,
 length. Differences from the order of confidence are paired by question.
 
-    python -m benchmarks.orders --minutes 90 --output runs/orders --demo demo/r2ft --alpaca alpaca_data.json
+    python -m benchmarks.orders --minutes 120 --demo demo/r2ft --model default --alpaca alpaca_data.json
 
-The three settings are `rules` (the small model of `make demo`, right answers told by a program), `parallel`
-(tasks whose tokens depend on each other, right answers too) and `alpaca` (held-out instructions, likelihood
-under the base), the last two with --model. Tables and answers are kept in the output folder as they come; the
-same command goes on where it was. A part of --minutes goes to learning (--learning), the rest to answers, a
-batch of questions by all ways in turn, so that all have the same questions when the time is over.
+Settings: `rules` (--demo, the small model of `make demo`; right answers told by a program), `parallel`
+(--parallel, a model that can do the tasks of `dlm eval parallel`), and `alpaca` and `alpaca-conv` (--model and
+--alpaca, held-out instructions on the whole canvas and under a kernel; likelihood under the base). Tables and
+answers are kept in the output folder as they come, and the same command goes on where it was. A part of
+--minutes goes to learning (--learning), the rest to answers, a batch of questions by all ways in turn, so that
+all have the same questions when the time is over.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +57,16 @@ WAYS: dict[str, dict[str, Any]] = {
     "DPRM": {},
     "DPRM, normalised": {"normalise": True},
     "DPRM, soft best-of-16": {"draws": 16},
+    "drawn by confidence": {"control": "gate", "draws": 1},
     "gate only": {"control": "gate"},
     "counts only": {"control": "counts"},
     "shuffled cells": {"control": "shuffled"},
     "entropy": {"control": "entropy"},
 }
-"""Ways of ordering, and the options of dprm; the first is what the others are compared with."""
+"""Ways of ordering, and the options of dprm; the first is what the others are compared with.
+
+The control of soft best-of-16 is the draw by confidence alone.
+"""
 
 
 @dataclass(frozen=True)
@@ -123,13 +129,14 @@ def settings(options: argparse.Namespace) -> list[Setting]:
     if options.demo:
         small = Request(window=WINDOW, steps=WINDOW // 4)
         out.append(Setting("rules", options.demo, small, 0, "check", "rules", rules))
-    if options.model:
+    if options.parallel:
+        short = Request(canvas="full", max_tokens=48, steps=24)
+        out.append(Setting("parallel", options.parallel, short, 0, "check", "parallel", parallel))
+    if options.model and options.alpaca:
         short = Request(canvas="full", max_tokens=options.tokens, steps=options.tokens // 2)
-        kernel = options.kernel
-        out.append(Setting("parallel", options.model, short, kernel, "check", "parallel", parallel))
-        if options.alpaca:
-            held_out = lambda: alpaca(options.alpaca)  # noqa: E731
-            out.append(Setting("alpaca", options.model, short, kernel, "likelihood", "file", held_out))
+        held_out = partial(alpaca, options.alpaca)
+        for name, kernel in (("alpaca", 0), ("alpaca-conv", options.kernel)):
+            out.append(Setting(name, options.model, short, kernel, "likelihood", "file", held_out))
     return [each for each in out if not options.only or each.name in options.only]
 
 
@@ -324,12 +331,13 @@ def main() -> None:
         "--learning", type=float, default=0.4, help="part of the minutes that goes to learning"
     )
     parser.add_argument("--demo", default="", help="a model of make demo")
+    parser.add_argument("--parallel", default="", help="a model that was trained on tasks of eval.parallel")
     parser.add_argument("--model", default="", help="a masked diffusion model, such as default")
     parser.add_argument("--alpaca", default="", help="file of instructions")
     parser.add_argument("--reader", default="", help="autoregressive model; the base of the model if empty")
     parser.add_argument("--only", nargs="*", default=[], help="names of settings")
     parser.add_argument("--tokens", type=int, default=32, help="longest answer of --model")
-    parser.add_argument("--kernel", type=int, default=9, help="of --model; 0 for none")
+    parser.add_argument("--kernel", type=int, default=33, help="of alpaca-conv")
     parser.add_argument("--rounds", type=int, default=20, help="times that the first half is learnt from")
     parser.add_argument("--samples", type=int, default=4, help="answers to a question in a round of learning")
     parser.add_argument("--seeds", type=int, default=2)
@@ -341,7 +349,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     chosen = settings(options)
     if not chosen:
-        parser.error("give --demo DIR, or --model")
+        parser.error("give --demo DIR, --parallel DIR, or --model and --alpaca")
     pages = []
     for setting in chosen:
         pages.append(run(setting, options, options.minutes / len(chosen)))
