@@ -1,6 +1,9 @@
 """Rewards that need a model of their own."""
 
 import math
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +48,13 @@ def test_closeness_is_the_cosine_to_the_text():
     assert found[2:] == pytest.approx([1, 0])
     assert found[0] > 0.9 > 0.3 > found[1]
     assert values(reward, [], []) == []
+
+
+def test_they_are_offered_by_their_names():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
+    offered = project["entry-points"]["dlm.rewards"].items()
+    found = {name: EntryPoint(name, value, "dlm.rewards").load() for name, value in offered}
+    assert found == {"likelihood": Likelihood, "closeness": Closeness}
 
 
 def test_a_reward_without_its_text_or_model_is_refused():
