@@ -50,9 +50,10 @@ class RowMaker:
         """
         most = self.most_characters
         if most is not None and len(text) > most:
-            raise TooLongError(
-                f"the prompt has {len(text)} characters; {self.most_tokens} tokens hold {most} at most"
-            )
+            place = f"{self.most_tokens} tokens"
+            if self.most_tokens == self.spec.positions:
+                place = f"the model's {self.most_tokens} positions"
+            raise TooLongError(f"the prompt has {len(text)} characters; {place} hold {most} at most")
 
     def prompt(self, prompt: Prompt | list[int]) -> list[int]:
         """Token ids of a prompt, template included; token ids are taken as they are.

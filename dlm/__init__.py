@@ -1,11 +1,13 @@
 """Masked diffusion language models: the model, the diffusion process, the data and the trainer.
 
-`import dlm` is light: nothing here imports torch until a name that needs it is used.
+`import dlm` is light: nothing here imports torch until a name that needs it is used, unless transformers is
+there already.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from dlm.version import __version__
@@ -37,3 +39,9 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'dlm' has no attribute {name!r}; public names: {', '.join(__all__)}")
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+if (
+    "transformers" in sys.modules
+):  # a program that uses it anyway: its AutoModel reads our folders from here on
+    importlib.import_module("dlm.model")

@@ -24,7 +24,7 @@ from dlm.json_files import read_object
 from dlm.model import MaskedDiffusionModel
 from dlm.pretrained.names import NAMES, located
 from dlm.spec import ModelSpec
-from dlm.weights import Stored, check_files, read_lazily, tensors
+from dlm.weights import SINGLE, Stored, check_files, read_lazily, tensors
 
 logger = logging.getLogger(__name__)
 
@@ -351,6 +351,8 @@ def _read_weights(
     weights = {family.our_name(name) if family else name: x for name, x in stored.items()}
     if weights:
         check_shapes(path, config, weights)
+    elif Path(path).is_dir() and not any(Path(path).glob("*.bin*")):
+        raise CheckpointError(f"{path}: holds no weights (no {SINGLE} in it)")
     try:  # where there are no safetensors, transformers looks for files of other kinds
         model, info = MaskedDiffusionModel.from_pretrained(
             None if weights else path,

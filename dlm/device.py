@@ -24,6 +24,11 @@ def check_place(device: str, dtype: str) -> None:
     Raises:
         ConfigError: naming the choices.
     """
+    for name, value in (("device", device), ("dtype", dtype)):
+        if not isinstance(value, str):
+            raise ConfigError(
+                f"{name} must be a text, such as {'cpu' if name == 'device' else 'float32'!r}, got {value!r}"
+            )
     if not _DEVICE.fullmatch(device):
         raise ConfigError(f"unknown device {device!r}; choices: auto, cpu, cuda, cuda:1 (or another number)")
     if dtype not in ("auto", "fastest", *DTYPES):

@@ -11,9 +11,9 @@ from eval.tasks import Question
 _GROUPED = r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?:[ '’\u00a0\u2009\u202f]\d{3})+(?!\d)|\d+"
 _NUMBER = re.compile(
     rf"(?P<sign>[-+](?=[.\d]))?(?:(?P<whole>\d+) (?=\d+/\d))?(?P<value>(?:{_GROUPED})(?:\.\d+)?|\.\d+)"
-    r"(?:/(?P<below>\d+))?"
+    r"(?:/(?P<below>\d+)|[eE](?P<power>[-+]?\d{1,2})(?!\w))?"
 )
-"""A number: 1,234.50, 1 200 000, -3, .5, 3/4, 2 1/2."""
+"""A number: 1,234.50, 1 200 000, -3, .5, 3/4, 2 1/2, 1e3."""
 
 _LATEX = (
     (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
@@ -33,6 +33,14 @@ _NEXT = re.compile(
 
 _MARKED = re.compile(r"####(?=[ \t]*[*$£€\\]*[-+\u2212]?[$£€\\]*\.?\d)")
 _ANSWER = re.compile(r"\banswer\b[^.\n]*?(?:\bis\b|[:=])", re.IGNORECASE)
+_IS_ANSWER = re.compile(
+    r"[^.\n\d]{0,30}?\bis\s+(?:the|my|our)\s+(?:final\s+|correct\s+)?answer\b", re.IGNORECASE
+)
+"""What may stand behind a number: "eggs is the answer"."""
+
+_LABEL = re.compile(r"\b(?:step|part|case|equation|example|method)\s+\d+\b", re.IGNORECASE)
+"""Numbers that count parts of a solution."""
+
 _OPERATOR = re.compile(r"\s*(?:[-+*/^=×÷]|x\b|times\b|plus\b|minus\b|divided\b|multiplied\b)", re.IGNORECASE)
 
 
@@ -54,6 +62,7 @@ def _value(match: re.Match[str], text: str) -> Decimal | None:
     above = re.sub("[^0-9.]", "", match["value"])
     try:
         value = Decimal(above) / Decimal(match["below"] or 1) + Decimal(match["whole"] or 0)
+        value = value.scaleb(int(match["power"] or 0))
     except (InvalidOperation, ZeroDivisionError):
         return None
     negative = match["sign"] == "-" and not (match.start() and text[match.start() - 1].isalnum())
@@ -65,7 +74,8 @@ def final_number(text: str) -> Decimal | None:
 
     What is behind the end of a model's thoughts counts, up to where it asks itself another question. Of that,
     the number behind the first "####"; else in the last \boxed{}; else behind the last "answer is"; else
-    the last one. Of an equation, the side that is worked out.
+    before the last "is the answer"; else the last one that counts no part ("step 2"). Of an equation, the
+    side that is worked out.
     """
     text = text.rsplit("</think>", 1)[-1]
     begin = len(text) - len(text.lstrip())
@@ -81,11 +91,21 @@ def final_number(text: str) -> Decimal | None:
     if len(marked) > 1 and (candidates := numbers(marked[-1])):
         line = next(line for line in marked[-1].split("\n") if numbers(line))
         return _worked_out(line, candidates[0])
-    values = numbers(text)
+    if named := _named(text):
+        return named[-1]
+    values = numbers(_LABEL.sub(" ", text))
     if not values:
-        return None
+        return next(reversed(numbers(text)), None)
+    text = _LABEL.sub(" ", text)
     sentence = [part for part in re.split(r"\n|(?<=[.!?])\s", text) if numbers(part)][-1]
     return _worked_out(sentence, values[-1]) if "=" in sentence else values[-1]
+
+
+def _named(text: str) -> list[Decimal]:
+    """The numbers of which a text says that they are the answer."""
+    text = _without_marks(text)
+    named = [match for match in _NUMBER.finditer(text) if _IS_ANSWER.match(text, match.end())]
+    return [value for match in named if (value := _value(match, text)) is not None]
 
 
 def _boxes(text: str) -> list[str]:
@@ -113,9 +133,12 @@ def _worked_out(text: str, otherwise: Decimal) -> Decimal:
         value = _value(first, text)
         if value is not None and not _OPERATOR.match(text, first.end()):
             return value
-    sides = [numbers(side) for side in text.split("=")]
-    single = [side[0] for side in sides if len(side) == 1]
-    return single[-1] if single else otherwise
+    clauses = [part for part in re.split(r"[;,](?!\d)", text) if "=" in part and numbers(part)]
+    for clause in [text, *reversed(clauses)]:
+        sides = [numbers(side) for side in clause.split("=")]
+        if single := [side[0] for side in sides if len(side) == 1]:
+            return single[-1]
+    return otherwise
 
 
 def gsm8k(question: Question, answer: str) -> bool:

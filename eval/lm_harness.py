@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import logging
 import math
 import sys
@@ -188,15 +189,22 @@ class DLM(LM):  # type: ignore[misc]
         """
         del disable_tqdm
         rows = [self._encoded(*request.args) for request in requests]
-        results = self._bounds(rows)
+        results = self._bounds(rows, [_question(request) for request in requests])
         return [(-nats, greedy) for nats, greedy in results]
 
-    def _bounds(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Nats of each answer given its prompt, bounded from above, and whether greedy filling writes it."""
+    def _bounds(
+        self, rows: Sequence[tuple[list[int], list[int]]], questions: Sequence[str] | None = None
+    ) -> list[tuple[float, bool]]:
+        """Nats of each answer given its prompt, bounded from above, and whether greedy filling writes it.
+
+        Rows of one question share their noise; by default, those of one prompt.
+        """
         from eval.nelbo import bounds
 
         path = self.likelihood == "path"
-        results = bounds(self.model, rows, 1 if path else self.draws, self.rows, self.seed)
+        results = bounds(
+            self.model, rows, 1 if path else self.draws, self.rows, self.seed, questions=questions
+        )
         greedy = [bound.greedy for bound in results]
         if path:
             return list(zip(self._paths(rows), greedy, strict=True))
@@ -238,7 +246,7 @@ class DLM(LM):  # type: ignore[misc]
         """
         if context and template_name(self.tokenizer) != "plain":
             before = self.maker.prompt(self._fitting(context))
-            after = self.maker.text(continuation.lstrip() or continuation)
+            after = self.maker.text(continuation.removeprefix(" ") or continuation)
             return before, after[: self.sampler.spec.positions - len(before)]
         space = len(context) - len(context.rstrip())
         context, continuation = (
@@ -291,6 +299,13 @@ class DLM(LM):  # type: ignore[misc]
     def tokenizer_name(self) -> str:
         """For the harness's cache."""
         return str(self.tokenizer.name_or_path)
+
+
+def _question(request: Instance) -> str:
+    """What the choices of one question have in common: its document, or without one the context."""
+    if not request.doc:
+        return str(request.args[0])
+    return json.dumps(request.doc, sort_keys=True, default=str)
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -53,7 +53,13 @@ def nelbo(
 
 
 def bounds(
-    model: Any, rows: Sequence[PromptAndAnswer], draws: int = 32, batch_size: int = 16, seed: int = 0
+    model: Any,
+    rows: Sequence[PromptAndAnswer],
+    draws: int = 32,
+    batch_size: int = 16,
+    seed: int = 0,
+    *,
+    questions: Sequence[str] | None = None,
 ) -> list[Bound]:
     """-log p(answer | prompt), bounded from above (MDLM, arXiv 2406.07524).
 
@@ -65,7 +71,7 @@ def bounds(
     are looked at where there are no more of them than draws, so that one token is exact in one call.
     Otherwise l = n is looked at once, and the other l are drawn from strata of equal size.
 
-    The noise depends on the seed and the prompt alone: answers to one question share it, so that what sets
+    The noise depends on the seed and the question alone: answers to one question share it, so that what sets
     them apart is not noise, and a row's result does not depend on its neighbours.
 
     A block-causal model writes block after block, so its bound is the sum of those of the blocks, each with
@@ -77,15 +83,24 @@ def bounds(
         draws: model calls for each row, two at least where not all sets are looked at.
         batch_size: noisy rows in a model call.
         seed: of the noise.
+        questions: what rows that share their noise have in common; by default, their prompts.
 
     Returns:
         One bound for each row; of an answer without tokens, zero.
     """
     blocks = Blocks.of(ModelSpec.of(model))
     if blocks is None:
-        return _bounds(model, rows, draws, batch_size, seed)
+        return _bounds(
+            model, rows, questions or [repr(tuple(prompt)) for prompt, _ in rows], draws, batch_size, seed
+        )
     pieces = [_pieces(prompt, answer, blocks) for prompt, answer in rows]
-    each = iter(_bounds(model, list(itertools.chain(*pieces)), draws, batch_size, seed))
+    flat = list(itertools.chain(*pieces))
+    names = [repr(tuple(prompt)) for prompt, _ in flat]
+    if questions is not None:
+        names = [
+            f"{name} {i}" for name, each in zip(questions, pieces, strict=True) for i in range(len(each))
+        ]
+    each = iter(_bounds(model, flat, names, draws, batch_size, seed))
     return [_joined(list(itertools.islice(each, len(piece)))) for piece in pieces]
 
 
@@ -106,10 +121,15 @@ def _joined(parts: Sequence[Bound]) -> Bound:
 
 @torch.inference_mode()
 def _bounds(
-    model: Any, rows: Sequence[PromptAndAnswer], draws: int, batch_size: int, seed: int
+    model: Any,
+    rows: Sequence[PromptAndAnswer],
+    questions: Sequence[str],
+    draws: int,
+    batch_size: int,
+    seed: int,
 ) -> list[Bound]:
     """See `bounds`; of answers whose tokens are written in any order."""
-    jobs = list(_jobs(rows, draws, seed))
+    jobs = list(_jobs(rows, questions, draws, seed))
     jobs.sort(key=lambda job: sum(map(len, rows[job.owners[0]])))  # little padding
     parts: list[list[float]] = [[] for _ in rows]
     greedy = [True] * len(rows)
@@ -133,17 +153,18 @@ def _few(n: int, draws: int) -> bool:
     return n <= draws.bit_length() and 2**n - 1 <= max(draws, 1)
 
 
-def _jobs(rows: Sequence[PromptAndAnswer], draws: int, seed: int) -> Iterator[_Job]:
+def _jobs(rows: Sequence[PromptAndAnswer], questions: Sequence[str], draws: int, seed: int) -> Iterator[_Job]:
     """The maskings to look at; rows that look alike when all of the answer is masked share that one."""
     blank: dict[tuple[tuple[int, ...], int], list[int]] = {}
     for row, (prompt, answer) in enumerate(rows):
         if answer:
             blank.setdefault((tuple(prompt), len(answer)), []).append(row)
-    for (prompt, n), owners in blank.items():
+    for (_, n), owners in blank.items():
         yield _Job(owners, list(range(n)), 1 / n)
-        sets = _all_sets(n) if _few(n, draws) else _drawn_sets(n, draws, key_of("nelbo", seed, repr(prompt)))
-        for cells, weight in sets:
-            yield from (_Job([row], cells, weight) for row in owners)
+        for question, group in itertools.groupby(owners, questions.__getitem__):
+            key, alike = key_of("nelbo", seed, question), list(group)
+            for cells, weight in _all_sets(n) if _few(n, draws) else _drawn_sets(n, draws, key):
+                yield from (_Job([row], cells, weight) for row in alike)
 
 
 def _all_sets(n: int) -> Iterator[tuple[list[int], float]]:

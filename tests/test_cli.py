@@ -493,3 +493,32 @@ def test_leaving_says_when_the_last_output_cannot_be_written():
         done = left(0, stdout=full, stderr=subprocess.PIPE, capture_output=False)
     assert done.returncode == 1
     assert done.stderr == "registered\ndlm: error: the output cannot be written: No space left on device\n"
+
+
+ROWS = {
+    "no JSON": (b'{"prompt": "a"}\n{"prompt": "b"}\nnonsense\n{"prompt": "c"}\n', "p.jsonl", 1),
+    "another type": (b'{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": 5}\n', "p.jsonl", 1),
+    "a role": (
+        b'{"prompt": "a"}\n{"messages": [{"role": "<|im_end|>", "content": "x"}]}\n{"prompt": "c"}\n',
+        "p.jsonl", 1,
+    ),
+    "system twice": (
+        b'{"prompt": "a"}\n'
+        b'{"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}\n',
+        "p.jsonl", 2,
+    ),
+    "encoding": (b"a\nb\ncaf\xe9\nd\n", "p.txt", 1),
+}  # fmt: skip
+"""Files whose later row is wrong, and the exit status."""
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_wrong_row_of_a_file_is_told_after_the_answers_before_it(checkpoint, tmp_path, capsys, kind):
+    content, name, expected = ROWS[kind]
+    (tmp_path / name).write_bytes(content)
+    words = ["generate", "--model", checkpoint, "--device", "cpu", "--file", str(tmp_path / name)]
+    status = main([*words, "--system", "Hi."] if kind == "system twice" else words)
+    out, err = capsys.readouterr()
+    assert status == expected
+    assert "error: " in err
+    assert out or kind == "encoding"

@@ -135,9 +135,8 @@ def run(config: GenerateConfig) -> int:
         prompts, request=request, seed=config.seed, batch_size=config.batch_size, n=config.samples, **tilt
     )
     questions = itertools.chain.from_iterable(itertools.repeat(each, config.samples) for each in questions)
-    for prompt, output in zip(
-        questions, _with_progress(outputs, count and count * config.samples), strict=False
-    ):
+    outputs = _with_progress(outputs, count and count * config.samples)
+    for output, prompt in zip(outputs, questions, strict=False):  # in this order: outputs raise what is wrong
         row = {"prompt": prompt, **asdict(output)}
         print(json_line(row) if config.json else output.text, flush=True)
     return 0

@@ -199,7 +199,8 @@ def parse_row(row: Any, source: str, index: int) -> Row:
     columns = ", ".join(sorted(map(str, row))) or "nothing"
     hint = f"; {FOR_PREFERENCES}" if "chosen" in row and "rejected" in row else ""
     raise DataError(
-        f"{where}: needs 'instruction' and 'output', or 'messages', or 'text'; it has {columns}{hint}"
+        f"{where}: needs 'instruction' and 'output', or 'prompt' and 'completion', or 'messages', or 'text'; "
+        f"it has {columns}{hint}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dlm.errors import CheckpointError
@@ -22,6 +23,8 @@ def located(path: str | Path) -> str:
         CheckpointError: for an empty path, which would be the current folder; when the base of the default
             model has to be fetched and cannot be; and for a `.ckpt` file that cannot be read.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise CheckpointError(f"the name of a model must be a text or a path, got {path!r}")
     name = str(path)
     if not name.strip():
         raise CheckpointError("the name of a model must not be empty")

@@ -49,13 +49,16 @@ class Table:
 
 
 def _cell(name: str, value: Estimate | None) -> str:
-    """A mean, and half the width of its interval if it has one."""
+    """A mean, and half the width of its interval if it has one; both ends of one that is lopsided."""
     if value is None or math.isnan(value.mean):
         return "–"
     measure = MEASURES[name]
     half = max(value.high - value.mean, value.mean - value.low)
     if math.isnan(half):
         return measure.show(value.mean)
+    if min(value.high - value.mean, value.mean - value.low) < 0.7 * half:
+        low, high = (measure.show(end).removesuffix(" %") for end in (value.low, value.high))
+        return f"{measure.show(value.mean)} ({low} to {high})"
     around = f"{100 * half:.1f}" if measure.percent else f"{half:.{max(measure.digits, 1)}f}"
     return f"{measure.show(value.mean).removesuffix(' %')} ± {around}{' %' if measure.percent else ''}"
 

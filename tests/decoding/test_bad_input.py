@@ -218,7 +218,8 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(model, tokenizer
         "edit": lambda: sampler.edit(f"{text} word", "word"),
         "edit all": lambda: sampler.edit(text, (0, size)),
     }
-    message = rf"has {size // 1000}\d+ characters; {model.config.max_positions} tokens hold {limit} at most"
+    room = f"the model's {model.config.max_positions} positions"
+    message = rf"has {size // 1000}\d+ characters; {room} hold {limit} at most"
     with pytest.raises(ConfigError, match=message):
         calls[verb]()
 

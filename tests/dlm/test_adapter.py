@@ -322,6 +322,25 @@ def test_a_base_is_known_again_when_it_is_rounded(base, tmp_path, noise, known):
         load_model(folder, device="cpu")
 
 
+@pytest.mark.parametrize(("noise", "known"), [(0.1, True), (1.4, False)])
+def test_a_base_with_a_name_may_be_rounded_to_four_bits_but_is_no_other_model(
+    base, tmp_path, monkeypatch, caplog, noise, known
+):
+    folder = saved(base, tmp_path / "adapter")
+    monkeypatch.setattr("dlm.adapter.NAMES", (str(base),))
+    model, _ = load_model(base, device="cpu")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += noise * weight.std(correction=0) * torch.randn_like(weight)
+    model.save_pretrained(base)
+    if known:
+        load_model(folder, device="cpu")
+        assert "weights differ" in caplog.text
+        return
+    with pytest.raises(CheckpointError, match=r"\d+ of \d+ weights differ"):
+        load_model(folder, device="cpu")
+
+
 def test_an_adapter_on_an_adapter_knows_both(base, tmp_path):
     one = saved(base, tmp_path / "one")
     two = saved(one, tmp_path / "two")

@@ -6,6 +6,8 @@ import sys
 CODE = """
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 import torch
+import dlm
+AutoModel.from_pretrained({folder!r})
 from dlm import MaskedDiffusionModel, load_model
 
 folder = {folder!r}

@@ -8,7 +8,7 @@ from dlm import load_model
 from dlm.commands.convert import ConvertConfig, run
 from dlm.commands.inspect import describe
 from dlm.convert import convert
-from dlm.errors import CheckpointError, ConfigError
+from dlm.errors import CheckpointError, ConfigError, DLMError
 from dlm.memory import fit
 from dlm.weights import header, read_lazily, stored_bytes
 from tests.dlm.families.layouts import dream, llada
@@ -176,3 +176,27 @@ def test_torch_files_with_weights_too_many_are_refused(model, tokenizer, tmp_pat
     torch.save({**weights, "backbone.layers.0.more": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"holds 1 weights too many, the first is .*more"):
         load_model(str(tmp_path))
+
+
+def test_a_folder_without_weights_is_refused_in_one_line(folder, tmp_path, capfd):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in folder.iterdir():
+        if "safetensors" not in file.name:
+            (bare / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(CheckpointError, match=r"bare: holds no weights \(no model.safetensors in it\)"):
+        load_model(bare, device="cpu")
+    assert "LOAD REPORT" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"device": 5}, "device must be a text, such as 'cpu', got 5"),
+        ({"dtype": 5}, "dtype must be a text, such as 'float32', got 5"),
+        ({"path": None}, "name of a model must be a text or a path, got None"),
+    ],
+)
+def test_arguments_of_other_types_are_told(folder, wrong, message):
+    with pytest.raises(DLMError, match=message):
+        load_model(**{"path": folder, **wrong})

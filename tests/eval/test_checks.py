@@ -109,6 +109,14 @@ PHRASINGS = [
     ("a 7-year-old has 3-4 apples", "4"),
     ("12,345,678 people", "12345678"),
     ("9 × 2 = 18", "18"),
+    ("20 - 2 = 18 eggs, and 18 = 9*2", "18"),
+    ("Thus 18 is the answer. We used 5 steps.", "18"),
+    ("So 18 eggs is the final answer, after 3 days.", "18"),
+    ("x = 18\nStep 2 done", "18"),
+    ("Step 3", "3"),
+    ("1e3", "1000"),
+    ("1.5e-2 m", "0.015"),
+    ("5 eggs", "5"),
 ]
 
 

@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 from dlm.errors import ConfigError
 from dlm.tokenizer import set_template
 from eval.lm_harness import DLM, main
-from eval.nelbo import nelbo
+from eval.nelbo import _drawn_sets, bounds, nelbo
 from eval.path import path_costs
 
 GENERATE = """
@@ -78,10 +78,12 @@ def test_likelihoods_are_the_nelbo(dlm):
     ((value, greedy),) = dlm.loglikelihood([instance("loglikelihood", "Count from 1 to 3:", " 1 2 3")])
     text = dlm.sampler.rows.text
     before = dlm.sampler.rows.prompt("Count from 1 to 3:")
-    assert value == pytest.approx(-nelbo(dlm.model, [(before, text("1 2 3"))], 4)[0])
+    (bound,) = bounds(dlm.model, [(before, text("1 2 3"))], 4, questions=["Count from 1 to 3:"])
+    assert value == pytest.approx(-bound.nats)
     assert greedy in (True, False)
     ((value, _),) = dlm.loglikelihood([instance("loglikelihood", "", "1 2 3")])
-    assert value == pytest.approx(-nelbo(dlm.model, [([dlm.model.config.eos_token_id], text("1 2 3"))], 4)[0])
+    (bound,) = bounds(dlm.model, [([dlm.model.config.eos_token_id], text("1 2 3"))], 4, questions=[""])
+    assert value == pytest.approx(-bound.nats)
     whole, twice = dlm.loglikelihood_rolling(
         [instance("loglikelihood_rolling", text) for text in ("1 2 3", "Count from 1. " * 400)]
     )
@@ -268,3 +270,38 @@ def test_choices_of_one_token_have_the_winner_of_the_exact_bound_in_every_way(ch
     exact = winners(ways["exact"], asked, "")
     assert all(winners(model, asked, "") == exact for model in ways.values())
     assert len(set(exact)) > 1
+
+
+def test_only_the_space_of_the_harness_is_taken_from_a_continuation(dlm):
+    text = dlm.sampler.rows.text
+    for continuation, answer in (
+        (" x = 1", "x = 1"),
+        ("   x = 1", "  x = 1"),
+        ("\n    x = 1", "\n    x = 1"),
+    ):
+        assert dlm._encoded("def f():", continuation)[1] == text(answer)
+    assert text("x = 1") != text("\n    x = 1")
+
+
+def test_choices_that_stand_in_the_context_share_their_noise(dlm, monkeypatch):
+    """As in Winogrande: two contexts, one ending, one document."""
+    drawn = []
+    monkeypatch.setattr(
+        "eval.nelbo._drawn_sets",
+        lambda n, draws, key, original=_drawn_sets: drawn.append(int(key)) or original(n, draws, key),
+    )
+    ending = " counts from one to nine again."
+
+    def asked(*docs):
+        drawn.clear()
+        dlm.loglikelihood(
+            [Instance("loglikelihood", doc, (f"{name} says that he", ending), 0) for name, doc in docs]
+        )
+        return list(drawn)
+
+    first, second = asked(("Ann", {"sentence": "x"}), ("Bob", {"sentence": "x"}))
+    assert first == second
+    first, second = asked(("Ann", {"sentence": "x"}), ("Bob", {"sentence": "y"}))
+    assert first != second
+    first, second = asked(("Ann", {}), ("Bob", {}))
+    assert first != second
