@@ -8,11 +8,12 @@ length. Differences from the order of confidence are paired by question.
     python -m benchmarks.orders --minutes 120 --demo demo/r2ft --model default --alpaca alpaca_data.json
 
 Settings: `rules` (--demo, the small model of `make demo`; right answers told by a program), `parallel`
-(--parallel, a model that can do the tasks of `dlm eval parallel`), and `alpaca` and `alpaca-conv` (--model and
---alpaca, held-out instructions on the whole canvas and under a kernel; likelihood under the base). Tables and
-answers are kept in the output folder as they come, and the same command goes on where it was. A part of
---minutes goes to learning (--learning), the rest to answers, a batch of questions by all ways in turn, so that
-all have the same questions when the time is over.
+(--parallel, a model that can do the tasks of `dlm eval parallel`), and `alpaca` and `alpaca-conv` (--model
+and --alpaca, held-out instructions on the whole canvas and under a kernel; likelihood under the base).
+
+Tables and answers are kept in the output folder as they come, and the same command goes on where it was. A
+part of --minutes goes to learning (--learning), the rest to answers: a batch of questions by all ways in
+turn, so that all have the same questions when the time is over.
 """
 
 from __future__ import annotations
@@ -252,8 +253,12 @@ def report(setting: Setting, files: Files, names: Sequence[str]) -> Iterator[str
         fifth = max(1, len(rewards) // 5)
         early, late = (sum(part) / len(part) for part in (rewards[:fifth], rewards[-fifth:]))
         yield f", whose mean reward went from {early:.3f} (first fifth) to {late:.3f} (last)"
+    yield ".\n\n"
+    if not rows:
+        yield "No question has been answered in every order yet: give more minutes.\n\n"
+        return
     yield (
-        ".\n\n| order | "
+        "| order | "
         + " | ".join(names)
         + " | difference in reward | p |\n"
         + "|---" * (len(names) + 3)

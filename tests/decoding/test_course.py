@@ -32,7 +32,8 @@ def written(model, ids, plan, seed=3):
 def test_a_trace_is_what_could_be_seen_when_each_token_was_written(name, bias):
     decoder = Decoder.named(name, **LEARNT) if name == "dprm" else Decoder.named(name)
     model = FakeDenoiser(eos_bias=bias)
-    paces = [{"steps": 9}] if decoder.timed else [{"steps": 9}, {"rate": 1.6}, {"rate": 1.6, "grow": True}]
+    paces = [{"steps": 9}, {"steps": 9, "grow": True}]
+    paces += [] if decoder.timed else [{"rate": 1.6}, {"rate": 1.6, "grow": True}]
     for pace in paces if decoder.reveal.paced else [{}, {"grow": True}]:
         plan = plan_of(decoder, fit=40, **pace)
         canvas, seen = written(model, rows(model, [4], 30), plan)
