@@ -90,7 +90,8 @@ def write(
         parts.append(Part("The long decoding window", plots=[_plot("ldw", caption, plots.ldw(curves))]))
     lead = (
         f"{len(runs)} runs on {', '.join(tasks)}. Means over answers; ± is half of the 95 % interval, "
-        "or its ends stand behind the mean where it is lopsided; it takes five answers or more. Equal seeds for all decoders. "
+        "or its ends stand behind the mean where it is lopsided; it takes five answers or more. "
+        "Equal seeds for all decoders. "
         "p by paired permutation tests on the questions both have."
     )
     side = [(task, *_side_by_side(task_runs, texts)) for task, task_runs in by_task]
