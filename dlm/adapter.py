@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 _VALUES = 8
 """Values of each weight in a sketch."""
 
-_TOLERANCE = 3e-3
-"""Relative difference of a weight's values that rounding to bfloat16 explains."""
+_TOLERANCE = 2**-8 + 1e-4
+"""Relative difference of a weight's values that rounding to bfloat16 explains: half a unit of 8 bits."""
 
 _REQUANTISED = 0.4
 """The same for rounding to four bits; the values of different models differ by 1.4."""

@@ -23,6 +23,8 @@ class LoraConfig:
         merge: save the final model merged; otherwise the adapter alone, which needs its base to be loaded.
         fold: compute with the sum of weight and update instead of side by side. The same function; faster
             where many tokens meet narrow layers, as in small models on a GPU. Without dropout only.
+        base_dtype: type of the frozen weights: "float32", or "bfloat16" for half their memory, with precision
+            bf16. What is trained stays float32.
     """
 
     r: int = 0
@@ -31,9 +33,12 @@ class LoraConfig:
     targets: Literal["all", "attention"] = "all"
     merge: bool = False
     fold: bool = False
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        if self.base_dtype not in ("float32", "bfloat16"):
+            raise unknown_name("lora.base_dtype", str(self.base_dtype), ("float32", "bfloat16"))
         if self.fold and self.dropout:
             raise ConfigError(f"lora.fold has no place for a dropout, got lora.dropout {self.dropout}")
         if self.r < 0:
@@ -43,9 +48,8 @@ class LoraConfig:
                 f"lora.alpha must be above 0 and lora.dropout lie in [0, 1), got {self.alpha}, {self.dropout}"
             )
         if not self.r:
-            refuse_ignored(
-                self, ("alpha", "dropout", "targets", "merge", "fold"), "lora.", "an adapter: give lora.r"
-            )
+            names = ("alpha", "dropout", "targets", "merge", "fold", "base_dtype")
+            refuse_ignored(self, names, "lora.", "an adapter: give lora.r")
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,9 @@ def execute(stage: Stage[Any]) -> Path:
             other settings, or another process is at work in it.
     """
     config: RunConfig = stage.config
-    training_arguments(config, evaluate=True)  # a misspelt setting should not cost the time to read the data
+    arguments = training_arguments(config, evaluate=True)  # before the data are read
+    if stage.start.lora.base_dtype == "bfloat16" and not arguments.bf16:
+        raise ConfigError("model.lora.base_dtype bfloat16 computes in bfloat16: give precision bf16")
     run = RunFolder(config)
     if run.finished:
         logger.info("%s: this run is finished", run.path)

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dlm.adapter import add_adapter
@@ -57,7 +58,7 @@ def fine_tuned_model(config: StartConfig, prompted: bool) -> ModelAndTokenizer:
     """
     refuse_causal_lm(config.init)
     advice = _how(config.init)
-    model, tokenizer = load_model(config.init, device="cpu", dtype="float32")
+    model, tokenizer = load_model(config.init, device="cpu", dtype=config.lora.base_dtype)
     training = model.config.training
     if not training:
         raise CheckpointError(f"{config.init}: its config.json records no training; {advice}")
@@ -126,7 +127,7 @@ def prepare(model: MaskedDiffusionModel, config: StartConfig, window: int, seed:
     lora = config.lora
     if not lora.r:
         return model
-    return add_adapter(
+    adapted = add_adapter(
         model,
         config.init,
         r=lora.r,
@@ -136,6 +137,10 @@ def prepare(model: MaskedDiffusionModel, config: StartConfig, window: int, seed:
         seed=seed,
         folded=lora.fold,
     )
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    return adapted
 
 
 def _from_nothing(config: TrainConfig, rows: Dataset, resume_from: Path | None) -> ModelAndTokenizer:
@@ -157,8 +162,9 @@ def _from_checkpoint(config: ModelConfig) -> ModelAndTokenizer:
     """A causal LM made bidirectional, or a diffusion checkpoint with its own template and shift."""
     path = located(config.init)
     if is_causal_lm(path):
-        return from_causal_lm(path, template=config.template, shift=config.shift)
-    model, tokenizer = load_model(config.init, device="cpu", dtype="float32")
+        dtype = getattr(torch, config.lora.base_dtype)
+        return from_causal_lm(path, template=config.template, shift=config.shift, dtype=dtype)
+    model, tokenizer = load_model(config.init, device="cpu", dtype=config.lora.base_dtype)
     given = {"template": config.template, "shift": config.shift}
     recorded = {"template": template_name(tokenizer), "shift": model.config.shift}
     for name, value in given.items():

@@ -27,6 +27,7 @@ INSTEAD = {
     "file": "--data.source rows.json --data.limit 0",
     "text": "--data.source text.jsonl --data.limit 0",
     "lora": "--model.lora.r 2 --model.lora.alpha 4",
+    "lora-bf16": "--model.lora.r 2 --precision bf16",
     "causal": "--model.init causal",
     "blocks": "--model.init causal --model.visibility block --model.block_size 8",
     "path": "--masks.path 1",
@@ -79,6 +80,7 @@ COMMON = {
     "model.lora.dropout": ("lora", 0.5),
     "model.lora.targets": ("lora", "attention"),
     "model.lora.merge": ("lora", "true"),
+    "model.lora.base_dtype": ("lora-bf16", "bfloat16"),
 }
 TRAIN = COMMON | {
     "model.template": ("", "plain"),
@@ -199,7 +201,7 @@ def unnoticed(name, table, starts, capsys, start):
 def random_weights(context):
     if context in ("causal", "blocks"):
         return []
-    return ["--model.init", "causal"] if context == "lora" else TINY.split()
+    return ["--model.init", "causal"] if context.startswith("lora") else TINY.split()
 
 
 def checkpoint(context):

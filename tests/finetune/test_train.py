@@ -21,6 +21,7 @@ from dlm.data.config import DataConfig
 from dlm.errors import CheckpointError, ConfigError, DataError
 from finetune.config import LoraConfig, ModelConfig, TrainConfig
 from finetune.sft import SFT, train
+from finetune.start import prepare
 
 TINY = ModelConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=400
@@ -541,3 +542,27 @@ def test_a_run_in_small_blocks_has_a_step_for_each_in_its_samples_and_its_model(
     train(settings(tmp_path, model=model, max_steps=1, eval_steps=1, sample_steps=2, samples=["Count."]))
     assert "## Step 1" in (tmp_path / "samples.md").read_text()
     assert json.loads((tmp_path / "config.json").read_text())["generation"]["steps"] == 48 // 4
+
+
+def test_frozen_weights_may_be_bfloat16_and_what_is_trained_is_float32(tmp_path, whole):
+    def run(name, **lora):
+        model = ModelConfig(init=str(whole), template="model", lora=LoraConfig(r=4, alpha=8, **lora))
+        return settings(tmp_path / name, model=model, max_steps=6, precision="bf16")
+
+    half, full = run("half", base_dtype="bfloat16"), run("full")
+    model = prepare(load_model(whole, device="cpu", dtype="bfloat16")[0], half.model, 48, 0)
+    named = [(name, weight) for name, weight in model.named_parameters() if "mask_shift.original" not in name]
+    kinds = {(weight.requires_grad, weight.dtype) for _, weight in named}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    train(half), train(full)
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("half", "full"))
+    assert {x.dtype for x in ours.values()} == {torch.float32}
+    moved = [name for name in ours if "lora_B" in name]
+    assert all(ours[name].abs().max() > 0 for name in moved)
+    alike = [torch.cosine_similarity(ours[n].flatten(), theirs[n].flatten(), dim=0) for n in moved]
+    assert min(alike) > 0.8  # the same training, but for the rounding of the base
+    load_model(tmp_path / "half", device="cpu")  # its base is known again
+    with pytest.raises(ConfigError, match="base_dtype bfloat16 computes in bfloat16: give precision bf16"):
+        train(replace(run("c", base_dtype="bfloat16"), precision="fp32"))
+    with pytest.raises(ConfigError, match=r"lora.base_dtype is for an adapter"):
+        LoraConfig(base_dtype="bfloat16")
