@@ -58,7 +58,8 @@ def _cell(name: str, value: Estimate | None) -> str:
         return measure.show(value.mean)
     if min(value.high - value.mean, value.mean - value.low) < 0.7 * half:
         low, high = (measure.show(end).removesuffix(" %") for end in (value.low, value.high))
-        return f"{measure.show(value.mean)} ({low} to {high})"
+        mean = measure.show(value.mean).removesuffix(" %")
+        return f"{mean} ({low}–{high}){' %' if measure.percent else ''}"
     around = f"{100 * half:.1f}" if measure.percent else f"{half:.{max(measure.digits, 1)}f}"
     return f"{measure.show(value.mean).removesuffix(' %')} ± {around}{' %' if measure.percent else ''}"
 

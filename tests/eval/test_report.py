@@ -188,7 +188,7 @@ def test_judges_figures_have_intervals_not_standard_errors(runs):
     assert [row[-1] for row in table.rows] == [
         "40.0 ± 10.3 % of 90", "41.0 ± 11.8 %",  # 36 of 90 by Wilson (1927): 30.5 to 50.3 %
         "100.0 % of 4",  # four say nothing of an interval
-        "100.0 % (72.2 to 100.0)",  # 10 of 10: 72.2 to 100 %
+        "100.0 (72.2–100.0) %",  # 10 of 10: 72.2 to 100 %
         "7.00", "7.00 ± 0.50", "3.50",
     ]  # fmt: skip
 
