@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, set_seed
@@ -26,7 +27,7 @@ from dlm.cli import Command, script
 from dlm.data.encode import encode_rows
 from dlm.pretrained.names import located
 from finetune.config import TrainConfig
-from finetune.run import split_rows, training_arguments
+from finetune.run import split_rows, step_limit, training_arguments
 
 UNSEEN = -100
 """Label of tokens that carry no loss."""
@@ -77,7 +78,8 @@ def train(config: TrainConfig) -> int:
         labelled(encode_rows(part, tokenizer, config.data.window)[0])
         for part in split_rows(config.data, config.seed)
     )
-    arguments = training_arguments(config, evaluate=True)
+    steps = step_limit(config, len(rows), PartialState().num_processes)
+    arguments = training_arguments(config, True, steps)
     arguments.train_sampling_strategy, arguments.label_names = "group_by_length", ["labels"]
     arguments.save_total_limit = config.keep_checkpoints
     arguments.prediction_loss_only = True

@@ -137,7 +137,7 @@ def execute(stage: Stage[Any]) -> Path:
             other settings, or another process is at work in it.
     """
     config: RunConfig = stage.config
-    arguments = training_arguments(config, evaluate=True)  # before the data are read
+    arguments = training_arguments(config, True, _ENDLESS)  # before the data are read
     if stage.start.lora.base_dtype == "bfloat16" and not arguments.bf16:
         raise ConfigError("model.lora.base_dtype bfloat16 computes in bfloat16: give precision bf16")
     run = RunFolder(config)
@@ -369,7 +369,7 @@ _SHARED = (
 """Settings that transformers knows by the same name."""
 
 
-def training_arguments(config: RunConfig, evaluate: bool, max_steps: int = _ENDLESS) -> TrainingArguments:
+def training_arguments(config: RunConfig, evaluate: bool, max_steps: int) -> TrainingArguments:
     """Our settings as transformers' own, for a run of so many steps.
 
     Raises:
