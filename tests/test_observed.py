@@ -58,6 +58,11 @@ GENERATE = {
     "json": ["false"],
     "batch_size": ["1"],
     "list_decoders": ["true"],
+    "reward": ["length=3"],
+    "particles": ["3"],  # as those below: refused without a reward, with one see the options of `Tilt`
+    "reward_beta": ["0.5"],
+    "twist": ["none"],
+    "select": ["best"],
 }
 """By option of `dlm generate`, the word behind it."""
 
