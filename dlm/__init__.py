@@ -41,7 +41,6 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_LAZY[name]), name)
 
 
-if (
-    "transformers" in sys.modules
-):  # a program that uses it anyway: its AutoModel reads our folders from here on
+if "transformers" in sys.modules:
+    # In a program that uses it anyway, its AutoModel reads our folders from here on.
     importlib.import_module("dlm.model")

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from dlm.errors import CheckpointError, first_line
-from dlm.pretrained.store import alone, cache, put_in_place, seal, whole, workshop
+from dlm.pretrained.store import alone, cache, manifest, put_in_place, seal, whole, workshop
 
 logger = logging.getLogger(__name__)
 
@@ -87,39 +87,40 @@ class _Unpickler(pickle.Unpickler):
 
 
 def unpacked(file: Path) -> Path:
-    """The folder, in the cache, that holds the model of a file; made if it is not there yet.
+    """The folder in the cache that holds the model of a file; made if it is missing or the file has changed.
 
     Raises:
         CheckpointError: for a file that is missing, damaged, or of another model than MDLM's transformer.
     """
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file")
-    stat = file.stat()
-    facts = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    folder = cache() / f"lightning-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+    folder = cache() / f"lightning-{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with alone(folder, f"reading {file}"):
-        if not whole(folder):
+        sources = [file, *(beside for name in _TOKENIZER if (beside := file.parent / name).is_file())]
+        made_of = {each.name: [each.stat().st_size, each.stat().st_mtime_ns] for each in sources}
+        if manifest(folder).get("made_of") != made_of or not whole(folder):
             public, tensors = read(file)
             with workshop(folder) as scratch:
                 draft = scratch / folder.name
                 draft.mkdir()
-                _write(draft, public, tensors, file.parent)
-                seal(draft, {"from": str(file)})
+                _write(draft, public, tensors, sources[1:])
+                seal(draft, {"from": str(file), "made_of": made_of})
                 put_in_place(draft, folder)
             logger.info("%s: the model in it is kept in %s", file, folder)
     return folder
 
 
-def _write(folder: Path, public: Mapping[str, Any], tensors: Mapping[str, Any], beside: Path) -> None:
-    """Write a model in the published layout, with the tokenizer that lies beside the checkpoint, if any."""
+def _write(
+    folder: Path, public: Mapping[str, Any], tensors: Mapping[str, Any], tokenizer: list[Path]
+) -> None:
+    """Write a model in the published layout, with the files of a tokenizer, if there are any."""
     from safetensors.torch import save_file
 
     (folder / "config.json").write_text(json.dumps(dict(public), indent=1), encoding="utf-8")
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    for name in _TOKENIZER:
-        if (beside / name).is_file():
-            shutil.copy(beside / name, folder / name)
+    for each in tokenizer:
+        shutil.copy(each, folder / each.name)
 
 
 def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:

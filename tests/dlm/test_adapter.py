@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dlm import load_model
-from dlm.adapter import MaskShift, add_adapter, base_of, merged
+from dlm.adapter import _TOLERANCE, MaskShift, add_adapter, base_of, merged
 from dlm.backbone import from_scratch
 from dlm.errors import CheckpointError
 from tests.conftest import TINY
@@ -322,6 +322,12 @@ def test_a_base_is_known_again_when_it_is_rounded(base, tmp_path, noise, known):
         load_model(folder, device="cpu")
 
 
+def test_rounding_to_bfloat16_is_within_the_tolerance_and_comes_near_it():
+    values = torch.linspace(1, 2, 100_001)
+    share = ((values.bfloat16().float() - values) / values).abs().max()
+    assert 0.98 * 2**-8 < share < _TOLERANCE < 1.03 * 2**-8
+
+
 @pytest.mark.parametrize(("noise", "known"), [(0.1, True), (1.4, False)])
 def test_a_base_with_a_name_may_be_rounded_to_four_bits_but_is_no_other_model(
     base, tmp_path, monkeypatch, caplog, noise, known
@@ -329,6 +335,7 @@ def test_a_base_with_a_name_may_be_rounded_to_four_bits_but_is_no_other_model(
     folder = saved(base, tmp_path / "adapter")
     monkeypatch.setattr("dlm.adapter.NAMES", (str(base),))
     model, _ = load_model(base, device="cpu")
+    torch.manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
             weight += noise * weight.std(correction=0) * torch.randn_like(weight)

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dlm import load_model
 from dlm.cli import main
@@ -143,7 +144,7 @@ def test_nothing_in_a_file_is_run(public, monkeypatch, tmp_path):
     assert (tmp_path / "run").exists()  # … and runs what it is told
 
 
-def test_the_folder_is_made_once_and_anew_for_another_file(public, monkeypatch):
+def test_the_folder_is_made_once_and_anew_where_a_file_has_changed(public, monkeypatch):
     _, layout, beside = public
     file = trainer_file(beside / "a.ckpt", monkeypatch, layout)
     first = unpacked(file)
@@ -151,8 +152,15 @@ def test_the_folder_is_made_once_and_anew_for_another_file(public, monkeypatch):
     made = weights.stat().st_mtime_ns
     assert unpacked(file) == first
     assert weights.stat().st_mtime_ns == made
+    before = load_file(weights)
     trainer_file(beside / "a.ckpt", monkeypatch, layout, ema=False)
-    assert unpacked(file) != first
+    assert unpacked(file) == first  # in the same place: the old one would be of no use
+    assert all(torch.allclose(x, before[name] + 1) for name, x in load_file(weights).items())
+    made = weights.stat().st_mtime_ns
+    (beside / "tokenizer_config.json").write_text((beside / "tokenizer_config.json").read_text() + "\n")
+    unpacked(file)
+    assert weights.stat().st_mtime_ns > made
+    assert (first / "tokenizer_config.json").read_text().endswith("\n")
 
 
 @pytest.mark.parametrize(
