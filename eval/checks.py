@@ -93,10 +93,11 @@ def final_number(text: str) -> Decimal | None:
         return _worked_out(line, candidates[0])
     if named := _named(text):
         return named[-1]
-    values = numbers(_LABEL.sub(" ", text))
+    unlabelled = _LABEL.sub(" ", text)
+    text = unlabelled if numbers(unlabelled) else text
+    values = numbers(text)
     if not values:
-        return next(reversed(numbers(text)), None)
-    text = _LABEL.sub(" ", text)
+        return None
     sentence = [part for part in re.split(r"\n|(?<=[.!?])\s", text) if numbers(part)][-1]
     return _worked_out(sentence, values[-1]) if "=" in sentence else values[-1]
 
