@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlm.cli import Command
 from dlm.device import check_place
-from dlm.errors import ConfigError, refuse_ignored
+from dlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from decoding.order_table import OrderTable
@@ -121,14 +121,16 @@ class LearnConfig:
 
     def _refuse_what_has_no_use(self) -> None:
         """Refuse options that would be ignored."""
-        if self.start:
-            refuse_ignored(self, ("positions", "beta"), "--", "a new table; that of --start has its own")
+        for name in ("positions", "beta"):
+            if self.start and getattr(self, name) != getattr(LearnConfig, name):
+                raise ConfigError(f"{name} is that of the table to go on from; give no --{name}")
         online = ("task", "data", "limit", "rounds", "samples", "max_tokens", "window", "steps", "rate",
                   "kernel_size", "draws", "seed", "batch_size", "model", "device", "dtype")  # fmt: skip
         if self.within_prompts and not self.runs:
             raise ConfigError("within_prompts is for runs; give --samples")
-        if self.runs:
-            refuse_ignored(self, online, "--", "answers that are written now, not for those of runs")
+        for name in online if self.runs else ():
+            if getattr(self, name) != getattr(LearnConfig, name):
+                raise ConfigError(f"{name} is for answers that are written now; give no --{name} with runs")
 
     def request(self) -> Any:
         """The request of answers that are written now."""
