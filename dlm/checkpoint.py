@@ -189,9 +189,11 @@ class AdapterFormat:
         copy = merged.find(path, name)
         if copy is not None:
             try:
-                model, _ = DiffusionFormat().read(str(copy), dtype)
+                model = DiffusionFormat().read_model(str(copy), dtype)
                 model.config.name_or_path = model.name_or_path = ""
-                return model, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+                tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+                _check_tokenizer(path, model, tokenizer)
+                return model, tokenizer
             except CheckpointError as error:  # another process may be replacing it
                 logger.debug("%s", error)
         model, tokenizer = self._merge(path, dtype)
@@ -269,9 +271,7 @@ class DiffusionFormat:
 
     def read(self, path: str, dtype: torch.dtype, device_map: DeviceMap = None) -> Loaded:
         """See `CheckpointFormat`."""
-        config = _diffusion_config(path)
-        check_files(path)
-        model = _read_weights(path, config, dtype, device_map, None)
+        model = self.read_model(path, dtype, device_map)
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:
@@ -280,6 +280,12 @@ class DiffusionFormat:
             ) from error
         _check_tokenizer(path, model, tokenizer)
         return model, tokenizer
+
+    def read_model(self, path: str, dtype: torch.dtype, device_map: DeviceMap = None) -> MaskedDiffusionModel:
+        """Read the model alone; arguments and errors as of `read`."""
+        config = _diffusion_config(path)
+        check_files(path)
+        return _read_weights(path, config, dtype, device_map, None)
 
     def write(self, model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         """Write a model and its tokenizer."""
