@@ -107,6 +107,7 @@ def settings(objective: Objective, options: argparse.Namespace) -> TrainConfig:
         "max_steps": 1,
         "report_to": "none",
         "seed": options.seed,
+        "data.window": options.window,
         "trainer": {"disable_tqdm": True, "logging_nan_inf_filter": False},
         **objective.changes,
     }
@@ -308,6 +309,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--variants", nargs="+", default=[o.name for o in OBJECTIVES], metavar="NAME")
     out.add_argument("--positions", type=float, default=5e5, help="through the model, for each variant")
     out.add_argument("--batch", type=int, default=32, help="rows in a step")
+    out.add_argument("--window", type=int, default=256, help="longest row; longer ones are left out")
     out.add_argument("--answers", type=int, default=128, help="held-out answers for nats per token")
     out.add_argument("--longest", type=int, default=128, help="tokens of an answer")
     out.add_argument("--seed", type=int, default=0)

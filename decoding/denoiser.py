@@ -15,7 +15,6 @@ import torch
 
 from decoding.canvas import Canvas, Rows, resized
 from decoding.request import Reuse
-from dlm.device import sent
 from dlm.errors import ConfigError
 
 
@@ -218,7 +217,7 @@ class StateCache:
     def _cells(self, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """[N] places in the states [B * W, D], on their device."""
         assert self.states is not None
-        return sent(row * self.states.shape[1] + position, self.states.device)
+        return (row * self.states.shape[1] + position).to(self.states.device, non_blocking=True)
 
     def compute_partly(self, model: Any, rows: torch.Tensor, where: torch.Tensor) -> None:
         """Compute the rows [b] again, except what `reuse` keeps; `where` [b, W] is needed."""

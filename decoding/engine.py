@@ -86,19 +86,9 @@ class _EngineRow:
     """A row that the engine has taken up."""
 
     plan: Plan
-    row: Row | Canvas
-    """Until it begins: a row not yet on a canvas, or a canvas from another engine."""
     reader: Reader
-    seed: int = 0
-
-    @property
-    def size(self) -> int:
-        """Positions of the row at its longest."""
-        return len(self.row.ids) if isinstance(self.row, Row) else int(self.row.end[0])
-
-    def canvas(self) -> Canvas:
-        """A canvas of the row as it begins."""
-        return make_canvas([self.row], [self.seed], self.plan) if isinstance(self.row, Row) else self.row
+    size: int
+    """Positions of the row at its longest."""
 
 
 class Engine:
@@ -127,7 +117,7 @@ class Engine:
                 raise ConfigError(f"{name} must be at least 1, got {limit}")
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.max_positions = max_rows, max_positions
-        self._waiting: OrderedDict[int, _EngineRow] = OrderedDict()
+        self._waiting: OrderedDict[int, tuple[_EngineRow, Canvas]] = OrderedDict()
         self._running: dict[int, _EngineRow] = {}
         self._groups: dict[Any, _Group] = {}
         self._tickets = itertools.count()
@@ -166,21 +156,18 @@ class Engine:
             ConfigError: for a prompt that does not fit; nothing is taken up then.
         """
         row = prompt if isinstance(prompt, Row) else self.rows.answer(prompt, plan)
-        row.stages(plan)
-        return self._wait(_EngineRow(plan, row, Reader(self.tokenizer), operator.index(seed)))
+        return self.add(make_canvas([row], [operator.index(seed)], plan), plan)
 
     def add(self, canvas: Canvas, plan: Plan) -> int:
         """Take up a row as it is, a canvas of one, perhaps from another engine; returns its ticket."""
-        return self._wait(_EngineRow(plan, canvas.take(slice(0, 1)), Reader(self.tokenizer)))
-
-    def _wait(self, entry: _EngineRow) -> int:
-        """Put a row at the end of the queue; returns its ticket."""
-        if self.max_positions is not None and entry.size > self.max_positions:
+        size = int(canvas.end[0])
+        if self.max_positions is not None and size > self.max_positions:
             raise ConfigError(
-                f"a row of {entry.size} positions is longer than the engine's limit of {self.max_positions}"
+                f"a row of {size} positions is longer than the engine's limit of {self.max_positions}"
             )
         ticket = next(self._tickets)
-        self._waiting[ticket] = entry
+        entry = _EngineRow(plan, Reader(self.tokenizer), size)
+        self._waiting[ticket] = entry, canvas.take(slice(0, 1))
         return ticket
 
     def lengths(self) -> dict[int, int]:
@@ -249,7 +236,7 @@ class Engine:
             KeyError: for a ticket that is not there.
         """
         if ticket in self._waiting:
-            return self._waiting[ticket].canvas().take(torch.tensor([0]))
+            return self._waiting[ticket][1].take(torch.tensor([0]))
         if ticket not in self._running:
             raise KeyError(f"no row has the ticket {ticket}")
         group = self._groups[self._running[ticket].plan.batch_key]
@@ -338,20 +325,19 @@ class Engine:
             return
         positions = self._positions()
         admitted: dict[Any, list[int]] = {}
-        for ticket, entry in self._waiting.items():
+        for ticket, (entry, _) in self._waiting.items():
             positions += entry.size
             if not self._has_room(1, positions):
                 break
             admitted.setdefault(entry.plan.batch_key, []).append(ticket)
             self._running[ticket] = entry
         for key, tickets in admitted.items():
-            entries = [self._waiting.pop(ticket) for ticket in tickets]
-            canvas = Canvas.join([entry.canvas() for entry in entries])
+            canvas = Canvas.join([self._waiting.pop(ticket)[1] for ticket in tickets])
             if key in self._groups:
                 self._groups[key].batch.join(canvas)
                 self._groups[key].tickets += tickets
             else:
-                self._groups[key] = _Group(Batch(self.model, canvas, entries[0].plan), tickets)
+                self._groups[key] = _Group(Batch(self.model, canvas, self._running[tickets[0]].plan), tickets)
 
     def _updates(self, group: _Group, rows: list[int] | None) -> Iterator[Update]:
         """The updates of some rows of a batch (None for all), in order."""

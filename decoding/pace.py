@@ -6,7 +6,7 @@ import logging
 import math
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
@@ -48,6 +48,10 @@ class Pace(Protocol):
     @property
     def rate(self) -> float | None:
         """Expected tokens per step, where that is fixed."""
+        ...
+
+    def within(self, positions: int) -> Pace:
+        """This pace, without what rows of so many masked positions cannot use."""
         ...
 
     def clock(
@@ -155,6 +159,11 @@ class _Untimed:
     """A pace without times: a stage lasts until nothing of it is masked."""
 
     steps: None = None
+
+    def within(self, positions: int) -> Self:
+        """This pace: it has no steps to leave out."""
+        del positions
+        return self
 
     def quota(self, step: torch.Tensor) -> torch.Tensor:
         """[b] int64, tokens that fall to the steps [b]."""

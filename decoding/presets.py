@@ -32,7 +32,7 @@ from decoding.reveal.quota import Order
 from decoding.tokens import TokenRule
 from decoding.window import Block, Convolution, Full, Sliding, Window, Within
 from dlm.errors import ConfigError, unknown_name
-from dlm.spec import Visibility
+from dlm.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -71,25 +71,22 @@ class Decoder:
         """False where no seed changes a text: the likeliest token is taken, and no position drawn."""
         return self.tokens.temperature != 0 or self.reveal.random
 
-    def fitted(self, length: int) -> Decoder:
-        """This decoder with sizes of its window that were left open chosen for `length` positions."""
-        window = self.window.fitted(length)
-        return self if window is self.window else replace(self, window=window)
+    def fitted(self, length: int, spec: ModelSpec) -> Decoder:
+        """This decoder for rows of `length` positions, inside the blocks of a model that is block-causal.
 
-    def for_model(self, visibility: Visibility, shift: bool) -> Decoder:
-        """This decoder, kept inside the blocks of a block-causal model.
+        Sizes of the window that were left open are chosen for the length.
 
         Raises:
             ConfigError: for a sliding window, which has no blocks.
         """
-        size = visibility.block_size
-        if size is None or isinstance(self.window, Within):
-            return self
-        if self.window.timed:
-            raise ConfigError(
-                f"decoder {self.name!r} slides, and the model sees no further than blocks of {size}"
-            )
-        return replace(self, window=Within(self.window, size, lead=shift and visibility.lead))
+        window, size = self.window.fitted(length), spec.visibility.block_size
+        if size is not None and not isinstance(window, Within):
+            if window.timed:
+                raise ConfigError(
+                    f"decoder {self.name!r} slides, and the model sees no further than blocks of {size}"
+                )
+            window = Within(window, size, lead=spec.shift and spec.visibility.lead)
+        return self if window is self.window else replace(self, window=window)
 
     def at_pace(self) -> Decoder:
         """This decoder, or where it has a pace of its own, the same order at a pace that is given."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from dlm.errors import ConfigError, unknown_name
@@ -251,7 +250,7 @@ class Request:
         """
         from dlm.spec import ModelSpec
 
-        spec = ModelSpec.of(model)
+        spec = model if isinstance(model, ModelSpec) else ModelSpec.of(model)
         return self.as_published(spec)._resolved(spec)
 
     def as_published(self, spec: ModelSpec) -> Request:
@@ -283,22 +282,19 @@ class Request:
 
         decoder, defaults = self.decoder_for(spec), spec.generation
         window, masks = self._window(decoder, spec), self.max_tokens if self.canvas == "full" else None
-        decoder = decoder.fitted(window or masks or OPEN_LENGTH).for_model(spec.visibility, spec.shift)
+        decoder = decoder.fitted(window or masks or OPEN_LENGTH, spec)
         steps = None if window is None else int(defaults.get("steps", max(1, window // 4)))
         pace = self.pace_for(decoder, spec, steps, float(defaults.get("rate", DEFAULT_RATE)))
-        ends = not self.ending
+        pace, ends = pace.within(window or spec.positions), not self.ending
         fill = self.eos_fill is not False and ends
+        closes = fill or pace.steps is None
+        ending = Ending.of(spec, fill=fill, early_exit=ends and not decoder.reveal.revises, closes=closes)
         self._check_canvas(window, pace)
         complete = not ends or masks is not None or (window is not None and self.canvas != "growing")
         return Plan(
             decoder=decoder,
             pace=pace,
-            ending=Ending.of(
-                spec,
-                fill=fill,
-                early_exit=ends and not decoder.reveal.revises,
-                closes=fill or pace.steps is None,
-            ),
+            ending=ending,
             mask_id=spec.mask_token_id,
             margin=None if complete else MARGIN if self.margin is None else self.margin,
             reuse=self.reuse_settings(),
@@ -309,7 +305,7 @@ class Request:
             ending_text=self.ending or "",
             forced=tuple(sorted((int(place), text) for place, text in (self.forced or {}).items())),
             top_logprobs=self.top_logprobs or 0,
-        ).within(window or spec.positions)
+        )
 
     def _window(self, decoder: Decoder, spec: ModelSpec) -> int | None:
         """Positions of a fixed canvas; None for one that grows."""
@@ -395,6 +391,8 @@ class Plan:
         stop: texts that end an answer.
         begin, ending_text, forced: given parts of the answer.
         top_logprobs: number of likeliest tokens noted beside each token that is written.
+        ahead: masks that a growing canvas begins with; None where the canvas is whole.
+        batch_key: what rows must have in common to share the arithmetic of a step.
     """
 
     decoder: Decoder
@@ -410,29 +408,22 @@ class Plan:
     ending_text: str = ""
     forced: tuple[tuple[int, str], ...] = ()
     top_logprobs: int = 0
+    ahead: int | None = field(init=False, repr=False)
+    batch_key: tuple[Any, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check that the decoder can go at this pace."""
         if self.pace.steps is None and self.decoder.timed:
             raise ConfigError(f"decoder {self.decoder.name!r} goes by time: it needs steps, not a rate")
-
-    @cached_property
-    def batch_key(self) -> tuple[Any, ...]:
-        """Key that rows must have in common to share the arithmetic of a step."""
-        return self.decoder, self.pace, self.ending, self.margin, self.reuse, self.mask_id, self.top_logprobs
-
-    @cached_property
-    def ahead(self) -> int | None:
-        """Masks that a growing canvas begins with; None where the canvas is whole."""
-        return None if self.margin is None else self.decoder.window.ahead + self.margin
+        ahead = None if self.margin is None else self.decoder.window.ahead + self.margin
+        key = self.decoder, self.pace, self.ending, ahead, self.reuse, self.mask_id, self.top_logprobs
+        object.__setattr__(self, "ahead", ahead)
+        object.__setattr__(self, "batch_key", key)
 
     def within(self, masks: int) -> Plan:
         """This plan, for a row of so many masks: with no more steps than they can use (`Steps.within`)."""
-        from decoding.pace import Steps
-
-        if not isinstance(self.pace, Steps) or self.pace.within(masks) is self.pace:
-            return self
-        return replace(self, pace=self.pace.within(masks))
+        pace = self.pace.within(masks)
+        return self if pace is self.pace else replace(self, pace=pace)
 
     @property
     def keeps_tokens(self) -> bool:

@@ -15,12 +15,11 @@ from decoding.course import Trace
 from decoding.engine import Engine, Update
 from decoding.gaps import Gap, Piece, pieces_of, without_span
 from decoding.infill import Infilled, gap_scores, infilled, plan_infilling, rows_with_gaps
-from decoding.inputs import as_list, cut_text, with_seeds
 from decoding.particles import steer
 from decoding.presets import Decoder
-from decoding.request import Plan, Request, is_whole
-from decoding.rows import Prompt, RowMaker, TooLongError
-from decoding.tilt import Tilt
+from decoding.request import Plan, Request
+from decoding.rows import Prompt, RowMaker, TooLongError, as_list, cut_text, with_seeds
+from decoding.tilt import TILT_FIELDS, Tilt
 from dlm.errors import ConfigError, DLMError
 from dlm.spec import ModelSpec
 
@@ -108,16 +107,16 @@ class Sampler:
                 those before it.
             DLMError: when the model returns NaN, naming the step and the prompt.
         """
-        tilt, fields = Tilt.among(fields)
+        tilt, fields = Tilt.among(fields) if TILT_FIELDS & fields.keys() else (None, fields)
         plan = self.plan(request, **fields)
         _check_samples(n, plan)
-        _check_batch_size(batch_size)
         rows = (
             (self.rows.answer(prompt, plan, f"prompt {i}"), prompt, each + number)
             for i, (prompt, each) in enumerate(with_seeds(prompts, seed))
             for number in range(n)
         )
         if tilt is not None:
+            _check_batch_size(batch_size)
             yield from steer(Engine(self.model, self.tokenizer), plan, tilt, rows, batch_size)
             return
         for update in self._finished(((row, plan, each) for row, _, each in rows), batch_size):
@@ -135,7 +134,6 @@ class Sampler:
     ) -> Iterator[tuple[Output, Trace]]:
         """Answer prompts as `iter_generate` does, each with the trace of how it was written."""
         plan = self.plan(request, **fields)
-        _check_batch_size(batch_size)
         rows = (
             (self.rows.answer(prompt, plan, f"prompt {i}"), plan, each)
             for i, (prompt, each) in enumerate(with_seeds(prompts, seed))
@@ -454,7 +452,7 @@ class Sampler:
 
 def _request(request: Request | None, fields: dict[str, Any]) -> Request:
     """The request given, or one made of its fields."""
-    if Tilt.among(fields)[0] is not None:
+    if TILT_FIELDS & fields.keys() and Tilt.among(fields)[0] is not None:
         raise ConfigError("a reward steers whole answers: it is for generate and iter_generate alone")
     if request is None:
         return Request.of(**fields)
@@ -465,13 +463,13 @@ def _request(request: Request | None, fields: dict[str, Any]) -> Request:
 
 def _check_batch_size(batch_size: int) -> None:
     """Refuse a number of rows that means nothing."""
-    if not is_whole(batch_size) or batch_size < 1:
+    if type(batch_size) is not int or batch_size < 1:
         raise ConfigError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
 
 
 def _check_samples(n: int, plan: Plan) -> None:
     """Refuse a number of answers to each prompt that means nothing."""
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+    if type(n) is not int or n < 1:
         raise ConfigError(f"n must be a whole number of at least 1, got {n!r}")
     if n > 1 and not plan.decoder.random:
         raise ConfigError(

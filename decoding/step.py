@@ -26,7 +26,6 @@ from decoding.denoiser import Denoiser, ScoreCache, StateCache, StateQuery, comp
 from decoding.pace import Clock
 from decoding.request import Plan
 from decoding.reveal.base import PREDICTION_NOISE, TOKEN_NOISE, Decision, StepView
-from dlm.device import sent
 from dlm.errors import ConfigError, DLMError
 from dlm.noise import cell_noise
 
@@ -173,7 +172,7 @@ class Batch:
         """
         canvas = self.canvas
         rows = (~canvas.done).nonzero()[:, 0] if chosen is None else chosen[~canvas.done[chosen]]
-        live: Rows = slice(None) if len(rows) == len(canvas) else rows
+        live: Rows = slice(None) if len(rows) == len(canvas.ids) else rows
         late = canvas.step[rows] >= self.steps
         ends = bool(late.any())
         if ends:
@@ -375,10 +374,11 @@ class Batch:
         End tokens count for neither: templates hold them too.
         """
         canvas, cells = self.canvas, (rows, slice(self.width))
-        held, ids = canvas.valid[cells] & ~canvas.masked[cells], sent(canvas.ids[cells], logits.device)
+        held = canvas.valid[cells] & ~canvas.masked[cells]
+        ids = canvas.ids[cells].to(logits.device, non_blocking=True)
         counts = torch.zeros(2, len(rows), logits.shape[1], device=logits.device)
         for count, where in zip(counts, (held, held & canvas.initial[cells]), strict=True):
-            count.scatter_add_(1, ids, sent(where.float(), logits.device))
+            count.scatter_add_(1, ids, where.float().to(logits.device, non_blocking=True))
         for end_id in self.plan.ending.end_ids:
             counts[:, :, end_id] = 0
         return counts[0] > 0, counts[1]
@@ -416,7 +416,7 @@ class Batch:
         canvas.ids[cells], canvas.masked[cells] = after.ids, after.masked
         canvas.revision[rows] += changed
         canvas.step[rows] += 1
-        self._drop(torch.arange(len(canvas))[rows][changed])
+        self._drop(torch.arange(len(canvas.ids))[rows][changed])
         done = after.complete
         if decision.settled is not None:
             endless = self.plan.pace.steps is None  # a row that stays as it is would be looked at for ever

@@ -84,9 +84,8 @@ class Tilt:
         Raises:
             ConfigError: for a field of a tilt without a reward.
         """
-        names = {item.name for item in fields(cls)}
-        own = {name: value for name, value in given.items() if name in names}
-        rest = {name: value for name, value in given.items() if name not in names}
+        own = {name: value for name, value in given.items() if name in TILT_FIELDS}
+        rest = {name: value for name, value in given.items() if name not in TILT_FIELDS}
         if own.get("reward") is not None:
             return cls(**own), rest
         for name in own.keys() - {"reward"}:
@@ -116,3 +115,7 @@ class Tilt:
             raise ConfigError(
                 f'decoder {name!r} revises what it has written: give twist="predicted" or "none"'
             )
+
+
+TILT_FIELDS = frozenset(item.name for item in fields(Tilt))
+"""Names of the settings of a `Tilt`."""
