@@ -15,8 +15,8 @@ import argparse
 import torch
 
 from benchmarks.models import EOS, MASK, VOCAB, Ending, smollm2
-from dlm.checkpoint import DTYPES
-from eval.bench import Problem, as_causal, measure, standard_ways, table
+from dlm.checkpoint import TORCH_DTYPES
+from eval.bench import Problem, as_causal, standard_ways, table, time_ways
 
 PROMPT = 40
 
@@ -30,15 +30,15 @@ def main() -> None:
     parser.add_argument("--padding", action="store_true", help="every position behind the end is an end too")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    parser.add_argument("--dtype", default="float32", choices=list(TORCH_DTYPES))
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    model = smollm2(options.device, DTYPES[options.dtype])
+    model = smollm2(options.device, TORCH_DTYPES[options.dtype])
     causal = as_causal(model)
     ending = Ending(model, PROMPT + options.answer, options.padding)
     prompts = torch.randint(5, VOCAB - 5, (options.rows, PROMPT), device=options.device)
     problem = Problem(ending, prompts, MASK, EOS, options.window, options.steps)
-    runs = measure(standard_ways(problem, causal, options.answer), options.rounds, options.device)
+    runs = time_ways(standard_ways(problem, causal, options.answer), options.rounds, options.device)
     print(
         f"{options.rows} answers of {options.answer} tokens behind prompts of {PROMPT}, 135M parameters, "
         f"{options.dtype}, {torch.get_num_threads()} threads, {options.device}"

@@ -20,7 +20,7 @@ from benchmarks.training import BATCH, WINDOW, new_model, now
 from dlm.data.config import DataConfig
 from dlm.data.encode import encode_rows
 from dlm.data.rules import rule_rows
-from dlm.data.windows import Batch
+from dlm.data.windows import TensorBatch
 from dlm.model import IGNORE
 from dlm.tokenizer import train_tokenizer
 from finetune.config import R2FTConfig, StartConfig
@@ -28,12 +28,12 @@ from finetune.r2ft import R2FT, R2FTTrainer, r2ft_loss
 from finetune.run import build_trainer
 
 
-def one_pass(trainer: R2FTTrainer, batch: Batch) -> torch.Tensor:
+def one_pass(trainer: R2FTTrainer, batch: TensorBatch) -> torch.Tensor:
     """Ours."""
     return trainer.rows(trainer.model, batch)[0].mean()
 
 
-def two_passes(trainer: R2FTTrainer, batch: Batch) -> torch.Tensor:
+def two_passes(trainer: R2FTTrainer, batch: TensorBatch) -> torch.Tensor:
     """The same loss, each side with a forward pass of its own."""
     sums = []
     for targets in batch["candidates"].unbind(-1):
@@ -46,7 +46,9 @@ def two_passes(trainer: R2FTTrainer, batch: Batch) -> torch.Tensor:
     return r2ft_loss(*sums)
 
 
-def step(trainer: R2FTTrainer, batch: Batch, loss: Callable[[R2FTTrainer, Batch], torch.Tensor]) -> float:
+def step(
+    trainer: R2FTTrainer, batch: TensorBatch, loss: Callable[[R2FTTrainer, TensorBatch], torch.Tensor]
+) -> float:
     """Seconds of a forward and backward pass."""
     begun = now()
     loss(trainer, batch).backward()

@@ -33,10 +33,10 @@ PARTS = {
 def main() -> None:
     """Measure and print."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    base.folder()
+    base.base_folder()
     print(" wall   cpu")
     with tempfile.TemporaryDirectory() as empty:
-        Path(empty, base.NAME).symlink_to(cache() / base.NAME)
+        Path(empty, base.BASE_NAME).symlink_to(cache() / base.BASE_NAME)
         ask = ["-m", "dlm.cli", "generate", *QUESTION]
         first = _measured(ask, empty, 1, "dlm generate, the first time")
         assert _measured(ask, empty, rounds, "dlm generate, later") == first

@@ -26,7 +26,7 @@ from dlm.backbone import ScratchConfig, from_scratch
 from dlm.data.config import DataConfig
 from dlm.data.encode import encode_rows
 from dlm.data.rules import rule_rows
-from dlm.data.windows import Batch, WindowCollator
+from dlm.data.windows import TensorBatch, WindowCollator
 from dlm.model import MaskedDiffusionModel
 from dlm.tokenizer import train_tokenizer
 from finetune.config import TrainConfig
@@ -75,7 +75,7 @@ def ours(model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase, rows: 
     return steps * BATCH * WINDOW / watch.seconds
 
 
-def bare(model: MaskedDiffusionModel, batches: Iterator[Batch], mask_id: int, steps: int) -> float:
+def bare(model: MaskedDiffusionModel, batches: Iterator[TensorBatch], mask_id: int, steps: int) -> float:
     """Tokens per second of the least loop that trains."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, fused=True)
     model.train()
@@ -104,7 +104,7 @@ def now() -> float:
     return time.perf_counter()
 
 
-def _ready_batches(rows: Dataset, eos: int, device: str) -> Iterator[Batch]:
+def _ready_batches(rows: Dataset, eos: int, device: str) -> Iterator[TensorBatch]:
     """The same rows as fixed windows, already in memory, for ever."""
     collate = WindowCollator(eos_token_id=eos, window=WINDOW)
     batches = [collate([rows[i + j] for j in range(BATCH)]) for i in range(0, 64 * BATCH, BATCH)]

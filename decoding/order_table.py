@@ -29,8 +29,8 @@ SHAPE = (8, 16, 4)
 LARGEST_REWARD = 20.0
 """Rewards are cut to ± this, so that one answer cannot rule a cell."""
 
-SUFFIXES = (".json", ".safetensors")
-FORMAT = "dlm order table"
+TABLE_SUFFIXES = (".json", ".safetensors")
+TABLE_FORMAT = "dlm order table"
 _NAME = re.compile(r"[A-Za-z0-9][\w-]{0,99}")
 
 
@@ -175,7 +175,7 @@ class OrderTable:
     # ---- files -----------------------------------------------------------------------------------------
 
     def save(self, file: str | Path) -> Path:
-        """Write a .json or .safetensors file, or one in `folder` by its name, at once; returns it.
+        """Write a .json or .safetensors file, or one in `tables_folder` by its name, at once; returns it.
 
         Raises:
             ConfigError: for another kind of file.
@@ -186,12 +186,12 @@ class OrderTable:
         if path.suffix == ".json":
             sums = [None if x == -math.inf else x for x in self.log_sums.flatten().tolist()]
             cells = {"counts": self.counts.flatten().tolist(), "log_sums": sums}
-            body = {"format": FORMAT, "beta": self.beta, "shape": list(self.shape), **cells}
+            body = {"format": TABLE_FORMAT, "beta": self.beta, "shape": list(self.shape), **cells}
             part.write_text(json.dumps(body), encoding="utf-8")
         else:
             from safetensors.torch import save_file
 
-            about = {"format": FORMAT, "beta": repr(float(self.beta))}
+            about = {"format": TABLE_FORMAT, "beta": repr(float(self.beta))}
             save_file({"counts": self.counts, "log_sums": self.log_sums}, part, about)
         part.replace(path)
         return path
@@ -204,8 +204,8 @@ class OrderTable:
             DataError: naming the file and what is wrong with it.
         """
         path = Path(file)
-        if path.suffix not in SUFFIXES:
-            raise DataError(f"{path}: an order table is a {' or '.join(SUFFIXES)} file")
+        if path.suffix not in TABLE_SUFFIXES:
+            raise DataError(f"{path}: an order table is a {' or '.join(TABLE_SUFFIXES)} file")
         if not path.is_file():
             raise DataError(f"{path}: no such order table")
         try:
@@ -218,7 +218,7 @@ class OrderTable:
 
     @classmethod
     def named(cls, source: OrderTable | str | Path) -> OrderTable:
-        """The table itself, that of a file, or one of `folder` by its name.
+        """The table itself, that of a file, or one of `tables_folder` by its name.
 
         Raises:
             ConfigError: for a name that is not there, listing the names.
@@ -228,7 +228,7 @@ class OrderTable:
             return source
         if not isinstance(source, str | Path):
             raise ConfigError(f"an order table is given by its name or file, got {source!r}")
-        path = located(source)
+        path = table_file(source)
         try:
             state = path.stat()
         except OSError:
@@ -242,11 +242,11 @@ class OrderTable:
 
 
 def is_name(source: Any) -> bool:
-    """True for what can only be the name of a table in `folder`, never a path."""
+    """True for what can only be the name of a table in `tables_folder`, never a path."""
     return isinstance(source, str) and _NAME.fullmatch(source) is not None
 
 
-def folder() -> Path:
+def tables_folder() -> Path:
     """Folder of tables that are used by name: `orders` in $DLM_HOME, or in the user's data folder for dlm."""
     if home := os.environ.get("DLM_HOME"):
         return Path(home) / "orders"
@@ -256,33 +256,33 @@ def folder() -> Path:
 
 
 def names() -> list[str]:
-    """Names of the tables in `folder`."""
-    files = (file for file in folder().glob("*") if file.suffix in SUFFIXES)
+    """Names of the tables in `tables_folder`."""
+    files = (file for file in tables_folder().glob("*") if file.suffix in TABLE_SUFFIXES)
     return sorted({file.stem for file in files if is_name(file.stem)})
 
 
 def target(file: str | Path) -> Path:
-    """The file to which a table is written: a path as it is, for a name one in `folder`.
+    """The file to which a table is written: a path as it is, for a name one in `tables_folder`.
 
     Raises:
         ConfigError: for another kind of file.
     """
-    path = folder() / f"{file}.json" if is_name(file) else Path(file)
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"an order table is a {' or '.join(SUFFIXES)} file, got {path.name!r}")
+    path = tables_folder() / f"{file}.json" if is_name(file) else Path(file)
+    if path.suffix not in TABLE_SUFFIXES:
+        raise ConfigError(f"an order table is a {' or '.join(TABLE_SUFFIXES)} file, got {path.name!r}")
     return path
 
 
-def located(source: str | Path) -> Path:
-    """The file of a table: a path as it is, a name in `folder`.
+def table_file(source: str | Path) -> Path:
+    """The file of a table: a path as it is, a name in `tables_folder`.
 
     Raises:
         ConfigError: for a name that is not there, listing the names.
     """
     if not is_name(source):
         return Path(source)
-    for suffix in SUFFIXES:
-        if (file := folder() / f"{source}{suffix}").is_file():
+    for suffix in TABLE_SUFFIXES:
+        if (file := tables_folder() / f"{source}{suffix}").is_file():
             return file
     if not names():
         raise ConfigError(f"no order table {source!r}: none has a name yet; dlm orders learn makes one")
@@ -327,5 +327,5 @@ def _of_safetensors(path: Path) -> OrderTable:
 
 
 def _check_format(name: Any) -> None:
-    if name != FORMAT:
-        raise TypeError(f"its format is {name!r}, not {FORMAT!r}")
+    if name != TABLE_FORMAT:
+        raise TypeError(f"its format is {name!r}, not {TABLE_FORMAT!r}")

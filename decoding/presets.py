@@ -337,7 +337,7 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-GROUP = "dlm.decoders"
+DECODER_GROUP = "dlm.decoders"
 """Entry points by which other packages offer presets: the decoder's name, and where its `Preset` is."""
 
 
@@ -355,7 +355,7 @@ def _offered_on(path: tuple[str, ...]) -> Mapping[str, Preset]:
     """Those of packages on a path of Python, read once: that takes longer than a denoising step."""
     del path
     offered: dict[str, Preset] = {}
-    for point in entry_points(group=GROUP):
+    for point in entry_points(group=DECODER_GROUP):
         where = f"decoder {point.name!r} of {point.dist.name if point.dist else point.value}"
         try:
             preset = point.load()

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from dlm.errors import ConfigError, DLMError, unknown_name
 from dlm.repetition import repetition
 
-GROUP = "dlm.rewards"
+REWARD_GROUP = "dlm.rewards"
 """Entry points by which packages offer rewards: a name, and a function from the text behind "=" to one."""
 
 
@@ -141,7 +141,7 @@ def reward_named(spec: str) -> Reward:
     name, equals, argument = spec.partition("=")
     if name in REWARDS:
         return REWARDS[name](argument)
-    offered = {point.name: point for point in entry_points(group=GROUP)}
+    offered = {point.name: point for point in entry_points(group=REWARD_GROUP)}
     if name in offered:
         return offered[name].load()(argument)  # type: ignore[no-any-return]
     if ":" in name and not equals:

@@ -28,7 +28,7 @@ from dlm.weights import SINGLE, Stored, check_files, read_lazily, tensors
 
 logger = logging.getLogger(__name__)
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in places.DTYPES}
+TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in places.DTYPES}
 
 
 def load_model(
@@ -82,9 +82,9 @@ def place(device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype]:
         raise ConfigError(
             f"device {device}: there is no GPU that torch {torch.__version__} can use; give cpu"
         )
-    if dtype not in DTYPES:  # "fastest" is an older name of "auto"
+    if dtype not in TORCH_DTYPES:  # "fastest" is an older name of "auto"
         dtype = "bfloat16" if device != "cpu" or computes_bfloat16() else "float32"
-    return device, DTYPES[dtype]
+    return device, TORCH_DTYPES[dtype]
 
 
 def computes_bfloat16() -> bool:

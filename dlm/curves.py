@@ -87,11 +87,11 @@ def draw_curve(history: History) -> Any:
         eval_steps, nelbo, color=RED, marker="o", markersize=4, linestyle="--", label="validation NELBO"
     )
     axes.set(xlabel="optimiser step", ylabel="nats per answer token (1/t-weighted)")
-    plain(axes)
+    without_frame(axes)
     return figure
 
 
-def plain(axes: Any) -> None:
+def without_frame(axes: Any) -> None:
     """The look of all our plots: a light grid, a legend without a box, two spines."""
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -21,11 +21,11 @@ from filelock import FileLock, Timeout
 from dlm.adapter_files import base_of
 from dlm.pretrained import base
 from dlm.pretrained.names import ADAPTERS, located
-from dlm.pretrained.store import cache, digest, manifest, put_in_place, seal, whole, workshop
+from dlm.pretrained.store import cache, digest, is_complete, manifest, put_in_place, seal, workshop
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+MERGED_FORMAT = 1
 """Counts changes of how adapters are merged or copies are written."""
 
 
@@ -42,7 +42,7 @@ def find(path: str, dtype: str) -> Path | None:
         dtype: type of the weights, by name.
     """
     folder = _place(path, dtype)
-    return folder if manifest(folder).get("key") == _key(path) and whole(folder) else None
+    return folder if manifest(folder).get("key") == _key(path) and is_complete(folder) else None
 
 
 def keep(path: str, dtype: str, save: Callable[[Path], Any]) -> None:
@@ -65,12 +65,12 @@ def _place(path: str, dtype: str) -> Path:
 
 def _key(path: str) -> str:
     """Digest of all that the merged weights depend on."""
-    facts: list[Any] = [FORMAT, version("torch"), version("peft")]
+    facts: list[Any] = [MERGED_FORMAT, version("torch"), version("peft")]
     while is_cached(path):
         facts += [{file.name: digest(file) for file in sorted(Path(path).iterdir()) if file.is_file()}]
         parent = base_of(path)
         path = located(parent) if parent in ADAPTERS else parent
-    folder = base.folder() if path == base.NAME else Path(path)
+    folder = base.base_folder() if path == base.BASE_NAME else Path(path)
     fetched = manifest(folder).get("digests")
     stats = {file.name: file.stat() for file in sorted(folder.iterdir())} if folder.is_dir() else {}
     facts += [fetched or {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from dlm.data.windows import Batch
+from dlm.data.windows import TensorBatch
 from dlm.diffusion import corrupt, corrupt_exactly, stratified_times
 from dlm.model import IGNORE
 from dlm.noise import fold, key_of, uniform
@@ -55,7 +55,7 @@ class Blocks:
 
 
 def draws(
-    batch: Batch, slots: torch.Tensor, total: int, key: torch.Tensor, blocks: Blocks | None
+    batch: TensorBatch, slots: torch.Tensor, total: int, key: torch.Tensor, blocks: Blocks | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Randomness of a training batch.
 
@@ -77,7 +77,7 @@ def draws(
 
 
 def add_noise(
-    batch: Batch,
+    batch: TensorBatch,
     slots: torch.Tensor,
     total: int,
     seed: int,
@@ -85,7 +85,7 @@ def add_noise(
     mask_id: int,
     schedule: NoiseSchedule | None = None,
     blocks: Blocks | None = None,
-) -> Batch:
+) -> TensorBatch:
     """A training batch with its noise.
 
     Args:
@@ -109,7 +109,9 @@ def add_noise(
     return with_targets(batch, times, (schedule or LogLinear()).weight(times), noisy, mask_id, lead)
 
 
-def add_eval_noise(batch: Batch, draw: int, draws: int, mask_id: int, blocks: Blocks | None = None) -> Batch:
+def add_eval_noise(
+    batch: TensorBatch, draw: int, draws: int, mask_id: int, blocks: Blocks | None = None
+) -> TensorBatch:
     """A validation batch with noise that depends on the row's number and on `draw` (of `draws`) alone.
 
     The numbers of masks of a row are evenly spaced over its draws, and rows are offset against each other by
@@ -123,8 +125,8 @@ def add_eval_noise(batch: Batch, draw: int, draws: int, mask_id: int, blocks: Bl
 
 
 def add_exact_noise(
-    batch: Batch, level: torch.Tensor, key: torch.Tensor, mask_id: int, blocks: Blocks | None = None
-) -> Batch:
+    batch: TensorBatch, level: torch.Tensor, key: torch.Tensor, mask_id: int, blocks: Blocks | None = None
+) -> TensorBatch:
     """A batch in which a row, or each of its blocks, has a fixed number of masks (`corrupt_exactly`).
 
     `t` is their share, so that weights of 1/t give the NELBO. Over uniform levels the weighted -log p of a
@@ -164,13 +166,13 @@ def add_exact_noise(
 
 
 def with_targets(
-    batch: Batch,
+    batch: TensorBatch,
     t: torch.Tensor,
     weight: torch.Tensor,
     noisy: torch.Tensor,
     mask_id: int,
     lead: torch.Tensor | None = None,
-) -> Batch:
+) -> TensorBatch:
     """A batch with its noisy rows, what they are to become, and with what weight.
 
     Args:

@@ -24,7 +24,7 @@ from dlm.modes import share
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FILE = "token_counts.safetensors"
+COUNTS_FILE = "token_counts.safetensors"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TokenPrior:
     def save(self, folder: str | Path) -> None:
         """Write the counts into a model folder."""
         special = torch.tensor(self.special, dtype=torch.int64)
-        save_file({"counts": self.counts, "special": special}, Path(folder) / FILE)
+        save_file({"counts": self.counts, "special": special}, Path(folder) / COUNTS_FILE)
         share(folder)
 
     @classmethod
@@ -102,14 +102,14 @@ def _answer_tokens(rows: Dataset | EncodedRows) -> Iterator[np.ndarray[Any, Any]
 def _file(folder: str | Path) -> Path | None:
     """The file of counts, fetched from the hub when `folder` is none."""
     if Path(folder).is_dir():
-        file = Path(folder) / FILE
+        file = Path(folder) / COUNTS_FILE
         return file if file.is_file() else None
     missing_is_fine = {
         f"_raise_exceptions_for_{reason}": False
         for reason in ("gated_repo", "missing_entries", "connection_errors")
     }
     try:
-        path = cached_file(str(folder), FILE, **missing_is_fine)
+        path = cached_file(str(folder), COUNTS_FILE, **missing_is_fine)
     except OSError:  # no such repository
         return None
     return Path(path) if path else None

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_utils import EvalLoopOutput
 
 from dlm.checkpointing import LOG_STATE, keep_last, log_state, mark_complete
-from dlm.data.windows import Batch, EpochSampler, WindowCollator
+from dlm.data.windows import EpochSampler, TensorBatch, WindowCollator
 from dlm.ema import EMA
 from dlm.errors import ConfigError
 from dlm.model import IGNORE
@@ -118,8 +118,8 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
     # ---- noise and loss ------------------------------------------------------------------------------
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], torch.Tensor | None]:
+        self, epoch_iterator: Iterator[TensorBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[TensorBatch], torch.Tensor | None]:
         """The micro-batches of one optimiser step, with their noise, and what their loss is divided by.
 
         The divisor spans all processes, so that every token of the global batch weighs the same.
@@ -139,13 +139,13 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         count = torch.stack([self.divisor(batch) for batch in noised]).sum().to(device)
         return noised, self.accelerator.reduce(count, reduction="sum")
 
-    def with_noise(self, batch: Batch, slots: torch.Tensor, total: int, step: int) -> Batch:
+    def with_noise(self, batch: TensorBatch, slots: torch.Tensor, total: int, step: int) -> TensorBatch:
         """A batch and everything random that its loss needs; see `add_noise` for the arguments."""
         return add_noise(
             batch, slots, total, self.args.seed, step, self.mask_id, self.spec.schedule, self.blocks
         )
 
-    def divisor(self, batch: Batch) -> torch.Tensor:
+    def divisor(self, batch: TensorBatch) -> torch.Tensor:
         """Scalar, what a batch adds to the number that the global loss is divided by: its loss cells."""
         return batch["loss_mask"].sum()
 
@@ -167,7 +167,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: Batch,
+        inputs: TensorBatch,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -178,12 +178,12 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         # DDP averages gradients over processes; the sum over them is what the global count divides.
         return self.loss(model, inputs, count) * int(self.accelerator.num_processes)
 
-    def loss(self, model: torch.nn.Module, inputs: Batch, count: torch.Tensor) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, inputs: TensorBatch, count: torch.Tensor) -> torch.Tensor:
         """The summed loss of a micro-batch over the global `count` (see `divisor`)."""
         weight = inputs["weight"][inputs["targets"] != IGNORE]  # first: the host waits for what is before it
         return weighted_loss(self.token_logp(model, inputs), weight, count)
 
-    def token_logp(self, model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
+    def token_logp(self, model: torch.nn.Module, inputs: TensorBatch) -> torch.Tensor:
         """[N] log-probability of each target, in row-major order; blocks see the clean ones before them."""
         clean = {"clean_ids": inputs["input_ids"]} if self.blocks else {}
         out = model(
@@ -233,7 +233,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             for name, total in self._watched.items()
         }
 
-    def floating_point_ops(self, inputs: Batch) -> int:
+    def floating_point_ops(self, inputs: TensorBatch) -> int:
         """6 × parameters × positions: the usual estimate for one training step."""
         return int(6 * inputs["input_ids"].numel() * self._parameters)
 
@@ -251,18 +251,18 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
 
     # ---- validation ----------------------------------------------------------------------------------
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Batch]:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[TensorBatch]:
         """Validation rows in windows that are the same at every evaluation, whatever the epoch."""
         training = self.data_collator
         self.data_collator = replace(training, epoch=0)
         try:
-            return cast("DataLoader[Batch]", super().get_eval_dataloader(eval_dataset))
+            return cast("DataLoader[TensorBatch]", super().get_eval_dataloader(eval_dataset))
         finally:
             self.data_collator = training
 
     def evaluation_loop(
         self,
-        dataloader: DataLoader[Batch],
+        dataloader: DataLoader[TensorBatch],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
@@ -285,7 +285,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         named = {f"{metric_key_prefix}_{name}": value for name, value in self.metrics(rows).items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(rows))
 
-    def measure(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    def measure(self, model: torch.nn.Module, batch: TensorBatch) -> torch.Tensor:
         """[B, M] float, figures of each validation row that `metrics` makes sense of; here nats and cells."""
         draws = torch.stack([self._row_nats(model, batch, draw) for draw in range(self.eval_draws)])
         return torch.stack([draws.mean(0), batch["loss_mask"].sum(1).float()], dim=1)
@@ -296,7 +296,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         nelbo = float(nats / cells)
         return {"loss": nelbo, "nelbo": nelbo, "perplexity_bound": math.exp(min(nelbo, 700.0))}
 
-    def _row_nats(self, model: torch.nn.Module, batch: Batch, draw: int) -> torch.Tensor:
+    def _row_nats(self, model: torch.nn.Module, batch: TensorBatch, draw: int) -> torch.Tensor:
         """[B] weighted negative log-likelihood of each row at its noise level number `draw`."""
         noised = add_eval_noise(batch, draw, self.eval_draws, self.mask_id, self.blocks)
         cells = noised["targets"] != IGNORE

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dlm.errors import ConfigError, DLMError, unknown_name
-from eval.judge import Judge, Request, conclusion
+from eval.judge import Judge, JudgeRequest, conclusion
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ class _Completions:
         self.judge, self.package = judge, package
 
     def __call__(self, prompts: Sequence[str], **options: Any) -> dict[str, Any]:
-        requests = [Request(self.package.utils.prompt_to_chatml(p.strip()), options) for p in prompts]
+        requests = [JudgeRequest(self.package.utils.prompt_to_chatml(p.strip()), options) for p in prompts]
         choices = self.judge.ask(requests, "AlpacaEval")
         full = [
             {**(choice or {"message": {"content": ""}}), "text": _choice_text(choice)} for choice in choices

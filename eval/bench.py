@@ -1,6 +1,6 @@
 """Measuring decoding: ways to write the same answers, timed in turn, against named baselines.
 
-Two baselines. `plain` does what the published decoders do, as far as speed goes: logits of the whole
+Two baselines. `published_loop` does what the published decoders do, as far as speed goes: logits of the whole
 window, a softmax over the whole vocabulary, and a model call in each of the S steps. `Autoregressive` is
 `generate` of transformers with its key/value cache, on the same backbone made causal again.
 """
@@ -76,7 +76,7 @@ class Timed:
 
 
 @torch.inference_mode()
-def plain(
+def published_loop(
     model: Any, ids: torch.Tensor, mask_id: int, steps: int, kernel_size: int, top_k: int, seed: int = 0
 ) -> torch.Tensor:
     """Convolutional ancestral sampling without any saving; the baseline, and not a part of the product.
@@ -166,11 +166,11 @@ class Problem:
         return int(first.sum())
 
     def plain(self, kernel_size: int, top_k: int = 20) -> Way:
-        """The published loop, see `plain`."""
+        """The published loop, see `published_loop`."""
 
         def write(seed: int) -> tuple[int, float]:
             ids = self.rows(self.window - self.prompts.shape[1])
-            out = plain(self.model, ids, self.mask_id, self.steps, kernel_size, top_k, seed)
+            out = published_loop(self.model, ids, self.mask_id, self.steps, kernel_size, top_k, seed)
             return self.length(out), self.steps + 1
 
         return Way(f"plain, L={self.window}, S={self.steps}", write)
@@ -250,7 +250,7 @@ def as_causal(model: Any) -> Any:
     return causal.eval()
 
 
-def measure(ways: Sequence[Way], rounds: int, device: torch.device | str = "cpu") -> dict[str, list[Run]]:
+def time_ways(ways: Sequence[Way], rounds: int, device: torch.device | str = "cpu") -> dict[str, list[Run]]:
     """Let all ways write, in turn, so many rounds, after one round to warm up."""
     runs: dict[str, list[Run]] = {way.name: [] for way in ways}
     for seed in range(rounds + 1):

@@ -157,9 +157,9 @@ def rules(question: Question, answer: str) -> bool:
 
 def parallel(question: Question, answer: str) -> bool:
     """True when an answer to one of the tasks of `eval.parallel` is right."""
-    from eval.parallel import is_right
+    from eval.parallel import solves
 
-    return is_right(question.category, question.turns[0], question.reference[0], answer)
+    return solves(question.category, question.turns[0], question.reference[0], answer)
 
 
 CHECKS: dict[str, Callable[[Question, str], bool]] = {"gsm8k": gsm8k, "rules": rules, "parallel": parallel}

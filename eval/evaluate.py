@@ -176,9 +176,9 @@ class _Loaded:
         out = Instruments(log_prior=self._log_prior())
         if self.config.nelbo_draws:
             out.nelbo = self.nelbo(questions)
-        from eval.fluency import Reader, base_of
+        from eval.fluency import Reader, reader_of
 
-        path = base_of(self.config.model) if self.config.reader == "base" else self.config.reader
+        path = reader_of(self.config.model) if self.config.reader == "base" else self.config.reader
         if path:
             out.reader = Reader(path, *self.place)
             out.band = self._band(out.reader, questions)

@@ -65,7 +65,7 @@ class Reader:
         ]
 
 
-def base_of(model: str) -> str:
+def reader_of(model: str) -> str:
     """The autoregressive checkpoint that training began with, by what runs and adapters record.
 
     Empty where there are no records, or what they name is not an autoregressive model that is still there.

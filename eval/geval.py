@@ -10,7 +10,7 @@ from typing import Any
 
 from dlm.errors import DLMError, unknown_name
 from eval.answers import Answer
-from eval.judge import Judge, Request, conclusion
+from eval.judge import Judge, JudgeRequest, conclusion
 from eval.statistics import estimate
 from eval.tasks import Question
 
@@ -69,7 +69,7 @@ def score(
     for question in answered:
         texts = {"instruction": question.turns[0], "answer": answers[question.id, 0].text}
         text = PROMPT.format(aspect=aspect, meaning=ASPECTS[aspect], **texts)
-        requests.append(Request([{"role": "user", "content": text}], options))
+        requests.append(JudgeRequest([{"role": "user", "content": text}], options))
     choices = judge.ask(requests, f"G-Eval, {aspect}")
     ratings = [None if choice is None else expected_score(choice) for choice in choices]
     scores = {q.id: value for q, value in zip(answered, ratings, strict=True) if value is not None}

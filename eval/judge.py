@@ -41,7 +41,7 @@ def conclusion(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Request:
+class JudgeRequest:
     """One thing to ask.
 
     Attributes:
@@ -54,7 +54,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Price:
     """Requests and tokens that asking would take.
 
     Attributes:
@@ -81,7 +81,7 @@ class Estimate:
 class DryRunError(DLMError):
     """Asked for an estimate only; carries it."""
 
-    def __init__(self, estimate: Estimate) -> None:
+    def __init__(self, estimate: Price) -> None:
         super().__init__(f"dry run: {estimate}")
         self.estimate = estimate
 
@@ -99,7 +99,7 @@ class Judge:
         self.last_failure = ""
         self._client: Connection | None = None
 
-    def ask(self, requests: Sequence[Request], label: str = "judge") -> list[dict[str, Any] | None]:
+    def ask(self, requests: Sequence[JudgeRequest], label: str = "judge") -> list[dict[str, Any] | None]:
         """The choice that each request got, as the endpoint gave it; None where there is none in the end.
 
         Raises:
@@ -126,20 +126,20 @@ class Judge:
             )
         return choices
 
-    def estimate(self, requests: Sequence[Request]) -> Estimate:
+    def estimate(self, requests: Sequence[JudgeRequest]) -> Price:
         """Requests and tokens that asking would take."""
         new = [r for file, r in {self._file(r): r for r in requests}.items() if not file.exists()]
         read = sum(len(m["content"]) for r in new for m in r.messages) // CHARACTERS
         write = sum(int(r.options.get("max_tokens", 1024)) for r in new)
         dollars = (read * self.config.price_in + write * self.config.price_out) / 1e6
-        return Estimate(len(new), read, write, dollars)
+        return Price(len(new), read, write, dollars)
 
-    def _file(self, request: Request) -> Path:
+    def _file(self, request: JudgeRequest) -> Path:
         asks = [self.config.url, self.config.model, request.messages, request.options]
         key = hashlib.sha256(json.dumps(asks, sort_keys=True).encode()).hexdigest()
         return self.folder / key[:2] / f"{key}.json"
 
-    def _one(self, request: Request) -> dict[str, Any] | None:
+    def _one(self, request: JudgeRequest) -> dict[str, Any] | None:
         file = self._file(request)
         try:
             stored = read_object(file)
@@ -160,7 +160,7 @@ class Judge:
                 time.sleep(pause)
         return None
 
-    def _asked(self, request: Request) -> dict[str, Any]:
+    def _asked(self, request: JudgeRequest) -> dict[str, Any]:
         import openai
 
         assert self._client is not None  # `ask` has made it

@@ -16,7 +16,7 @@ from torch.distributions import Categorical
 from transformers import PreTrainedTokenizerBase
 
 from decoding.rows import Prompt
-from dlm.curves import BLUE, GREEN, ORANGE, PINK, RED, plain
+from dlm.curves import BLUE, GREEN, ORANGE, PINK, RED, without_frame
 from dlm.errors import ConfigError
 from dlm.prior import TokenPrior
 from dlm.tokenizer import as_messages, encode_prompt, encode_text
@@ -184,7 +184,7 @@ def draw_decoding_windows(measured: dict[str, DecodingWindow], top: int = 100) -
             axes.plot(masses, linestyle=line, color=colour, linewidth=1.6, label=label)
         axes.set(xlabel="distance from the prompt, tokens", title=title)
         axes.set_ylim(bottom=0)
-        plain(axes)
+        without_frame(axes)
         axes.get_legend().remove()
     panels[0].set(ylabel="mean probability")
     handles, labels = panels[0].get_legend_handles_labels()

@@ -15,7 +15,7 @@ from dlm.data.records import read_records
 from dlm.errors import ConfigError, DataError, DLMError
 from dlm.tokenizer import Message
 from eval.answers import ByTurn
-from eval.judge import Judge, Request, Tally, conclusion
+from eval.judge import Judge, JudgeRequest, Tally, conclusion
 from eval.statistics import estimate
 from eval.tasks import FASTCHAT, Question, with_references
 
@@ -30,14 +30,14 @@ _WINNERS: dict[str, Winner] = {"A": "A", "B": "B", "C": "tie"}
 
 
 @dataclass(frozen=True)
-class Prompt:
+class JudgePrompt:
     """One of the judge's prompts."""
 
     system: str
     template: str
 
 
-def load_prompts(path: str = "") -> dict[str, Prompt]:
+def load_prompts(path: str = "") -> dict[str, JudgePrompt]:
     """The judge's prompts by name; from FastChat's repository, or a local copy.
 
     Raises:
@@ -54,7 +54,7 @@ def load_prompts(path: str = "") -> dict[str, Prompt]:
         except (OSError, ValueError) as error:
             raise DataError(f"MT-Bench's prompts could not be fetched ({error}); give --prompts") from error
     try:
-        return {row["name"]: Prompt(row["system_prompt"], row["prompt_template"]) for row in rows}
+        return {row["name"]: JudgePrompt(row["system_prompt"], row["prompt_template"]) for row in rows}
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: not MT-Bench's judge prompts ({error!r})") from error
 
@@ -80,7 +80,7 @@ def load_references(questions: Sequence[Question], path: str = "") -> list[Quest
         raise DataError(f"MT-Bench's references could not be fetched ({error}); give --references") from error
 
 
-def _filled(prompt: Prompt, **texts: str) -> list[Message]:
+def _filled(prompt: JudgePrompt, **texts: str) -> list[Message]:
     return [
         {"role": "system", "content": prompt.system},
         {"role": "user", "content": prompt.template.format(**texts)},
@@ -93,7 +93,7 @@ def _kind(question: Question, turn: int, base: str) -> str:
     return f"{base}{maths}{'-multi-turn' if turn else ''}"
 
 
-def _turn_prompt(prompts: dict[str, Prompt], question: Question, turn: int, base: str) -> Prompt:
+def _turn_prompt(prompts: dict[str, JudgePrompt], question: Question, turn: int, base: str) -> JudgePrompt:
     if len(question.turns) > 2:
         raise ConfigError(
             f"question {question.id} has {len(question.turns)} turns; MT-Bench's prompts know two"
@@ -150,7 +150,9 @@ class Grades:
     tally: dict[str, int]
 
 
-def grade(questions: Sequence[Question], by_key: ByTurn, judge: Judge, prompts: dict[str, Prompt]) -> Grades:
+def grade(
+    questions: Sequence[Question], by_key: ByTurn, judge: Judge, prompts: dict[str, JudgePrompt]
+) -> Grades:
     """Grade every turn of every question that has answers."""
     asked_turns, requests = [], []
     for question in questions:
@@ -161,7 +163,7 @@ def grade(questions: Sequence[Question], by_key: ByTurn, judge: Judge, prompts: 
                 texts = answers if turn else {"answer": by_key[question.id, 0].text}
                 asked_turns.append((question, turn))
                 requests.append(
-                    Request(_filled(prompt, **_turn_texts(question, turn), **texts), JUDGE_OPTIONS)
+                    JudgeRequest(_filled(prompt, **_turn_texts(question, turn), **texts), JUDGE_OPTIONS)
                 )
     tally = Tally()
     values = tally.read(judge.ask(requests, "MT-Bench"), read_grade)
@@ -220,7 +222,11 @@ class Pairs:
 
 
 def compare(
-    questions: Sequence[Question], first: ByTurn, second: ByTurn, judge: Judge, prompts: dict[str, Prompt]
+    questions: Sequence[Question],
+    first: ByTurn,
+    second: ByTurn,
+    judge: Judge,
+    prompts: dict[str, JudgePrompt],
 ) -> Pairs:
     """Compare two systems turn by turn, each pair in both orders."""
     requests, keys = [], []
@@ -232,7 +238,7 @@ def compare(
                 for a, b in ((first, second), (second, first)):
                     texts = _both(question, turn, a, b)
                     requests.append(
-                        Request(_filled(prompt, **_turn_texts(question, turn), **texts), JUDGE_OPTIONS)
+                        JudgeRequest(_filled(prompt, **_turn_texts(question, turn), **texts), JUDGE_OPTIONS)
                     )
     tally = Tally()
     winners: list[Winner | None] = []

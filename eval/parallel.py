@@ -110,7 +110,7 @@ def _is_latin(instruction: str, reference: list[str], answer: list[str]) -> bool
     return all(sorted(line) == ["A", "B", "C", "D"] for line in lines)
 
 
-TASKS: dict[str, ParallelTask] = {
+PARALLEL_TASKS: dict[str, ParallelTask] = {
     "copy": ParallelTask(_copy, _same),
     "reverse": ParallelTask(_reverse, _same),
     "insert": ParallelTask(_insert, _same),
@@ -124,13 +124,13 @@ TASKS: dict[str, ParallelTask] = {
 
 def examples(count: int, seed: int = 0) -> list[tuple[str, str, str]]:
     """Task, instruction and a right answer, the kinds in turn; the same for the same seed."""
-    rng, names = random.Random(seed), list(TASKS)
-    return [(name, *TASKS[name].make(rng)) for name in (names[i % len(names)] for i in range(count))]
+    rng, names = random.Random(seed), list(PARALLEL_TASKS)
+    return [(name, *PARALLEL_TASKS[name].make(rng)) for name in (names[i % len(names)] for i in range(count))]
 
 
-def is_right(task: str, instruction: str, reference: str, answer: str) -> bool:
+def solves(task: str, instruction: str, reference: str, answer: str) -> bool:
     """True when an answer is right, be it the reference or another."""
-    return TASKS[task].check(instruction, reference.split(), answer.split())
+    return PARALLEL_TASKS[task].check(instruction, reference.split(), answer.split())
 
 
 @dataclass(frozen=True)

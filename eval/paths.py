@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dlm.curves import plain
+from dlm.curves import without_frame
 from dlm.data.encode import encode_rows
 from dlm.data.rows import load_rows
 from dlm.errors import ConfigError, DataError
@@ -158,7 +158,7 @@ def draw(runs: Sequence[PathRun]) -> Any:
         panel.set_xlabel("model calls per answer")
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        plain(panel)
+        without_frame(panel)
         panel.get_legend().remove()
     panels[0].set_ylabel("nats per token of the true answer")
     handles, labels = panels[0].get_legend_handles_labels()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlm.data.records import SUFFIXES, read_records
+from dlm.data.records import RECORD_SUFFIXES, read_records
 from dlm.data.rows import instruction_text, question_and_answer
 from dlm.errors import ConfigError, DataError, unknown_name
 
@@ -221,8 +221,8 @@ def _question(task: Task, row: Any, index: int, where: str) -> Question:
 
 def _rows(task: Task, name: str, data: str) -> Iterator[Any]:
     if data:
-        if not data.endswith(SUFFIXES):
-            raise ConfigError(f"--data must be a {' or '.join(SUFFIXES)} file, got {data}")
+        if not data.endswith(RECORD_SUFFIXES):
+            raise ConfigError(f"--data must be a {' or '.join(RECORD_SUFFIXES)} file, got {data}")
         if not Path(data).is_file():
             raise DataError(f"{data}: no such file")
         yield from read_records(Path(data))

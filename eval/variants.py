@@ -121,7 +121,7 @@ def number(text: str, name: str, window: int = 0) -> int | float:
     return int(value) if value == int(value) else value
 
 
-def whole(values: Sequence[float], name: str) -> list[int]:
+def whole_numbers(values: Sequence[float], name: str) -> list[int]:
     """The values as whole numbers of at least 1.
 
     Raises:
@@ -158,7 +158,10 @@ def variants(
     """
     out: list[Variant] = []
     paces = list(_paces(window, steps, max_tokens, rate))
-    values, cuts = whole(listed(kernel, "kernel", window), "kernel"), whole(listed(top_k, "top_k"), "top_k")
+    values, cuts = (
+        whole_numbers(listed(kernel, "kernel", window), "kernel"),
+        whole_numbers(listed(top_k, "top_k"), "top_k"),
+    )
     sizes = list(zip(values, ("L" in part for part in kernel.split(",")), strict=False))
     for name, options in parse_decoders(decoders):
         for size_options, pace in itertools.product(_option_grid(name, sizes, cuts), paces):
@@ -173,7 +176,7 @@ def variants(
 
 
 def _paces(window: int, steps: str, max_tokens: int, rate: str) -> Iterator[dict[str, Any]]:
-    fixed, rates = whole(listed(steps, "steps", window), "steps"), listed(rate, "rate")
+    fixed, rates = whole_numbers(listed(steps, "steps", window), "steps"), listed(rate, "rate")
     if any(value < 1 for value in rates):
         raise ConfigError(f"rate must be at least 1 token per model call, got {min(rates):g}")
     if fixed and (rates or max_tokens):

@@ -18,7 +18,7 @@ from decoding.presets import Decoder
 from decoding.sampler import Sampler
 from dlm.checkpoint import load_model
 from dlm.errors import CheckpointError
-from dlm.pretrained.base import NAME, is_there
+from dlm.pretrained.base import BASE_NAME, is_there
 from dlm.pretrained.names import located
 from examples.coloured import coloured, legend
 
@@ -56,7 +56,7 @@ def ask(samplers: dict[str, Sampler], instruction: str, console: Console) -> Non
 def fetch(console: Console) -> int:
     """See to it that the base is there, before anything that takes minutes."""
     try:
-        console.print(f"{NAME}: {located(NAME)}", highlight=False)
+        console.print(f"{BASE_NAME}: {located(BASE_NAME)}", highlight=False)
     except CheckpointError as error:
         console.print("[red]The default model will be left out:[/red]", escape(str(error)), highlight=False)
         return 1

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from dlm.data.windows import Batch
+from dlm.data.windows import TensorBatch
 from dlm.noise import fold, key_of
 from dlm.prior import TokenPrior
 from dlm.trainer import DiffusionTrainer
@@ -56,33 +56,33 @@ class ContrastTrainer(DiffusionTrainer):
 
     # ---- what an objective gives ---------------------------------------------------------------------
 
-    def contrasted(self, batch: Batch, key: torch.Tensor) -> Batch:
+    def contrasted(self, batch: TensorBatch, key: torch.Tensor) -> TensorBatch:
         """A batch and its contrast, under noise keys [B]."""
         raise NotImplementedError
 
-    def rows(self, model: torch.nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(self, model: torch.nn.Module, inputs: TensorBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """[B] loss of each row, and [B, F] its `FIGURES`, without gradient; NaN where a row has none."""
         raise NotImplementedError
 
     # ---- what a batch needs --------------------------------------------------------------------------
 
-    def with_noise(self, batch: Batch, slots: torch.Tensor, total: int, step: int) -> Batch:
+    def with_noise(self, batch: TensorBatch, slots: torch.Tensor, total: int, step: int) -> TensorBatch:
         """A batch and its contrast, which depends on (seed, step, place in the global batch) alone."""
         del total
         return self.contrasted(
             batch, fold(key_of(self.args.seed, "negative", step, device=slots.device), slots)
         )
 
-    def with_validation_noise(self, batch: Batch) -> Batch:
+    def with_validation_noise(self, batch: TensorBatch) -> TensorBatch:
         """A batch and its contrast, which depends on the number of each row alone."""
         rows = batch["row"]
         return self.contrasted(batch, fold(key_of("validation negative", device=rows.device), rows))
 
-    def divisor(self, batch: Batch) -> torch.Tensor:
+    def divisor(self, batch: TensorBatch) -> torch.Tensor:
         """The rows of the batch: every row weighs the same."""
         return torch.tensor(len(batch["row"]), device=batch["row"].device)
 
-    def contrast(self, batch: Batch, key: torch.Tensor) -> Contrast:
+    def contrast(self, batch: TensorBatch, key: torch.Tensor) -> Contrast:
         """The contrast of a batch with its negatives by rule, under noise keys [B]."""
         device = batch["input_ids"].device
         return make_negative(
@@ -100,7 +100,7 @@ class ContrastTrainer(DiffusionTrainer):
 
     # ---- loss ----------------------------------------------------------------------------------------
 
-    def loss(self, model: torch.nn.Module, inputs: Batch, count: torch.Tensor) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, inputs: TensorBatch, count: torch.Tensor) -> torch.Tensor:
         """The summed loss of a micro-batch over the global number of rows."""
         losses, figures = self.rows(model, inputs)
         for name, values in zip(self.FIGURES, figures.unbind(1), strict=True):
@@ -119,7 +119,7 @@ class ContrastTrainer(DiffusionTrainer):
 
     # ---- validation ----------------------------------------------------------------------------------
 
-    def measure(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    def measure(self, model: torch.nn.Module, batch: TensorBatch) -> torch.Tensor:
         """[B, 3 + F]: nats and cells for the NELBO, then the loss and the figures."""
         loss, figures = self.rows(model, self.with_validation_noise(batch))
         return torch.cat([super().measure(model, batch), loss[:, None], figures], dim=1)

@@ -80,7 +80,7 @@ def bad_loss(gain: torch.Tensor, theta: float, alpha: float = 0.0, floor: float 
     return (1 - alpha) * F.softplus(log_ratio(gain, theta, alpha, floor))
 
 
-def divergence(gain: torch.Tensor, theta: float) -> torch.Tensor:
+def ratio_loss(gain: torch.Tensor, theta: float) -> torch.Tensor:
     """e^s s - e^s + 1, whose mean over answers of the reference is KL(p ‖ p_ref).
 
     The mean over the reference is θ times that over good answers and 1-θ times that over bad ones, so no

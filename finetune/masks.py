@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from decoding.window import Convolution
-from dlm.data.windows import Batch
+from dlm.data.windows import TensorBatch
 from dlm.model import IGNORE
 from dlm.noise import fold, key_of, uniform
 from dlm.noising import Blocks, draws, with_targets
@@ -14,7 +14,7 @@ Weighted = tuple[torch.Tensor, torch.Tensor]
 """[B, L] bool masks, and [B, L] float32 weights of their -log p."""
 
 
-def path_masks(batch: Batch, share: torch.Tensor, key: torch.Tensor, kernel_size: int) -> Weighted:
+def path_masks(batch: TensorBatch, share: torch.Tensor, key: torch.Tensor, kernel_size: int) -> Weighted:
     """Masks as a convolutional decoder meets them on its way to the true answer.
 
     Positions are written one by one, drawn in proportion to the window weight w (first hitting with equal
@@ -55,8 +55,8 @@ def path_masks(batch: Batch, share: torch.Tensor, key: torch.Tensor, kernel_size
 
 
 def path_noise(
-    batch: Batch, slots: torch.Tensor, total: int, seed: int, step: int, mask_id: int, kernel_size: int
-) -> Batch:
+    batch: TensorBatch, slots: torch.Tensor, total: int, seed: int, step: int, mask_id: int, kernel_size: int
+) -> TensorBatch:
     """A training batch whose masks are those of `path_masks`; arguments as for `dlm.noising.add_noise`."""
     key = key_of(seed, "path", step, device=slots.device)
     share = torch.remainder(uniform(key, -1).double() + slots.double() / total, 1.0)
@@ -67,14 +67,14 @@ def path_noise(
 
 
 def complementary_noise(
-    batch: Batch,
+    batch: TensorBatch,
     slots: torch.Tensor,
     total: int,
     seed: int,
     step: int,
     mask_id: int,
     blocks: Blocks | None = None,
-) -> Batch:
+) -> TensorBatch:
     """A training batch of twice the rows: masks with probability m, then all others, of probability 1 - m.
 
     Both halves are samples of the forward process, with m and 1 - m in place of the time, so that weights of

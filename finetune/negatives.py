@@ -38,7 +38,7 @@ class Contrast:
 
 
 @dataclass(frozen=True)
-class Layout:
+class AnswerLayout:
     """Which cells of each row are masked, and where the context of the repeated units is."""
 
     masked: torch.Tensor
@@ -63,7 +63,7 @@ class Material:
 
     ids: torch.Tensor
     """[B, L] int64, clean rows."""
-    layout: Layout
+    layout: AnswerLayout
     size: torch.Tensor
     """[B] int64, length of the unit."""
     frequent: torch.Tensor
@@ -202,7 +202,7 @@ def _layout(
     real: torch.Tensor,
     draws: _Draws,
     rules: NegativeConfig,
-) -> Layout:
+) -> AnswerLayout:
     """Behind a cut for rows with a prompt; inside or outside a span for the others."""
     position = torch.arange(real.shape[1], device=real.device)
     span = draws.integer("span", rules.span_min, rules.span_max)
@@ -222,7 +222,7 @@ def _layout(
     masked = torch.where(outside[:, None], ~held & real, masked)
     near = masked & (position < (cut + span)[:, None])
     nothing = torch.zeros_like(cut)
-    return Layout(
+    return AnswerLayout(
         masked=masked,
         span=torch.where(text[:, None], masked, near),
         left=torch.where(inside, a, torch.where(outside, b, cut)),
@@ -233,7 +233,7 @@ def _layout(
     )
 
 
-def _choose(u: torch.Tensor, layout: Layout, rules: NegativeConfig) -> torch.Tensor:
+def _choose(u: torch.Tensor, layout: AnswerLayout, rules: NegativeConfig) -> torch.Tensor:
     """[B] a rule for each row, by weight among those for which the row has material; else `run`."""
     weight = (
         torch.tensor([getattr(rules, name) for name in RULES], device=u.device).expand(len(u), -1).clone()
@@ -250,7 +250,7 @@ def _choose(u: torch.Tensor, layout: Layout, rules: NegativeConfig) -> torch.Ten
 
 def _units(
     ids: torch.Tensor,
-    layout: Layout,
+    layout: AnswerLayout,
     rule_index: torch.Tensor,
     draws: _Draws,
     rules: NegativeConfig,
@@ -281,7 +281,7 @@ def _frequent(u: torch.Tensor, frequent: torch.Tensor, counts: torch.Tensor | No
 def _early_eos(
     ids: torch.Tensor,
     length: torch.Tensor,
-    layout: Layout,
+    layout: AnswerLayout,
     draws: _Draws,
     rules: NegativeConfig,
     eos_id: int,

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from dlm.data.preferences import PreferenceCollator, joined
-from dlm.data.windows import Batch
+from dlm.data.windows import TensorBatch
 from dlm.diffusion import stratified_times
 from dlm.errors import DataError
 from dlm.model import IGNORE
@@ -24,7 +24,7 @@ from dlm.noise import fold, key_of, uniform
 from dlm.noising import GOLDEN, add_exact_noise
 from finetune.contrast import ContrastTrainer
 from finetune.contrast_config import ObjectiveConfig
-from finetune.density_ratio import bad_loss, divergence, good_loss, widened
+from finetune.density_ratio import bad_loss, good_loss, ratio_loss, widened
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class DDRO:
         ratio = (self.theta, self.alpha, self.floor)
         good, bad = good_loss(gains.good, *ratio), bad_loss(gains.bad, *ratio)
         if self.kl:
-            good = good + self.kl * self.theta * divergence(gains.good, self.theta)
-            bad = bad + self.kl * (1 - self.theta) * divergence(gains.bad, self.theta)
+            good = good + self.kl * self.theta * ratio_loss(gains.good, self.theta)
+            bad = bad + self.kl * (1 - self.theta) * ratio_loss(gains.bad, self.theta)
         return gains.good_weight * good + gains.bad_weight * bad
 
 
@@ -131,23 +131,23 @@ class PreferenceTrainer(ContrastTrainer):
 
     # ---- what a batch needs --------------------------------------------------------------------------
 
-    def with_noise(self, batch: Batch, slots: torch.Tensor, total: int, step: int) -> Batch:
+    def with_noise(self, batch: TensorBatch, slots: torch.Tensor, total: int, step: int) -> TensorBatch:
         """See `ContrastTrainer`; with the noise levels of the rows."""
         offset = uniform(key_of(self.args.seed, "gain", step, device=slots.device), 0)
         level = stratified_times(offset, slots, total, t_min=0.0)
         return super().with_noise(batch, slots, total, step) | {"level": level}
 
-    def with_validation_noise(self, batch: Batch) -> Batch:
+    def with_validation_noise(self, batch: TensorBatch) -> TensorBatch:
         """See `ContrastTrainer`; with the noise levels of the rows."""
         level = torch.remainder(batch["row"].double() * GOLDEN, 1.0)
         return super().with_validation_noise(batch) | {"level": level}
 
-    def contrasted(self, batch: Batch, key: torch.Tensor) -> Batch:
+    def contrasted(self, batch: TensorBatch, key: torch.Tensor) -> TensorBatch:
         """See `ContrastTrainer`; with both answers of the rows."""
         pair = batch if isinstance(self.data_collator, PreferenceCollator) else self.ruled(batch, key)
         return {**pair, "key": fold(key, key_of("gain", device=key.device))}
 
-    def ruled(self, batch: Batch, key: torch.Tensor) -> Batch:
+    def ruled(self, batch: TensorBatch, key: torch.Tensor) -> TensorBatch:
         """Rows whose good and bad answers are the true and the wrong tokens of one masked stretch."""
         contrast = self.contrast(batch, key)
         ids, span = batch["input_ids"], contrast.span
@@ -170,7 +170,7 @@ class PreferenceTrainer(ContrastTrainer):
 
     # ---- loss ----------------------------------------------------------------------------------------
 
-    def rows(self, model: torch.nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(self, model: torch.nn.Module, inputs: TensorBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """See `ContrastTrainer`."""
         paired = "rejected_input_ids" in inputs
         gain = self.gain(model, joined(inputs) if paired else inputs)
@@ -184,7 +184,7 @@ class PreferenceTrainer(ContrastTrainer):
         """Share of the training rows that have a bad answer: 1 unless answers are unpaired."""
         return 1 - self.good_share if self._unpaired else 1.0
 
-    def gain(self, model: torch.nn.Module, answers: Batch) -> torch.Tensor:
+    def gain(self, model: torch.nn.Module, answers: TensorBatch) -> torch.Tensor:
         """[N] s of each answer, the mean over draws of noise, which model and reference share.
 
         Args:
@@ -194,7 +194,7 @@ class PreferenceTrainer(ContrastTrainer):
         draws = self.objective.draws
         return torch.stack([self._gain(model, answers, draw / draws) for draw in range(draws)]).mean(0)
 
-    def _gain(self, model: torch.nn.Module, answers: Batch, shift: float) -> torch.Tensor:
+    def _gain(self, model: torch.nn.Module, answers: TensorBatch, shift: float) -> torch.Tensor:
         """[N] s under one draw of masks, whose level is moved by `shift`."""
         level = torch.remainder(answers["level"].double() + shift, 1.0)
         key = fold(answers["key"], round(shift * self.objective.draws))
@@ -209,7 +209,7 @@ class PreferenceTrainer(ContrastTrainer):
 
     # ---- validation ----------------------------------------------------------------------------------
 
-    def measure(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    def measure(self, model: torch.nn.Module, batch: TensorBatch) -> torch.Tensor:
         """See `ContrastTrainer`; of bad answers without a good one, the NELBO does not count."""
         measured = super().measure(model, batch)
         if self._unpaired:

@@ -20,7 +20,7 @@ from dlm.curves import Draw
 from dlm.data.encode import EncodingReport, encode_rows
 from dlm.data.preferences import PreferenceCollator, are_pairs, encode_preferences, load_preferences
 from dlm.data.rows import load_rows
-from dlm.data.windows import Batch, WindowCollator
+from dlm.data.windows import TensorBatch, WindowCollator
 from dlm.errors import ConfigError, DataError, DLMError
 from dlm.model import IGNORE, MaskedDiffusionModel
 from dlm.noising import Blocks
@@ -140,7 +140,7 @@ class R2FTTrainer(ContrastTrainer):
     def __init__(self, model: Any, *, objective: ObjectiveConfig, **kwargs: Any) -> None:
         super().__init__(model, objective=objective, referred=objective.reference, **kwargs)
 
-    def contrasted(self, batch: Batch, key: torch.Tensor) -> Batch:
+    def contrasted(self, batch: TensorBatch, key: torch.Tensor) -> TensorBatch:
         """See `ContrastTrainer`; the rows with masks, and both candidates for each of them."""
         contrast = self.contrast(batch, key)
         candidates = torch.stack([contrast.targets, contrast.rejected], dim=-1)
@@ -149,7 +149,7 @@ class R2FTTrainer(ContrastTrainer):
             candidates = candidates.masked_fill(~writable(masked, self.blocks)[..., None], IGNORE)
         return {**batch, "noisy_ids": contrast.noisy_ids, "candidates": candidates}
 
-    def rows(self, model: torch.nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(self, model: torch.nn.Module, inputs: TensorBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """See `ContrastTrainer`."""
         cells = inputs["candidates"] != IGNORE  # [B, L, 2]
         logp = self._logp(model, inputs, cells)
@@ -168,7 +168,7 @@ class R2FTTrainer(ContrastTrainer):
         )  # fmt: skip
         return loss, contrast_figures(logp.detach().sum(1), n)
 
-    def _logp(self, model: torch.nn.Module, inputs: Batch, cells: torch.Tensor) -> torch.Tensor:
+    def _logp(self, model: torch.nn.Module, inputs: TensorBatch, cells: torch.Tensor) -> torch.Tensor:
         """[B, L, 2] log-probability of both candidates, 0 where there is none; one forward pass."""
         out = model(
             input_ids=inputs["noisy_ids"],

@@ -22,7 +22,7 @@ from dlm.adapter import merged
 from dlm.curves import CurveCallback, Draw, draw_curve
 from dlm.data.config import DataConfig
 from dlm.data.encode import EncodingReport, encode_rows
-from dlm.data.encoded import SUFFIX, EncodedRows
+from dlm.data.encoded import ENCODED_SUFFIX, EncodedRows
 from dlm.data.rows import load_rows
 from dlm.data.rules import rule_rows
 from dlm.data.windows import WindowCollator
@@ -191,7 +191,7 @@ def split_rows(data: DataConfig, seed: int, load: Load = load_rows) -> tuple[Dat
     if data.source == "rules":  # made by rule, with splits of their own
         held_out = rule_rows(max(1, data.validation_rows), seed, "validation")
         return rule_rows(data.limit or 20_000, seed), held_out.select(range(data.validation_rows))
-    encoded = data.source.endswith(SUFFIX)
+    encoded = data.source.endswith(ENCODED_SUFFIX)
     rows: Any = EncodedRows.load(data.source) if encoded else load(data.source, data.split)
     rows = rows.select(range(min(data.limit, len(rows)))) if data.limit else rows
     if data.validation_rows >= len(rows):

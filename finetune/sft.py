@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from dlm.data.windows import Batch
+from dlm.data.windows import TensorBatch
 from dlm.errors import ConfigError
 from dlm.model import IGNORE, MaskedDiffusionModel
 from dlm.noise import fold, key_of, uniform
@@ -51,7 +51,7 @@ class SFTTrainer(DiffusionTrainer):
         if masks.autoregressive and not self.spec.shift:
             raise ConfigError("masks.autoregressive is for models with a shift; others see what they predict")
 
-    def with_noise(self, batch: Batch, slots: torch.Tensor, total: int, step: int) -> Batch:
+    def with_noise(self, batch: TensorBatch, slots: torch.Tensor, total: int, step: int) -> TensorBatch:
         """See `DiffusionTrainer`."""
         seed = self.args.seed
         if self.masks.complementary:
@@ -66,7 +66,7 @@ class SFTTrainer(DiffusionTrainer):
         names = ("t", "noisy_ids", "targets", "weight")
         return plain | {name: plain[name].clone().index_copy_(0, chosen, path[name]) for name in names}
 
-    def loss(self, model: torch.nn.Module, inputs: Batch, count: torch.Tensor) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, inputs: TensorBatch, count: torch.Tensor) -> torch.Tensor:
         """See `DiffusionTrainer`; with the autoregressive loss per token, if it has a weight."""
         nelbo = super().loss(model, inputs, count)
         if not self.masks.autoregressive:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from decoding.presets import Decoder
-from dlm.curves import BLUE, GREEN, GREY, RED, History, plain, series, smooth
+from dlm.curves import BLUE, GREEN, GREY, RED, History, series, smooth, without_frame
 from dlm.repetition import repetition, stutter
 from dlm.trainer import DiffusionTrainer
 from finetune.config import R2FTConfig
@@ -158,7 +158,7 @@ def _mark_best(panels: Iterable[Any], best: float | None) -> None:
     for axes in panels:
         if best is not None:
             axes.axvline(best, color=GREY, linewidth=0.8)
-        plain(axes)
+        without_frame(axes)
 
 
 def kept_step(history: History, tolerance: float, objective: str = "r2ft") -> float | None:

@@ -36,7 +36,7 @@ from serve.server import make_worker
 
 logger = logging.getLogger("serve")
 
-NAME = "dlm"
+APP_NAME = "dlm"
 """Of the application in Ray Serve."""
 
 LOST = (RayActorError, WorkerCrashedError, RayServeException)
@@ -225,7 +225,7 @@ class Cluster:
         self._stopping.wait()
         if joins() and ray.is_initialized():  # a cluster of its own ends as a whole
             with contextlib.suppress(Exception):
-                ray_serve.delete(NAME)
+                ray_serve.delete(APP_NAME)
         ray.shutdown()
 
 
@@ -245,9 +245,9 @@ def deploy(config: ServeConfig) -> Any:
     format_of(located(config.model))
     start_ray(config)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus, gpus = share(config, nodes)
+    cpus, gpus = placement(config, nodes)
     try:
-        return ray_serve.run(deployment(config, cpus, gpus), name=NAME, route_prefix=None)
+        return ray_serve.run(deployment(config, cpus, gpus), name=APP_NAME, route_prefix=None)
     except (RayError, RayServeException, RuntimeError) as error:
         raise DLMError(f"the replicas did not start: {_cause(error)}") from error
 
@@ -281,7 +281,7 @@ def start_ray(config: ServeConfig) -> None:
     ray_serve.start(proxy_location="Disabled")
 
 
-def share(config: ServeConfig, nodes: Sequence[dict[str, float]]) -> tuple[int, int]:
+def placement(config: ServeConfig, nodes: Sequence[dict[str, float]]) -> tuple[int, int]:
     """CPUs and GPUs of one replica: one GPU where there are any, and an equal part of the CPUs.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import StaticCache
 
-from eval.bench import Timed, as_causal, plain
+from eval.bench import Timed, as_causal, published_loop
 
 __all__ = ["Graphed", "Timed", "as_causal", "autoregressive", "published"]
 
@@ -20,7 +20,7 @@ def published(model: Any, prompts: torch.Tensor, window: int, steps: int, tokens
     ids = torch.cat([prompts, room], dim=1)
 
     def write() -> int:
-        plain(model, ids, mask, steps, window // 4 // 2 * 2 + 1, 20)
+        published_loop(model, ids, mask, steps, window // 4 // 2 * 2 + 1, 20)
         return tokens * len(prompts)
 
     return write

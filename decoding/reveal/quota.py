@@ -24,7 +24,7 @@ _EPS = 1e-3
 """The time at which the spread "remaining" ends."""
 
 
-def certainty(logits: torch.Tensor, choice: Choice, tokens: TokenRule, order: Order) -> torch.Tensor:
+def order_score(logits: torch.Tensor, choice: Choice, tokens: TokenRule, order: Order) -> torch.Tensor:
     """[N, V] -> [N], certainty of each position in [0, 1]."""
     if order == "confidence":
         return choice.probability
@@ -84,7 +84,7 @@ class Quota(RevealRule):
     ) -> torch.Tensor:
         """[N] certainty by the rule's order; see `RevealRule`."""
         del state
-        return certainty(logits, choice, tokens, self.order)
+        return order_score(logits, choice, tokens, self.order)
 
     def needs(self, view: StepView) -> torch.Tensor:
         """[b, W] bool, the open positions; all masks of a row whose open ones do not fill the quota."""

@@ -27,7 +27,7 @@ from dlm.tokenizer import encode_prompt
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SUFFIX = ".npz"
+ENCODED_SUFFIX = ".npz"
 """Of files of encoded rows."""
 
 _PROBE = "Say “naïve” 3 times:\n\n- so?  <|im_end|>"

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dlm.data.encode import REFUSED, EncodingReport, encode_row, encode_with, fill_length
 from dlm.data.rows import Form, OddRowError, Row, dialogue, instruction_text, load_rows, text_field
-from dlm.data.windows import Batch, WindowCollator
+from dlm.data.windows import TensorBatch, WindowCollator
 from dlm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class PreferenceCollator(WindowCollator):
 
     paired: bool = True
 
-    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
+    def __call__(self, rows: list[dict[str, Any]]) -> TensorBatch:
         """Collate.
 
         Args:
@@ -206,7 +206,7 @@ class PreferenceCollator(WindowCollator):
         rejected = {f"rejected_{name}": self._padded(other, name, width) for name in ANSWER}
         return {**batch, **widened, **rejected, "good": both, "bad": both}
 
-    def _padded(self, batch: Batch, name: str, width: int) -> torch.Tensor:
+    def _padded(self, batch: TensorBatch, name: str, width: int) -> torch.Tensor:
         """[B, width] with padding that nobody attends to."""
         fill = self.eos_token_id if name == "input_ids" else False
         return F.pad(batch[name], (0, width - batch[name].shape[1]), value=fill)
@@ -216,7 +216,7 @@ ANSWER = ("input_ids", "attention_mask", "maskable", "loss_mask")
 """Tensors of a batch that belong to one answer."""
 
 
-def joined(batch: Batch) -> Batch:
+def joined(batch: TensorBatch) -> TensorBatch:
     """Both answers of B rows as 2B rows, the good ones first; what belongs to the row comes twice."""
     shared = (name for name in batch if name not in ANSWER and not name.startswith("rejected_"))
     answers = {name: torch.cat([batch[name], batch[f"rejected_{name}"]]) for name in ANSWER}

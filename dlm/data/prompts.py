@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dlm.data.records import SUFFIXES, decoded, read_records, read_text
+from dlm.data.records import RECORD_SUFFIXES, decoded, read_records, read_text
 from dlm.data.rows import dialogue, instruction_text, question_and_answer
 from dlm.errors import DataError
 
@@ -23,7 +23,7 @@ def read_prompts(file: str) -> Iterator[Any]:
         yield from _filled_lines(_stdin_lines())
         return
     path, empty = Path(file), True
-    if file.endswith(SUFFIXES):
+    if file.endswith(RECORD_SUFFIXES):
         records = enumerate(read_records(path))
         prompts: Iterable[Any] = (_record_prompt(record, f"{file}, row {i}") for i, record in records)
     else:

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from dlm.errors import DataError, first_line
 
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".tsv", ".parquet")
+RECORD_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".tsv", ".parquet")
 
 _LONGEST_FIELD = 2**31 - 1
 """Characters in a field of a CSV file; the module's own limit is 131,072."""

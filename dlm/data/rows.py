@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlm.characters import whole_characters
-from dlm.data.records import SUFFIXES, read_records
+from dlm.data.records import RECORD_SUFFIXES, read_records
 from dlm.errors import ConfigError, DataError, first_line
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def load_rows(source: str, split: str = "train", form: Form | None = None) -> Da
     from datasets import load_dataset
 
     path, form = Path(source), form or Form(parse_row, features)
-    if source.endswith(SUFFIXES) or path.exists():
+    if source.endswith(RECORD_SUFFIXES) or path.exists():
         if split != "train":
             raise ConfigError(f"split {split!r} is for data sets of the hub; {source} is a file")
         return _without_odd(_load_file(path, form), source)
@@ -152,8 +152,8 @@ def _load_file(path: Path, form: Form) -> Dataset:
         raise DataError(f"{path}: is a folder; name a file in it")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    if not path.name.endswith(SUFFIXES):
-        raise DataError(f"{path}: expected one of {', '.join(SUFFIXES)}")
+    if not path.name.endswith(RECORD_SUFFIXES):
+        raise DataError(f"{path}: expected one of {', '.join(RECORD_SUFFIXES)}")
     from datasets import Dataset
 
     stat = path.stat()

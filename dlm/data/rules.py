@@ -121,18 +121,18 @@ def _check_meet(instruction: str, answer: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Task:
+class RuleTask:
     """A kind of task: how an example is made and how an answer is checked."""
 
     make: Callable[[random.Random], tuple[str, str]]
     check: Callable[[str, str], bool]
 
 
-TASKS: dict[str, Task] = {
-    "count": Task(_count, _check_count),
-    "spell": Task(_spell, _check_spell),
-    "climb": Task(_climb, _check_climb),
-    "meet": Task(_meet, _check_meet),
+RULE_TASKS: dict[str, RuleTask] = {
+    "count": RuleTask(_count, _check_count),
+    "spell": RuleTask(_spell, _check_spell),
+    "climb": RuleTask(_climb, _check_climb),
+    "meet": RuleTask(_meet, _check_meet),
 }
 
 
@@ -160,8 +160,8 @@ def make_examples(size: int, seed: int = 0, split: str = "train") -> list[Exampl
     rng = random.Random(seed)
     examples: list[Example] = []
     while len(examples) < size:
-        task = list(TASKS)[len(examples) % len(TASKS)]
-        example = Example(task, *TASKS[task].make(rng))
+        task = list(RULE_TASKS)[len(examples) % len(RULE_TASKS)]
+        example = Example(task, *RULE_TASKS[task].make(rng))
         if split_of(example.instruction) == split:
             examples.append(example)
     return examples
@@ -169,7 +169,7 @@ def make_examples(size: int, seed: int = 0, split: str = "train") -> list[Exampl
 
 def is_right(example: Example, answer: str) -> bool:
     """True when `answer` is a right answer to the example's instruction (not only the one it came with)."""
-    return TASKS[example.task].check(example.instruction, answer.strip())
+    return RULE_TASKS[example.task].check(example.instruction, answer.strip())
 
 
 def rule_rows(size: int, seed: int = 0, split: str = "train") -> Dataset:

@@ -12,7 +12,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from dlm.noise import fold, key_of, uniform
 
-Batch = dict[str, torch.Tensor]
+TensorBatch = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -44,7 +44,7 @@ class WindowCollator:
     seed: int = 0
     epoch: int = 0
 
-    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
+    def __call__(self, rows: list[dict[str, Any]]) -> TensorBatch:
         """Collate.
 
         Args:

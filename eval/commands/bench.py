@@ -43,7 +43,7 @@ def run(config: BenchConfig) -> int:
 
     from decoding.rows import RowMaker
     from dlm.checkpoint import stored_positions
-    from eval.bench import Problem, as_causal, measure, standard_ways, table
+    from eval.bench import Problem, as_causal, standard_ways, table, time_ways
 
     positions = stored_positions(config.model)
     for name in ("window", "max_tokens"):
@@ -60,7 +60,7 @@ def run(config: BenchConfig) -> int:
     problem = Problem(model, prompts, spec.mask_token_id, spec.eos_token_id, *sizes)
     tokens = min(config.max_tokens, 64)
     ways = standard_ways(problem, as_causal(model), tokens)
-    runs = measure(ways, config.rounds, model.device)
+    runs = time_ways(ways, config.rounds, model.device)
     print(
         f"{config.rows} answers behind {len(ids)} tokens, {model.dtype}, {model.device}, "
         f"{torch.get_num_threads()} threads; the autoregressive baseline writes {tokens} tokens, "

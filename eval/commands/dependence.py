@@ -136,7 +136,7 @@ def draw(found: dict[str, list[Gain]]) -> Any:
     """Nats over distance as a matplotlib figure, a line for each model, its interval shaded."""
     from matplotlib.figure import Figure
 
-    from dlm.curves import plain
+    from dlm.curves import without_frame
     from eval.dependence import by_distance
     from eval.report.plots import LOOKS
 
@@ -151,7 +151,7 @@ def draw(found: dict[str, list[Gain]]) -> Any:
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set(xlabel="distance of the two tokens", ylabel="nats")
-    plain(axes)
+    without_frame(axes)
     return figure
 
 

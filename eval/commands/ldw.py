@@ -133,7 +133,7 @@ def token_prior(config: LDWConfig, tokenizer: Any) -> Any:
     from dlm.data.encode import encode_rows
     from dlm.data.rows import load_rows
     from dlm.data.rules import rule_rows
-    from dlm.prior import FILE, TokenPrior
+    from dlm.prior import COUNTS_FILE, TokenPrior
 
     if config.counts:
         source = rule_rows(20_000) if config.counts == "rules" else load_rows(config.counts)
@@ -145,7 +145,7 @@ def token_prior(config: LDWConfig, tokenizer: Any) -> Any:
         prior = TokenPrior.load(located(path))
         if prior is not None:
             return prior
-    raise ConfigError(f"none of the checkpoints has its {FILE}; name the training rows with --counts")
+    raise ConfigError(f"none of the checkpoints has its {COUNTS_FILE}; name the training rows with --counts")
 
 
 def table(title: str, zone: list[list[Any]]) -> Any:

@@ -140,16 +140,16 @@ class LearnConfig:
         return Request(**{name: getattr(self, name) for name in names if getattr(self, name)})
 
 
-def show(config: ShowConfig) -> int:
+def show_tables(config: ShowConfig) -> int:
     """Print a line for each table, and below it how its reward depends on each of the three."""
-    from decoding.order_table import OrderTable, folder, located, names
+    from decoding.order_table import OrderTable, names, table_file, tables_folder
 
     for source in config.tables or names():
-        table = OrderTable.load(located(source))
+        table = OrderTable.load(table_file(source))
         print(f"{source}: {table.tokens} tokens, {_used(table)} cells, beta {table.beta:g}, {table.digest}")
         _print(_margins(table))
     if not config.tables and not names():
-        print(f"no order tables in {folder()}")
+        print(f"no order tables in {tables_folder()}")
     return 0
 
 
@@ -243,5 +243,7 @@ def _print(table: Table) -> None:
     Console(width=None if Console().is_terminal else 120, markup=False, emoji=False).print(table.rich())
 
 
-COMMAND = Command("order tables: which there are, what they hold", ShowConfig, show, positional="tables")
+COMMAND = Command(
+    "order tables: which there are, what they hold", ShowConfig, show_tables, positional="tables"
+)
 LEARN = Command("learn in which order tokens are best written", LearnConfig, learn, positional="runs")

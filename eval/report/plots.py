@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dlm.curves import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, plain
+from dlm.curves import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, without_frame
 from eval.metrics import MEASURES
 from eval.run import Results, representatives
 from eval.variants import short
@@ -182,7 +182,7 @@ def _dress(panel: Any, name: str, label: str) -> None:
     inside = inside if len(inside) > 1 else [round(low * 1.1), round(high / 1.1)]
     panel.set_xticks(inside, [str(tick) for tick in inside])
     panel.minorticks_off()
-    plain(panel)
+    without_frame(panel)
     if panel.get_legend():
         panel.get_legend().remove()
 
@@ -265,7 +265,7 @@ def ldw(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Any:
         panel.set_xlabel("distance from the prompt, tokens", fontsize=8)
         panel.set_ylim(bottom=0)
         panel.tick_params(labelsize=8)
-        plain(panel)
+        without_frame(panel)
         panel.get_legend().remove()
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)

@@ -80,7 +80,7 @@ def _material(config: NegativesConfig) -> tuple[Any, Any, Any]:
     from transformers import AutoTokenizer
 
     from dlm.data.encode import encode_rows
-    from dlm.data.encoded import SUFFIX
+    from dlm.data.encoded import ENCODED_SUFFIX
     from dlm.errors import CheckpointError
     from dlm.pretrained.names import located
     from dlm.prior import TokenPrior
@@ -92,7 +92,7 @@ def _material(config: NegativesConfig) -> tuple[Any, Any, Any]:
         raise CheckpointError(f"{config.model}: no tokenizer to be had ({error})") from error
     if tokenizer.mask_token_id is None:
         raise CheckpointError(f"{config.model}: its tokenizer has no mask token; train it first (dlm train)")
-    if config.data.source.endswith(SUFFIX):
+    if config.data.source.endswith(ENCODED_SUFFIX):
         raise ConfigError(f"{config.data.source}: encoded rows; name those that they were made of")
     rows, _ = split_rows(config.data, config.seed)
     prior = TokenPrior.load(located(config.model))

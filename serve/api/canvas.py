@@ -38,7 +38,7 @@ from serve.api.parameters import (
     stop_texts,
     usage,
 )
-from serve.api.sse import Events, event, stream
+from serve.api.sse import Events, sse_event, stream
 from serve.errors import APIError
 from serve.job import Sample
 from serve.service import Service
@@ -64,7 +64,7 @@ class CanvasRequest(Sampling):
         None, description="Text with gaps: <mask:3>, <mask:2-6>, or <mask> (up to max_tokens)."
     )
     prompt: str | None = Field(None, description="The user's words.")
-    messages: Annotated[list[schema.Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[schema.ChatMessage], Field(min_length=1)] | None = None
     max_tokens: int | None = Field(None, ge=1)
     stop: Texts | None = None
     stream: bool | None = None
@@ -281,7 +281,7 @@ class _Canvases:
         """Each step of an answer, then the answer."""
         async with aclosing(self._answer(sample, _Steps(self.view))) as items:
             async for finished, value in items:
-                yield event(value, "done" if finished else "canvas")
+                yield sse_event(value, "done" if finished else "canvas")
 
     async def _answer(self, sample: Sample, watch: Callable[[Update], Any] | None) -> Any:
         def finish(update: Update) -> dict[str, Any]:
@@ -305,9 +305,11 @@ class _Canvases:
         async with aclosing(filling_steps(self.service, filling, self.body.timeout, watch)) as steps:
             async for value in steps:
                 if isinstance(value, list):
-                    yield event(self.view.filled(value[0], filling.prompt_tokens), "done")
+                    yield sse_event(self.view.filled(value[0], filling.prompt_tokens), "done")
                 else:
-                    yield event({**({"candidate": value.index} if several else {}), **value.value}, "canvas")
+                    yield sse_event(
+                        {**({"candidate": value.index} if several else {}), **value.value}, "canvas"
+                    )
 
     async def filled(self, filling: Filling) -> dict[str, Any]:
         """The filled text."""

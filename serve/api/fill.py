@@ -21,7 +21,7 @@ from decoding.request import Request as DecodingRequest
 from decoding.rows import Prompt
 from serve.api import schema
 from serve.api.parameters import Sampling, check_rows, faults_named, first_seed, head, usage, wrapped
-from serve.api.sse import Events, event, stream
+from serve.api.sse import Events, sse_event, stream
 from serve.errors import APIError
 from serve.job import Notice, Sample
 from serve.service import Service
@@ -192,9 +192,9 @@ async def fill_suffix(service: Service, body: schema.CompletionRequest, http: Re
         extra: dict[str, Any] = {"usage": None} if options.include_usage else {}
         extra |= {"usage": tokens} if options.continuous_usage_stats else {}
         for choice in choices:
-            yield event({**opening, "choices": [choice], **extra})
+            yield sse_event({**opening, "choices": [choice], **extra})
         if options.include_usage:
-            yield event({**opening, "choices": [], "usage": tokens})
+            yield sse_event({**opening, "choices": [], "usage": tokens})
 
     if body.stream:
         return stream(events())

@@ -14,7 +14,7 @@ from serve.api import schema
 from serve.api.fill import Filled, Filling, fill, fill_suffix, prepare_filling
 from serve.api.openai import streamed
 from serve.api.parameters import Sampling, faults_named, head, usage
-from serve.api.sse import Events, event, stream
+from serve.api.sse import Events, sse_event, stream
 from serve.errors import APIError
 from serve.service import Service
 
@@ -44,7 +44,7 @@ class EditRequest(Sampling):
         None, description="Words that occur once, or where they begin and end in characters."
     )
     instruction: str | None = Field(None, description="What the text is the answer to.")
-    messages: Annotated[list[schema.Message], Field(min_length=1, max_length=1)] | None = None
+    messages: Annotated[list[schema.ChatMessage], Field(min_length=1, max_length=1)] | None = None
     min_tokens: int | None = Field(None, ge=1, description="Shortest replacement; with max_tokens.")
     max_tokens: int | None = Field(None, ge=1, description="Longest replacement; as long as before.")
     stream: bool | None = None
@@ -143,7 +143,7 @@ class _Handlers:
         (filled,) = await fill(self.service, filling, timeout)
         delta = {"role": "assistant", "content": _replacement(filled, pieces)}
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": "stop"}
-        yield event({**opening, "object": "chat.completion.chunk", "choices": [choice]})
+        yield sse_event({**opening, "object": "chat.completion.chunk", "choices": [choice]})
 
 
 def router(service: Service) -> APIRouter:

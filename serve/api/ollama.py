@@ -22,7 +22,7 @@ from serve.api import schema
 from serve.api.lines import LinesResponse
 from serve.api.openai import PLAIN_ERRORS, confirmed_part, raw_ids
 from serve.api.parameters import Body, Generation, Sampling, Texts, faults_named, stop_texts
-from serve.api.sse import json_line
+from serve.api.sse import sse_line
 from serve.errors import APIError
 from serve.job import Sample
 from serve.service import Service
@@ -74,7 +74,7 @@ class OllamaRequest(Body):
 class OllamaChatRequest(OllamaRequest):
     """Body of /api/chat."""
 
-    messages: Annotated[list[schema.Message], Field(min_length=1)]
+    messages: Annotated[list[schema.ChatMessage], Field(min_length=1)]
 
 
 class OllamaGenerateRequest(OllamaRequest):
@@ -158,9 +158,9 @@ class _OllamaAnswer:
                     text, sent = output.text[sent:], len(output.text)
                     if text or notice.finished:
                         line = self.line(text, output if notice.finished else None)
-                        yield json_line(line) + "\n"
+                        yield sse_line(line) + "\n"
         except APIError as error:
-            yield json_line({"error": error.message}) + "\n"
+            yield sse_line({"error": error.message}) + "\n"
 
 
 class _Handlers:

@@ -21,7 +21,7 @@ from dlm.errors import ConfigError
 from serve.api import schema
 from serve.api.fill import fill_suffix
 from serve.api.parameters import Generation, faults_named, head, metadata, stop_texts, usage
-from serve.api.sse import Events, event, stream
+from serve.api.sse import Events, sse_event, stream
 from serve.api.tokens import TokenTexts, chat_logprobs, completion_logprobs, given_logprobs
 from serve.errors import APIError, refused
 from serve.job import Notice, Sample
@@ -247,7 +247,7 @@ class Answers:
         progress = [_Progress() for _ in self.samples]
         for i in range(len(self.samples)):
             if (first := self.form.first(i)) is not None:
-                yield event(self._chunk([first], progress, options))
+                yield sse_event(self._chunk([first], progress, options))
         stops = self.samples[0].plan.stop
         watch = partial(_snapshot, stops=stops) if body.diffusing else confirmed_part
         notices = self.service.notices(
@@ -256,10 +256,10 @@ class Answers:
         async with aclosing(notices):
             async for notice in notices:
                 for choice in self._deltas(notice, progress[notice.index]):
-                    yield event(self._chunk([choice], progress, options))
+                    yield sse_event(self._chunk([choice], progress, options))
         if options.include_usage:
             tokens = sum(each.tokens for each in progress)
-            yield event(self._chunk([], progress, options) | {"usage": self.usage(tokens)})
+            yield sse_event(self._chunk([], progress, options) | {"usage": self.usage(tokens)})
 
     def _chunk(
         self, choices: list[Any], progress: list[_Progress], options: schema.StreamOptions

@@ -24,14 +24,14 @@ _SEPARATORS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85
 """Characters that some clients take for the end of a line."""
 
 
-def json_line(data: Any) -> str:
+def sse_line(data: Any) -> str:
     """JSON on one line, whatever a client takes for the end of one."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).translate(_SEPARATORS)
 
 
-def event(data: Any, name: str | None = None) -> ServerSentEvent:
+def sse_event(data: Any, name: str | None = None) -> ServerSentEvent:
     """One event whose data is JSON."""
-    return ServerSentEvent(json_line(data), event=name, sep="\n")
+    return ServerSentEvent(sse_line(data), event=name, sep="\n")
 
 
 def stream(events: Events, *, done: bool = True, error_name: str | None = None) -> EventSourceResponse:
@@ -52,6 +52,6 @@ async def _with_error(events: Events, done: bool, error_name: str | None) -> Eve
             async for each in events:
                 yield each
     except APIError as error:
-        yield event(error.body, error_name)
+        yield sse_event(error.body, error_name)
     if done:
         yield ServerSentEvent("[DONE]", sep="\n")

@@ -14,7 +14,7 @@ from decoding.answer import HALF_CHARACTER, Output
 from dlm.version import __version__
 from serve.api.openai import ERRORS, PLAIN_ERRORS, confirmed_part, raw_ids
 from serve.api.parameters import Body, Generation, Sampling
-from serve.api.sse import Events, event, stream
+from serve.api.sse import Events, sse_event, stream
 from serve.api.tokens import LEAST, TokenTexts, logprob
 from serve.errors import APIError
 from serve.job import Sample
@@ -181,13 +181,13 @@ class _TGIAnswer:
                 output: Output = notice.value
                 for fields in self.fresh_tokens(output, sent):
                     if held is not None:
-                        yield event(held)
+                        yield sse_event(held)
                     held = fields
                 sent = len(output.token_ids)
                 if notice.finished:
                     end = {k: v for k, v in self.details(output).items() if k in END}
                     held = held or {"index": 0, "token": self._token(self.service.spec.eos_token_id, None)}
-                    yield event({**held, "generated_text": self.text(output), "details": end})
+                    yield sse_event({**held, "generated_text": self.text(output), "details": end})
 
 
 END = ("finish_reason", "generated_tokens", "seed")

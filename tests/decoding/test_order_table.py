@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decoding.order_table import LARGEST_REWARD, OrderTable, folder, is_name, names
+from decoding.order_table import LARGEST_REWARD, OrderTable, is_name, names, tables_folder
 from dlm.errors import ConfigError, DataError
 from tests.decoding.rig import order_table
 
@@ -151,23 +151,23 @@ def test_a_name_stands_for_a_file_of_the_folder_and_paths_for_themselves(tmp_pat
     with pytest.raises(ConfigError, match="no order table 'mine': none has a name yet"):
         OrderTable.named("mine")
     table = order_table()
-    table.save(folder() / "mine.json")
-    OrderTable.empty().save(folder() / "other.safetensors")
-    assert folder() == tmp_path / "orders"
+    table.save(tables_folder() / "mine.json")
+    OrderTable.empty().save(tables_folder() / "other.safetensors")
+    assert tables_folder() == tmp_path / "orders"
     assert names() == ["mine", "other"]
     assert OrderTable.named("mine") == table
     assert OrderTable.named(table) is table
-    assert OrderTable.named("other") == OrderTable.named(str(folder() / "other.safetensors"))
+    assert OrderTable.named("other") == OrderTable.named(str(tables_folder() / "other.safetensors"))
     with pytest.raises(ConfigError, match="unknown order table 'mime'. Did you mean 'mine'"):
         OrderTable.named("mime")
     with pytest.raises(ConfigError, match="by its name or file, got 3"):
         OrderTable.named(3)
-    (folder() / "bad.json").write_text("{")
+    (tables_folder() / "bad.json").write_text("{")
     with pytest.raises(ConfigError, match=r"^order table 'bad' is damaged; see dlm orders bad$"):
         OrderTable.named("bad")
     with pytest.raises(DataError, match="damaged"):
-        OrderTable.named(folder() / "bad.json")
-    OrderTable.empty().save(folder() / "mine.json")  # a changed file is read again
+        OrderTable.named(tables_folder() / "bad.json")
+    OrderTable.empty().save(tables_folder() / "mine.json")  # a changed file is read again
     assert OrderTable.named("mine") == OrderTable.empty()
 
 

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 
 from dlm.errors import CheckpointError
-from dlm.prior import FILE, TokenPrior
+from dlm.prior import COUNTS_FILE, TokenPrior
 
 ROWS = Dataset.from_dict(
     {"input_ids": [[9, 9, 3, 4, 4, 0], [9, 4, 5, 0], [6, 4]], "prompt_length": [2, 1, 0], "row": [0, 1, 2]}
@@ -45,7 +45,7 @@ def test_counts_come_back_from_a_folder_and_damage_is_named(prior, tmp_path):
     again = TokenPrior.load(tmp_path)
     assert torch.equal(again.counts, prior.counts)
     assert again.special == (0, 10)
-    (tmp_path / FILE).write_bytes(json.dumps({}).encode())
+    (tmp_path / COUNTS_FILE).write_bytes(json.dumps({}).encode())
     with pytest.raises(CheckpointError, match="damaged"):
         TokenPrior.load(tmp_path)
 

@@ -3,14 +3,14 @@
 import torch
 
 from decoding import Decoder
-from eval.bench import Problem, Run, as_causal, measure, plain, standard_ways, table
+from eval.bench import Problem, Run, as_causal, published_loop, standard_ways, table, time_ways
 from tests.decoding import test_law as law
 from tests.dlm.test_attention import MASK, tiny
 
 
 def test_the_plain_loop_has_the_law_of_the_definition():
     ids = law.start().repeat(law.FAST, 1)
-    texts = plain(law.fake(-9.0), ids, law.MASK, law.STEPS, kernel_size=5, top_k=3)
+    texts = published_loop(law.fake(-9.0), ids, law.MASK, law.STEPS, kernel_size=5, top_k=3)
     law.agree(law.slow("conv", 3, -9.0), texts)
     ours = law.fast(Decoder.named("conv", top_k=3, kernel_size=5), -9.0, steps=law.STEPS)
     law.agree(ours, texts)
@@ -31,7 +31,7 @@ def test_every_way_writes_and_is_counted():
     model = tiny(dtype=torch.float32)
     prompts = torch.randint(3, 50, (2, 5))
     problem = Problem(model, prompts, MASK, 0, window=40, steps=8, limit=30)
-    runs = measure(standard_ways(problem, as_causal(model), 10), rounds=1)
+    runs = time_ways(standard_ways(problem, as_causal(model), 10), rounds=1)
     assert len(runs) == 11
     assert runs["plain, L=40, S=8"][0].calls == 9
     assert runs["autoregressive, cache"][0].tokens == 20

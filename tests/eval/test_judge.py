@@ -12,13 +12,13 @@ import pytest
 
 from dlm.errors import ConfigError, DLMError
 from eval.config import JudgeConfig
-from eval.judge import DryRunError, Judge, Request, Tally
+from eval.judge import DryRunError, Judge, JudgeRequest, Tally
 from eval.systems import Endpoint
 from tests.eval.endpoint import serving
 
 
 def request(text, **options):
-    return Request([{"role": "user", "content": text}], {"max_tokens": 8, **options})
+    return JudgeRequest([{"role": "user", "content": text}], {"max_tokens": 8, **options})
 
 
 def judge(endpoint, tmp_path, **settings):
@@ -68,7 +68,7 @@ def test_what_an_endpoint_refuses_is_learnt_from_the_first_request(tmp_path, cap
 def test_a_setting_that_later_requests_have_is_learnt_by_all_of_them(tmp_path):
     with serving(reasoning) as endpoint:
         endpoint.pause = 0.05  # so that several are refused before the first of them has learnt
-        asked = [Request([{"role": "user", "content": "first"}], {})]
+        asked = [JudgeRequest([{"role": "user", "content": "first"}], {})]
         asked += [request(str(i), temperature=0.0) for i in range(8)]
         found = judge(endpoint, tmp_path, concurrency=8).ask(asked)
         assert [choice["message"]["content"] for choice in found] == ["[[5]]"] * 9

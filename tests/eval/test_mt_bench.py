@@ -8,7 +8,7 @@ from dlm.errors import ConfigError, DLMError
 from eval.answers import Answer
 from eval.config import JudgeConfig
 from eval.judge import Judge
-from eval.mt_bench import Prompt, compare, grade, outcome, read_grade, read_winner
+from eval.mt_bench import JudgePrompt, compare, grade, outcome, read_grade, read_winner
 from eval.tasks import Question
 from tests.eval.endpoint import serving
 
@@ -22,7 +22,7 @@ def template(name):
     parts += [f"R<{{ref_answer_{i}}}>" for i in (1, 2)[: len(turns) if math else 0]]
     sides = ("a", "b") if pair else ("",)
     parts += [f"{s or 'x'}<{{answer{'_' if s else ''}{s}{t}}}>" for s in sides for t in turns]
-    return Prompt(f"You judge by {name}", " ".join(parts))
+    return JudgePrompt(f"You judge by {name}", " ".join(parts))
 
 
 PROMPTS = {name: template(name) for base in NAMES for name in (base, f"{base}-multi-turn")}

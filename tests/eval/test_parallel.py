@@ -5,44 +5,44 @@ import random
 
 import pytest
 
-from eval.parallel import TASKS, Point, accuracy_under_parallelism, examples, is_right
+from eval.parallel import PARALLEL_TASKS, Point, accuracy_under_parallelism, examples, solves
 from eval.tasks import load_questions
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", PARALLEL_TASKS)
 def test_references_are_right_and_neighbours_of_them_are_not(task):
     rng = random.Random(3)
     for name, instruction, answer in examples(140, seed=1):
         if name != task:
             continue
-        assert is_right(task, instruction, answer, answer)
-        assert is_right(task, instruction, answer, f"  {answer}\n")
+        assert solves(task, instruction, answer, answer)
+        assert solves(task, instruction, answer, f"  {answer}\n")
         words = answer.split()
         place = rng.randrange(len(words) - 1)
         twice = [*words[: place + 1], words[place], *words[place + 1 :]]  # a word is repeated
         missing = words[:place] + words[place + 1 :]
-        assert not is_right(task, instruction, answer, " ".join(twice))
+        assert not solves(task, instruction, answer, " ".join(twice))
         if task != "sentence" or words[place] in instruction.split("words ")[1].strip(".").split(", "):
-            assert not is_right(task, instruction, answer, " ".join(missing))
-        assert not is_right(task, instruction, answer, "")
+            assert not solves(task, instruction, answer, " ".join(missing))
+        assert not solves(task, instruction, answer, "")
 
 
 def test_other_right_answers_count():
     square = "A B C D B A D C C D A B D C B A"
-    assert is_right("latin", "", "", square)
-    assert not is_right("latin", "", "", square.replace("A B C D", "A B D C", 1))
+    assert solves("latin", "", "", square)
+    assert not solves("latin", "", "", square.replace("A B C D", "A B D C", 1))
     asked = "Write these words in another order: river stone cloud"
-    assert is_right("shuffle", asked, "stone river cloud", "cloud stone river")
-    assert not is_right("shuffle", asked, "stone river cloud", "river stone cloud")
+    assert solves("shuffle", asked, "stone river cloud", "cloud stone river")
+    assert not solves("shuffle", asked, "stone river cloud", "river stone cloud")
     told = "Write one sentence with the words bread, cloud, stone."
-    assert is_right("sentence", told, "", "A cloud saw bread on a stone!")
-    assert not is_right("sentence", told, "", "A cloud saw bread. It was a stone.")
-    assert not is_right("sentence", told, "", "A cloud saw saw bread on a stone.")
+    assert solves("sentence", told, "", "A cloud saw bread on a stone!")
+    assert not solves("sentence", told, "", "A cloud saw bread. It was a stone.")
+    assert not solves("sentence", told, "", "A cloud saw saw bread on a stone.")
 
 
 def test_questions_are_the_same_each_time():
     questions = load_questions("parallel", limit=14)
-    assert [q.category for q in questions[:7]] == list(TASKS)
+    assert [q.category for q in questions[:7]] == list(PARALLEL_TASKS)
     assert questions == load_questions("parallel", limit=14)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.optimize import brentq
 
-from finetune.density_ratio import bad_loss, divergence, gain_limit, good_loss, log_ratio
+from finetune.density_ratio import bad_loss, gain_limit, good_loss, log_ratio, ratio_loss
 
 TWO = (0.7, 0.3), (0.2, 0.8)
 THREE = (0.5, 0.3, 0.2), (0.1, 0.3, 0.6)
@@ -173,9 +173,9 @@ def test_the_divergence_is_that_of_the_model_from_the_reference():
         for model in (good, reference, 0.3 * bad + 0.7 * reference):
             gain = model.log() - reference.log()
             assert bool((gain < -math.log(theta)).all())
-            got = (theta * good + (1 - theta) * bad) @ divergence(gain, theta)
+            got = (theta * good + (1 - theta) * bad) @ ratio_loss(gain, theta)
             assert float(got) == pytest.approx(float(model @ gain), abs=1e-12)
-    assert float(divergence(torch.tensor(0.0), 0.5)) == 0
+    assert float(ratio_loss(torch.tensor(0.0), 0.5)) == 0
     far = torch.tensor([1.0, 80.0], dtype=torch.float64, requires_grad=True)
-    divergence(far, 0.5).sum().backward()
+    ratio_loss(far, 0.5).sum().backward()
     assert far.grad.tolist() == pytest.approx([2 * math.log(2)] * 2)

@@ -68,13 +68,13 @@ def test_the_optimum_of_dpo_is_the_reference_times_the_reward_of_its_preferences
 
 
 def test_ddro_of_pairs_is_the_sum_of_both_sides_and_of_single_answers_their_weighted_mean():
-    from finetune.density_ratio import bad_loss, divergence, good_loss
+    from finetune.density_ratio import bad_loss, good_loss, ratio_loss
 
     loss = DDRO(theta=0.4, alpha=0.1, kl=0.3)
     good, bad = [0.3, -1.0], [-0.7, 0.4]
     a, b = torch.tensor(good).double(), torch.tensor(bad).double()
-    by_hand = good_loss(a, 0.4, 0.1) + 0.3 * 0.4 * divergence(a, 0.4)
-    by_hand_bad = bad_loss(b, 0.4, 0.1) + 0.3 * 0.6 * divergence(b, 0.4)
+    by_hand = good_loss(a, 0.4, 0.1) + 0.3 * 0.4 * ratio_loss(a, 0.4)
+    by_hand_bad = bad_loss(b, 0.4, 0.1) + 0.3 * 0.6 * ratio_loss(b, 0.4)
     torch.testing.assert_close(loss(gains(good, bad)), by_hand + by_hand_bad)
     # three rows of four are good: the mean over rows is the sum of the means over either kind
     single = [0.3, -1.0, 0.5, 0.4]

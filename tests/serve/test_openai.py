@@ -465,9 +465,9 @@ def test_options_keep_the_bounds_of_the_parameters_of_their_names(server):
 
 def test_separators_of_lines_do_not_cut_events(server, tokenizer):
     """U+2028 as the only token that can come out, read by clients that split at it."""
-    from serve.api.sse import json_line
+    from serve.api.sse import sse_line
 
-    text = json_line({"a": "x\u2028y\u2029z\x85 é"})
+    text = sse_line({"a": "x\u2028y\u2029z\x85 é"})
     assert len(text.splitlines()) == 1
     assert json.loads(text) == {"a": "x\u2028y\u2029z\x85 é"}
 

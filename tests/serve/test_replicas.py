@@ -79,7 +79,7 @@ def test_settings_that_do_not_fit_are_refused(settings, message):
 def test_replicas_share_the_machines(settings, nodes, share):
     from serve import replicas
 
-    assert replicas.share(ServeConfig(**settings), nodes) == share
+    assert replicas.placement(ServeConfig(**settings), nodes) == share
 
 
 @NEEDS_RAY
@@ -88,7 +88,7 @@ def test_more_replicas_than_gpus_are_refused(device):
     from serve import replicas
 
     with pytest.raises(ConfigError, match="--replicas 3 needs as many GPUs, and there are 2"):
-        replicas.share(ServeConfig(replicas=3, device=device), [{"CPU": 8, "GPU": 2}])
+        replicas.placement(ServeConfig(replicas=3, device=device), [{"CPU": 8, "GPU": 2}])
 
 
 @NEEDS_RAY

@@ -1,13 +1,13 @@
 import pytest
 
-from dlm.data.rules import SPLITS, TASKS, Example, is_right, make_examples, rule_rows
+from dlm.data.rules import RULE_TASKS, SPLITS, Example, is_right, make_examples, rule_rows
 
 
 def test_examples_are_seeded_and_their_own_answers_are_right():
     examples = make_examples(400, seed=1)
     assert examples == make_examples(400, seed=1)
     assert examples != make_examples(400, seed=2)
-    assert {e.task for e in examples} == set(TASKS)
+    assert {e.task for e in examples} == set(RULE_TASKS)
     assert all(is_right(e, e.answer) for e in examples)
     assert max(len(e.answer.split()) for e in examples) >= 40
     assert len(rule_rows(8)) == 8
@@ -64,7 +64,8 @@ def test_no_instruction_is_in_two_splits():
     assert not seen["validation"] & seen["test"]
     for split in SPLITS:
         by_task = {
-            task: {e.instruction for e in make_examples(2000, 3, split) if e.task == task} for task in TASKS
+            task: {e.instruction for e in make_examples(2000, 3, split) if e.task == task}
+            for task in RULE_TASKS
         }
         assert min(map(len, by_task.values())) >= 4, by_task
     with pytest.raises(ValueError, match="'tset'. Did you mean 'test'"):
