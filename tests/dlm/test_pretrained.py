@@ -160,7 +160,7 @@ def test_scraps_of_a_process_that_was_killed_are_swept_up_and_nothing_else(shop)
 
 
 def test_two_processes_fetch_it_once(shop, gguf_file, tmp_path):
-    code = f"from dlm.pretrained import base; base.SHA256 = {base.SHA256!r}; print(base.folder())"
+    code = f"from dlm.pretrained import base; base.SHA256 = {base.SHA256!r}; print(base.base_folder())"
     several = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(2)

@@ -196,8 +196,8 @@ def test_the_arguments_of_a_function_are_an_answer(tmp_path):
 SCRIPT = """
 import sys
 from eval.config import JudgeConfig
-from eval.judge import Judge, Request
-requests = [Request([{"role": "user", "content": str(i)}], {"max_tokens": 8}) for i in range(30)]
+from eval.judge import Judge, JudgeRequest
+requests = [JudgeRequest([{"role": "user", "content": str(i)}], {"max_tokens": 8}) for i in range(30)]
 Judge(JudgeConfig(sys.argv[1], "judge", concurrency=2, cache=sys.argv[2])).ask(requests)
 """
 
