@@ -18,7 +18,7 @@ from dlm.cli import main
 from dlm.errors import ConfigError, DLMError
 from eval.config import JudgeConfig
 from eval.judge import DryRunError, Judge
-from eval.judge import Request as Question
+from eval.judge import JudgeRequest as Question
 from eval.systems import Endpoint
 from tests.eval.endpoint import serving
 from tests.test_options import place  # noqa: F401 (a fixture)
