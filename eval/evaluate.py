@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from decoding.request import Request
+from dlm.checkpoint import stored_spec
 from dlm.data.records import read_records
 from dlm.errors import ConfigError
 from dlm.lock import alone_in, check_writable
@@ -279,8 +281,20 @@ def _local(
     fixed = {"seed": config.seed, "eos_fill": config.eos_fill}
     fixed |= {"trace": True} if config.trace else {}
     settings = {**variant.recorded, **variant.pace, **fixed, "dtype": config.dtype}
-    card = Card(**common, fingerprint=mark, label=variant.label, decoder=variant.decoder, settings=settings)
     request = variant.request(eos_fill=config.eos_fill)
+    card = Card(
+        **common, fingerprint=mark, label=variant.label, decoder=variant.decoder, settings=settings,
+        stands_for="" if variant.decoder else _checkpoint_decoder(config.model, request),
+    )  # fmt: skip
     return Contestant(
         card, lambda: Local(loaded.sampler, config.batch_size, request, config.seed, config.trace)
     )
+
+
+def _checkpoint_decoder(model: str, request: Request) -> str:
+    """The decoder of a checkpoint's own, as a request names it: "entropy-bound(kernel_size=9)"."""
+    spec = stored_spec(model)
+    if spec is None:
+        return ""
+    decoder, options = request.decoder_for(spec), spec.generation.get("options") or {}
+    return decoder.name + (f"({','.join(f'{k}={v}' for k, v in options.items())})" if options else "")

@@ -46,6 +46,7 @@ class Card:
         decoder: name of the decoder; empty for the checkpoint's own, and for systems that have none.
         settings: everything else that decides what comes out.
         source: where the file of questions was.
+        stands_for: the decoder that the checkpoint's own was, with its options; empty where one is named.
     """
 
     task: str
@@ -57,6 +58,7 @@ class Card:
     decoder: str
     settings: dict[str, Any]
     source: str = ""
+    stands_for: str = ""
 
     @property
     def name(self) -> str:

@@ -249,7 +249,10 @@ def record(
     report: EncodingReport,
     stage: dict[str, Any],
 ) -> None:
-    """Write into the model's own configuration how it was made and how to sample from it."""
+    """Write into the model's own configuration how it was made and how to sample from it.
+
+    A model that had defaults of decoding before the run has them still.
+    """
     model.config.training = {
         **stage,
         "data": {**asdict(config.data), "rows": report.as_dict()},
@@ -258,8 +261,9 @@ def record(
         "seed": config.seed,
         "ema_decay": config.ema_decay,
     }
-    steps = sample_steps(config, ModelSpec.of(model))
-    model.config.generation = {"decoder": "conv", "window": config.data.window, "steps": steps}
+    if not model.config.generation:
+        steps = sample_steps(config, ModelSpec.of(model))
+        model.config.generation = {"decoder": "conv", "window": config.data.window, "steps": steps}
 
 
 def build_trainer(

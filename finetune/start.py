@@ -41,6 +41,8 @@ def first_model(config: TrainConfig, rows: Dataset, resume_from: Path | None = N
     if config.model.schedule:
         model.config.schedule = {"name": config.model.schedule}
     if config.model.visibility:
+        if model.config.block_size != (config.model.block_size or None):
+            model.config.generation = None  # was for rows without blocks, or with others
         model.config.block_size = config.model.block_size or None
         model.config.block_lead = config.model.block_lead
     return model, tokenizer

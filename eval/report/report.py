@@ -93,7 +93,7 @@ def write(
         "or its ends stand behind the mean where it is lopsided; it takes five answers or more. "
         "Equal seeds for all decoders. "
         "p by paired permutation tests on the questions both have."
-    )
+    ) + _defaults(runs)
     side = [(task, *_side_by_side(task_runs, texts)) for task, task_runs in by_task]
     files = [output / "report.md", output / "report.html"]
     files[0].write_text(_markdown(title, lead, parts, side), encoding="utf-8")
@@ -103,6 +103,21 @@ def write(
             files.append(output / f"{plot.name}.svg")
             files[-1].write_text(plot.svg, encoding="utf-8")
     return files
+
+
+def _defaults(runs: Sequence[Results]) -> str:
+    """A sentence on what "default" stands for, with a warning where that differs from system to system."""
+    systems: dict[str, set[str]] = {}
+    for run in runs:
+        if run.card.stands_for:
+            systems.setdefault(run.card.stands_for, set()).add(run.card.system)
+    if not systems:
+        return ""
+    each = "; ".join(f"{decoder} ({', '.join(sorted(names))})" for decoder, names in systems.items())
+    sentence = f' "default" is the checkpoint\'s own decoder: {each}.'
+    if len(systems) > 1:
+        sentence += " They differ, and so do these systems by more than their weights."
+    return sentence
 
 
 def _curves(file: Path) -> Any:
