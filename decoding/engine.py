@@ -156,18 +156,21 @@ class Engine:
             ConfigError: for a prompt that does not fit; nothing is taken up then.
         """
         row = prompt if isinstance(prompt, Row) else self.rows.answer(prompt, plan)
-        return self.add(make_canvas([row], [operator.index(seed)], plan), plan)
+        return self._wait(make_canvas([row], [operator.index(seed)], plan), plan)
 
     def add(self, canvas: Canvas, plan: Plan) -> int:
-        """Take up a row as it is, a canvas of one, perhaps from another engine; returns its ticket."""
+        """Take up a copy of a row, a canvas of one, perhaps from another engine; returns its ticket."""
+        return self._wait(canvas.take(torch.tensor([0])), plan)
+
+    def _wait(self, canvas: Canvas, plan: Plan) -> int:
+        """Put a canvas of one row, which is the engine's from now on, at the end of the queue."""
         size = int(canvas.end[0])
         if self.max_positions is not None and size > self.max_positions:
             raise ConfigError(
                 f"a row of {size} positions is longer than the engine's limit of {self.max_positions}"
             )
         ticket = next(self._tickets)
-        entry = _EngineRow(plan, Reader(self.tokenizer), size)
-        self._waiting[ticket] = entry, canvas.take(slice(0, 1))
+        self._waiting[ticket] = _EngineRow(plan, Reader(self.tokenizer), size), canvas
         return ticket
 
     def lengths(self) -> dict[int, int]:

@@ -76,10 +76,11 @@ def plan_infilling(request: Request, spec: ModelSpec, tokenizer: PreTrainedToken
 
 def rows_with_gaps(
     rows: RowMaker, pieces: Sequence[Piece], prompt: Prompt | None, plan: Plan, name: str
-) -> list[Row]:
-    """The rows of a text with gaps: one for each combination of lengths that the gaps can have.
+) -> list[tuple[Row, Plan]]:
+    """The rows of a text with gaps, each with its plan: one for each combination of lengths of the gaps.
 
-    A space before a gap belongs to the gap, since tokens carry the space before them.
+    A plan has no more steps than its row can use. A space before a gap belongs to the gap, since tokens carry
+    the space before them.
 
     Raises:
         ConfigError: for a text that is too long, and for too many combinations.
@@ -102,7 +103,8 @@ def rows_with_gaps(
         ]
     except TooLongError as error:
         raise TooLongError(f"{name}: {error}") from error
-    return [_row(rows, given, sizes, before, plan, name) for sizes in itertools.product(*lengths)]
+    made = [_row(rows, given, sizes, before, plan, name) for sizes in itertools.product(*lengths)]
+    return [(row, plan.within(row.ids.count(plan.mask_id))) for row in made]
 
 
 def _row(

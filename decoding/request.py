@@ -285,7 +285,7 @@ class Request:
         decoder = decoder.fitted(window or masks or OPEN_LENGTH, spec)
         steps = None if window is None else int(defaults.get("steps", max(1, window // 4)))
         pace = self.pace_for(decoder, spec, steps, float(defaults.get("rate", DEFAULT_RATE)))
-        pace, ends = pace.within(window or spec.positions), not self.ending
+        pace, ends = pace.within(window or masks or spec.positions), not self.ending
         fill = self.eos_fill is not False and ends
         closes = fill or pace.steps is None
         ending = Ending.of(spec, fill=fill, early_exit=ends and not decoder.reveal.revises, closes=closes)

@@ -434,7 +434,7 @@ class Sampler:
             for name, pieces, seed in texts:
                 candidates = rows_with_gaps(self.rows, pieces, prompt, plan, name)
                 tries.append(len(candidates))
-                yield from ((row, plan.within(row.ids.count(plan.mask_id)), seed) for row in candidates)
+                yield from ((row, clamped, seed) for row, clamped in candidates)
 
         finished = self._finished(rows(), batch_size)
         for number in itertools.count():

@@ -172,6 +172,8 @@ class Batch:
         """
         canvas = self.canvas
         rows = (~canvas.done).nonzero()[:, 0] if chosen is None else chosen[~canvas.done[chosen]]
+        if not len(rows):
+            return
         live: Rows = slice(None) if len(rows) == len(canvas.ids) else rows
         late = canvas.step[rows] >= self.steps
         ends = bool(late.any())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlm.data.records import RECORD_SUFFIXES, read_records
-from dlm.data.rows import instruction_text, question_and_answer
+from dlm.data.rows import asked_and_answer, instruction_text
 from dlm.errors import ConfigError, DataError, unknown_name
 
 if TYPE_CHECKING:
@@ -105,31 +105,21 @@ def _arena(row: dict[str, Any], index: int) -> Question:
     return Question(str(key), (first,), (), str(row.get("category") or row.get("cluster") or ""))
 
 
-def _chat(row: dict[str, Any], key: str, index: int) -> Question:
-    """A conversation: its last turn of the user's is the question, an assistant's behind it the reference."""
-    completion = row.get("completion") if key == "prompt" else None
-    turns = [*row[key], *(completion if isinstance(completion, list) else ())]
-    messages, answer = question_and_answer(turns, "the question")
-    *before, last = messages
-    history = tuple((turn["role"], turn["content"]) for turn in before)
-    return Question(str(index), (last["content"],), (answer,) if answer else (), history=history)
-
-
 def _any(row: Any, index: int) -> Question:
-    """Questions from any file that `dlm generate --file` reads."""
-    if isinstance(row, str):
-        return Question(str(index), (row,))
-    for key in ("messages", "conversations", "prompt"):
-        if isinstance(row.get(key), list):
-            return _chat(row, key, index)
-    if isinstance(row.get("turns"), list):
-        return _mt_bench({"question_id": index, **row}, index)
-    if "question" in row and "answer" in row:
-        return _gsm8k(row, index)
-    for key in ("instruction", "prompt", "text"):
-        if row.get(key):
-            return _instruction({**row, "instruction": row[key]}, index)
-    raise KeyError("instruction")
+    """Questions from any file that `dlm generate --file` reads, read as it does; or turns as MT-Bench has."""
+    fields = row if isinstance(row, dict) else {}
+    if isinstance(fields.get("turns"), list):
+        return _mt_bench({"question_id": index, **fields}, index)
+    prompt, answer = asked_and_answer(row, "the question")
+    *before, last = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return Question(
+        id=str(index),
+        turns=(last["content"],),
+        reference=(answer,) if answer else (),
+        category=str(fields.get("category") or fields.get("dataset") or ""),
+        generator=str(fields.get("generator") or "reference"),
+        history=tuple((turn["role"], turn["content"]) for turn in before),
+    )
 
 
 def _rule_rows() -> Iterable[dict[str, Any]]:

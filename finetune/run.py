@@ -19,6 +19,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from dlm.adapter import merged
+from dlm.checkpoint import computes_bfloat16
 from dlm.curves import CurveCallback, Draw, draw_curve
 from dlm.data.config import DataConfig
 from dlm.data.encode import EncodingReport, encode_rows
@@ -256,6 +257,7 @@ def record(
     model.config.training = {
         **stage,
         "data": {**asdict(config.data), "rows": report.as_dict()},
+        "schedule": ModelSpec.of(model).schedule.as_dict(),
         "template": template_name(tokenizer),
         "learning_rate": config.learning_rate,
         "seed": config.seed,
@@ -409,5 +411,5 @@ def training_arguments(config: RunConfig, evaluate: bool, max_steps: int) -> Tra
 def _precision(precision: str) -> dict[str, bool]:
     if precision == "auto":
         cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        precision = "bf16" if cuda or torch.cpu._is_avx512_bf16_supported() else "fp32"
+        precision = "bf16" if cuda or computes_bfloat16() else "fp32"
     return {"bf16": precision == "bf16", "fp16": precision == "fp16"}

@@ -87,7 +87,7 @@ class SFTTrainer(DiffusionTrainer):
 class SFT(Stage[TrainConfig]):
     """Fine-tuning on true answers."""
 
-    objective = "masked diffusion NELBO (log-linear schedule, SUBS)"
+    objective = "masked diffusion NELBO (SUBS)"
 
     @property
     def start(self) -> StartConfig:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm.data.records import RECORD_SUFFIXES, decoded, read_records, read_text
-from dlm.data.rows import dialogue, instruction_text, question_and_answer
+from dlm.data.rows import asked_and_answer
 from dlm.errors import DataError
 
 
@@ -25,7 +25,7 @@ def read_prompts(file: str) -> Iterator[Any]:
     path, empty = Path(file), True
     if file.endswith(RECORD_SUFFIXES):
         records = enumerate(read_records(path))
-        prompts: Iterable[Any] = (_record_prompt(record, f"{file}, row {i}") for i, record in records)
+        prompts: Iterable[Any] = (asked_and_answer(record, f"{file}, row {i}")[0] for i, record in records)
     else:
         prompts = _filled_lines(io.StringIO(read_text(path), newline=None))
     for prompt in prompts:
@@ -61,22 +61,3 @@ def _stdin_lines() -> Iterator[str]:
 def _filled_lines(lines: Iterable[str]) -> Iterator[str]:
     """The lines that are not empty, without their ends."""
     return (line.rstrip("\r\n") for line in lines if line.strip())
-
-
-def _record_prompt(record: Any, where: str) -> Any:
-    """The prompt in a JSON record: a text, or chat messages."""
-    if isinstance(record, str):
-        return record
-    if isinstance(record, dict):
-        for key in ("messages", "conversations"):
-            if isinstance(record.get(key), list) and record[key]:
-                return question_and_answer(record[key], where)[0]
-        if isinstance(record.get("prompt"), list) and record["prompt"]:
-            return dialogue(record["prompt"], where)
-        for key in ("instruction", "prompt", "question", "text"):
-            if isinstance(record.get(key), str) and record[key]:
-                return instruction_text(record, key, where)
-        for key in ("instruction", "prompt", "question", "text"):
-            if record.get(key):
-                raise DataError(f"{where}: {key!r} must be a text, got {str(record[key])[:60]}")
-    raise DataError(f"{where}: needs 'instruction', 'prompt', 'text' or 'messages'")

@@ -279,6 +279,39 @@ def question_and_answer(turns: Any, where: str) -> tuple[list[dict[str, str]], s
     return messages, answer
 
 
+ASKING = ("instruction", "prompt", "question", "text")
+"""Fields that hold what is asked, where a record is no conversation."""
+
+
+def asked_and_answer(record: Any, where: str) -> tuple[str | list[dict[str, str]], str]:
+    """The prompt of a record, a text or chat messages, and the answer to it, "" where it holds none.
+
+    A text is a prompt by itself; else a conversation counts, before one of `ASKING` with the answer that
+    `PAIRS` names.
+
+    Raises:
+        DataError: for a record that asks nothing, saying what it needs.
+    """
+    if isinstance(record, str):
+        return whole_characters(record), ""
+    row = record if isinstance(record, dict) else {}
+    for key in ("messages", "conversations", "prompt"):
+        if isinstance(row.get(key), list) and row[key]:
+            completion = row.get("completion") if key == "prompt" else None
+            return question_and_answer(
+                [*row[key], *(completion if isinstance(completion, list) else ())], where
+            )
+    for key in ASKING:
+        if isinstance(row.get(key), str) and row[key]:
+            answers = (row.get(answer) for asking, answer in PAIRS if asking == key)
+            answer = next((x for x in answers if isinstance(x, str) and x), "")
+            return instruction_text(row, key, where), whole_characters(answer)
+    for key in ASKING:
+        if row.get(key):
+            raise DataError(f"{where}: {key!r} must be a text, got {str(row[key])[:60]}")
+    raise DataError(f"{where}: needs 'instruction', 'prompt', 'text' or 'messages'")
+
+
 def _parse_turn(turn: Any, where: str) -> dict[str, str]:
     if not isinstance(turn, dict):
         raise OddRowError(f"{where} must be an object, got {turn!r:.80}")

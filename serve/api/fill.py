@@ -102,7 +102,7 @@ def _rows_of_lengths(
     plan = plan_infilling(request, service.spec, service.tokenizer)
     rows = rows_with_gaps(service.rows, pieces, prompt, plan, "the text")
     seeds = [wrapped(first_seed(sampling.seed) + i) for i in range(n)]
-    samples = [Sample(row, plan, seed) for seed in seeds for row in rows]
+    samples = [Sample(row, clamped, seed) for seed in seeds for row, clamped in rows]
     service.check_samples(samples)
     return Filling(plan, samples, seeds)
 

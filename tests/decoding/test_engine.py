@@ -3,7 +3,7 @@
 import copy
 import itertools
 import random
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from decoding.engine import Engine
 from decoding.presets import PRESETS
 from decoding.request import Reuse
 from dlm.errors import ConfigError
-from tests.decoding.rig import EOS, LEARNT, MASK, canvas_of, decode, plan_of, rows
+from tests.decoding.rig import LEARNT, MASK, canvas_of, decode, plan_of, rows
 from tests.dlm.test_attention import MASK as TINY_MASK
 from tests.dlm.test_attention import tiny
 from tests.fakes import FakeDenoiser, FakeTokenizer
@@ -184,12 +184,23 @@ def test_what_does_not_fit_leaves_the_engine_as_it_was():
 def test_a_row_that_is_given_to_an_engine_is_copied():
     engine, plan = engine_of(FakeDenoiser(eos_bias=-50.0)), plan_of("llada", 4)
     canvas = canvas_of(torch.tensor([[1] + [MASK] * 9]), plan)
-    for _ in range(2):
-        ticket = engine.add(canvas, plan)
-    waiting = engine.canvas(ticket)
-    run(engine)
-    assert canvas.ids[0].tolist() == waiting.ids[0].tolist() == [1] + [MASK] * 9
-    assert int(canvas.step) == 0
+    for copies in (1, 2):  # one alone is not joined with others
+        for _ in range(copies):
+            ticket = engine.add(canvas, plan)
+        waiting = engine.canvas(ticket)
+        run(engine)
+        assert canvas.ids[0].tolist() == waiting.ids[0].tolist() == [1] + [MASK] * 9
+        assert int(canvas.step) == 0
+
+
+def test_a_row_with_nothing_to_write_is_finished_and_harms_no_other():
+    engine, plan = engine_of(FakeDenoiser(eos_bias=-50.0)), plan_of("llada", 4)
+    whole = engine.submit(Row([1, 2, 3], 1), plan)
+    assert {whole: True} == {update.ticket: update.finished for update in engine.step()}
+    tickets = [engine.submit(row, plan) for row in (Row([1, 2, 3], 1), Row([1] + [MASK] * 9, 1))]
+    finished = run(engine)
+    assert finished[tickets[0]].ids[0, :3].tolist() == [1, 2, 3]
+    assert MASK not in finished[tickets[1]].ids[0].tolist()
 
 
 def test_rows_wait_in_order_for_rows_and_positions():
@@ -314,7 +325,7 @@ def test_confirmed_text_is_never_taken_back_and_ends_in_the_answer():
 
 def test_several_threads_share_a_model():
     """Each with an engine of its own; plain, packed and partial calls meet in one model."""
-    model, errors = tiny(shift=True), []
+    model = tiny(shift=True)
     plans = [
         plan_of(Decoder.named("conv", kernel_size=9), rate=2.0, grow=True, mask=TINY_MASK, reuse=reuse)
         for reuse in (None, Reuse("dual", 3))
@@ -334,18 +345,12 @@ def test_several_threads_share_a_model():
     expected = [texts(*job) for job in jobs]
 
     def work(offset):
-        for i in range(len(jobs)):
-            job = (i + offset) % len(jobs)
-            if texts(*jobs[job]) != expected[job]:
-                errors.append(job)
+        order = [(i + offset) % len(jobs) for i in range(len(jobs))]
+        return {job: texts(*jobs[job]) for job in order}
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    assert EOS == 0
+    with ThreadPoolExecutor(4) as threads:
+        for answers in threads.map(work, range(4)):  # raises what a thread raised
+            assert answers == dict(enumerate(expected))
 
 
 def test_rows_wait_in_order_and_one_that_waits_is_cancelled_without_a_step():

@@ -300,7 +300,8 @@ class TestAdapters:
 
 
 @pytest.mark.skipif(
-    not base.is_complete(base.cache() / base.BASE_NAME), reason="the base of the default model has not been fetched"
+    not base.is_complete(base.cache() / base.BASE_NAME),
+    reason="the base of the default model has not been fetched",
 )
 def test_the_default_model_answers():
     from decoding import Sampler

@@ -1,7 +1,5 @@
 """Files of runs and questions that are not what they should be: one clear error, whatever stands in them."""
 
-from contextlib import suppress
-
 import pytest
 
 from dlm.errors import DataError, DLMError
@@ -22,6 +20,8 @@ JUNK = [
     b'{"question": "x", "answer": 5}\n', b'{"turns": [], "question_id": 1}\n', b'{"prompt": 5}\n',
     b'{"instruction": {"a": 1}}\n', b'{"instruction": "x", "output": [1]}\n',
 ]  # fmt: skip
+HARMLESS = {("answers.jsonl", 0)}
+"""Files that say nothing wrong: no answers yet."""
 
 
 @pytest.fixture
@@ -41,14 +41,19 @@ def folder(tmp_path):
 def test_a_damaged_run_is_one_error(folder, tmp_path, name, junk):
     file = next((folder / name).iterdir()) if name == "verdicts" else folder / name
     file.write_bytes(junk)
+    errors: list[str] = []
     for call in (
         lambda: Results.load(folder),
         lambda: open_run(folder, CARD),
         lambda: merge(folder, QUESTIONS),
         lambda: write(find_runs([str(tmp_path / "runs")]), tmp_path / "report", "t", 2, "", []),
     ):
-        with suppress(DLMError):
+        try:
             call()
+        except DLMError as error:
+            errors.append(str(error))
+    assert bool(errors) != ((name, JUNK.index(junk)) in HARMLESS), errors
+    assert all(folder.name in error for error in errors)
 
 
 @pytest.mark.parametrize("junk", JUNK, ids=range(len(JUNK)))

@@ -6,6 +6,7 @@ import pytest
 from dlm.data.prompts import read_prompts
 from dlm.data.rows import parse_row
 from dlm.errors import ConfigError, DataError
+from dlm.tokenizer import as_messages
 from eval.generation import conversation, mark
 from eval.mt_bench import load_references
 from eval.tasks import TASKS, load_questions
@@ -40,6 +41,28 @@ def test_rows_of_every_task_are_read(task, tmp_path):
     assert (
         question.id, question.turns, question.reference, question.category, question.generator,
     ) == expected  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "reference"),
+    [
+        ("Who?", ()),
+        ({"question": "Who?"}, ()),
+        ({"question": "Who?", "answer": "Me.", "context": "At the door."}, ("Me.",)),
+        ({"instruction": "Who?", "response": "Me."}, ("Me.",)),
+        ({"prompt": "Who?", "completion": "Me."}, ("Me.",)),
+        ({"prompt": "Who?", "response": "Me.", "output": ""}, ("Me.",)),
+        ({"text": "Who?"}, ()),
+        ({"messages": [{"role": "user", "content": "Who?"}]}, ()),
+    ],
+)
+def test_a_file_asks_what_generate_reads_from_it(tmp_path, row, reference):
+    file = write(tmp_path, [row])
+    (question,), (prompt,) = load_questions("file", file), read_prompts(str(file))
+    assert question.opening == as_messages(prompt)
+    assert question.reference == reference
+    if reference:
+        assert parse_row(row, "f", 0) == {"prompt": as_messages(prompt), "answer": reference[0]}
 
 
 def test_an_input_follows_its_instruction(tmp_path):
@@ -139,7 +162,7 @@ def test_other_mistakes(tmp_path):
         load_questions("gsm8")
     with pytest.raises(ConfigError, match="needs --data"):
         load_questions("file")
-    with pytest.raises(DataError, match="not a question"):
+    with pytest.raises(DataError, match="needs 'instruction', 'prompt', 'text' or 'messages'"):
         load_questions("file", write(tmp_path, [{"turns": "hello"}]))
     with pytest.raises(DataError, match="no such file"):
         load_questions("wiki", str(tmp_path / "none.json"))

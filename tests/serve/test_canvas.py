@@ -133,6 +133,16 @@ def test_gaps_are_filled_as_the_python_api_fills_them(server, tiny, tokenizer, t
         assert last["cells"] == got["cells"]
 
 
+def test_more_steps_than_gaps_can_use_are_left_out_as_in_the_python_api(server, tiny, tokenizer):
+    how = {"seed": 2, "decoder": "top-k", "steps": 5000}
+    got = server.post("/v1/canvas", text="ab <mask:3> cd", **how).json()
+    expected = Sampler(tiny, tokenizer).infill("ab <mask:3> cd", **how)
+    assert (got["text"], got["model_calls"]) == (expected.text, expected.model_calls)
+    steps = [cell["step"] for cell in got["cells"] if cell["step"] is not None]
+    assert len(steps) == 3
+    assert max(steps) <= 3 * 16
+
+
 def test_a_stream_of_changes_holds_each_step_as_the_engine_has_it(server, tiny, tokenizer):
     """Whole canvases made of the changes, against the cells of the engine after each step."""
     for options in ({"decoder": "llada", "steps": 9}, {"rate": 2.0}, {"decoder": "remdm", "steps": 9}):
