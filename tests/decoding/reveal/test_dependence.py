@@ -142,6 +142,7 @@ WAYS = [
     ("categorical", {}, {"rate": 4.0}),
     ("semi-ar", {"block_size": 8}, {"steps": 9}),
     ("sliding", {"size": 9}, {"steps": 9}),
+    ("sliding", {"size": 20, "temperature": 2.0}, {"steps": 70}),
     ("entropy-bound", {"gamma": 9.0}, {}),
     ("dilated", {"block_size": 8}, {}),
     ("editing", {"tau": 0.05, "tau_edit": 0.2}, {}),
@@ -161,7 +162,7 @@ def plans_of(model, name, options, pace, threshold=TAU):
         return None
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, (way[0], *way[2]))))
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, (way[0], *way[2].values()))))
 @pytest.mark.parametrize(("shift", "block_size"), MODELS)
 @torch.inference_mode()
 def test_texts_do_not_depend_on_company_or_on_what_is_cached(way, shift, block_size):
@@ -197,7 +198,7 @@ class Without:
         return getattr(self.model, name)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, (way[0], *way[2]))))
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, (way[0], *way[2].values()))))
 @torch.inference_mode()
 def test_a_threshold_that_is_never_reached_changes_nothing(way):
     for shift, block_size in MODELS:
