@@ -155,7 +155,7 @@ def plans_of(model, name, options, pace, threshold=TAU):
     """Without and with conflicts; None where the decoder is none for the model."""
     try:
         return [
-            plan_of(decoder.for_model(model.spec.visibility, model.config.shift), mask=MASK, fit=30, **pace)
+            plan_of(decoder.fitted(30, model.spec), mask=MASK, **pace)
             for decoder in both(threshold, name=name, **options)
         ]
     except ConfigError:
