@@ -90,23 +90,29 @@ class Ending:
         ends = sent(position >= self.at if self.padding else position == self.at, hidden.device)
         return torch.cat([hidden, ends.to(hidden.dtype).expand(hidden.shape[:-1])[..., None]], dim=-1)
 
-    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def hidden(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **records: Any
+    ) -> torch.Tensor:
         """[B, L] -> [B, L, D + 1]."""
         position = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return self._marked(self.model.hidden(input_ids, attention_mask), position)
+        return self._marked(self.model.hidden(input_ids, attention_mask, **records), position)
 
-    def packed_hidden(self, input_ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def packed_hidden(self, input_ids: torch.Tensor, lengths: Sequence[int], **records: Any) -> torch.Tensor:
         """[N] -> [N, D + 1]."""
         position = torch.cat([torch.arange(n, device=input_ids.device) for n in lengths])
-        return self._marked(self.model.packed_hidden(input_ids, lengths), position)
+        return self._marked(self.model.packed_hidden(input_ids, lengths, **records), position)
 
     def new_memory(self) -> Any:
         """See `MaskedDiffusionModel`."""
         return self.model.new_memory()
 
-    def partial_hidden(self, input_ids: torch.Tensor, active: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def partial_hidden(
+        self, input_ids: torch.Tensor, active: torch.Tensor, *rest: Any, **records: Any
+    ) -> torch.Tensor:
         """[B, L] -> [N, D + 1]."""
-        return self._marked(self.model.partial_hidden(input_ids, active, *rest), active.nonzero()[:, 1])
+        return self._marked(
+            self.model.partial_hidden(input_ids, active, *rest, **records), active.nonzero()[:, 1]
+        )
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D + 1] -> [..., V]."""

@@ -14,7 +14,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from decoding.canvas import Canvas, Rows, resized
+from decoding.conflicts import ConflictCache
 from decoding.request import Reuse
+from dlm.attention_weights import AttentionWeights
 from dlm.errors import ConfigError
 
 
@@ -39,7 +41,8 @@ class Capable(Protocol):
     """A model that declares what it can do beyond `Denoiser`.
 
     "packed" stands for `packed_hidden`; "partial" for `partial_hidden` and `new_memory`, with which keys and
-    values can be reused. See `dlm.model`.
+    values can be reused; "attention" for the argument `attention` of these calls, which records attention
+    weights. See `dlm.model`.
     """
 
     @property
@@ -53,26 +56,30 @@ def can(model: Any, capability: str) -> bool:
     return isinstance(model, Capable) and capability in model.capabilities
 
 
-def hidden_of_rows(model: Any, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+def hidden_of_rows(
+    model: Any, ids: torch.Tensor, lengths: Sequence[int], attention: Sequence[AttentionWeights] = ()
+) -> torch.Tensor:
     """One model call over rows of these lengths: packed end to end where the model can, else padded.
 
     Args:
         model: see `Denoiser`.
         ids: [N] int64, the rows end to end.
         lengths: of each row; their sum is N.
+        attention: records that the call fills, for a model that can.
 
     Returns:
         [N, D].
     """
+    records = {"attention": attention} if attention else {}
     if len(set(lengths)) == 1:
-        return model.hidden(ids.view(len(lengths), -1)).flatten(0, 1)  # type: ignore[no-any-return]
+        return model.hidden(ids.view(len(lengths), -1), **records).flatten(0, 1)  # type: ignore[no-any-return]
     if can(model, "packed"):
-        return model.packed_hidden(ids, lengths)  # type: ignore[no-any-return]
+        return model.packed_hidden(ids, lengths, **records)  # type: ignore[no-any-return]
     size = torch.tensor(lengths)
     valid = torch.arange(int(max(lengths))) < size[:, None]
     padded = ids.new_zeros(valid.shape)
     padded[valid] = ids
-    states = model.hidden(padded, valid)
+    states = model.hidden(padded, valid, **records)
     row, position = (x.to(states.device, non_blocking=True) for x in valid.nonzero().unbind(1))
     return states[row, position]  # type: ignore[no-any-return]
 
@@ -110,6 +117,7 @@ class ScoreCache:
         self.probability = torch.zeros(canvas.ids.shape)  # [B, L]
         self.score = torch.zeros(*canvas.ids.shape, 1)  # [B, L, C]
         self.alternatives = torch.zeros_like(canvas.alternatives)  # [B, L, k, 2]
+        self.conflicts = ConflictCache(canvas)
 
     def put(self, rows: torch.Tensor, where: torch.Tensor, columns: torch.Tensor) -> None:
         """Keep token, probability, score and alternatives [N, 2 + C + 2k] of the positions `where` [b, W]."""
@@ -133,6 +141,7 @@ class ScoreCache:
     def follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
         """Go on with another canvas; see `_Entries.follow`."""
         self.entries.follow(canvas, rows)
+        self.conflicts.follow(canvas, rows)
         for name in ("token", "probability", "score", "alternatives"):
             values = getattr(self, name)
             values = values if rows is None else values[rows]
@@ -245,11 +254,18 @@ class StateCache:
         self.refreshed_at[rows] = torch.where(due, revision, self.refreshed_at[rows])
         self.put(rows, active, states)
 
-    def compute_blocks(self, model: Any, rows: torch.Tensor, where: torch.Tensor, size: int) -> None:
+    def compute_blocks(
+        self,
+        model: Any,
+        rows: torch.Tensor,
+        where: torch.Tensor,
+        size: int,
+        record: AttentionWeights | None = None,
+    ) -> None:
         """Compute the rows [b] again from the first block of `size` that changed or is needed, exactly.
 
         In a block-causal model nothing before it depends on what has changed, and nothing that is needed at
-        `where` [b, W] on the blocks behind.
+        `where` [b, W] on the blocks behind. `record` is filled, if there is one.
         """
         ids, valid = self.shown_ids(rows), self.canvas.valid[rows]
         needed = torch.zeros_like(valid)
@@ -263,7 +279,12 @@ class StateCache:
         if self.key_values is None:
             self.key_values = model.new_memory()
         states = model.partial_hidden(
-            ids[:, :width], active[:, :width], valid[:, :width], self.key_values, rows
+            ids[:, :width],
+            active[:, :width],
+            valid[:, :width],
+            self.key_values,
+            rows,
+            **({} if record is None else {"attention": [record]}),
         )
         stale = changed & (block > last)
         self.computed_ids[rows] = torch.where(stale, -1, torch.where(active, ids, self.computed_ids[rows]))
@@ -272,11 +293,15 @@ class StateCache:
 
 @dataclass(frozen=True)
 class StateQuery:
-    """A need for the states of the rows [b] of a cache, at the positions `where` [b, W]."""
+    """A need for the states of the rows [b] of a cache, at the positions `where` [b, W].
+
+    With a record also for the attention of a model call, whatever states are there already.
+    """
 
     cache: StateCache
     rows: torch.Tensor
     where: torch.Tensor
+    record: AttentionWeights | None = None
 
 
 def compute_states(model: Denoiser, queries: Sequence[StateQuery]) -> list[torch.Tensor]:
@@ -285,26 +310,32 @@ def compute_states(model: Denoiser, queries: Sequence[StateQuery]) -> list[torch
     Rows whose states are there already cost nothing. The others share one model call, except for batches that
     reuse keys and values, which have one each; those of a block-causal model always do, since they are exact.
     """
-    due = []
+    due: list[tuple[StateCache, torch.Tensor, torch.Tensor]] = []
+    records = []
     size = getattr(getattr(model, "config", None), "block_size", None)
     for query in queries:
-        cache, rows, where = query.cache, query.rows, query.where
+        cache, rows, where, record = query.cache, query.rows, query.where, query.record
         stale = (where & ~cache.entries.at(rows, where.shape[1])).any(1)
+        if record is not None:
+            stale = torch.ones_like(stale)
         if not bool(stale.any()):
             continue
         rows = rows[stale]
         if size is not None and can(model, "partial"):
-            cache.compute_blocks(model, rows, where[stale], size)
+            cache.compute_blocks(model, rows, where[stale], size, record)
         elif cache.reuse is not None:
             cache.compute_partly(model, rows, where[stale])
         else:
+            if record is not None:
+                record.rows = record.rows + sum(len(others) for _, others, _ in due)
+                records.append(record)
             due.append((cache, rows, cache.canvas.valid[rows]))
     if due:
         ids = torch.cat([cache.shown_ids(rows)[valid] for cache, rows, valid in due])
         lengths = torch.cat([valid.sum(1) for _, _, valid in due]).tolist()
         each = iter(lengths)
         sizes = [sum(itertools.islice(each, len(rows))) for _, rows, _ in due]
-        computed = hidden_of_rows(model, ids, lengths).split(sizes)
+        computed = hidden_of_rows(model, ids, lengths, records).split(sizes)
         for (cache, rows, valid), states in zip(due, computed, strict=True):
             cache.put(rows, valid, states)
     return [query.cache.at(query.rows, query.where) for query in queries]

@@ -27,6 +27,7 @@ from decoding.reveal import (
     Stability,
     Threshold,
 )
+from decoding.reveal.dependence import Dependence
 from decoding.reveal.process_reward import Control
 from decoding.reveal.quota import Order
 from decoding.tokens import TokenRule
@@ -117,10 +118,11 @@ class Decoder:
         for option, value in options.items():
             _check_kind(name, option, value, preset)
         common = {option: options.pop(option, default) for option, default in preset.common.items()}
-        guidance, gap = common.pop("guidance"), common.pop("gap")
+        guidance = common.pop("guidance")
+        apart = {name: common.pop(name) for name in ("gap", "conflict", "conflict_layers")}
         try:
             window, reveal = preset.build(**options)
-            reveal = reveal if gap == 1 else Separated(reveal, gap)
+            reveal = _separated(reveal, **apart)
             return cls(window, reveal, replace(preset.tokens, **common), name, guidance)
         except TypeError as error:
             raise ConfigError(f"decoder {name!r}: {error}") from error
@@ -163,13 +165,26 @@ class Preset:
     @property
     def common(self) -> dict[str, Any]:
         """Options that every preset has, and their defaults here."""
-        return {option: getattr(self.tokens, option) for option in TOKENS} | {"guidance": 0.0, "gap": 1}
+        return {option: getattr(self.tokens, option) for option in TOKENS} | {
+            "guidance": 0.0,
+            "gap": 1,
+            "conflict": 0.0,
+            "conflict_layers": Dependence.layers,
+        }
 
     @property
     def options(self) -> dict[str, Any]:
         """Option names and their defaults."""
         parameters = {name: p.default for name, p in inspect.signature(self.build).parameters.items()}
         return parameters | self.common
+
+
+def _separated(reveal: RevealRule, gap: int, conflict: float, conflict_layers: int) -> RevealRule:
+    """The rule, with tokens of one call kept apart where that is asked for."""
+    if not conflict and conflict_layers != Dependence.layers:
+        raise ConfigError("conflict_layers says which layers show a conflict; give conflict, such as 0.07")
+    dependence = Dependence(conflict, conflict_layers) if conflict else None
+    return reveal if gap == 1 and dependence is None else Separated(reveal, gap, dependence)
 
 
 def _check_kind(name: str, option: str, value: Any, preset: Preset) -> None:

@@ -22,10 +22,11 @@ import torch
 
 from decoding.canvas import Canvas, Rows
 from decoding.course import course
-from decoding.denoiser import Denoiser, ScoreCache, StateCache, StateQuery, compute_states
+from decoding.denoiser import Denoiser, ScoreCache, StateCache, StateQuery, can, compute_states
 from decoding.pace import Clock
 from decoding.request import Plan
 from decoding.reveal.base import PREDICTION_NOISE, TOKEN_NOISE, Decision, StepView
+from decoding.reveal.dependence import Dependence
 from dlm.errors import ConfigError, DLMError
 from dlm.noise import cell_noise
 
@@ -134,6 +135,8 @@ class Batch:
         self.steps = math.inf if plan.pace.steps is None else plan.pace.steps
         self.constant_score = self.rule.constant_score(self.tokens)
         self.penalises = self.tokens.penalises
+        if self.rule.dependence is not None and not can(model, "attention"):
+            raise ConfigError("this model tells no attention weights, which the option conflict needs")
 
     def join(self, canvas: Canvas) -> None:
         """Add rows behind those that are there."""
@@ -186,7 +189,7 @@ class Batch:
             needed = self.rule.needs(view)
             if ends:
                 needed = torch.where(late[:, None], masked, needed)
-            yield from self._look(rows, needed)
+            yield from self._look(rows, needed, self.rule.dependence)
             score = self.scores.scores(live, needed)
         else:
             needed, score = torch.zeros_like(masked), torch.full(masked.shape, self.constant_score)
@@ -227,6 +230,7 @@ class Batch:
             course=partial(course, canvas, plan, rows, self.width),
             beyond=self._beyond(rows) if plan.margin is not None and plan.pace.steps else None,
             rate=plan.pace.rate,
+            conflicts=partial(self.scores.conflicts.at, rows, width=self.width),
             state={name: x[cells] if x.dim() > 1 else x[rows] for name, x in canvas.rule_state.items()},
         )
 
@@ -292,20 +296,26 @@ class Batch:
 
     # ---- the model -----------------------------------------------------------------------------------
 
-    def _look(self, rows: torch.Tensor, where: torch.Tensor) -> Work:
+    def _look(self, rows: torch.Tensor, where: torch.Tensor, dependence: Dependence | None = None) -> Work:
         """Score the positions `where` [b, W] and draw their tokens, where that has not been done.
 
+        With a `dependence`, also find which of them are in conflict; that is done for all of a row at once.
         The results come back from the model's device in one piece: the one time in a step that the host waits
         for it.
         """
-        where = where & ~self.scores.entries.at(rows, self.width)
-        incomplete = where.any(1)
+        missing = where & ~self.scores.entries.at(rows, self.width)
+        incomplete = missing.any(1)
         if not bool(incomplete.any()):
             return
+        where = missing if dependence is None else where
         if not bool(incomplete.all()):
             rows, where = rows[incomplete], where[incomplete]
-        states = yield [StateQuery(cache, rows, where) for cache in self.states]
-        canvas = self.canvas
+        canvas, record = self.canvas, None
+        if dependence is not None:
+            record = dependence.record(where & canvas.masked[rows, : self.width])
+        states = yield [
+            StateQuery(cache, rows, where, None if cache.unconditional else record) for cache in self.states
+        ]
         noise = cell_noise(canvas.key[rows], canvas.revision[rows], self.width, TOKEN_NOISE)
         owner, position = where.nonzero().unbind(1)
         cells = [x.split(_LOGIT_ROWS) for x in (rows[owner], position, noise[where], *states)]
@@ -313,7 +323,14 @@ class Batch:
             self._columns(self._logits(row, place, *hidden), row, place, uniform)
             for row, place, uniform, *hidden in zip(*cells, strict=True)
         ]
-        columns = torch.cat(pieces).cpu()
+        columns = torch.cat(pieces)
+        if dependence is None or record is None:
+            columns = columns.cpu()
+        else:
+            found = dependence.conflicts(record)
+            both = torch.cat([columns.flatten(), found.flatten().double()]).cpu()
+            columns = both[: columns.numel()].view(columns.shape)
+            self.scores.conflicts.put(rows, record.positions, both[columns.numel() :].view(found.shape) > 0)
         bad = columns[:, :2].isnan().any(1) | columns[:, 2].isnan()
         if bool(bad.any()):  # these rows fail, the others go on
             broken = rows[owner[bad]]

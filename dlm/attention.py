@@ -78,6 +78,20 @@ CAUSAL = Sight(block_size=1)
 """A block of one: everything before it and itself."""
 
 
+@dataclass(frozen=True)
+class RowKeys:
+    """Queries and keys of a layer, row by row."""
+
+    query: torch.Tensor
+    """[B, H, A, D]."""
+    key: torch.Tensor
+    """[B, G, W, D]."""
+    place: torch.Tensor
+    """[B, A] int64, position of each query in its row; -1 for padding and repetitions."""
+    valid: torch.Tensor
+    """[B, W] bool, False at padding."""
+
+
 def with_layouts(implementation: str | None) -> str:
     """Name under which transformers finds an attention implementation that also takes a `layout`.
 
@@ -196,6 +210,16 @@ class Packed:
             rows.append(_sdpa(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], mask, scale))
         return torch.cat(rows, dim=2).transpose(1, 2)
 
+    def row_keys(self, layer: int, query: torch.Tensor, key: torch.Tensor) -> RowKeys:
+        """Queries and keys of each row, padded on the right."""
+        del layer
+        size = torch.tensor(self.lengths)[:, None]
+        place = torch.arange(int(size.max())).expand(len(size), -1)
+        index = sent(torch.tensor(self.bounds[:-1])[:, None] + torch.minimum(place, size - 1), query.device)
+        place = sent(torch.where(place < size, place, -1), query.device)
+        query, key = (x[0][:, index].transpose(0, 1) for x in (query, key))
+        return RowKeys(query, key, place, place >= 0)
+
     def on_device(self, device: torch.device) -> torch.Tensor:
         """The bounds as kernels want them, int32; copied once for all layers."""
         if self._copied is None:
@@ -257,6 +281,13 @@ class Whole:
             )
             mask = visible if mask is None else mask & visible
         return _sdpa(query, key, value, mask, scale).transpose(1, 2)
+
+    def row_keys(self, layer: int, query: torch.Tensor, key: torch.Tensor) -> RowKeys:
+        """Queries and keys of each row, as they are."""
+        del layer
+        place = torch.arange(query.shape[2], device=query.device).expand(len(query), -1)
+        valid = torch.ones_like(place, dtype=torch.bool) if self.valid is None else self.valid
+        return RowKeys(query, key, torch.where(valid, place, -1), valid)
 
 
 @dataclass(frozen=True)
@@ -441,3 +472,13 @@ class Partial:
             self.mask if mask is None else mask[:, None] if self.mask is None else mask[:, None] & self.mask
         )
         return _sdpa(query, keys, values, mask, scale).transpose(1, 2)
+
+    def row_keys(self, layer: int, query: torch.Tensor, key: torch.Tensor) -> RowKeys:
+        """Queries of this pass, and all keys that are kept."""
+        del key
+        width, again = self.room[1], torch.zeros_like(self.positions[:, :1], dtype=torch.bool)
+        keys = self.memory.keys[layer][self.rows, :width].transpose(1, 2)
+        again = torch.cat([again, self.positions[:, 1:] == self.positions[:, :-1]], dim=1)
+        valid = torch.ones(len(keys), width, dtype=torch.bool, device=keys.device)
+        valid = valid if self.mask is None else self.mask[:, 0, 0]
+        return RowKeys(query, keys, torch.where(again, -1, self.positions), valid)

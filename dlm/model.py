@@ -14,7 +14,19 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 import dlm.families  # noqa: F401 (registers the backbones that transformers does not have)
-from dlm.attention import ALL, CAUSAL, BesideClean, KeyValues, Packed, Partial, Sight, Whole, with_layouts
+from dlm.attention import (
+    ALL,
+    CAUSAL,
+    BesideClean,
+    KeyValues,
+    Layout,
+    Packed,
+    Partial,
+    Sight,
+    Whole,
+    with_layouts,
+)
+from dlm.attention_weights import AttentionWeights, Recorded, RowLayout
 from dlm.config import MaskedDiffusionConfig
 from dlm.device import sent
 from dlm.errors import ConfigError
@@ -110,8 +122,8 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """Capabilities beyond `hidden` and `logits`: rows packed end to end, rows computed in part."""
-        return frozenset({"packed", "partial"})
+        """Beyond `hidden` and `logits`: rows packed end to end or computed in part, attention recorded."""
+        return frozenset({"packed", "partial", "attention"})
 
     def set_attn_implementation(
         self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any
@@ -144,19 +156,25 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         """The LM head."""
         return self.lm_head
 
-    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def hidden(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attention: Sequence[AttentionWeights] = (),
+    ) -> torch.Tensor:
         """States that predict each position, the shift already applied.
 
         Args:
             input_ids: [B, L] int64, mask tokens where the row is unknown.
             attention_mask: [B, L] bool, False at padding; None when there is none.
+            attention: records of attention weights, which the call fills.
 
         Returns:
             [B, L, D]; state i predicts token i.
         """
-        if self.sight != ALL:
-            valid = None if attention_mask is None else attention_mask.bool().to(self.device)
-            return self._hidden_in_layout(input_ids, Whole(self.sight, valid))
+        if self.sight != ALL or attention:
+            valid = None if attention_mask is None else sent(attention_mask, self.device).bool()
+            return self._hidden_in_layout(input_ids, self._recorded(Whole(self.sight, valid), attention))
         states = self.backbone(
             inputs_embeds=self._embed(input_ids),
             attention_mask=None if attention_mask is None else sent(attention_mask, self.device),
@@ -165,7 +183,11 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         ).last_hidden_state
         return _shifted(states) if self.config.shift else states
 
-    def _hidden_in_layout(self, input_ids: torch.Tensor, layout: Whole) -> torch.Tensor:
+    def _recorded(self, layout: RowLayout, attention: Sequence[AttentionWeights]) -> Layout:
+        """The layout, with what it records."""
+        return Recorded(layout, attention, len(self.layers), self.config.shift) if attention else layout
+
+    def _hidden_in_layout(self, input_ids: torch.Tensor, layout: Layout) -> torch.Tensor:
         """See `hidden`."""
         states = self.backbone(
             inputs_embeds=self._embed(input_ids), use_cache=False, layout=layout
@@ -217,12 +239,15 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             raise ConfigError("every position of this model sees its whole row: there are no clean blocks")
         return int(self.config.block_size)
 
-    def packed_hidden(self, input_ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def packed_hidden(
+        self, input_ids: torch.Tensor, lengths: Sequence[int], attention: Sequence[AttentionWeights] = ()
+    ) -> torch.Tensor:
         """`hidden` of rows of different lengths, packed end to end so that nothing is spent on padding.
 
         Args:
             input_ids: [N] int64, the rows one after the other, best on the host.
             lengths: of the rows; their sum is N.
+            attention: see `hidden`.
 
         Returns:
             [N, D], equal to `hidden` of each row alone up to the order of floating-point sums.
@@ -233,7 +258,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             inputs_embeds=self._embed(input_ids[None]),
             position_ids=sent(place[None], self.device),
             use_cache=False,
-            layout=Packed(lengths, self.sight),
+            layout=self._recorded(Packed(lengths, self.sight), attention),
         ).last_hidden_state[0]
         if self.config.shift:
             states = states[sent(torch.where(place > 0, position - 1, position), self.device)]
@@ -250,6 +275,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         valid: torch.Tensor,
         memory: KeyValues,
         rows: torch.Tensor,
+        attention: Sequence[AttentionWeights] = (),
     ) -> torch.Tensor:
         """States of some positions, which attend to kept keys and values at all others.
 
@@ -259,6 +285,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             valid: [B, L] bool, False at padding.
             memory: keys and values of earlier calls, written to.
             rows: [B] int64, the rows' numbers in the memory.
+            attention: see `hidden`; the chosen positions are active ones.
 
         Returns:
             [N, D] of the active positions in row-major order. With all positions active, `hidden`; otherwise
@@ -278,7 +305,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             inputs_embeds=self._embed(input_ids.gather(1, positions)),
             position_ids=layout.positions,
             use_cache=False,
-            layout=layout,
+            layout=self._recorded(layout, attention),
         ).last_hidden_state
         states = computed.new_zeros(*input_ids.shape, computed.shape[-1])
         states[torch.arange(len(positions), device=self.device)[:, None], layout.positions] = computed

@@ -53,22 +53,32 @@ class Timed:
         self.positions += positions
         return out
 
-    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def hidden(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **records: Any
+    ) -> torch.Tensor:
         """[B, L] -> [B, L, D]."""
-        return self._time("forward", lambda: self.model.hidden(input_ids, attention_mask), input_ids.numel())
+        return self._time(
+            "forward", lambda: self.model.hidden(input_ids, attention_mask, **records), input_ids.numel()
+        )
 
-    def packed_hidden(self, input_ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def packed_hidden(self, input_ids: torch.Tensor, lengths: Sequence[int], **records: Any) -> torch.Tensor:
         """[N] -> [N, D]."""
-        return self._time("forward", lambda: self.model.packed_hidden(input_ids, lengths), len(input_ids))
+        return self._time(
+            "forward", lambda: self.model.packed_hidden(input_ids, lengths, **records), len(input_ids)
+        )
 
     def new_memory(self) -> Any:
         """See `MaskedDiffusionModel`."""
         return self.model.new_memory()
 
-    def partial_hidden(self, input_ids: torch.Tensor, active: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def partial_hidden(
+        self, input_ids: torch.Tensor, active: torch.Tensor, *rest: Any, **records: Any
+    ) -> torch.Tensor:
         """[B, L] -> [N, D]."""
         count = int(active.sum())
-        return self._time("forward", lambda: self.model.partial_hidden(input_ids, active, *rest), count)
+        return self._time(
+            "forward", lambda: self.model.partial_hidden(input_ids, active, *rest, **records), count
+        )
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, D] -> [N, V]."""

@@ -10,9 +10,11 @@ import time
 
 import pytest
 
+from decoding import Sampler
 from decoding.commands.generate import GenerateConfig
 from decoding.commands.infill import InfillConfig
 from decoding.engine import Engine
+from decoding.presets import PRESETS
 from decoding.request import Request
 from dlm.cli import main
 from dlm.errors import ConfigError, DLMError
@@ -20,6 +22,7 @@ from eval.config import JudgeConfig
 from eval.judge import DryRunError, Judge
 from eval.judge import JudgeRequest as Question
 from eval.systems import Endpoint
+from tests.dlm.test_attention_weights import pointed
 from tests.eval.endpoint import serving
 from tests.test_options import place  # noqa: F401 (a fixture)
 
@@ -151,6 +154,37 @@ def test_an_option_of_infill_changes_what_is_written_or_is_refused(models, capsy
                 assert (status, texts(out)) == (before[0], texts(before[1])), name
             else:
                 assert (status, out) != before, f"dlm infill accepts and ignores {name}"
+
+
+COMMON = {
+    "temperature": {"temperature": 0.2},
+    "top_k": {"top_k": 1},
+    "top_p": {"top_p": 0.3},
+    "min_p": {"min_p": 0.9},
+    "repetition_penalty": {"repetition_penalty": 3.0},
+    "presence_penalty": {"presence_penalty": 2.0},
+    "frequency_penalty": {"frequency_penalty": 2.0},
+    "logit_bias": {"logit_bias": {5: 50.0}},
+    "guidance": {"guidance": 3.0},
+    "gap": {"gap": 4},
+    "conflict": {"conflict": 0.06},
+    "conflict_layers": {"conflict": 0.06, "conflict_layers": 1},
+}
+"""By option of every decoder, itself and what it goes with."""
+
+
+def test_an_option_of_every_decoder_changes_what_is_written(model, tokenizer):
+    sampler = Sampler(pointed(model), tokenizer)
+
+    def written(options):
+        request = Request(decoder="conv", options={"kernel_size": 17, **options}, max_tokens=40, rate=4.0)
+        outputs = sampler.generate(["Count to five.", "Spell it."], request=request)
+        return [(out.token_ids, out.reveal_step) for out in outputs]
+
+    assert set(PRESETS["conv"].common) == set(COMMON)
+    for name, options in COMMON.items():
+        before = {other: value for other, value in options.items() if other != name}
+        assert written(options) != written(before), f"decoders accept and ignore {name}"
 
 
 # Constructors.

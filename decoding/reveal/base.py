@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 
+from decoding.reveal.dependence import Dependence
 from decoding.tokens import Choice, TokenRule
 
 REVEAL_NOISE, TOKEN_NOISE, REMASK_NOISE = 0, 1, 2
@@ -72,6 +73,8 @@ class StepView:
     """[b] masks of the process that are not on the canvas yet and count in |M| all the same; None for 0."""
     rate: float | None = None
     """Expected tokens of this step, where the pace is a rate; `t` and `s` mean nothing then."""
+    conflicts: Callable[[torch.Tensor], torch.Tensor] = lambda position: torch.zeros(len(position), 0)
+    """Positions [b, 1] -> [b, W] bool, those that are in conflict with them (see `RevealRule.dependence`)."""
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """The rule's state of these rows: [b, W, …] or [b]."""
 
@@ -113,6 +116,8 @@ class RevealRule:
     """False for a rule that draws nothing; then, without a temperature, texts do not depend on a seed."""
     revises: ClassVar[bool] = False
     """True for rules under which a written token can become a mask or another token."""
+    dependence: Dependence | None = None
+    """Says which positions are in conflict, for a rule that looks at `StepView.conflicts`."""
 
     @property
     def sees_token(self) -> bool:

@@ -1,34 +1,38 @@
-"""Tokens of one call kept apart: any rule's choice, thinned to positions that are far from each other."""
+"""Tokens of one call kept apart: any rule's choice, thinned to positions that depend little on each other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from decoding.reveal.base import Decision, RevealRule, StepView
+from decoding.reveal.dependence import Dependence
 from decoding.tokens import Choice, TokenRule
 from dlm.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Separated(RevealRule):
-    """Another rule whose tokens of one call are at least `gap` positions apart.
+    """Another rule whose tokens of one call are at least `gap` positions apart, and in no conflict.
 
-    Tokens of one call are drawn independently given the text; neighbours depend on each other most. Positions
-    are taken in the rule's own order; one that lies closer than `gap` to one already taken in this call is
-    left for later, and the next in order takes its place. At a pace that is given, what falls short is owed
-    to the next call: the mean pace holds, as far as the window has room. A rule with a pace of its own writes
-    less instead. The last step of a stage takes all that is left.
+    Tokens of one call are drawn independently given the text; neighbours depend on each other most, and so do
+    positions that attend to each other. Positions are taken in the rule's own order; one that lies closer
+    than `gap` to one already taken in this call, or is in conflict with it, is left for later, and the next
+    in order takes its place. At a pace that is given, what falls short is owed to the next call: the mean
+    pace holds, as far as the window has room. A rule with a pace of its own writes less instead. The last
+    step of a stage takes all that is left.
 
     Attributes:
         inner: the other rule.
         gap: least distance of two tokens of one call, in positions; 1 changes nothing.
+        dependence: says which positions are in conflict; None for none.
     """
 
     inner: RevealRule
-    gap: int
+    gap: int = 1
+    dependence: Dependence | None = None
 
     def __post_init__(self) -> None:
         """Check the gap."""
@@ -57,15 +61,16 @@ class Separated(RevealRule):
 
     def at_pace(self) -> Separated:
         """See `RevealRule`."""
-        return Separated(self.inner.at_pace(), self.gap)
+        return replace(self, inner=self.inner.at_pace())
 
     def constant_score(self, tokens: TokenRule) -> float | None:
-        """See `RevealRule`."""
-        return self.inner.constant_score(tokens)
+        """See `RevealRule`; None where the model shows conflicts, which takes its call first."""
+        return None if self.dependence is not None else self.inner.constant_score(tokens)
 
     def needs(self, view: StepView) -> torch.Tensor:
-        """[b, W] bool; see `RevealRule`."""
-        return self.inner.needs(view)
+        """[b, W] bool; see `RevealRule`. Whatever may be taken, where conflicts must be seen."""
+        needed = self.inner.needs(view)
+        return needed if self.dependence is None else needed | view.open
 
     def precedence(self, view: StepView) -> torch.Tensor:
         """[b, W]; see `RevealRule`."""
@@ -75,6 +80,9 @@ class Separated(RevealRule):
         self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
     ) -> torch.Tensor:
         """[N] or [N, C]; see `RevealRule`."""
+        constant = self.inner.constant_score(tokens)
+        if constant is not None:
+            return torch.full_like(choice.probability, constant)
         return self.inner.score(logits, choice, state, tokens)
 
     def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
@@ -92,23 +100,33 @@ class Separated(RevealRule):
                 number = number + view.state["owed"]
         rank = self.inner.precedence(view).argsort(dim=1, stable=True).argsort(dim=1)
         order = torch.where(reveal, rank, rank + rank.shape[1])  # what the rule takes, then its next ones
-        taken = apart(order, eligible, number, self.gap)
+        taken = apart(order, eligible, number, lambda first: self._near(view, first))
         if self.paced and view.rate is None:
             last = (view.s if view.s.dim() == 1 else view.s.amax(1)) <= 0
-            taken = torch.where(last[:, None], apart(order, eligible, number, 1), taken)
+            taken = torch.where(last[:, None], apart(order, eligible, number), taken)
         if not self.paced:
             return replace(decision, reveal=taken)
         return replace(decision, reveal=taken, state={**decision.state, "owed": number - taken.sum(1)})
 
+    def _near(self, view: StepView, first: torch.Tensor) -> torch.Tensor:
+        """[b, W] bool, positions that must wait when the one at `first` [b, 1] is taken."""
+        near = (torch.arange(view.masked.shape[1]) - first).abs() < self.gap
+        return near if self.dependence is None else near | view.conflicts(first)
 
-def apart(order: torch.Tensor, eligible: torch.Tensor, number: torch.Tensor, gap: int) -> torch.Tensor:
-    """Choose positions in order, none closer than `gap` to one that is chosen.
+
+def apart(
+    order: torch.Tensor,
+    eligible: torch.Tensor,
+    number: torch.Tensor,
+    near: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Choose positions in order, none near one that is chosen.
 
     Args:
         order: [b, W], the smallest first; of equal ones the left one.
         eligible: [b, W] bool.
         number: [b] int64, most positions of each row.
-        gap: least distance, in positions.
+        near: positions [b, 1] -> [b, W] bool, those near them; by default none.
 
     Returns:
         [b, W] bool.
@@ -121,5 +139,7 @@ def apart(order: torch.Tensor, eligible: torch.Tensor, number: torch.Tensor, gap
         if not bool(pick.any()):
             break
         taken |= pick
-        free &= ~((position - first).abs() < gap)
+        free &= ~pick
+        if near is not None:
+            free &= ~near(first)
     return taken

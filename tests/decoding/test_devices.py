@@ -42,8 +42,9 @@ class FarModel:
 
     hidden, packed_hidden = MaskedDiffusionModel.hidden, MaskedDiffusionModel.packed_hidden
     partial_hidden, new_memory = MaskedDiffusionModel.partial_hidden, MaskedDiffusionModel.new_memory
-    capabilities, sight = frozenset({"packed", "partial"}), ALL
-    _embed = MaskedDiffusionModel._embed
+    capabilities, sight = frozenset({"packed", "partial", "attention"}), ALL
+    _embed, _recorded = MaskedDiffusionModel._embed, MaskedDiffusionModel._recorded
+    _hidden_in_layout, layers = MaskedDiffusionModel._hidden_in_layout, ("the only one",)
 
     def __init__(self, device=AWAY):
         generator = torch.Generator().manual_seed(0)
@@ -84,6 +85,14 @@ def test_every_decoder_waits_once_for_each_model_call(name):
     waits, calls = in_both(decoder=name, window=40, steps=10)
     assert set(+waits) == {"a copy to the host"}
     assert 0 < waits["a copy to the host"] <= calls
+
+
+@pytest.mark.parametrize("name", ["conv", "categorical", "llada-conv", "threshold"])
+def test_conflicts_come_with_the_scores(name):
+    for how in ({"window": 40, "steps": 10}, {"max_tokens": 20}):
+        waits, calls = in_both(decoder=Decoder.named(name, conflict=0.07), **how)
+        assert set(+waits) == {"a copy to the host"}
+        assert 0 < waits["a copy to the host"] <= calls
 
 
 @pytest.mark.parametrize(
