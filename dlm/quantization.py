@@ -23,8 +23,9 @@ from dlm.device import QUANTIZED, check_quantized
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_OUTSIDE = r"(?!backbone\.(?:layers|h)\.).*|.*adaLN_modulation"
-"""Pattern of the modules that stay as they are: all but those of the layers, and what conditions these."""
+_OUTSIDE = r"(?!backbone\.(?:layers|h)\.).*|.*adaLN_modulation|.*\.mlp\.gate"
+"""Pattern of the modules that stay as they are: all but those of the layers, and in these what conditions
+them and what chooses experts."""
 
 BLOCK = 64
 """Weights of NF4 that share a scale."""
