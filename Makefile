@@ -35,7 +35,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE) ".[dev,eval,serve]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE) ".[dev,eval,serve,quantized]"
 	@touch $(STAMP)
 
 demo: $(STAMP)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 from dlm.checkpoint import load_model
+from dlm.quantization import weight_bytes
 from dlm.tokenizer import train_tokenizer
 
 D, INNER, VOCAB = 2048, 6144, 16000
@@ -32,7 +33,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         stored = write(Path(folder), size)
         print(f"stored: {stored / 1e9:.2f} GB in bfloat16")
-        for dtype in ("bfloat16", "float32"):
+        for dtype in ("bfloat16", "float32", "int8", "nf4"):
             subprocess.run([sys.executable, "-m", "benchmarks.loading", folder, dtype], check=True)
 
 
@@ -43,7 +44,7 @@ def measure(folder: Path, dtype: str) -> None:
         load_model(small, "cpu", dtype)[0].hidden(torch.zeros(1, 4, dtype=torch.int64))
     before = resident()
     model, _ = load_model(folder, "cpu", dtype)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    size = weight_bytes(model)
     ids = torch.zeros(1, 4, dtype=torch.int64)
     model.hidden(ids)  # touches every weight
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before

@@ -41,7 +41,8 @@ class LoadConfig:
     Args:
         model: folder or hub id of a checkpoint; "default" or "default-sft" (before R2FT) come along.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
-        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it.
+        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it; or
+            "int8", "nf4" for linear layers in 8 or 4 bits.
         accelerate: "compile" compiles the model with torch.compile (minutes, once), "graphs" records its
             calls as CUDA graphs; empty for neither.
     """

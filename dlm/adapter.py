@@ -25,10 +25,11 @@ from transformers.pytorch_utils import Conv1D
 
 from dlm.adapter_files import BASE, base_of, saved_by_peft
 from dlm.config import MaskedDiffusionConfig
-from dlm.errors import CheckpointError, first_line
+from dlm.errors import CheckpointError, ConfigError, first_line
 from dlm.model import MaskedDiffusionModel
 from dlm.modes import share
 from dlm.pretrained.names import NAMES
+from dlm.quantization import differentiable, is_quantized, quantize
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ def add_adapter(
     targets: str = "all",
     seed: int = 0,
     folded: bool = False,
+    quantized: str = "",
 ) -> AdaptedModel:
     """Freeze `model` and give it a trainable adapter; norms and the mask token's row are trained whole.
 
@@ -127,11 +129,20 @@ def add_adapter(
         targets: a key of `TARGETS`.
         seed: seed of the first weights.
         folded: whether its layers are `FoldedLinear`; without dropout only.
+        quantized: "int8" or "nf4" to round the base's linear layers (`dlm.quantization`, QLoRA).
 
     Returns:
         An `AdaptedModel` around `model`.
+
+    Raises:
+        ConfigError: for a base that is quantised already, whose own values are lost.
     """
+    if is_quantized(model):
+        raise ConfigError("the base is quantised already: load it in bfloat16; it is rounded here")
     before = None if model.device.type == "meta" else sketch(model)
+    transposed = any(isinstance(layer, Conv1D) for layer in model.modules())
+    if quantized:
+        model = differentiable(quantize(model, quantized))
     model.mask_shift = MaskShift(model.config.hidden_size).to(model.device)
     is_folder = base not in NAMES and Path(base).exists()
     config = LoraConfig(
@@ -141,7 +152,7 @@ def add_adapter(
         lora_dropout=dropout,
         target_modules=TARGETS[targets],
         modules_to_save=["norm", "ln_1", "ln_2", "ln_f", "mask_shift"],
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
+        fan_in_fan_out=transposed,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

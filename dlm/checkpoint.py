@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +22,10 @@ from dlm.errors import CheckpointError, ConfigError, did_you_mean, first_line
 from dlm.families import PUBLIC, family_named, family_of
 from dlm.families.base import Family
 from dlm.json_files import read_object
+from dlm.memory import heap_without_holes
 from dlm.model import MaskedDiffusionModel
 from dlm.pretrained.names import NAMES, located
+from dlm.quantization import quantization_config, quantize
 from dlm.spec import ModelSpec
 from dlm.weights import SINGLE, Stored, check_files, read_lazily, tensors
 
@@ -48,7 +51,8 @@ def load_model(
             then still to be trained.
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
         dtype: "float32", "bfloat16", "float16"; or "auto": bfloat16 on a GPU, and on a CPU that computes in
-            it, else float32. Commands have the same default.
+            it, else float32. Commands have the same default. Or "int8" or "nf4": linear layers in 8 or 4 bits
+            (`dlm.quantization`), the rest as for "auto"; not to be trained whole, nor written.
         attn_implementation: transformers' name of the attention kernel; by default flash-attn where it
             is installed and applies, else SDPA.
         device_map: which device each part of the model goes to, or "auto" to spread it over what there is
@@ -60,13 +64,20 @@ def load_model(
     Raises:
         CheckpointError: when there is no such checkpoint, a file is missing or truncated, weights are
             missing, or the model family is not supported.
-        ConfigError: for an unknown `dtype`.
+        ConfigError: for an unknown `dtype`, and for a quantised one without bitsandbytes.
     """
     path = located(path)
     device, torch_dtype = place(device, dtype)
-    model, tokenizer = format_of(path).read(path, torch_dtype, device_map)
+    quantized, layout = dtype if dtype in places.QUANTIZED else "", format_of(path)
+    if device_map is not None and not layout.as_stored:
+        raise ConfigError(f"{path}: a device_map is for checkpoints whose weights are read as they are")
+    if quantized and layout.as_stored:  # each weight is rounded where it goes, as soon as it is read
+        model, tokenizer = layout.read(path, torch_dtype, device_map or {"": device}, quantized)
+    else:
+        model, tokenizer = layout.read(path, torch_dtype, device_map)
     model.set_attn_implementation(attn_implementation or _attention_for(device, torch_dtype))
-    return (model if device_map else model.to(device)).eval(), tokenizer
+    model = model if device_map else model.to(device)
+    return (quantize(model, quantized) if quantized else model).eval(), tokenizer
 
 
 def place(device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype]:
@@ -151,18 +162,24 @@ DeviceMap = str | dict[str, int | str] | None
 class CheckpointFormat(Protocol):
     """A layout in which a model may lie on disk or on the hub; paths are real ones, names are resolved."""
 
+    as_stored: bool
+    """True where weights are read as they are stored; False where they are changed after reading."""
+
     def detect(self, path: str) -> bool:
         """True for a path of this format."""
         ...
 
-    def read(self, path: str, dtype: torch.dtype, device_map: DeviceMap = None) -> Loaded:
+    def read(
+        self, path: str, dtype: torch.dtype, device_map: DeviceMap = None, quantized: str = ""
+    ) -> Loaded:
         """Read the model and its tokenizer.
 
         Args:
             path: where it lies.
             dtype: type of the weights.
-            device_map: which device each part goes to (that of accelerate); by default the CPU. Formats whose
-                weights are changed after reading take none.
+            device_map: which device each part goes to (that of accelerate); by default the CPU. For formats
+                whose weights are read as they are stored, like the next.
+            quantized: "int8" or "nf4" to round linear layers while they are read (`dlm.quantization`).
 
         Raises:
             CheckpointError: when something is missing, damaged or does not belong together.
@@ -173,16 +190,20 @@ class CheckpointFormat(Protocol):
 class AdapterFormat:
     """A low-rank adapter of `peft`; its base is read first, and the adapter merged into it."""
 
+    as_stored = False
+
     def detect(self, path: str) -> bool:
         """See `CheckpointFormat`."""
         return is_adapter(path) and not is_causal_lm(path)
 
-    def read(self, path: str, dtype: torch.dtype, device_map: DeviceMap = None) -> Loaded:
+    def read(
+        self, path: str, dtype: torch.dtype, device_map: DeviceMap = None, quantized: str = ""
+    ) -> Loaded:
         """See `CheckpointFormat`; configuration and tokenizer are the adapter's own.
 
         Of an adapter that comes with the package the merged weights are kept, see `dlm.merged`.
         """
-        _take_no_map(path, device_map)
+        del device_map, quantized
         if not merged.is_cached(path):
             return self._merge(path, dtype)
         name = str(dtype).removeprefix("torch.")
@@ -232,15 +253,19 @@ class AdapterFormat:
 class PublicFormat:
     """A published diffusion model in the layout of its authors; see `dlm.families`."""
 
+    as_stored = True
+
     def detect(self, path: str) -> bool:
         """See `CheckpointFormat`."""
         return not path.endswith(".gguf") and family_at(path) is not None
 
-    def read(self, path: str, dtype: torch.dtype, device_map: DeviceMap = None) -> Loaded:
+    def read(
+        self, path: str, dtype: torch.dtype, device_map: DeviceMap = None, quantized: str = ""
+    ) -> Loaded:
         """See `CheckpointFormat`; tensors go one by one from the files into the model."""
         config, tokenizer, family = _public_config(path)
         check_files(path)
-        model = _read_weights(path, config, dtype, device_map, family)
+        model = _read_weights(path, config, dtype, device_map, family, quantized)
         _check_tokenizer(path, model, tokenizer)
         return model, tokenizer
 
@@ -248,13 +273,17 @@ class PublicFormat:
 class CausalFormat:
     """An autoregressive model of transformers, folder, hub id or `.gguf`: it is made bidirectional."""
 
+    as_stored = False
+
     def detect(self, path: str) -> bool:
         """See `CheckpointFormat`."""
         return path.endswith(".gguf") or model_type(path) in FAMILIES
 
-    def read(self, path: str, dtype: torch.dtype, device_map: DeviceMap = None) -> Loaded:
+    def read(
+        self, path: str, dtype: torch.dtype, device_map: DeviceMap = None, quantized: str = ""
+    ) -> Loaded:
         """See `CheckpointFormat`."""
-        _take_no_map(path, device_map)
+        del device_map, quantized
         logger.warning(
             "%s is an autoregressive model: made bidirectional, not yet trained to fill masks", path
         )
@@ -264,14 +293,18 @@ class CausalFormat:
 class DiffusionFormat:
     """This toolkit's own layout, that of transformers: config.json, safetensors, tokenizer files."""
 
+    as_stored = True
+
     def detect(self, path: str) -> bool:
         """See `CheckpointFormat`; whatever is of no other format is read as this one, or refused by it."""
         del path
         return True
 
-    def read(self, path: str, dtype: torch.dtype, device_map: DeviceMap = None) -> Loaded:
+    def read(
+        self, path: str, dtype: torch.dtype, device_map: DeviceMap = None, quantized: str = ""
+    ) -> Loaded:
         """See `CheckpointFormat`."""
-        model = self.read_model(path, dtype, device_map)
+        model = self.read_model(path, dtype, device_map, quantized)
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:
@@ -281,11 +314,13 @@ class DiffusionFormat:
         _check_tokenizer(path, model, tokenizer)
         return model, tokenizer
 
-    def read_model(self, path: str, dtype: torch.dtype, device_map: DeviceMap = None) -> MaskedDiffusionModel:
+    def read_model(
+        self, path: str, dtype: torch.dtype, device_map: DeviceMap = None, quantized: str = ""
+    ) -> MaskedDiffusionModel:
         """Read the model alone; arguments and errors as of `read`."""
         config = _diffusion_config(path)
         check_files(path)
-        return _read_weights(path, config, dtype, device_map, None)
+        return _read_weights(path, config, dtype, device_map, None, quantized)
 
     def write(self, model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         """Write a model and its tokenizer."""
@@ -343,13 +378,13 @@ def _public_config(path: str) -> tuple[MaskedDiffusionConfig, PreTrainedTokenize
         raise CheckpointError(f"{path}: config.json lacks or misstates {first_line(error)}") from error
 
 
-def _take_no_map(path: str, device_map: DeviceMap) -> None:
-    if device_map is not None:
-        raise ConfigError(f"{path}: a device_map is for checkpoints whose weights are read as they are")
-
-
 def _read_weights(
-    path: str, config: MaskedDiffusionConfig, dtype: torch.dtype, device_map: DeviceMap, family: Family | None
+    path: str,
+    config: MaskedDiffusionConfig,
+    dtype: torch.dtype,
+    device_map: DeviceMap,
+    family: Family | None,
+    quantized: str,
 ) -> MaskedDiffusionModel:
     """The model of a folder or hub repository, its weights checked; of a family, under their public names."""
     origin = family or (family_named(config.public["family"]) if config.public else None)
@@ -360,15 +395,17 @@ def _read_weights(
     elif Path(path).is_dir() and not any(Path(path).glob("*.bin*")):
         raise CheckpointError(f"{path}: holds no weights (no {SINGLE} in it)")
     try:  # where there are no safetensors, transformers looks for files of other kinds
-        model, info = MaskedDiffusionModel.from_pretrained(
-            None if weights else path,
-            state_dict=weights or None,
-            key_mapping=None if weights or family is None else family.key_mapping(),
-            config=config,
-            dtype=dtype,
-            device_map=device_map,
-            output_loading_info=True,
-        )
+        with heap_without_holes() if quantized else nullcontext():
+            model, info = MaskedDiffusionModel.from_pretrained(
+                None if weights else path,
+                state_dict=weights or None,
+                key_mapping=None if weights or family is None else family.key_mapping(),
+                config=config,
+                dtype=dtype,
+                device_map=device_map,
+                quantization_config=quantization_config(quantized, dtype),
+                output_loading_info=True,
+            )
     except Exception as error:
         raise CheckpointError(
             f"{path}: weights missing, truncated or damaged ({first_line(error)})"

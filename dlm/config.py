@@ -42,8 +42,11 @@ def bidirectional(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-BACKBONES = (*FAMILIES, "ddit", "modernbert_headed")
+BACKBONES = (*FAMILIES, "qwen3_experts", "ddit", "modernbert_headed")
 """All backbones; those beyond `FAMILIES` are of `dlm.families`."""
+
+_BIDIRECTIONAL = ("ddit", "modernbert_headed")
+"""Backbones whose positions see the whole row by birth."""
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -110,7 +113,7 @@ class MaskedDiffusionConfig(PreTrainedConfig):  # type: ignore[misc]
                 f"backbone family {family!r} is not supported; supported: {', '.join(BACKBONES)}"
             )
         config = AutoConfig.for_model(family, **{**settings, "vocab_size": self.vocab_size})
-        return bidirectional(config) if family in FAMILIES else config
+        return config if family in _BIDIRECTIONAL else bidirectional(config)
 
     def forward_fields(self) -> dict[str, Any]:
         """Everything but the weights that states depend on, defaults included, under dotted names.

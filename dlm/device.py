@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,6 +15,10 @@ Module = TypeVar("Module", bound="torch.nn.Module")
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Types of weights, by torch's names."""
+
+QUANTIZED = ("int8", "nf4")
+"""Types of linear layers in 8 and 4 bits, by bitsandbytes; see `dlm.quantization`."""
+
 
 _DEVICE = re.compile(r"auto|cpu|(cuda|mps|xpu)(:\d+)?")
 
@@ -31,8 +36,23 @@ def check_place(device: str, dtype: str) -> None:
             )
     if not _DEVICE.fullmatch(device):
         raise ConfigError(f"unknown device {device!r}; choices: auto, cpu, cuda, cuda:1 (or another number)")
-    if dtype not in ("auto", "fastest", *DTYPES):
-        raise unknown_name("dtype", dtype, ("auto", "fastest", *DTYPES))
+    if dtype not in ("auto", "fastest", *DTYPES, *QUANTIZED):
+        raise unknown_name("dtype", dtype, ("auto", "fastest", *DTYPES, *QUANTIZED))
+    check_quantized(dtype, device)
+
+
+def check_quantized(dtype: str, device: str = "cpu") -> None:
+    """Refuse a type in 8 or 4 bits where bitsandbytes is not installed, or has nothing for the device.
+
+    Raises:
+        ConfigError: saying what to install, or which devices there are.
+    """
+    if dtype not in QUANTIZED:
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"dtype {dtype} needs the package bitsandbytes: pip install 'dlm[quantized]'")
+    if device.startswith("mps"):
+        raise ConfigError(f"dtype {dtype} is for cpu and cuda, got device {device!r}")
 
 
 def cast_weights(model: Module, dtype: torch.dtype) -> Module:

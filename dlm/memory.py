@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's `mallopt`."""
 
 SPARE = 1.15
 """Memory that a model needs, over the bytes of its weights: reading them, and short rows."""
@@ -29,6 +36,16 @@ class Fit:
         return f"{word}: needs {self.needed / 1e9:.1f} GB of {self.free / 1e9:.1f} GB free on {where}"
 
 
+def room(weights: int, device: str = "auto") -> Fit:
+    """The memory for weights of so many bytes in memory, on the device that `load_model` would choose."""
+    import psutil
+    import torch
+
+    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    free = torch.cuda.mem_get_info()[0] if cuda else int(psutil.virtual_memory().available)
+    return Fit(int(weights * SPARE), free, "cuda" if cuda else "cpu")
+
+
 def fit(stored: int, stored_bits: int, device: str = "auto", bits: int | None = None) -> Fit:
     """The memory for weights of so many bytes, on the device that `load_model` would choose.
 
@@ -38,10 +55,25 @@ def fit(stored: int, stored_bits: int, device: str = "auto", bits: int | None = 
         device: "cpu", "cuda", or "auto".
         bits: bits of a value in memory; by default 16 on a GPU and 32 on a CPU.
     """
-    import psutil
     import torch
 
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    free = torch.cuda.mem_get_info()[0] if cuda else int(psutil.virtual_memory().available)
-    in_memory = stored * (bits or (16 if cuda else 32)) // stored_bits
-    return Fit(int(in_memory * SPARE), free, "cuda" if cuda else "cpu")
+    return room(stored * (bits or (16 if cuda else 32)) // stored_bits, device)
+
+
+@contextmanager
+def heap_without_holes() -> Iterator[None]:
+    """Give temporary tensors back to the system at once; glibc would keep their places, twice a model.
+
+    Afterwards its thresholds are those that they grow to by themselves. Without glibc nothing is done.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_TRIM_THRESHOLD, 64 << 20)

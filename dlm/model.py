@@ -32,6 +32,7 @@ from dlm.device import sent
 from dlm.errors import ConfigError
 from dlm.modes import share
 from dlm.objective import token_log_probabilities
+from dlm.quantization import is_quantized
 from dlm.spec import ModelSpec
 
 IGNORE = -100
@@ -139,7 +140,13 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         return layers
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Write configuration and weights, readable by whoever the umask allows."""
+        """Write configuration and weights, readable by whoever the umask allows.
+
+        Raises:
+            ConfigError: for weights in 8 or 4 bits.
+        """
+        if is_quantized(self):
+            raise ConfigError("weights in 8 or 4 bits are not written: load the model in float32 or bfloat16")
         super().save_pretrained(save_directory, *args, **kwargs)
         if Path(save_directory).is_dir():  # processes of a group that do not write may be here first
             share(save_directory)

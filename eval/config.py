@@ -51,7 +51,8 @@ class EvalConfig:
             id; empty for none.
         nelbo_draws: noise levels for the NELBO of the references under the model; 0 for none.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
-        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it.
+        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it; or
+            "int8", "nf4" for linear layers in 8 or 4 bits.
     """
 
     task: str = ""

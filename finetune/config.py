@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from dlm.data.config import DataConfig
+from dlm.device import QUANTIZED, check_quantized
 from dlm.errors import ConfigError, refuse_ignored, unknown_name
 from finetune.contrast_config import NegativeConfig, ObjectiveConfig
 
@@ -23,8 +24,9 @@ class LoraConfig:
         merge: save the final model merged; otherwise the adapter alone, which needs its base to be loaded.
         fold: compute with the sum of weight and update instead of side by side. The same function; faster
             where many tokens meet narrow layers, as in small models on a GPU. Without dropout only.
-        base_dtype: type of the frozen weights: "float32", or "bfloat16" for half their memory, with precision
-            bf16. What is trained stays float32.
+        base_dtype: type of the frozen weights: "float32", or "bfloat16" for half their memory; or "int8" or
+            "nf4" for linear layers in 8 or 4 bits (QLoRA). All but the first with precision bf16. What is
+            trained stays float32.
     """
 
     r: int = 0
@@ -33,12 +35,19 @@ class LoraConfig:
     targets: Literal["all", "attention"] = "all"
     merge: bool = False
     fold: bool = False
-    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    base_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.base_dtype not in ("float32", "bfloat16"):
-            raise unknown_name("lora.base_dtype", str(self.base_dtype), ("float32", "bfloat16"))
+        choices = ("float32", "bfloat16", *QUANTIZED)
+        if self.base_dtype not in choices:
+            raise unknown_name("lora.base_dtype", str(self.base_dtype), choices)
+        if self.base_dtype in QUANTIZED and (self.fold or self.merge):
+            raise ConfigError(
+                f"lora.{'fold' if self.fold else 'merge'} needs the base's own weights, which base_dtype "
+                f"{self.base_dtype} rounds: give base_dtype bfloat16, or merge the adapter with dlm export"
+            )
+        check_quantized(self.base_dtype)
         if self.fold and self.dropout:
             raise ConfigError(f"lora.fold has no place for a dropout, got lora.dropout {self.dropout}")
         if self.r < 0:

@@ -139,8 +139,9 @@ def execute(stage: Stage[Any]) -> Path:
     """
     config: RunConfig = stage.config
     arguments = training_arguments(config, True, _ENDLESS)  # before the data are read
-    if stage.start.lora.base_dtype == "bfloat16" and not arguments.bf16:
-        raise ConfigError("model.lora.base_dtype bfloat16 computes in bfloat16: give precision bf16")
+    base_dtype = stage.start.lora.base_dtype
+    if base_dtype != "float32" and not arguments.bf16:
+        raise ConfigError(f"model.lora.base_dtype {base_dtype} computes in bfloat16: give precision bf16")
     run = RunFolder(config)
     if run.finished:
         logger.info("%s: this run is finished", run.path)

@@ -65,7 +65,7 @@ def answers(
     training = model.training
     model.eval()
     try:
-        with trainer.averaged_weights(), trainer.compute_loss_context_manager():
+        with trainer.averaged_weights(), trainer.accelerator.autocast():
             return Sampler(model, tokenizer).generate(
                 prompts,
                 decoder=decoder,

@@ -14,6 +14,7 @@ from dlm.adapter import add_adapter
 from dlm.backbone import ScratchConfig, from_causal_lm, from_scratch
 from dlm.checkpoint import is_causal_lm, load_model, stored_positions
 from dlm.data.encoded import EncodedRows
+from dlm.device import QUANTIZED
 from dlm.errors import CheckpointError, ConfigError
 from dlm.model import MaskedDiffusionModel
 from dlm.pretrained.names import located
@@ -60,7 +61,7 @@ def fine_tuned_model(config: StartConfig, prompted: bool) -> ModelAndTokenizer:
     """
     refuse_causal_lm(config.init)
     advice = _how(config.init)
-    model, tokenizer = load_model(config.init, device="cpu", dtype=config.lora.base_dtype)
+    model, tokenizer = load_model(config.init, device="cpu", dtype=_first_dtype(config))
     training = model.config.training
     if not training:
         raise CheckpointError(f"{config.init}: its config.json records no training; {advice}")
@@ -138,11 +139,17 @@ def prepare(model: MaskedDiffusionModel, config: StartConfig, window: int, seed:
         targets=lora.targets,
         seed=seed,
         folded=lora.fold,
+        quantized=lora.base_dtype if lora.base_dtype in QUANTIZED else "",
     )
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
     return adapted
+
+
+def _first_dtype(config: StartConfig) -> str:
+    """Type in which the weights are read: those in 8 or 4 bits are rounded after their sketch is taken."""
+    return "bfloat16" if config.lora.base_dtype in QUANTIZED else config.lora.base_dtype
 
 
 def _from_nothing(config: TrainConfig, rows: Dataset, resume_from: Path | None) -> ModelAndTokenizer:
@@ -164,9 +171,9 @@ def _from_checkpoint(config: ModelConfig) -> ModelAndTokenizer:
     """A causal LM made bidirectional, or a diffusion checkpoint with its own template and shift."""
     path = located(config.init)
     if is_causal_lm(path):
-        dtype = getattr(torch, config.lora.base_dtype)
+        dtype = getattr(torch, _first_dtype(config))
         return from_causal_lm(path, template=config.template, shift=config.shift, dtype=dtype)
-    model, tokenizer = load_model(config.init, device="cpu", dtype=config.lora.base_dtype)
+    model, tokenizer = load_model(config.init, device="cpu", dtype=_first_dtype(config))
     given = {"template": config.template, "shift": config.shift}
     recorded = {"template": template_name(tokenizer), "shift": model.config.shift}
     for name, value in given.items():

@@ -89,7 +89,8 @@ def _ours(path: str) -> dict[str, Any]:
 def _published(path: str, family: Family, stored: dict[str, Any]) -> dict[str, Any]:
     """A public checkpoint: of a hub id configuration, tokenizer and index are fetched, and no weights."""
     from dlm.checkpoint import place
-    from dlm.memory import fit
+    from dlm.device import QUANTIZED
+    from dlm.memory import fit, room
     from dlm.weights import check_files, stored_bytes, tensors
 
     check_files(path)
@@ -105,8 +106,23 @@ def _published(path: str, family: Family, stored: dict[str, Any]) -> dict[str, A
         "generation": config.generation,
         "size": "unknown" if size is None else f"{size / 1e9:.2f} GB",
         "fits": "unknown" if size is None else str(fit(size, bits, bits=place()[1].itemsize * 8)),
+        **{f"fits in {dtype}": str(room(quantized_size(config, dtype))) for dtype in QUANTIZED},
         "template": tokenizer.chat_template,
     }
+
+
+def quantized_size(config: Any, dtype: str) -> int:
+    """Bytes that a model's weights would need if its linear layers had 8 or 4 bits, by its configuration."""
+    import torch
+    from transformers.initialization import no_init_weights
+
+    from dlm.checkpoint import place
+    from dlm.model import MaskedDiffusionModel
+    from dlm.quantization import calculated_bytes
+
+    with torch.device("meta"), no_init_weights():
+        model = MaskedDiffusionModel(config)
+    return calculated_bytes(model, dtype, place()[1])
 
 
 def _facts(config: Any, tokenizer: Any, weights: dict[str, Any]) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from dlm.families.block import SDAR, FastDLLM
 from dlm.families.diffullama import DiffuGPT, DiffuLLaMA
 from dlm.families.dream import Dream
 from dlm.families.llada import LLaDA
+from dlm.families.llada_moe import LLaDAMoE
 from dlm.families.mdlm import MDLM
 from dlm.families.modernbert import BertChat
 
 PUBLIC: tuple[Family, ...] = (
-    LLaDA(), Dream(), MDLM(), A2DBlocks(), A2D(), BertChat(), DiffuGPT(), DiffuLLaMA(), SDAR(), FastDLLM(),
-    BD3LM(),
+    LLaDAMoE(), LLaDA(), Dream(), MDLM(), A2DBlocks(), A2D(), BertChat(), DiffuGPT(), DiffuLLaMA(), SDAR(),
+    FastDLLM(), BD3LM(),
 )  # fmt: skip
 """The families, in the order in which they are tried."""
 

@@ -36,7 +36,8 @@ class DependenceConfig:
         batch_size: answers per model call.
         output: folder for the figures (dependence.json), the table (.md) and the plot (.svg).
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
-        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it.
+        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it; or
+            "int8", "nf4" for linear layers in 8 or 4 bits.
     """
 
     models: list[str] = field(default_factory=list)

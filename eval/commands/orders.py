@@ -62,7 +62,8 @@ class LearnConfig:
         seed: of the noise.
         batch_size: answers between two updates of the table.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
-        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it.
+        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it; or
+            "int8", "nf4" for linear layers in 8 or 4 bits.
     """
 
     runs: list[str] = field(default_factory=list)

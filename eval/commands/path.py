@@ -40,7 +40,8 @@ class PathConfig:
         output: folder for the figures (paths.json), the table (.md) and the plot (.svg); what was measured
             there under the same settings is not measured again.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
-        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it.
+        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it; or
+            "int8", "nf4" for linear layers in 8 or 4 bits.
     """
 
     models: list[str] = field(default_factory=list)

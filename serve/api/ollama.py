@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from decoding.answer import Output
+from dlm.device import QUANTIZED
 from dlm.tokenizer import Message
 from dlm.version import __version__
 from serve.api import schema
@@ -216,7 +217,7 @@ class _Handlers:
         return {"name": name, "model": name, "size": size, "digest": "", "details": self._details()}
 
     def _details(self) -> dict[str, Any]:
-        count = self._parameters("numel")
+        count, dtype = self._parameters("numel"), self.service.config.dtype
         size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
         return {
             "parent_model": "",
@@ -224,7 +225,7 @@ class _Handlers:
             "family": "dlm",
             "families": ["dlm"],
             "parameter_size": size if count else "",
-            "quantization_level": "",
+            "quantization_level": dtype.upper() if dtype in QUANTIZED else "",
         }
 
     def _parameters(self, measure: str) -> int:

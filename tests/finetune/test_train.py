@@ -19,6 +19,7 @@ from dlm import load_model
 from dlm.checkpointing import MARKER, complete_checkpoints, is_complete, last_checkpoint, mark_complete
 from dlm.data.config import DataConfig
 from dlm.errors import CheckpointError, ConfigError, DataError
+from dlm.quantization import is_quantized
 from finetune.config import LoraConfig, ModelConfig, TrainConfig
 from finetune.sft import SFT, train
 from finetune.start import prepare
@@ -547,7 +548,8 @@ def test_a_run_in_small_blocks_has_a_step_for_each_in_its_samples_and_its_model(
 def test_frozen_weights_may_be_bfloat16_and_what_is_trained_is_float32(tmp_path, whole):
     def run(name, **lora):
         model = ModelConfig(init=str(whole), template="model", lora=LoraConfig(r=4, alpha=8, **lora))
-        return settings(tmp_path / name, model=model, max_steps=6, precision="bf16")
+        common = {"max_steps": 6, "precision": "bf16", "eval_steps": 3, "eval_draws": 2}
+        return settings(tmp_path / name, model=model, **common)
 
     half, full = run("half", base_dtype="bfloat16"), run("full")
     model = prepare(load_model(whole, device="cpu", dtype="bfloat16")[0], half.model, 48, 0)
@@ -566,3 +568,25 @@ def test_frozen_weights_may_be_bfloat16_and_what_is_trained_is_float32(tmp_path,
         train(replace(run("c", base_dtype="bfloat16"), precision="fp32"))
     with pytest.raises(ConfigError, match=r"lora.base_dtype is for an adapter"):
         LoraConfig(base_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+def test_an_adapter_on_8_and_4_bits_is_trained_much_as_on_bfloat16(tmp_path, whole, dtype):
+    pytest.importorskip("bitsandbytes")
+
+    def run(name, base_dtype):
+        lora = LoraConfig(r=4, alpha=8, base_dtype=base_dtype)
+        model = ModelConfig(init=str(whole), template="model", lora=lora)
+        common = {"max_steps": 6, "precision": "bf16", "eval_steps": 3, "eval_draws": 2}
+        return settings(tmp_path / name, model=model, **common)
+
+    train(run("rounded", dtype)), train(run("half", "bfloat16"))
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("rounded", "half"))
+    moved = [name for name in ours if "lora_B" in name]
+    alike = [torch.cosine_similarity(ours[n].flatten(), theirs[n].flatten(), dim=0) for n in moved]
+    assert min(alike) > {"int8": 0.99, "nf4": 0.0}[dtype]  # 14 directions: by chance in one of 2^14
+    merged, _ = load_model(tmp_path / "rounded", device="cpu", dtype="float32")  # its base is known again
+    assert not is_quantized(merged)
+    assert is_quantized(load_model(tmp_path / "rounded", device="cpu", dtype=dtype)[0])
+    with pytest.raises(ConfigError, match=f"base_dtype {dtype} computes in bfloat16: give precision bf16"):
+        train(replace(run("c", dtype), precision="fp32"))

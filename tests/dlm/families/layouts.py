@@ -400,6 +400,43 @@ def bd3lm():
     return Layout("bd3lm", public, state, forward, None, ends, {"eos_token": ends[0], "bos_token": ends[0]})
 
 
+def llada_moe(model_type="lladamoe"):
+    shapes = qwen2_shapes(bias=False, qk_norm=True)
+    for part in ("gate", "up", "down"):  # of the second layer, which has experts
+        shape = shapes.pop(f"model.layers.1.mlp.{part}_proj.weight")
+        inner = tuple(24 if n == 48 else n for n in shape)
+        shapes |= {f"model.layers.1.mlp.experts.{j}.{part}_proj.weight": inner for j in range(5)}
+    shapes["model.layers.1.mlp.gate.weight"] = (5, D)
+    state = noise(shapes, seed=11)
+    public = {
+        "architectures": ["LLaDAMoEModelLM"], "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None,
+        "auto_map": {"AutoConfig": "configuration_lladamoe.LLaDAConfig", "AutoModel": "modeling_lladamoe.LLaDAMoEModelLM"},
+        "dense_intermediate_size": 48, "expert_intermediate_size": 24, "hidden_act": "silu", "hidden_size": D,
+        "initializer_range": 0.02, "max_position_embeddings": 256, "model_type": model_type,
+        "moe_layer_freq": [0, 1], "moe_router_enable_expert_bias": False, "moe_router_score_function": "softmax",
+        "norm_topk_prob": None, "num_attention_heads": HEADS, "num_experts": 5, "num_experts_per_tok": 2,
+        "num_hidden_layers": LAYERS, "num_key_value_heads": KV, "partial_rotary_factor": 1, "qk_layernorm": True,
+        "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 50000, "routed_scaling_factor": 1,
+        "shared_expert_intermediate_size": None, "tie_word_embeddings": False, "vocab_size": V,
+    }  # fmt: skip
+
+    def forward(ids):
+        x = plain.llama_like(
+            state, state["model.embed_tokens.weight"][ids], plain.HF, layers=LAYERS, q_heads=HEADS, kv_heads=KV,
+            theta=50000.0, eps=1e-5, sees=plain.all_see(len(ids)), qk_norm=True,
+            feed=lambda i, y: plain.mixture(state, "model.layers.1.mlp", y, 5, 2) if i == 1 else None,
+        )  # fmt: skip
+        return x @ state["lm_head.weight"].T
+
+    ends = ("<|startoftext|>", "<|endoftext|>", "<|role_end|>")
+    chat = (
+        "{% for m in messages %}<role>{{ 'HUMAN' if m['role'] == 'user' else m['role'].upper() }}</role>"
+        "{{ m['content'] }}<|role_end|>{% endfor %}<role>ASSISTANT</role>"
+    )
+    settings = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "mask_token": "<|mask|>"}
+    return Layout("llada-moe", public, state, forward, None, ends, {**settings, "chat_template": chat})
+
+
 LAYOUTS = {
     "sdar": sdar,
     "fast-dllm-v2": fast_dllm,
@@ -411,5 +448,6 @@ LAYOUTS = {
     "bert-chat": bert_chat,
     "mdlm": mdlm,
     "llada": llada,
+    "llada-moe": llada_moe,
     "dream": dream,
 }

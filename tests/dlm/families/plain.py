@@ -41,6 +41,26 @@ def linear(state, name, x):
     return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
 
 
+def swiglu(state, stems, x):
+    gate, up, down = stems
+    return linear(state, down, F.silu(linear(state, gate, x)) * linear(state, up, x))
+
+
+def mixture(state, stem, x, experts, chosen):
+    """[L, D]: a token's likeliest experts, each weighted with its probability among all of them."""
+    out = []
+    for token in x:
+        share = (state[f"{stem}.gate.weight"] @ token).softmax(0)
+        best = sorted(range(experts), key=lambda j: -float(share[j]))[:chosen]
+        parts = [
+            share[j]
+            * swiglu(state, [f"{stem}.experts.{j}.{n}_proj" for n in ("gate", "up", "down")], token[None])[0]
+            for j in best
+        ]
+        out.append(sum(parts))
+    return torch.stack(out)
+
+
 def all_see(length):
     return torch.ones(length, length, dtype=torch.bool)
 
@@ -51,8 +71,11 @@ def blocks_see(length, size):
     return block[None] <= block[:, None]
 
 
-def llama_like(state, x, names, *, layers, q_heads, kv_heads, theta, eps, sees, qk_norm=False):
-    """A pre-norm decoder with rotary positions and SwiGLU, from embeddings [L, D]; `names` maps parts to stems."""
+def llama_like(state, x, names, *, layers, q_heads, kv_heads, theta, eps, sees, qk_norm=False, feed=None):
+    """A pre-norm decoder with rotary positions and SwiGLU, from embeddings [L, D]; `names` maps parts to stems.
+
+    `feed(i, y)` stands for the feed-forward part of some layers; None from it for SwiGLU.
+    """
     position = torch.arange(len(x))
     for i in range(layers):
 
@@ -69,7 +92,8 @@ def llama_like(state, x, names, *, layers, q_heads, kv_heads, theta, eps, sees, 
         y = attend(rotate(q, position, theta), rotate(k, position, theta), v, sees)
         x = x + linear(state, at("o"), y.transpose(0, 1).flatten(1))
         y = rms(x, state[at("norm2") + ".weight"], eps)
-        x = x + linear(state, at("down"), F.silu(linear(state, at("gate"), y)) * linear(state, at("up"), y))
+        mixed = feed(i, y) if feed else None
+        x = x + (swiglu(state, [at(part) for part in ("gate", "up", "down")], y) if mixed is None else mixed)
     return rms(x, state[names["norm"] + ".weight"], eps)
 
 

@@ -14,6 +14,7 @@ from tests.dlm.families.layouts import LAYOUTS
 
 DEFAULTS = {  # decoder, answer, steps, temperature, top-p; sources in docs/families.md
     "llada": ("llada", 128, 128, 0.0, 1.0),
+    "llada-moe": ("llada", 128, 128, 0.0, 1.0),
     "dream": ("dream", 512, 512, 0.2, 0.95),
     "a2d": ("llada", 128, 128, 0.0, 1.0),
     "bert-chat": ("llada", 128, 128, 0.0, 1.0),

@@ -11,6 +11,7 @@ from dlm import load_model
 from dlm.adapter import add_adapter, merged
 from dlm.commands.inspect import describe
 from dlm.convert import convert
+from dlm.errors import CheckpointError
 from tests.dlm.families import plain
 from tests.dlm.families.layouts import LAYERS, LAYOUTS
 
@@ -96,6 +97,7 @@ def until_end(model, tokens):
 
 SHORT = {
     "llada": ({"max_tokens": 64}, {"length": 64, "block": 32, "steps": 64}),
+    "llada-moe": ({"max_tokens": 64}, {"length": 64, "block": 32, "steps": 64}),
     "a2d": ({}, {"length": 128, "block": 32, "steps": 128}),
     "bert-chat": ({"max_tokens": 64}, {"length": 64, "block": 32, "steps": 64}),
     "dream": ({"max_tokens": 48, "steps": 20, "canvas": "full"}, {"length": 48, "steps": 20, "top_p": 0.95}),
@@ -173,3 +175,15 @@ def test_low_rank_adapters_fit(case):
     )
     with torch.no_grad():
         assert torch.allclose(merged(adapted)(row).logits, before, atol=1e-5)
+
+
+def test_a_mixture_of_experts_may_call_itself_llada(tmp_path, base):
+    folder = LAYOUTS["llada-moe"](model_type="llada").write(tmp_path / "public", base)
+    assert describe(str(folder))["published as"] == "llada-moe"
+    config = json.loads((folder / "config.json").read_text())
+    config["shared_expert_intermediate_size"] = 24
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match="config.json says shared_expert_intermediate_size = 24; known: None"
+    ):
+        load_model(folder)
