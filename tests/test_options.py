@@ -291,6 +291,13 @@ def eval_dependence(run, place):
     run("eval.dependence", "model", "--data", "rows.json", "--last", 2, "--output", "dependence")
 
 
+def eval_frontier(run, place):
+    asked = ["--task", "file", "--data", "rows.json", "--limit", 2, "--max_tokens", 4, "--resamples", 100]
+    asked += ["--temperatures", "0.5,1", "--reader", "causal", "--output", "frontier"]
+    run("eval.frontier", "model", *asked, "--decoders", "conv")
+    run("eval.frontier", "model", *asked, "--decoders", "conv", "--entropy", "span", "--span", 3)
+
+
 def orders(run, place):
     OrderTable.empty().save("table.json")
     run("orders", "table.json")
@@ -364,6 +371,7 @@ RUNS = {
     "eval.sweep": eval_sweep,
     "eval.path": eval_path,
     "eval.dependence": eval_dependence,
+    "eval.frontier": eval_frontier,
     "eval.report": eval_report,
     "orders": orders,
     "orders.learn": orders_learn,

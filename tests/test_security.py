@@ -96,6 +96,10 @@ COMMANDS = {
     "eval.sweep": [["eval", "sweep", *ASK, "--model", "{m}"]],
     "eval.path": [["eval", "path", "{m}", "--data", "{q}", "--last", "1", "--output", "{o}/p"]],
     "eval.dependence": [["eval", "dependence", "{m}", "--data", "{q}", "--last", "1", "--output", "{o}/d"]],
+    "eval.frontier": [
+        ["eval", "frontier", "{m}", *ASK[1:], "--task", ASK[0], "--reader", "{m}", "--decoders", "conv"],
+        ["eval", "frontier", "{m}", *ASK[1:], "--task", ASK[0], "--encoder", "{m}"],
+    ],
     "orders.learn": [
         [
             "orders",
