@@ -7,11 +7,11 @@ start; training and plain forward passes have no layout and take the implementat
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
-from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 from dlm.device import sent
+from dlm.shadows import RowShadows
 
 PREFIX = "dlm_"
 
@@ -173,18 +174,20 @@ class Packed:
     nothing either.
 
     Attributes:
-        lengths: of the rows.
+        lengths: of the rows, shadows included.
         sight: of the model.
+        shadows: by number of the row, for rows with shadows behind them; these are masked, in calls of SDPA.
     """
 
     lengths: Sequence[int]
     sight: Sight = ALL
+    shadows: Mapping[int, RowShadows] = field(default_factory=dict)
     _copied: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     @cached_property
     def bounds(self) -> list[int]:
         """Beginnings of the rows, and the end of the last."""
-        return [0, *accumulate(self.lengths)]
+        return [0, *itertools.accumulate(self.lengths)]
 
     def attend(
         self,
@@ -199,21 +202,26 @@ class Packed:
         del layer
         query, key, value = _as_autocast(query, key, value)
         sight = sight or self.sight
-        half = query.dtype in (torch.float16, torch.bfloat16) and sight == ALL
+        half = query.dtype in (torch.float16, torch.bfloat16) and sight == ALL and not self.shadows
         if query.is_cuda and half and (is_flash_attn_2_available() or torch_varlen()):
             flat = [x[0].transpose(0, 1) for x in (query, key, value)]  # [N, H, D]
             return self._varlen(flat[0], flat[1], flat[2], scale)[None]
         rows = []
-        for a, b in zip(self.bounds, self.bounds[1:], strict=False):
-            place = torch.arange(b - a, device=query.device)
+        for row, (a, b) in enumerate(itertools.pairwise(self.bounds)):
+            shadows = self.shadows.get(row)
+            place = torch.arange(b - a, device=query.device) if shadows is None else shadows.place
             mask = sight.mask(place, place)
+            if shadows is not None:
+                mask = shadows.visible if mask is None else mask & shadows.visible
             rows.append(_sdpa(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], mask, scale))
         return torch.cat(rows, dim=2).transpose(1, 2)
 
     def row_keys(self, layer: int, query: torch.Tensor, key: torch.Tensor) -> RowKeys:
-        """Queries and keys of each row, padded on the right."""
+        """Queries and keys of each row, padded on the right, without its shadows."""
         del layer
-        size = torch.tensor(self.lengths)[:, None]
+        size = torch.tensor(
+            [self.shadows[i].length if i in self.shadows else n for i, n in enumerate(self.lengths)]
+        )[:, None]
         place = torch.arange(int(size.max())).expand(len(size), -1)
         index = sent(torch.tensor(self.bounds[:-1])[:, None] + torch.minimum(place, size - 1), query.device)
         place = sent(torch.where(place < size, place, -1), query.device)

@@ -33,6 +33,7 @@ from dlm.errors import ConfigError
 from dlm.modes import share
 from dlm.objective import token_log_probabilities
 from dlm.quantization import is_quantized
+from dlm.shadows import Shadowed, Shadows
 from dlm.spec import ModelSpec
 
 IGNORE = -100
@@ -123,8 +124,8 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """Beyond `hidden` and `logits`: rows packed end to end or computed in part, attention recorded."""
-        return frozenset({"packed", "partial", "attention"})
+        """Beyond `hidden` and `logits`: packed rows, rows in part, recorded attention, shadows."""
+        return frozenset({"packed", "partial", "attention", "shadows"})
 
     def set_attn_implementation(
         self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any
@@ -247,7 +248,11 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         return int(self.config.block_size)
 
     def packed_hidden(
-        self, input_ids: torch.Tensor, lengths: Sequence[int], attention: Sequence[AttentionWeights] = ()
+        self,
+        input_ids: torch.Tensor,
+        lengths: Sequence[int],
+        attention: Sequence[AttentionWeights] = (),
+        shadows: Sequence[Shadows] = (),
     ) -> torch.Tensor:
         """`hidden` of rows of different lengths, packed end to end so that nothing is spent on padding.
 
@@ -255,10 +260,13 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             input_ids: [N] int64, the rows one after the other, best on the host.
             lengths: of the rows; their sum is N.
             attention: see `hidden`.
+            shadows: of positions of these rows; the call gives them their states.
 
         Returns:
             [N, D], equal to `hidden` of each row alone up to the order of floating-point sums.
         """
+        if shadows:
+            return self._shadowed_hidden(input_ids, lengths, attention, shadows)
         position, size = torch.arange(len(input_ids)), torch.tensor(lengths)
         place = position - (size.cumsum(0) - size).repeat_interleave(size)
         states = self.backbone(
@@ -270,6 +278,30 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         if self.config.shift:
             states = states[sent(torch.where(place > 0, position - 1, position), self.device)]
         return states  # type: ignore[no-any-return]
+
+    def _shadowed_hidden(
+        self,
+        input_ids: torch.Tensor,
+        lengths: Sequence[int],
+        attention: Sequence[AttentionWeights],
+        shadows: Sequence[Shadows],
+    ) -> torch.Tensor:
+        """See `packed_hidden`."""
+        shift = bool(self.config.shift)
+        rows = Shadowed.of(input_ids, lengths, shadows, self.config.mask_token_id, shift, self.device)
+        layout = Packed(rows.lengths, self.sight, rows.layouts)
+        states = self.backbone(
+            inputs_embeds=self._embed(rows.ids[None]),
+            position_ids=sent(rows.place[None], self.device),
+            use_cache=False,
+            layout=self._recorded(layout, attention),
+        ).last_hidden_state[0]
+        for each, read in zip(shadows, rows.read, strict=True):
+            each.states = states[sent(read, self.device)]
+        real = rows.real
+        if shift:
+            real = torch.where(rows.place[real] > 0, real - 1, real)
+        return states[sent(real, self.device)]  # type: ignore[no-any-return]
 
     def new_memory(self) -> KeyValues:
         """Room for the keys and values of `partial_hidden`."""
