@@ -15,9 +15,10 @@ import torch
 
 from decoding.canvas import Canvas, Rows, resized
 from decoding.conflicts import ConflictCache
-from decoding.request import Reuse
+from decoding.request import Plan, Reuse
 from dlm.attention_weights import AttentionWeights
 from dlm.errors import ConfigError
+from dlm.shadows import Shadows
 
 
 class Denoiser(Protocol):
@@ -42,7 +43,8 @@ class Capable(Protocol):
 
     "packed" stands for `packed_hidden`; "partial" for `partial_hidden` and `new_memory`, with which keys and
     values can be reused; "attention" for the argument `attention` of these calls, which records attention
-    weights. See `dlm.model`.
+    weights; "shadows" for the argument `shadows` of `packed_hidden`, with which tokens are verified. See
+    `dlm.model`.
     """
 
     @property
@@ -56,8 +58,25 @@ def can(model: Any, capability: str) -> bool:
     return isinstance(model, Capable) and capability in model.capabilities
 
 
+def check_capable(model: Any, plan: Plan) -> None:
+    """Refuse a plan that needs more than the model can.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    rule = plan.decoder.reveal
+    if rule.dependence is not None and not can(model, "attention"):
+        raise ConfigError("this model tells no attention weights, which the option conflict needs")
+    if rule.verifies and not can(model, "shadows"):
+        raise ConfigError("this model computes no shadows, which the option verify needs")
+
+
 def hidden_of_rows(
-    model: Any, ids: torch.Tensor, lengths: Sequence[int], attention: Sequence[AttentionWeights] = ()
+    model: Any,
+    ids: torch.Tensor,
+    lengths: Sequence[int],
+    attention: Sequence[AttentionWeights] = (),
+    shadows: Sequence[Shadows] = (),
 ) -> torch.Tensor:
     """One model call over rows of these lengths: packed end to end where the model can, else padded.
 
@@ -66,11 +85,14 @@ def hidden_of_rows(
         ids: [N] int64, the rows end to end.
         lengths: of each row; their sum is N.
         attention: records that the call fills, for a model that can.
+        shadows: that the call computes too, for a model that can.
 
     Returns:
         [N, D].
     """
-    records = {"attention": attention} if attention else {}
+    records: dict[str, Any] = {"attention": attention} if attention else {}
+    if shadows:
+        return model.packed_hidden(ids, lengths, shadows=shadows, **records)  # type: ignore[no-any-return]
     if len(set(lengths)) == 1:
         return model.hidden(ids.view(len(lengths), -1), **records).flatten(0, 1)  # type: ignore[no-any-return]
     if can(model, "packed"):
@@ -90,7 +112,7 @@ class _Entries:
     def __init__(self, canvas: Canvas) -> None:
         self.cached = torch.zeros_like(canvas.masked)  # [B, L]
 
-    def at(self, rows: torch.Tensor, width: int) -> torch.Tensor:
+    def at(self, rows: Rows, width: int) -> torch.Tensor:
         """[b, width] bool, positions of the rows [b] that have an entry."""
         return self.cached[rows, :width]
 
@@ -109,10 +131,15 @@ class _Entries:
 
 
 class ScoreCache:
-    """Scores of the reveal rule, the token that each position would receive, and its probability."""
+    """Scores of the reveal rule, the token that each position would receive, and its probability.
+
+    Beside them what the model says of written tokens and of conflicts.
+    """
 
     def __init__(self, canvas: Canvas) -> None:
         self.entries = _Entries(canvas)
+        self.verified = _Entries(canvas)
+        self.leave_one_out = torch.zeros(canvas.ids.shape)  # [B, L] where `verified`
         self.token = torch.zeros_like(canvas.ids)  # [B, L]
         self.probability = torch.zeros(canvas.ids.shape)  # [B, L]
         self.score = torch.zeros(*canvas.ids.shape, 1)  # [B, L, C]
@@ -133,6 +160,12 @@ class ScoreCache:
             self.alternatives[cells] = alternatives.view(len(row), *self.alternatives.shape[2:])
         self.entries.add(rows, where)
 
+    def put_verified(self, rows: torch.Tensor, where: torch.Tensor, probability: torch.Tensor) -> None:
+        """Keep the probabilities [S] of the tokens that are written at `where` [b, W]."""
+        row, position = where.nonzero().unbind(1)
+        self.leave_one_out[rows[row], position] = probability.float()
+        self.verified.add(rows, where)
+
     def scores(self, rows: Rows, where: torch.Tensor) -> torch.Tensor:
         """[b, W] or [b, W, C] scores of the rows [b], 0 outside `where` [b, W]."""
         score = torch.where(where[..., None], self.score[rows, : where.shape[1]], 0)
@@ -140,9 +173,9 @@ class ScoreCache:
 
     def follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
         """Go on with another canvas; see `_Entries.follow`."""
-        self.entries.follow(canvas, rows)
-        self.conflicts.follow(canvas, rows)
-        for name in ("token", "probability", "score", "alternatives"):
+        for cache in (self.entries, self.verified, self.conflicts):
+            cache.follow(canvas, rows)
+        for name in ("token", "probability", "score", "alternatives", "leave_one_out"):
             values = getattr(self, name)
             values = values if rows is None else values[rows]
             setattr(self, name, resized(values, *canvas.ids.shape))
@@ -295,13 +328,15 @@ class StateCache:
 class StateQuery:
     """A need for the states of the rows [b] of a cache, at the positions `where` [b, W].
 
-    With a record also for the attention of a model call, whatever states are there already.
+    With a record also for the attention of a model call, and with shadows for their states, whatever states
+    are there already; both number the rows of the query from 0.
     """
 
     cache: StateCache
     rows: torch.Tensor
     where: torch.Tensor
     record: AttentionWeights | None = None
+    shadows: Shadows | None = None
 
 
 def compute_states(model: Denoiser, queries: Sequence[StateQuery]) -> list[torch.Tensor]:
@@ -311,31 +346,39 @@ def compute_states(model: Denoiser, queries: Sequence[StateQuery]) -> list[torch
     reuse keys and values, which have one each; those of a block-causal model always do, since they are exact.
     """
     due: list[tuple[StateCache, torch.Tensor, torch.Tensor]] = []
-    records = []
+    records: list[AttentionWeights] = []
+    shades: list[Shadows] = []
     size = getattr(getattr(model, "config", None), "block_size", None)
     for query in queries:
-        cache, rows, where, record = query.cache, query.rows, query.where, query.record
+        cache, rows, where = query.cache, query.rows, query.where
+        record, shadows = query.record, query.shadows
         stale = (where & ~cache.entries.at(rows, where.shape[1])).any(1)
         if record is not None:
             stale = torch.ones_like(stale)
+        if shadows is not None:
+            stale[shadows.rows] = True
         if not bool(stale.any()):
             continue
         rows = rows[stale]
-        if size is not None and can(model, "partial"):
+        if size is not None and can(model, "partial") and shadows is None:
             cache.compute_blocks(model, rows, where[stale], size, record)
         elif cache.reuse is not None:
             cache.compute_partly(model, rows, where[stale])
         else:
+            before = sum(len(others) for _, others, _ in due)
             if record is not None:
-                record.rows = record.rows + sum(len(others) for _, others, _ in due)
+                record.rows = record.rows + before
                 records.append(record)
+            if shadows is not None:
+                shadows.rows = (stale.cumsum(0) - 1)[shadows.rows] + before
+                shades.append(shadows)
             due.append((cache, rows, cache.canvas.valid[rows]))
     if due:
         ids = torch.cat([cache.shown_ids(rows)[valid] for cache, rows, valid in due])
         lengths = torch.cat([valid.sum(1) for _, _, valid in due]).tolist()
         each = iter(lengths)
         sizes = [sum(itertools.islice(each, len(rows))) for _, rows, _ in due]
-        computed = hidden_of_rows(model, ids, lengths, records).split(sizes)
+        computed = hidden_of_rows(model, ids, lengths, records, shades).split(sizes)
         for (cache, rows, valid), states in zip(due, computed, strict=True):
             cache.put(rows, valid, states)
     return [query.cache.at(query.rows, query.where) for query in queries]

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from decoding import answer
 from decoding.answer import Event, Output, Reader
 from decoding.canvas import Canvas, Row, make_canvas
-from decoding.denoiser import Denoiser
+from decoding.denoiser import Denoiser, check_capable
 from decoding.request import Plan
 from decoding.rows import Prompt, RowMaker
 from decoding.step import Batch, run_work
@@ -164,6 +164,7 @@ class Engine:
 
     def _wait(self, canvas: Canvas, plan: Plan) -> int:
         """Put a canvas of one row, which is the engine's from now on, at the end of the queue."""
+        check_capable(self.model, plan)
         size = int(canvas.end[0])
         if self.max_positions is not None and size > self.max_positions:
             raise ConfigError(

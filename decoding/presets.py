@@ -30,6 +30,7 @@ from decoding.reveal import (
 from decoding.reveal.dependence import Dependence
 from decoding.reveal.process_reward import Control
 from decoding.reveal.quota import Order
+from decoding.reveal.verified import Verified, WideIn
 from decoding.tokens import TokenRule
 from decoding.window import Block, Convolution, Full, Sliding, Window, Within
 from dlm.errors import ConfigError, unknown_name
@@ -61,11 +62,13 @@ class Decoder:
             raise ConfigError(f"guidance must not be negative, got {self.guidance}")
         if self.window.timed and self.reveal.revises:
             raise ConfigError("a sliding window has no phases: it cannot go with a rule that remasks")
+        if self.guidance and self.reveal.verifies:
+            raise ConfigError("verify asks the model itself; give no guidance")
 
     @property
     def timed(self) -> bool:
         """True when it goes by time, so that the pace must be a number of steps and not a rate."""
-        return self.window.timed or (self.reveal.revises and self.reveal.paced)
+        return self.window.timed or self.reveal.timed
 
     @property
     def random(self) -> bool:
@@ -120,9 +123,10 @@ class Decoder:
         common = {option: options.pop(option, default) for option, default in preset.common.items()}
         guidance = common.pop("guidance")
         apart = {name: common.pop(name) for name in ("gap", "conflict", "conflict_layers")}
+        verify, every = common.pop("verify"), common.pop("verify_all")
         try:
             window, reveal = preset.build(**options)
-            reveal = _separated(reveal, **apart)
+            reveal = _verified(_separated(reveal, **apart), verify, every, preset)
             return cls(window, reveal, replace(preset.tokens, **common), name, guidance)
         except TypeError as error:
             raise ConfigError(f"decoder {name!r}: {error}") from error
@@ -154,6 +158,8 @@ class Preset:
         tokens: the token rule, whose `TOKENS` are options as well.
         exact: True when texts follow the model's own distribution as steps become finer; others change the
             order in which positions are written, or cut what tokens may come out, on purpose.
+        verify: default of the option `verify`, 0 for off.
+        verify_all: default of `verify_all`.
     """
 
     summary: str
@@ -161,6 +167,8 @@ class Preset:
     build: Callable[..., Axes]
     tokens: TokenRule = field(default_factory=TokenRule)
     exact: bool = False
+    verify: float = 0.0
+    verify_all: bool = False
 
     @property
     def common(self) -> dict[str, Any]:
@@ -170,6 +178,8 @@ class Preset:
             "gap": 1,
             "conflict": 0.0,
             "conflict_layers": Dependence.layers,
+            "verify": self.verify,
+            "verify_all": self.verify_all,
         }
 
     @property
@@ -185,6 +195,13 @@ def _separated(reveal: RevealRule, gap: int, conflict: float, conflict_layers: i
         raise ConfigError("conflict_layers says which layers show a conflict; give conflict, such as 0.07")
     dependence = Dependence(conflict, conflict_layers) if conflict else None
     return reveal if gap == 1 and dependence is None else Separated(reveal, gap, dependence)
+
+
+def _verified(reveal: RevealRule, verify: float, every: bool, preset: Preset) -> RevealRule:
+    """The rule, with its tokens verified where that is asked for."""
+    if not verify and every != preset.verify_all:
+        raise ConfigError("verify_all says which tokens are verified; give verify, such as 0.5")
+    return Verified(reveal, verify, every) if verify else reveal
 
 
 def _check_kind(name: str, option: str, value: Any, preset: Preset) -> None:
@@ -243,6 +260,10 @@ def _threshold(tau: float = 0.9, kernel_size: int | None = 0) -> Axes:
 
 def _block_threshold(block_size: int | None = None, tau: float = 0.9) -> Axes:
     return Block(block_size, aligned=True), Threshold(tau)
+
+
+def _wino(block_size: int = 0, tau: float = 0.6) -> Axes:
+    return Block(block_size) if block_size else Full(), WideIn(tau)
 
 
 def _entropy_bound(gamma: float = 0.1, kernel_size: int | None = 0) -> Axes:
@@ -332,6 +353,14 @@ PRESETS: dict[str, Preset] = {
         "Fast-dLLM v2, 2509.26328",
         _block_threshold,
         _GREEDY,
+    ),
+    "wino": Preset(
+        "all tokens above a low confidence, verified in the next calls",
+        "WINO, 2507.18578",
+        _wino,
+        _GREEDY,
+        verify=0.9,
+        verify_all=True,
     ),
     "entropy-bound": Preset(
         "as many tokens as their entropies allow, at least one a step", "2505.24857", _entropy_bound, _GREEDY

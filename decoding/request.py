@@ -417,6 +417,8 @@ class Plan:
             raise ConfigError(f"decoder {self.decoder.name!r} goes by time: it needs steps, not a rate")
         if self.reuse is not None and self.decoder.reveal.dependence is not None:
             raise ConfigError("conflict needs the attention of whole rows; give no reuse")
+        if self.reuse is not None and self.decoder.reveal.verifies:
+            raise ConfigError("verify needs states of whole rows; give no reuse")
         ahead = None if self.margin is None else self.decoder.window.ahead + self.margin
         key = self.decoder, self.pace, self.ending, ahead, self.reuse, self.mask_id, self.top_logprobs
         object.__setattr__(self, "ahead", ahead)

@@ -22,13 +22,14 @@ import torch
 
 from decoding.canvas import Canvas, Rows
 from decoding.course import course
-from decoding.denoiser import Denoiser, ScoreCache, StateCache, StateQuery, can, compute_states
+from decoding.denoiser import Denoiser, ScoreCache, StateCache, StateQuery, check_capable, compute_states
 from decoding.pace import Clock
 from decoding.request import Plan
 from decoding.reveal.base import PREDICTION_NOISE, TOKEN_NOISE, Decision, StepView
 from decoding.reveal.dependence import Dependence
 from dlm.errors import ConfigError, DLMError
 from dlm.noise import cell_noise
+from dlm.shadows import Shadows
 
 _LOGIT_ROWS = 1024
 """Positions whose logits [cells, V] are held at once."""
@@ -72,6 +73,13 @@ def _sent(piece: Work, states: list[torch.Tensor]) -> list[StateQuery] | None:
         return piece.send(states)
     except StopIteration:
         return None
+
+
+def _on_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors on the host as float64, in one copy."""
+    flat = torch.cat([x.double().flatten() for x in tensors]).cpu()
+    parts = flat.split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
 
 def guided(logits: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
@@ -135,8 +143,7 @@ class Batch:
         self.steps = math.inf if plan.pace.steps is None else plan.pace.steps
         self.constant_score = self.rule.constant_score(self.tokens)
         self.penalises = self.tokens.penalises
-        if self.rule.dependence is not None and not can(model, "attention"):
-            raise ConfigError("this model tells no attention weights, which the option conflict needs")
+        check_capable(model, plan)
 
     def join(self, canvas: Canvas) -> None:
         """Add rows behind those that are there."""
@@ -189,12 +196,16 @@ class Batch:
             needed = self.rule.needs(view)
             if ends:
                 needed = torch.where(late[:, None], masked, needed)
-            yield from self._look(rows, needed, self.rule.dependence)
+            yield from self._look(rows, needed, self._verified(view, needed), self.rule.dependence)
             score = self.scores.scores(live, needed)
         else:
             needed, score = torch.zeros_like(masked), torch.full(masked.shape, self.constant_score)
         token, confidence = self.scores.token[cells], self.scores.probability[cells]
-        decision = self.rule.decide(replace(view, score=score, token=token, confidence=confidence))
+        left_out = torch.where(
+            self.scores.verified.at(live, self.width), self.scores.leave_one_out[cells], torch.inf
+        )
+        seen = replace(view, score=score, token=token, confidence=confidence, leave_one_out=left_out)
+        decision = self.rule.decide(seen)
         if ends:
             decision = decision.filled(late[:, None], masked)
         written = decision.reveal if decision.replace is None else decision.reveal | decision.replace
@@ -254,7 +265,8 @@ class Batch:
 
     def _drop(self, rows: torch.Tensor) -> None:
         """Forget what was computed for the rows [b]."""
-        for entries in (self.scores.entries, *(cache.entries for cache in self.states)):
+        scores = self.scores
+        for entries in (scores.entries, scores.verified, *(cache.entries for cache in self.states)):
             entries.drop(rows)
 
     def predict(self, rows: torch.Tensor, draws: int, predicted: list[torch.Tensor]) -> Work:
@@ -296,26 +308,59 @@ class Batch:
 
     # ---- the model -----------------------------------------------------------------------------------
 
-    def _look(self, rows: torch.Tensor, where: torch.Tensor, dependence: Dependence | None = None) -> Work:
+    def _verified(self, view: StepView, needed: torch.Tensor) -> torch.Tensor | None:
+        """[b, W] bool, tokens that are verified in a step that needs a call; ends that have filled stay."""
+        verified = self.rule.verified(view)
+        if verified is None:
+            return None
+        if self.plan.ending.fill:
+            verified = verified & ~self.plan.ending.is_end(view.ids)
+        return verified & needed.any(1, keepdim=True)
+
+    def _look(
+        self,
+        rows: torch.Tensor,
+        where: torch.Tensor,
+        verified: torch.Tensor | None = None,
+        dependence: Dependence | None = None,
+    ) -> Work:
         """Score the positions `where` [b, W] and draw their tokens, where that has not been done.
 
-        With a `dependence`, also find which of them are in conflict; that is done for all of a row at once.
-        The results come back from the model's device in one piece: the one time in a step that the host waits
-        for it.
+        Also ask what the tokens `verified` [b, W] are worth and, with a `dependence`, which positions are in
+        conflict; that is done for all of a row at once. The results come back from the model's device in one
+        piece: the one time in a step that the host waits for it.
         """
         missing = where & ~self.scores.entries.at(rows, self.width)
-        incomplete = missing.any(1)
+        checked = torch.zeros_like(where) if verified is None else verified
+        checked = checked & ~self.scores.verified.at(rows, self.width)
+        incomplete = (missing | checked).any(1)
         if not bool(incomplete.any()):
             return
         where = missing if dependence is None else where
         if not bool(incomplete.all()):
-            rows, where = rows[incomplete], where[incomplete]
-        canvas, record = self.canvas, None
+            rows, where, checked = rows[incomplete], where[incomplete], checked[incomplete]
+        record = shadows = None
         if dependence is not None:
-            record = dependence.record(where & canvas.masked[rows, : self.width])
-        states = yield [
-            StateQuery(cache, rows, where, None if cache.unconditional else record) for cache in self.states
-        ]
+            record = dependence.record(where & self.canvas.masked[rows, : self.width])
+        if bool(checked.any()):
+            shadows = Shadows(*checked.nonzero().unbind(1))
+        asked = {False: (record, shadows), True: (None, None)}  # by whether the prompt is left out
+        states = yield [StateQuery(cache, rows, where, *asked[cache.unconditional]) for cache in self.states]
+        found = [self._scored(rows, where, states)]
+        if dependence is not None and record is not None:
+            found.append(dependence.conflicts(record))
+        if shadows is not None:
+            found.append(self._likelihood(shadows.states, self.canvas.ids[rows, : self.width][checked]))
+        columns, *more = _on_host(found)
+        self._put(rows, where, columns)
+        if record is not None:
+            self.scores.conflicts.put(rows, record.positions, more[0] > 0)
+        if shadows is not None:
+            self.scores.put_verified(rows, checked, more[-1])
+
+    def _scored(self, rows: torch.Tensor, where: torch.Tensor, states: list[torch.Tensor]) -> torch.Tensor:
+        """[N, C] what `_columns` says of the positions `where` [b, W], of which there are the states."""
+        canvas = self.canvas
         noise = cell_noise(canvas.key[rows], canvas.revision[rows], self.width, TOKEN_NOISE)
         owner, position = where.nonzero().unbind(1)
         cells = [x.split(_LOGIT_ROWS) for x in (rows[owner], position, noise[where], *states)]
@@ -323,18 +368,21 @@ class Batch:
             self._columns(self._logits(row, place, *hidden), row, place, uniform)
             for row, place, uniform, *hidden in zip(*cells, strict=True)
         ]
-        columns = torch.cat(pieces)
-        if dependence is None or record is None:
-            columns = columns.cpu()
-        else:
-            found = dependence.conflicts(record)
-            both = torch.cat([columns.flatten(), found.flatten().double()]).cpu()
-            columns = both[: columns.numel()].view(columns.shape)
-            self.scores.conflicts.put(rows, record.positions, both[columns.numel() :].view(found.shape) > 0)
+        return torch.cat(pieces)
+
+    def _likelihood(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """[S] the model's probability of the tokens [S], of which shadows have the states [S, D]."""
+        ids = ids.to(states.device, non_blocking=True)
+        pieces = zip(states.split(_LOGIT_ROWS), ids.split(_LOGIT_ROWS), strict=True)
+        logp = [self.model.logits(x).float().log_softmax(1).gather(1, y[:, None])[:, 0] for x, y in pieces]
+        return torch.cat(logp).exp()
+
+    def _put(self, rows: torch.Tensor, where: torch.Tensor, columns: torch.Tensor) -> None:
+        """Keep what was computed at `where` [b, W]; rows for which the model returned NaN fail."""
         bad = columns[:, :2].isnan().any(1) | columns[:, 2].isnan()
         if bool(bad.any()):  # these rows fail, the others go on
-            broken = rows[owner[bad]]
-            canvas.failed[broken] = canvas.step[broken]
+            broken = rows[where.nonzero()[bad, 0]]
+            self.canvas.failed[broken] = self.canvas.step[broken]
         self.scores.put(rows, where, columns.nan_to_num())
 
     def _columns(

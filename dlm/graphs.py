@@ -59,8 +59,8 @@ class BucketedModel:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """Those of the model, except for packing and for attention, which a recorded call does not tell."""
-        return frozenset(self.model.capabilities) - {"packed", "attention"}
+        """Those of the model, except for packed rows and what a recorded call does not tell."""
+        return frozenset(self.model.capabilities) - {"packed", "attention", "shadows"}
 
     def __getattr__(self, name: str) -> Any:
         """Pass on what the model has, except for packing."""

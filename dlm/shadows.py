@@ -24,8 +24,8 @@ class Shadows:
     exact in one layer, an approximation in more.
 
     In a model with a shift the state before p predicts it, and has seen p too. There the shadow is a pair, a
-    copy of p - 1 and the mask at p, which attend to each other, to themselves, and to all of the row but p - 1
-    and p; the state is that of the copy.
+    copy of p - 1 and the mask at p, which attend to each other, to themselves, and to all of the row but
+    p - 1 and p; the state is that of the copy.
 
     Attributes:
         rows: [S] int64, the rows' numbers in the call; on the host.
@@ -110,7 +110,7 @@ class Shadowed:
 
 
 def _layout(length: int, place: torch.Tensor, size: int, device: torch.device) -> RowShadows:
-    """Who attends to whom in a row of `length` with shadows of `size` positions, whose ids are `place` [E]."""
+    """The row of `length` with shadows of `size` positions each, whose position ids are `place` [E]."""
     total = length + len(place)
     group = torch.arange(len(place)) // size
     hidden = place.view(-1, size)[group]  # [E, size], what each position of a shadow does not see

@@ -48,6 +48,21 @@ class FakeDenoiser:
         known = torch.tensor([row_key(repr(row) if self.context else "") for row in rows])
         return fold(known[:, None], torch.arange(input_ids.shape[1]))[..., None]  # [B, L, 1] int64
 
+    capabilities = frozenset({"shadows"})
+
+    def packed_hidden(self, ids, lengths, shadows=()):
+        """States of packed rows; those of shadows are of the row with a mask there."""
+        valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        padded = ids.new_zeros(valid.shape)
+        padded[valid] = ids
+        for each in shadows:
+            rows = [padded[i, : lengths[i]].tolist() for i in each.rows.tolist()]
+            for row, position in zip(rows, each.positions.tolist(), strict=True):
+                row[position] = self.mask_id
+            known = torch.tensor([row_key(repr(row) if self.context else "") for row in rows])
+            each.states = fold(known, each.positions)[:, None]
+        return self.hidden(padded, valid)[valid]
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         noise = uniform(hidden, torch.arange(self.vocab))  # [N, V]
         logits = 6 * noise

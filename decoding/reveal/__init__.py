@@ -14,6 +14,7 @@ from decoding.reveal.remask import Remask
 from decoding.reveal.separated import Separated
 from decoding.reveal.stability import Stability
 from decoding.reveal.threshold import Threshold
+from decoding.reveal.verified import Verified, WideIn
 
 __all__ = [
     "Ancestral",
@@ -29,6 +30,8 @@ __all__ = [
     "Stability",
     "StepView",
     "Threshold",
+    "Verified",
+    "WideIn",
     "first_arrivals",
     "reveal_probability",
 ]

@@ -73,6 +73,9 @@ class StepView:
     """[b] masks of the process that are not on the canvas yet and count in |M| all the same; None for 0."""
     rate: float | None = None
     """Expected tokens of this step, where the pace is a rate; `t` and `s` mean nothing then."""
+    leave_one_out: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[b, W] the model's probability of the token that is written, had it not seen it (see `Shadows`): where
+    the rule's `verified` asks for it; inf where nothing was asked."""
     conflicts: Callable[[torch.Tensor], torch.Tensor] = lambda position: torch.zeros(len(position), 0)
     """Positions [b, 1] -> [b, W] bool, those that are in conflict with them (see `RevealRule.dependence`)."""
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -116,6 +119,8 @@ class RevealRule:
     """False for a rule that draws nothing; then, without a temperature, texts do not depend on a seed."""
     revises: ClassVar[bool] = False
     """True for rules under which a written token can become a mask or another token."""
+    verifies: ClassVar[bool] = False
+    """True for rules that look at `StepView.leave_one_out`."""
     dependence: Dependence | None = None
     """Says which positions are in conflict, for a rule that looks at `StepView.conflicts`."""
 
@@ -128,6 +133,11 @@ class RevealRule:
     def paced(self) -> bool:
         """True for rules that follow a given pace; others decide how many tokens a step writes."""
         return True
+
+    @property
+    def timed(self) -> bool:
+        """True for rules with phases: the pace must be a number of steps."""
+        return self.revises and self.paced
 
     def at_pace(self) -> RevealRule:
         """Return the rule with the same order that follows a given pace; itself if it does."""
@@ -161,6 +171,20 @@ class RevealRule:
         """
         del logits, state, tokens
         return choice.probability
+
+    def constant_or_score(
+        self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
+    ) -> torch.Tensor:
+        """`score`, or the constant one where there is one: for a rule around this that needs a call."""
+        constant = self.constant_score(tokens)
+        if constant is not None:
+            return torch.full_like(choice.probability, constant)
+        return self.score(logits, choice, state, tokens)
+
+    def verified(self, view: StepView) -> torch.Tensor | None:
+        """[b, W] bool, written positions whose `leave_one_out` `decide` looks at; None for none."""
+        del view
+        return None
 
     def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """State of new rows, by name: tensors [rows, length, …] or [rows]; by default none."""

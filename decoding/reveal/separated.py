@@ -80,10 +80,7 @@ class Separated(RevealRule):
         self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
     ) -> torch.Tensor:
         """[N] or [N, C]; see `RevealRule`."""
-        constant = self.inner.constant_score(tokens)
-        if constant is not None:
-            return torch.full_like(choice.probability, constant)
-        return self.inner.score(logits, choice, state, tokens)
+        return self.inner.constant_or_score(logits, choice, state, tokens)
 
     def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """State of the other rule, and the tokens that are owed."""

@@ -1,5 +1,6 @@
 """The canvas lies on the host and the model elsewhere: nothing mixes, and the host waits once in a step."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -42,7 +43,8 @@ class FarModel:
 
     hidden, packed_hidden = MaskedDiffusionModel.hidden, MaskedDiffusionModel.packed_hidden
     partial_hidden, new_memory = MaskedDiffusionModel.partial_hidden, MaskedDiffusionModel.new_memory
-    capabilities, sight = frozenset({"packed", "partial", "attention"}), ALL
+    capabilities, sight = frozenset({"packed", "partial", "attention", "shadows"}), ALL
+    _shadowed_hidden = MaskedDiffusionModel._shadowed_hidden
     _embed, _recorded = MaskedDiffusionModel._embed, MaskedDiffusionModel._recorded
     _hidden_in_layout, layers = MaskedDiffusionModel._hidden_in_layout, ("the only one",)
 
@@ -88,9 +90,10 @@ def test_every_decoder_waits_once_for_each_model_call(name):
 
 
 @pytest.mark.parametrize("name", ["conv", "categorical", "llada-conv", "threshold"])
-def test_conflicts_come_with_the_scores(name):
-    for how in ({"window": 40, "steps": 10}, {"max_tokens": 20}):
-        waits, calls = in_both(decoder=Decoder.named(name, conflict=0.07), **how)
+def test_conflicts_and_shadows_come_with_the_scores(name):
+    paces = {"window": 40, "steps": 10}, {"max_tokens": 20}
+    for how, more in itertools.product(paces, ({}, {"verify": 0.9}, {"verify": 0.9, "verify_all": True})):
+        waits, calls = in_both(decoder=Decoder.named(name, conflict=0.07, **more), **how)
         assert set(+waits) == {"a copy to the host"}
         assert 0 < waits["a copy to the host"] <= calls
 

@@ -1,6 +1,7 @@
 """States of shadows, against a plain forward pass of transformers with an explicit mask."""
 
 import copy
+from functools import lru_cache
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from dlm.shadows import Shadows
 from tests.dlm.test_attention_weights import MASK, ROWS, model_of
 
 
+@lru_cache(2)
 def stock_of(model):
     """The backbone as transformers has it, with eager attention."""
     config = copy.deepcopy(model.backbone.config)

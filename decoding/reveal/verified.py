@@ -1,0 +1,128 @@
+"""Written tokens that the model looks at once more without seeing them; the unlikely become masks again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from decoding.reveal.base import Decision, RevealRule, StepView, ranked
+from decoding.reveal.dependence import Dependence
+from decoding.reveal.threshold import Threshold
+from decoding.tokens import Choice, TokenRule
+from dlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class WideIn(Threshold):
+    """`Threshold` with a limit on the tokens of one call: max(5, ⌊0.7 |M|⌋), but no more than 20 (WINO).
+
+    M are the masks of the stage.
+    """
+
+    tau: float = 0.6
+
+    def decide(self, view: StepView) -> Decision:
+        """Take the most confident of what the threshold lets through."""
+        rank = ranked(view.score, view.weight, view.masked)
+        most = (view.masked.sum(1) * 7 // 10).clamp(5, 20)
+        return Decision(super().decide(view).reveal & (rank < most[:, None]))
+
+
+@dataclass(frozen=True)
+class Verified(RevealRule):
+    """Another rule whose tokens are verified in the next call (WINO, arXiv 2507.18578).
+
+    A shadow of each verified position (`dlm.shadows.Shadows`) gives the probability of the written token as
+    if it were not there, in the call that is made anyway. Below `threshold` the token becomes a mask again,
+    the least likely first, always fewer than the last call wrote: of two calls in a row at least one token
+    more is written than taken back, so that it ends. A call that wrote one token is not verified. Given
+    positions and end tokens that have filled what is behind them stay.
+
+    Attributes:
+        inner: the other rule.
+        threshold: τ₂ in (0, 1].
+        every: verify all tokens of the stage in each call, and only in one that writes several, as published;
+            by default those of the last call.
+    """
+
+    inner: RevealRule
+    threshold: float
+    every: bool = False
+    revises: ClassVar[bool] = True
+    verifies: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the range, and that the other rule does not revise itself."""
+        if not 0 < self.threshold <= 1:
+            raise ConfigError(f"verify must lie in (0, 1], got {self.threshold}; leave it out for none")
+        if self.inner.revises:
+            raise ConfigError("verify goes with rules whose tokens stay; this one revises them by itself")
+
+    @property
+    def random(self) -> bool:  # type: ignore[override]
+        """See `RevealRule`."""
+        return self.inner.random
+
+    @property
+    def timed(self) -> bool:
+        """See `RevealRule`; its phases are those of the other rule."""
+        return self.inner.timed
+
+    @property
+    def dependence(self) -> Dependence | None:  # type: ignore[override]
+        """See `RevealRule`."""
+        return self.inner.dependence
+
+    @property
+    def paced(self) -> bool:
+        """See `RevealRule`."""
+        return self.inner.paced
+
+    def at_pace(self) -> Verified:
+        """See `RevealRule`."""
+        return replace(self, inner=self.inner.at_pace())
+
+    def needs(self, view: StepView) -> torch.Tensor:
+        """[b, W] bool; see `RevealRule`."""
+        return self.inner.needs(view)
+
+    def precedence(self, view: StepView) -> torch.Tensor:
+        """[b, W]; see `RevealRule`."""
+        return self.inner.precedence(view)
+
+    def makes_up(self, view: StepView) -> bool:
+        """See `RevealRule`."""
+        return self.inner.makes_up(view)
+
+    def score(
+        self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
+    ) -> torch.Tensor:
+        """[N] or [N, C]; see `RevealRule`."""
+        return self.inner.constant_or_score(logits, choice, state, tokens)
+
+    def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
+        """State of the other rule, the positions of the last call, and how many it wrote."""
+        return self.inner.initial_state(rows, length) | {
+            "fresh": torch.zeros(rows, length, dtype=torch.bool),
+            "accepted": torch.zeros(rows, dtype=torch.int64),
+        }
+
+    def verified(self, view: StepView) -> torch.Tensor:
+        """[b, W] bool; see `RevealRule`. None where the last call wrote one token."""
+        candidates = view.written if self.every else view.written & view.state["fresh"]
+        return candidates & (view.state["accepted"] > 1)[:, None]
+
+    def decide(self, view: StepView) -> Decision:
+        """Write what the other rule writes, and take back what is unlikely."""
+        decision, checked = self.inner.decide(view), self.verified(view)
+        accepted = decision.reveal.sum(1)
+        likelihood = torch.where(checked, view.leave_one_out.double(), torch.inf)
+        rank = likelihood.argsort(dim=1, stable=True).argsort(dim=1)
+        remask = (likelihood < self.threshold) & (rank < view.state["accepted"][:, None] - 1)
+        if self.every:
+            remask &= (accepted > 1)[:, None]
+        state = {**decision.state, "fresh": decision.reveal, "accepted": accepted}
+        return replace(decision, remask=remask, state=state)
