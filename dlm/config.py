@@ -67,6 +67,7 @@ class MaskedDiffusionConfig(PreTrainedConfig):  # type: ignore[misc]
         mask_token_id: id of the mask token.
         eos_token_id: id of the token that is written behind an answer.
         end_token_ids: further tokens that end an answer.
+        closed_token_ids: tokens beside the mask that never come out.
         shift: True when the state at i-1 predicts token i (backbones that were autoregressive).
         training: how the checkpoint was made (initialisation, data, template, objective, steps).
         schedule: noise schedule (name and settings, see `dlm.schedule`); log-linear where it is not given.
@@ -87,6 +88,7 @@ class MaskedDiffusionConfig(PreTrainedConfig):  # type: ignore[misc]
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     end_token_ids: list[int] | None = None
+    closed_token_ids: list[int] | None = None
     schedule: dict[str, Any] | None = None
     block_size: int | None = None
     block_lead: bool = True

@@ -51,25 +51,31 @@ class MaskedDiffusionOutput(ModelOutput):  # type: ignore[misc]
 
 
 class DenoisingHead(nn.Linear):
-    """LM head whose logits are -inf for the mask token and for rows that the tokenizer does not know.
+    """LM head whose logits are -inf for the mask, rows that the tokenizer does not know, and closed tokens.
 
     This is the zero-masking half of SUBS (MDLM, section 3.2): the clean row never holds a mask.
     """
 
     def __init__(
-        self, width: int, vocab_size: int, mask_token_id: int, num_tokens: int, bias: bool = False
+        self,
+        width: int,
+        vocab_size: int,
+        mask_token_id: int,
+        num_tokens: int,
+        bias: bool = False,
+        closed: Sequence[int] = (),
     ) -> None:
         super().__init__(width, vocab_size, bias=bias)
-        self.mask_token_id = mask_token_id
+        self.mask_token_id, self.closed = mask_token_id, tuple(closed)
         self.num_tokens = num_tokens
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., V]."""
         closed = torch.zeros(self.out_features, dtype=hidden.dtype, device=hidden.device)
         closed[self.num_tokens :] = float("-inf")
-        mask_id = self.mask_token_id
-        # A slice is filled; a single element would be copied, which waits.
-        closed[mask_id : mask_id + 1] = float("-inf")
+        for token in (self.mask_token_id, *self.closed):
+            # A slice is filled; a single element would be copied, which waits.
+            closed[token : token + 1] = float("-inf")
         return F.linear(hidden, self.weight, closed if self.bias is None else closed + self.bias)
 
 
@@ -105,6 +111,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             int(config.mask_token_id or 0),
             config.num_tokens,
             config.head_bias,
+            config.closed_token_ids or (),
         )
         self.mask_shift: nn.Module | None = None
         """[B, L] bool -> [B, L, D]: added to the embeddings of masks, while an adapter is trained."""

@@ -14,15 +14,15 @@ from dlm.families.base import Family
 from dlm.families.bd3lm import BD3LM
 from dlm.families.block import SDAR, FastDLLM
 from dlm.families.diffullama import DiffuGPT, DiffuLLaMA
-from dlm.families.dream import Dream
+from dlm.families.dream import Dream, DreamOn
 from dlm.families.llada import LLaDA
 from dlm.families.llada_moe import LLaDAMoE
 from dlm.families.mdlm import MDLM
 from dlm.families.modernbert import BertChat
 
 PUBLIC: tuple[Family, ...] = (
-    LLaDAMoE(), LLaDA(), Dream(), MDLM(), A2DBlocks(), A2D(), BertChat(), DiffuGPT(), DiffuLLaMA(), SDAR(),
-    FastDLLM(), BD3LM(),
+    LLaDAMoE(), LLaDA(), DreamOn(), Dream(), MDLM(), A2DBlocks(), A2D(), BertChat(), DiffuGPT(), DiffuLLaMA(),
+    SDAR(), FastDLLM(), BD3LM(),
 )  # fmt: skip
 """The families, in the order in which they are tried."""
 

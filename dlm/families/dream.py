@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar
 
-from dlm.families.base import Family, Public, require
+from transformers import PreTrainedTokenizerBase
+
+from dlm.config import MaskedDiffusionConfig
+from dlm.families.base import Family, Public, is_named, require
 
 _SHAPE = (
     "vocab_size",
@@ -27,7 +31,11 @@ class Dream(Family):
     """Dream 7B Base and Instruct, Dream-Coder, DiffuCoder."""
 
     name = "dream"
-    ids = ("Dream-org/Dream-v0-Base-7B", "Dream-org/Dream-v0-Instruct-7B", "apple/DiffuCoder-7B-Instruct")
+    ids: ClassVar[tuple[str, ...]] = (
+        "Dream-org/Dream-v0-Base-7B",
+        "Dream-org/Dream-v0-Instruct-7B",
+        "apple/DiffuCoder-7B-Instruct",
+    )
     model_types = ("Dream", "dream")
     shift = True
     mask = "<|mask|>"
@@ -47,3 +55,25 @@ class Dream(Family):
         require(public, {"use_sliding_window": (False, None), "use_mrope": (False, None)})
         given = {name: public[name] for name in _SHAPE if public.get(name) is not None}
         return {"tie_word_embeddings": False, **given, "model_type": "qwen2"}
+
+
+class DreamOn(Dream):
+    """DreamOn (arXiv 2602.01326): Dream that was taught to make gaps longer and shorter while it fills them.
+
+    It is read as a Dream, and gaps keep their length: <|expand|> and <|delete|> never come out.
+    """
+
+    name = "dreamon"
+    ids: ClassVar[tuple[str, ...]] = ("Dream-org/DreamOn-v0-7B",)
+    generation = {**Dream.generation, "options": {"temperature": 0.2, "top_p": 0.9}}  # noqa: RUF012
+
+    def detect(self, public: Public, path: str, names: Callable[[], Collection[str]]) -> bool:
+        """See `Family`; known by its name."""
+        return super().detect(public, path, names) and is_named(public, path, "dreamon")
+
+    def config(self, public: Public, tokenizer: PreTrainedTokenizerBase) -> MaskedDiffusionConfig:
+        """See `Family`."""
+        config = super().config(public, tokenizer)
+        vocab = tokenizer.get_vocab()
+        config.closed_token_ids = [vocab[token] for token in ("<|expand|>", "<|delete|>") if token in vocab]
+        return config

@@ -73,7 +73,7 @@ DAMAGE = {
     "unknown": (
         lambda f: changed(f, model_type="llada3"),
         "unknown architecture 'llada3' .it asks for code of its repository, which is never run.; known: "
-        "this toolkit's own, llada, dream",
+        "this toolkit's own, llada-moe, llada, dream",
     ),
 }
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from decoding import Sampler
+from decoding import Request, Sampler
 from dlm import load_model
 from dlm.adapter import add_adapter, merged
 from dlm.commands.inspect import describe
@@ -187,3 +187,20 @@ def test_a_mixture_of_experts_may_call_itself_llada(tmp_path, base):
         CheckpointError, match="config.json says shared_expert_intermediate_size = 24; known: None"
     ):
         load_model(folder)
+
+
+def test_dreamon_is_a_dream_whose_gaps_keep_their_length(tmp_path, base):
+    layout = LAYOUTS["dream"]()
+    layout.specials += ("<|expand|>", "<|delete|>")
+    folder = layout.write(tmp_path / "DreamOn-v0-7B", base)
+    model, tokenizer = load_model(folder, device="cpu", dtype="float32")
+    expand, delete = tokenizer.convert_tokens_to_ids(["<|expand|>", "<|delete|>"])
+    logits, row = model(torch.arange(20)[None]).logits[0], layout.forward(torch.arange(20))
+    shut = torch.isinf(logits[0])
+    assert shut[[expand, delete, model.config.mask_token_id]].all()
+    assert (logits - row)[:, ~shut].abs().max() < 1e-4
+    assert int(shut[: model.config.num_tokens].sum()) == 3
+    assert describe(str(folder))["published as"] == "dreamon"
+    again, _ = load_model(convert(folder, tmp_path / "ours"), device="cpu", dtype="float32")
+    assert torch.equal(again(torch.arange(20)[None]).logits[0], logits)
+    assert Request().resolve(model).decoder.tokens.top_p == 0.9
