@@ -187,14 +187,21 @@ class StateCache:
     Args:
         canvas: the rows.
         mask_id: id of the mask token.
+        block_size: of a block-causal model whose rows can be computed in part; else None.
         unconditional: True when the model is shown the rows with their prompts masked (for guidance).
         reuse: which keys and values are reused, if any.
     """
 
     def __init__(
-        self, canvas: Canvas, mask_id: int, unconditional: bool = False, reuse: Reuse | None = None
+        self,
+        canvas: Canvas,
+        mask_id: int,
+        block_size: int | None = None,
+        unconditional: bool = False,
+        reuse: Reuse | None = None,
     ) -> None:
-        self.canvas, self.mask_id, self.unconditional, self.reuse = canvas, mask_id, unconditional, reuse
+        self.canvas, self.mask_id, self.block_size = canvas, mask_id, block_size
+        self.unconditional, self.reuse = unconditional, reuse
         self.entries = _Entries(canvas)
         self.states: torch.Tensor | None = None  # [B, ≤ L, D]
         self.computed_ids = torch.full_like(canvas.ids, -1)  # [B, L] ids that keys and values were made of
@@ -348,7 +355,6 @@ def compute_states(model: Denoiser, queries: Sequence[StateQuery]) -> list[torch
     due: list[tuple[StateCache, torch.Tensor, torch.Tensor]] = []
     records: list[AttentionWeights] = []
     shades: list[Shadows] = []
-    size = getattr(getattr(model, "config", None), "block_size", None)
     for query in queries:
         cache, rows, where = query.cache, query.rows, query.where
         record, shadows = query.record, query.shadows
@@ -360,8 +366,8 @@ def compute_states(model: Denoiser, queries: Sequence[StateQuery]) -> list[torch
         if not bool(stale.any()):
             continue
         rows = rows[stale]
-        if size is not None and can(model, "partial") and shadows is None:
-            cache.compute_blocks(model, rows, where[stale], size, record)
+        if cache.block_size is not None and shadows is None:
+            cache.compute_blocks(model, rows, where[stale], cache.block_size, record)
         elif cache.reuse is not None:
             cache.compute_partly(model, rows, where[stale])
         else:

@@ -260,6 +260,8 @@ class Request:
         `max_tokens` the steps are in proportion. Their stop texts hold for any decoder.
         """
         published = spec.generation
+        if not published:
+            return self
         stop = list(published["stop"]) if self.stop is None and "stop" in published else self.stop
         if self.decoder not in (None, published.get("decoder")):
             return replace(self, stop=stop)

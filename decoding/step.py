@@ -22,7 +22,15 @@ import torch
 
 from decoding.canvas import Canvas, Rows
 from decoding.course import course
-from decoding.denoiser import Denoiser, ScoreCache, StateCache, StateQuery, check_capable, compute_states
+from decoding.denoiser import (
+    Denoiser,
+    ScoreCache,
+    StateCache,
+    StateQuery,
+    can,
+    check_capable,
+    compute_states,
+)
 from decoding.pace import Clock
 from decoding.request import Plan
 from decoding.reveal.base import PREDICTION_NOISE, TOKEN_NOISE, Decision, StepView
@@ -30,6 +38,7 @@ from decoding.reveal.dependence import Dependence
 from dlm.errors import ConfigError, DLMError
 from dlm.noise import cell_noise
 from dlm.shadows import Shadows
+from dlm.spec import ModelSpec
 
 _LOGIT_ROWS = 1024
 """Positions whose logits [cells, V] are held at once."""
@@ -136,8 +145,9 @@ class Batch:
         self.model, self.canvas, self.plan, self.width = model, canvas, plan, canvas.ids.shape[1]
         self.rule, self.tokens = plan.decoder.reveal, plan.decoder.tokens
         self.scores = ScoreCache(canvas)
+        blocks = ModelSpec.of(model).visibility.block_size if can(model, "partial") else None
         self.states = [
-            StateCache(canvas, plan.mask_id, unconditional=unconditional, reuse=plan.reuse)
+            StateCache(canvas, plan.mask_id, blocks, unconditional=unconditional, reuse=plan.reuse)
             for unconditional in ((False, True) if plan.decoder.guidance else (False,))
         ]
         self.steps = math.inf if plan.pace.steps is None else plan.pace.steps
@@ -201,11 +211,11 @@ class Batch:
         else:
             needed, score = torch.zeros_like(masked), torch.full(masked.shape, self.constant_score)
         token, confidence = self.scores.token[cells], self.scores.probability[cells]
-        left_out = torch.where(
-            self.scores.verified.at(live, self.width), self.scores.leave_one_out[cells], torch.inf
-        )
-        seen = replace(view, score=score, token=token, confidence=confidence, leave_one_out=left_out)
-        decision = self.rule.decide(seen)
+        view = replace(view, score=score, token=token, confidence=confidence)
+        if self.rule.verifies:
+            told = self.scores.verified.at(live, self.width)
+            view = replace(view, leave_one_out=torch.where(told, self.scores.leave_one_out[cells], torch.inf))
+        decision = self.rule.decide(view)
         if ends:
             decision = decision.filled(late[:, None], masked)
         written = decision.reveal if decision.replace is None else decision.reveal | decision.replace
