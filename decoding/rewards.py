@@ -168,9 +168,14 @@ def values(reward: Reward, prompts: Sequence[Any], completions: Sequence[str]) -
     """What a reward gives to texts.
 
     Raises:
-        DLMError: when it does not give one finite number for each.
+        DLMError: when it raises an error, or does not give one finite number for each.
     """
-    found = [float(value) for value in reward(prompts=prompts, completions=completions)]
+    try:
+        found = [float(value) for value in reward(prompts=prompts, completions=completions)]
+    except DLMError:
+        raise
+    except Exception as error:
+        raise DLMError(f"the reward failed ({type(error).__name__}: {error})") from error
     if len(found) != len(completions):
         raise DLMError(
             f"the reward must give a number for each of {len(completions)} texts, gave {len(found)}"

@@ -184,7 +184,8 @@ def run_folders(places: Sequence[str]) -> list[Path]:
     """
     found = []
     for place in places:
-        below = sorted(file.parent for file in Path(place).rglob("run.json"))
+        files = Path(place).rglob("run.json")
+        below = sorted(file.parent for file in files if (file.parent / "answers.jsonl").exists())
         if not below:
             raise DataError(f"{place}: no run of `dlm eval` there")
         found += below

@@ -389,9 +389,10 @@ class R2FTConfig(RunConfig):
                 'rejected "data" is for objective.name ddro or dpo: r2ft sets a negative made by rule '
                 "against the true tokens of the same masked row"
             )
-        if self.data.source == "rules" or self.data.source.endswith(".npz"):
+        if self.data.source in ("rules", DataConfig().source) or self.data.source.endswith(".npz"):
             raise ConfigError(
-                f'rejected "data" needs data.source with rejected answers; {self.data.source} has none'
+                'rejected "data" needs a data.source with rejected answers (a file with prompt, chosen '
+                f"and rejected); {self.data.source} has none"
             )
         if self.negatives != NegativeConfig():
             raise ConfigError('negatives.… is for rejected "rules"; with "data" no negative is made')

@@ -19,8 +19,9 @@ from decoding.tokens import Choice, TokenRule
 REVEAL_NOISE, TOKEN_NOISE, REMASK_NOISE = 0, 1, 2
 """Independent streams of noise within a step."""
 
-PREDICTION_NOISE = 16
-"""First of the streams from which whole rows are predicted (`Batch.predict`), one for each prediction."""
+PREDICTION_NOISE = 1 << 40
+"""First of the streams from which whole rows are predicted (`Batch.predict`), one for each prediction; beyond
+all streams that a rule draws from."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,9 @@ class ProcessReward(RevealRule):
     min(64, max(8, 4k)) open positions is drawn in proportion to w p, without replacement; of these the k of
     the highest score are written.
 
-    The exponential of the score is, up to a factor, the law that the h-transform gives the next position.
+    E/n estimates h, the mean of exp(βR) over answers that wrote a token in the cell. At λ = β, with G = 1 and
+    full cells that were learnt in the order without rewards, the exponential of the score is therefore, up to
+    a factor, the law that the h-transform of exp(βR) gives the next position.
     With `draws` N that law itself is approached, by soft best-of-N: each position is drawn from N candidates
     (in proportion to w p, with replacement) by the softmax of their process rewards; the error falls as 1/N.
 

@@ -76,6 +76,8 @@ def test_what_is_no_list_of_finite_numbers_is_an_error():
         values(lambda prompts, completions: [1], ["p", "p"], ["a", "b"])
     with pytest.raises(DLMError, match="must be a finite number, got nan for 'b'"):
         values(lambda prompts, completions: [1, math.nan], ["p", "p"], ["a", "b"])
+    with pytest.raises(DLMError, match=r"^the reward failed \(KeyError: 'x'\)$"):
+        values(lambda prompts, completions: [{}["x"]], ["p"], ["a"])
 
 
 def test_names_are_what_the_page_lists():

@@ -82,6 +82,19 @@ def test_the_order_is_that_of_the_slow_reference(control, normalise):
     assert differs == 0 if nothing else differs > 30
 
 
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
+def test_the_pull_is_the_h_transform_where_the_strength_is_beta(beta):
+    """E/n is the mean of exp(βR) in a cell; exp(pull) must be it, whatever β, at λ = β and in full cells."""
+    rewards = [0.3, 1.0, 0.7]
+    table = OrderTable.empty((1, 1, 1), beta).credited(
+        torch.zeros(3, dtype=torch.int64), torch.tensor(rewards)
+    )
+    h = sum(math.exp(beta * reward) for reward in rewards) / len(rewards)
+    assert float(ProcessReward(table, ready=1, strength=beta).pull) == pytest.approx(math.log(h))
+    if beta != 1:
+        assert float(ProcessReward(table, ready=1).pull) != pytest.approx(math.log(h), rel=0.1)
+
+
 def test_shuffled_cells_have_the_same_counts_and_the_same_rewards_elsewhere():
     table = order_table(seed=1)
     straight = ProcessReward(table, ready=1).pull
