@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from decoding.request import Request
+from dlm.atomic import write_whole
 from dlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -118,10 +118,7 @@ class Conversation:
         """
         talks = [*self.earlier, *([self._with_system(self.messages)] if self.messages else [])]
         lines = [json.dumps({"messages": talk}, ensure_ascii=False) + "\n" for talk in talks]
-        file = Path(file)
-        part = file.with_name(f".{file.name}.{os.getpid()}")
-        part.write_text("".join(lines), encoding="utf-8", errors="replace")
-        part.replace(file)
+        write_whole(file, "".join(lines), errors="replace")
         return len(talks)
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from dlm.atomic import replacing, write_whole
 from dlm.errors import ConfigError, DataError, unknown_name
 from dlm.json_files import read_object
 
@@ -181,19 +182,17 @@ class OrderTable:
             ConfigError: for another kind of file.
         """
         path = target(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
         if path.suffix == ".json":
             sums = [None if x == -math.inf else x for x in self.log_sums.flatten().tolist()]
             cells = {"counts": self.counts.flatten().tolist(), "log_sums": sums}
             body = {"format": TABLE_FORMAT, "beta": self.beta, "shape": list(self.shape), **cells}
-            part.write_text(json.dumps(body), encoding="utf-8")
-        else:
-            from safetensors.torch import save_file
+            write_whole(path, json.dumps(body))
+            return path
+        from safetensors.torch import save_file
 
-            about = {"format": TABLE_FORMAT, "beta": repr(float(self.beta))}
+        about = {"format": TABLE_FORMAT, "beta": repr(float(self.beta))}
+        with replacing(path) as part:
             save_file({"counts": self.counts, "log_sums": self.log_sums}, part, about)
-        part.replace(path)
         return path
 
     @classmethod

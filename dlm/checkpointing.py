@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dlm.atomic import replacing
 from dlm.json_files import damaged, read_object
 
 MARKER = "complete.json"
@@ -31,10 +32,9 @@ def mark_complete(folder: str | Path, step: int) -> None:
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         _flush(file)
         sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
-    partial = folder / f"{MARKER}.partial"
-    partial.write_text(json.dumps({"step": step, "files": sizes}, indent=1), encoding="utf-8")
-    _flush(partial)
-    os.replace(partial, folder / MARKER)
+    with replacing(folder / MARKER) as part:
+        part.write_text(json.dumps({"step": step, "files": sizes}, indent=1), encoding="utf-8")
+        _flush(part)
     _flush(folder)
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from dlm.atomic import write_whole
 from dlm.errors import DataError
 
 
@@ -114,7 +115,4 @@ class AnswerFile:
 
     def write(self, answers: Iterable[Answer]) -> None:
         """Replace the file, at once."""
-        beside = self.path.with_suffix(".part")
-        lines = (json.dumps(asdict(answer)) + "\n" for answer in answers)
-        beside.write_text("".join(lines), encoding="utf-8")
-        beside.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(asdict(answer)) + "\n" for answer in answers))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dlm.atomic import write_whole
 from eval.answers import ByTurn
 from eval.tasks import Question
 
@@ -60,19 +60,12 @@ def model_answers(questions: Sequence[Question], answers: ByTurn, model_id: str)
 
 def write_json(path: Path, value: Any) -> None:
     """A JSON file, replaced at once."""
-    _replace(path, json.dumps(value, indent=1, allow_nan=False))
+    write_whole(path, json.dumps(value, indent=1, allow_nan=False))
 
 
 def write_lines(path: Path, rows: Sequence[Any]) -> None:
     """A JSON Lines file, replaced at once."""
-    _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def without_nan(value: Any) -> Any:

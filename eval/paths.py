@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dlm.atomic import write_whole
 from dlm.curves import without_frame
 from dlm.data.encode import encode_rows
 from dlm.data.rows import load_rows
@@ -203,11 +204,8 @@ class PathFolder:
     def save(self, run: PathRun) -> None:
         """Write the figures of a run, beside those that are there."""
         self.runs[run.key] = run
-        self.folder.mkdir(parents=True, exist_ok=True)
         figures = {"settings": self.settings, "runs": [asdict(each) for each in self.runs.values()]}
-        part = self.file.with_suffix(".part")
-        part.write_text(json.dumps(figures), encoding="utf-8")
-        part.replace(self.file)
+        write_whole(self.file, json.dumps(figures))
 
     def publish(self) -> list[Path]:
         """Write table, tests and plot of all that is there, model after model; returns all files."""

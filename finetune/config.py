@@ -391,7 +391,7 @@ class R2FTConfig(RunConfig):
             )
         if self.data.source in ("rules", DataConfig().source) or self.data.source.endswith(".npz"):
             raise ConfigError(
-                'rejected "data" needs a data.source with rejected answers (a file with prompt, chosen '
+                'rejected "data" needs data.source with rejected answers (a file with prompt, chosen '
                 f"and rejected); {self.data.source} has none"
             )
         if self.negatives != NegativeConfig():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from dlm.atomic import write_whole
 from dlm.checkpointing import DROP_CHECKPOINT, discard_incomplete, last_checkpoint, log_state
 from dlm.config import flat
 from dlm.data.encode import EncodingReport
@@ -141,9 +141,7 @@ class RunFolder:
         self._write()
 
     def _write(self) -> None:
-        partial = self._file.with_suffix(".partial")
-        partial.write_text(json.dumps(self._stored, indent=2), encoding="utf-8")
-        os.replace(partial, self._file)
+        write_whole(self._file, json.dumps(self._stored, indent=2))
 
 
 def trainer_state(checkpoint: Path) -> TrainerState:

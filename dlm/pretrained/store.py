@@ -15,6 +15,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dlm.atomic import write_whole
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "fetched.json"
@@ -100,9 +102,7 @@ def digest(file: Path) -> str:
 
 def _write(folder: Path, facts: Mapping[str, Any]) -> None:
     """Replace the manifest at once."""
-    part = folder / f"{MANIFEST}.{os.getpid()}"
-    part.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    part.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps(facts, indent=1))
 
 
 @contextmanager
