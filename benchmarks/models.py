@@ -82,8 +82,8 @@ class Ending:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """See `MaskedDiffusionModel`."""
-        return self.model.capabilities
+        """See `MaskedDiffusionModel`; states of shadows would have no mark."""
+        return self.model.capabilities - {"shadows"}
 
     def _marked(self, hidden: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D + 1], the last number saying whether the answer ends there."""

@@ -86,8 +86,8 @@ DECODERS: tuple[Paced, ...] = (
 
 def label(name: str, choices: dict[str, Any], rate: float | None) -> str:
     """A decoder at its pace, in a few words."""
-    gap = f" gap {choices['gap']}" if "gap" in choices else ""
-    return name + gap + ("" if rate is None else f" {rate:g}")
+    apart = "".join(f" {option} {choices[option]}" for option in ("gap", "conflict") if option in choices)
+    return name + apart + ("" if rate is None else f" {rate:g}")
 
 
 def settings(objective: Objective, options: argparse.Namespace) -> TrainConfig:

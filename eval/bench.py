@@ -62,10 +62,10 @@ class Timed:
         )
 
     def packed_hidden(self, input_ids: torch.Tensor, lengths: Sequence[int], **records: Any) -> torch.Tensor:
-        """[N] -> [N, D]."""
-        return self._time(
-            "forward", lambda: self.model.packed_hidden(input_ids, lengths, **records), len(input_ids)
-        )
+        """[N] -> [N, D]; shadows count as positions."""
+        shadows = sum(len(each.rows) for each in records.get("shadows", ()))
+        count = len(input_ids) + shadows * (1 + self.spec.shift)
+        return self._time("forward", lambda: self.model.packed_hidden(input_ids, lengths, **records), count)
 
     def new_memory(self) -> Any:
         """See `MaskedDiffusionModel`."""

@@ -169,6 +169,8 @@ COMMON = {
     "gap": {"gap": 4},
     "conflict": {"conflict": 0.06},
     "conflict_layers": {"conflict": 0.06, "conflict_layers": 1},
+    "verify": {"verify": 0.5},
+    "verify_all": {"verify": 0.5, "verify_all": True},
 }
 """By option of every decoder, itself and what it goes with."""
 

@@ -176,7 +176,7 @@ def test_unknown_names_and_options_list_the_choices():
         Decoder.named("convv")
     with pytest.raises(
         ValueError,
-        match="'kernel_sise'. Did you mean 'kernel_size'. Choices: frequency_penalty, gap, guidance, kernel",
+        match="'kernel_sise'. Did you mean 'kernel_size'. Choices: conflict, conflict_layers, freq",
     ):
         Decoder.named("conv", kernel_sise=3)
     with pytest.raises(ConfigError, match="use 127 or 129"):

@@ -24,7 +24,7 @@ def pace(decoder, steps):
     return {"steps": steps} if decoder.reveal.paced else {"rate": None}
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"remdm", "editing"}))
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"remdm", "editing", "wino"}))
 def test_where_the_context_says_nothing_every_path_costs_the_same(name):
     model = FakeDenoiser(context=False)
     rows = [(PROMPT, [3, 1, 4, 1, 5, 9, 0]), ([7], [2, 0])]

@@ -243,3 +243,20 @@ def test_what_cannot_be_is_refused_in_a_line(model, tokenizer):
         next(path_costs(model, [([1, 2], [3])], plan))
     out = Sampler(model, tokenizer).generate("copy: 1 2", decoder="wino", max_tokens=20)
     assert out.model_calls >= 1
+
+
+@pytest.mark.parametrize("option", ["verify", "conflict"])
+@torch.inference_mode()
+def test_states_that_are_there_already_are_no_reason_to_ask_nothing(option):
+    """A prediction computes the states of the next step, but no shadows and no attention."""
+    model, (row, *_) = sure(model_of("llama")), prompts()
+    decoder = Decoder.named("llada", **{option: {"verify": 0.8, "conflict": 0.06}[option]})
+    plan = plan_of(decoder, rate=3.0, mask=MASK, eos=12)
+    engine = Engine(model, FakeTokenizer())
+    ticket, update = engine.add(canvas_of(row[None], plan, [0]), plan), None
+    while update is None or not update.finished:
+        engine.predictions([ticket])
+        (update,) = engine.step()
+    alone = decode(model, row[None], plan, [0])
+    assert update.canvas.ids.tolist() == alone.ids.tolist()
+    assert update.canvas.reveal_step.tolist() == alone.reveal_step.tolist()
