@@ -134,6 +134,7 @@ def test_what_fits_is_counted_at_the_type_in_memory():
     assert str(fit(10**15, 32, "cpu")).startswith("no: needs 1150000.0 GB of")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_reading_needs_at_most_15_percent_more_memory_than_the_model(tmp_path):
     loading.write(tmp_path, 0.4)
     command = [sys.executable, "-m", "benchmarks.loading", str(tmp_path), "bfloat16"]
