@@ -47,7 +47,7 @@ def measure(folder: Path, dtype: str) -> None:
     size = weight_bytes(model)
     ids = torch.zeros(1, 4, dtype=torch.int64)
     model.hidden(ids)  # touches every weight
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    peak = highest() - before
     print(f"{dtype}: model {size / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB, ratio {peak / size:.3f}")
 
 
@@ -55,6 +55,12 @@ def resident() -> int:
     """Bytes of this process that are in memory."""
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * resource.getpagesize()
+
+
+def highest() -> int:
+    """Greatest number of bytes of this process that were in memory (`ru_maxrss` counts its parent's too)."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def write(folder: Path, gigabytes: float, shards: int = 4) -> int:

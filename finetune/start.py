@@ -63,6 +63,8 @@ def fine_tuned_model(config: StartConfig, prompted: bool) -> ModelAndTokenizer:
     advice = _how(config.init)
     model, tokenizer = load_model(config.init, device="cpu", dtype=_first_dtype(config))
     training = model.config.training
+    if not training and model.config.public:  # trained by its authors; on turns, where its template has them
+        training = {"template": template_name(tokenizer) if "role" in tokenizer.chat_template else "plain"}
     if not training:
         raise CheckpointError(f"{config.init}: its config.json records no training; {advice}")
     if prompted and training.get("template") == "plain":

@@ -232,7 +232,10 @@ class _Handlers:
         """Sum of `numel` or `nbytes` over the model's parameters; 0 before it is loaded."""
         if not self.service.worker.loaded.done():
             return 0
-        parameters: Iterable[Any] = getattr(self.service.worker.engine.model, "parameters", list)()
+        model = self.service.worker.engine.model
+        if measure == "numel" and hasattr(model, "num_parameters"):
+            return int(model.num_parameters())  # two in a byte, where weights have 4 bits
+        parameters: Iterable[Any] = getattr(model, "parameters", list)()
         values = (getattr(each, measure) for each in parameters)
         return sum(int(value() if callable(value) else value) for value in values)
 

@@ -1,15 +1,20 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
+from benchmarks import loading
 from dlm import load_model
 from dlm.commands.convert import ConvertConfig, run
 from dlm.commands.inspect import describe
 from dlm.convert import convert
 from dlm.errors import CheckpointError, ConfigError, DLMError
 from dlm.memory import fit
+from dlm.packages import HOME
 from dlm.weights import header, read_lazily, stored_bytes
 from tests.dlm.families.layouts import dream, llada
 
@@ -127,6 +132,35 @@ def test_what_fits_is_counted_at_the_type_in_memory():
     assert in_memory.needed == int(2 * 10**9 * 1.15)
     assert fit(10**9, 16, "cpu", bits=16).needed == int(10**9 * 1.15)
     assert str(fit(10**15, 32, "cpu")).startswith("no: needs 1150000.0 GB of")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_reading_needs_at_most_15_percent_more_memory_than_the_model(tmp_path):
+    loading.write(tmp_path, 0.4)
+    command = [sys.executable, "-m", "benchmarks.loading", str(tmp_path), "bfloat16"]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=HOME, check=True).stdout
+    assert float(told.split()[-1]) <= 1.15, told
+
+
+def test_inspect_says_what_a_model_of_the_hub_needs_and_fetches_no_weights(folder, monkeypatch):
+    fetched = []
+
+    def hub(path, name, **_):
+        fetched.append(name)
+        return str(folder / name) if (folder / name).is_file() else None
+
+    for module in ("dlm.families.base", "dlm.checkpoint"):
+        monkeypatch.setattr(f"{module}.cached_file", hub)
+    monkeypatch.setattr(
+        "dlm.families.llada.LLaDA.load_tokenizer",
+        lambda self, path: PreTrainedTokenizerFast.from_pretrained(folder),
+    )
+    total = json.loads((folder / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    facts = describe("GSAI-ML/a-model")
+    assert facts["published as"] == "llada"
+    assert facts["size"] == f"{total / 1e9:.2f} GB"
+    assert facts["fits"].startswith("yes: needs 0.0 GB of ")
+    assert not any(name.endswith(".safetensors") for name in fetched)
 
 
 def test_device_maps_are_those_of_accelerate(folder):
