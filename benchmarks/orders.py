@@ -3,7 +3,8 @@
 A setting is a model, its questions and a reward. Its table learns online from one part of the questions; then
 every way of ordering answers the other part under the same seeds, at the same pace. What is reported is the
 reward that the table learnt from, and what it was not told of: closeness to the reference, repetition,
-length. Differences from the order of confidence are paired by question.
+length. Differences from the order of confidence, and of an order with a table from the same order without
+it (`CONTROLS`), are paired by question.
 
     python -m benchmarks.orders --minutes 120 --demo demo/r2ft --model default --alpaca alpaca_data.json
 
@@ -13,7 +14,8 @@ and --alpaca, held-out instructions on the whole canvas and under a kernel; like
 
 Tables and answers are kept in the output folder as they come, and the same command goes on where it was. A
 part of --minutes goes to learning (--learning), the rest to answers: a batch of questions by all ways in
-turn, so that all have the same questions when the time is over.
+turn, so that all have the same questions when the time is over. --report writes the page from what is in the
+output folder, and loads no model.
 """
 
 from __future__ import annotations
@@ -64,10 +66,17 @@ WAYS: dict[str, dict[str, Any]] = {
     "shuffled cells": {"control": "shuffled"},
     "entropy": {"control": "entropy"},
 }
-"""Ways of ordering, and the options of dprm; the first is what the others are compared with.
+"""Ways of ordering, and the options of dprm; the first is what the others are compared with."""
 
-The control of soft best-of-16 is the draw by confidence alone.
-"""
+CONTROLS = {
+    "DPRM": "gate only",
+    "DPRM, normalised": "gate only",
+    "DPRM, soft best-of-16": "drawn by confidence",
+}
+"""Orders with a table, each with the one that differs from it by the table alone."""
+
+COLUMNS = ("reward", "relevance", "repetition", "tokens", "calls")
+"""Means that are reported, as far as answers have them; `calls` are model calls per answer."""
 
 
 @dataclass(frozen=True)
@@ -241,8 +250,8 @@ def complete(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if by_key[row["seed"], row["id"]] == set(WAYS)]
 
 
-def report(setting: Setting, files: Files, names: Sequence[str]) -> Iterator[str]:
-    """Lines of Markdown: each way with its means and their differences from the first."""
+def report(setting: Setting, files: Files) -> Iterator[str]:
+    """Lines of Markdown: each way with its means, and its differences from the first and from its control."""
     rows, learning = complete(files.lines(files.answers)), files.lines(files.state)
     table, rewards = files.table(), [sum(line["rewards"]) / len(line["rewards"]) for line in learning]
     yield f"## {setting.name}\n"
@@ -254,20 +263,29 @@ def report(setting: Setting, files: Files, names: Sequence[str]) -> Iterator[str
         early, late = (sum(part) / len(part) for part in (rewards[:fifth], rewards[-fifth:]))
         yield f", whose mean reward went from {early:.3f} (first fifth) to {late:.3f} (last)"
     yield ".\n\n"
-    if not rows:
+    if rows:
+        yield from compared(rows)
+    else:
         yield "No question has been answered in every order yet: give more minutes.\n\n"
-        return
+
+
+def compared(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Lines of Markdown: what is compared with what, and the table of answers that every way has given."""
+    first, names = next(iter(WAYS)), [name for name in COLUMNS if name in rows[0]]
+    pairs = "; ".join(f"{way}: {control}" for way, control in CONTROLS.items())
+    count = len(WAYS) - 1 + len(CONTROLS)
     yield (
-        "| order | "
-        + " | ".join(names)
-        + " | difference in reward | p |\n"
-        + "|---" * (len(names) + 3)
-        + "|\n"
+        f"Controls: {pairs}. Differences are in reward, paired by question. Each p is one of {count} "
+        f"comparisons, uncorrected; Bonferroni's bound for 0.05 is p below {0.05 / count:.4f}."
+        "\n\n"
     )
+    heads = ["order", *names, f"difference from {first}", "p", "difference from its control", "p"]
+    yield f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|\n"
     for way in WAYS:
         own = [row for row in rows if row["way"] == way]
-        cells = [_mean(own, name) for name in names]
-        yield f"| {way} | " + " | ".join([*cells, *_against(rows, way, names[0])]) + " |\n"
+        others = ("" if way == first else first, CONTROLS.get(way, ""))
+        differences = [cell for other in others for cell in _against(rows, way, other)]
+        yield f"| {' | '.join([way, *(_mean(own, name) for name in names), *differences])} |\n"
     yield "\n"
 
 
@@ -292,11 +310,11 @@ def _by_question(rows: Sequence[dict[str, Any]], way: str, name: str) -> dict[st
     return {key: sum(values) / len(values) for key, values in found.items()}
 
 
-def _against(rows: Sequence[dict[str, Any]], way: str, name: str) -> list[str]:
-    """Difference from the first way with its interval, and the p-value of the paired test."""
-    first, own = _by_question(rows, next(iter(WAYS)), name), _by_question(rows, way, name)
-    if way == next(iter(WAYS)) or not own:
+def _against(rows: Sequence[dict[str, Any]], way: str, other: str) -> list[str]:
+    """Difference in reward from another way with its interval, and the p-value of the paired test."""
+    if not other:
         return ["", ""]
+    first, own = _by_question(rows, other, "reward"), _by_question(rows, way, "reward")
     difference = estimate([own[key] - first[key] for key in own])
     _, p = paired_test([first[key] for key in own], [own[key] for key in own])
     half = difference.high - difference.mean
@@ -318,13 +336,15 @@ def measured(setting: Setting, options: argparse.Namespace) -> dict[str, TaskRew
 
 def run(setting: Setting, options: argparse.Namespace, minutes: float) -> str:
     """Learn, answer and report one setting within some minutes."""
-    begun = time.monotonic()
-    files, measures = Files(options.output, setting.name), measured(setting, options)
+    begun, files = time.monotonic(), Files(options.output, setting.name)
+    if options.report:
+        return "".join(report(setting, files))
+    measures = measured(setting, options)
     sampler = Sampler(*load_model(setting.model, options.device, "auto"))
     ends = [begun + 60 * minutes * part for part in (options.learning, 1.0)]
     learn(setting, sampler, measures["reward"], files, options, ends[0])
     answer(setting, sampler, measures, files, options.batch, options.seeds, ends[1])
-    return "".join(report(setting, files, [*measures, "repetition", "tokens", "calls"]))
+    return "".join(report(setting, files))
 
 
 def main() -> None:
@@ -350,6 +370,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--without-encoder", action="store_true")
+    parser.add_argument("--report", action="store_true", help="write the page of the answers that are there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     chosen = settings(options)

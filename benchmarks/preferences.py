@@ -8,6 +8,11 @@ questions their repeated 4-grams, their relevance to the references, and their l
 
 Each variant is a process of its own. What is cut off by the time goes on where it was, when the command is
 called again; results are written as they come (results.jsonl), and one that is there is not made again.
+
+    python -m benchmarks.preferences --rules demo/sft --steps 100 --batch 32 --limit 240 --minutes 12
+
+compares them on wrong answers of the model's own, to tasks whose answers a program checks; see
+`benchmarks.rule_preferences`.
 """
 
 from __future__ import annotations
@@ -201,10 +206,8 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     out.add_argument("--output", type=Path, default=Path("runs/preferences"))
     out.add_argument("--base", default="default-sft", help="the fine-tuned model to start from")
-    out.add_argument("--rows", required=True, help="rows to train on, whose last ones are held out")
-    out.add_argument(
-        "--questions", type=Path, required=True, help="with reference answers, in Alpaca's fields"
-    )
+    out.add_argument("--rows", help="rows to train on, whose last ones are held out")
+    out.add_argument("--questions", type=Path, help="with reference answers, in Alpaca's fields")
     out.add_argument("--limit", type=int, default=24, help="of the questions")
     out.add_argument("--variants", nargs="+", default=[v.name for v in VARIANTS], metavar="NAME")
     out.add_argument("--steps", type=int, default=32, help="of every variant")
@@ -219,6 +222,10 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--encoder", default="package", help="of the relevance; empty for none")
     out.add_argument("--seed", type=int, default=0)
     out.add_argument("--minutes", type=float, default=1e6, help="for everything")
+    out.add_argument("--rules", default="", help="the fine-tuned model of make demo: its tasks, nothing else")
+    out.add_argument("--sampled", type=int, default=2400, help="answers that --rules labels")
+    out.add_argument("--rates", type=float, nargs="+", default=[2e-5, 2e-4], help="learning rates of --rules")
+    out.add_argument("--seeds", type=int, default=2, help="answers of --rules to an instruction")
     out.add_argument("--here", action="store_true", help="in this process, however long it takes")
     out.add_argument("--tiny", action="store_true", help="for a tiny model")
     return out
@@ -228,6 +235,14 @@ def main(words: list[str] | None = None) -> None:
     """Measure and print the table."""
     words = sys.argv[1:] if words is None else words
     options = parser().parse_args(words)
+    if options.rules:
+        from benchmarks.rule_preferences import run_rules
+
+        options.output.mkdir(parents=True, exist_ok=True)
+        run_rules(options)
+        return
+    if not options.rows or not options.questions:
+        parser().error("give --rows and --questions, or --rules")
     by_name = {variant.name: variant for variant in VARIANTS}
     if unknown := [name for name in options.variants if name not in by_name]:
         sys.exit(f"no variant {unknown[0]!r}; variants: {', '.join(by_name)}")
