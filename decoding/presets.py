@@ -92,11 +92,11 @@ class Decoder:
             window = Within(window, size, lead=spec.shift and spec.visibility.lead)
         return self if window is self.window else replace(self, window=window)
 
-    def at_pace(self) -> Decoder:
+    def with_given_pace(self) -> Decoder:
         """This decoder, or where it has a pace of its own, the same order at a pace that is given."""
         if self.reveal.paced:
             return self
-        return replace(self, reveal=self.reveal.at_pace(), name=f"{self.name} at a pace")
+        return replace(self, reveal=self.reveal.with_given_pace(), name=f"{self.name} at a pace")
 
     def without(self, *tokens: int) -> Decoder:
         """This decoder with some token ids forbidden."""
@@ -239,7 +239,7 @@ def _dream(order: Order = "cut-entropy") -> Axes:
 
 
 def _margin(per_step: int | None = None, kernel_size: int | None = 0) -> Axes:
-    return _maybe(kernel_size), Quota(per_step, "margin")
+    return _convolution_or_full(kernel_size), Quota(per_step, "margin")
 
 
 def _conv(kernel_size: int | None = None, scale: float = 1.0) -> Axes:
@@ -255,7 +255,7 @@ def _sliding(size: int | None = None) -> Axes:
 
 
 def _threshold(tau: float = 0.9, kernel_size: int | None = 0) -> Axes:
-    return _maybe(kernel_size), Threshold(tau)
+    return _convolution_or_full(kernel_size), Threshold(tau)
 
 
 def _block_threshold(block_size: int | None = None, tau: float = 0.9) -> Axes:
@@ -267,7 +267,7 @@ def _wino(block_size: int = 0, tau: float = 0.6) -> Axes:
 
 
 def _entropy_bound(gamma: float = 0.1, kernel_size: int | None = 0) -> Axes:
-    return _maybe(kernel_size), EntropyBound(gamma)
+    return _convolution_or_full(kernel_size), EntropyBound(gamma)
 
 
 def _remdm(
@@ -277,17 +277,17 @@ def _remdm(
     t_off: float = 0.05,
     kernel_size: int | None = 0,
 ) -> Axes:
-    return _maybe(kernel_size), Remask(alpha_on, t_on, t_off, eta)
+    return _convolution_or_full(kernel_size), Remask(alpha_on, t_on, t_off, eta)
 
 
 def _stability(
     tau: float = 0.9, epsilon: float = 0.01, history: int = 2, kernel_size: int | None = 0
 ) -> Axes:
-    return _maybe(kernel_size), Stability(tau, epsilon, history)
+    return _convolution_or_full(kernel_size), Stability(tau, epsilon, history)
 
 
 def _editing(tau: float = 0.9, tau_edit: float = 0.9, edits: int = 1, kernel_size: int | None = 0) -> Axes:
-    return _maybe(kernel_size), Editing(tau, tau_edit, edits)
+    return _convolution_or_full(kernel_size), Editing(tau, tau_edit, edits)
 
 
 def _dilated(block_size: int | None = None, base: int = 2) -> Axes:
@@ -306,12 +306,12 @@ def _dprm(
     draws: int = 0,
 ) -> Axes:
     order = None if table is None else OrderTable.named(table)
-    return _maybe(kernel_size), ProcessReward(
+    return _convolution_or_full(kernel_size), ProcessReward(
         order, control, normalise, strength, ready, warm_up, switch, draws
     )
 
 
-def _maybe(kernel_size: int | None) -> Window:
+def _convolution_or_full(kernel_size: int | None) -> Window:
     """A convolution, or with kernel size 0 none."""
     return Full() if kernel_size == 0 else Convolution(kernel_size)
 

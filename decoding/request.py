@@ -361,11 +361,15 @@ class Request:
             return decoder
         for option in self.options or {}:
             remaining = {k: v for k, v in (self.options or {}).items() if k != option}
-            if Decoder.named(usual, **{**defaults, **remaining}).at_pace() == decoder.at_pace() != decoder:
+            if (
+                Decoder.named(usual, **{**defaults, **remaining}).with_given_pace()
+                == decoder.with_given_pace()
+                != decoder
+            ):
                 raise ConfigError(
                     f"option {option} of decoder {usual!r} sets a pace of its own: give no rate and no steps"
                 )
-        return decoder.at_pace()
+        return decoder.with_given_pace()
 
 
 def _unknown_field(name: str, names: list[str]) -> ConfigError:

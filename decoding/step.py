@@ -206,7 +206,7 @@ class Batch:
             needed = self.rule.needs(view)
             if ends:
                 needed = torch.where(late[:, None], masked, needed)
-            yield from self._look(rows, needed, self._verified(view, needed), self.rule.dependence)
+            yield from self._score_positions(rows, needed, self._verified(view, needed), self.rule.dependence)
             score = self.scores.scores(live, needed)
         else:
             needed, score = torch.zeros_like(masked), torch.full(masked.shape, self.constant_score)
@@ -220,7 +220,7 @@ class Batch:
             decision = decision.filled(late[:, None], masked)
         written = decision.reveal if decision.replace is None else decision.reveal | decision.replace
         if bool((written & ~needed).any()):
-            yield from self._look(rows, written)
+            yield from self._score_positions(rows, written)
         self._write(live, decision, written)
         if ends:
             canvas.done[rows[late]] = True
@@ -233,7 +233,7 @@ class Batch:
         ids, masked, pinned, valid = (
             x[cells] for x in (canvas.ids, canvas.masked, canvas.pinned, canvas.valid)
         )
-        start, step, initial = (x[rows] for x in (canvas.start, canvas.step, canvas.initial))
+        start, step = canvas.start[rows], canvas.step[rows]
         opening = open_window(canvas, plan, rows, self.width)
         scope, written = opening.clock.scope[:, : self.width], ~masked & ~pinned
         return StepView(
@@ -246,7 +246,6 @@ class Batch:
             noise=partial(cell_noise, canvas.key[rows], step, self.width),
             ids=ids,
             scope=scope & valid & (torch.arange(self.width) >= start[:, None]),
-            progress=lambda: written.sum(1) / initial.sum(1).clamp(min=1),
             step=step,
             course=partial(course, canvas, plan, rows, self.width),
             beyond=self._beyond(rows) if plan.margin is not None and plan.pace.steps else None,
@@ -327,7 +326,7 @@ class Batch:
             verified = verified & ~self.plan.ending.is_end(view.ids)
         return verified & needed.any(1, keepdim=True)
 
-    def _look(
+    def _score_positions(
         self,
         rows: torch.Tensor,
         where: torch.Tensor,

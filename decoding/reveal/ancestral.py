@@ -113,7 +113,7 @@ class MassRule(RevealRule):
         noise = view.noise(REVEAL_NOISE).double()
         return -(torch.log1p(-noise) if view.rate is None else noise.log()) / speed
 
-    def makes_up(self, view: StepView) -> bool:
+    def recovers_shortfall(self, view: StepView) -> bool:
         """True over steps, where more masks make every reveal likelier; see `RevealRule`."""
         return view.rate is None
 

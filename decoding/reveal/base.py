@@ -64,8 +64,6 @@ class StepView:
     """[b, W] int64, the rows as they are."""
     scope: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[b, W] bool, all positions of the current stage, given ones included."""
-    progress: Callable[[], torch.Tensor] = lambda: torch.empty(0)
-    """Gives [b], the share of the positions to be written that hold a token."""
     step: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[b] int64, steps that the row has taken."""
     course: Callable[[], Course] = lambda: Course(torch.empty(0), torch.empty(0))
@@ -140,7 +138,7 @@ class RevealRule:
         """True for rules with phases: the pace must be a number of steps."""
         return self.revises and self.paced
 
-    def at_pace(self) -> RevealRule:
+    def with_given_pace(self) -> RevealRule:
         """Return the rule with the same order that follows a given pace; itself if it does."""
         return self
 
@@ -196,8 +194,8 @@ class RevealRule:
         """[b, W] numbers by which positions are taken, the smallest first; by score · weight by default."""
         return -ordering(view.score, view.weight, view.masked)
 
-    def makes_up(self, view: StepView) -> bool:
-        """Whether the rule itself makes up in later steps for tokens that it did not write in this one."""
+    def recovers_shortfall(self, view: StepView) -> bool:
+        """True when the rule itself writes later what it did not write in this step."""
         del view
         return False
 

@@ -34,7 +34,7 @@ class Dilated(RevealRule):
         if not isinstance(self.base, int) or self.base < 2:
             raise ConfigError(f"base must be a whole number of at least 2, got {self.base!r}")
 
-    def at_pace(self) -> Quota:
+    def with_given_pace(self) -> Quota:
         """Return the rule that takes the most confident first; see `RevealRule`."""
         return Quota(order="confidence")
 

@@ -41,7 +41,7 @@ class Editing(RevealRule):
         if not isinstance(self.edits, int) or self.edits < 0:
             raise ConfigError(f"edits must be a whole number, not negative, got {self.edits!r}")
 
-    def at_pace(self) -> Quota:
+    def with_given_pace(self) -> Quota:
         """Return the rule that takes the most confident first; see `RevealRule`."""
         return Quota(order="confidence")
 

@@ -37,7 +37,7 @@ class EntropyBound(RevealRule):
         if not 0 <= self.gamma < math.inf:
             raise ConfigError(f"gamma must not be negative, got {self.gamma}")
 
-    def at_pace(self) -> Quota:
+    def with_given_pace(self) -> Quota:
         """Return the rule that takes the least entropy first; see `RevealRule`."""
         return Quota(order="entropy")
 

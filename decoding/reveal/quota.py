@@ -65,7 +65,7 @@ class Quota(RevealRule):
         """See `RevealRule`."""
         return self.per_step is None
 
-    def at_pace(self) -> Quota:
+    def with_given_pace(self) -> Quota:
         """See `RevealRule`."""
         return Quota(order=self.order, spread=self.spread)
 

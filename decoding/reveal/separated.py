@@ -59,9 +59,9 @@ class Separated(RevealRule):
         """See `RevealRule`."""
         return self.inner.paced
 
-    def at_pace(self) -> Separated:
+    def with_given_pace(self) -> Separated:
         """See `RevealRule`."""
-        return replace(self, inner=self.inner.at_pace())
+        return replace(self, inner=self.inner.with_given_pace())
 
     def constant_score(self, tokens: TokenRule) -> float | None:
         """See `RevealRule`; None where the model shows conflicts, which takes its call first."""
@@ -93,7 +93,7 @@ class Separated(RevealRule):
         number, eligible = reveal.sum(1), reveal
         if self.paced:
             eligible = reveal | view.open
-            if not self.inner.makes_up(view):
+            if not self.inner.recovers_shortfall(view):
                 number = number + view.state["owed"]
         rank = self.inner.precedence(view).argsort(dim=1, stable=True).argsort(dim=1)
         order = torch.where(reveal, rank, rank + rank.shape[1])  # what the rule takes, then its next ones

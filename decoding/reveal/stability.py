@@ -46,7 +46,7 @@ class Stability(RevealRule):
         if not isinstance(self.history, int) or self.history < 1:
             raise ConfigError(f"history must be a whole number of at least 1, got {self.history!r}")
 
-    def at_pace(self) -> Quota:
+    def with_given_pace(self) -> Quota:
         """Return the rule that takes the most confident first; see `RevealRule`."""
         return Quota(order="confidence")
 

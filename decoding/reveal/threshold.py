@@ -27,7 +27,7 @@ class Threshold(RevealRule):
         if not 0 < self.tau <= 1:
             raise ConfigError(f"tau must lie in (0, 1], got {self.tau}")
 
-    def at_pace(self) -> Quota:
+    def with_given_pace(self) -> Quota:
         """Return the rule that takes the most confident first; see `RevealRule`."""
         return Quota(order="confidence")
 

@@ -81,9 +81,9 @@ class Verified(RevealRule):
         """See `RevealRule`."""
         return self.inner.paced
 
-    def at_pace(self) -> Verified:
+    def with_given_pace(self) -> Verified:
         """See `RevealRule`."""
-        return replace(self, inner=self.inner.at_pace())
+        return replace(self, inner=self.inner.with_given_pace())
 
     def needs(self, view: StepView) -> torch.Tensor:
         """[b, W] bool; see `RevealRule`."""
@@ -93,9 +93,9 @@ class Verified(RevealRule):
         """[b, W]; see `RevealRule`."""
         return self.inner.precedence(view)
 
-    def makes_up(self, view: StepView) -> bool:
+    def recovers_shortfall(self, view: StepView) -> bool:
         """See `RevealRule`."""
-        return self.inner.makes_up(view)
+        return self.inner.recovers_shortfall(view)
 
     def score(
         self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule

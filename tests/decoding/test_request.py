@@ -89,7 +89,7 @@ def test_each_field_is_checked_when_it_is_given(given, message):
 
 def test_options_that_a_pace_would_drop_are_refused():
     usual = {"decoder": "threshold", "options": {"kernel_size": 5}}
-    assert resolve(usual, rate=2.0).decoder == Decoder.named("threshold", kernel_size=5).at_pace()
+    assert resolve(usual, rate=2.0).decoder == Decoder.named("threshold", kernel_size=5).with_given_pace()
     assert resolve(usual, options={"temperature": 1.0}, rate=2.0).decoder.tokens.temperature == 1
     with pytest.raises(ConfigError, match="option tau of decoder 'threshold' sets a pace of its own"):
         resolve(usual, options={"tau": 0.2}, rate=2.0)

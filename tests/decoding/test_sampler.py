@@ -124,7 +124,7 @@ def test_the_options_of_a_checkpoint_go_with_its_decoder_by_name_and_can_be_chan
     assert plan().decoder == plan("entropy-bound").decoder == own
     warm = Decoder.named("entropy-bound", kernel_size=5, temperature=1.0)
     assert plan(options={"temperature": 1.0}).decoder == warm
-    assert plan(options={"temperature": 1.0}, rate=2.0).decoder == warm.at_pace()
+    assert plan(options={"temperature": 1.0}, rate=2.0).decoder == warm.with_given_pace()
     narrow = Decoder.named("entropy-bound", kernel_size=3)
     assert plan("entropy-bound", options={"kernel_size": 3}).decoder == narrow
     assert plan("conv").decoder == Decoder.named("conv", kernel_size=65)
@@ -150,7 +150,7 @@ def test_a_decoder_with_a_pace_of_its_own_keeps_its_order_at_the_pace_of_the_cal
     assert fixed == sampler.generate(["hello"], decoder=ordered, window=40, steps=4)[0]
     letter = sampler.tokenizer.decode(5)
     assert sampler.without([letter]) == bound.without(5)
-    assert sampler.without([letter], rate=2.0) == bound.at_pace().without(5)
+    assert sampler.without([letter], rate=2.0) == bound.with_given_pace().without(5)
     with pytest.raises(ConfigError, match="says itself how many tokens"):
         sampler.generate(["hello"], decoder=bound, max_tokens=9, rate=2.0)
     model.config.generation = None

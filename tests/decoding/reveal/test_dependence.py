@@ -266,4 +266,6 @@ def test_what_cannot_be_is_refused_in_a_line(model, tokenizer):
         decode(FakeDenoiser(), torch.full((1, 4), 22), plan_of(decoder, rate=2.0))
     with pytest.raises(ConfigError, match="no attention weights"):
         Sampler(BucketedModel(model, graphs=False), tokenizer).generate("a", decoder=decoder)
-    assert Separated(Quota(), 1, Dependence(0.07)).at_pace() == Separated(Quota(), 1, Dependence(0.07))
+    assert Separated(Quota(), 1, Dependence(0.07)).with_given_pace() == Separated(
+        Quota(), 1, Dependence(0.07)
+    )
