@@ -213,6 +213,14 @@ def with_interval(values: Sequence[float], signed: bool = False, digits: int = 3
     return f"{mean.mean:{'+' if signed else ''}.{digits}f} ± {mean.high - mean.mean:.{digits}f}"
 
 
+def difference(first: dict[str, Any], other: dict[str, Any], decoder: str) -> list[str]:
+    """Share of right answers of the other less that of the first, paired by instruction, and its p-value."""
+    before, after = shares(first, decoder), shares(other, decoder)
+    p = paired_test(before, after)[1]
+    shown = with_interval([b - a for a, b in zip(before, after, strict=True)], True)
+    return [shown, "< 0.001" if p < 0.001 else f"{p:.3f}"]
+
+
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown: one variant a line; differences and gains are those from the start."""
     first = results["start"]
@@ -221,17 +229,26 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, result in results.items():
         cells = [name]
-        for decoder in COMPARED:
-            before, now = shares(first, decoder), shares(result, decoder)
-            cells += [with_interval(now), "", ""]
-            if result is not first:
-                difference = [b - a for a, b in zip(before, now, strict=True)]
-                cells[-2:] = [with_interval(difference, True), f"{paired_test(before, now)[1]:.3f}"]
+        for d in COMPARED:
+            cells.append(with_interval(shares(result, d)))
+            cells += ["", ""] if result is first else difference(first, result, d)
         cells.append(f"{sum(result['good']) / sum(result['tokens']):.4f}")
         for kind in ("good", "bad"):
             gains = [a - b for a, b in zip(first[kind], result[kind], strict=True)]
-            cells.append(with_interval(gains, True, 2) if result is not first else "0")
+            cells.append("0" if result is first else with_interval(gains, True, 2))
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def against_r2ft(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown: differences in right answers from R2FT at the same learning rate, one variant a line."""
+    heads = ["", *(head for d in COMPARED for head in (f"difference from R2FT, {d}", "p"))]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, result in results.items():
+        first = results.get(f"R2FT, {name.rsplit(', ', 1)[-1]}", result)
+        if first is not result:
+            cells = [cell for d in COMPARED for cell in difference(first, result, d)]
+            lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
 
 
@@ -248,4 +265,6 @@ def run_rules(options: argparse.Namespace) -> None:
         with (options.output / "results.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
         print(f"{variant.name}: {result['seconds']} s of training", flush=True)
-    print(f"{counts}; {options.steps} steps of {options.batch} rows\n\n{table(stored(options.output))}")
+    results = stored(options.output)
+    print(f"{counts}; {options.steps} steps of {options.batch} rows\n\n{table(results)}\n")
+    print(f"{against_r2ft(results)}\n\nNo p is corrected for the number of comparisons.")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import preferences, rule_preferences
-from benchmarks.rule_preferences import COMPARED, Variant, held_out, table, write_files
+from benchmarks.rule_preferences import COMPARED, Variant, against_r2ft, held_out, table, write_files
 from dlm.data.preferences import load_preferences
 from dlm.data.rows import load_rows
 from dlm.data.rules import is_right, make_examples, split_of
@@ -53,6 +53,15 @@ def test_differences_are_paired_and_gains_are_those_of_the_start_less_those_of_t
     assert cells[3] == "0.500"
     assert cells[-3:] == ["1.5000", "+1.00 ± 0.00", "-2.00 ± 0.00"]
     assert before[-3:] == ["2.0000", "0", "0"]
+
+
+def test_objectives_are_compared_with_r2ft_at_the_same_learning_rate():
+    right = {"start": 0, "R2FT, 0.1": 1, "R2FT, 0.2": 4, "DPO, pairs, 0.1": 3, "DPO, pairs, 0.2": 3}
+    results = {name: result(name, [i < n for i in range(6)], [], []) for name, n in right.items()}
+    _, _, *rows = against_r2ft(results).splitlines()
+    cells = {row.split("|")[1].strip(): row.split("|")[2].strip() for row in rows}
+    assert list(cells) == ["DPO, pairs, 0.1", "DPO, pairs, 0.2"]
+    assert [value[:6] for value in cells.values()] == ["+0.333", "-0.167"]
 
 
 def test_a_miniature_run_trains_and_measures_and_does_nothing_twice(tmp_path, monkeypatch, capsys):

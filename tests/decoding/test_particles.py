@@ -320,6 +320,26 @@ def test_a_population_does_not_depend_on_those_beside_it(twist):
     assert together[1] == together[4] != together[2]
 
 
+def test_copies_of_one_particle_have_keys_of_their_own(monkeypatch):
+    """With the key of its parent a copy would write what the parent writes."""
+    forked, plain = [], Engine.fork
+
+    def fork_and_look(engine, tickets, keys):
+        parents = [int(engine.canvas(ticket).key[0]) for ticket in tickets]
+        copies = plain(engine, tickets, keys)
+        forked.append((parents, [int(engine.canvas(copy).key[0]) for copy in copies]))
+        return copies
+
+    monkeypatch.setattr(Engine, "fork", fork_and_look)
+    populations([3], 16, twist="written", threshold=1.0)
+    assert len(forked) == 2  # after either of the first two steps
+    assert any(len(set(parents)) < len(parents) for parents, _ in forked)  # several copies of one
+    copies = [key for _, keys in forked for key in keys]
+    assert len(set(copies)) == len(copies)
+    assert not set(copies) & set(forked[0][0])
+    assert all(not set(parents) & set(keys) for parents, keys in forked)
+
+
 @pytest.mark.parametrize("twist", ["none", "written", "predicted"])
 def test_model_calls_are_those_of_all_rows(twist):
     model = fake()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from dlm import load_model
 from dlm.checkpointing import MARKER, complete_checkpoints
 from dlm.data.config import DataConfig
-from dlm.data.preferences import joined
+from dlm.data.preferences import ANSWER, joined
 from dlm.data.rules import make_examples
 from dlm.errors import ConfigError, DataError
 from dlm.model import IGNORE
@@ -218,6 +218,29 @@ def test_the_mean_gain_over_draws_is_the_difference_of_the_enumerated_bounds(sft
         )
         assert abs(float(mean[row]) - exact) < 4 * float(error[row]) + 1e-4, (row, float(mean[row]), exact)
         assert abs(exact) > 1e-3  # there is something to be wrong about
+
+
+@pytest.mark.parametrize("file", ["pairs", ""])
+def test_the_gain_of_the_good_answer_is_that_of_the_chosen_one_alone(sft, tmp_path, files, file):
+    """Of pairs, and of true answers with negatives by rule."""
+    config = config_of(tmp_path / "x", sft, file=file and files / f"{file}.jsonl")
+    trainer, seen = moved(trainer_of(config)), []
+    rows = [trainer.train_dataset[i] for i in range(6)]
+    batch = noised(trainer)
+    if file:
+        for row, chosen, rejected in zip(rows, batch["input_ids"], batch["rejected_input_ids"], strict=True):
+            assert torch.equal(chosen[: len(row["input_ids"])], row["input_ids"])
+            assert torch.equal(rejected[: len(row["rejected_ids"])], row["rejected_ids"])
+    chosen = {name: value for name, value in batch.items() if not name.startswith("rejected_")}
+    rejected = chosen | {name: batch[f"rejected_{name}"] for name in ANSWER}
+    loss = trainer.loss_function
+    trainer.loss_function = lambda gains: seen.append(gains) or loss(gains)
+    with torch.no_grad():
+        trainer.rows(trainer.model, batch)
+        good, bad = (trainer.gain(trainer.model, answers) for answers in (chosen, rejected))
+    torch.testing.assert_close(seen[0].good, good, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[0].bad, bad, rtol=1e-4, atol=1e-4)
+    assert ((good - bad).abs() > 0.1).all()
 
 
 def test_shared_masks_make_the_difference_less_noisy_than_its_parts(sft, tmp_path):
