@@ -151,6 +151,13 @@ WAYS = [
 MODELS = [(False, None), (True, None), (False, 8), (True, 8)]
 
 
+def on_two_models(ways):
+    """Each way with two models; between them they have a shift and none, blocks and none."""
+    cases = [(way, *MODELS[place]) for i, way in enumerate(ways) for place in (i % 2, 3 - i % 2)]
+    names = ["-".join(map(str, (way[0], *way[2].values(), *model))) for way, *model in cases]
+    return pytest.mark.parametrize(("way", "shift", "block_size"), cases, ids=names)
+
+
 def plans_of(model, name, options, pace, threshold=TAU):
     """Without and with conflicts; None where the decoder is none for the model."""
     try:
@@ -162,8 +169,7 @@ def plans_of(model, name, options, pace, threshold=TAU):
         return None
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, (way[0], *way[2].values()))))
-@pytest.mark.parametrize(("shift", "block_size"), MODELS)
+@on_two_models(WAYS)
 @torch.inference_mode()
 def test_texts_do_not_depend_on_company_or_on_what_is_cached(way, shift, block_size):
     """Rows alone, together, in another engine after each step, packed, padded, and blocks in part."""

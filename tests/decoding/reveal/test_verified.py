@@ -13,7 +13,7 @@ from decoding.request import Reuse
 from decoding.reveal import Quota, StepView, Verified, WideIn
 from dlm.errors import ConfigError
 from eval.path import path_costs
-from tests.decoding.reveal.test_dependence import MODELS, Without, prompts
+from tests.decoding.reveal.test_dependence import Without, on_two_models, prompts
 from tests.decoding.rig import canvas_of, decode, plan_of
 from tests.dlm.test_attention_weights import MASK, model_of
 from tests.dlm.test_shadows import explicit
@@ -123,8 +123,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, (way[0], *way[2].values()))))
-@pytest.mark.parametrize(("shift", "block_size"), MODELS)
+@on_two_models(WAYS)
 @torch.inference_mode()
 def test_texts_do_not_depend_on_company_or_on_what_is_cached(way, shift, block_size):
     """Rows alone, together, in another engine after each step, and without states of parts."""
