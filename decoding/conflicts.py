@@ -12,7 +12,7 @@ class ConflictCache:
 
     def __init__(self, canvas: Canvas) -> None:
         self.place = torch.full_like(canvas.ids, -1)  # [B, L] number among the row's positions; -1 for none
-        self.conflicts = torch.zeros(len(canvas), 0, 0, dtype=torch.bool)  # [B, K, K] by those numbers
+        self.conflicts = torch.zeros(len(canvas.ids), 0, 0, dtype=torch.bool)  # [B, K, K] by those numbers
 
     def put(self, rows: torch.Tensor, positions: torch.Tensor, conflicts: torch.Tensor) -> None:
         """Store conflicts [b, K, K] between positions [b, K] of the rows [b]; positions of -1 are none."""

@@ -56,6 +56,7 @@ def denoise(model: Denoiser, canvas: Canvas, plan: Plan) -> Iterator[int]:
     Raises:
         DLMError: when the model returns NaN, naming the step and the row.
     """
+    check_capable(model, plan)
     batch = Batch(model, canvas, plan)
     step = 0
     while not bool(canvas.done.all()):
@@ -153,7 +154,6 @@ class Batch:
         self.steps = math.inf if plan.pace.steps is None else plan.pace.steps
         self.constant_score = self.rule.constant_score(self.tokens)
         self.penalises = self.tokens.penalises
-        check_capable(model, plan)
 
     def join(self, canvas: Canvas) -> None:
         """Add rows behind those that are there."""
@@ -206,7 +206,8 @@ class Batch:
             needed = self.rule.needs(view)
             if ends:
                 needed = torch.where(late[:, None], masked, needed)
-            yield from self._score_positions(rows, needed, self._verified(view, needed), self.rule.dependence)
+            verified = self._verified(view, needed) if self.rule.verifies else None
+            yield from self._score_positions(rows, needed, verified, self.rule.dependence)
             score = self.scores.scores(live, needed)
         else:
             needed, score = torch.zeros_like(masked), torch.full(masked.shape, self.constant_score)
@@ -317,11 +318,9 @@ class Batch:
 
     # ---- the model -----------------------------------------------------------------------------------
 
-    def _verified(self, view: StepView, needed: torch.Tensor) -> torch.Tensor | None:
+    def _verified(self, view: StepView, needed: torch.Tensor) -> torch.Tensor:
         """[b, W] bool, tokens that are verified in a step that needs a call; ends that have filled stay."""
         verified = self.rule.verified(view)
-        if verified is None:
-            return None
         if self.plan.ending.fill:
             verified = verified & ~self.plan.ending.is_end(view.ids)
         return verified & needed.any(1, keepdim=True)
@@ -340,32 +339,34 @@ class Batch:
         piece: the one time in a step that the host waits for it.
         """
         missing = where & ~self.scores.entries.at(rows, self.width)
-        checked = torch.zeros_like(where) if verified is None else verified
-        checked = checked & ~self.scores.verified.at(rows, self.width)
-        incomplete = (missing | checked).any(1)
+        incomplete = missing.any(1)
+        if verified is not None:
+            verified = verified & ~self.scores.verified.at(rows, self.width)
+            incomplete = incomplete | verified.any(1)
         if not bool(incomplete.any()):
             return
         where = missing if dependence is None else where
         if not bool(incomplete.all()):
-            rows, where, checked = rows[incomplete], where[incomplete], checked[incomplete]
+            rows, where = rows[incomplete], where[incomplete]
+            verified = None if verified is None else verified[incomplete]
         record = shadows = None
         if dependence is not None:
             record = dependence.record(where & self.canvas.masked[rows, : self.width])
-        if bool(checked.any()):
-            shadows = Shadows(*checked.nonzero().unbind(1))
+        if verified is not None and bool(verified.any()):
+            shadows = Shadows(*verified.nonzero().unbind(1))
         asked = {False: (record, shadows), True: (None, None)}  # by whether the prompt is left out
         states = yield [StateQuery(cache, rows, where, *asked[cache.unconditional]) for cache in self.states]
         found = [self._scored(rows, where, states)]
         if dependence is not None and record is not None:
             found.append(dependence.conflicts(record))
         if shadows is not None:
-            found.append(self._likelihood(shadows.states, self.canvas.ids[rows, : self.width][checked]))
+            found.append(self._likelihood(shadows.states, self.canvas.ids[rows, : self.width][verified]))
         columns, *more = _on_host(found)
         self._put(rows, where, columns)
         if record is not None:
             self.scores.conflicts.put(rows, record.positions, more[0] > 0)
-        if shadows is not None:
-            self.scores.put_verified(rows, checked, more[-1])
+        if verified is not None and shadows is not None:
+            self.scores.put_verified(rows, verified, more[-1])
 
     def _scored(self, rows: torch.Tensor, where: torch.Tensor, states: list[torch.Tensor]) -> torch.Tensor:
         """[N, C] what `_columns` says of the positions `where` [b, W], of which there are the states."""

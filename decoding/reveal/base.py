@@ -180,10 +180,9 @@ class RevealRule:
             return torch.full_like(choice.probability, constant)
         return self.score(logits, choice, state, tokens)
 
-    def verified(self, view: StepView) -> torch.Tensor | None:
-        """[b, W] bool, written positions whose `leave_one_out` `decide` looks at; None for none."""
-        del view
-        return None
+    def verified(self, view: StepView) -> torch.Tensor:
+        """[b, W] bool, written positions whose `leave_one_out` `decide` looks at, if it `verifies`."""
+        return torch.zeros_like(view.written)
 
     def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """State of new rows, by name: tensors [rows, length, …] or [rows]; by default none."""
