@@ -140,6 +140,16 @@ def test_an_evaluation_from_questions_to_measures(checkpoint, questions_file, tm
     assert not list(conv.folder.glob("part-*"))
 
 
+def test_a_run_notes_what_the_decoder_of_the_checkpoint_is(checkpoint, questions_file, tmp_path):
+    file = checkpoint / "config.json"
+    facts = json.loads(file.read_text())
+    facts["generation"] = {"decoder": "llada-conv", "options": {"kernel_size": 9}, "window": 48}
+    file.write_text(json.dumps(facts))
+    for decoders, stands_for in (("", "llada-conv(kernel_size=9)"), ("conv", "")):
+        (run,) = evaluate(config(checkpoint, questions_file, tmp_path, limit=1, decoders=decoders))
+        assert (run.card.decoder, run.card.stands_for) == (decoders, stands_for)
+
+
 def test_other_settings_do_not_mix_with_what_is_there(checkpoint, questions_file, tmp_path):
     (first,) = evaluate(config(checkpoint, questions_file, tmp_path, limit=2))
     with pytest.raises(ConfigError, match="settings was"):

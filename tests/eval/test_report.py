@@ -206,6 +206,23 @@ def test_empty_answers_make_a_report_without_warnings(tmp_path, count):
     assert "100.0" in (tmp_path / "report" / "report.md").read_text()
 
 
+def test_a_report_says_what_default_stands_for_and_where_that_differs(runs, tmp_path):
+    def report(*decoders):
+        marked = [
+            replace(each, card=replace(each.card, system=f"m{i}", stands_for=decoder))
+            for i, (each, decoder) in enumerate(zip(runs, decoders, strict=False))
+        ]
+        write(marked, tmp_path / "report", "t", 0)
+        return (tmp_path / "report" / "report.md").read_text()
+
+    assert "checkpoint's own" not in report("", "")
+    same = report("conv", "conv")
+    assert '"default" is the checkpoint\'s own decoder: conv (m0, m1).' in same
+    assert "They differ" not in same
+    differing = report("conv", "llada(block_size=32)")
+    assert "conv (m0); llada(block_size=32) (m1). They differ" in differing
+
+
 @pytest.mark.parametrize("system", ["..", ".", "../../x", ".hidden", "a/b", ""])
 def test_a_name_never_leaves_its_folder(tmp_path, system):
     for label in ("", "conv"):

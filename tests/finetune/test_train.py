@@ -545,6 +545,24 @@ def test_a_run_in_small_blocks_has_a_step_for_each_in_its_samples_and_its_model(
     assert json.loads((tmp_path / "config.json").read_text())["generation"]["steps"] == 48 // 4
 
 
+def test_a_run_keeps_the_decoding_defaults_of_the_model_that_it_starts_from(tmp_path, whole):
+    begun, tokenizer = load_model(whole, device="cpu", dtype="float32")
+    new = {"decoder": "conv", "window": 48, "steps": 32}
+    assert begun.config.generation == new, "of a model without any"
+    own = {"decoder": "entropy-bound", "options": {"kernel_size": 9}, "max_tokens": 40}
+    begun.config.generation = own
+    begun.save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    for name, changes, kept in (
+        ("same", {}, own),
+        ("blocks", {"visibility": "block", "block_size": 4}, new),
+    ):
+        model = ModelConfig(init=str(tmp_path / "start"), template="model", **changes)
+        train(settings(tmp_path / name, model=model, max_steps=1))
+        stored = json.loads((tmp_path / name / "config.json").read_text())["generation"]
+        assert stored == kept, name
+
+
 def test_frozen_weights_may_be_bfloat16_and_what_is_trained_is_float32(tmp_path, whole):
     def run(name, **lora):
         model = ModelConfig(init=str(whole), template="model", lora=LoraConfig(r=4, alpha=8, **lora))
