@@ -8,7 +8,7 @@ from typing import Any
 
 from dlm.device import check_place
 from dlm.errors import ConfigError, unknown_name
-from eval.variants import Variant, variants
+from eval.variants import Variant, check_sizes, variants
 
 NUCLEUS = 0.95
 """Top-p of autoregressive baselines, by default."""
@@ -33,10 +33,10 @@ class EvalConfig:
         limit: only the first so many questions; 0 for all.
         output: folder of runs; a run that was interrupted goes on where it was.
         decoders: decoders to compare, such as "conv,semi-ar,top-k(top_k=10)"; the checkpoint's own if empty.
-        window: tokens of prompt and answer together, on a fixed canvas; 0 for the checkpoint's default.
+        window: tokens of prompt and answer together, on a fixed canvas; by default the checkpoint's.
         steps: denoising steps, several as "16,32" or as shares of the window, "L/16,L/4"; with them the
             canvas is fixed.
-        max_tokens: longest answer on a canvas that grows, and of endpoints; 0 for 256.
+        max_tokens: longest answer on a canvas that grows, and of endpoints; 256 by default.
         rate: tokens per model call, several as "1,2"; in place of steps.
         seed: of the noise; equal for all decoders.
         eos_fill: once the end is written, everything to its right becomes the end token.
@@ -67,9 +67,9 @@ class EvalConfig:
     limit: int = 0
     output: str = "runs/eval"
     decoders: str = ""
-    window: int = 0
+    window: int | None = None
     steps: str = ""
-    max_tokens: int = 0
+    max_tokens: int | None = None
     rate: str = ""
     seed: int = 0
     eos_fill: bool = True
@@ -93,9 +93,10 @@ class EvalConfig:
             raise unknown_name("task", self.task, TASKS)
         if sum(map(bool, (self.model, self.endpoint, self.autoregressive))) != 1:
             raise ConfigError("give one of --model, --endpoint and --autoregressive")
-        for name in ("limit", "window", "max_tokens", "nelbo_draws"):
+        for name in ("limit", "nelbo_draws"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        check_sizes(window=self.window, max_tokens=self.max_tokens)
         if not 0 <= self.top_p <= 1 or (self.top_p != NUCLEUS and not self.autoregressive):
             raise ConfigError(f"top_p is for --autoregressive, and from 0 to 1; got {self.top_p}")
         if self.batch_size < 1 or self.usual_rows < 2:

@@ -141,9 +141,9 @@ def listed(text: str, name: str, window: int = 0) -> list[int | float]:
 def variants(
     decoders: str,
     *,
-    window: int = 0,
+    window: int | None = None,
     steps: str = "",
-    max_tokens: int = 0,
+    max_tokens: int | None = None,
     rate: str = "",
     kernel: str = "",
     top_k: str = "",
@@ -159,7 +159,7 @@ def variants(
     out: list[Variant] = []
     paces = list(_paces(window, steps, max_tokens, rate))
     values, cuts = (
-        whole_numbers(listed(kernel, "kernel", window), "kernel"),
+        whole_numbers(listed(kernel, "kernel", window or 0), "kernel"),
         whole_numbers(listed(top_k, "top_k"), "top_k"),
     )
     sizes = list(zip(values, ("L" in part for part in kernel.split(",")), strict=False))
@@ -175,8 +175,19 @@ def variants(
     return out
 
 
-def _paces(window: int, steps: str, max_tokens: int, rate: str) -> Iterator[dict[str, Any]]:
-    fixed, rates = whole_numbers(listed(steps, "steps", window), "steps"), listed(rate, "rate")
+def check_sizes(**sizes: float | None) -> None:
+    """Refuse sizes below 1; None is not given.
+
+    Raises:
+        ConfigError: naming the size.
+    """
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ConfigError(f"{name} must be at least 1, got {size}; leave it out for the default")
+
+
+def _paces(window: int | None, steps: str, max_tokens: int | None, rate: str) -> Iterator[dict[str, Any]]:
+    fixed, rates = whole_numbers(listed(steps, "steps", window or 0), "steps"), listed(rate, "rate")
     if any(value < 1 for value in rates):
         raise ConfigError(f"rate must be at least 1 token per model call, got {min(rates):g}")
     if fixed and (rates or max_tokens):

@@ -11,7 +11,7 @@ from dlm.cli import Command
 from dlm.device import check_place
 from dlm.errors import ConfigError, DataError, unknown_name
 from eval.config import EvalConfig
-from eval.variants import Variant, listed, variants
+from eval.variants import Variant, check_sizes, listed, variants
 
 if TYPE_CHECKING:
     from eval.run import Results
@@ -35,9 +35,9 @@ class FrontierConfig:
         limit: only the first so many questions; 0 for all.
         decoders: decoders to compare, such as "conv,semi-ar,conv(gap=3)", without temperatures. Differences
             are from the first.
-        window: tokens of prompt and answer together, on a fixed canvas; 0 for the checkpoint's default.
+        window: tokens of prompt and answer together, on a fixed canvas; by default the checkpoint's.
         steps: denoising steps, several as "16,32" or as shares of the window, "L/16,L/4".
-        max_tokens: longest answer on a canvas that grows; 0 for 256.
+        max_tokens: longest answer on a canvas that grows; 256 by default.
         rate: tokens per model call, several as "2,4"; decoders with a pace of their own keep it.
         temperatures: of the tokens drawn, at least two.
         seeds: of the noise, several as "0,1,2"; each is a run.
@@ -63,9 +63,9 @@ class FrontierConfig:
     data: str = ""
     limit: int = 100
     decoders: str = "conv,top-k"
-    window: int = 0
+    window: int | None = None
     steps: str = ""
-    max_tokens: int = 0
+    max_tokens: int | None = None
     rate: str = ""
     temperatures: str = "0.5,0.7,0.85,1,1.2"
     seeds: str = "0"
@@ -103,6 +103,7 @@ class FrontierConfig:
         if not self.noise:
             raise ConfigError("seeds is empty: give one or more whole numbers")
         _ = self.levels
+        check_sizes(window=self.window, max_tokens=self.max_tokens)
         check_place(self.device, self.dtype)
         for run in self.runs():
             run.variants()

@@ -10,6 +10,7 @@ from typing import Any
 
 from dlm.cli import Command
 from dlm.errors import ConfigError
+from eval.variants import check_sizes
 
 STYLES = {
     "prompt": "#ffffff on #a3241c",
@@ -29,7 +30,7 @@ class LDWConfig:
         prompt: a prompt to measure on, and to show candidates for.
         file: a file of more prompts, as `dlm generate --file` reads it.
         limit: use only the first so many prompts that fit the window; 0 for all.
-        window: L, prompt and answer together; 0 for the first checkpoint's own.
+        window: L, prompt and answer together; by default the first checkpoint's own.
         top: how many of the most frequent answer tokens count as frequent.
         counts: rows (file, hub id or "rules") to count tokens in, where no checkpoint has its counts with it.
         positions: positions behind the prompt in the table of candidates.
@@ -41,7 +42,7 @@ class LDWConfig:
     prompt: str = ""
     file: str = ""
     limit: int = 100
-    window: int = 0
+    window: int | None = None
     top: int = 100
     counts: str = ""
     positions: int = 24
@@ -58,6 +59,7 @@ class LDWConfig:
             raise ConfigError(f"output must end in .png or .pdf, got {self.output}")
         if self.output and not Path(self.output).absolute().parent.is_dir():
             raise ConfigError(f"output: no such folder as {Path(self.output).absolute().parent}")
+        check_sizes(window=self.window)
         for name in ("top", "positions", "candidates"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -78,7 +80,7 @@ def run(config: LDWConfig) -> int:
     texts += read_prompts(config.file) if config.file else []
     for path in config.checkpoints:
         positions = stored_positions(path)
-        if positions is not None and config.window > positions:
+        if positions is not None and (config.window or 0) > positions:
             raise ConfigError(
                 f"{path}: a window of {config.window} is longer than the model's {positions} positions"
             )

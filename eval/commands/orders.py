@@ -53,10 +53,10 @@ class LearnConfig:
         samples: answers to a question in each round; above 1, a reward counts from those of the other
             answers to the same question, so that easy questions do not make good cells.
         within_prompts: the same for runs, where several have answered the same questions.
-        max_tokens: longest answer on a canvas that grows; 0 for 256.
-        window: tokens of prompt and answer together, on a fixed canvas; 0 for one that grows.
-        steps: denoising steps, on a fixed canvas; 0 for the checkpoint's.
-        rate: tokens per model call; 0 for the checkpoint's.
+        max_tokens: longest answer on a canvas that grows; 256 by default.
+        window: tokens of prompt and answer together, on a fixed canvas; by default it grows.
+        steps: denoising steps, on a fixed canvas; by default the checkpoint's.
+        rate: tokens per model call; by default the checkpoint's.
         kernel_size: width of the convolution; 0 for none.
         draws: candidates of soft best-of-N, which tries more orders than the decoder's shortlist; 0 for that.
         seed: of the noise.
@@ -79,10 +79,10 @@ class LearnConfig:
     rounds: int = 1
     samples: int = 1
     within_prompts: bool = False
-    max_tokens: int = 0
-    window: int = 0
-    steps: int = 0
-    rate: float = 0.0
+    max_tokens: int | None = None
+    window: int | None = None
+    steps: int | None = None
+    rate: float | None = None
     kernel_size: int = 0
     draws: int = 4
     seed: int = 0
@@ -105,10 +105,10 @@ class LearnConfig:
             "samples": 1,
             "batch_size": self.samples,
             "limit": 0,
-            "max_tokens": 0,
-            "window": 0,
+            "kernel_size": 0,
+            "draws": 0,
         }
-        for name, smallest in {**least, "steps": 0, "rate": 0, "kernel_size": 0, "draws": 0}.items():
+        for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ConfigError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
         check_place(self.device, self.dtype)
@@ -137,8 +137,7 @@ class LearnConfig:
         """The request of answers that are written now."""
         from decoding.request import Request
 
-        names = ("max_tokens", "window", "steps", "rate")
-        return Request(**{name: getattr(self, name) for name in names if getattr(self, name)})
+        return Request(max_tokens=self.max_tokens, window=self.window, steps=self.steps, rate=self.rate)
 
 
 def show_tables(config: ShowConfig) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dlm.cli import Command
 from dlm.device import check_place
 from dlm.errors import ConfigError
-from eval.variants import Variant, variants
+from eval.variants import Variant, check_sizes, variants
 
 if TYPE_CHECKING:
     from eval.paths import PathFolder, PathRun
@@ -30,10 +30,10 @@ class PathConfig:
         limit: the first so many of these that fit; 0 for all.
         decoders: decoders to compare, such as "conv,semi-ar(block_size=32),top-k"; the checkpoint's own if
             empty.
-        window: tokens of prompt and answer together, on a fixed canvas; 0 for the checkpoint's default.
+        window: tokens of prompt and answer together, on a fixed canvas; by default the checkpoint's.
         steps: denoising steps, several as "16,32" or as shares of the window, "L/16,L/4"; with them, or with
             a window, the canvas is fixed.
-        max_tokens: longest answer on a canvas that grows; 0 for 256.
+        max_tokens: longest answer on a canvas that grows; 256 by default.
         rate: tokens per model call, several as "1,2"; for a canvas that grows.
         seed: of the noise; equal for all decoders.
         batch_size: rows per model call.
@@ -49,9 +49,9 @@ class PathConfig:
     last: int = 1000
     limit: int = 200
     decoders: str = ""
-    window: int = 0
+    window: int | None = None
     steps: str = ""
-    max_tokens: int = 0
+    max_tokens: int | None = None
     rate: str = ""
     seed: int = 0
     batch_size: int = 16
@@ -63,9 +63,10 @@ class PathConfig:
         """Check what can be checked without loading anything."""
         if not self.models:
             raise ConfigError("name one or more checkpoints: dlm eval path default-sft default")
-        for name, least in (("last", 1), ("limit", 0), ("window", 0), ("max_tokens", 0), ("batch_size", 1)):
+        for name, least in (("last", 1), ("limit", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_sizes(window=self.window, max_tokens=self.max_tokens)
         check_place(self.device, self.dtype)
         self.variants()
 

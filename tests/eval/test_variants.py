@@ -1,6 +1,10 @@
 import pytest
 
 from dlm.errors import ConfigError, DataError
+from eval.commands.frontier import FrontierConfig
+from eval.commands.orders import LearnConfig
+from eval.commands.path import PathConfig
+from eval.config import EvalConfig
 from eval.variants import Variant, parse_decoders, variants
 from tests.decoding.rig import order_table
 
@@ -117,3 +121,18 @@ def test_options_that_are_words_and_switches(tmp_path, monkeypatch):
     assert one.recorded == one.options
     assert two.recorded == {"table": table.digest, "normalise": True}
     assert two.request().decoder.reveal.table == three.request().decoder.reveal.table == table
+
+
+@pytest.mark.parametrize("size", ["window", "max_tokens"])
+def test_a_size_that_is_not_given_is_left_out_and_zero_is_none(size):
+    assert variants("conv") == variants("conv", **{size: None})
+    with pytest.raises(
+        ConfigError, match=f"^{size} must be at least 1, got 0; leave it out for the default$"
+    ):
+        EvalConfig(task="alpaca_eval", model="default", **{size: 0})
+    with pytest.raises(ConfigError, match=f"^{size} must be at least 1"):
+        PathConfig(models=["default"], **{size: 0})
+    with pytest.raises(ConfigError, match=f"^{size} must be at least 1"):
+        FrontierConfig(models=["default"], **{size: 0})
+    with pytest.raises(ConfigError, match=f"^{size} must be a whole number of at least 1"):
+        LearnConfig(output="a", model="default", task="rules", reward="length=3", **{size: 0})
