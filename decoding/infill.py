@@ -170,6 +170,21 @@ def _beside(gap: torch.Tensor) -> torch.Tensor:
     return near & ~gap & (position > 0)
 
 
+def likeliest(
+    tries: Sequence[Canvas], scores: Sequence[float], tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, Infilled]:
+    """The likeliest of the lengths that were tried, by its number, and the text; calls are those of all.
+
+    Args:
+        tries: the filled rows of one text, a canvas each.
+        scores: see `gap_scores`, for which each row was in a model call more if there are several.
+        tokenizer: the model's.
+    """
+    best = max(range(len(tries)), key=scores.__getitem__)
+    calls = sum(int(canvas.model_calls[0]) for canvas in tries) + (len(tries) if len(tries) > 1 else 0)
+    return best, infilled(tries[best], tokenizer, calls, scores[best])
+
+
 def infilled(canvas: Canvas, tokenizer: PreTrainedTokenizerBase, calls: int, score: float) -> Infilled:
     """The filled text of a row."""
     start, end = int(canvas.answer[0]), int(canvas.end[0])

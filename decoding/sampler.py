@@ -14,7 +14,7 @@ from decoding.canvas import Canvas, Row
 from decoding.course import Trace
 from decoding.engine import Engine, Update
 from decoding.gaps import Gap, Piece, pieces_of, without_span
-from decoding.infill import Infilled, gap_scores, infilled, plan_infilling, rows_with_gaps
+from decoding.infill import Infilled, gap_scores, likeliest, plan_infilling, rows_with_gaps
 from decoding.particles import steer
 from decoding.presets import Decoder
 from decoding.request import Plan, Request
@@ -444,10 +444,7 @@ class Sampler:
             rest = itertools.islice(finished, tries[number] - 1)
             canvases: list[Canvas] = [first.canvas, *(update.canvas for update in rest)]
             scores = gap_scores(self.model, canvases, plan, batch_size)
-            best = max(range(len(canvases)), key=scores.__getitem__)
-            compared = len(canvases) if len(canvases) > 1 else 0
-            calls = sum(int(canvas.model_calls[0]) for canvas in canvases) + compared
-            yield infilled(canvases[best], self.tokenizer, calls, scores[best])
+            yield likeliest(canvases, scores, self.tokenizer)[1]
 
 
 def _request(request: Request | None, fields: dict[str, Any]) -> Request:

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from decoding.canvas import Canvas
 from decoding.engine import Update
 from decoding.gaps import Gap, Piece
-from decoding.infill import Infilled, gap_scores, infilled, plan_infilling, rows_with_gaps
+from decoding.infill import Infilled, gap_scores, likeliest, plan_infilling, rows_with_gaps
 from decoding.request import Plan
 from decoding.request import Request as DecodingRequest
 from decoding.rows import Prompt
@@ -161,9 +161,7 @@ async def _best(service: Service, filling: Filling, tries: list[Canvas], seed: i
         if first and len(part) == 1:
             break
         scores += await service.call(partial(gap_scores, tries=part, plan=plan, batch_size=len(part)))
-    best = max(range(size), key=scores.__getitem__)
-    calls = sum(int(canvas.model_calls[0]) for canvas in tries) + (size if size > 1 else 0)
-    result = infilled(tries[best], service.tokenizer, calls, scores[best])
+    best, result = likeliest(tries, scores, service.tokenizer)
     return Filled(result, tries[best], plan, seed, best)
 
 
