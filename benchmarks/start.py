@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from dlm.model_names import BASE_NAME
 from dlm.pretrained import base
 from dlm.pretrained.store import cache
 
@@ -36,7 +37,7 @@ def main() -> None:
     base.base_folder()
     print(" wall   cpu")
     with tempfile.TemporaryDirectory() as empty:
-        Path(empty, base.BASE_NAME).symlink_to(cache() / base.BASE_NAME)
+        Path(empty, BASE_NAME).symlink_to(cache() / BASE_NAME)
         ask = ["-m", "dlm.cli", "generate", *QUESTION]
         first = _measured(ask, empty, 1, "dlm generate, the first time")
         assert _measured(ask, empty, rounds, "dlm generate, later") == first

@@ -27,8 +27,8 @@ from dlm.adapter_files import BASE, base_of, saved_by_peft
 from dlm.config import MaskedDiffusionConfig
 from dlm.errors import CheckpointError, ConfigError, first_line
 from dlm.model import MaskedDiffusionModel
+from dlm.model_names import NAMES
 from dlm.modes import share
-from dlm.pretrained.names import NAMES
 from dlm.quantization import differentiable, is_quantized, quantize
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from dlm.errors import CheckpointError, first_line
-from dlm.pretrained.names import NAMES
+from dlm.model_names import NAMES
 
 CONFIG = "adapter_config.json"
 

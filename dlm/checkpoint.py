@@ -24,7 +24,8 @@ from dlm.families.base import Family
 from dlm.json_files import read_object
 from dlm.memory import heap_without_holes
 from dlm.model import MaskedDiffusionModel
-from dlm.pretrained.names import NAMES, located
+from dlm.model_names import NAMES
+from dlm.pretrained.names import located
 from dlm.quantization import quantization_config, quantize
 from dlm.spec import ModelSpec
 from dlm.weights import SINGLE, Stored, check_files, read_lazily, tensors

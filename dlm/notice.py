@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 from dlm.adapter_files import base_of, is_adapter
-from dlm.pretrained.names import ADAPTERS, located
+from dlm.model_names import ADAPTERS
+from dlm.pretrained.names import located
 
 NOTICE_FILE = "NOTICE"
 

@@ -18,7 +18,8 @@ from decoding.presets import Decoder
 from decoding.sampler import Sampler
 from dlm.checkpoint import load_model
 from dlm.errors import CheckpointError
-from dlm.pretrained.base import BASE_NAME, is_there
+from dlm.model_names import BASE_NAME
+from dlm.pretrained.base import is_there
 from dlm.pretrained.names import located
 from examples.coloured import coloured, legend
 

@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 from dlm.errors import CheckpointError, first_line
+from dlm.model_names import BASE_NAME
 from dlm.modes import share
 from dlm.pretrained.store import (
     MANIFEST,
@@ -31,7 +32,6 @@ from dlm.pretrained.store import (
 
 logger = logging.getLogger(__name__)
 
-BASE_NAME = "smollm2-135m-instruct"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REVISION = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 """Commit of the hub's repository."""

@@ -6,16 +6,12 @@ import os
 from pathlib import Path
 
 from dlm.errors import CheckpointError
+from dlm.model_names import ADAPTERS, BASE_NAME
 from dlm.pretrained import base, lightning
-
-ADAPTERS = {"default": "r2ft", "default-sft": "sft"}
-"""Adapters that come with the package, and their folders in it: after R2FT, and before."""
-
-NAMES = (*ADAPTERS, base.BASE_NAME)
 
 
 def located(path: str | Path) -> str:
-    """Path of a model: for one of `NAMES` its folder, fetched if it is not there yet; else `path` itself.
+    """Path of a model: for a name of `dlm.model_names` its folder, fetched if need be; else `path` itself.
 
     For a checkpoint of Lightning it is the folder into which that has been unpacked.
 
@@ -32,4 +28,4 @@ def located(path: str | Path) -> str:
         return str(Path(__file__).parent / ADAPTERS[name])
     if name.endswith(lightning.CHECKPOINT_SUFFIX) and not Path(name).is_dir():
         return str(lightning.unpacked(Path(name)))
-    return str(base.base_folder()) if name == base.BASE_NAME else name
+    return str(base.base_folder()) if name == BASE_NAME else name

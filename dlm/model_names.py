@@ -1,0 +1,11 @@
+"""The names of the models that come along, whose folders `dlm.pretrained.names` finds."""
+
+from __future__ import annotations
+
+BASE_NAME = "smollm2-135m-instruct"
+"""The base of the default model, fetched at first use."""
+
+ADAPTERS = {"default": "r2ft", "default-sft": "sft"}
+"""Adapters that come with the package, and their folders in it: after R2FT, and before."""
+
+NAMES = (*ADAPTERS, BASE_NAME)
