@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 
@@ -171,15 +171,6 @@ class RevealRule:
         del logits, state, tokens
         return choice.probability
 
-    def constant_or_score(
-        self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
-    ) -> torch.Tensor:
-        """`score`, or the constant one where there is one: for a rule around this that needs a call."""
-        constant = self.constant_score(tokens)
-        if constant is not None:
-            return torch.full_like(choice.probability, constant)
-        return self.score(logits, choice, state, tokens)
-
     def verified(self, view: StepView) -> torch.Tensor:
         """[b, W] bool, written positions whose `leave_one_out` `decide` looks at, if it `verifies`."""
         return torch.zeros_like(view.written)
@@ -201,6 +192,52 @@ class RevealRule:
     def decide(self, view: StepView) -> Decision:
         """Choose the positions to write in this step."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Around(RevealRule):
+    """A rule around another one, which answers what this one does not.
+
+    Attributes:
+        inner: the other rule.
+    """
+
+    inner: RevealRule
+
+    @property
+    def random(self) -> bool:  # type: ignore[override]
+        """See `RevealRule`."""
+        return self.inner.random
+
+    @property
+    def paced(self) -> bool:
+        """See `RevealRule`."""
+        return self.inner.paced
+
+    def with_given_pace(self) -> Self:
+        """See `RevealRule`."""
+        return replace(self, inner=self.inner.with_given_pace())
+
+    def needs(self, view: StepView) -> torch.Tensor:
+        """[b, W] bool; see `RevealRule`."""
+        return self.inner.needs(view)
+
+    def precedence(self, view: StepView) -> torch.Tensor:
+        """[b, W]; see `RevealRule`."""
+        return self.inner.precedence(view)
+
+    def score(
+        self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
+    ) -> torch.Tensor:
+        """[N] or [N, C]; see `RevealRule`. The constant one too, since this rule may need a call."""
+        constant = self.inner.constant_score(tokens)
+        if constant is not None:
+            return torch.full_like(choice.probability, constant)
+        return self.inner.score(logits, choice, state, tokens)
+
+    def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
+        """See `RevealRule`."""
+        return self.inner.initial_state(rows, length)
 
 
 def needed_for(view: StepView, number: torch.Tensor) -> torch.Tensor:

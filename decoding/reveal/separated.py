@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
-from decoding.reveal.base import Decision, RevealRule, StepView
+from decoding.reveal.base import Around, Decision, StepView
 from decoding.reveal.dependence import Dependence
-from decoding.tokens import Choice, TokenRule
+from decoding.tokens import TokenRule
 from dlm.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Separated(RevealRule):
+class Separated(Around):
     """Another rule whose tokens of one call are at least `gap` positions apart, and in no conflict.
 
     Tokens of one call are drawn independently given the text; neighbours depend on each other most, and so do
@@ -30,7 +30,6 @@ class Separated(RevealRule):
         dependence: says which positions are in conflict; None for none.
     """
 
-    inner: RevealRule
     gap: int = 1
     dependence: Dependence | None = None
 
@@ -38,11 +37,6 @@ class Separated(RevealRule):
         """Check the gap."""
         if not isinstance(self.gap, int) or isinstance(self.gap, bool) or self.gap < 1:
             raise ConfigError(f"gap must be a whole number of at least 1, got {self.gap!r}")
-
-    @property
-    def random(self) -> bool:  # type: ignore[override]
-        """See `RevealRule`."""
-        return self.inner.random
 
     @property
     def revises(self) -> bool:  # type: ignore[override]
@@ -54,37 +48,18 @@ class Separated(RevealRule):
         """See `RevealRule`."""
         return self.inner.sees_token
 
-    @property
-    def paced(self) -> bool:
-        """See `RevealRule`."""
-        return self.inner.paced
-
-    def with_given_pace(self) -> Separated:
-        """See `RevealRule`."""
-        return replace(self, inner=self.inner.with_given_pace())
-
     def constant_score(self, tokens: TokenRule) -> float | None:
         """See `RevealRule`; None where the model shows conflicts, which takes its call first."""
         return None if self.dependence is not None else self.inner.constant_score(tokens)
 
     def needs(self, view: StepView) -> torch.Tensor:
         """[b, W] bool; see `RevealRule`. Whatever may be taken, where conflicts must be seen."""
-        needed = self.inner.needs(view)
+        needed = super().needs(view)
         return needed if self.dependence is None else needed | view.open
-
-    def precedence(self, view: StepView) -> torch.Tensor:
-        """[b, W]; see `RevealRule`."""
-        return self.inner.precedence(view)
-
-    def score(
-        self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
-    ) -> torch.Tensor:
-        """[N] or [N, C]; see `RevealRule`."""
-        return self.inner.constant_or_score(logits, choice, state, tokens)
 
     def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """State of the other rule, and the tokens that are owed."""
-        return self.inner.initial_state(rows, length) | {"owed": torch.zeros(rows, dtype=torch.int64)}
+        return super().initial_state(rows, length) | {"owed": torch.zeros(rows, dtype=torch.int64)}
 
     def decide(self, view: StepView) -> Decision:
         """Take what the other rule takes, but apart."""

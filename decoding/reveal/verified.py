@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
-from decoding.reveal.base import Decision, RevealRule, StepView, ranked
+from decoding.reveal.base import Around, Decision, StepView, ranked
 from decoding.reveal.dependence import Dependence
 from decoding.reveal.threshold import Threshold
-from decoding.tokens import Choice, TokenRule
 from dlm.errors import ConfigError
 
 
@@ -32,7 +30,7 @@ class WideIn(Threshold):
 
 
 @dataclass(frozen=True)
-class Verified(RevealRule):
+class Verified(Around):
     """Another rule whose tokens are verified in the next call (WINO, arXiv 2507.18578).
 
     A shadow of each verified position (`dlm.shadows.Shadows`) gives the probability of the written token as
@@ -48,7 +46,6 @@ class Verified(RevealRule):
             by default those of the last call.
     """
 
-    inner: RevealRule
     threshold: float
     every: bool = False
     revises: ClassVar[bool] = True
@@ -62,11 +59,6 @@ class Verified(RevealRule):
             raise ConfigError("verify goes with rules whose tokens stay; this one revises them by itself")
 
     @property
-    def random(self) -> bool:  # type: ignore[override]
-        """See `RevealRule`."""
-        return self.inner.random
-
-    @property
     def timed(self) -> bool:
         """See `RevealRule`; its phases are those of the other rule."""
         return self.inner.timed
@@ -76,36 +68,13 @@ class Verified(RevealRule):
         """See `RevealRule`."""
         return self.inner.dependence
 
-    @property
-    def paced(self) -> bool:
-        """See `RevealRule`."""
-        return self.inner.paced
-
-    def with_given_pace(self) -> Verified:
-        """See `RevealRule`."""
-        return replace(self, inner=self.inner.with_given_pace())
-
-    def needs(self, view: StepView) -> torch.Tensor:
-        """[b, W] bool; see `RevealRule`."""
-        return self.inner.needs(view)
-
-    def precedence(self, view: StepView) -> torch.Tensor:
-        """[b, W]; see `RevealRule`."""
-        return self.inner.precedence(view)
-
     def recovers_shortfall(self, view: StepView) -> bool:
         """See `RevealRule`."""
         return self.inner.recovers_shortfall(view)
 
-    def score(
-        self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
-    ) -> torch.Tensor:
-        """[N] or [N, C]; see `RevealRule`."""
-        return self.inner.constant_or_score(logits, choice, state, tokens)
-
     def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """State of the other rule, the positions of the last call, and how many it wrote."""
-        return self.inner.initial_state(rows, length) | {
+        return super().initial_state(rows, length) | {
             "fresh": torch.zeros(rows, length, dtype=torch.bool),
             "accepted": torch.zeros(rows, dtype=torch.int64),
         }

@@ -4,11 +4,13 @@ import torch
 
 from decoding import Decoder
 from decoding.canvas import Row, make_canvas
+from decoding.engine import Engine
 from decoding.order_table import OrderTable
 from decoding.pace import Ending, OwnPace, Rate, Steps
 from decoding.request import OPEN_LENGTH, Plan, Reuse
 from decoding.step import denoise
 from decoding.window import MARGIN
+from tests.fakes import FakeTokenizer
 
 MASK, EOS = 22, 0
 
@@ -70,6 +72,17 @@ def canvas_of(ids, plan, seeds=None, answer=None):
         first = row.index(plan.mask_id) if answer is None else answer[i]
         rows.append(Row(row, first))
     return make_canvas(rows, range(len(rows)) if seeds is None else seeds, plan)
+
+
+def decode_in_fresh_engines(model, row, plan, seed):
+    """The finished canvas of one row [L], moved to another engine after every step."""
+    canvas = canvas_of(row[None], plan, [seed])
+    while not bool(canvas.done.all()):
+        engine = Engine(model, FakeTokenizer())
+        ticket = engine.add(canvas, plan)
+        (update,) = engine.step()
+        canvas = update.canvas if update.finished else engine.remove(ticket)
+    return canvas
 
 
 def decode(model, ids, plan, seeds=None, **given):

@@ -14,7 +14,7 @@ from decoding.reveal import Quota, StepView, Verified, WideIn
 from dlm.errors import ConfigError
 from eval.path import path_costs
 from tests.decoding.reveal.test_dependence import Without, on_two_models, prompts
-from tests.decoding.rig import canvas_of, decode, plan_of
+from tests.decoding.rig import canvas_of, decode, decode_in_fresh_engines, plan_of
 from tests.dlm.test_attention_weights import MASK, model_of
 from tests.dlm.test_shadows import explicit
 from tests.fakes import FakeDenoiser, FakeTokenizer
@@ -134,12 +134,7 @@ def test_texts_do_not_depend_on_company_or_on_what_is_cached(way, shift, block_s
     together = decode(model, rows, plan, range(3))
     whole = decode(Without(model, "partial"), rows, plan, range(3))
     for seed, row in enumerate(rows):
-        canvas = canvas_of(row[None], plan, [seed])
-        while not bool(canvas.done.all()):
-            engine = Engine(model, FakeTokenizer())
-            ticket = engine.add(canvas, plan)
-            (update,) = engine.step()
-            canvas = update.canvas if update.finished else engine.remove(ticket)
+        canvas = decode_in_fresh_engines(model, row, plan, seed)
         for got, at in ((together, seed), (whole, seed), (canvas, 0)):
             assert got.ids[at].tolist() == alone[seed].ids[0].tolist()
             assert got.reveal_step[at].tolist() == alone[seed].reveal_step[0].tolist()
