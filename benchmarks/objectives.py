@@ -8,7 +8,8 @@ several tokens per call, and, where there are questions, by its answers.
     python -m benchmarks.objectives --rows rows.npz --positions 300000 --variants full "block 8"
     python -m benchmarks.objectives --data alpaca_data.json --questions alpaca_eval.json --parallel 4
 
-Results are written as they come (results.jsonl); a variant that is there is not run again.
+Results are written as they come (results.jsonl), and what is there is not done again: questions can be asked,
+and speed measured (`--speed`, on a machine that does nothing else), of variants that were trained before.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -150,19 +152,36 @@ def clean(maskable: torch.Tensor, length: int, block_size: int) -> int:
 # ---- measuring ---------------------------------------------------------------------------------------
 
 
-def measure(objective: Objective, options: argparse.Namespace) -> dict[str, Any]:
-    """Train a variant and measure it."""
+def missing(known: dict[str, Any], options: argparse.Namespace) -> list[str]:
+    """What has yet to be done for a variant of which `known` is there: "train", "questions", "speed"."""
+    wanted = {"train": True, "questions": bool(options.questions), "speed": bool(options.speed)}
+    sign = {"train": "steps", "questions": "tokens", "speed": "tokens per second"}
+    return [part for part, wish in wanted.items() if wish and sign[part] not in known]
+
+
+def measure(objective: Objective, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Train a variant and measure it, as far as that has not been done; yields what is new as it comes."""
+    parts = missing(stored(options.output).get(objective.name, {}), options)
+    if not parts:
+        return
+    config = settings(objective, options)
+    folder = Path(config.output_dir)
+    if "train" in parts:
+        yield trained(config) | path(folder, config, options)
+    if "questions" in parts:
+        yield asked(folder, options)
+    if "speed" in parts:
+        yield speed(folder, config, options)
+
+
+def trained(config: TrainConfig) -> dict[str, Any]:
+    """Train a variant; returns its steps and its validation bound."""
     from finetune.sft import train
 
-    config = settings(objective, options)
     begun = time.monotonic()
-    folder = train(config)
-    history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
-    result: dict[str, Any] = {
-        "name": objective.name, "steps": config.max_steps, "train_seconds": round(time.monotonic() - begun),
-        "nelbo": next((r["eval_nelbo"] for r in reversed(history) if "eval_nelbo" in r), None),
-    }  # fmt: skip
-    return result | path(folder, config, options) | (asked(folder, options) if options.questions else {})
+    history = json.loads((train(config) / "history.json").read_text(encoding="utf-8"))
+    bound = next((r["eval_nelbo"] for r in reversed(history) if "eval_nelbo" in r), None)
+    return {"steps": config.max_steps, "train_seconds": round(time.monotonic() - begun), "nelbo": bound}
 
 
 Pairs = list[tuple[list[int], list[int]]]
@@ -214,8 +233,29 @@ def cost(
     return sum(cost.total for cost in costs) / tokens, tokens / sum(cost.calls for cost in costs)
 
 
+def speed(folder: Path, config: TrainConfig, options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second of a lone row: a token a call, `longest` of them behind each held-out prompt."""
+    from decoding.engine import Engine
+    from decoding.sampler import Sampler
+    from dlm.checkpoint import load_model
+
+    model, tokenizer = load_model(folder, options.device)
+    sampler = Sampler(model, tokenizer)
+    prompts = [ids for ids, _ in held_out(config, tokenizer, options.speed, options.longest)]
+    endless = sampler.without([tokenizer.eos_token], "conv", options={"kernel_size": 9})
+    plan = sampler.plan(decoder=endless, rate=1, max_tokens=options.longest)
+    seconds = []
+    for ids in [prompts[0], *prompts]:  # the first one warms up
+        engine, begun = Engine(model, tokenizer), time.monotonic()
+        engine.submit(ids, plan)
+        while len(engine):
+            engine.step()
+        seconds.append(time.monotonic() - begun)
+    return {"tokens per second": round(len(prompts) * options.longest / sum(seconds[1:]), 1)}
+
+
 def asked(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Repetition, length and calls of answers to questions; the answers stay in the folder."""
+    """Repetition, relevance, length and calls of answers to questions; the answers stay in the folder."""
     from eval.config import EvalConfig
     from eval.evaluate import evaluate
 
@@ -228,23 +268,29 @@ def asked(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             data=str(options.questions),
             output=str(options.output / "eval"),
             decoders="entropy-bound(kernel_size=9)",
-            batch_size=256,
+            batch_size=options.answer_batch,
             reader="",
+            encoder=options.encoder,
             device=options.device,
             limit=options.limit,
             max_tokens=options.longest,
         )
     )
-    names = ("repetition_4", "empty", "ended", "tokens", "model_calls")
+    names = ("repetition_4", "relevance", "empty", "ended", "tokens", "model_calls")
     means = {name: round(result.means[name].mean, 4) for name in names if name in result.means}
     return {**means, "answer_seconds": round(time.monotonic() - begun, 1)}
 
 
 def stored(output: Path) -> dict[str, dict[str, Any]]:
-    """Results that are there, by name."""
+    """Results that are there, by name; a failure holds until something comes after it."""
     file = output / "results.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return {result["name"]: result for result in map(json.loads, lines)}
+    results: dict[str, dict[str, Any]] = {}
+    for result in map(json.loads, lines):
+        before = results.setdefault(result["name"], {})
+        before.pop("error", None)
+        before.update(result)
+    return results
 
 
 def complete(output: Path) -> set[str]:
@@ -253,21 +299,27 @@ def complete(output: Path) -> set[str]:
 
 
 def run(objectives: list[Objective], options: argparse.Namespace) -> None:
-    """Measure variants that are not there yet, one after the other; a failure is kept as a result."""
+    """Measure variants, one after the other, as far as results are not there; a failure is kept as one."""
     for objective in objectives:
-        if objective.name not in complete(options.output):
-            try:
-                result = measure(objective, options)
-            except Exception as error:
-                result = {"name": objective.name, "error": f"{type(error).__name__}: {error}"[:400]}
-            with (options.output / "results.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
-            print(json.dumps(result), flush=True)
+        try:
+            for result in measure(objective, options):
+                keep(objective, result, options.output)
+        except Exception as error:
+            keep(objective, {"error": f"{type(error).__name__}: {error}"[:400]}, options.output)
+
+
+def keep(objective: Objective, result: dict[str, Any], output: Path) -> None:
+    """Add a line to the results."""
+    line = json.dumps({"name": objective.name, **result})
+    with (output / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
 
 
 def run_beside(objectives: list[Objective], options: argparse.Namespace, words: list[str]) -> None:
     """Measure variants, so many at a time, each in a process of its own: one alone leaves a GPU idle."""
-    waiting = [o for o in objectives if o.name not in complete(options.output)]
+    known = stored(options.output)
+    waiting = [o for o in objectives if missing(known.get(o.name, {}), options)]
     running: list[subprocess.Popen[bytes]] = []
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     while waiting or running:
@@ -287,7 +339,8 @@ def run_beside(objectives: list[Objective], options: argparse.Namespace, words: 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown: nats per token by decoder, and what the answers are like."""
     columns = ["steps", "nelbo", *(f"{label(*d)} nats" for d in DECODERS)]
-    columns += ["entropy-bound tokens per call", "tokens", "model_calls", "repetition_4"]
+    columns += ["entropy-bound tokens per call", "tokens", "model_calls", "repetition_4", "relevance"]
+    columns.append("tokens per second")
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, result in results.items():
         if "error" in result:
@@ -306,6 +359,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--data", default="tatsu-lab/alpaca", help="rows, where none are encoded")
     out.add_argument("--questions", type=Path, help="questions to answer, in Alpaca's fields")
     out.add_argument("--limit", type=int, default=128, help="of the questions")
+    out.add_argument("--answer_batch", type=int, default=256, help="questions answered at a time")
+    out.add_argument("--encoder", default="", help='sentence encoder for relevance, such as "package"')
+    out.add_argument("--speed", type=int, default=0, help="prompts answered alone for tokens per second")
     out.add_argument("--variants", nargs="+", default=[o.name for o in OBJECTIVES], metavar="NAME")
     out.add_argument("--positions", type=float, default=5e5, help="through the model, for each variant")
     out.add_argument("--batch", type=int, default=32, help="rows in a step")

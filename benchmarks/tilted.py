@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from decoding import Sampler
-from decoding.particles import TiltedOutput
 from decoding.presets import Decoder
-from decoding.rewards import Reward, reward_named
+from decoding.tilted.particles import TiltedOutput
+from decoding.tilted.rewards import Reward, reward_named
 from dlm import load_model
 from dlm.data.rows import load_rows
 from dlm.data.rules import is_right, make_examples

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from decoding.answer import Output as Output
     from decoding.engine import Engine as Engine
     from decoding.infill import Infilled as Infilled
-    from decoding.particles import TiltedOutput as TiltedOutput
     from decoding.presets import Decoder as Decoder
     from decoding.presets import list_decoders as list_decoders
     from decoding.request import Plan as Plan
     from decoding.request import Request as Request
     from decoding.sampler import Sampler as Sampler
-    from decoding.tilt import Tilt as Tilt
+    from decoding.tilted.particles import TiltedOutput as TiltedOutput
+    from decoding.tilted.tilt import Tilt as Tilt
     from decoding.tokens import TokenRule as TokenRule
 
 _LAZY = {
@@ -34,8 +34,8 @@ _LAZY = {
     "Output": "decoding.answer",
     "Event": "decoding.answer",
     "Infilled": "decoding.infill",
-    "Tilt": "decoding.tilt",
-    "TiltedOutput": "decoding.particles",
+    "Tilt": "decoding.tilted.tilt",
+    "TiltedOutput": "decoding.tilted.particles",
     "TokenRule": "decoding.tokens",
 }
 

@@ -15,11 +15,11 @@ from decoding.course import Trace
 from decoding.engine import Engine, Update
 from decoding.gaps import Gap, Piece, pieces_of, without_span
 from decoding.infill import Infilled, gap_scores, likeliest, plan_infilling, rows_with_gaps
-from decoding.particles import steer
 from decoding.presets import Decoder
 from decoding.request import Plan, Request
 from decoding.rows import Prompt, RowMaker, TooLongError, as_list, cut_text, with_seeds
-from decoding.tilt import TILT_FIELDS, Tilt
+from decoding.tilted.particles import steer
+from decoding.tilted.tilt import TILT_FIELDS, Tilt
 from dlm.errors import ConfigError, DLMError
 from dlm.spec import ModelSpec
 

@@ -1,4 +1,4 @@
-"""Rewards that need a model of their own (see `decoding.rewards`, which finds them by entry points)."""
+"""Rewards that need a model of their own (found by entry points, see `decoding.tilted.rewards`)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Likelihood:
         self.reader = Reader(path)
 
     def __call__(self, *, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
-        """See `decoding.rewards.Reward`."""
+        """See `decoding.tilted.rewards.Reward`."""
         from dlm.tokenizer import as_messages
 
         least = -math.log(len(self.reader.tokenizer))
@@ -53,7 +53,7 @@ class Closeness:
         self.target = self.encoder.encode([text])[0]  # [D]
 
     def __call__(self, *, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
-        """See `decoding.rewards.Reward`."""
+        """See `decoding.tilted.rewards.Reward`."""
         if not completions:
             return []
         cosine = self.encoder.encode(completions) @ self.target

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from decoding.rewards import reward_named, values
+from decoding.tilted.rewards import reward_named, values
 from dlm.errors import ConfigError
 from eval.checks import CHECKS
 from eval.tasks import TASKS, Question
@@ -31,7 +31,7 @@ def task_reward(name: str, task: str) -> TaskReward:
 
     Args:
         name: "check" (1 for a right answer, 0 for a wrong one), "relevance" (closeness in meaning to the
-            reference), or a reward of `decoding.rewards.reward_named`, such as "likelihood=PATH" or
+            reference), or a reward of `decoding.tilted.rewards.reward_named`, such as "likelihood=PATH" or
             "module:function".
         task: whose answers it is for.
 

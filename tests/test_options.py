@@ -20,7 +20,7 @@ from decoding.engine import Engine
 from decoding.order_table import OrderTable
 from decoding.request import Request
 from decoding.sampler import Sampler
-from decoding.tilt import Tilt
+from decoding.tilted.tilt import Tilt
 from dlm.cli import Command, commands, parse
 from dlm.errors import ConfigError, DataError, DLMError
 from tests.eval.endpoint import serving

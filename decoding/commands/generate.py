@@ -12,7 +12,7 @@ from typing import Any
 from decoding.commands.display import plain_console, watch
 from decoding.config import LoadConfig, decoder_option
 from decoding.request import Request
-from decoding.tilt import Tilt
+from decoding.tilted.tilt import Tilt
 from dlm.cli import Command, json_line
 from dlm.data.prompts import read_prompts, read_whole
 from dlm.errors import ConfigError, DataError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from decoding.rewards import values
+from decoding.tilted.rewards import values
 from dlm.errors import ConfigError
 from eval.rewards import Closeness, Likelihood
 

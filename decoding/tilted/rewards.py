@@ -1,4 +1,4 @@
-"""Rewards: numbers for texts, by which `decoding.particles` steers.
+"""Rewards: numbers for texts, by which `decoding.tilted.particles` steers.
 
 A reward is called as the reward functions of trl are, `reward(prompts=[…], completions=[…])`, and returns one
 finite number for each text. It must be a function of prompt and text alone, and take unfinished texts too.

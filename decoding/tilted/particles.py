@@ -39,7 +39,7 @@ from decoding.answer import Output
 from decoding.canvas import Row, make_canvas
 from decoding.engine import Engine, Update
 from decoding.request import Plan
-from decoding.tilt import Tilt
+from decoding.tilted.tilt import Tilt
 from dlm.errors import DLMError
 from dlm.noise import fold, uniform
 

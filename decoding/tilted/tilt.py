@@ -1,4 +1,4 @@
-"""Settings of reward-tilted decoding, importable without torch; `decoding.particles` does the work."""
+"""Settings of reward-tilted decoding, importable without torch; `decoding.tilted.particles` does the work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from decoding.request import is_whole
-from decoding.rewards import Reward, reward_named, values
+from decoding.tilted.rewards import Reward, reward_named, values
 from dlm.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Tilt:
     """A tilted law p(x) exp(r(x) / β) / Z, and how it is approached; p is the law of the decoder's texts.
 
     Args:
-        reward: r, a callable (`decoding.rewards.Reward`) or the name of one (`reward_named`).
+        reward: r, a callable (`decoding.tilted.rewards.Reward`) or the name of one (`reward_named`).
         particles: K, rows for each answer.
         beta: β, in units of the reward; the smaller, the more the reward counts against the model.
         twist: ψ, an estimate of E[exp(r / β)] for an unfinished text: "predicted" (the mean of exp(r / β)
@@ -93,7 +93,7 @@ class Tilt:
         return None, rest
 
     def rewards(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
-        """Rewards of texts, see `decoding.rewards.values`."""
+        """Rewards of texts, see `decoding.tilted.rewards.values`."""
         assert not isinstance(self.reward, str)
         return values(self.reward, prompts, completions)
 

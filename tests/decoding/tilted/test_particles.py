@@ -10,8 +10,8 @@ import torch
 
 from decoding import Decoder, Engine, Sampler
 from decoding.canvas import Row
-from decoding.particles import drawn, effective_number, particle_keys, shares, steer, systematic
-from decoding.tilt import Tilt
+from decoding.tilted.particles import drawn, effective_number, particle_keys, shares, steer, systematic
+from decoding.tilted.tilt import Tilt
 from dlm.errors import ConfigError, DLMError
 from dlm.noise import fold, key_of
 from tests.decoding.rig import decode, plan_of

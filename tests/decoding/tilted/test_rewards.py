@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from decoding.rewards import REWARDS, reward_named, values
+from decoding.tilted.rewards import REWARDS, reward_named, values
 from dlm.errors import ConfigError, DLMError
 
 
@@ -64,7 +64,7 @@ def test_rewards_of_packages_are_found_by_their_entry_points(monkeypatch):
     from eval import rewards
 
     points = [importlib.metadata.EntryPoint("close", "eval.rewards:Closeness", "dlm.rewards")]
-    monkeypatch.setattr("decoding.rewards.entry_points", lambda group: points)
+    monkeypatch.setattr("decoding.tilted.rewards.entry_points", lambda group: points)
     monkeypatch.setattr(rewards.Closeness, "__init__", lambda self, text: setattr(self, "text", text))
     assert reward_named("close=a text").text == "a text"
     with pytest.raises(ConfigError, match="Choices: close, length, module:function, no-repetition, regex"):
@@ -83,6 +83,6 @@ def test_what_is_no_list_of_finite_numbers_is_an_error():
 def test_names_are_what_the_page_lists():
     from pathlib import Path
 
-    page = (Path(__file__).parents[2] / "docs/tilted.md").read_text("utf-8")
+    page = (Path(__file__).parents[3] / "docs/tilted.md").read_text("utf-8")
     for name in [*REWARDS, "likelihood", "closeness"]:
         assert f"| `{name}" in page

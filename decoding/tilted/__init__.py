@@ -1,0 +1,1 @@
+"""Steering by a reward: `rewards` score texts, `tilt` holds the settings, `particles` does the work."""
