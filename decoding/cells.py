@@ -50,6 +50,6 @@ def cells(canvas: Canvas, plan: Plan) -> list[Cell]:
 
 def open_positions(canvas: Canvas, plan: Plan) -> torch.Tensor:
     """Masks [B, L] at which a token can be written in the coming step; all of a row in its last pass."""
-    late = canvas.step >= plan.pace.steps if plan.pace.steps else torch.zeros_like(canvas.done)
     opening = open_window(canvas, plan, torch.arange(len(canvas)), canvas.ids.shape[1])
-    return torch.where(late[:, None], canvas.masked, opening.active & (opening.weight > 0))
+    is_open = opening.active & (opening.weight > 0)
+    return torch.where(plan.pace.late(canvas.step)[:, None], canvas.masked, is_open)

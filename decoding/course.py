@@ -17,7 +17,7 @@ OPEN_COURSE = 128
 def _lengths(canvas: Canvas, plan: Plan, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """[b] positions to be written, and [b] positions from the first of them to the last."""
     initial = canvas.initial[rows]
-    if plan.margin is not None and plan.pace.steps is None:
+    if plan.ahead is not None and not plan.pace.bounded:
         length = torch.full((len(initial),), OPEN_COURSE)
         return length, length
     last = torch.where(initial, torch.arange(initial.shape[1]) + 1, 0).amax(1)
@@ -27,12 +27,10 @@ def _lengths(canvas: Canvas, plan: Plan, rows: Rows) -> tuple[torch.Tensor, torc
 def course(canvas: Canvas, plan: Plan, rows: Rows, width: int) -> Course:
     """The course of the rows [b] of a canvas, over its first `width` positions."""
     count, span = _lengths(canvas, plan, rows)
-    if plan.pace.steps is not None:
-        elapsed = canvas.step[rows].double() / plan.pace.steps
-    else:
-        elapsed = (~canvas.masked[rows] & ~canvas.pinned[rows]).sum(1).double() / count
+    written = (~canvas.masked[rows] & ~canvas.pinned[rows]).sum(1)
+    elapsed = plan.pace.elapsed(canvas.step[rows], written, count)
     place = (torch.arange(width) - canvas.start[rows][:, None]).double() / span[:, None]
-    return Course(elapsed.clamp(max=1), place.clamp(0, 1))
+    return Course(elapsed, place.clamp(0, 1))
 
 
 @dataclass(frozen=True)
@@ -56,11 +54,9 @@ class Trace:
         count, _ = _lengths(canvas, plan, row)
         step, confidence = canvas.reveal_step[0], canvas.confidence[0]
         chosen = canvas.initial[0] & (step >= 0) & ~confidence.isnan()
-        if plan.pace.steps is not None:
-            elapsed = step.double() / plan.pace.steps
-        else:
-            written = step[canvas.initial[0] & (step >= 0)]
-            elapsed = (written[None] < step[:, None]).sum(1).double() / count
+        steps_of_tokens = step[canvas.initial[0] & (step >= 0)]
+        before = (steps_of_tokens[None] < step[:, None]).sum(1)
+        elapsed = plan.pace.elapsed(step, before, count)
         place = course(canvas, plan, row, len(step)).place[0]
-        columns = (elapsed.clamp(max=1), confidence.double(), place)
+        columns = (elapsed, confidence.double(), place)
         return cls(*([round(x, 6) for x in column[chosen].tolist()] for column in columns))

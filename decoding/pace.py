@@ -6,7 +6,7 @@ import logging
 import math
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 
@@ -50,8 +50,35 @@ class Pace(Protocol):
         """Expected tokens per step, where that is fixed."""
         ...
 
+    @property
+    def bounded(self) -> bool:
+        """True where the number of steps is fixed: every row ends, whatever its rule decides."""
+        ...
+
     def within(self, positions: int) -> Pace:
         """This pace, without what rows of so many masked positions cannot use."""
+        ...
+
+    def check_stages(self, stages: int) -> None:
+        """Refuse a row of so many stages, if this pace has too few steps for them.
+
+        Raises:
+            ConfigError: naming both numbers.
+        """
+        ...
+
+    def late(self, step: torch.Tensor) -> torch.Tensor:
+        """Bool in the shape of `step`, True where so many steps have been taken that none is left."""
+        ...
+
+    def elapsed(self, step: torch.Tensor, written: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """Share in [0, 1] of a row's process that has passed, float64.
+
+        Args:
+            step: steps that have been taken.
+            written: tokens that have been written.
+            count: tokens that the row will have.
+        """
         ...
 
     def clock(
@@ -100,6 +127,7 @@ class Steps:
     steps: int
     schedule: NoiseSchedule = field(default_factory=LogLinear)
     rate: None = field(default=None, init=False, repr=False)
+    bounded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the number."""
@@ -132,6 +160,22 @@ class Steps:
             quota = (total * t).round().long() - (total * s).round().long()
         return Clock(scope, stage, t, s, quota)
 
+    def check_stages(self, stages: int) -> None:
+        """See `Pace`."""
+        if self.steps < stages:
+            raise ConfigError(
+                f"{self.steps} steps are too few for {stages} blocks; each block needs at least one"
+            )
+
+    def late(self, step: torch.Tensor) -> torch.Tensor:
+        """See `Pace`."""
+        return step >= self.steps
+
+    def elapsed(self, step: torch.Tensor, written: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """Share of the steps; see `Pace`."""
+        del written, count
+        return (step.double() / self.steps).clamp(max=1)
+
     def within(self, positions: int) -> Steps:
         """This pace, with no more steps than so many masked positions can use, and a note if it had more.
 
@@ -159,11 +203,24 @@ class _Untimed:
     """A pace without times: a stage lasts until nothing of it is masked."""
 
     steps: None = None
+    bounded: ClassVar[bool] = False
 
     def within(self, positions: int) -> Self:
         """This pace: it has no steps to leave out."""
         del positions
         return self
+
+    def check_stages(self, stages: int) -> None:
+        """Nothing to refuse; see `Pace`."""
+
+    def late(self, step: torch.Tensor) -> torch.Tensor:
+        """Never; see `Pace`."""
+        return torch.zeros_like(step, dtype=torch.bool)
+
+    def elapsed(self, step: torch.Tensor, written: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """Share of the tokens; see `Pace`."""
+        del step
+        return (written.double() / count).clamp(max=1)
 
     def quota(self, step: torch.Tensor) -> torch.Tensor:
         """[b] int64, tokens that fall to the steps [b]."""

@@ -289,7 +289,7 @@ class Request:
         pace = self.pace_for(decoder, spec, steps, float(defaults.get("rate", DEFAULT_RATE)))
         pace, ends = pace.within(window or masks or spec.positions), not self.ending
         fill = self.eos_fill is not False and ends
-        closes = fill or pace.steps is None
+        closes = fill or not pace.bounded
         ending = Ending.of(spec, fill=fill, early_exit=ends and not decoder.reveal.revises, closes=closes)
         self._check_canvas(window, pace)
         complete = not ends or masks is not None or (window is not None and self.canvas != "growing")
@@ -341,7 +341,7 @@ class Request:
             if self.canvas == "full" and self.max_tokens is None:
                 raise ConfigError('canvas "full" needs a window, or max_tokens')
             return
-        if self.canvas == "growing" and pace.steps is None:
+        if self.canvas == "growing" and not pace.bounded:
             raise ConfigError('canvas "growing" with a rate is what max_tokens gives; give it, or steps')
         if self.margin is not None and self.canvas != "growing":
             raise ConfigError('a margin is for a canvas that grows; give max_tokens, or canvas="growing"')
@@ -419,7 +419,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Check that the decoder can go at this pace."""
-        if self.pace.steps is None and self.decoder.timed:
+        if self.decoder.timed and not self.pace.bounded:
             raise ConfigError(f"decoder {self.decoder.name!r} goes by time: it needs steps, not a rate")
         if self.reuse is not None and self.decoder.reveal.dependence is not None:
             raise ConfigError("conflict needs the attention of whole rows; give no reuse")

@@ -151,7 +151,6 @@ class Batch:
             StateCache(canvas, plan.mask_id, blocks, unconditional=unconditional, reuse=plan.reuse)
             for unconditional in ((False, True) if plan.decoder.guidance else (False,))
         ]
-        self.steps = math.inf if plan.pace.steps is None else plan.pace.steps
         self.constant_score = self.rule.constant_score(self.tokens)
         self.penalises = self.tokens.penalises
 
@@ -195,7 +194,7 @@ class Batch:
         if not len(rows):
             return
         live: Rows = slice(None) if len(rows) == len(canvas.ids) else rows
-        late = canvas.step[rows] >= self.steps
+        late = self.plan.pace.late(canvas.step[rows])
         ends = bool(late.any())
         if ends:
             self._grow(rows[late], int(canvas.end.max()))
@@ -249,7 +248,7 @@ class Batch:
             scope=scope & valid & (torch.arange(self.width) >= start[:, None]),
             step=step,
             course=partial(course, canvas, plan, rows, self.width),
-            beyond=self._beyond(rows) if plan.margin is not None and plan.pace.steps else None,
+            beyond=self._beyond(rows) if plan.ahead is not None and plan.pace.bounded else None,
             rate=plan.pace.rate,
             conflicts=partial(self.scores.conflicts.at, rows, width=self.width),
             state={name: x[cells] if x.dim() > 1 else x[rows] for name, x in canvas.rule_state.items()},
@@ -496,6 +495,6 @@ class Batch:
         self._drop(torch.arange(len(canvas.ids))[rows][changed])
         done = after.complete
         if decision.settled is not None:
-            endless = self.plan.pace.steps is None  # a row that stays as it is would be looked at for ever
-            done = done & (decision.settled | (~changed & endless))
+            still = ~changed & (not self.plan.pace.bounded)  # such a row would be looked at for ever
+            done = done & (decision.settled | still)
         canvas.done[rows] = done | ~sound

@@ -59,6 +59,28 @@ def test_only_steps_are_limited_and_only_a_rate_has_one():
     assert (Steps(4).rate, Rate(2.0).steps, OwnPace().steps, OwnPace().rate) == (None, None, None, None)
 
 
+@pytest.mark.parametrize(
+    ("pace", "late", "elapsed"),
+    [
+        (Steps(4), [False, False, True, True], [0, 0.75, 1, 1]),
+        (Rate(2.0), [False] * 4, [0.5, 0.5, 0.9, 1]),
+        (OwnPace(), [False] * 4, [0.5, 0.5, 0.9, 1]),
+    ],
+)
+def test_steps_end_and_measure_a_row_and_without_them_its_tokens_do(pace, late, elapsed):
+    step, written = torch.tensor([0, 3, 4, 9]), torch.tensor([5, 5, 9, 20])
+    assert pace.late(step).tolist() == late
+    assert pace.elapsed(step, written, torch.tensor(10)).tolist() == elapsed
+    assert pace.bounded == any(late)
+
+
+def test_a_row_needs_as_many_steps_as_it_has_blocks():
+    Steps(3).check_stages(3)
+    Rate(1.0).check_stages(99)
+    with pytest.raises(ConfigError, match="3 steps are too few for 4 blocks"):
+        Steps(3).check_stages(4)
+
+
 def test_without_times_a_stage_lasts_until_it_is_written():
     start, masked = torch.tensor([2]), torch.arange(20)[None] >= 9
     at = Rate(2.0).clock(torch.tensor([5]), torch.tensor([5]), masked, masked, start, Block(4))
