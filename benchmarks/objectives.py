@@ -355,7 +355,7 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     out.add_argument("--output", type=Path, default=Path("runs/objectives"))
     out.add_argument("--base", default="smollm2-135m-instruct", help="the autoregressive model to start from")
-    out.add_argument("--rows", type=Path, help="encoded rows (python -m dlm.data.encoded)")
+    out.add_argument("--rows", type=Path, help="encoded rows (dlm encode)")
     out.add_argument("--data", default="tatsu-lab/alpaca", help="rows, where none are encoded")
     out.add_argument("--questions", type=Path, help="questions to answer, in Alpaca's fields")
     out.add_argument("--limit", type=int, default=128, help="of the questions")

@@ -266,6 +266,12 @@ def convert(run, place):
         run("convert", "--model", "model", "--output", "converted")
 
 
+def encode(run, place):
+    run("encode", "--model", "causal", "--template", "plain", "--source", "rows.json", "--limit", 2)
+    with pytest.raises(ConfigError, match="template of its own"):
+        run("encode", "--model", "model", "--template", "plain", "--source", "rows.json")
+
+
 EVAL = ["alpaca_eval", "--data", "rows.json", "--limit", 2]
 
 
@@ -360,6 +366,7 @@ def r2ft(run, place):
 RUNS = {
     "generate": generate,
     "convert": convert,
+    "encode": encode,
     "chat": chat,
     "infill": infill,
     "bench": bench,

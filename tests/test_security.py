@@ -81,6 +81,7 @@ COMMANDS = {
     "infill": [["infill", "--model", "{m}", "--device", "cpu", "a <mask:2>"]],
     "bench": [["bench", "--model", "{m}", "--rounds", "1", "--steps", "1", "--window", "60", *SHORT]],
     "export": [["export", "--model", "{m}", "--output", "{o}/x"]],
+    "encode": [["encode", "--model", "{m}", "--source", "{q}", "--output", "{o}/r.npz"]],
     "convert": [["convert", "--model", "{m}", "--output", "{o}/c"]],
     "train": [
         ["train", "--model.init", "{m}", *TINY_RUN],

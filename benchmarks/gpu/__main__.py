@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--output", type=Path, default=Path("runs/gpu"), help="folder of the run; it continues there"
     )
-    out.add_argument("--rows", type=Path, help="encoded rows to train on (python -m dlm.data.encoded)")
+    out.add_argument("--rows", type=Path, help="encoded rows to train on (dlm encode)")
     out.add_argument("--questions", type=Path, help="questions to answer, .json in Alpaca's fields")
     out.add_argument("--apart", action="store_true", help="each stage in a process of its own, as on a GPU")
     out.add_argument(

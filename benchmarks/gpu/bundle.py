@@ -174,7 +174,7 @@ def needs(wheel: Path) -> list[Requirement]:
 
 def encode(source: str, file: Path) -> None:
     """Encoded rows, as the default recipe has them."""
-    command = [sys.executable, "-m", "dlm.data.encoded", "--source", source, "--output", str(file)]
+    command = [sys.executable, "-m", "dlm.cli", "encode", "--source", source, "--output", str(file)]
     subprocess.run(command, cwd=ROOT, check=True)
 
 

@@ -99,9 +99,7 @@ def rows(context: Context) -> Path:
     if context.tiny:
         return _tiny(context) / "rows.npz"
     if context.rows is None:
-        raise MaterialError(
-            "encoded rows are needed: --rows rows.npz (python -m dlm.data.encoded makes them)"
-        )
+        raise MaterialError("encoded rows are needed: --rows rows.npz (dlm encode makes them)")
     return context.rows
 
 

@@ -1,6 +1,6 @@
 """Rows that are token ids already, in one small file, for machines that have neither the data nor `datasets`.
 
-    python -m dlm.data.encoded --source tatsu-lab/alpaca --model smollm2-135m-instruct --output rows.npz
+    dlm encode --source tatsu-lab/alpaca --model smollm2-135m-instruct --output rows.npz
 
 `--data.source rows.npz` then takes the place of the data. The file holds no text; the tokenizer and the
 window have to be those that it was made with, which is checked.
@@ -8,7 +8,6 @@ window have to be those that it was made with, which is checked.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -21,7 +20,6 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
 from dlm.errors import DataError
-from dlm.pretrained.names import located
 from dlm.tokenizer import encode_prompt
 
 if TYPE_CHECKING:
@@ -154,29 +152,3 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
 def _probe(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     ids = encode_prompt(tokenizer, [{"role": "user", "content": _PROBE}])
     return (len(tokenizer), int(tokenizer.eos_token_id), int(tokenizer.mask_token_id), *ids)
-
-
-def main() -> None:
-    """Encode rows as a run with this model and window would, and write them."""
-    from dlm.backbone import from_causal_lm
-    from dlm.data.encode import encode_rows
-    from dlm.data.rows import load_rows
-
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--source", default="tatsu-lab/alpaca", help="as for dlm train --data.source")
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="a causal language model")
-    parser.add_argument("--template", default="chatml", help="as for dlm train --model.template")
-    parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--limit", type=int, default=0, help="only the first so many rows")
-    parser.add_argument("--output", type=Path, default=Path("rows.npz"))
-    options = parser.parse_args()
-    _, tokenizer = from_causal_lm(located(options.model), template=options.template)
-    rows = load_rows(options.source)
-    rows = rows.select(range(min(options.limit, len(rows)))) if options.limit else rows
-    encoded, report = encode_rows(rows, tokenizer, options.window)
-    EncodedRows.of(encoded, tokenizer, options.window).save(options.output)
-    print(f"{options.output}: {report}")
-
-
-if __name__ == "__main__":
-    main()

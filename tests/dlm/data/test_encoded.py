@@ -1,11 +1,16 @@
 """Encoded rows are what `encode_rows` gives, without `datasets`."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from dlm.cli import main
 from dlm.data.encode import encode_rows
 from dlm.data.encoded import EncodedRows
+from dlm.data.rows import load_rows
 from dlm.errors import DataError
 from dlm.prior import TokenPrior
 from dlm.tokenizer import train_tokenizer
@@ -32,6 +37,25 @@ def test_rows_come_back_from_a_file(both, tmp_path):
             "prompt_length": plain[i]["prompt_length"], "length": plain[i]["length"], "row": i,
         }  # fmt: skip
     assert found["length"] == plain["length"]
+
+
+def test_the_command_writes_what_a_run_from_the_same_model_would_encode(
+    model, tokenizer, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    records = [{"instruction": f"Count to {i}.", "output": "one two " * 20} for i in range(5)]
+    Path("rows.json").write_text(json.dumps(records))
+    model.save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    words = ["encode", "--model", "model", "--source", "rows.json", "--limit", "4", "--window", str(WINDOW)]
+    assert main([*words, "--output", "some.npz"]) == 0
+    written, rows = EncodedRows.load("some.npz"), load_rows("rows.json").select(range(4))
+    plain, report = encode_rows(rows, tokenizer, WINDOW)
+    assert [written[i]["input_ids"].tolist() for i in range(len(written))] == plain["input_ids"]
+    assert capsys.readouterr().out == f"some.npz: {report}\n"
+    written.check(tokenizer, WINDOW)
+    assert main([*words, "--output", "some.json"]) == 2
+    assert "output must end in .npz, got 'some.json'" in capsys.readouterr().err
 
 
 def test_counts_and_the_report_are_those_of_the_text(both, tokenizer):
