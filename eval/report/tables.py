@@ -6,6 +6,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean, stdev
 from typing import Any
 
 from dlm.errors import DataError
@@ -135,26 +136,39 @@ def speed(runs: Sequence[Results]) -> Table:
 def under_parallelism(runs: Sequence[Results]) -> Table | None:
     """Accuracy under parallelism of each decoder that was run at several paces; None where none was.
 
-    See `eval.parallel.accuracy_under_parallelism`; y_max is the best accuracy of all runs.
+    See `eval.parallel.accuracy_under_parallelism`; y_max is the best accuracy of all runs. Over several seeds
+    the area is their mean ± standard deviation, and accuracies are means.
     """
-    lines: dict[tuple[Any, ...], list[tuple[str, Point]]] = {}
+    lines: dict[tuple[Any, ...], dict[Any, list[tuple[Results, Point]]]] = {}
     for run in runs:
         right, rate = run.means.get("right"), _tokens_per_call(run)
         if right is not None and rate is not None:
-            pace = {"rate", "steps", "seconds"}
-            kept = tuple(sorted((k, repr(v)) for k, v in run.card.settings.items() if k not in pace))
-            key = (run.card.system, run.card.decoder, kept)
-            lines.setdefault(key, []).append((run.card.name, Point(rate, 100 * right.mean)))
-    several = {key: line for key, line in lines.items() if len(line) > 1}
-    best = max((point.accuracy for line in several.values() for _, point in line), default=0.0)
-    rows = []
-    for line in several.values():
-        line.sort(key=lambda named: named[1].tokens_per_call)
-        shown = ", ".join(f"{p.accuracy:.1f} % at {p.tokens_per_call:.2f}" for _, p in line)
-        area = accuracy_under_parallelism([point for _, point in line], best)
-        rows.append([line[0][0], f"{area:.1f}", shown])
+            free = {"rate", "steps", "seconds", "seed"}
+            kept = tuple(sorted((k, repr(v)) for k, v in run.card.settings.items() if k not in free))
+            seeds = lines.setdefault((run.card.system, run.card.decoder, kept), {})
+            point = Point(rate, 100 * right.mean)
+            seeds.setdefault(run.card.settings.get("seed"), []).append((run, point))
+    several = [seeds for seeds in lines.values() if all(len(line) > 1 for line in seeds.values())]
+    points = [point for seeds in several for line in seeds.values() for _, point in line]
+    best = max((point.accuracy for point in points), default=0.0)
     head = ["slowest run of each decoder", "AUP", "right, at tokens per call"]
+    rows = [_area(seeds, best) for seeds in several]
     return Table("Accuracy under parallelism", head, rows) if rows else None
+
+
+def _area(seeds: Mapping[Any, list[tuple[Results, Point]]], best: float) -> list[str]:
+    """The row of a decoder: runs with their points, by seed."""
+    areas = [accuracy_under_parallelism([point for _, point in line], best) for line in seeds.values()]
+    paces: dict[tuple[Any, ...], list[tuple[Results, Point]]] = {}
+    for run, point in (pair for line in seeds.values() for pair in line):
+        paces.setdefault(_pace(run), []).append((run, point))
+    means = [
+        (mean(p.tokens_per_call for _, p in pairs), mean(p.accuracy for _, p in pairs), pairs[0][0].card.name)
+        for pairs in paces.values()
+    ]
+    means.sort()
+    area = f"{mean(areas):.1f}" + (f" ± {stdev(areas):.1f}" if len(areas) > 1 else "")
+    return [means[0][2], area, ", ".join(f"{right:.1f} % at {rate:.2f}" for rate, right, _ in means)]
 
 
 def _tokens_per_call(run: Results) -> float | None:

@@ -240,6 +240,26 @@ def test_decoders_at_several_paces_have_an_area_under_parallelism(runs):
     assert tables.under_parallelism(runs[:1]) is None
 
 
+def test_over_several_seeds_the_area_is_a_mean(tmp_path, runs):
+    one = runs[3:]  # top-k: 33.3 % in half the calls, 41.7 %
+    other = [
+        replace(
+            run(tmp_path / "again", "top-k", steps, right=right),
+            card=replace(old.card, settings=old.card.settings | {"seed": 1}),
+        )
+        for steps, right, old in ((8, 12, one[0]), (16, 10, one[1]))
+    ]
+    ((name, area, shown),) = tables.under_parallelism([*one, *other]).rows
+    slow, fast = 4 / 15, 4 / 7  # tokens per call
+    first = 100 * 5 / 12 * slow  # the faster one is more than five points below
+    weight = math.exp(-3 * (1 - 10 / 12))
+    second = 100 * (10 / 12 * slow + (fast - slow) * (1 + 10 / 12 * weight) / 2)
+    assert name == "tiny, top-k,S=16"
+    mean, deviation = (first + second) / 2, abs(second - first) / math.sqrt(2)
+    assert area == f"{mean:.1f} ± {deviation:.1f}"
+    assert shown == f"{75 / 1.2:.1f} % at 0.27, {100 * 8 / 12:.1f} % at 0.57"
+
+
 def test_a_report_is_one_page_and_markdown(runs, tmp_path, capsys):
     verdict = Verdict("geval", "j", "fluency", "score", {"0/0": 3.0, "1/0": 4.0}, {"mean": {"mean": 3.5}})
     verdict.save(runs[0].folder)
