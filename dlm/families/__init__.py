@@ -9,20 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from dlm.errors import unknown_name
 from dlm.families.a2d import A2D, A2DBlocks
 from dlm.families.base import Family
 from dlm.families.bd3lm import BD3LM
 from dlm.families.block import SDAR, FastDLLM
 from dlm.families.diffullama import DiffuGPT, DiffuLLaMA
-from dlm.families.dream import Dream, DreamOn
+from dlm.families.dream import DiffuCoder, Dream, DreamOn
 from dlm.families.llada import LLaDA
 from dlm.families.llada_moe import LLaDAMoE
 from dlm.families.mdlm import MDLM
 from dlm.families.modernbert import BertChat
 
 PUBLIC: tuple[Family, ...] = (
-    LLaDAMoE(), LLaDA(), DreamOn(), Dream(), MDLM(), A2DBlocks(), A2D(), BertChat(), DiffuGPT(), DiffuLLaMA(),
-    SDAR(), FastDLLM(), BD3LM(),
+    LLaDAMoE(), LLaDA(), DreamOn(), DiffuCoder(), Dream(), MDLM(), A2DBlocks(), A2D(), BertChat(), DiffuGPT(),
+    DiffuLLaMA(), SDAR(), FastDLLM(), BD3LM(),
 )  # fmt: skip
 """The families, in the order in which they are tried."""
 
@@ -33,5 +34,12 @@ def family_of(public: Mapping[str, Any], path: str, names: Callable[[], Collecti
 
 
 def family_named(name: str) -> Family:
-    """The family with this name, which there is."""
-    return next(family for family in PUBLIC if family.name == name)
+    """The family with this name.
+
+    Raises:
+        ConfigError: when there is none, naming those that there are.
+    """
+    named = {family.name: family for family in PUBLIC}
+    if name not in named:
+        raise unknown_name("family of public checkpoints", name, named)
+    return named[name]

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dlm.families.base import Family, Public, is_named, require, stock_settings
+from dlm.families.base import Family
+from dlm.families.fields import Public, is_named, require, stock_decoder, whole
 
 _BASES = {"a2d-llama": "llama", "a2d-qwen2": "qwen2", "a2d-qwen3": "qwen3"}
 
@@ -36,11 +37,7 @@ class A2D(Family):
     def backbone(self, public: Public) -> dict[str, Any]:
         """The model of transformers that it was, whose configuration it keeps."""
         require(public, {"use_sliding_window": (False, None)})
-        return {
-            "tie_word_embeddings": False,
-            **stock_settings(public),
-            "model_type": _BASES[public["model_type"]],
-        }
+        return stock_decoder(public, _BASES[public["model_type"]])
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The tokenizer's, answering without thinking where it asks."""
@@ -77,6 +74,7 @@ class A2DBlocks(A2D):
         """See `Family`."""
         return super().detect(public, path, names) and is_named(public, path, "bd3lm")
 
-    def extra(self, public: Public) -> dict[str, Any]:
+    def extra(self, public: Public, path: str) -> dict[str, Any]:
         """Blocks; see `Family`."""
-        return {"block_size": int(public.get("block_size") or A2D_BLOCK)}
+        del path
+        return {"block_size": whole(public, "block_size", default=A2D_BLOCK)}

@@ -11,10 +11,8 @@ from transformers.utils import cached_file
 
 from dlm.config import MaskedDiffusionConfig
 from dlm.errors import CheckpointError, first_line
+from dlm.families.fields import Public, check_numbers, whole
 from dlm.tokenizer import MASK_TOKEN, TEMPLATES
-
-Public = Mapping[str, Any]
-"""A public config.json."""
 
 
 class Family:
@@ -66,16 +64,15 @@ class Family:
         """
         raise NotImplementedError
 
-    def extra(self, public: Public) -> dict[str, Any]:
+    def extra(self, public: Public, path: str) -> dict[str, Any]:
         """Further fields of `MaskedDiffusionConfig`, such as `block_size`; by default none."""
-        del public
+        del public, path
         return {}
 
     def mask_id(self, public: Public, tokenizer: PreTrainedTokenizerBase) -> int:
         """Id of the mask token, from the configuration, the tokenizer, or the name of the family's mask."""
-        given = public.get("mask_token_id")
-        if given is not None:
-            return int(given)
+        if public.get("mask_token_id") is not None:
+            return whole(public, "mask_token_id", least=0)
         if tokenizer.mask_token_id is not None:
             return int(tokenizer.mask_token_id)
         if self.mask in tokenizer.get_vocab():
@@ -149,11 +146,16 @@ class Family:
         return str(tokenizer.chat_template or TEMPLATES["plain"])
 
     def config(self, public: Public, tokenizer: PreTrainedTokenizerBase) -> MaskedDiffusionConfig:
-        """The configuration for our config.json; the public one is kept in it."""
+        """The configuration for our config.json; the public one is kept in it.
+
+        Raises:
+            CheckpointError: for a configuration that lacks or misstates something, or asks for what is not
+                done here.
+        """
+        check_numbers(public)
+        _refuse_quantized(public)
         backbone = self.backbone(public)
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            if backbone.get(name) is None:
-                raise CheckpointError(f"config.json does not say {name}")
+        _check_sizes(backbone, tokenizer.mask_token_id)
         vocab = tokenizer.get_vocab()
         ends = [int(tokenizer.convert_tokens_to_ids(token)) for token in self.ends if token in vocab]
         given: dict[str, Any] = {
@@ -170,7 +172,7 @@ class Family:
             "generation": {**self.generation},
             "public": {"family": self.name, "config": dict(public)},
         }
-        return MaskedDiffusionConfig(**{**given, **self.extra(public)})
+        return MaskedDiffusionConfig(**{**given, **self.extra(public, str(tokenizer.name_or_path))})
 
     def key_mapping(self) -> dict[str, str]:
         """Public names to ours as patterns with replacements, for transformers' `from_pretrained`."""
@@ -187,6 +189,33 @@ class Family:
     def public_name(self, our_name: str) -> str:
         """The public name of a tensor of ours."""
         return _renamed(our_name, ((ours, stem) for stem, ours in self.tensors.items()))
+
+
+def _refuse_quantized(public: Public) -> None:
+    """Refuse weights that were published in fewer bits, whose tensors mean something else."""
+    stored = public.get("quantization_config")
+    if stored:
+        method = stored.get("quant_method") if isinstance(stored, Mapping) else stored
+        raise CheckpointError(
+            f"config.json says that the weights are quantised ({method}), which is not read; take the model "
+            "that they were made from, with --dtype int8 or --dtype nf4"
+        )
+
+
+def _check_sizes(backbone: Mapping[str, Any], mask_id: int) -> None:
+    """Refuse a backbone whose sizes do not go together, and a mask without a row of the embedding."""
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    rows, width, _, heads = (whole(backbone, name) for name in sizes)
+    shared = backbone.get("num_key_value_heads") or heads
+    if backbone.get("head_dim") is None and backbone["model_type"] != "qwen3" and width % heads:
+        raise CheckpointError(f"config.json says {heads} heads, which do not divide the width {width}")
+    if heads % shared:
+        raise CheckpointError(f"config.json says {shared} key/value heads, which do not divide {heads} heads")
+    if mask_id >= rows:
+        raise CheckpointError(
+            f"the mask token is number {mask_id}, and the embedding has {rows} rows (vocab_size); "
+            "mask_token_id is less than that"
+        )
 
 
 def _pattern(stem: str) -> str:
@@ -217,38 +246,3 @@ def file_of(path: str, name: str) -> str | None:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-
-
-def layers_only(public: Public, names: Mapping[str, str]) -> dict[str, Any]:
-    """Settings under other names: public -> ours, those that are there."""
-    return {ours: public[name] for name, ours in names.items() if public.get(name) is not None}
-
-
-def stock_settings(public: Public) -> dict[str, Any]:
-    """The settings of a configuration that is transformers' own, but for its name and what is of no layer."""
-    dropped = ("architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version")
-    none = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
-    return {name: x for name, x in public.items() if name not in (*dropped, *none) and x is not None}
-
-
-def require(public: Public, allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse a configuration that asks for what the backbone does not do.
-
-    Args:
-        public: the configuration; what it does not say is allowed.
-        allowed: setting -> values that are known.
-
-    Raises:
-        CheckpointError: naming the setting, its value and the values that are known.
-    """
-    for name, values in allowed.items():
-        if name in public and public[name] not in values:
-            raise CheckpointError(
-                f"config.json says {name} = {public[name]!r}; known: {', '.join(map(repr, values))}"
-            )
-
-
-def is_named(public: Public, path: str, name: str) -> bool:
-    """True where the place of a model, or the place that its configuration remembers, has the name in it."""
-    places = (path.rstrip("/").split("/")[-1], str(public.get("_name_or_path", "")))
-    return any(name in place.lower() for place in places)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from dlm.families.base import Public, require
+from dlm.families.fields import Public, require, whole
 from dlm.families.mdlm import MDLM
 
 
@@ -30,7 +30,8 @@ class BD3LM(MDLM):
         require(public, {"causal": (False,)})
         return super().backbone(public)
 
-    def extra(self, public: Public) -> dict[str, Any]:
+    def extra(self, public: Public, path: str) -> dict[str, Any]:
         """A head with a bias, and blocks; see `Family`."""
-        blocks = public.get("cross_attn", True) and public["block_size"] < public["model_length"]
-        return {**super().extra(public), "block_size": int(public["block_size"]) if blocks else None}
+        size = whole(public, "block_size")
+        blocks = public.get("cross_attn", True) and size < whole(public, "model_length")
+        return {**super().extra(public, path), "block_size": size if blocks else None}

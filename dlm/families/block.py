@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from dlm.families.base import Family, Public, require, stock_settings
+from dlm.families.base import Family
+from dlm.families.fields import Public, number_named, require, stock_decoder, whole
+
+logger = logging.getLogger(__name__)
 
 SDAR_BLOCK = 4
-"""Positions per block of the published SDAR chat models, whose config.json does not say it."""
+"""Positions per block of SDAR where neither config.json nor the name says it, as for the chat models."""
 
 
 class SDAR(Family):
@@ -28,11 +32,22 @@ class SDAR(Family):
     def backbone(self, public: Public) -> dict[str, Any]:
         """A Qwen3."""
         require(public, {"use_sliding_window": (False, None)})
-        return {"tie_word_embeddings": False, **stock_settings(public), "model_type": "qwen3"}
+        return stock_decoder(public, "qwen3")
 
-    def extra(self, public: Public) -> dict[str, Any]:
-        """Blocks; see `Family`."""
-        return {"block_size": int(public.get("block_size") or public.get("block_length") or SDAR_BLOCK)}
+    def extra(self, public: Public, path: str) -> dict[str, Any]:
+        """Blocks, of the size that config.json says, or the name ("-b16"); see `Family`."""
+        for name in ("block_size", "block_length"):
+            if public.get(name) is not None:
+                return {"block_size": whole(public, name)}
+        size = number_named(public, path, r"-b(\d+)(?=-|$)")
+        if size:  # kept in the public configuration, as a conversion back may have another name
+            kept = {"family": self.name, "config": {**public, "block_size": size}}
+            return {"block_size": size, "public": kept}
+        if path.rstrip("/").split("/")[-1] not in {each.split("/")[-1] for each in self.ids}:
+            logger.warning(
+                '%s: blocks of %d are assumed; for others, say "block_size" in config.json', path, SDAR_BLOCK
+            )
+        return {"block_size": SDAR_BLOCK}
 
 
 class FastDLLM(Family):
@@ -54,10 +69,9 @@ class FastDLLM(Family):
     def backbone(self, public: Public) -> dict[str, Any]:
         """A Qwen2."""
         require(public, {"use_sliding_window": (False, None)})
-        given = stock_settings(public)
-        given.pop("bd_size", None)
-        return {"tie_word_embeddings": False, **given, "model_type": "qwen2"}
+        return stock_decoder({name: x for name, x in public.items() if name != "bd_size"}, "qwen2")
 
-    def extra(self, public: Public) -> dict[str, Any]:
+    def extra(self, public: Public, path: str) -> dict[str, Any]:
         """Blocks; see `Family`."""
-        return {"block_size": int(public.get("bd_size", 32))}
+        del path
+        return {"block_size": whole(public, "bd_size", default=32)}

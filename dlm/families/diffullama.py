@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dlm.families.base import Family, Public, is_named, stock_settings
+from dlm.families.base import Family
+from dlm.families.fields import Public, is_named, stock_decoder, stock_settings
 
 
 def _settings(temperature: float) -> dict[str, Any]:
@@ -81,4 +82,4 @@ class DiffuLLaMA(_Adapted):
 
     def backbone(self, public: Public) -> dict[str, Any]:
         """A Llama."""
-        return {"tie_word_embeddings": False, **stock_settings(public), "model_type": "llama"}
+        return stock_decoder(public, "llama")

@@ -18,6 +18,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from dlm.errors import ConfigError
+
 FREQUENCIES = 256
 """Width of the embedding of a time."""
 
@@ -42,6 +44,13 @@ class DiTConfig(PreTrainedConfig):  # type: ignore[misc]
     rope_theta: float = 10000.0
     initializer_range: float = 0.02
     keys_to_ignore_at_inference: ClassVar[list[str]] = []
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check that heads share the width, in pairs of dimensions for rotary positions."""
+        width, heads = self.hidden_size, self.num_attention_heads
+        if heads < 1 or width % (2 * heads):
+            raise ConfigError(f"{heads} heads of an even size cannot share a width of {width}")
+        super().__post_init__(**kwargs)
 
 
 class TimeEmbedding(nn.Module):

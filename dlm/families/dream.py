@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from dlm.config import MaskedDiffusionConfig
-from dlm.families.base import Family, Public, is_named, require
+from dlm.families.base import Family
+from dlm.families.fields import Public, is_named, key_value_heads, places, require, rotary
 
 _SHAPE = (
     "vocab_size",
@@ -20,26 +21,23 @@ _SHAPE = (
     "hidden_act",
     "max_position_embeddings",
     "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
     "initializer_range",
     "tie_word_embeddings",
 )
 
 
 class Dream(Family):
-    """Dream 7B Base and Instruct, Dream-Coder, DiffuCoder."""
+    """Dream 7B Base and Instruct, Dream-Coder."""
 
     name = "dream"
     ids: ClassVar[tuple[str, ...]] = (
         "Dream-org/Dream-v0-Base-7B",
         "Dream-org/Dream-v0-Instruct-7B",
-        "apple/DiffuCoder-7B-Instruct",
     )
     model_types = ("Dream", "dream")
     shift = True
     mask = "<|mask|>"
-    ends = ("<|im_end|>", "<|endoftext|>")
+    ends: ClassVar[tuple[str, ...]] = ("<|im_end|>", "<|endoftext|>")
     tokenizer_class = "Qwen2Tokenizer"
     generation = {  # noqa: RUF012
         "decoder": "dream",
@@ -54,7 +52,40 @@ class Dream(Family):
         """A Qwen2."""
         require(public, {"use_sliding_window": (False, None), "use_mrope": (False, None)})
         given = {name: public[name] for name in _SHAPE if public.get(name) is not None}
-        return {"tie_word_embeddings": False, **given, "model_type": "qwen2"}
+        return {
+            "tie_word_embeddings": False,
+            **given,
+            **key_value_heads(public),
+            "rope_parameters": rotary(public),
+            "model_type": "qwen2",
+        }
+
+
+class DiffuCoder(Dream):
+    """DiffuCoder 7B Base, Instruct and cpGRPO: Dream's layout, known by its name; each has a temperature."""
+
+    name = "diffucoder"
+    ids: ClassVar[tuple[str, ...]] = tuple(
+        f"apple/DiffuCoder-7B-{kind}" for kind in ("Base", "Instruct", "cpGRPO")
+    )
+    ends: ClassVar[tuple[str, ...]] = (*Dream.ends, "<|dlm_pad|>")
+    generation = {  # noqa: RUF012
+        **Dream.generation,
+        "options": {"temperature": 0.3, "top_p": 0.95},
+        "max_tokens": 256,
+        "steps": 256,
+    }
+
+    def detect(self, public: Public, path: str, names: Callable[[], Collection[str]]) -> bool:
+        """See `Family`; known by its name."""
+        return super().detect(public, path, names) and is_named(public, path, self.name)
+
+    def extra(self, public: Public, path: str) -> dict[str, Any]:
+        """The temperature of Base, Instruct or cpGRPO, by the name; see `Family`."""
+        known = {"-base": 0.2, "-instruct": 0.3, "-cpgrpo": 0.4}
+        named = [known[kind] for place in places(public, path) for kind in known if kind in place]
+        options = {**self.generation["options"], "temperature": [*named, 0.3][0]}
+        return {"generation": {**self.generation, "options": options}}
 
 
 class DreamOn(Dream):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from dlm.families.base import Family, Public, layers_only, require
+from dlm.families.base import Family
+from dlm.families.fields import Public, layers_only, require, rotary, whole
 
 _SHAPE_NAMES = {
     "d_model": "hidden_size",
-    "n_heads": "num_attention_heads",
     "n_layers": "num_hidden_layers",
     "mlp_hidden_size": "intermediate_size",
     "max_sequence_length": "max_position_embeddings",
@@ -31,7 +31,20 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
     "block_group_size": (1,),
     "multi_query_attention": (False, None),
     "clip_qkv": (None,),
+    "layer_norm_with_affine": (True,),
 }
+
+_DEFAULTS: dict[str, Any] = {
+    "block_type": "sequential",
+    "layer_norm_type": "default",
+    "activation_type": "swiglu",
+    "rope": False,
+    "rms_norm_eps": 1e-5,
+    "mlp_ratio": 4,
+    "max_sequence_length": 1024,
+    "weight_tying": True,
+}
+"""What the published code takes where config.json says nothing (`ModelConfig` of configuration_llada.py)."""
 
 
 class LLaDA(Family):
@@ -67,17 +80,18 @@ class LLaDA(Family):
 
     def backbone(self, public: Public) -> dict[str, Any]:
         """A Llama; what OLMo's layout could do beyond it is refused."""
+        public = {**_DEFAULTS, **public}
         require(public, _KNOWN)
-        settings = layers_only(public, _SHAPE_NAMES)
-        width = public.get("d_model") or 0
-        settings["intermediate_size"] = int(
-            settings.get("intermediate_size") or public.get("mlp_ratio", 4) * width
-        )
+        inner = int((public["mlp_ratio"] or 4) * whole(public, "d_model"))
+        rows = "embedding_size" if public.get("embedding_size") else "vocab_size"
+        shared = "n_kv_heads" if public.get("n_kv_heads") else "n_heads"
         return {
             "model_type": "llama",
-            "vocab_size": public.get("embedding_size") or public["vocab_size"],
-            "num_key_value_heads": public.get("n_kv_heads") or public["n_heads"],
+            "vocab_size": whole(public, rows),
+            "num_attention_heads": whole(public, "n_heads"),
+            "num_key_value_heads": whole(public, shared),
             "hidden_act": "silu",
-            "rope_theta": float(public.get("rope_theta", 10000.0)),
-            **settings,
+            "rope_parameters": rotary(public, known=("default",)),
+            "intermediate_size": inner,
+            **layers_only(public, _SHAPE_NAMES),
         }

@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, Qwen3Config, Qwen3Model
 
-from dlm.families.base import Family, Public, layers_only, require
+from dlm.errors import CheckpointError
+from dlm.families.base import Family
+from dlm.families.fields import Public, layers_only, require, rotary, whole
 from dlm.families.llada import LLaDA
 
 
@@ -92,7 +94,6 @@ _SHAPE = (
     "num_key_value_heads",
     "max_position_embeddings",
     "rms_norm_eps",
-    "rope_theta",
     "tie_word_embeddings",
     "attention_bias",
     "initializer_range",
@@ -105,10 +106,11 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "qk_layernorm": (True,),
     "clip_qkv": (None,),
-    "rope_scaling": (None,),
-    "partial_rotary_factor": (1, None),
     "shared_expert_intermediate_size": (None,),
     "moe_router_enable_expert_bias": (False, None),
+    "moe_router_score_function": ("softmax", None),
+    "norm_topk_prob": (False, None),
+    "routed_scaling_factor": (1, None),
 }
 
 
@@ -127,18 +129,31 @@ class LLaDAMoE(Family):
         return super().detect(public, path, names) and "num_experts" in public
 
     def backbone(self, public: Public) -> dict[str, Any]:
-        """A Qwen3 with experts; what the published code does not read of its router's settings is ignored."""
-        require(public, _KNOWN)
-        frequency = public.get("moe_layer_freq") or []
+        """A Qwen3 with experts, whose probabilities are not brought to a sum of one."""
+        require({"qk_layernorm": None, **public}, _KNOWN)
         settings = layers_only(public, {name: name for name in _SHAPE})
-        heads = int(public["num_attention_heads"])
-        dense = public.get("dense_intermediate_size") or public["expert_intermediate_size"]
+        heads = whole(public, "num_attention_heads")
+        dense = (
+            "dense_intermediate_size" if public.get("dense_intermediate_size") else "expert_intermediate_size"
+        )
         return {
             "tie_word_embeddings": False,
             "num_key_value_heads": heads,
+            "rms_norm_eps": 1e-5,
             **settings,
+            "rope_parameters": rotary(public, known=("default",), theta=None),
             "model_type": ExpertsConfig.model_type,
-            "head_dim": int(public["hidden_size"]) // heads,
-            "intermediate_size": int(dense),
-            "dense_layers": [number for number, each in enumerate(frequency) if not each],
+            "head_dim": whole(public, "hidden_size") // heads,
+            "intermediate_size": whole(public, dense),
+            "dense_layers": _dense_layers(public),
         }
+
+
+def _dense_layers(public: Public) -> list[int]:
+    """Numbers of the layers without experts."""
+    frequency = public.get("moe_layer_freq") or []
+    if not isinstance(frequency, list):
+        raise CheckpointError(
+            f"config.json says moe_layer_freq = {frequency!r}; it is a list with one number a layer"
+        )
+    return [number for number, each in enumerate(frequency) if not each]

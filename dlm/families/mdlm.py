@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
-from dlm.families.base import Family, Public, has_file, layers_only, require
+from dlm.families.base import Family, has_file
 from dlm.families.dit import DiTConfig
+from dlm.families.fields import Public, layers_only, require, whole
 
 SETTINGS = {
     "vocab_size": "vocab_size",
@@ -50,15 +51,15 @@ class MDLM(Family):
         require(public, {"time_conditioning": (False,), "tie_word_embeddings": (False,)})
         return {"model_type": DiTConfig.model_type, **layers_only(public, SETTINGS)}
 
-    def extra(self, public: Public) -> dict[str, Any]:
+    def extra(self, public: Public, path: str) -> dict[str, Any]:
         """The head has a bias; see `Family`."""
-        del public
+        del public, path
         return {"head_bias": True}
 
     def mask_id(self, public: Public, tokenizer: PreTrainedTokenizerBase) -> int:
         """The last row of the embedding."""
         del tokenizer
-        return int(public["vocab_size"]) - 1
+        return whole(public, "vocab_size") - 1
 
     def load_tokenizer(self, path: str) -> PreTrainedTokenizerBase:
         """GPT-2's, from the hub where the folder has none (the published repository has none)."""

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModel, ModernBertConfig, ModernBertMode
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.modernbert.modeling_modernbert import ModernBertPredictionHead
 
-from dlm.families.base import Family, Public, stock_settings
+from dlm.families.base import Family
+from dlm.families.fields import Public, stock_settings
 
 _CHAT = (
     "{% if messages[0]['role'] == 'system' %}"
@@ -83,8 +84,9 @@ class BertChat(Family):
             "model_type": HeadedConfig.model_type,
         }
 
-    def extra(self, public: Public) -> dict[str, Any]:
+    def extra(self, public: Public, path: str) -> dict[str, Any]:
         """`head_bias`, true for a head with a bias; see `Family`."""
+        del path
         return {"head_bias": bool(public.get("decoder_bias", True))}
 
     def end_id(self, public: Public, tokenizer: PreTrainedTokenizerBase) -> int:

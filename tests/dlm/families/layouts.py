@@ -81,14 +81,14 @@ def noise(shapes, seed=0, scale=0.3):
     }
 
 
-def llada(dtype=torch.float32):
+def llada(dtype=torch.float32, kv_heads=KV, inner=48):
     stem = "model.transformer.blocks.{i}."
     names = {
         "norm1": stem + "attn_norm", "norm2": stem + "ff_norm", "q": stem + "q_proj", "k": stem + "k_proj",
         "v": stem + "v_proj", "o": stem + "attn_out", "gate": stem + "ff_proj", "up": stem + "up_proj",
         "down": stem + "ff_out", "norm": "model.transformer.ln_f",
     }  # fmt: skip
-    kv, inner = D // HEADS * KV, 48
+    kv = D // HEADS * kv_heads
     shapes = {"model.transformer.wte.weight": (V, D), "model.transformer.ff_out.weight": (V, D)}
     shapes["model.transformer.ln_f.weight"] = (D,)
     for i in range(LAYERS):
@@ -102,15 +102,15 @@ def llada(dtype=torch.float32):
         "attention_layer_norm": False, "bias_for_layer_norm": False, "block_group_size": 1, "block_type": "llama",
         "d_model": D, "embedding_size": V, "include_bias": False, "include_qkv_bias": False,
         "input_emb_norm": False, "layer_norm_type": "rms", "max_sequence_length": 256, "mlp_hidden_size": inner,
-        "mlp_ratio": 4, "model_type": "llada", "multi_query_attention": None, "n_heads": HEADS, "n_kv_heads": KV,
+        "mlp_ratio": 4, "model_type": "llada", "multi_query_attention": None, "n_heads": HEADS, "n_kv_heads": kv_heads,
         "n_layers": LAYERS, "rms_norm_eps": 1e-5, "rope": True, "rope_full_precision": True,
         "rope_theta": 500000.0, "scale_logits": False, "vocab_size": V, "weight_tying": False,
     }  # fmt: skip
 
     def forward(ids):
         x = plain.llama_like(
-            state, state["model.transformer.wte.weight"][ids], names, layers=LAYERS, q_heads=HEADS, kv_heads=KV,
-            theta=500000.0, eps=1e-5, sees=plain.all_see(len(ids)),
+            state, state["model.transformer.wte.weight"][ids], names, layers=LAYERS, q_heads=HEADS,
+            kv_heads=kv_heads, theta=500000.0, eps=1e-5, sees=plain.all_see(len(ids)),
         )  # fmt: skip
         return x @ state["model.transformer.ff_out.weight"].T
 
@@ -346,9 +346,9 @@ def diffullama():
     return Layout("diffullama", public, state, forward, None, ends, settings)
 
 
-def sdar():
+def sdar(size=4):
     auto = {"AutoConfig": "configuration_sdar.SDARConfig", "AutoModel": "modeling_sdar.SDARModel"}
-    sees = lambda length: plain.blocks_see(length, 4)  # noqa: E731
+    sees = lambda length: plain.blocks_see(length, size)  # noqa: E731
     made = qwen3("sdar", 7, sees, architectures=["SDARForCausalLM"], auto_map=auto)
     ends = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}

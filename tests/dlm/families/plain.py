@@ -18,10 +18,43 @@ def rms(x, weight, eps):
 def rotate(x, position, theta):
     """[..., L, D]: pairs (d, d + D/2) turned by position · theta^(-2d/D)."""
     half = x.shape[-1] // 2
-    angle = position[:, None].double() * theta ** (-torch.arange(half).double() / half)
+    return turn(x, position, theta ** (-torch.arange(half).double() / half))
+
+
+def turn(x, position, speed):
+    """[..., L, D]: pairs (d, d + D/2) turned by position · speed[d]."""
+    angle = position[:, None].double() * speed
     cos, sin = angle.cos().float(), angle.sin().float()
-    a, b = x[..., :half], x[..., half:]
+    a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def yarn(x, position, theta, *, factor, original, fast=32, slow=1):
+    """`rotate` after YaRN (arXiv 2309.00071): pairs that turn less than `slow` times in `original` positions are
+    slowed down by `factor`, those of more than `fast` times are not, and queries and keys grow by 0.1 ln s + 1."""
+    half = x.shape[-1] // 2
+    place = [half * math.log(original / (2 * math.pi * turns)) / math.log(theta) for turns in (fast, slow)]
+    low, high = max(math.floor(place[0]), 0), min(math.ceil(place[1]), 2 * half - 1)
+    number = torch.arange(half).double()
+    slowed = ((number - low) / max(high - low, 0.001)).clamp(0, 1)
+    speed = theta ** (-number / half)
+    return (0.1 * math.log(factor) + 1) * turn(x, position, speed * (1 - slowed + slowed / factor))
+
+
+def llama3(x, position, theta, *, factor, original, low, high):
+    """`rotate` after Llama 3.1: full speed above `high` turns in `original` positions, 1/factor below `low`."""
+    half = x.shape[-1] // 2
+    speed = theta ** (-torch.arange(half).double() / half)
+    turns = original * speed / (2 * math.pi)
+    whole = ((turns - low) / (high - low)).clamp(0, 1)
+    return turn(x, position, speed * (whole + (1 - whole) / factor))
+
+
+def linear_scaling(x, position, theta, *, factor):
+    """`rotate` at positions divided by a factor."""
+    return turn(
+        x, position, theta ** (-torch.arange(x.shape[-1] // 2).double() / (x.shape[-1] // 2)) / factor
+    )
 
 
 def attend(q, k, v, sees):

@@ -8,6 +8,7 @@ from decoding.engine import Engine
 from decoding.rows import Row
 from decoding.window import Convolution, Full, Within
 from dlm import load_model
+from dlm.convert import convert
 from dlm.errors import ConfigError
 from tests.dlm.families import plain
 from tests.dlm.families.layouts import LAYOUTS
@@ -75,6 +76,38 @@ def test_dllm_blocks_are_decoded_as_published_behind_whole_blocks(tmp_path, base
     out = answer(model, tokenizer, prompt, 64, steps=32, canvas="full")
     assert len(until_end(model, theirs)) > 4
     assert until_end(model, out.token_ids) == until_end(model, theirs)
+
+
+SIZES = [  # folder, what config.json remembers, its fields, positions per block
+    ("SDAR-4B-Chat", None, {}, 4),
+    ("SDAR-4B-Chat-b16", None, {}, 16),
+    ("SDAR-8B-Chat-b32", "JetLM/SDAR-8B-Chat-b16", {}, 32),
+    ("mine", "JetLM/SDAR-8B-Chat-b32", {}, 32),
+    ("SDAR-4B-Chat-b16", None, {"block_size": 8}, 8),
+    ("SDAR-4B-Chat-b16", None, {"block_length": 8}, 8),
+    ("models--JetLM--SDAR-4B-Chat-b16/snapshots/0abc", None, {}, 16),
+    ("sdar-b16b", None, {}, 4),
+]  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "remembered", "fields", "size"), SIZES)
+def test_sdar_has_the_blocks_of_its_configuration_or_its_name(
+    tmp_path, base, name, remembered, fields, size, caplog
+):
+    layout = LAYOUTS["sdar"](size)
+    layout.public |= {"_name_or_path": remembered, **fields}
+    folder = layout.write(tmp_path / name, base)
+    model, _ = load_model(folder, device="cpu", dtype="float32")
+    assert model.spec.visibility.block_size == size
+    row = torch.tensor(some_prompt(model, 70))
+    allowed = torch.isfinite(model(row[None]).logits[0])
+    difference = (model(row[None]).logits[0] - layout.forward(row))[allowed].abs().max()
+    assert difference < 1e-4
+    assert ("blocks of 4 are assumed" in caplog.text) == (name == "sdar-b16b")
+    back = convert(convert(folder, tmp_path / "ours"), tmp_path / "back")
+    again, _ = load_model(back, device="cpu", dtype="float32")
+    assert again.spec.visibility.block_size == size
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ import torch
 from decoding import Request, Sampler
 from decoding.pace import OwnPace, Rate, Steps
 from dlm import load_model
+from dlm.commands.inspect import describe
+from dlm.convert import convert
 from dlm.data.config import DataConfig
 from dlm.spec import ModelSpec
 from finetune.config import ModelConfig, TrainConfig
@@ -58,6 +60,31 @@ def test_defaults_are_the_authors(case):
     assert (half.tokens, half.pace.steps) == (length // 2, steps // 2)
     if layout.family == "bert-chat":
         assert Request(decoder="conv").resolve(model).stop == ("[/Answer]",)
+
+
+@pytest.mark.parametrize(
+    ("name", "remembered", "temperature"),
+    [
+        ("DiffuCoder-7B-Base", None, 0.2),
+        ("DiffuCoder-7B-Instruct", "apple/DiffuCoder-7B-Base", 0.3),
+        ("DiffuCoder-7B-cpGRPO", None, 0.4),
+        ("mine", "apple/DiffuCoder-7B-cpGRPO", 0.4),
+        ("my-diffucoder", None, 0.3),
+    ],
+)
+def test_diffucoder_has_its_authors_settings(tmp_path, base, name, remembered, temperature):
+    layout = LAYOUTS["dream"]()
+    layout.specials += ("<|dlm_pad|>",)
+    layout.public["_name_or_path"] = remembered
+    folder = layout.write(tmp_path / name, base)
+    model, tokenizer = load_model(folder, device="cpu", dtype="float32")
+    assert describe(str(folder))["published as"] == "diffucoder"
+    plan = Request().resolve(model)
+    assert (plan.decoder.name, plan.tokens, plan.pace.steps) == ("dream", 256, 256)
+    assert (plan.decoder.tokens.temperature, plan.decoder.tokens.top_p) == (temperature, 0.95)
+    assert tokenizer.convert_tokens_to_ids("<|dlm_pad|>") in model.spec.end_token_ids
+    again, _ = load_model(convert(folder, tmp_path / "ours"), device="cpu", dtype="float32")
+    assert again.spec == model.spec
 
 
 def test_other_decoders_have_their_own_canvas(case):

@@ -11,7 +11,8 @@ from dlm import load_model
 from dlm.adapter import add_adapter, merged
 from dlm.commands.inspect import describe
 from dlm.convert import convert
-from dlm.errors import CheckpointError
+from dlm.errors import CheckpointError, ConfigError
+from dlm.families import PUBLIC, family_named
 from tests.dlm.families import plain
 from tests.dlm.families.layouts import LAYERS, LAYOUTS
 
@@ -110,8 +111,7 @@ def test_default_decoding_is_the_authors_loop_at_temperature_0(case):
     if layout.family not in SHORT:
         pytest.skip("sampled, never greedy: its plan is tested in test_defaults_are_the_authors")
     fields, settings = SHORT[layout.family]
-    loops = {"dream": plain.dream_loop, "sdar": plain.sdar_loop, "fast-dllm-v2": plain.fast_dllm_loop}
-    loop = loops.get(layout.family, plain.llada_loop)
+    loop = plain.dream_loop if layout.family == "dream" else plain.llada_loop
     prompt, ours = written(model, tokenizer, options={"temperature": 0.0}, **fields)
     theirs = loop(published(model, layout), prompt, model.config.mask_token_id, **settings)
     assert len(until_end(model, theirs)) > 10
@@ -204,3 +204,11 @@ def test_dreamon_is_a_dream_whose_gaps_keep_their_length(tmp_path, base):
     again, _ = load_model(convert(folder, tmp_path / "ours"), device="cpu", dtype="float32")
     assert torch.equal(again(torch.arange(20)[None]).logits[0], logits)
     assert Request().resolve(model).decoder.tokens.top_p == 0.9
+
+
+def test_families_have_names():
+    assert [family_named(family.name) for family in PUBLIC] == list(PUBLIC)
+    with pytest.raises(
+        ConfigError, match="unknown family of public checkpoints 'lada'. Did you mean 'llada'"
+    ):
+        family_named("lada")
