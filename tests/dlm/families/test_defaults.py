@@ -14,7 +14,7 @@ from finetune.config import ModelConfig, TrainConfig
 from finetune.sft import train
 from tests.dlm.families.layouts import LAYOUTS
 
-DEFAULTS = {  # decoder, answer, steps, temperature, top-p; sources in docs/families.md
+DEFAULTS = {  # decoder, answer, steps, temperature, top-p; sources in docs/families/
     "llada": ("llada", 128, 128, 0.0, 1.0),
     "llada-moe": ("llada", 128, 128, 0.0, 1.0),
     "dream": ("dream", 512, 512, 0.2, 0.95),
