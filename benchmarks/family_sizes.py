@@ -84,7 +84,7 @@ def empty(family: str, public: dict[str, Any]) -> MaskedDiffusionModel:
         backbone=backbone,
         vocab_size=backbone["vocab_size"],
         tie_word_embeddings=bool(backbone.get("tie_word_embeddings", False)),
-        head_bias=bool(of.extra(public, "").get("head_bias", False)),
+        head_bias=bool(of.extra(public, of.ids[0]).get("head_bias", False)),
     )
     with torch.device("meta"), no_init_weights():
         model = MaskedDiffusionModel(config)
