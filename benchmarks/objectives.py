@@ -67,6 +67,7 @@ OBJECTIVES = (
     Objective("block 8, lead not first", block(8, **FREE)),
     Objective("full, path 0.5", {"masks.path": 0.5}),
     Objective("full, autoregressive 0.3", CAUSAL, passes=2),
+    Objective("block 16, causal context", block(16, **{"model.causal_context": True})),
     Objective("block 8, no shift", block(8, **{"model.shift": False})),
     Objective("full, path 1", {"masks.path": 1.0}),
     Objective("block 16, complementary", block(16, **PAIRS), passes=2),

@@ -11,7 +11,7 @@ import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, partial, reduce
 from typing import Any, Protocol
 
 import torch
@@ -64,14 +64,21 @@ class Sight:
     reach: int | None = None
     block_size: int | None = None
 
-    def mask(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
-        """[..., A] and [W] positions -> [..., A, W] bool, True where one sees the other; None for all."""
-        near = block = None
+    def mask(
+        self, queries: torch.Tensor, keys: torch.Tensor, finished: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """[..., A] and [W] positions -> [..., A, W] bool, True where one sees the other; None for all.
+
+        Queries that are `finished` [..., A] bool see nothing behind themselves either.
+        """
+        masks = []
         if self.reach is not None:
-            near = (queries[..., None] - keys).abs() <= self.reach
+            masks.append((queries[..., None] - keys).abs() <= self.reach)
         if self.block_size is not None:
-            block = keys // self.block_size <= queries[..., None] // self.block_size
-        return near if block is None else block if near is None else near & block
+            masks.append(keys // self.block_size <= queries[..., None] // self.block_size)
+        if finished is not None:
+            masks.append(~finished[..., None] | (keys <= queries[..., None]))
+        return reduce(torch.logical_and, masks) if masks else None
 
 
 ALL = Sight()
@@ -91,6 +98,30 @@ class RowKeys:
     """[B, A] int64, position of each query in its row; -1 for padding and repetitions."""
     valid: torch.Tensor
     """[B, W] bool, False at padding."""
+    finished: torch.Tensor | None = None
+    """[B, A] bool, queries that see nothing behind themselves; None for none."""
+
+
+def finished_blocks(
+    masked: torch.Tensor, owner: torch.Tensor, place: torch.Tensor, block_size: int, rows: int, longest: int
+) -> torch.Tensor:
+    """Mark the positions whose block holds no mask.
+
+    Args:
+        masked: [N] bool, True at masks.
+        owner: [N] int64, number of the row of each.
+        place: [N] int64, position in its row.
+        block_size: positions per block.
+        rows: how many rows there are.
+        longest: positions of the longest.
+
+    Returns:
+        [N] bool.
+    """
+    blocks = -(-longest // block_size)
+    block = owner * blocks + place // block_size
+    masks = torch.zeros(rows * blocks, dtype=torch.int64, device=masked.device)
+    return (masks.index_add_(0, block, masked.long()) == 0)[block]
 
 
 def with_layouts(implementation: str | None) -> str:
@@ -177,11 +208,13 @@ class Packed:
         lengths: of the rows, shadows included.
         sight: of the model.
         shadows: by number of the row, for rows with shadows behind them; these are masked, in calls of SDPA.
+        finished: [N] bool, positions that see nothing behind themselves; None for none.
     """
 
     lengths: Sequence[int]
     sight: Sight = ALL
     shadows: Mapping[int, RowShadows] = field(default_factory=dict)
+    finished: torch.Tensor | None = None
     _copied: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     @cached_property
@@ -210,7 +243,7 @@ class Packed:
         for row, (a, b) in enumerate(itertools.pairwise(self.bounds)):
             shadows = self.shadows.get(row)
             place = torch.arange(b - a, device=query.device) if shadows is None else shadows.place
-            mask = sight.mask(place, place)
+            mask = sight.mask(place, place, None if self.finished is None else self.finished[a:b])
             if shadows is not None:
                 mask = shadows.visible if mask is None else mask & shadows.visible
             rows.append(_sdpa(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], mask, scale))
@@ -226,7 +259,7 @@ class Packed:
         index = sent(torch.tensor(self.bounds[:-1])[:, None] + torch.minimum(place, size - 1), query.device)
         place = sent(torch.where(place < size, place, -1), query.device)
         query, key = (x[0][:, index].transpose(0, 1) for x in (query, key))
-        return RowKeys(query, key, place, place >= 0)
+        return RowKeys(query, key, place, place >= 0, None if self.finished is None else self.finished[index])
 
     def on_device(self, device: torch.device) -> torch.Tensor:
         """The bounds as kernels want them, int32; copied once for all layers."""
@@ -265,10 +298,12 @@ class Whole:
     Attributes:
         sight: of the model.
         valid: [B, L] bool, False at padding; None where there is none.
+        finished: [B, L] bool, positions that see nothing behind themselves; None for none.
     """
 
     sight: Sight
     valid: torch.Tensor | None = None
+    finished: torch.Tensor | None = None
 
     def attend(
         self,
@@ -282,7 +317,9 @@ class Whole:
         """See `Layout`; here A = L."""
         del layer
         place = torch.arange(query.shape[2], device=query.device)
-        mask = (sight or self.sight).mask(place, place)
+        mask = (sight or self.sight).mask(place, place, self.finished)
+        if mask is not None and mask.dim() == 3:
+            mask = mask[:, None]
         if self.valid is not None:  # padding sees itself, so that no sum is empty
             visible = self.valid[:, None, None, :] | torch.eye(
                 len(place), dtype=torch.bool, device=query.device
@@ -295,7 +332,7 @@ class Whole:
         del layer
         place = torch.arange(query.shape[2], device=query.device).expand(len(query), -1)
         valid = torch.ones_like(place, dtype=torch.bool) if self.valid is None else self.valid
-        return RowKeys(query, key, torch.where(valid, place, -1), valid)
+        return RowKeys(query, key, torch.where(valid, place, -1), valid, self.finished)
 
 
 @dataclass(frozen=True)
@@ -304,19 +341,21 @@ class BesideClean:
 
     A noisy position attends to the noisy ones of its own block and to the clean ones of earlier blocks, as a
     block that is being written sees itself and what is finished. A clean position attends to the clean ones
-    of its own and earlier blocks.
+    of its own and earlier blocks, or with `causal` to those up to itself.
 
     Attributes:
         sight: of the model, with a block size.
         positions: [N + C] int64, each one's place in its row; the first N are noisy.
         noisy: how many are noisy, N.
         valid: [B, N + C] bool, False at padding.
+        causal: True where finished blocks see nothing behind themselves.
     """
 
     sight: Sight
     positions: torch.Tensor
     noisy: int
     valid: torch.Tensor
+    causal: bool = False
 
     @cached_property
     def mask(self) -> torch.Tensor:
@@ -325,7 +364,9 @@ class BesideClean:
         block = self.positions // self.sight.block_size
         clean = torch.arange(len(block), device=block.device) >= self.noisy
         query, key = block[:, None], block[None, :]
-        visible = torch.where(clean, torch.where(clean[:, None], key <= query, key < query), key == query)
+        place = self.positions if self.causal else block
+        past = place[None, :] <= place[:, None]
+        visible = torch.where(clean, torch.where(clean[:, None], past, key < query), key == query)
         visible &= clean | ~clean[:, None]  # nothing clean attends to anything noisy
         alone = torch.eye(len(block), dtype=torch.bool, device=block.device)  # so that no sum is empty
         return (visible & self.valid[:, None, :] | alone)[:, None]
@@ -433,6 +474,7 @@ class Partial:
         mask: [b, 1, 1, W] bool, positions that a row has; None where every row has all.
         room: rows and positions that the memory needs.
         sight: of the model.
+        finished: [b, A] bool, positions that see nothing behind themselves; None for none.
     """
 
     memory: KeyValues
@@ -441,6 +483,7 @@ class Partial:
     mask: torch.Tensor | None
     room: tuple[int, int]
     sight: Sight = ALL
+    finished: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -451,11 +494,16 @@ class Partial:
         valid: torch.Tensor,
         device: torch.device,
         sight: Sight = ALL,
+        finished: torch.Tensor | None = None,
     ) -> Partial:
-        """The layout on a device, from tensors that are best on the host; `valid` is [b, W] bool."""
+        """The layout on a device, from tensors that are best on the host.
+
+        `valid` is [b, W] bool, and so is `finished`: for all positions, not only those of this pass.
+        """
         mask = None if bool(valid.all()) else sent(valid[:, None, None], device)
         room = int(rows.max()) + 1, valid.shape[1]
-        return cls(memory, sent(rows, device), sent(positions, device), mask, room, sight)
+        here = None if finished is None else sent(finished.gather(1, positions), device)
+        return cls(memory, sent(rows, device), sent(positions, device), mask, room, sight, here)
 
     def attend(
         self,
@@ -475,7 +523,8 @@ class Partial:
             (x[:, :width] if len(self.rows) == len(x) else x[self.rows, :width]).transpose(1, 2)
             for x in buffers
         )
-        mask = (sight or self.sight).mask(self.positions, torch.arange(width, device=query.device))
+        place = torch.arange(width, device=query.device)
+        mask = (sight or self.sight).mask(self.positions, place, self.finished)
         mask = (
             self.mask if mask is None else mask[:, None] if self.mask is None else mask[:, None] & self.mask
         )
@@ -489,4 +538,4 @@ class Partial:
         again = torch.cat([again, self.positions[:, 1:] == self.positions[:, :-1]], dim=1)
         valid = torch.ones(len(keys), width, dtype=torch.bool, device=keys.device)
         valid = valid if self.mask is None else self.mask[:, 0, 0]
-        return RowKeys(query, keys, torch.where(again, -1, self.positions), valid)
+        return RowKeys(query, keys, torch.where(again, -1, self.positions), valid, self.finished)

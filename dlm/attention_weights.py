@@ -56,7 +56,8 @@ class AttentionWeights:
         rows = sent(self.rows, given.query.device)
         query, key, place, valid = (x[rows] for x in (given.query, given.key, given.place, given.valid))
         chosen = sent(self.positions.clamp(min=0), query.device)  # [b, K]
-        shares = column_shares(query, key, place, valid, chosen, scale, sight)  # [b, A, K]
+        finished = None if given.finished is None else given.finished[rows]
+        shares = column_shares(query, key, place, valid, chosen, scale, sight, finished)  # [b, A, K]
         ends = valid.sum(1, keepdim=True).expand_as(chosen)  # what counts for each chosen position ends there
         if sight.block_size is not None:
             ends = torch.minimum(ends, (chosen // sight.block_size + 1) * sight.block_size)
@@ -79,6 +80,7 @@ def column_shares(
     columns: torch.Tensor,
     scale: float | None,
     sight: Sight,
+    finished: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention that each query pays to some columns, a mean over heads: Σ_h softmax(q_h k_h^T · scale) / H.
 
@@ -90,6 +92,7 @@ def column_shares(
         columns: [b, K] int64, positions of keys.
         scale: of the products; D^-1/2 by default.
         sight: what a position sees.
+        finished: [b, A] bool, queries that see nothing behind themselves; None for none.
 
     Returns:
         [b, A, K], at least float32.
@@ -104,7 +107,7 @@ def column_shares(
         a = slice(int(at[0]), int(at[-1]) + 1)
         queries = query[:, :, a].to(kind).view(b, groups, heads // groups, -1, width)
         scores = (queries @ keys) * (width**-0.5 if scale is None else scale)
-        seen = sight.mask(place[:, a], positions)
+        seen = sight.mask(place[:, a], positions, None if finished is None else finished[:, a])
         seen = valid[:, None] if seen is None else seen & valid[:, None]
         seen = seen | (place[:, a] < 0)[..., None]  # so that no sum is empty
         share = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).mean((1, 2))

@@ -245,7 +245,7 @@ class AdapterFormat:
             ) from error
         model = places.cast_weights(load_adapter(model, path), dtype)
         model.config.dtype = dtype
-        for name in ("training", "generation", "schedule", "block_size", "block_lead"):
+        for name in ("training", "generation", "schedule", "block_size", "block_lead", "causal_context"):
             setattr(model.config, name, getattr(config, name))
         _check_tokenizer(path, model, tokenizer)
         return model, tokenizer

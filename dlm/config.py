@@ -73,6 +73,7 @@ class MaskedDiffusionConfig(PreTrainedConfig):  # type: ignore[misc]
         schedule: noise schedule (name and settings, see `dlm.schedule`); log-linear where it is not given.
         block_size: positions per block of a block-causal model; None where every position sees the whole row.
         block_lead: whether, with a shift, the first position of a block is written first (see `Visibility`).
+        causal_context: whether positions of finished blocks see nothing behind themselves (see `Visibility`).
         generation: defaults of `dlm generate` for this checkpoint, fields of a `Request`.
         head_bias: whether the LM head has a bias.
         public: for a checkpoint that came from a public one, its family and its config.json.
@@ -92,6 +93,7 @@ class MaskedDiffusionConfig(PreTrainedConfig):  # type: ignore[misc]
     schedule: dict[str, Any] | None = None
     block_size: int | None = None
     block_lead: bool = True
+    causal_context: bool = False
     pad_token_id: int | None = None
     shift: bool = False
     tie_word_embeddings: bool = True

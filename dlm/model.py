@@ -24,6 +24,7 @@ from dlm.attention import (
     Partial,
     Sight,
     Whole,
+    finished_blocks,
     with_layouts,
 )
 from dlm.attention_weights import AttentionWeights, Recorded, RowLayout
@@ -131,8 +132,13 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """Beyond `hidden` and `logits`: packed rows, rows in part, recorded attention, shadows."""
-        return frozenset({"packed", "partial", "attention", "shadows"})
+        """Beyond `hidden` and `logits`: packed rows, rows in part, recorded attention, shadows.
+
+        A shadow asks for a token's probability given what stands behind it in its block, which a finished
+        block with a causal context does not see.
+        """
+        shadows = set() if self.config.causal_context else {"shadows"}
+        return frozenset({"packed", "partial", "attention", *shadows})
 
     def set_attn_implementation(
         self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any
@@ -189,7 +195,9 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         """
         if self.sight != ALL or attention:
             valid = None if attention_mask is None else sent(attention_mask, self.device).bool()
-            return self._hidden_in_layout(input_ids, self._recorded(Whole(self.sight, valid), attention))
+            finished = self._finished(input_ids, attention_mask)
+            layout = Whole(self.sight, valid, None if finished is None else sent(finished, self.device))
+            return self._hidden_in_layout(input_ids, self._recorded(layout, attention))
         states = self.backbone(
             inputs_embeds=self._embed(input_ids),
             attention_mask=None if attention_mask is None else sent(attention_mask, self.device),
@@ -197,6 +205,29 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             use_cache=False,
         ).last_hidden_state
         return _shifted(states) if self.config.shift else states
+
+    def _finished(self, ids: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:
+        """[B, L] bool, positions of finished blocks in rows [B, L], where these have a causal context."""
+        if not self.config.causal_context:
+            return None
+        rows, length = ids.shape
+        masked = ids == self.config.mask_token_id
+        masked = masked if valid is None else masked & valid.to(masked.device).bool()
+        owner, place = (torch.arange(size, device=ids.device) for size in ids.shape)
+        owner, place = owner.repeat_interleave(length), place.repeat(rows)
+        blocks = finished_blocks(masked.flatten(), owner, place, self._block_size(), rows, length)
+        return blocks.view(rows, length)
+
+    def _finished_packed(
+        self, ids: torch.Tensor, lengths: Sequence[int], place: torch.Tensor
+    ) -> torch.Tensor | None:
+        """[N] bool on the device, likewise of rows end to end; `place` [N] is a position's in its row."""
+        if not self.config.causal_context:
+            return None
+        masked, owner = (ids == self.config.mask_token_id).cpu(), torch.arange(len(lengths))
+        owner = owner.repeat_interleave(torch.tensor(lengths))
+        size, longest = self._block_size(), max(lengths)
+        return sent(finished_blocks(masked, owner, place, size, len(lengths), longest), self.device)
 
     def _recorded(self, layout: RowLayout, attention: Sequence[AttentionWeights]) -> Layout:
         """The layout, with what it records."""
@@ -238,7 +269,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             inputs_embeds=self._embed(ids),
             position_ids=positions.expand(len(ids), -1),
             use_cache=False,
-            layout=BesideClean(self.sight, positions, length - begin, valid),
+            layout=BesideClean(self.sight, positions, length - begin, valid, self.config.causal_context),
         ).last_hidden_state
         noisy, clean = states.split([length - begin, past], dim=1)
         noisy = F.pad(noisy, (0, 0, begin, 0))
@@ -276,11 +307,12 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             return self._shadowed_hidden(input_ids, lengths, attention, shadows)
         position, size = torch.arange(len(input_ids)), torch.tensor(lengths)
         place = position - (size.cumsum(0) - size).repeat_interleave(size)
+        finished = self._finished_packed(input_ids, lengths, place)
         states = self.backbone(
             inputs_embeds=self._embed(input_ids[None]),
             position_ids=sent(place[None], self.device),
             use_cache=False,
-            layout=self._recorded(Packed(lengths, self.sight), attention),
+            layout=self._recorded(Packed(lengths, self.sight, finished=finished), attention),
         ).last_hidden_state[0]
         if self.config.shift:
             states = states[sent(torch.where(place > 0, position - 1, position), self.device)]
@@ -346,7 +378,8 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         last = order.gather(1, count - 1)
         place = torch.arange(order.shape[1], device=order.device)
         positions = torch.where(place < count, order, last)
-        layout = Partial.of(memory, rows, positions, valid, self.device, self.sight)
+        finished = self._finished(input_ids, valid)
+        layout = Partial.of(memory, rows, positions, valid, self.device, self.sight, finished)
         computed = self.backbone(
             inputs_embeds=self._embed(input_ids.gather(1, positions)),
             position_ids=layout.positions,

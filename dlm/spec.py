@@ -21,15 +21,21 @@ class Visibility:
             positions and to all earlier ones ("block", as BD3LM and SDAR).
         lead: in a block-causal model with a shift, whether the first position of a block, which the block
             before it predicts, is written first and alone (Fast-dLLM v2).
+        causal_context: in a block-causal model, whether a position of a block without a mask attends to
+            itself and to what stands before it alone, as in the autoregressive model that it came from; a
+            block that is being written sees itself whole all the same.
     """
 
     block_size: int | None = None
     lead: bool = True
+    causal_context: bool = False
 
     def __post_init__(self) -> None:
-        """Check the size."""
+        """Check that they go together."""
         if self.block_size is not None and self.block_size < 1:
             raise ConfigError(f"block_size must be at least 1, got {self.block_size}")
+        if self.causal_context and self.block_size is None:
+            raise ConfigError("causal_context is for block-causal models: it needs a block_size")
 
     @property
     def name(self) -> str:
@@ -87,7 +93,11 @@ class ModelSpec:
             pad_token_id=getattr(config, "pad_token_id", None),
             positions=int(given("max_positions", _UNLIMITED)),
             shift=bool(given("shift", False)),
-            visibility=Visibility(getattr(config, "block_size", None), bool(given("block_lead", True))),
+            visibility=Visibility(
+                getattr(config, "block_size", None),
+                bool(given("block_lead", True)),
+                bool(given("causal_context", False)),
+            ),
             schedule=schedule_named(**given("schedule", {})),
             generation=dict(given("generation", {})),
         )

@@ -107,6 +107,7 @@ class ModelConfig(StartConfig):
             (BD3LM); by default the checkpoint's, or full.
         block_size: positions per block, for visibility "block".
         block_lead: with a shift, write the first position of each block before the others of its block.
+        causal_context: positions of finished blocks see nothing behind themselves, as in the causal LM.
         hidden_size: width of a random model.
         num_hidden_layers: layers of a random model.
         num_attention_heads: heads of a random model.
@@ -120,6 +121,7 @@ class ModelConfig(StartConfig):
     visibility: Literal["", "full", "block"] = ""
     block_size: int = 0
     block_lead: bool = True
+    causal_context: bool = False
     hidden_size: int = 512
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
@@ -146,7 +148,8 @@ class ModelConfig(StartConfig):
         if self.visibility not in ("", "full", "block"):
             raise unknown_name("visibility", self.visibility, ("full", "block"))
         if self.visibility != "block":
-            refuse_ignored(self, ("block_size", "block_lead"), "model.", 'model.visibility "block"')
+            blocks = ("block_size", "block_lead", "causal_context")
+            refuse_ignored(self, blocks, "model.", 'model.visibility "block"')
         elif not self.block_lead and not self.shift:
             raise ConfigError("model.block_lead is for models with a shift: without one no position leads")
         elif self.block_size < 1:

@@ -46,6 +46,7 @@ def first_model(config: TrainConfig, rows: Dataset, resume_from: Path | None = N
             model.config.generation = None  # was for rows without blocks, or with others
         model.config.block_size = config.model.block_size or None
         model.config.block_lead = config.model.block_lead
+        model.config.causal_context = config.model.causal_context
     return model, tokenizer
 
 

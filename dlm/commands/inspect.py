@@ -140,7 +140,8 @@ def _facts(config: Any, tokenizer: Any, weights: dict[str, Any]) -> dict[str, An
         "ends": ", ".join(f"{token!r} = {number}" for number, token in ends.items()),
         "shift": config.shift,
         "visibility": spec.visibility.name
-        + (f", blocks of {spec.visibility.block_size}" if spec.visibility.block_size else ""),
+        + (f", blocks of {spec.visibility.block_size}" if spec.visibility.block_size else "")
+        + (", finished ones causal" if spec.visibility.causal_context else ""),
         "positions": config.max_positions,
     }
 

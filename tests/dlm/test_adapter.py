@@ -280,12 +280,12 @@ def test_an_adapter_trained_on_blocks_is_block_causal_and_its_base_is_not(base, 
     model, tokenizer = adapted(base)
     ids = noisy(model)
     full = model.eval()(ids).logits.detach()
-    model.config.block_size, model.config.block_lead = 4, False
+    model.config.block_size, model.config.block_lead, model.config.causal_context = 4, False, True
     model.save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
     expected = model.eval()(ids).logits.detach()
     again, _ = load_model(tmp_path / "adapter", device="cpu")
-    assert (again.config.block_size, again.config.block_lead) == (4, False)
+    assert (again.config.block_size, again.config.block_lead, again.config.causal_context) == (4, False, True)
     assert again.spec.visibility.block_size == 4
     torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert (full - expected).nan_to_num().abs().max() > 0.01

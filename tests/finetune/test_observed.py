@@ -89,6 +89,7 @@ TRAIN = COMMON | {
     "model.visibility": ("causal", "block"),
     "model.block_size": ("blocks", 4),
     "model.block_lead": ("blocks", "false"),
+    "model.causal_context": ("blocks", "true"),
     "model.hidden_size": ("", 8),
     "model.num_hidden_layers": ("", 2),
     "model.num_attention_heads": ("", 2),
