@@ -94,6 +94,7 @@ def write(folder: Path, gigabytes: float, shards: int = 4) -> int:
         "model_type": "llada", "d_model": D, "n_heads": 8, "n_layers": layers, "mlp_hidden_size": INNER,
         "vocab_size": VOCAB, "max_sequence_length": 4096, "rms_norm_eps": 1e-5, "weight_tying": False,
         "mask_token_id": tokenizer.convert_tokens_to_ids("<|mask|>"), "rope_theta": 500000.0,
+        "block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu", "rope": True,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     return sum(2 * torch.Size(shape).numel() for shape in shapes.values())

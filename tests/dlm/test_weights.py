@@ -69,7 +69,7 @@ DAMAGE = {
         lambda f: changed(f, block_type="sequential"),
         "block_type = 'sequential'; known: 'llama'",
     ),
-    "no width": (lambda f: changed(f, d_model=None), "config.json does not say hidden_size"),
+    "no width": (lambda f: changed(f, d_model=None), "config.json does not say d_model"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "the tokenizer is missing or damaged"),
     "a mask beyond the tokenizer": (
         lambda f: changed(f, mask_token_id=440),
