@@ -22,7 +22,7 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
-from dlm.device import sent
+from dlm.device import Movable, sent
 from dlm.shadows import RowShadows
 
 PREFIX = "dlm_"
@@ -197,7 +197,7 @@ def torch_varlen() -> frozenset[str] | None:
 
 
 @dataclass
-class Packed:
+class Packed(Movable):
     """Rows end to end, [1, N]; every token attends to all tokens of its row.
 
     Three backends, one choice: flash-attn's kernel for rows of different lengths where it is installed, else
@@ -292,7 +292,7 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Whole:
+class Whole(Movable):
     """Rows [B, L] side by side, for models whose positions do not see all of their row.
 
     Attributes:
@@ -336,7 +336,7 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class BesideClean:
+class BesideClean(Movable):
     """Noisy rows and the same rows clean, [B, N + C]: block-causal training (BD3LM, arXiv 2503.09573).
 
     A noisy position attends to the noisy ones of its own block and to the clean ones of earlier blocks, as a
@@ -464,7 +464,7 @@ def _roomy(buffer: torch.Tensor | None, rows: int, width: int, like: torch.Tenso
 
 
 @dataclass
-class Partial:
+class Partial(Movable):
     """Some positions of each row, which attend to the kept keys and values of all of it.
 
     Attributes:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from dlm.attention import Layout, RowKeys, Sight
-from dlm.device import sent
+from dlm.device import Movable, sent
 
 _SCORES = 2**22
 """Products of queries and keys that are held at once."""
@@ -68,8 +68,13 @@ class AttentionWeights:
         order = torch.arange(place.shape[1], device=query.device).expand_as(place)
         query_of.scatter_(1, torch.where(place < 0, key.shape[2], place), order)
         index = query_of.gather(1, predicting)[..., None].expand(-1, -1, chosen.shape[1])
-        self.shares = self.shares + weight * shares.gather(1, index)
-        self.incoming, self.observers = self.incoming + weight * incoming, ends
+        self.shares = _added(self.shares, weight * shares.gather(1, index))
+        self.incoming, self.observers = _added(self.incoming, weight * incoming), ends
+
+
+def _added(total: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+    """The sum, on the device of the first layer that counts."""
+    return total + more.to(total.device) if total.dim() else more
 
 
 def column_shares(
@@ -116,7 +121,7 @@ def column_shares(
 
 
 @dataclass(frozen=True)
-class Recorded:
+class Recorded(Movable):
     """A layout whose attention is recorded in the last layers.
 
     Attributes:

@@ -32,7 +32,7 @@ from dlm.weights import SINGLE, Stored, check_files, read_lazily, tensors
 
 logger = logging.getLogger(__name__)
 
-TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in places.DTYPES}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in places.DTYPES}
 
 
 def load_model(
@@ -70,6 +70,10 @@ def load_model(
     path = located(path)
     device, torch_dtype = place(device, dtype)
     quantized, layout = dtype if dtype in places.QUANTIZED else "", format_of(path)
+    if isinstance(device_map, dict) and "disk" in device_map.values():
+        raise ConfigError(
+            'device_map: weights are not left on "disk"; name devices, or load with int8 or nf4'
+        )
     if device_map is not None and not layout.as_stored:
         raise ConfigError(f"{path}: a device_map is for checkpoints whose weights are read as they are")
     if quantized and layout.as_stored:  # each weight is rounded where it goes, as soon as it is read
@@ -94,9 +98,9 @@ def place(device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype]:
         raise ConfigError(
             f"device {device}: there is no GPU that torch {torch.__version__} can use; give cpu"
         )
-    if dtype not in TORCH_DTYPES:  # "fastest" is an older name of "auto"
+    if dtype not in DTYPES:  # "fastest" is an older name of "auto"
         dtype = "bfloat16" if device != "cpu" or computes_bfloat16() else "float32"
-    return device, TORCH_DTYPES[dtype]
+    return device, DTYPES[dtype]
 
 
 def computes_bfloat16() -> bool:
@@ -264,7 +268,7 @@ class PublicFormat:
         self, path: str, dtype: torch.dtype, device_map: DeviceMap = None, quantized: str = ""
     ) -> Loaded:
         """See `CheckpointFormat`; tensors go one by one from the files into the model."""
-        config, tokenizer, family = _public_config(path)
+        config, tokenizer, family = public_config(path)
         check_files(path)
         model = _read_weights(path, config, dtype, device_map, family, quantized)
         _check_tokenizer(path, model, tokenizer)
@@ -351,7 +355,7 @@ def stored_spec(path: str | Path) -> ModelSpec | None:
     if isinstance(format_, CausalFormat):
         return None
     if isinstance(format_, PublicFormat):
-        return ModelSpec.of_config(_public_config(path)[0])
+        return ModelSpec.of_config(public_config(path)[0])
     return ModelSpec.of_config(_diffusion_config(located(base_of(path)) if saved_by_peft(path) else path))
 
 
@@ -366,8 +370,12 @@ def stored_positions(path: str | Path) -> int | None:
     return limit if isinstance(limit, int) else None
 
 
-def _public_config(path: str) -> tuple[MaskedDiffusionConfig, PreTrainedTokenizerBase, Family]:
-    """Configuration, tokenizer and family of a published model."""
+def public_config(path: str) -> tuple[MaskedDiffusionConfig, PreTrainedTokenizerBase, Family]:
+    """Configuration, tokenizer and family of a published model.
+
+    Raises:
+        CheckpointError: for a configuration that lacks or misstates something, naming the file.
+    """
     public, family = stored_config(path), family_at(path)
     assert family is not None
     tokenizer = family.tokenizer(path, public)
@@ -416,7 +424,8 @@ def _read_weights(
     wrong = sorted(map(str, [*(info.get("missing_keys") or []), *(info.get("mismatched_keys") or [])]))
     if wrong:
         raise CheckpointError(f"{path}: lacks {len(wrong)} weights, the first is {wrong[0]}")
-    surplus = sorted(map(str, info.get("unexpected_keys") or [])) if not weights and origin is None else []
+    unexpected = map(str, info.get("unexpected_keys") or ()) if not weights else ()
+    surplus = sorted(name for name in unexpected if not (origin and origin.is_derived(name)))
     if surplus:
         raise CheckpointError(f"{path}: holds {len(surplus)} weights too many, the first is {surplus[0]}")
     return model  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from dlm.checkpoint import check_shapes, family_at, stored_config
+from dlm.checkpoint import check_shapes, family_at, public_config, stored_config
 from dlm.config import MaskedDiffusionConfig
 from dlm.errors import CheckpointError, ConfigError, first_line
 from dlm.families import family_named
@@ -20,7 +20,7 @@ from dlm.lock import check_writable
 from dlm.model import MaskedDiffusionModel
 from dlm.notice import carry_notice
 from dlm.pretrained.names import located
-from dlm.weights import INDEX, check_files, read_index, shards, tensors
+from dlm.weights import INDEX, SINGLE, check_files, read_index, shards, tensors
 
 
 def convert(source: str | Path, target: str | Path) -> Path:
@@ -47,9 +47,10 @@ def convert(source: str | Path, target: str | Path) -> Path:
     stored = stored_config(str(folder))
     family = family_at(str(folder))
     check_files(folder)
+    if not shards(folder):
+        raise CheckpointError(f"{folder}: {_instead(folder)}")
     if family is not None:
-        tokenizer = family.tokenizer(str(folder), stored)
-        config = family.config(stored, tokenizer)
+        config, tokenizer, _ = public_config(str(folder))
         weights = {
             family.our_name(name): each
             for name, each in tensors(folder).items()
@@ -63,6 +64,7 @@ def convert(source: str | Path, target: str | Path) -> Path:
     else:
         family, public = _origin(folder, stored)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer.chat_template = stored["public"].get("template", tokenizer.chat_template)
         target.mkdir(parents=True, exist_ok=True)
         _write_weights(folder, target, family.public_name)
         (target / "config.json").write_text(json.dumps(public, indent=2) + "\n", encoding="utf-8")
@@ -95,11 +97,17 @@ def _origin(folder: Path, stored: dict[str, Any]) -> tuple[Family, dict[str, Any
     return family_named(origin["family"]), dict(origin["config"])
 
 
+def _instead(folder: Path) -> str:
+    """Say what to do with a folder that has no safetensors files."""
+    if (folder / "adapter_config.json").is_file():
+        return "an adapter, not a model: dlm export --merge true makes one of it and its base"
+    if any(folder.glob("*.bin")):
+        return "holds .bin files; load_model reads them, and save_pretrained writes safetensors"
+    return f"no safetensors files in it (no {SINGLE})"
+
+
 def _write_weights(folder: Path, target: Path, renamed: Any) -> None:
-    files = shards(folder)
-    if not files:
-        raise CheckpointError(f"{folder}: no safetensors files in it")
-    for file in files:
+    for file in shards(folder):
         weights = load_file(file)
         save_file({renamed(name): x for name, x in weights.items()}, target / file.name, {"format": "pt"})
     if (folder / INDEX).is_file():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from dlm.errors import ConfigError, unknown_name
 
@@ -68,3 +69,36 @@ def cast_weights(model: Module, dtype: torch.dtype) -> Module:
 def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on the device; the host does not wait for what the device is doing."""
     return x.to(device, non_blocking=True)
+
+
+class Movable:
+    """A dataclass whose tensors follow the device that needs them.
+
+    Of a model that is spread over several devices accelerate moves what each layer is given, by `to`.
+    """
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+        """The object with its tensors on a device, copied once for each; itself where they are there."""
+        import torch
+
+        del non_blocking
+        here = torch.device(device)
+        copies: dict[torch.device, Self] = vars(self).setdefault("_copies", {})
+        if here not in copies:
+            values = {field.name: getattr(self, field.name) for field in fields(self) if field.init}  # type: ignore[arg-type]
+            moved = {name: _moved(value, here) for name, value in values.items()}
+            same = all(moved[name] is value for name, value in values.items())
+            copies[here] = self if same else replace(self, **moved)  # type: ignore[type-var]
+        return copies[here]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return sent(value, device)
+    if isinstance(value, Movable):
+        return value.to(device)
+    if isinstance(value, dict) and value:
+        return {key: _moved(each, device) for key, each in value.items()}
+    return value

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from dlm.adapter_files import BASE, is_adapter, saved_by_peft
-from dlm.checkpoint import TORCH_DTYPES, DiffusionFormat, load_model
+from dlm.checkpoint import DTYPES, DiffusionFormat, load_model
 from dlm.errors import CheckpointError, ConfigError, first_line
 from dlm.lock import check_writable
 from dlm.modes import share
@@ -63,7 +63,7 @@ def export(
         _cleaned(model.config, generation)
         DiffusionFormat().write(model, tokenizer, target)
     else:
-        _export_adapter(source, target, TORCH_DTYPES[dtype], base, generation)
+        _export_adapter(source, target, DTYPES[dtype], base, generation)
     if (source / COUNTS_FILE).is_file():
         shutil.copyfile(source / COUNTS_FILE, target / COUNTS_FILE)
     carry_notice(source, target)

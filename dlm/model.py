@@ -315,7 +315,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             layout=self._recorded(Packed(lengths, self.sight, finished=finished), attention),
         ).last_hidden_state[0]
         if self.config.shift:
-            states = states[sent(torch.where(place > 0, position - 1, position), self.device)]
+            states = states[sent(torch.where(place > 0, position - 1, position), states.device)]
         return states  # type: ignore[no-any-return]
 
     def _shadowed_hidden(
@@ -336,11 +336,11 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             layout=self._recorded(layout, attention),
         ).last_hidden_state[0]
         for each, read in zip(shadows, rows.read, strict=True):
-            each.states = states[sent(read, self.device)]
+            each.states = states[sent(read, states.device)]
         real = rows.real
         if shift:
             real = torch.where(rows.place[real] > 0, real - 1, real)
-        return states[sent(real, self.device)]  # type: ignore[no-any-return]
+        return states[sent(real, states.device)]  # type: ignore[no-any-return]
 
     def new_memory(self) -> KeyValues:
         """Room for the keys and values of `partial_hidden`."""
@@ -387,8 +387,9 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             layout=self._recorded(layout, attention),
         ).last_hidden_state
         states = computed.new_zeros(*input_ids.shape, computed.shape[-1])
-        states[torch.arange(len(positions), device=self.device)[:, None], layout.positions] = computed
-        row, position = (sent(x, self.device) for x in active.nonzero().unbind(1))
+        place = layout.positions.to(states.device)
+        states[torch.arange(len(positions), device=states.device)[:, None], place] = computed
+        row, position = (sent(x, states.device) for x in active.nonzero().unbind(1))
         return (_shifted(states) if self.config.shift else states)[row, position]
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dlm.device import sent
+from dlm.device import Movable, sent
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Shadows:
 
 
 @dataclass(frozen=True)
-class RowShadows:
+class RowShadows(Movable):
     """A row and its shadows behind it, n positions in all."""
 
     length: int

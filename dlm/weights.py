@@ -65,7 +65,8 @@ def header(file: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file by name, from its header.
 
     Raises:
-        CheckpointError: when the file is not one, or shorter than its header says.
+        CheckpointError: when the file is not one, shorter than its header says, or its header does not go
+            with its bytes: tensors follow each other, each as long as its shape and type say.
     """
     try:
         with file.open("rb") as stream:
@@ -73,7 +74,18 @@ def header(file: Path) -> dict[str, Stored]:
             entries = json.loads(stream.read(length))
         entries.pop("__metadata__", None)
         end = max((tensor["data_offsets"][1] for tensor in entries.values()), default=0)
-        tensors = {
+        size = file.stat().st_size
+        if size < 8 + length + end:
+            raise CheckpointError(f"{file}: truncated ({size:,} bytes of {8 + length + end:,})")
+        expected = 0
+        for begin, stop, name in sorted((*entry["data_offsets"], name) for name, entry in entries.items()):
+            _check_entry(file, name, entries[name], stop - begin)
+            if begin != expected:
+                raise CheckpointError(
+                    f"{file}: damaged ({name} begins at byte {begin:,} in place of {expected:,})"
+                )
+            expected = stop
+        return {
             name: Stored(tuple(t["shape"]), t["dtype"], file, 8 + length + t["data_offsets"][0])
             for name, t in entries.items()
         }
@@ -87,21 +99,37 @@ def header(file: Path) -> dict[str, Stored]:
         RecursionError,
         OverflowError,
     ) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{file}: truncated or damaged (not a safetensors header)") from error
-    size = file.stat().st_size
-    if size < 8 + length + end:
-        raise CheckpointError(f"{file}: truncated ({size:,} bytes of {8 + length + end:,})")
-    return tensors
+
+
+def _check_entry(file: Path, name: str, entry: dict[str, Any], size: int) -> None:
+    """Refuse a tensor of a type that is not read, and one whose bytes are not as many as its values need."""
+    dtype, shape = entry["dtype"], entry["shape"]
+    if dtype not in TORCH_DTYPES:
+        raise CheckpointError(
+            f"{file}: {name} is stored as {dtype}, which is not read; types: {', '.join(TORCH_DTYPES)}"
+        )
+    if not all(isinstance(side, int) and not isinstance(side, bool) and side >= 0 for side in shape):
+        raise CheckpointError(f"{file}: damaged ({name} has the shape {shape})")
+    needed = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+    if size != needed:
+        raise CheckpointError(
+            f"{file}: damaged ({name} has {size:,} bytes; {shape} of {dtype} need {needed:,})"
+        )
 
 
 def shards(folder: str | Path) -> list[Path]:
     """The safetensors files of a folder, by its index where it has one; empty where there are none.
 
     Raises:
-        CheckpointError: when the index is damaged, or names files that are not there.
+        CheckpointError: when the index is damaged or missing, or names files that are not there.
     """
     folder = Path(folder)
     if not (folder / INDEX).is_file():
+        if not (folder / SINGLE).is_file() and any(folder.glob("model-*-of-*.safetensors")):
+            raise CheckpointError(f"{folder}: {INDEX} is missing, which says what lies in which file")
         return [folder / SINGLE] if (folder / SINGLE).is_file() else []
     names = sorted(set(read_index(folder / INDEX)["weight_map"].values()))
     missing = [name for name in names if not (folder / name).is_file()]
@@ -120,7 +148,10 @@ def read_index(file: Path) -> dict[str, Any]:
     """
     try:
         index = read_object(file)
-        index["weight_map"].values()
+        places = index["weight_map"]
+        wrong = sorted(str(name) for name, place in places.items() if not isinstance(place, str))
+        if wrong:
+            raise CheckpointError(f"{file}: the place of {wrong[0]} is no name of a file")
         return index
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dlm.cli import Command, json_line
 from dlm.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from dlm.families.base import Family
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def describe(path: str) -> dict[str, Any]:
         kind = stored.get("model_type")
         if kind != MaskedDiffusionConfig.model_type:
             raise unknown_architecture(path, stored)
-    return _ours(path) if family is None else _published(path, family, stored)
+    return _ours(path) if family is None else _published(path)
 
 
 def _ours(path: str) -> dict[str, Any]:
@@ -86,19 +84,20 @@ def _ours(path: str) -> dict[str, Any]:
     }
 
 
-def _published(path: str, family: Family, stored: dict[str, Any]) -> dict[str, Any]:
+def _published(path: str) -> dict[str, Any]:
     """A public checkpoint: of a hub id configuration, tokenizer and index are fetched, and no weights."""
-    from dlm.checkpoint import place
+    from dlm.checkpoint import check_shapes, place, public_config
     from dlm.device import QUANTIZED
     from dlm.memory import fit, room
     from dlm.weights import check_files, stored_bytes, tensors
 
     check_files(path)
-    tokenizer = family.tokenizer(path, stored)
-    config = family.config(stored, tokenizer)
+    config, tokenizer, family = public_config(path)
     size = stored_bytes(path)
-    held = tensors(path).values() if Path(path).is_dir() else []
-    bits = max((each.bits for each in held), default=16)
+    held = {name: x for name, x in tensors(path).items() if not family.is_derived(name)}
+    if held:
+        check_shapes(path, config, {family.our_name(name): x for name, x in held.items()})
+    bits = max((each.bits for each in held.values()), default=16)
     return {
         "path": path,
         "published as": family.name,
@@ -122,6 +121,7 @@ def quantized_size(config: Any, dtype: str) -> int:
 
     with torch.device("meta"), no_init_weights():
         model = MaskedDiffusionModel(config)
+        model.tie_weights()
     return calculated_bytes(model, dtype, place()[1])
 
 
@@ -154,29 +154,20 @@ def _adapter(path: str) -> dict[str, str]:
 
 
 def _weights(path: str) -> dict[str, Any]:
-    """Number and type of the parameters of a local checkpoint, from the headers of its safetensors files."""
-    from safetensors import SafetensorError, safe_open
-
+    """Number and types of the parameters of a local checkpoint, from the headers of its safetensors files."""
     from dlm.adapter_files import is_adapter
+    from dlm.weights import header, tensors
 
-    pattern = "adapter_model.safetensors" if is_adapter(path) else "model*.safetensors"
-    files = sorted(Path(path).glob(pattern))
-    if Path(path).is_dir() and not files:
-        raise CheckpointError(f"{path}: config.json is there, but no {pattern}")
-    total, types = 0, set()
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 (not a dictionary)
-                    piece = handle.get_slice(name)
-                    size = 1
-                    for side in piece.get_shape():
-                        size *= side
-                    total += size
-                    types.add(piece.get_dtype())
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: truncated or damaged ({error})") from error
-    return {"parameters": f"{total:,} ({', '.join(sorted(types))})"} if files else {}
+    if not Path(path).is_dir():
+        return {}
+    adapter = Path(path) / "adapter_model.safetensors"
+    held = (header(adapter) if adapter.is_file() else {}) if is_adapter(path) else tensors(path)
+    if not held:
+        if any(Path(path).glob("*.bin")):
+            return {"parameters": "in .bin files, whose headers are not read"}
+        raise CheckpointError(f"{path}: config.json is there, but no safetensors files")
+    types = sorted({each.dtype for each in held.values()})
+    return {"parameters": f"{sum(math.prod(x.shape) for x in held.values()):,} ({', '.join(types)})"}
 
 
 def _complete(path: str) -> dict[str, str]:

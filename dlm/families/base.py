@@ -139,6 +139,7 @@ class Family:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "right"
+        tokenizer.published_template = tokenizer.chat_template
         tokenizer.chat_template = self.template(tokenizer)
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -172,7 +173,9 @@ class Family:
             "generation": {**self.generation},
             "public": {"family": self.name, "config": dict(public)},
         }
-        return MaskedDiffusionConfig(**{**given, **self.extra(public, str(tokenizer.name_or_path))})
+        given |= self.extra(public, str(tokenizer.name_or_path))
+        given["public"]["template"] = getattr(tokenizer, "published_template", tokenizer.chat_template)
+        return MaskedDiffusionConfig(**given)
 
     def key_mapping(self) -> dict[str, str]:
         """Public names to ours as patterns with replacements, for transformers' `from_pretrained`."""

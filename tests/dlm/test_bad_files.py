@@ -1,0 +1,206 @@
+"""Weight files that are not what they say: refused by loading, inspecting and converting alike."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dlm import load_model
+from dlm.commands.inspect import describe
+from dlm.convert import convert
+from dlm.errors import CheckpointError, ConfigError
+from dlm.weights import INDEX, SINGLE, header
+from tests.dlm.families.layouts import LAYOUTS
+
+
+@pytest.fixture
+def folder(tmp_path, base):
+    """A public checkpoint in two files."""
+    folder = LAYOUTS["llada"]().write(tmp_path / "public", base)
+    weights = load_file(folder / SINGLE)
+    (folder / SINGLE).unlink()
+    names = sorted(weights)
+    places = {}
+    for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: weights[name] for name in part}, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(part, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+def first_file(folder):
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+def rewrite(file, change):
+    """Change the header of a file, its bytes staying as they are."""
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    entries = json.loads(data[8 : 8 + length])
+    names = sorted((entries[name]["data_offsets"], name) for name in entries if name != "__metadata__")
+    change(entries, [name for _, name in names])
+    new = json.dumps(entries).encode()
+    file.write_bytes(struct.pack("<Q", len(new)) + new + data[8 + length :])
+
+
+def shifted(entries, names):
+    entries[names[1]]["data_offsets"] = [x + 4 for x in entries[names[1]]["data_offsets"]]
+
+
+def negative(entries, names):
+    begin, end = entries[names[0]]["data_offsets"]
+    entries[names[0]]["data_offsets"] = [begin - 8, end - 8]
+
+
+def short(entries, names):
+    entries[names[0]]["data_offsets"][1] -= 4
+
+
+def overlapping(entries, names):
+    entries[names[1]]["data_offsets"] = list(entries[names[0]]["data_offsets"])
+    entries[names[1]]["shape"] = list(entries[names[0]]["shape"])
+
+
+def narrower(entries, names):
+    entries[names[0]]["dtype"] = "BF16"
+
+
+def unknown(entries, names):
+    entries[names[0]]["dtype"] = "F4"
+
+
+def odd_shape(entries, names):
+    entries[names[0]]["shape"] = [-1, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (shifted, "damaged (.* begins at byte"), (negative, "damaged (.* begins at byte -8 in place of 0"),
+        (short, "damaged (.* bytes; .* need"), (overlapping, "damaged (.* begins at byte"),
+        (narrower, "damaged (.* of BF16 need"), (unknown, "is stored as F4, which is not read; types: F64,"),
+        (odd_shape, "has the shape"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("use", ["load", "inspect", "convert"])
+def test_a_header_that_does_not_go_with_its_bytes_is_refused(folder, tmp_path, change, says, use):
+    rewrite(first_file(folder), change)
+    says = says.replace("damaged (", r"damaged \(")
+    with pytest.raises(CheckpointError, match=says):
+        uses(folder, tmp_path)[use]()
+
+
+def uses(folder, tmp_path):
+    return {
+        "load": lambda: load_model(folder, device="cpu"),
+        "inspect": lambda: describe(str(folder)),
+        "convert": lambda: convert(folder, tmp_path / "converted"),
+    }
+
+
+def test_a_sound_file_of_any_type_is_read(tmp_path):
+    tensors = {
+        "a": torch.arange(3),
+        "empty": torch.zeros(0, 4),
+        "b": torch.ones(2, 2).bfloat16(),
+        "c": torch.tensor(1.0),
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    read = {name: each[...] for name, each in header(tmp_path / "x.safetensors").items()}
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("use", ["load", "inspect", "convert"])
+def test_wrong_shapes_and_surplus_are_refused_alike(folder, tmp_path, use):
+    file = first_file(folder)
+    weights = load_file(file)
+    name = next(iter(weights))
+    save_file(weights | {name: weights[name][:-1].clone()}, file)
+    with pytest.raises(CheckpointError, match="of another shape, the first is"):
+        uses(folder, tmp_path)[use]()
+    save_file(weights | {"model.extra.weight": torch.zeros(3)}, file)
+    with pytest.raises(CheckpointError, match="no place for 1 weights"):
+        uses(folder, tmp_path)[use]()
+
+
+@pytest.mark.parametrize("use", ["load", "inspect", "convert"])
+def test_an_index_that_is_missing_or_names_no_files_is_refused(folder, tmp_path, use):
+    index = folder / INDEX
+    kept = json.loads(index.read_text())
+    index.write_text(json.dumps(kept | {"weight_map": kept["weight_map"] | {"a": 3}}))
+    with pytest.raises(CheckpointError, match="the place of a is no name of a file"):
+        uses(folder, tmp_path)[use]()
+    index.unlink()
+    with pytest.raises(CheckpointError, match=f"{INDEX} is missing"):
+        uses(folder, tmp_path)[use]()
+
+
+@pytest.mark.parametrize("field", [{"d_model": "32"}, {"n_heads": 0}, {"mask_token_id": "x"}])
+@pytest.mark.parametrize("use", ["load", "inspect", "convert"])
+def test_a_wrong_field_is_named_alike(folder, tmp_path, field, use):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | field))
+    with pytest.raises(CheckpointError, match=f"{folder}.*{next(iter(field))}"):
+        uses(folder, tmp_path)[use]()
+
+
+def as_bin(folder):
+    weights = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(file)
+        file.unlink()
+    (folder / INDEX).unlink()
+    return weights
+
+
+def test_bin_files_are_read_whole_and_not_converted(folder, tmp_path):
+    row = torch.arange(12)[None]
+    before = load_model(folder, device="cpu", dtype="float32")[0](row).logits
+    weights = as_bin(folder)
+    torch.save(weights, folder / "pytorch_model.bin")
+    after = load_model(folder, device="cpu", dtype="float32")[0](row).logits
+    torch.testing.assert_close(after, before)
+    assert describe(str(folder))["parameters"] == "in .bin files, whose headers are not read"
+    with pytest.raises(CheckpointError, match="holds .bin files"):
+        convert(folder, tmp_path / "converted")
+    stem = next(name for name in weights if name.endswith("q_proj.weight")).removesuffix("weight")
+    torch.save(weights | {stem + "bias": torch.zeros(4)}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"holds 1 weights too many, the first is .*bias"):
+        load_model(folder, device="cpu")
+
+
+def test_an_adapter_is_not_converted(folder, tmp_path):
+    ours = convert(folder, tmp_path / "ours")
+    for file in ours.glob("*.safetensors*"):
+        file.unlink()
+    (ours / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="an adapter, not a model: dlm export --merge true"):
+        convert(ours, tmp_path / "back")
+
+
+def test_weights_on_disk_are_refused_by_name(folder):
+    with pytest.raises(ConfigError, match='left on "disk"'):
+        load_model(folder, device_map={"backbone": "cpu", "lm_head": "disk"})
+
+
+@pytest.mark.parametrize("name", ["a2d", "mdlm", "diffugpt", "diffullama", "bert-chat", "llada"])
+def test_a_tokenizer_comes_back_as_it_was(tmp_path, base, name):
+    from transformers import AutoTokenizer
+
+    public = LAYOUTS[name]().write(tmp_path / "public", base)
+    template = AutoTokenizer.from_pretrained(public).chat_template
+    for turn in range(2):
+        ours = convert(public, tmp_path / f"ours-{turn}")
+        public = convert(ours, tmp_path / f"public-{turn}")
+        assert AutoTokenizer.from_pretrained(public).chat_template == template
+
+
+def test_no_single_file_and_no_index_is_said_so(folder):
+    for file in [*folder.glob("*.safetensors"), folder / INDEX]:
+        file.unlink()
+    with pytest.raises(CheckpointError, match=f"holds no weights .no {SINGLE} in it"):
+        load_model(folder, device="cpu")
