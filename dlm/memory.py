@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt`."""
@@ -43,7 +44,22 @@ def room(weights: int, device: str = "auto") -> Fit:
 
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     free = torch.cuda.mem_get_info()[0] if cuda else int(psutil.virtual_memory().available)
+    if not cuda:
+        free = min(free, container_room() or free)
     return Fit(int(weights * SPARE), free, "cuda" if cuda else "cpu")
+
+
+def container_room(control: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that this process's container may still take, of cgroups v2 or v1; None where there is no limit."""
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return max(int((control / limit).read_text()) - int((control / used).read_text()), 0)
+        except (OSError, ValueError):  # not this version; "max"
+            continue
+    return None
 
 
 def fit(stored: int, stored_bits: int, device: str = "auto", bits: int | None = None) -> Fit:

@@ -13,7 +13,7 @@ from dlm.commands.convert import ConvertConfig, run
 from dlm.commands.inspect import describe
 from dlm.convert import convert
 from dlm.errors import CheckpointError, ConfigError, DLMError
-from dlm.memory import fit
+from dlm.memory import container_room, fit, room
 from dlm.packages import HOME
 from dlm.weights import header, read_lazily, stored_bytes
 from tests.dlm.families.layouts import dream, llada
@@ -161,6 +161,22 @@ def test_inspect_says_what_a_model_of_the_hub_needs_and_fetches_no_weights(folde
     assert facts["size"] == f"{total / 1e9:.2f} GB"
     assert facts["fits"].startswith("yes: needs 0.0 GB of ")
     assert not any(name.endswith(".safetensors") for name in fetched)
+
+
+def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
+    assert container_room(tmp_path) is None
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("3000\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("1000\n")
+    assert container_room(tmp_path) == 2000
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("500\n")
+    (tmp_path / "memory").rename(tmp_path / "other")
+    assert container_room(tmp_path) is None
+    (tmp_path / "memory.max").write_text("700\n")
+    assert container_room(tmp_path) == 200
+    monkeypatch.setattr("dlm.memory.container_room", lambda: 200)
+    assert room(1000, "cpu").free == 200
 
 
 def test_device_maps_are_those_of_accelerate(folder):
