@@ -50,7 +50,7 @@ def room(weights: int, device: str = "auto") -> Fit:
 
 
 def container_room(control: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that this process's container may still take, of cgroups v2 or v1; None where there is no limit."""
+    """Bytes that this container may still take, by cgroups v2 or v1; None where there is no limit."""
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
