@@ -237,13 +237,14 @@ def cost(
 def speed(folder: Path, config: TrainConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second of a lone row: a token a call, `longest` of them behind each held-out prompt."""
     from decoding.engine import Engine
+    from decoding.presets import Decoder
     from decoding.sampler import Sampler
     from dlm.checkpoint import load_model
 
     model, tokenizer = load_model(folder, options.device)
     sampler = Sampler(model, tokenizer)
     prompts = [ids for ids, _ in held_out(config, tokenizer, options.speed, options.longest)]
-    endless = sampler.without([tokenizer.eos_token], "conv", options={"kernel_size": 9})
+    endless = Decoder.named("conv", kernel_size=9).without(*sampler.spec.end_token_ids)
     plan = sampler.plan(decoder=endless, rate=1, max_tokens=options.longest)
     seconds = []
     for ids in [prompts[0], *prompts]:  # the first one warms up
