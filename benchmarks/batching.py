@@ -20,7 +20,7 @@ import torch
 from benchmarks.models import smollm2
 from decoding.denoiser import hidden_of_rows
 from decoding.sampler import Sampler
-from dlm.checkpoint import TORCH_DTYPES, load_model
+from dlm.checkpoint import DTYPES, load_model
 from dlm.data.prompts import read_prompts
 from eval.bench import now
 
@@ -79,10 +79,10 @@ def main() -> None:
     parser.add_argument("--model", default="")
     parser.add_argument("--file", default="")
     parser.add_argument("--limit", type=int, default=32)
-    parser.add_argument("--dtype", default="float32", choices=list(TORCH_DTYPES))
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    speeds = throughput(smollm2(options.device, TORCH_DTYPES[options.dtype]), options.rounds)
+    speeds = throughput(smollm2(options.device, DTYPES[options.dtype]), options.rounds)
     print(f"positions per second, 135M parameters, {options.dtype}, {options.device}")
     for name, speed in speeds.items():
         print(f"  {name:<28}{speed:8.0f}   {speed / speeds['equal lengths']:.2f} x equal lengths")

@@ -24,7 +24,7 @@ from decoding.canvas import Row, make_canvas
 from decoding.presets import PRESETS, Decoder
 from decoding.request import Request
 from decoding.step import denoise
-from dlm.checkpoint import TORCH_DTYPES, load_model
+from dlm.checkpoint import DTYPES, load_model
 from dlm.config import MaskedDiffusionConfig
 from dlm.curves import BLUE, GREEN, ORANGE, PINK, without_frame
 from dlm.model import MaskedDiffusionModel
@@ -135,10 +135,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=8, help="steps to measure for the share outside")
     parser.add_argument("--plot", type=Path, default=Path("runs/cost.svg"))
     parser.add_argument("--model", default="", help="trained weights for the share outside")
-    parser.add_argument("--dtype", default="float32", choices=list(TORCH_DTYPES))
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    dtype = TORCH_DTYPES[options.dtype]
+    dtype = DTYPES[options.dtype]
     where = f"{options.dtype}, {torch.get_num_threads()} threads, {options.device}"
     found: dict[str, dict[int, dict[str, float]]] = {}
     print(f"seconds per answer of {ANSWER} tokens, 11M parameters, {where}\n")
@@ -158,7 +158,7 @@ def shares(path: str, device: str, dtype: str, limit: int) -> None:
     """What a step spends outside the model, for every decoder."""
     weights = path or "random weights"
     print(f"share of a step outside the model, 135M parameters ({weights}), L=512, V={VOCAB}\n")
-    model = load_model(path, device, dtype)[0] if path else smollm2(device, TORCH_DTYPES[dtype])
+    model = load_model(path, device, dtype)[0] if path else smollm2(device, DTYPES[dtype])
     print("| decoder | ms per step | outside the model |\n|---|---|---|")
     for name in PRESETS:
         outside(name, model, 2)

@@ -15,7 +15,7 @@ import argparse
 import torch
 
 from benchmarks.models import EOS, MASK, VOCAB, Ending, smollm2
-from dlm.checkpoint import TORCH_DTYPES
+from dlm.checkpoint import DTYPES
 from eval.bench import Problem, as_causal, standard_ways, table, time_ways
 
 PROMPT = 40
@@ -30,10 +30,10 @@ def main() -> None:
     parser.add_argument("--padding", action="store_true", help="every position behind the end is an end too")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--dtype", default="float32", choices=list(TORCH_DTYPES))
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    model = smollm2(options.device, TORCH_DTYPES[options.dtype])
+    model = smollm2(options.device, DTYPES[options.dtype])
     causal = as_causal(model)
     ending = Ending(model, PROMPT + options.answer, options.padding)
     prompts = torch.randint(5, VOCAB - 5, (options.rows, PROMPT), device=options.device)
