@@ -73,35 +73,33 @@ def header(file: Path) -> dict[str, Stored]:
             (length,) = struct.unpack("<Q", stream.read(8))
             entries = json.loads(stream.read(length))
         entries.pop("__metadata__", None)
-        end = max((tensor["data_offsets"][1] for tensor in entries.values()), default=0)
-        size = file.stat().st_size
-        if size < 8 + length + end:
-            raise CheckpointError(f"{file}: truncated ({size:,} bytes of {8 + length + end:,})")
-        expected = 0
-        for begin, stop, name in sorted((*entry["data_offsets"], name) for name, entry in entries.items()):
-            _check_entry(file, name, entries[name], stop - begin)
-            if begin != expected:
-                raise CheckpointError(
-                    f"{file}: damaged ({name} begins at byte {begin:,} in place of {expected:,})"
-                )
-            expected = stop
-        return {
-            name: Stored(tuple(t["shape"]), t["dtype"], file, 8 + length + t["data_offsets"][0])
-            for name, t in entries.items()
-        }
+        return _checked(file, 8 + length, entries)
+    except CheckpointError:
+        raise
     except (
-        struct.error,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        MemoryError,
-        RecursionError,
+        struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError, RecursionError,
         OverflowError,
-    ) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    ) as error:  # fmt: skip
         raise CheckpointError(f"{file}: truncated or damaged (not a safetensors header)") from error
+
+
+def _checked(file: Path, start: int, entries: dict[str, Any]) -> dict[str, Stored]:
+    """The tensors of a file whose values begin at `start`, from the entries of its header."""
+    end, size = max((entry["data_offsets"][1] for entry in entries.values()), default=0), file.stat().st_size
+    if size < start + end:
+        raise CheckpointError(f"{file}: truncated ({size:,} bytes of {start + end:,})")
+    expected = 0
+    for begin, stop, name in sorted((*entry["data_offsets"], name) for name, entry in entries.items()):
+        _check_entry(file, name, entries[name], stop - begin)
+        if begin != expected:
+            raise CheckpointError(
+                f"{file}: damaged ({name} begins at byte {begin:,} in place of {expected:,})"
+            )
+        expected = stop
+    return {
+        name: Stored(tuple(entry["shape"]), entry["dtype"], file, start + entry["data_offsets"][0])
+        for name, entry in entries.items()
+    }
 
 
 def _check_entry(file: Path, name: str, entry: dict[str, Any], size: int) -> None:

@@ -46,6 +46,7 @@ class FarModel:
     capabilities, sight = frozenset({"packed", "partial", "attention", "shadows"}), ALL
     _shadowed_hidden = MaskedDiffusionModel._shadowed_hidden
     _embed, _recorded = MaskedDiffusionModel._embed, MaskedDiffusionModel._recorded
+    _finished, _finished_packed = MaskedDiffusionModel._finished, MaskedDiffusionModel._finished_packed
     _hidden_in_layout, layers = MaskedDiffusionModel._hidden_in_layout, ("the only one",)
 
     def __init__(self, device=AWAY):
@@ -54,7 +55,9 @@ class FarModel:
         self.shut = torch.where(torch.arange(VOCAB) == MASK, -torch.inf, 0.0).to(device)
         self.backbone, self.mask_shift, self.calls = Backbone(), None, 0
         self.device, self.dtype = torch.device(device), torch.float32
-        self.config = SimpleNamespace(mask_token_id=MASK, eos_token_id=EOS, shift=True, generation=None)
+        self.config = SimpleNamespace(
+            mask_token_id=MASK, eos_token_id=EOS, shift=True, generation=None, causal_context=False
+        )
         self.spec = ModelSpec.of(self)
 
     def get_input_embeddings(self):
