@@ -60,7 +60,8 @@ def folder(tmp_path_factory):
     return there, shown
 
 
-def test_every_stage_passes_on_a_bare_python(folder):
+def test_every_stage_passes_on_a_bare_python_and_once(folder):
+    """One test, so that processes that share the tests run the bundle once."""
     there, shown = folder
     results = [json.loads(line) for line in (there / "out" / "report.jsonl").read_text().splitlines()]
     assert [r["name"] for r in results if r["stage"] == "stages"] == list(STAGES)
@@ -72,10 +73,11 @@ def test_every_stage_passes_on_a_bare_python(folder):
     assert {"hardware", "ceilings", "recipe", "V=300, N=4", "tiny, batch 1: rate 4", "4 clients"} <= names
     found = {r["name"]: r for r in results if r["stage"] == "train"}["recipe"]
     assert found["nelbo_last"] < found["nelbo_first"]
+    the_pieces_that_come_back_are_adapters(there)
+    what_is_done_is_not_done_again(there)
 
 
-def test_the_pieces_that_come_back_are_adapters(folder):
-    there, _ = folder
+def the_pieces_that_come_back_are_adapters(there):
     assert len(list((there / "out").iterdir())) <= 8
     call([sys.executable, "-m", "benchmarks.gpu.pieces", str(there / "out"), "sft.tar.gz", "--output",
           str(there / "sft")], ROOT)  # fmt: skip
@@ -84,8 +86,7 @@ def test_the_pieces_that_come_back_are_adapters(folder):
             "history.json", "token_counts.safetensors"} <= names  # fmt: skip
 
 
-def test_what_is_done_is_not_done_again(folder):
-    there, _ = folder
+def what_is_done_is_not_done_again(there):
     report = there / "home" / "run" / "report.jsonl"
     before = [json.loads(line) for line in report.read_text().splitlines()]
     call([sys.executable, "-m", "benchmarks.gpu", "--tiny", "--device", "cpu", "--minutes", "1", "--output",
