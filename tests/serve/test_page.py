@@ -286,6 +286,7 @@ def test_what_is_sent_before_the_decoders_are_listed_waits_for_them(visit, serve
     page.wait_for_selector("#hint:has-text('once the server is there')")
     wait_for(lambda: page.evaluate("1") and held)
     held[0].continue_()
+    page.wait_for_selector(".canvas")  # it has begun
     finish(page)
     assert page.text_content(".asked") == "sum: 3 4"
     assert shown(page) == texts_of(served.canvas(messages=user("sum: 3 4"), seed=7, max_tokens=24))
