@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from dlm.json_files import damaged, read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+METADATA = "__metadata__"
+"""In a safetensors header, what is said about the file."""
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -65,57 +68,81 @@ def header(file: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file by name, from its header.
 
     Raises:
-        CheckpointError: when the file is not one, shorter than its header says, or its header does not go
-            with its bytes: tensors follow each other, each as long as its shape and type say.
+        CheckpointError: when the file is not one, or its header does not go with its bytes: by the format
+            tensors follow each other without a gap, to the end of the file, each as long as its shape and
+            type say.
     """
+    begin, entries = _entries(file)
+    return {
+        name: Stored(tuple(entry["shape"]), entry["dtype"], file, begin + entry["data_offsets"][0])
+        for name, entry in entries.items()
+        if name != METADATA
+    }
+
+
+def _entries(file: Path) -> tuple[int, dict[str, Any]]:
+    """First byte of a file's values, and the entries of its header, checked; see `header`."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            entries = json.loads(stream.read(length))
-        entries.pop("__metadata__", None)
-        return _checked(file, 8 + length, entries)
+            size = file.stat().st_size - 8 - length
+            entries = json.loads(stream.read(length) if size >= 0 else b"")
+        tensors = {name: entry for name, entry in entries.items() if name != METADATA}
+        places = {name: _place(file, name, entry) for name, entry in tensors.items()}
+        end = max((end for _, end in places.values()), default=0)
+        if size < end:
+            raise CheckpointError(f"{file}: truncated ({8 + length + size:,} bytes of {8 + length + end:,})")
+        _check_cover(file, tensors, places, size)
     except CheckpointError:
         raise
-    except (
-        struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError, RecursionError,
-        OverflowError,
-    ) as error:  # fmt: skip
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: truncated or damaged (not a safetensors header)") from error
+    except (MemoryError, RecursionError, OverflowError) as error:
+        raise CheckpointError(f"{file}: truncated or damaged (not a safetensors header)") from error
+    return 8 + length, entries
 
 
-def _checked(file: Path, start: int, entries: dict[str, Any]) -> dict[str, Stored]:
-    """The tensors of a file whose values begin at `start`, from the entries of its header."""
-    end, size = max((entry["data_offsets"][1] for entry in entries.values()), default=0), file.stat().st_size
-    if size < start + end:
-        raise CheckpointError(f"{file}: truncated ({size:,} bytes of {start + end:,})")
+def _place(file: Path, name: str, entry: dict[str, Any]) -> tuple[int, int]:
+    """Begin and end of a tensor among the values of its file; refuse what is no place."""
+    begin, end = entry["data_offsets"]
+    if not (_is_count(begin) and _is_count(end) and begin <= end):
+        raise CheckpointError(f"{file}: damaged ({name} is said to lie from byte {begin} to {end})")
+    return begin, end
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_cover(file: Path, tensors: dict[str, Any], places: dict[str, tuple[int, int]], size: int) -> None:
+    """Refuse tensors of other lengths than their shapes and types need, overlaps and gaps.
+
+    Args:
+        file: where they lie.
+        tensors: entries of the header by name.
+        places: begin and end of each, among the values.
+        size: bytes of all values.
+    """
     expected = 0
-    for begin, stop, name in sorted((*entry["data_offsets"], name) for name, entry in entries.items()):
-        _check_entry(file, name, entries[name], stop - begin)
+    for (begin, end), name in sorted((place, name) for name, place in places.items()):
+        dtype, shape = tensors[name]["dtype"], tensors[name]["shape"]
+        if dtype not in TORCH_DTYPES:
+            known = ", ".join(TORCH_DTYPES)
+            raise CheckpointError(f"{file}: {name} is stored as {dtype}, which is not read; types: {known}")
+        if not all(map(_is_count, shape)):
+            raise CheckpointError(f"{file}: damaged ({name} has the shape {shape})")
+        needed = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+        if end - begin != needed:
+            raise CheckpointError(
+                f"{file}: damaged ({name} has {end - begin:,} bytes; {shape} of {dtype} need {needed:,})"
+            )
         if begin != expected:
             raise CheckpointError(
                 f"{file}: damaged ({name} begins at byte {begin:,} in place of {expected:,})"
             )
-        expected = stop
-    return {
-        name: Stored(tuple(entry["shape"]), entry["dtype"], file, start + entry["data_offsets"][0])
-        for name, entry in entries.items()
-    }
-
-
-def _check_entry(file: Path, name: str, entry: dict[str, Any], size: int) -> None:
-    """Refuse a tensor of a type that is not read, and one whose bytes are not as many as its values need."""
-    dtype, shape = entry["dtype"], entry["shape"]
-    if dtype not in TORCH_DTYPES:
-        raise CheckpointError(
-            f"{file}: {name} is stored as {dtype}, which is not read; types: {', '.join(TORCH_DTYPES)}"
-        )
-    if not all(isinstance(side, int) and not isinstance(side, bool) and side >= 0 for side in shape):
-        raise CheckpointError(f"{file}: damaged ({name} has the shape {shape})")
-    needed = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
-    if size != needed:
-        raise CheckpointError(
-            f"{file}: damaged ({name} has {size:,} bytes; {shape} of {dtype} need {needed:,})"
-        )
+        expected = end
+    if size > expected:
+        raise CheckpointError(f"{file}: damaged ({size - expected:,} bytes behind the last tensor)")
 
 
 def shards(folder: str | Path) -> list[Path]:
@@ -147,9 +174,9 @@ def read_index(file: Path) -> dict[str, Any]:
     try:
         index = read_object(file)
         places = index["weight_map"]
-        wrong = sorted(str(name) for name, place in places.items() if not isinstance(place, str))
-        if wrong:
-            raise CheckpointError(f"{file}: the place of {wrong[0]} is no name of a file")
+        for name, place in places.items():
+            if not isinstance(place, str) or Path(place).name != place:
+                raise CheckpointError(f"{file}: the place of {name} is no name of a file: {place!r}")
         return index
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
@@ -162,8 +189,18 @@ def read_lazily(path: str | Path) -> dict[str, Stored]:
 
     Empty where there are no safetensors files.
     """
-    files = shards(path) if Path(path).is_dir() else _hub_shards(str(path))
-    return {name: each for file in files for name, each in header(file).items()}
+    return _merged(shards(path) if Path(path).is_dir() else _hub_shards(str(path)))
+
+
+def _merged(files: Iterable[Path]) -> dict[str, Stored]:
+    """The tensors of several files by name; a name that is in two of them is refused."""
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        for name, each in header(file).items():
+            if name in tensors:
+                raise CheckpointError(f"{file}: holds {name}, which {tensors[name].file.name} also holds")
+            tensors[name] = each
+    return tensors
 
 
 def _hub_shards(path: str) -> list[Path]:
@@ -187,17 +224,16 @@ def check_files(path: str | Path) -> None:
     """
     if not Path(path).is_dir():
         return
-    files = shards(path)
-    held = {name for file in files for name in header(file)}
+    held = tensors(path)
     if (Path(path) / INDEX).is_file():
-        lacking = sorted(set(read_index(Path(path) / INDEX)["weight_map"]) - held)
+        lacking = sorted(read_index(Path(path) / INDEX)["weight_map"].keys() - held.keys())
         if lacking:
             raise CheckpointError(f"{path}: its files lack {len(lacking)} weights, the first is {lacking[0]}")
 
 
 def tensors(path: str | Path) -> dict[str, Stored]:
     """The tensors of a folder by name; empty for a hub id, and where there are no safetensors files."""
-    return {name: each for file in shards(path) for name, each in header(file).items()}
+    return _merged(shards(path))
 
 
 def stored_bytes(path: str | Path) -> int | None:
@@ -206,8 +242,9 @@ def stored_bytes(path: str | Path) -> int | None:
         return sum(file.stat().st_size for file in shards(path)) or None
     index = file_of(str(path), INDEX)
     if index is not None:
-        total = read_index(Path(index)).get("metadata", {}).get("total_size")
-        return None if total is None else int(total)
+        about = read_index(Path(index)).get("metadata")
+        total = about.get("total_size") if isinstance(about, dict) else None
+        return int(total) if isinstance(total, int | float) else None
     return _size_on_hub(str(path))
 
 

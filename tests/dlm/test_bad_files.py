@@ -76,10 +76,28 @@ def odd_shape(entries, names):
     entries[names[0]]["shape"] = [-1, 2.5]
 
 
+def in_halves(entries, names):
+    entries[names[0]]["data_offsets"] = [float(x) for x in entries[names[0]]["data_offsets"]]
+
+
+def without_end(entries, names):
+    entries[names[0]]["data_offsets"].pop()
+
+
+def backwards(entries, names):
+    entries[names[0]]["data_offsets"].reverse()
+
+
+def one_less(entries, names):
+    del entries[names[-1]]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (shifted, "damaged (.* begins at byte"), (negative, "damaged (.* begins at byte -8 in place of 0"),
+        (shifted, "damaged (.* begins at byte"), (negative, "damaged (.* is said to lie from byte -8 to"),
+        (in_halves, "damaged (.* is said to lie from byte 0.0 to"), (without_end, "not a safetensors header"),
+        (backwards, "damaged (.* is said to lie from byte"), (one_less, "bytes behind the last tensor"),
         (short, "damaged (.* bytes; .* need"), (overlapping, "damaged (.* begins at byte"),
         (narrower, "damaged (.* of BF16 need"), (unknown, "is stored as F4, which is not read; types: F64,"),
         (odd_shape, "has the shape"),
@@ -124,6 +142,26 @@ def test_wrong_shapes_and_surplus_are_refused_alike(folder, tmp_path, use):
         uses(folder, tmp_path)[use]()
     save_file(weights | {"model.extra.weight": torch.zeros(3)}, file)
     with pytest.raises(CheckpointError, match="no place for 1 weights"):
+        uses(folder, tmp_path)[use]()
+
+
+@pytest.mark.parametrize("use", ["load", "inspect", "convert"])
+def test_a_weight_in_two_files_is_refused(folder, tmp_path, use):
+    first, second = sorted(folder.glob("*.safetensors"))
+    name, twice = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: torch.zeros_like(twice)}, second)
+    with pytest.raises(CheckpointError, match=f"{second}: holds {name}, which {first.name} also holds"):
+        uses(folder, tmp_path)[use]()
+
+
+@pytest.mark.parametrize("use", ["load", "inspect", "convert"])
+def test_an_index_does_not_lead_out_of_its_folder(folder, tmp_path, use):
+    first_file(folder).rename(tmp_path / "elsewhere.safetensors")
+    index = json.loads((folder / INDEX).read_text())
+    places = index["weight_map"]
+    places = {n: x.replace("model-00001-of-00002", "../elsewhere") for n, x in places.items()}
+    (folder / INDEX).write_text(json.dumps(index | {"weight_map": places}))
+    with pytest.raises(CheckpointError, match=r"is no name of a file: '\.\./elsewhere.safetensors'"):
         uses(folder, tmp_path)[use]()
 
 
