@@ -10,16 +10,24 @@ from typing import Any, Protocol
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.initialization import no_init_weights
 from transformers.utils import cached_file, is_flash_attn_2_available
 
 from dlm import device as places
 from dlm import merged
 from dlm.adapter_files import base_of, is_adapter, saved_by_peft
 from dlm.backbone import from_causal_lm
+from dlm.checkpoint_checks import (
+    check_config,
+    check_shapes,
+    check_tokenizer,
+    has_bin,
+    no_weights,
+    origin_of,
+    our_weights,
+)
 from dlm.config import FAMILIES, MaskedDiffusionConfig
-from dlm.errors import CheckpointError, ConfigError, did_you_mean, first_line
-from dlm.families import PUBLIC, family_named, family_of
+from dlm.errors import CheckpointError, ConfigError, DLMError, did_you_mean, first_line
+from dlm.families import PUBLIC, family_of
 from dlm.families.base import Family
 from dlm.json_files import read_object
 from dlm.memory import heap_without_holes
@@ -28,7 +36,7 @@ from dlm.model_names import NAMES
 from dlm.pretrained.names import located
 from dlm.quantization import quantization_config, quantize
 from dlm.spec import ModelSpec
-from dlm.weights import SINGLE, Stored, check_files, read_lazily, tensors
+from dlm.weights import check_files, read_lazily, tensors
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +226,7 @@ class AdapterFormat:
                 model = DiffusionFormat().read_model(str(copy), dtype)
                 model.config.name_or_path = model.name_or_path = ""
                 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-                _check_tokenizer(path, model, tokenizer)
+                check_tokenizer(path, model.config, tokenizer)
                 return model, tokenizer
             except CheckpointError as error:  # another process may be replacing it
                 logger.debug("%s", error)
@@ -231,7 +239,7 @@ class AdapterFormat:
 
         base = base_of(path)
         described = located(base) if saved_by_peft(path) else path  # where configuration and tokenizer lie
-        config = _diffusion_config(described)
+        config = diffusion_config(described)
         try:
             where = located(base)
             if CausalFormat().detect(where):
@@ -251,7 +259,7 @@ class AdapterFormat:
         model.config.dtype = dtype
         for name in ("training", "generation", "schedule", "block_size", "block_lead", "causal_context"):
             setattr(model.config, name, getattr(config, name))
-        _check_tokenizer(path, model, tokenizer)
+        check_tokenizer(path, model.config, tokenizer)
         return model, tokenizer
 
 
@@ -271,7 +279,7 @@ class PublicFormat:
         config, tokenizer, family = public_config(path)
         check_files(path)
         model = _read_weights(path, config, dtype, device_map, family, quantized)
-        _check_tokenizer(path, model, tokenizer)
+        check_tokenizer(path, model.config, tokenizer)
         return model, tokenizer
 
 
@@ -310,20 +318,15 @@ class DiffusionFormat:
     ) -> Loaded:
         """See `CheckpointFormat`."""
         model = self.read_model(path, dtype, device_map, quantized)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except Exception as error:
-            raise CheckpointError(
-                f"{path}: the tokenizer is missing or damaged ({first_line(error)})"
-            ) from error
-        _check_tokenizer(path, model, tokenizer)
+        tokenizer = stored_tokenizer(path)
+        check_tokenizer(path, model.config, tokenizer)
         return model, tokenizer
 
     def read_model(
         self, path: str, dtype: torch.dtype, device_map: DeviceMap = None, quantized: str = ""
     ) -> MaskedDiffusionModel:
         """Read the model alone; arguments and errors as of `read`."""
-        config = _diffusion_config(path)
+        config = diffusion_config(path)
         check_files(path)
         return _read_weights(path, config, dtype, device_map, None, quantized)
 
@@ -356,7 +359,7 @@ def stored_spec(path: str | Path) -> ModelSpec | None:
         return None
     if isinstance(format_, PublicFormat):
         return ModelSpec.of_config(public_config(path)[0])
-    return ModelSpec.of_config(_diffusion_config(located(base_of(path)) if saved_by_peft(path) else path))
+    return ModelSpec.of_config(diffusion_config(located(base_of(path)) if saved_by_peft(path) else path))
 
 
 def stored_positions(path: str | Path) -> int | None:
@@ -387,6 +390,42 @@ def public_config(path: str) -> tuple[MaskedDiffusionConfig, PreTrainedTokenizer
         raise CheckpointError(f"{path}: config.json lacks or misstates {first_line(error)}") from error
 
 
+def stored_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint in this toolkit's layout.
+
+    Raises:
+        CheckpointError: when it is missing or damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(f"{path}: the tokenizer is missing or damaged ({first_line(error)})") from error
+
+
+def check_checkpoint(path: str) -> tuple[MaskedDiffusionConfig, PreTrainedTokenizerBase, Family | None]:
+    """Configuration, tokenizer and family of a checkpoint, which is held to what `load_model` demands.
+
+    No weights are read, and of a hub id none are fetched. The family is None in this toolkit's own layout.
+    Adapters, and models that are still autoregressive, are refused.
+
+    Raises:
+        CheckpointError: see `load_model`.
+    """
+    family = family_at(path)
+    if family is None:
+        config, tokenizer = diffusion_config(path), stored_tokenizer(path)
+    else:
+        config, tokenizer, _ = public_config(path)
+    check_files(path)
+    weights = our_weights(config, family, tensors(path))
+    if weights:
+        check_shapes(path, config, weights)
+    elif Path(path).is_dir() and not has_bin(path):
+        raise no_weights(path)
+    check_tokenizer(path, config, tokenizer)
+    return config, tokenizer, family
+
+
 def _read_weights(
     path: str,
     config: MaskedDiffusionConfig,
@@ -396,13 +435,11 @@ def _read_weights(
     quantized: str,
 ) -> MaskedDiffusionModel:
     """The model of a folder or hub repository, its weights checked; of a family, under their public names."""
-    origin = family or (family_named(config.public["family"]) if config.public else None)
-    stored = {name: x for name, x in read_lazily(path).items() if not (origin and origin.is_derived(name))}
-    weights = {family.our_name(name) if family else name: x for name, x in stored.items()}
+    weights = our_weights(config, family, read_lazily(path))
     if weights:
         check_shapes(path, config, weights)
-    elif Path(path).is_dir() and not any(Path(path).glob("*.bin*")):
-        raise CheckpointError(f"{path}: holds no weights (no {SINGLE} in it)")
+    elif Path(path).is_dir() and not has_bin(path):
+        raise no_weights(path)
     try:  # where there are no safetensors, transformers looks for files of other kinds
         with heap_without_holes() if quantized else nullcontext():
             model, info = MaskedDiffusionModel.from_pretrained(
@@ -424,6 +461,7 @@ def _read_weights(
     wrong = sorted(map(str, [*(info.get("missing_keys") or []), *(info.get("mismatched_keys") or [])]))
     if wrong:
         raise CheckpointError(f"{path}: lacks {len(wrong)} weights, the first is {wrong[0]}")
+    origin = family or origin_of(config)
     unexpected = map(str, info.get("unexpected_keys") or ()) if not weights else ()
     surplus = sorted(name for name in unexpected if not (origin and origin.is_derived(name)))
     if surplus:
@@ -431,49 +469,19 @@ def _read_weights(
     return model  # type: ignore[no-any-return]
 
 
-def check_shapes(path: str, config: MaskedDiffusionConfig, weights: Mapping[str, Stored]) -> None:
-    """Refuse weights that are not those of the model that a configuration describes.
-
-    Args:
-        path: where they lie.
-        config: the configuration.
-        weights: the stored tensors, by our names.
+def diffusion_config(path: str) -> MaskedDiffusionConfig:
+    """The configuration of a checkpoint in this toolkit's layout.
 
     Raises:
-        CheckpointError: naming the first that is missing, of another shape, or superfluous.
+        CheckpointError: when it is of another layout, or has fields that no model can have.
     """
-    with torch.device("meta"), no_init_weights():
-        try:
-            model = MaskedDiffusionModel(config)
-        except Exception as error:
-            raise CheckpointError(f"{path}: config.json describes no model ({first_line(error)})") from error
-    expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-    tied = set(model._tied_weights_keys or {}) if config.tie_word_embeddings else set()
-    wrong = sorted(
-        name
-        for name, shape in expected.items()
-        if (name in weights or name not in tied) and _shape(weights, name) != shape
-    )
-    if wrong:
-        raise CheckpointError(
-            f"{path}: {len(wrong)} weights are missing or of another shape, the first is {wrong[0]}: "
-            f"{_shape(weights, wrong[0])} in place of {expected[wrong[0]]}"
-        )
-    superfluous = sorted(weights.keys() - expected.keys())
-    if superfluous:
-        raise CheckpointError(
-            f"{path}: has no place for {len(superfluous)} weights, the first is {superfluous[0]}"
-        )
-
-
-def _shape(weights: Mapping[str, Stored], name: str) -> tuple[int, ...] | None:
-    return weights[name].shape if name in weights else None
-
-
-def _diffusion_config(path: str) -> MaskedDiffusionConfig:
     stored = stored_config(path)
     if stored.get("model_type") != MaskedDiffusionConfig.model_type:
         raise unknown_architecture(path, stored)
+    try:
+        check_config(stored)
+    except DLMError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     try:
         return MaskedDiffusionConfig.from_pretrained(path)  # type: ignore[no-any-return]
     except Exception as error:
@@ -492,14 +500,3 @@ def unknown_architecture(path: str, stored: Mapping[str, Any]) -> CheckpointErro
         f"{path}: unknown architecture {kind!r}{code}; known: this toolkit's own, {families}, and as a base "
         f"to train from {', '.join(FAMILIES)}"
     )
-
-
-def _check_tokenizer(path: str, model: MaskedDiffusionModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that is not the model's, with which it would load and then produce noise."""
-    count = min(len(tokenizer), model.config.vocab_size)
-    if tokenizer.mask_token_id != model.config.mask_token_id or count != model.config.num_tokens:
-        raise CheckpointError(
-            f"{path}: tokenizer and model do not belong together (mask token "
-            f"{tokenizer.mask_token_id} against {model.config.mask_token_id}, {len(tokenizer)} tokens "
-            f"against {model.config.num_tokens})"
-        )

@@ -9,18 +9,18 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
-from dlm.checkpoint import check_shapes, family_at, public_config, stored_config
+from dlm.adapter_files import is_adapter
+from dlm.checkpoint import check_checkpoint
+from dlm.checkpoint_checks import no_weights, origin_of
 from dlm.config import MaskedDiffusionConfig
 from dlm.errors import CheckpointError, ConfigError, first_line
-from dlm.families import family_named
 from dlm.families.base import Family
 from dlm.lock import check_writable
 from dlm.model import MaskedDiffusionModel
 from dlm.notice import carry_notice
 from dlm.pretrained.names import located
-from dlm.weights import INDEX, SINGLE, check_files, read_index, shards, tensors
+from dlm.weights import INDEX, read_index, shards
 
 
 def convert(source: str | Path, target: str | Path) -> Path:
@@ -44,27 +44,18 @@ def convert(source: str | Path, target: str | Path) -> Path:
     if target.is_dir() and any(target.iterdir()):
         raise ConfigError(f"{target} is not empty; choose another folder")
     check_writable(target)
-    stored = stored_config(str(folder))
-    family = family_at(str(folder))
-    check_files(folder)
-    if not shards(folder):
-        raise CheckpointError(f"{folder}: {_instead(folder)}")
+    if not is_adapter(folder) and shards(folder):
+        config, tokenizer, family = check_checkpoint(str(folder))
+    else:
+        raise no_weights(folder)
     if family is not None:
-        config, tokenizer, _ = public_config(str(folder))
-        weights = {
-            family.our_name(name): each
-            for name, each in tensors(folder).items()
-            if not family.is_derived(name)
-        }
-        check_shapes(str(folder), config, weights)
         target.mkdir(parents=True, exist_ok=True)
         _write_weights(folder, target, family.our_name)
         config.architectures = [MaskedDiffusionModel.__name__]
         config.save_pretrained(target)
     else:
-        family, public = _origin(folder, stored)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer.chat_template = stored["public"].get("template", tokenizer.chat_template)
+        family, public = _origin(folder, config)
+        tokenizer.chat_template = (config.public or {}).get("template", tokenizer.chat_template)
         target.mkdir(parents=True, exist_ok=True)
         _write_weights(folder, target, family.public_name)
         (target / "config.json").write_text(json.dumps(public, indent=2) + "\n", encoding="utf-8")
@@ -85,25 +76,12 @@ def _source_folder(path: str) -> Path:
         ) from error
 
 
-def _origin(folder: Path, stored: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
+def _origin(folder: Path, config: MaskedDiffusionConfig) -> tuple[Family, dict[str, Any]]:
     """Family and public configuration that a checkpoint of ours came from."""
-    if stored.get("model_type") != MaskedDiffusionConfig.model_type:
-        raise CheckpointError(
-            f"{folder}: a {stored.get('model_type')!r} model, neither of a public family nor of this toolkit"
-        )
-    origin = stored.get("public")
-    if not origin:
+    family = origin_of(config)
+    if family is None or config.public is None:
         raise CheckpointError(f"{folder}: did not come from a public checkpoint; it has only this layout")
-    return family_named(origin["family"]), dict(origin["config"])
-
-
-def _instead(folder: Path) -> str:
-    """Say what to do with a folder that has no safetensors files."""
-    if (folder / "adapter_config.json").is_file():
-        return "an adapter, not a model: dlm export --merge true makes one of it and its base"
-    if any(folder.glob("*.bin")):
-        return "holds .bin files; load_model reads them, and save_pretrained writes safetensors"
-    return f"no safetensors files in it (no {SINGLE})"
+    return family, dict(config.public["config"])
 
 
 def _write_weights(folder: Path, target: Path, renamed: Any) -> None:

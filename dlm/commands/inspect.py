@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlm.cli import Command, json_line
 from dlm.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from dlm.families.base import Family
 
 
 @dataclass(frozen=True)
@@ -49,31 +52,20 @@ def describe(path: str) -> dict[str, Any]:
         CheckpointError: when it is no checkpoint of this toolkit or of a public family, or its weights are
             truncated.
     """
-    from dlm.checkpoint import family_at, stored_config, unknown_architecture
-    from dlm.config import MaskedDiffusionConfig
+    from dlm.adapter_files import base_of, is_adapter, saved_by_peft
+    from dlm.checkpoint import check_checkpoint, diffusion_config, stored_tokenizer
     from dlm.pretrained.names import located
 
     path = located(path)
-    stored = stored_config(path)
-    family = family_at(path)
-    if family is None:
-        kind = stored.get("model_type")
-        if kind != MaskedDiffusionConfig.model_type:
-            raise unknown_architecture(path, stored)
-    return _ours(path) if family is None else _published(path)
+    if is_adapter(path):
+        origin = located(base_of(path)) if saved_by_peft(path) else path  # where its configuration lies
+        return _ours(path, diffusion_config(origin), stored_tokenizer(origin))
+    config, tokenizer, family = check_checkpoint(path)
+    return _ours(path, config, tokenizer) if family is None else _published(path, config, tokenizer, family)
 
 
-def _ours(path: str) -> dict[str, Any]:
-    """A checkpoint of this toolkit."""
-    from transformers import AutoTokenizer
-
-    from dlm.adapter_files import base_of, saved_by_peft
-    from dlm.config import MaskedDiffusionConfig
-    from dlm.pretrained.names import located
-
-    described = located(base_of(path)) if saved_by_peft(path) else path
-    config = MaskedDiffusionConfig.from_pretrained(described)
-    tokenizer = AutoTokenizer.from_pretrained(described, trust_remote_code=False)
+def _ours(path: str, config: Any, tokenizer: Any) -> dict[str, Any]:
+    """A checkpoint of this toolkit, or an adapter."""
     return {
         "path": path,
         **_facts(config, tokenizer, _adapter(path) | _weights(path)),
@@ -84,20 +76,15 @@ def _ours(path: str) -> dict[str, Any]:
     }
 
 
-def _published(path: str) -> dict[str, Any]:
+def _published(path: str, config: Any, tokenizer: Any, family: Family) -> dict[str, Any]:
     """A public checkpoint: of a hub id configuration, tokenizer and index are fetched, and no weights."""
-    from dlm.checkpoint import check_shapes, place, public_config
+    from dlm.checkpoint import place
     from dlm.device import QUANTIZED
     from dlm.memory import fit, room
-    from dlm.weights import check_files, stored_bytes, tensors
+    from dlm.weights import stored_bytes, tensors
 
-    check_files(path)
-    config, tokenizer, family = public_config(path)
     size = stored_bytes(path)
-    held = {name: x for name, x in tensors(path).items() if not family.is_derived(name)}
-    if held:
-        check_shapes(path, config, {family.our_name(name): x for name, x in held.items()})
-    bits = max((each.bits for each in held.values()), default=16)
+    bits = max((x.bits for name, x in tensors(path).items() if not family.is_derived(name)), default=16)
     return {
         "path": path,
         "published as": family.name,
@@ -161,11 +148,11 @@ def _weights(path: str) -> dict[str, Any]:
     if not Path(path).is_dir():
         return {}
     adapter = Path(path) / "adapter_model.safetensors"
-    held = (header(adapter) if adapter.is_file() else {}) if is_adapter(path) else tensors(path)
+    if is_adapter(path) and not adapter.is_file():
+        raise CheckpointError(f"{path}: {adapter.name} is missing")
+    held = header(adapter) if is_adapter(path) else tensors(path)
     if not held:
-        if any(Path(path).glob("*.bin")):
-            return {"parameters": "in .bin files, whose headers are not read"}
-        raise CheckpointError(f"{path}: config.json is there, but no safetensors files")
+        return {"parameters": "in .bin files, whose headers are not read"}
     types = sorted({each.dtype for each in held.values()})
     return {"parameters": f"{sum(math.prod(x.shape) for x in held.values()):,} ({', '.join(types)})"}
 

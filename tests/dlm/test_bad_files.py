@@ -186,6 +186,64 @@ def test_a_wrong_field_is_named_alike(folder, tmp_path, field, use):
         uses(folder, tmp_path)[use]()
 
 
+OURS = {
+    "a width of text": (
+        {"backbone": {"hidden_size": "x"}},
+        "says hidden_size = 'x'; it is a whole",
+    ),
+    "no layers": (
+        {"backbone": {"num_hidden_layers": -1}},
+        "says num_hidden_layers = -1; it is a whole number",
+    ),
+    "a block of none": ({"block_size": 0}, "says block_size = 0; it is a whole number"),
+    "a block of text": (
+        {"block_size": "x"},
+        "says block_size = 'x'; it is a whole number",
+    ),
+    "a mask of text": ({"mask_token_id": "x"}, "says mask_token_id = 'x'; it is a whole number from 0"),
+    "a mask beyond": ({"mask_token_id": 448}, "says mask_token_id = 448; it is less than vocab_size = 448"),
+    "a list": ({"public": [3]}, r"config.json says public = \[3\]; it is a dictionary"),
+    "an origin": (
+        {"public": {"family": "lada"}},
+        "unknown family of public checkpoints 'lada'",
+    ),
+    "other tokens": ({"num_tokens": 7}, "tokenizer and model do not belong together"),
+    "another width": ({"backbone": {"hidden_size": 64}}, r"another shape, .* in place of \(448, 64\)"),
+    "no tokenizer": ("tokenizer.json", "the tokenizer is missing or damaged"),
+    "no weights": ("*.safetensors*", f"holds no weights .no {SINGLE} in it"),
+    "surplus": ({"x": torch.zeros(2)}, "has no place for 1 weights, the first is x"),
+}
+
+
+@pytest.mark.parametrize("fault", OURS)
+@pytest.mark.parametrize("use", ["load", "inspect", "convert"])
+def test_our_own_layout_is_held_to_the_same(folder, tmp_path, fault, use):
+    ours = convert(folder, tmp_path / "ours")
+    change, says = OURS[fault]
+    if isinstance(change, str):
+        for file in ours.glob(change):
+            file.unlink()
+    elif isinstance(next(iter(change.values())), torch.Tensor):
+        save_file(load_file(first_file(ours)) | change, first_file(ours))
+    else:
+        config = json.loads((ours / "config.json").read_text())
+        backbone = config["backbone"] | change.get("backbone", {})
+        (ours / "config.json").write_text(json.dumps({**config, **change, "backbone": backbone}))
+    with pytest.raises(CheckpointError, match=f"{ours}.*{says}") as caught:
+        uses(ours, tmp_path)[use]()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("use", ["load", "inspect", "convert"])
+def test_whole_numbers_are_no_weights(folder, tmp_path, use):
+    file = first_file(folder)
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    save_file(weights | {name: weights[name].to(torch.int8)}, file)
+    with pytest.raises(CheckpointError, match="q_proj.weight is stored as I8, whole numbers"):
+        uses(folder, tmp_path)[use]()
+
+
 def as_bin(folder):
     weights = {}
     for file in sorted(folder.glob("*.safetensors")):
