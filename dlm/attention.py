@@ -215,7 +215,7 @@ class Packed(Movable):
     sight: Sight = ALL
     shadows: Mapping[int, RowShadows] = field(default_factory=dict)
     finished: torch.Tensor | None = None
-    _copied: torch.Tensor | None = field(default=None, init=False, repr=False)
+    _copied: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def bounds(self) -> list[int]:
@@ -262,10 +262,10 @@ class Packed(Movable):
         return RowKeys(query, key, place, place >= 0, None if self.finished is None else self.finished[index])
 
     def on_device(self, device: torch.device) -> torch.Tensor:
-        """The bounds as kernels want them, int32; copied once for all layers."""
-        if self._copied is None:
-            self._copied = sent(torch.tensor(self.bounds, dtype=torch.int32), device)
-        return self._copied
+        """The bounds as kernels want them, int32; copied once for all layers of a device."""
+        if device not in self._copied:
+            self._copied[device] = sent(torch.tensor(self.bounds, dtype=torch.int32), device)
+        return self._copied[device]
 
     def _varlen(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None

@@ -73,15 +73,14 @@ def load_model(
     Raises:
         CheckpointError: when there is no such checkpoint, a file is missing or truncated, weights are
             missing, or the model family is not supported.
-        ConfigError: for an unknown `dtype`, and for a quantised one without bitsandbytes.
+        ConfigError: for an unknown `dtype`, for a quantised one without bitsandbytes, and for a `device_map`
+            with devices that are not there or too small.
     """
     path = located(path)
     device, torch_dtype = place(device, dtype)
     quantized, layout = dtype if dtype in places.QUANTIZED else "", format_of(path)
-    if isinstance(device_map, dict) and "disk" in device_map.values():
-        raise ConfigError(
-            'device_map: weights are not left on "disk"; name devices, or load with int8 or nf4'
-        )
+    for each in places.devices_of(device_map):
+        place(each)
     if device_map is not None and not layout.as_stored:
         raise ConfigError(f"{path}: a device_map is for checkpoints whose weights are read as they are")
     if quantized and layout.as_stored:  # each weight is rounded where it goes, as soon as it is read
@@ -453,6 +452,11 @@ def _read_weights(
                 output_loading_info=True,
             )
     except Exception as error:
+        if device_map is not None and "offload_folder" in str(error):
+            raise ConfigError(
+                f"{path}: does not fit on the devices of device_map {device_map!r}, and weights are not "
+                "left on disk; give more devices, or load with int8 or nf4"
+            ) from error
         raise CheckpointError(
             f"{path}: weights missing, truncated or damaged ({first_line(error)})"
         ) from error

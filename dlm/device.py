@@ -21,6 +21,9 @@ QUANTIZED = ("int8", "nf4")
 """Types of linear layers in 8 and 4 bits, by bitsandbytes; see `dlm.quantization`."""
 
 
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Ways in which accelerate spreads a model over the devices that there are."""
+
 _DEVICE = re.compile(r"auto|cpu|(cuda|mps|xpu)(:\d+)?")
 
 
@@ -40,6 +43,29 @@ def check_place(device: str, dtype: str) -> None:
     if dtype not in ("auto", "fastest", *DTYPES, *QUANTIZED):
         raise unknown_name("dtype", dtype, ("auto", "fastest", *DTYPES, *QUANTIZED))
     check_quantized(dtype, device)
+
+
+def devices_of(device_map: str | dict[str, Any] | None) -> list[str]:
+    """The devices that a map names, as texts; none where accelerate is to find them.
+
+    Raises:
+        ConfigError: for what is no device, and for weights that would be left on disk or nowhere.
+    """
+    if device_map is None or (isinstance(device_map, str) and device_map in SPREADS):
+        return []
+    values = device_map.values() if isinstance(device_map, dict) else [device_map]
+    names = [f"cuda:{value}" if isinstance(value, int) else str(value) for value in values]
+    for name in names:
+        if name in ("disk", "meta"):
+            raise ConfigError(
+                f'device_map: weights are not left on "{name}"; name devices, or load with int8 or nf4'
+            )
+        if name == "auto" or not _DEVICE.fullmatch(name):
+            raise ConfigError(
+                f"device_map: unknown device {name!r}; choices: cpu, cuda:0 (or another number), and in "
+                f"place of a map {', '.join(SPREADS)}"
+            )
+    return names
 
 
 def check_quantized(dtype: str, device: str = "cpu") -> None:

@@ -278,9 +278,32 @@ def test_an_adapter_is_not_converted(folder, tmp_path):
         convert(ours, tmp_path / "back")
 
 
-def test_weights_on_disk_are_refused_by_name(folder):
-    with pytest.raises(ConfigError, match='left on "disk"'):
-        load_model(folder, device_map={"backbone": "cpu", "lm_head": "disk"})
+@pytest.mark.parametrize(
+    ("device_map", "says"),
+    [
+        ({"backbone": "cpu", "lm_head": "disk"}, 'weights are not left on "disk"'),
+        ({"backbone": "cpu", "lm_head": "meta"}, 'weights are not left on "meta"'),
+        ("disk", 'weights are not left on "disk"'),
+        ("spread", "unknown device 'spread'; choices: cpu, cuda:0 .*, and in place of a map auto, balanced"),
+        ({"": "auto"}, "unknown device 'auto'"),
+    ],
+)
+def test_maps_of_what_is_no_device_are_refused(folder, device_map, says):
+    with pytest.raises(ConfigError, match=says):
+        load_model(folder, device_map=device_map)
+
+
+def test_maps_of_devices_that_are_not_there_are_refused(folder, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for device_map in ({"": 0}, "cuda:1", {"backbone": "cuda:0", "lm_head": "cpu"}):
+        with pytest.raises(ConfigError, match="device cuda:.: there is no GPU"):
+            load_model(folder, device_map=device_map)
+
+
+def test_what_does_not_fit_on_the_devices_is_not_called_damaged(folder, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.accelerate.get_max_memory", lambda _=None: {"cpu": 90_000})
+    with pytest.raises(ConfigError, match="does not fit on the devices of device_map 'auto'"):
+        load_model(folder, dtype="float32", device_map="auto")
 
 
 @pytest.mark.parametrize("name", ["a2d", "mdlm", "diffugpt", "diffullama", "bert-chat", "llada"])
