@@ -157,7 +157,7 @@ def _scores(model: Any, tries: Sequence[Canvas], plan: Plan) -> list[float]:
     states = hidden_of_rows(model, torch.cat(shown), [len(row) for row in rows])
     cells = torch.cat(near).nonzero()[:, 0]
     likely = model.logits(states[sent(cells, states.device)]).float().log_softmax(1)
-    tokens = sent(torch.cat(rows)[cells, None], states.device)
+    tokens = sent(torch.cat(rows)[cells, None], likely.device)
     given = likely.gather(1, tokens)[:, 0].double().cpu().split([int(x.sum()) for x in near])
     written = map(_written, tries)
     return [float(torch.cat(pair).sum()) for pair in zip(written, given, strict=True)]

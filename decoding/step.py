@@ -381,9 +381,13 @@ class Batch:
 
     def _likelihood(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """[S] the model's probability of the tokens [S], of which shadows have the states [S, D]."""
-        ids = ids.to(states.device, non_blocking=True)
-        pieces = zip(states.split(_LOGIT_ROWS), ids.split(_LOGIT_ROWS), strict=True)
-        logp = [self.model.logits(x).float().log_softmax(1).gather(1, y[:, None])[:, 0] for x, y in pieces]
+        logp = []
+        for x, y in zip(states.split(_LOGIT_ROWS), ids.split(_LOGIT_ROWS), strict=True):
+            likely = self.model.logits(x).float().log_softmax(1)
+            tokens = y[:, None].to(
+                likely.device, non_blocking=True
+            )  # the head may lie elsewhere than `states`
+            logp.append(likely.gather(1, tokens)[:, 0])
         return torch.cat(logp).exp()
 
     def _put(self, rows: torch.Tensor, where: torch.Tensor, columns: torch.Tensor) -> None:
