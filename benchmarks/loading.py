@@ -1,4 +1,4 @@
-"""Peak memory of reading a checkpoint, over the bytes of its weights: `python -m benchmarks.loading [GB]`.
+"""Peak memory of reading or converting a checkpoint, over its weights: `python -m benchmarks.loading [GB]`.
 
 Writes a LLaDA-shaped checkpoint of random bfloat16 weights in shards, and reads it in processes of their own.
 The figure is the peak of the resident set less what the process held before, over the bytes of the model.
@@ -18,23 +18,27 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 from dlm.checkpoint import load_model
+from dlm.convert import convert
 from dlm.quantization import weight_bytes
 from dlm.tokenizer import train_tokenizer
+from dlm.weights import stored_bytes
 
 D, INNER, VOCAB = 2048, 6144, 16000
+CONVERT = "convert"
 
 
 def main() -> None:
     """Print a table, one line for each type."""
     if len(sys.argv) > 2:
-        measure(Path(sys.argv[1]), sys.argv[2])
+        measured, what = Path(sys.argv[1]), sys.argv[2]
+        measure_conversion(measured) if what == CONVERT else measure(measured, what)
         return
     size = float(sys.argv[1]) if len(sys.argv) > 1 else 0.6
     with tempfile.TemporaryDirectory() as folder:
         stored = write(Path(folder), size)
         print(f"stored: {stored / 1e9:.2f} GB in bfloat16")
-        for dtype in ("bfloat16", "float32", "int8", "nf4"):
-            subprocess.run([sys.executable, "-m", "benchmarks.loading", folder, dtype], check=True)
+        for what in ("bfloat16", "float32", "int8", "nf4", CONVERT):
+            subprocess.run([sys.executable, "-m", "benchmarks.loading", folder, what], check=True)
 
 
 def measure(folder: Path, dtype: str) -> None:
@@ -51,6 +55,18 @@ def measure(folder: Path, dtype: str) -> None:
     print(f"{dtype}: model {size / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB, ratio {peak / size:.3f}")
 
 
+def measure_conversion(folder: Path) -> None:
+    """Convert the checkpoint to our layout, and print the peak."""
+    with tempfile.TemporaryDirectory() as small:
+        write(Path(small) / "public", 0.0)
+        convert(Path(small) / "public", Path(small) / "ours")
+        before, size = resident(), stored_bytes(folder) or 0
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # `highest` counts from here
+        convert(folder, Path(small) / "large")
+    peak = highest() - before
+    print(f"{CONVERT}: files {size / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB, ratio {peak / size:.3f}")
+
+
 def resident() -> int:
     """Bytes of this process that are in memory."""
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
@@ -65,6 +81,7 @@ def highest() -> int:
 
 def write(folder: Path, gigabytes: float, shards: int = 4) -> int:
     """Write the checkpoint; gives the bytes of its weights."""
+    folder.mkdir(exist_ok=True)
     layer = 4 * D * D + 3 * D * INNER + 2 * D
     layers = max(1, round((gigabytes * 1e9 / 2 - 2 * VOCAB * D) / layer))
     shapes = {"model.transformer.wte.weight": (VOCAB, D), "model.transformer.ff_out.weight": (VOCAB, D)}

@@ -384,9 +384,7 @@ class Batch:
         logp = []
         for x, y in zip(states.split(_LOGIT_ROWS), ids.split(_LOGIT_ROWS), strict=True):
             likely = self.model.logits(x).float().log_softmax(1)
-            tokens = y[:, None].to(
-                likely.device, non_blocking=True
-            )  # the head may lie elsewhere than `states`
+            tokens = y[:, None].to(likely.device, non_blocking=True)  # the head may lie elsewhere
             logp.append(likely.gather(1, tokens)[:, 0])
         return torch.cat(logp).exp()
 

@@ -148,4 +148,4 @@ def no_weights(path: str | Path) -> CheckpointError:
 
 def has_bin(path: str | Path) -> bool:
     """True for a folder with weights in files that `torch.save` wrote."""
-    return any(Path(path).glob("*.bin*"))
+    return any(Path(path).glob("pytorch_model*.bin*"))

@@ -1,9 +1,10 @@
-"""Memory: what a model's weights need, and what this machine has."""
+"""Memory and disks: what a model's weights need, and what this machine has."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,14 +17,22 @@ SPARE = 1.15
 """Memory that a model needs, over the bytes of its weights: reading them, and short rows."""
 
 
+_CGROUPS = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Of cgroups v2 and v1: folder, files with the limit and with what is used, and the part of it that is given
+back on demand (files that were read), as `memory.stat` calls it."""
+
+
 @dataclass(frozen=True)
 class Fit:
-    """Memory that weights need, and memory that is free.
+    """Memory that weights need, and memory that is free; or room on a disk.
 
     Attributes:
         needed: bytes that the weights and what comes with them need.
         free: bytes that are free where they would go.
-        place: "cuda" or "cpu".
+        place: "cuda", "cpu", or the folder on a disk.
     """
 
     needed: int
@@ -31,10 +40,10 @@ class Fit:
     place: str
 
     def __str__(self) -> str:
-        """One line, such as "yes: 3.4 GB of 23.1 GB free on the CPU"."""
+        """One line, such as "yes: needs 3.4 GB of 23.1 GB free on the CPU"."""
         word = "yes" if self.needed <= self.free else "no"
-        where = "the GPU" if self.place == "cuda" else "the CPU"
-        return f"{word}: needs {self.needed / 1e9:.1f} GB of {self.free / 1e9:.1f} GB free on {where}"
+        where = {"cuda": "on the GPU", "cpu": "on the CPU"}.get(self.place, f"in {self.place}")
+        return f"{word}: needs {self.needed / 1e9:.1f} GB of {self.free / 1e9:.1f} GB free {where}"
 
 
 def room(weights: int, device: str = "auto") -> Fit:
@@ -42,24 +51,48 @@ def room(weights: int, device: str = "auto") -> Fit:
     import psutil
     import torch
 
-    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    free = torch.cuda.mem_get_info()[0] if cuda else int(psutil.virtual_memory().available)
-    if not cuda:
-        free = min(free, container_room() or free)
-    return Fit(int(weights * SPARE), free, "cuda" if cuda else "cpu")
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return Fit(int(weights * SPARE), torch.cuda.mem_get_info()[0], "cuda")
+    free, limited = int(psutil.virtual_memory().available), container_room()
+    return Fit(int(weights * SPARE), free if limited is None else min(free, limited), "cpu")
 
 
-def container_room(control: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that this container may still take, by cgroups v2 or v1; None where there is no limit."""
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            return max(int((control / limit).read_text()) - int((control / used).read_text()), 0)
-        except (OSError, ValueError):  # not this version; "max"
-            continue
-    return None
+def disk(needed: int, folder: str | Path) -> Fit:
+    """The room on the disk of a folder, which need not be there yet, for so many bytes."""
+    place = Path(folder).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return Fit(needed, shutil.disk_usage(place).free, str(folder))
+
+
+def container_room(
+    control: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")
+) -> int | None:
+    """Bytes that this process may still take by its control groups, v2 or v1; None where there is no limit.
+
+    Args:
+        control: where the groups are mounted; in a container its own is the root.
+        groups: lines "number:controllers:path" with the group of this process; its parents' limits count too.
+    """
+    try:
+        lines = [line.split(":", 2) for line in groups.read_text("utf-8").splitlines()]
+    except OSError:
+        lines = []
+    rooms = []
+    for folder, *files in _CGROUPS:
+        mine = next((Path(x[2].strip("/")) for x in lines if folder in x[1].split(",")), Path())
+        rooms += [_room_in(control / folder / each, *files) for each in {mine, *mine.parents, Path()}]
+    return min((each for each in rooms if each is not None), default=None)
+
+
+def _room_in(group: Path, limit: str, used: str, reclaimable: str) -> int | None:
+    """Bytes that a control group may still take; None for no limit. Names are those of `_CGROUPS`."""
+    try:
+        left = int((group / limit).read_text()) - int((group / used).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # not this version, no such group here; "max"
+        return None
+    return max(left + int(stat.get(reclaimable, 0)), 0)
 
 
 def fit(stored: int, stored_bits: int, device: str = "auto", bits: int | None = None) -> Fit:

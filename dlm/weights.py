@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 METADATA = "__metadata__"
 """In a safetensors header, what is said about the file."""
+_PIECE = 16 << 20
+"""Bytes that are copied at once."""
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -100,6 +103,32 @@ def _entries(file: Path) -> tuple[int, dict[str, Any]]:
     except (MemoryError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{file}: truncated or damaged (not a safetensors header)") from error
     return 8 + length, entries
+
+
+def write_renamed(file: Path, target: Path, renamed: Callable[[str], str]) -> list[str]:
+    """Copy a safetensors file under other names of its tensors, a few megabytes at a time.
+
+    Args:
+        file: to be copied.
+        target: the new file.
+        renamed: gives a tensor's new name.
+
+    Returns:
+        The new names.
+
+    Raises:
+        CheckpointError: see `header`.
+    """
+    begin, entries = _entries(file)
+    about = {**entries.pop(METADATA, {}), "format": "pt"}
+    tensors = {renamed(name): entry for name, entry in entries.items()}
+    text = json.dumps({METADATA: about, **tensors}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # values begin at a multiple of 8, as by the format
+    with file.open("rb") as source, target.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        source.seek(begin)
+        shutil.copyfileobj(source, out, _PIECE)
+    return list(tensors)
 
 
 def _place(file: Path, name: str, entry: dict[str, Any]) -> tuple[int, int]:

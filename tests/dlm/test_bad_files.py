@@ -306,18 +306,6 @@ def test_what_does_not_fit_on_the_devices_is_not_called_damaged(folder, monkeypa
         load_model(folder, dtype="float32", device_map="auto")
 
 
-@pytest.mark.parametrize("name", ["a2d", "mdlm", "diffugpt", "diffullama", "bert-chat", "llada"])
-def test_a_tokenizer_comes_back_as_it_was(tmp_path, base, name):
-    from transformers import AutoTokenizer
-
-    public = LAYOUTS[name]().write(tmp_path / "public", base)
-    template = AutoTokenizer.from_pretrained(public).chat_template
-    for turn in range(2):
-        ours = convert(public, tmp_path / f"ours-{turn}")
-        public = convert(ours, tmp_path / f"public-{turn}")
-        assert AutoTokenizer.from_pretrained(public).chat_template == template
-
-
 def test_no_single_file_and_no_index_is_said_so(folder):
     for file in [*folder.glob("*.safetensors"), folder / INDEX]:
         file.unlink()

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from dlm.commands.convert import ConvertConfig, run
 from dlm.commands.inspect import describe
 from dlm.convert import convert
 from dlm.errors import CheckpointError, ConfigError, DLMError
-from dlm.memory import container_room, fit, room
+from dlm.memory import container_room, disk, fit, room
 from dlm.packages import HOME
 from dlm.weights import header, read_lazily, stored_bytes
 from tests.dlm.families.layouts import dream, llada
@@ -142,6 +143,14 @@ def test_reading_needs_at_most_15_percent_more_memory_than_the_model(tmp_path):
     assert float(told.split()[-1]) <= 1.15, told
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_converting_takes_no_memory_for_the_weights(tmp_path):
+    loading.write(tmp_path, 0.4, shards=1)
+    command = [sys.executable, "-m", "benchmarks.loading", str(tmp_path), "convert"]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=HOME, check=True).stdout
+    assert float(told.split()[-1]) <= 0.15, told
+
+
 def test_inspect_says_what_a_model_of_the_hub_needs_and_fetches_no_weights(folder, monkeypatch):
     fetched = []
 
@@ -163,20 +172,45 @@ def test_inspect_says_what_a_model_of_the_hub_needs_and_fetches_no_weights(folde
     assert not any(name.endswith(".safetensors") for name in fetched)
 
 
+def group(folder, names, limit, used, stat="anon 1"):
+    """A control group with so many bytes used of its limit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip((*names, "memory.stat"), (limit, used, stat), strict=True):
+        (folder / name).write_text(f"{value}\n")
+
+
 def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
-    assert container_room(tmp_path) is None
-    (tmp_path / "memory").mkdir()
-    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("3000\n")
-    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("1000\n")
-    assert container_room(tmp_path) == 2000
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("500\n")
+    second, first = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    mine = tmp_path / "groups"
+    assert container_room(tmp_path, mine) is None
+    group(tmp_path / "memory", first, 3000, 1000, "cache 500\ntotal_inactive_file 400")
+    assert container_room(tmp_path, mine) == 2400  # what was read from files is given back on demand
     (tmp_path / "memory").rename(tmp_path / "other")
-    assert container_room(tmp_path) is None
-    (tmp_path / "memory.max").write_text("700\n")
-    assert container_room(tmp_path) == 200
-    monkeypatch.setattr("dlm.memory.container_room", lambda: 200)
-    assert room(1000, "cpu").free == 200
+    group(tmp_path, second, "max", 500)
+    assert container_room(tmp_path, mine) is None
+    group(tmp_path, second, 700, 500, "anon 300\ninactive_file 100")
+    assert container_room(tmp_path, mine) == 300
+    mine.write_text("0::/job/step\n")
+    assert container_room(tmp_path, mine) == 300  # the group of another root
+    group(tmp_path / "job", second, 900, 650)
+    group(tmp_path / "job" / "step", second, "max", 100)
+    assert container_room(tmp_path, mine) == 250
+    group(tmp_path / "job", second, 900, 950)
+    assert container_room(tmp_path, mine) == 0
+    mine.write_text("3:cpu,memory:/old\n")
+    group(tmp_path / "memory" / "old", first, 100, 90)
+    assert container_room(tmp_path, mine) == 10
+    for left in (200, 0):
+        monkeypatch.setattr("dlm.memory.container_room", lambda left=left: left)
+        assert room(1000, "cpu").free == left
+
+
+def test_room_on_a_disk_is_that_of_the_nearest_folder(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("shutil.disk_usage", lambda x: asked.append(x) or SimpleNamespace(free=2 * 10**9))
+    fits = disk(3 * 10**9, tmp_path / "a" / "b")
+    assert asked == [tmp_path]
+    assert str(fits) == f"no: needs 3.0 GB of 2.0 GB free in {tmp_path / 'a' / 'b'}"
 
 
 def test_device_maps_are_those_of_accelerate(folder):
