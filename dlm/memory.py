@@ -95,21 +95,6 @@ def _room_in(group: Path, limit: str, used: str, reclaimable: str) -> int | None
     return max(left + int(stat.get(reclaimable, 0)), 0)
 
 
-def fit(stored: int, stored_bits: int, device: str = "auto", bits: int | None = None) -> Fit:
-    """The memory for weights of so many bytes, on the device that `load_model` would choose.
-
-    Args:
-        stored: bytes of the weights in the files.
-        stored_bits: bits of a value there.
-        device: "cpu", "cuda", or "auto".
-        bits: bits of a value in memory; by default 16 on a GPU and 32 on a CPU.
-    """
-    import torch
-
-    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    return room(stored * (bits or (16 if cuda else 32)) // stored_bits, device)
-
-
 @contextmanager
 def heap_without_holes() -> Iterator[None]:
     """Give temporary tensors back to the system at once; glibc would keep their places, twice a model.

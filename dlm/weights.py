@@ -44,11 +44,6 @@ class Stored:
     begin: int
     """First byte of its values in the file."""
 
-    @property
-    def bits(self) -> int:
-        """Bits of a value."""
-        return TORCH_DTYPES[self.dtype].itemsize * 8
-
     def __getitem__(self, key: Any) -> torch.Tensor:
         """The tensor, read from its file (not mapped: what has been read does not stay beside the model)."""
         kind, size = TORCH_DTYPES[self.dtype], math.prod(self.shape)
@@ -235,7 +230,7 @@ def _merged(files: Iterable[Path]) -> dict[str, Stored]:
 def _hub_shards(path: str) -> list[Path]:
     """The safetensors files of a hub repository, on this machine."""
     index = file_of(path, INDEX)
-    names = [SINGLE] if index is None else sorted(set(read_index(Path(index))["weight_map"].values()))
+    names = _names_on_hub(index)
     paths = {name: file_of(path, name) for name in names}
     missing = [name for name, file in paths.items() if file is None]
     if missing and index is not None:
@@ -243,6 +238,19 @@ def _hub_shards(path: str) -> list[Path]:
             f"{path}: {len(missing)} of {len(names)} weight files are missing, the first is {missing[0]}"
         )
     return [Path(file) for file in paths.values() if file is not None]
+
+
+def _names_on_hub(index: str | None) -> list[str]:
+    """Names of the weight files of a hub repository, by its index if it has one."""
+    return [SINGLE] if index is None else sorted(set(read_index(Path(index))["weight_map"].values()))
+
+
+def is_fetched(path: str) -> bool:
+    """True where all weight files of a hub repository are on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    names = _names_on_hub(file_of(path, INDEX))
+    return all(isinstance(try_to_load_from_cache(path, name), str) for name in names)
 
 
 def check_files(path: str | Path) -> None:

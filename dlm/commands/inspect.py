@@ -78,38 +78,54 @@ def _ours(path: str, config: Any, tokenizer: Any) -> dict[str, Any]:
 
 def _published(path: str, config: Any, tokenizer: Any, family: Family) -> dict[str, Any]:
     """A public checkpoint: of a hub id configuration, tokenizer and index are fetched, and no weights."""
-    from dlm.checkpoint import place
-    from dlm.device import QUANTIZED
-    from dlm.memory import fit, room
-    from dlm.weights import stored_bytes, tensors
+    from dlm.weights import stored_bytes
 
     size = stored_bytes(path)
-    bits = max((x.bits for name, x in tensors(path).items() if not family.is_derived(name)), default=16)
     return {
         "path": path,
         "published as": family.name,
         **_facts(config, tokenizer, _weights(path)),
         "generation": config.generation,
         "size": "unknown" if size is None else f"{size / 1e9:.2f} GB",
-        "fits": "unknown" if size is None else str(fit(size, bits, bits=place()[1].itemsize * 8)),
-        **{f"fits in {dtype}": str(room(quantized_size(config, dtype))) for dtype in QUANTIZED},
+        **_download(path, size),
+        **_fits(config),
         "template": tokenizer.chat_template,
     }
 
 
-def quantized_size(config: Any, dtype: str) -> int:
-    """Bytes that a model's weights would need if its linear layers had 8 or 4 bits, by its configuration."""
+def _fits(config: Any) -> dict[str, str]:
+    """The memory that the model needs in the type that `load_model` would choose, and in 8 and 4 bits."""
     import torch
     from transformers.initialization import no_init_weights
 
     from dlm.checkpoint import place
+    from dlm.device import QUANTIZED
+    from dlm.memory import room
     from dlm.model import MaskedDiffusionModel
     from dlm.quantization import calculated_bytes
 
     with torch.device("meta"), no_init_weights():
         model = MaskedDiffusionModel(config)
         model.tie_weights()
-    return calculated_bytes(model, dtype, place()[1])
+    usual = place()[1]
+    name = str(usual).removeprefix("torch.")
+    needs = {dtype: room(calculated_bytes(model, dtype, usual)) for dtype in (name, *QUANTIZED)}
+    return {
+        "fits": f"{needs.pop(name)}, in {name}",
+        **{f"fits in {x}": str(need) for x, need in needs.items()},
+    }
+
+
+def _download(path: str, size: int | None) -> dict[str, str]:
+    """The room on the disk for weights of the hub that have still to be fetched."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from dlm.memory import disk
+    from dlm.weights import is_fetched
+
+    if Path(path).is_dir() or size is None or is_fetched(path):
+        return {}
+    return {"download": str(disk(size, HF_HUB_CACHE))}
 
 
 def _facts(config: Any, tokenizer: Any, weights: dict[str, Any]) -> dict[str, Any]:

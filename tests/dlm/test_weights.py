@@ -14,7 +14,7 @@ from dlm.commands.convert import ConvertConfig, run
 from dlm.commands.inspect import describe
 from dlm.convert import convert
 from dlm.errors import CheckpointError, ConfigError, DLMError
-from dlm.memory import container_room, disk, fit, room
+from dlm.memory import container_room, disk, room
 from dlm.packages import HOME
 from dlm.weights import header, read_lazily, stored_bytes
 from tests.dlm.families.layouts import dream, llada
@@ -124,15 +124,23 @@ def test_tensors_are_read_from_their_place_in_the_file(tmp_path):
         torch.equal(found[name][...], x) and found[name][...].dtype == x.dtype for name, x in made.items()
     )
     assert torch.equal(found["a"][1:], made["a"][1:])
-    assert header(tmp_path / "model.safetensors")["b"].bits == 16
+    assert header(tmp_path / "model.safetensors")["b"].dtype == "BF16"
     assert stored_bytes(tmp_path) == (tmp_path / "model.safetensors").stat().st_size
 
 
-def test_what_fits_is_counted_at_the_type_in_memory():
-    in_memory = fit(10**9, 16, "cpu")
-    assert in_memory.needed == int(2 * 10**9 * 1.15)
-    assert fit(10**9, 16, "cpu", bits=16).needed == int(10**9 * 1.15)
-    assert str(fit(10**15, 32, "cpu")).startswith("no: needs 1150000.0 GB of")
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
+def test_what_fits_is_counted_at_the_type_in_memory(tmp_path, base, monkeypatch, dtype, width):
+    stored = torch.float32 if width == 2 else torch.bfloat16  # the other one
+    folder = llada(dtype=stored).write(tmp_path / "public", base)
+    needs = []
+    monkeypatch.setattr("dlm.checkpoint.place", lambda *_: ("cpu", getattr(torch, dtype)))
+    monkeypatch.setattr("dlm.memory.room", lambda size: needs.append(size) or room(size, "cpu"))
+    fits = describe(str(folder))["fits"]
+    assert fits.startswith("yes: needs 0.0 GB of ")
+    assert fits.endswith(f" free on the CPU, in {dtype}")
+    assert needs[0] == width * sum(x.numel() for x in load_file(folder / "model.safetensors").values())
+    assert room(10**15, "cpu").needed == int(1.15 * 10**15)
+    assert str(room(10**15, "cpu")).startswith("no: needs 1150000.0 GB of")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -169,7 +177,10 @@ def test_inspect_says_what_a_model_of_the_hub_needs_and_fetches_no_weights(folde
     assert facts["published as"] == "llada"
     assert facts["size"] == f"{total / 1e9:.2f} GB"
     assert facts["fits"].startswith("yes: needs 0.0 GB of ")
+    assert facts["download"].startswith("yes: needs 0.0 GB of ")
     assert not any(name.endswith(".safetensors") for name in fetched)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda path, name: str(folder / name))
+    assert "download" not in describe("GSAI-ML/a-model")
 
 
 def group(folder, names, limit, used, stat="anon 1"):
