@@ -85,19 +85,16 @@ def _entries(file: Path) -> tuple[int, dict[str, Any]]:
             (length,) = struct.unpack("<Q", stream.read(8))
             size = file.stat().st_size - 8 - length
             entries = json.loads(stream.read(length) if size >= 0 else b"")
-        tensors = {name: entry for name, entry in entries.items() if name != METADATA}
-        places = {name: _place(file, name, entry) for name, entry in tensors.items()}
-        end = max((end for _, end in places.values()), default=0)
-        if size < end:
-            raise CheckpointError(f"{file}: truncated ({8 + length + size:,} bytes of {8 + length + end:,})")
-        _check_cover(file, tensors, places, size)
+        about = dict(entries.pop(METADATA, None) or {})
+        _check_entries(file, entries, 8 + length, size)
     except CheckpointError:
         raise
-    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (
+        struct.error, ValueError, LookupError, TypeError, AttributeError, MemoryError, RecursionError,
+        OverflowError,
+    ) as error:  # fmt: skip
         raise CheckpointError(f"{file}: truncated or damaged (not a safetensors header)") from error
-    except (MemoryError, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"{file}: truncated or damaged (not a safetensors header)") from error
-    return 8 + length, entries
+    return 8 + length, {METADATA: about, **entries}
 
 
 def write_renamed(file: Path, target: Path, renamed: Callable[[str], str]) -> list[str]:
@@ -115,7 +112,7 @@ def write_renamed(file: Path, target: Path, renamed: Callable[[str], str]) -> li
         CheckpointError: see `header`.
     """
     begin, entries = _entries(file)
-    about = {**entries.pop(METADATA, {}), "format": "pt"}
+    about = {**entries.pop(METADATA), "format": "pt"}
     tensors = {renamed(name): entry for name, entry in entries.items()}
     text = json.dumps({METADATA: about, **tensors}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # values begin at a multiple of 8, as by the format
@@ -126,6 +123,31 @@ def write_renamed(file: Path, target: Path, renamed: Callable[[str], str]) -> li
     return list(tensors)
 
 
+def _check_entries(file: Path, entries: dict[str, Any], start: int, size: int) -> None:
+    """Refuse tensors that do not follow each other, or are not as long as their shapes and types need.
+
+    Args:
+        file: where they lie.
+        entries: entries of the header by name.
+        start: first byte of the values.
+        size: bytes from there to the end of the file.
+    """
+    places = {name: _place(file, name, entry) for name, entry in entries.items()}
+    end = max((end for _, end in places.values()), default=0)
+    if size < end:
+        raise CheckpointError(f"{file}: truncated ({start + size:,} bytes of {start + end:,})")
+    expected = 0
+    for (begin, stop), name in sorted((place, name) for name, place in places.items()):
+        _check_entry(file, name, entries[name], stop - begin)
+        if begin != expected:
+            raise CheckpointError(
+                f"{file}: damaged ({name} begins at byte {begin:,} in place of {expected:,})"
+            )
+        expected = stop
+    if size > expected:
+        raise CheckpointError(f"{file}: damaged ({size - expected:,} bytes behind the last tensor)")
+
+
 def _place(file: Path, name: str, entry: dict[str, Any]) -> tuple[int, int]:
     """Begin and end of a tensor among the values of its file; refuse what is no place."""
     begin, end = entry["data_offsets"]
@@ -134,39 +156,23 @@ def _place(file: Path, name: str, entry: dict[str, Any]) -> tuple[int, int]:
     return begin, end
 
 
+def _check_entry(file: Path, name: str, entry: dict[str, Any], size: int) -> None:
+    """Refuse a tensor of a type that is not read, and one whose bytes are not as many as its values need."""
+    dtype, shape = entry["dtype"], entry["shape"]
+    if dtype not in TORCH_DTYPES:
+        known = ", ".join(TORCH_DTYPES)
+        raise CheckpointError(f"{file}: {name} is stored as {dtype}, which is not read; types: {known}")
+    if not all(map(_is_count, shape)):
+        raise CheckpointError(f"{file}: damaged ({name} has the shape {shape})")
+    needed = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+    if size != needed:
+        raise CheckpointError(
+            f"{file}: damaged ({name} has {size:,} bytes; {shape} of {dtype} need {needed:,})"
+        )
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _check_cover(file: Path, tensors: dict[str, Any], places: dict[str, tuple[int, int]], size: int) -> None:
-    """Refuse tensors of other lengths than their shapes and types need, overlaps and gaps.
-
-    Args:
-        file: where they lie.
-        tensors: entries of the header by name.
-        places: begin and end of each, among the values.
-        size: bytes of all values.
-    """
-    expected = 0
-    for (begin, end), name in sorted((place, name) for name, place in places.items()):
-        dtype, shape = tensors[name]["dtype"], tensors[name]["shape"]
-        if dtype not in TORCH_DTYPES:
-            known = ", ".join(TORCH_DTYPES)
-            raise CheckpointError(f"{file}: {name} is stored as {dtype}, which is not read; types: {known}")
-        if not all(map(_is_count, shape)):
-            raise CheckpointError(f"{file}: damaged ({name} has the shape {shape})")
-        needed = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
-        if end - begin != needed:
-            raise CheckpointError(
-                f"{file}: damaged ({name} has {end - begin:,} bytes; {shape} of {dtype} need {needed:,})"
-            )
-        if begin != expected:
-            raise CheckpointError(
-                f"{file}: damaged ({name} begins at byte {begin:,} in place of {expected:,})"
-            )
-        expected = end
-    if size > expected:
-        raise CheckpointError(f"{file}: damaged ({size - expected:,} bytes behind the last tensor)")
 
 
 def shards(folder: str | Path) -> list[Path]:

@@ -88,6 +88,10 @@ def backwards(entries, names):
     entries[names[0]]["data_offsets"].reverse()
 
 
+def odd_remarks(entries, names):
+    entries["__metadata__"] = [1]
+
+
 def one_less(entries, names):
     del entries[names[-1]]
 
@@ -98,6 +102,7 @@ def one_less(entries, names):
         (shifted, "damaged (.* begins at byte"), (negative, "damaged (.* is said to lie from byte -8 to"),
         (in_halves, "damaged (.* is said to lie from byte 0.0 to"), (without_end, "not a safetensors header"),
         (backwards, "damaged (.* is said to lie from byte"), (one_less, "bytes behind the last tensor"),
+        (odd_remarks, "not a safetensors header"),
         (short, "damaged (.* bytes; .* need"), (overlapping, "damaged (.* begins at byte"),
         (narrower, "damaged (.* of BF16 need"), (unknown, "is stored as F4, which is not read; types: F64,"),
         (odd_shape, "has the shape"),
