@@ -22,6 +22,7 @@ from dlm.memory import disk
 from dlm.model import MaskedDiffusionModel
 from dlm.notice import NOTICE_FILE, carry_notice
 from dlm.pretrained.names import located
+from dlm.spec import ModelSpec
 from dlm.weights import INDEX, read_index, shards, stored_bytes, write_renamed
 
 NEEDED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", NOTICE_FILE)
@@ -47,7 +48,8 @@ def convert(source: str | Path, target: str | Path) -> Path:
         The folder `target`.
 
     Raises:
-        CheckpointError: when the source is of no public family and did not come from one, or is not whole.
+        CheckpointError: when the source is of no public family and did not come from one, is not whole, or
+            has been trained to attend otherwise than its public layout says.
         ConfigError: when the target is not empty, cannot be written to, or has no room.
     """
     folder, target = _source_folder(located(source)), Path(target)
@@ -68,7 +70,7 @@ def convert(source: str | Path, target: str | Path) -> Path:
         _write_files(folder, target, family.our_name, tokenizer)
         config.save_pretrained(target)
     else:
-        family, public = _origin(folder, config)
+        family, public = _origin(folder, config, tokenizer)
         _restore(tokenizer, family, public)
         _write_files(folder, target, family.public_name, tokenizer)
         _write_json(target / "config.json", public["config"])
@@ -97,11 +99,23 @@ def _source_folder(path: str) -> Path:
     return folder
 
 
-def _origin(folder: Path, config: MaskedDiffusionConfig) -> tuple[Family, dict[str, Any]]:
-    """The family that a checkpoint of ours came from, and what is kept of the public one."""
+def _origin(
+    folder: Path, config: MaskedDiffusionConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Family, dict[str, Any]]:
+    """The family that a checkpoint of ours came from, and what is kept of the public one.
+
+    Raises:
+        CheckpointError: when it came from none, or was trained to attend otherwise since.
+    """
     family = origin_of(config)
     if family is None or config.public is None:
         raise CheckpointError(f"{folder}: did not come from a public checkpoint; it has only this layout")
+    then = ModelSpec.of_config(family.config(config.public["config"], tokenizer)).visibility
+    now = ModelSpec.of_config(config).visibility
+    if now != then:
+        raise CheckpointError(
+            f"{folder}: trained further with another visibility ({now}) than the public layout has ({then})"
+        )
     return family, config.public
 
 

@@ -42,6 +42,12 @@ class Visibility:
         """Either "full" or "block"."""
         return "full" if self.block_size is None else "block"
 
+    def __str__(self) -> str:
+        """All of it in words, such as "block, blocks of 16, finished ones causal"."""
+        size = "" if self.block_size is None else f", blocks of {self.block_size}"
+        lead = "" if self.lead else ", first positions not written first"
+        return self.name + size + lead + (", finished ones causal" if self.causal_context else "")
+
 
 @dataclass(frozen=True)
 class ModelSpec:

@@ -142,9 +142,7 @@ def _facts(config: Any, tokenizer: Any, weights: dict[str, Any]) -> dict[str, An
         f"end {tokenizer.eos_token!r} = {config.eos_token_id}",
         "ends": ", ".join(f"{token!r} = {number}" for number, token in ends.items()),
         "shift": config.shift,
-        "visibility": spec.visibility.name
-        + (f", blocks of {spec.visibility.block_size}" if spec.visibility.block_size else "")
-        + (", finished ones causal" if spec.visibility.causal_context else ""),
+        "visibility": str(spec.visibility),
         "positions": config.max_positions,
     }
 

@@ -76,6 +76,17 @@ def test_a_template_that_the_model_was_trained_with_stays(tmp_path, base, name):
     assert back.chat_template == tokenizer.chat_template
 
 
+@pytest.mark.parametrize("field", [{"block_size": 4}, {"block_size": 4, "causal_context": True}])
+def test_what_the_public_layout_cannot_say_is_not_lost_in_silence(llada, tmp_path, field):
+    ours = convert(llada, tmp_path / "ours")
+    config = json.loads((ours / "config.json").read_text())
+    (ours / "config.json").write_text(json.dumps(config | field))
+    words = r"another visibility \(block, blocks of 4.*\) than the public layout has \(full\)"
+    with pytest.raises(CheckpointError, match=words):
+        convert(ours, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
 def test_a_checkpoint_without_a_record_of_its_tokenizer_keeps_the_present_one(llada, tmp_path):
     ours = convert(llada, tmp_path / "ours")
     config = json.loads((ours / "config.json").read_text())
