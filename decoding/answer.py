@@ -5,6 +5,7 @@ Pure functions of a canvas of one row. Text is what the tokens say; nothing is s
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,10 @@ BLANK = "░"
 
 HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """The character that stands for bytes which are not yet a whole one."""
+
+
+BYTES = 4
+"""Most bytes of a character in UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +141,18 @@ def find_stop(canvas: Canvas, plan: Plan, reader: Reader) -> Cut | None:
 
 
 def _aligned_cut(reader: Reader, ids: list[int], text: str) -> Cut:
-    """A beginning of the text of `ids`, with the number of tokens that lie in it whole."""
-    size = len(ids)
-    while size and len(reader.text(ids[:size])) > len(text):
-        size -= 1
-    return Cut(size, text)
+    """A beginning of the text of `ids`, with the number of tokens that lie in it whole.
+
+    A text grows with its tokens, except that a character whose bytes are not all there may be shown as
+    several; so the place is found by halves, and looked for in the next `BYTES - 1` tokens too.
+    """
+
+    def fits(size: int) -> bool:
+        return len(reader.text(ids[:size])) <= len(text)
+
+    size = bisect.bisect_left(range(1, len(ids) + 1), True, key=lambda n: not fits(n))
+    last = min(size + BYTES - 1, len(ids))
+    return Cut(next((n for n in range(last, size, -1) if fits(n)), size), text)
 
 
 def confirmed(canvas: Canvas, plan: Plan, reader: Reader) -> str:

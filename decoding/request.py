@@ -90,7 +90,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "be at least 1 token per model call",
     ),
     (("rate",), lambda value: value <= MOST_RATE or value == math.inf, f"be at most {MOST_RATE}"),
-    (("eos_fill",), lambda value: value in (True, False), "be true or false"),
+    (("eos_fill",), lambda value: isinstance(value, bool), "be true or false"),
     (("canvas", "reuse", "begin", "ending"), lambda value: isinstance(value, str), "be a text"),
     (
         ("stop",),

@@ -210,7 +210,8 @@ class Batch:
             score = self.scores.scores(live, needed)
         else:
             needed, score = torch.zeros_like(masked), torch.full(masked.shape, self.constant_score)
-        token, confidence = self.scores.token[cells], self.scores.probability[cells]
+        token = torch.where(needed, self.scores.token[cells], self.plan.mask_id)
+        confidence = torch.where(needed, self.scores.probability[cells], 0)
         view = replace(view, score=score, token=token, confidence=confidence)
         if self.rule.verifies:
             told = self.scores.verified.at(live, self.width)

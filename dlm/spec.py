@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, unknown_name
 from dlm.schedule import LogLinear, NoiseSchedule, schedule_named
 
 _UNLIMITED = 2**31
+
+DEFAULTS = ("decoder", "options", "window", "steps", "rate", "max_tokens", "canvas", "eos_fill", "stop")
+"""Fields of a `Request` for which a checkpoint can have defaults."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,10 @@ class ModelSpec:
         shift: True when the state at i-1 predicts token i, so that a row cannot begin with a mask.
         visibility: which positions a position attends to.
         schedule: noise schedule that the model was trained with.
-        generation: the checkpoint's defaults of decoding (decoder, options, window, steps, rate, max_tokens).
+        generation: the checkpoint's defaults of decoding, by the names in `DEFAULTS`.
+
+    Raises:
+        ConfigError: for a default of another name.
     """
 
     mask_token_id: int
@@ -76,7 +82,10 @@ class ModelSpec:
     generation: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Count the end token among those that end an answer."""
+        """Count the end token among those that end an answer, and check the names of the defaults."""
+        for name in self.generation:
+            if name not in DEFAULTS:
+                raise unknown_name("default of decoding:", name, DEFAULTS)
         object.__setattr__(self, "end_token_ids", frozenset({*self.end_token_ids, self.eos_token_id}))
 
     @property

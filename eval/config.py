@@ -39,7 +39,8 @@ class EvalConfig:
         max_tokens: longest answer on a canvas that grows, and of endpoints; 256 by default.
         rate: tokens per model call, several as "1,2"; in place of steps.
         seed: of the noise; equal for all decoders.
-        eos_fill: once the end is written, everything to its right becomes the end token.
+        eos_fill: once the end is written, everything to its right becomes the end token; by default as the
+            checkpoint's authors have it, else true.
         trace: record when, how surely and where each token was written, for `dlm orders learn`.
         batch_size: rows per model call, or requests at a time.
         reader: autoregressive model (hub id, folder, .gguf) that says how likely answers are; "base" for the
@@ -72,7 +73,7 @@ class EvalConfig:
     max_tokens: int | None = None
     rate: str = ""
     seed: int = 0
-    eos_fill: bool = True
+    eos_fill: bool | None = None
     trace: bool = False
     batch_size: int = 8
     reader: str = "base"

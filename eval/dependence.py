@@ -22,6 +22,7 @@ import torch
 from decoding.denoiser import hidden_of_rows
 from dlm.errors import ConfigError
 from dlm.noise import key_of, uniform
+from dlm.spec import ModelSpec
 from eval.statistics import Estimate, estimate
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -75,9 +76,10 @@ def gains(
     Raises:
         ConfigError: for a block-causal model, which never sees masks in two blocks at once.
     """
-    if getattr(model.config, "block_size", None) is not None:
+    spec = ModelSpec.of(model)
+    if spec.visibility.block_size is not None:
         raise ConfigError("the model is block-causal: it never sees masks of two blocks, nor a later token")
-    mask_id = int(model.config.mask_token_id)
+    mask_id = spec.mask_token_id
     for first in range(0, len(rows), batch_size):
         chunk = list(enumerate(rows[first : first + batch_size], start=first))
         shown: list[list[int]] = []

@@ -278,10 +278,10 @@ def _contestants(config: EvalConfig, loaded: _Loaded) -> Iterator[Contestant]:
 def _local(
     config: EvalConfig, loaded: _Loaded, variant: Variant, mark: str, common: dict[str, str]
 ) -> Contestant:
-    fixed = {"seed": config.seed, "eos_fill": config.eos_fill}
-    fixed |= {"trace": True} if config.trace else {}
+    request, spec = variant.request(eos_fill=config.eos_fill), stored_spec(config.model)
+    filled = (request if spec is None else request.as_published(spec)).eos_fill is not False
+    fixed = {"seed": config.seed, "eos_fill": filled} | ({"trace": True} if config.trace else {})
     settings = {**variant.recorded, **variant.pace, **fixed, "dtype": config.dtype}
-    request = variant.request(eos_fill=config.eos_fill)
     card = Card(
         **common, fingerprint=mark, label=variant.label, decoder=variant.decoder, settings=settings,
         stands_for="" if variant.decoder else _checkpoint_decoder(config.model, request),

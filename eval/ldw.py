@@ -19,6 +19,7 @@ from decoding.rows import Prompt
 from dlm.curves import BLUE, GREEN, ORANGE, PINK, RED, without_frame
 from dlm.errors import ConfigError
 from dlm.prior import TokenPrior
+from dlm.spec import ModelSpec
 from dlm.tokenizer import as_messages, encode_prompt, encode_text
 
 Kind = Literal["prompt", "frequent", "end", "other"]
@@ -34,7 +35,7 @@ class DecodingWindow:
     prompt: torch.Tensor
     """Mean mass on the tokens of the prompt's messages (some of them may be frequent ones too)."""
     end: torch.Tensor
-    """Mean probability of the end token."""
+    """Mean probability of the tokens that end an answer."""
     entropy: torch.Tensor
     """Mean entropy of the token, in nats: how far a draw strays from the likeliest tokens."""
     rows: torch.Tensor
@@ -78,13 +79,12 @@ def decoding_window(
         window: L, prompt and answer together.
         top: how many tokens count as frequent.
     """
-    frequent = prior.top(top)
+    frequent, end = prior.top(top), sorted(ModelSpec.of(model).end_token_ids)
     sums, rows = torch.zeros(4, window, dtype=torch.float64), torch.zeros(window, dtype=torch.int64)
     for prompt in prompts:
         logits = _fresh(model, tokenizer, prompt, window)  # [n, V]
         total = logits.logsumexp(1)
         prompt_tokens = list(_said(tokenizer, prompt))
-        end = [int(model.config.eos_token_id)]
         for i, group in enumerate((frequent.tolist(), prompt_tokens, end)):
             mass = (logits[:, group].logsumexp(1) - total).exp() if group else torch.zeros_like(total)
             sums[i, : len(mass)] += mass.double().cpu()
@@ -115,12 +115,12 @@ def candidates(
         One list of k candidates, the likeliest first, for each of at most `positions` distances.
     """
     frequent, prompt_tokens = set(prior.top(top).tolist()), _said(tokenizer, prompt)
-    end = int(model.config.eos_token_id)
+    ends = ModelSpec.of(model).end_token_ids
     chance = _fresh(model, tokenizer, prompt, window)[:positions].softmax(1)
     probability, ids = chance.topk(min(k, chance.shape[1]), dim=1)
 
     def kind(token: int) -> Kind:
-        if token == end:
+        if token in ends:
             return "end"
         return "prompt" if token in prompt_tokens else "frequent" if token in frequent else "other"
 
@@ -133,12 +133,12 @@ def candidates(
 def _fresh(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, window: int) -> torch.Tensor:
     """[n, V] float32 logits at the n masked positions of a canvas that holds the prompt only."""
     ids = encode_prompt(tokenizer, as_messages(prompt))
-    limit = getattr(model.config, "max_positions", window)
-    if window > limit:
-        raise ConfigError(f"window {window} is longer than the model's {limit} positions")
+    spec = ModelSpec.of(model)
+    if window > spec.positions:
+        raise ConfigError(f"window {window} is longer than the model's {spec.positions} positions")
     if len(ids) >= window:
         raise ConfigError(f"a prompt has {len(ids)} tokens; the window must be at least {len(ids) + 1}")
-    row = ids + [int(model.config.mask_token_id)] * (window - len(ids))
+    row = ids + [spec.mask_token_id] * (window - len(ids))
     with torch.inference_mode():
         hidden = model.hidden(torch.tensor([row], device=getattr(model, "device", "cpu")))
         return model.logits(hidden[0, len(ids) :]).float()  # type: ignore[no-any-return]

@@ -254,7 +254,7 @@ class DLM(LM):  # type: ignore[misc]
             context[len(context) - space :] + continuation,
         )
         joined = self.maker.text(context + continuation)
-        before = self.maker.text(context) if context else [int(self.model.config.eos_token_id)]
+        before = self.maker.text(context) if context else [self.sampler.spec.eos_token_id]
         cut = joined[len(before) :] if context and joined[: len(before)] == before else None
         after = cut or self.maker.text(continuation)
         room = self.sampler.spec.positions - len(after)
@@ -263,7 +263,7 @@ class DLM(LM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """A bound on log p of whole texts; those longer than the model's positions, in pieces."""
         del disable_tqdm
-        eos, room = [int(self.model.config.eos_token_id)], self.sampler.spec.positions - 1
+        eos, room = [self.sampler.spec.eos_token_id], self.sampler.spec.positions - 1
         texts = [self.maker.text(request.args[0]) for request in requests]
         pieces = [
             (i, ids[begin : begin + room])

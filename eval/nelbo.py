@@ -201,7 +201,7 @@ def _looked_at(
     ids, places = torch.zeros(len(jobs), width, dtype=torch.long), torch.arange(width)
     for row, (job, (prompt, answer)) in enumerate(zip(jobs, shown, strict=True)):
         ids[row, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
-        ids[row, len(prompt) + torch.tensor(job.cells)] = int(model.config.mask_token_id)
+        ids[row, len(prompt) + torch.tensor(job.cells)] = ModelSpec.of(model).mask_token_id
     lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in shown])
     hidden = model.hidden(ids, places < lengths[:, None])
     compared = []

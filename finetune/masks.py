@@ -9,6 +9,7 @@ from dlm.data.windows import TensorBatch
 from dlm.model import IGNORE
 from dlm.noise import fold, key_of, uniform
 from dlm.noising import Blocks, draws, with_targets
+from dlm.schedule import LogLinear, NoiseSchedule
 
 Weighted = tuple[torch.Tensor, torch.Tensor]
 """[B, L] bool masks, and [B, L] float32 weights of their -log p."""
@@ -22,7 +23,8 @@ def path_masks(batch: TensorBatch, share: torch.Tensor, key: torch.Tensor, kerne
 
         -log p(x) ≤ n · E_k E_path[Σ_i w_i / Σ_j w_j · -log p(x_i | x_t)]
 
-    with k uniform on 0 … n-1: the bound of that order. Only masks with a weight are predicted.
+    with k uniform on 0 … n-1: the bound of that order. Only masks with a weight are predicted. One position
+    after another is written, so that no noise schedule has a part in it.
 
     Args:
         batch: from `WindowCollator`.
@@ -73,22 +75,26 @@ def complementary_noise(
     seed: int,
     step: int,
     mask_id: int,
+    schedule: NoiseSchedule | None = None,
     blocks: Blocks | None = None,
 ) -> TensorBatch:
     """A training batch of twice the rows: masks with probability m, then all others, of probability 1 - m.
 
-    Both halves are samples of the forward process, with m and 1 - m in place of the time, so that weights of
-    1/m and 1/(1 - m) give the NELBO, whatever the schedule; and every token is predicted once (Fast-dLLM v2,
-    arXiv 2509.26328, section 3.1). Arguments as for `dlm.noising.add_noise`.
+    With m(t) the schedule's share of masks at the time t, both halves are samples of a forward process, whose
+    weights m'(t)/m and m'(t)/(1 - m) give the NELBO; and every token is predicted once (Fast-dLLM v2, arXiv
+    2509.26328, section 3.1). Arguments as for `dlm.noising.add_noise`.
     """
+    schedule = schedule or LogLinear()
     key = key_of(seed, "complementary", step, device=slots.device)
     ids, maskable = batch["input_ids"], batch["maskable"]
     lead, times, noise = draws(batch, slots, total, key, blocks)
-    m = (times if times.dim() == 2 else times[:, None]).expand(ids.shape)
+    t = (times if times.dim() == 2 else times[:, None]).expand(ids.shape)
+    m = schedule.mask_share(t)
+    speed = schedule.weight(t) * m  # m'(t), 1 where the schedule is log-linear
     hidden = maskable & ~lead & (noise < m)
     halves = []
     for masks, probability in ((hidden, m), (maskable & ~lead & ~hidden, 1 - m)):
         noisy = torch.where(masks, mask_id, ids)
-        weight = 1 / probability.clamp(min=1e-3)
+        weight = speed / probability.clamp(min=1e-3)
         halves.append(with_targets(batch, probability, weight, noisy, mask_id, lead))
     return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}

@@ -55,7 +55,8 @@ class SFTTrainer(DiffusionTrainer):
         """See `DiffusionTrainer`."""
         seed = self.args.seed
         if self.masks.complementary:
-            return complementary_noise(batch, slots, total, seed, step, self.mask_id, self.blocks)
+            schedule = self.spec.schedule
+            return complementary_noise(batch, slots, total, seed, step, self.mask_id, schedule, self.blocks)
         plain = super().with_noise(batch, slots, total, step)
         if not self.masks.path:
             return plain

@@ -13,7 +13,7 @@ from decoding.presets import PRESETS
 from decoding.reveal import Quota, RevealRule
 from decoding.tokens import TokenRule
 from decoding.window import Full, Window
-from tests.decoding.rig import decode, plan_of, rows
+from tests.decoding.rig import decode, decode_in_fresh_engines, plan_of, rows
 from tests.fakes import FakeDenoiser
 
 ROOT = Path(__file__).parents[1]
@@ -77,3 +77,5 @@ def _check(decoder):
         assert not (both.ids == fake.mask_id).any(), "a mask came out"
         assert torch.equal(both.ids[given], ids[given]), "a given token changed"
         assert torch.equal(both.ids[1], alone.ids[0]), "a row's text depends on the rows beside it"
+        moved = decode_in_fresh_engines(fake, ids[1], plan, 4, answer=[5])
+        assert torch.equal(moved.ids, alone.ids), "a row that is moved changes its text"

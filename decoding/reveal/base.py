@@ -196,7 +196,7 @@ class RevealRule:
 
 @dataclass(frozen=True)
 class Around(RevealRule):
-    """A rule around another one, which answers what this one does not.
+    """A rule around another one, which answers everything that this one does not.
 
     Attributes:
         inner: the other rule.
@@ -210,21 +210,46 @@ class Around(RevealRule):
         return self.inner.random
 
     @property
+    def revises(self) -> bool:  # type: ignore[override]
+        """See `RevealRule`."""
+        return self.inner.revises
+
+    @property
+    def verifies(self) -> bool:  # type: ignore[override]
+        """See `RevealRule`."""
+        return self.inner.verifies
+
+    @property
+    def dependence(self) -> Dependence | None:  # type: ignore[override]
+        """See `RevealRule`."""
+        return self.inner.dependence
+
+    @property
+    def sees_token(self) -> bool:
+        """See `RevealRule`."""
+        return self.inner.sees_token
+
+    @property
     def paced(self) -> bool:
         """See `RevealRule`."""
         return self.inner.paced
+
+    @property
+    def timed(self) -> bool:
+        """See `RevealRule`."""
+        return self.inner.timed
 
     def with_given_pace(self) -> Self:
         """See `RevealRule`."""
         return replace(self, inner=self.inner.with_given_pace())
 
+    def constant_score(self, tokens: TokenRule) -> float | None:
+        """See `RevealRule`."""
+        return self.inner.constant_score(tokens)
+
     def needs(self, view: StepView) -> torch.Tensor:
         """[b, W] bool; see `RevealRule`."""
         return self.inner.needs(view)
-
-    def precedence(self, view: StepView) -> torch.Tensor:
-        """[b, W]; see `RevealRule`."""
-        return self.inner.precedence(view)
 
     def score(
         self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
@@ -235,9 +260,21 @@ class Around(RevealRule):
             return torch.full_like(choice.probability, constant)
         return self.inner.score(logits, choice, state, tokens)
 
+    def verified(self, view: StepView) -> torch.Tensor:
+        """[b, W] bool; see `RevealRule`."""
+        return self.inner.verified(view)
+
     def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """See `RevealRule`."""
         return self.inner.initial_state(rows, length)
+
+    def precedence(self, view: StepView) -> torch.Tensor:
+        """[b, W]; see `RevealRule`."""
+        return self.inner.precedence(view)
+
+    def recovers_shortfall(self, view: StepView) -> bool:
+        """See `RevealRule`."""
+        return self.inner.recovers_shortfall(view)
 
 
 def needed_for(view: StepView, number: torch.Tensor) -> torch.Tensor:

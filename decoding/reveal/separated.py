@@ -34,19 +34,13 @@ class Separated(Around):
     dependence: Dependence | None = None
 
     def __post_init__(self) -> None:
-        """Check the gap."""
+        """Check the gap, and that the other rule does not count the tokens of a call by itself."""
         if not isinstance(self.gap, int) or isinstance(self.gap, bool) or self.gap < 1:
             raise ConfigError(f"gap must be a whole number of at least 1, got {self.gap!r}")
-
-    @property
-    def revises(self) -> bool:  # type: ignore[override]
-        """See `RevealRule`."""
-        return self.inner.revises
-
-    @property
-    def sees_token(self) -> bool:
-        """See `RevealRule`."""
-        return self.inner.sees_token
+        if self.inner.verifies:
+            raise ConfigError(
+                "tokens are kept apart before they are verified: Verified(Separated(rule, gap), …)"
+            )
 
     def constant_score(self, tokens: TokenRule) -> float | None:
         """See `RevealRule`; None where the model shows conflicts, which takes its call first."""

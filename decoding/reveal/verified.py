@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from decoding.reveal.base import Around, Decision, StepView, ranked
-from decoding.reveal.dependence import Dependence
 from decoding.reveal.threshold import Threshold
+from decoding.tokens import TokenRule
 from dlm.errors import ConfigError
 
 
@@ -58,19 +58,9 @@ class Verified(Around):
         if self.inner.revises:
             raise ConfigError("verify goes with rules whose tokens stay; this one revises them by itself")
 
-    @property
-    def timed(self) -> bool:
-        """See `RevealRule`; its phases are those of the other rule."""
-        return self.inner.timed
-
-    @property
-    def dependence(self) -> Dependence | None:  # type: ignore[override]
-        """See `RevealRule`."""
-        return self.inner.dependence
-
-    def recovers_shortfall(self, view: StepView) -> bool:
-        """See `RevealRule`."""
-        return self.inner.recovers_shortfall(view)
+    def constant_score(self, tokens: TokenRule) -> float | None:
+        """See `RevealRule`; None, for tokens are verified in a call of the model."""
+        del tokens
 
     def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """State of the other rule, the positions of the last call, and how many it wrote."""

@@ -7,9 +7,7 @@ from typing import Any, Literal
 
 from dlm.cli import Command, commands
 from dlm.errors import ConfigError, unknown_name
-
-DEFAULTS = ("decoder", "options", "window", "steps", "rate", "max_tokens")
-"""Defaults of decoding that a checkpoint can have."""
+from dlm.spec import DEFAULTS
 
 
 @dataclass(frozen=True)

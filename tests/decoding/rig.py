@@ -74,9 +74,9 @@ def canvas_of(ids, plan, seeds=None, answer=None):
     return make_canvas(rows, range(len(rows)) if seeds is None else seeds, plan)
 
 
-def decode_in_fresh_engines(model, row, plan, seed):
+def decode_in_fresh_engines(model, row, plan, seed, **given):
     """The finished canvas of one row [L], moved to another engine after every step."""
-    canvas = canvas_of(row[None], plan, [seed])
+    canvas = canvas_of(row[None], plan, [seed], **given)
     while not bool(canvas.done.all()):
         engine = Engine(model, FakeTokenizer())
         ticket = engine.add(canvas, plan)

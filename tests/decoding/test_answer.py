@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from decoding import Decoder, Request, Sampler
-from decoding.answer import BLANK, HALF_CHARACTER, Reader, confirmed, event, find_stop, output, partial, show
+from decoding.answer import (
+    BLANK,
+    HALF_CHARACTER,
+    Reader,
+    _aligned_cut,
+    confirmed,
+    event,
+    find_stop,
+    output,
+    partial,
+    show,
+)
 from decoding.engine import Engine
 from dlm.errors import ConfigError
 from tests.decoding.rig import canvas_of, plan_of
@@ -246,3 +257,38 @@ def test_a_prefix_that_grows_is_exact_with_a_real_tokenizer(tokenizer):
     reader = Reader(tokenizer)
     for size in range(len(ids) + 1):
         assert reader.prefix(ids[:size]) == reader.text(ids[:size])
+
+
+def with_byte_fallback(ids, skip_special_tokens):
+    """Text of bytes, each byte of a character that is not whole shown by itself, as sentencepiece does."""
+    text, held = "", b""
+    for byte in ids:
+        held += bytes([byte])
+        try:
+            text, held = text + held.decode(), b""
+        except UnicodeDecodeError:
+            if len(held) == 4:
+                text, held = text + HALF_CHARACTER * 4, b""
+    return text + HALF_CHARACTER * len(held)
+
+
+@given(pieces=st.lists(st.sampled_from([*b"ab", *"é€😀".encode(), 0xFF]), max_size=40), share=st.floats(0, 1))
+@pytest.mark.parametrize(
+    "decode", [with_byte_fallback, lambda ids, skip_special_tokens: bytes(ids).decode(errors="replace")]
+)
+def test_the_tokens_before_a_cut_are_found_as_one_by_one(decode, pieces, share):
+    reader = Reader(SimpleNamespace(decode=decode))
+    text = reader.text(pieces)[: round(share * len(pieces))]
+    size = len(pieces)
+    while size and len(reader.text(pieces[:size])) > len(text):
+        size -= 1
+    assert _aligned_cut(reader, pieces, text).tokens == size
+
+
+def test_a_cut_reads_a_long_answer_few_times():
+    decoded = []
+    reader = Reader(
+        SimpleNamespace(decode=lambda ids, skip_special_tokens: (decoded.append(len(ids)), "x" * len(ids))[1])
+    )
+    assert _aligned_cut(reader, [7] * 4000, "x" * 10).tokens == 10
+    assert len(decoded) < 20

@@ -71,6 +71,7 @@ def test_a_request_and_a_plan_are_frozen_and_plans_compare():
         ({"window": True}, "window must be a whole number"),
         ({"rate": "fast"}, "rate must be at least 1 token per model call, got 'fast'"),
         ({"eos_fill": "no"}, "eos_fill must be true or false, got 'no'"),
+        ({"eos_fill": 0}, "eos_fill must be true or false, got 0"),
         ({"decoder": []}, r"decoder must be a name or a Decoder, got \[\]"),
         ({"options": 3}, "options must be names with values, got 3"),
         ({"stop": ""}, "a stop text must not be empty"),
@@ -139,3 +140,10 @@ def test_what_a_model_is_comes_from_its_spec_or_else_its_configuration():
     plan = Request(reuse="prefix").resolve(model)
     assert plan.ending.end_ids == (0, 3)
     assert (plan.decoder.name, plan.positions, plan.reuse) == ("llada", 50, Reuse("prefix"))
+
+
+def test_defaults_of_a_checkpoint_have_names():
+    with pytest.raises(
+        ConfigError, match="unknown default of decoding: 'max_token'. Did you mean 'max_tokens'"
+    ):
+        ModelSpec(mask_token_id=22, eos_token_id=0, generation={"decoder": "conv", "max_token": 9})

@@ -1,12 +1,31 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decoding.reveal import Ancestral, EntropyBound, Quota, Remask, StepView, Threshold, reveal_probability
-from decoding.tokens import TokenRule
+from decoding import Decoder
+from decoding.reveal import (
+    Ancestral,
+    Decision,
+    EntropyBound,
+    Quota,
+    Remask,
+    RevealRule,
+    Separated,
+    StepView,
+    Threshold,
+    Verified,
+    reveal_probability,
+)
+from decoding.reveal.base import Around
+from decoding.tokens import Choice, TokenRule
+from decoding.window import Full
 from dlm.errors import ConfigError
 from dlm.noise import fold, key_of, uniform
+from tests.decoding.rig import decode, decode_in_fresh_engines, plan_of, rows
+from tests.fakes import FakeDenoiser
 
 
 @settings(max_examples=80, deadline=None)
@@ -177,3 +196,67 @@ def test_a_quota_can_be_ordered_by_another_certainty():
         assert rule.sees_token is (order == "confidence")
     with pytest.raises(ConfigError, match="Did you mean 'margin'"):
         Quota(order="margn")
+
+
+@dataclass(frozen=True)
+class Alternating(RevealRule):
+    """Looks at every second position only, in turn, but reads the confidence of all of them."""
+
+    def needs(self, view):
+        return view.open & ((torch.arange(view.open.shape[1]) + view.step[:, None]) % 2 == 0)
+
+    def decide(self, view):
+        best = torch.where(view.open, view.confidence, -1.0)
+        return Decision(view.open & (best == best.amax(1, keepdim=True)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_rule_sees_nothing_that_it_did_not_ask_for(seed):
+    """Else what an earlier step has left in a cache decides, and a row that is moved changes its text."""
+    model, plan = FakeDenoiser(eos_bias=-50.0), plan_of(Decoder(Full(), Alternating()), rate=1.0)
+    ids = rows(model, [3], 34)
+    stayed = decode(model, ids, plan, [seed])
+    moved = decode_in_fresh_engines(model, ids[0], plan, seed)
+    assert torch.equal(moved.ids, stayed.ids)
+
+
+class Counted(RevealRule):
+    """Notes which of its members are asked for."""
+
+    def __init__(self):
+        self.asked = set()
+
+    def __getattribute__(self, name):
+        if not name.startswith("_") and name != "asked":
+            self.asked.add(name)
+        return super().__getattribute__(name)
+
+
+def test_a_rule_around_another_answers_nothing_by_itself():
+    inner = Counted()
+    around = Around(inner)
+    members = {name for name in vars(RevealRule) if not name.startswith("_")}
+    view = StepView(
+        *(torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 3), *torch.ones(2, 1)),
+        quota=torch.ones(1, dtype=torch.int64),
+        written=torch.zeros(1, 3, dtype=torch.bool),
+        noise=lambda stream: torch.zeros(1, 3),
+        score=torch.ones(1, 3),
+    )
+    choice = Choice(*(torch.zeros(3, dtype=torch.int64), torch.ones(3), torch.ones(3)))
+    arguments = {
+        "with_given_pace": (), "constant_score": (TokenRule(),), "needs": (view,), "verified": (view,),
+        "score": (torch.zeros(3, 5), choice, {}, TokenRule()), "initial_state": (2, 3),
+        "precedence": (view,), "recovers_shortfall": (view,),
+    }  # fmt: skip
+    for name in members - {"decide"}:
+        member = getattr(around, name)
+        if callable(member):
+            member(*arguments[name])
+    assert inner.asked >= members - {"decide"}
+
+
+def test_tokens_are_kept_apart_before_they_are_verified():
+    assert Verified(Separated(Threshold(0.1), 2), 0.9).verifies
+    with pytest.raises(ConfigError, match="apart before they are verified"):
+        Separated(Verified(Threshold(0.1), 0.9), 2)

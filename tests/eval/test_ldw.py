@@ -155,3 +155,15 @@ def test_what_cannot_be_measured_is_said_before_anything_is_loaded(checkpoint, t
     assert "different tokenizers" in fails(str(other), "--prompt", "x", "--output", "")
     assert main(["inspect", "lwd", "--prompt", "x"]) == 2
     assert "Did you mean 'inspect ldw'?" in capsys.readouterr().err
+
+
+def test_every_token_that_ends_an_answer_counts_as_an_end():
+    model, tokenizer = FakeDenoiser(), FakeTokenizer()
+    one = decoding_window(model, tokenizer, ["abc"], PRIOR, window=9)
+    model.config.end_token_ids = [0, 5]
+    both = decoding_window(model, tokenizer, ["abc"], PRIOR, window=9)
+    expected = [row[0] + row[5] for row in brute(model, tokenizer, "abc", 9)]
+    assert both.end.tolist() == pytest.approx(expected, rel=1e-5)
+    assert (both.end > one.end).all()
+    zone = candidates(model, tokenizer, "abc", PRIOR, window=9, positions=2, k=22)
+    assert {c.kind for row in zone for c in row if c.text == tokenizer.decode([5])} == {"end"}

@@ -16,6 +16,7 @@ from dlm.model import IGNORE
 from dlm.noise import fold, key_of
 from dlm.noising import Blocks, add_noise
 from dlm.objective import weighted_loss
+from dlm.schedule import Cosine
 from dlm.trainer import DiffusionTrainer
 from finetune.config import LoraConfig, MaskConfig, ModelConfig, R2FTConfig, StartConfig, TrainConfig
 from finetune.masks import complementary_noise, path_masks, path_noise
@@ -97,24 +98,27 @@ def test_the_loss_on_a_path_is_the_bound_of_that_order(model, tokenizer):
 
 
 @torch.no_grad()
-def test_complementary_rows_predict_every_token_once_and_give_the_nelbo(model, tokenizer):
+@pytest.mark.parametrize("schedule", [None, Cosine()])
+def test_complementary_rows_predict_every_token_once_and_give_the_nelbo(schedule, model, tokenizer):
     torch.manual_seed(0)
     mask, rows = tokenizer.mask_token_id, 8000
     ids = torch.randint(5, len(tokenizer), (8,))
     batch = batch_of(ids.expand(rows, -1), 4)
-    noised = complementary_noise(batch, torch.arange(rows), rows, 0, 0, mask)
+    noised = complementary_noise(batch, torch.arange(rows), rows, 0, 0, mask, schedule)
     first, second = (noised["noisy_ids"] == mask).split(rows)
     assert torch.equal(first ^ second, batch["maskable"])
     out = model(input_ids=noised["noisy_ids"], targets=noised["targets"])
     loss = weighted_loss(out.token_logp, noised["weight"][noised["targets"] != IGNORE], 2 * rows * 4)
     exact = enumerated_nelbo(model, ids, batch["maskable"][0], mask)
     assert float(loss) == pytest.approx(exact, rel=0.02)
+    share = 0.5 if schedule is None else 2 / torch.pi  # the mean of sin(pi t / 2)
+    assert float(first.sum()) / (rows * 4) == pytest.approx(share, abs=0.01)
 
 
 def test_complementary_blocks_keep_their_leads(tokenizer):
     mask = tokenizer.mask_token_id
     batch = batch_of(torch.full((16, 24), 7), 3)
-    noised = complementary_noise(batch, torch.arange(16), 16, 0, 0, mask, Blocks(8, lead=True))
+    noised = complementary_noise(batch, torch.arange(16), 16, 0, 0, mask, blocks=Blocks(8, lead=True))
     masks = (noised["noisy_ids"] == mask).split(16)
     leads = torch.arange(24) % 8 == 0
     assert not (masks[0] & masks[1]).any()

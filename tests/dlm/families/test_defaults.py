@@ -10,6 +10,7 @@ from dlm.commands.inspect import describe
 from dlm.convert import convert
 from dlm.data.config import DataConfig
 from dlm.spec import ModelSpec
+from eval.config import EvalConfig
 from finetune.config import ModelConfig, TrainConfig
 from finetune.sft import train
 from tests.dlm.families.layouts import LAYOUTS
@@ -60,6 +61,15 @@ def test_defaults_are_the_authors(case):
     assert (half.tokens, half.pace.steps) == (length // 2, steps // 2)
     if layout.family == "bert-chat":
         assert Request(decoder="conv").resolve(model).stop == ("[/Answer]",)
+
+
+def test_the_evaluation_decodes_as_the_authors_do_too(case):
+    _, folder, model, _ = case
+    config = EvalConfig(task="rules", model=str(folder), max_tokens=64)
+    (variant,) = config.variants()
+    assert variant.request(eos_fill=config.eos_fill).resolve(model) == Request(max_tokens=64).resolve(model)
+    filled = EvalConfig(task="rules", model=str(folder), eos_fill=True)
+    assert filled.variants()[0].request(eos_fill=True).resolve(model).ending.fill
 
 
 @pytest.mark.parametrize(
