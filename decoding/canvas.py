@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from decoding.request import Plan
+from dlm.errors import ConfigError
 from dlm.noise import key_of
 
 Rows = torch.Tensor | slice
@@ -40,7 +41,10 @@ class Row:
         """
         start = self.ids.index(plan.mask_id) if plan.mask_id in self.ids else 0
         stages = plan.decoder.window.stages(torch.tensor([start]), torch.tensor([len(self.ids)]))
-        plan.pace.check_stages(int(stages))
+        if plan.pace.steps is not None and plan.pace.steps < int(stages):
+            raise ConfigError(
+                f"{plan.pace.steps} steps are too few for {int(stages)} blocks; each block needs at least one"
+            )
         return stages
 
     def key(self, seed: int, mask_id: int) -> torch.Tensor:

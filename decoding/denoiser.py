@@ -133,10 +133,10 @@ class _Entries:
 class ScoreCache:
     """Scores of the reveal rule, the token that each position would receive, and its probability.
 
-    Beside them what the model says of written tokens and of conflicts.
+    Beside them what the model says of written tokens and, if there are any, of conflicts.
     """
 
-    def __init__(self, canvas: Canvas) -> None:
+    def __init__(self, canvas: Canvas, has_conflicts: bool = False) -> None:
         self.entries = _Entries(canvas)
         self.verified = _Entries(canvas)
         self.leave_one_out = torch.zeros(canvas.ids.shape)  # [B, L] where `verified`
@@ -144,7 +144,7 @@ class ScoreCache:
         self.probability = torch.zeros(canvas.ids.shape)  # [B, L]
         self.score = torch.zeros(*canvas.ids.shape, 1)  # [B, L, C]
         self.alternatives = torch.zeros_like(canvas.alternatives)  # [B, L, k, 2]
-        self.conflicts = ConflictCache(canvas)
+        self.conflicts = ConflictCache(canvas) if has_conflicts else None
 
     def put(self, rows: torch.Tensor, where: torch.Tensor, columns: torch.Tensor) -> None:
         """Keep token, probability, score and alternatives [N, 2 + C + 2k] of the positions `where` [b, W]."""
@@ -174,7 +174,8 @@ class ScoreCache:
     def follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
         """Go on with another canvas; see `_Entries.follow`."""
         for cache in (self.entries, self.verified, self.conflicts):
-            cache.follow(canvas, rows)
+            if cache is not None:
+                cache.follow(canvas, rows)
         for name in ("token", "probability", "score", "alternatives", "leave_one_out"):
             values = getattr(self, name)
             values = values if rows is None else values[rows]

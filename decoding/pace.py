@@ -59,14 +59,6 @@ class Pace(Protocol):
         """This pace, without what rows of so many masked positions cannot use."""
         ...
 
-    def check_stages(self, stages: int) -> None:
-        """Refuse a row of so many stages, if this pace has too few steps for them.
-
-        Raises:
-            ConfigError: naming both numbers.
-        """
-        ...
-
     def late(self, step: torch.Tensor) -> torch.Tensor:
         """Bool in the shape of `step`, True where so many steps have been taken that none is left."""
         ...
@@ -160,13 +152,6 @@ class Steps:
             quota = (total * t).round().long() - (total * s).round().long()
         return Clock(scope, stage, t, s, quota)
 
-    def check_stages(self, stages: int) -> None:
-        """See `Pace`."""
-        if self.steps < stages:
-            raise ConfigError(
-                f"{self.steps} steps are too few for {stages} blocks; each block needs at least one"
-            )
-
     def late(self, step: torch.Tensor) -> torch.Tensor:
         """See `Pace`."""
         return step >= self.steps
@@ -209,9 +194,6 @@ class _Untimed:
         """This pace: it has no steps to leave out."""
         del positions
         return self
-
-    def check_stages(self, stages: int) -> None:
-        """Nothing to refuse; see `Pace`."""
 
     def late(self, step: torch.Tensor) -> torch.Tensor:
         """Never; see `Pace`."""

@@ -145,7 +145,7 @@ class Batch:
             raise ConfigError(f"a canvas lies on the host, whatever the model is on; got {canvas.ids.device}")
         self.model, self.canvas, self.plan, self.width = model, canvas, plan, canvas.ids.shape[1]
         self.rule, self.tokens = plan.decoder.reveal, plan.decoder.tokens
-        self.scores = ScoreCache(canvas)
+        self.scores = ScoreCache(canvas, has_conflicts=self.rule.dependence is not None)
         blocks = ModelSpec.of(model).visibility.block_size if can(model, "partial") else None
         self.states = [
             StateCache(canvas, plan.mask_id, blocks, unconditional=unconditional, reuse=plan.reuse)
@@ -237,6 +237,7 @@ class Batch:
         start, step = canvas.start[rows], canvas.step[rows]
         opening = open_window(canvas, plan, rows, self.width)
         scope, written = opening.clock.scope[:, : self.width], ~masked & ~pinned
+        conflicts = self.scores.conflicts
         return StepView(
             masked=opening.active,
             weight=opening.weight,
@@ -251,7 +252,7 @@ class Batch:
             course=partial(course, canvas, plan, rows, self.width),
             beyond=self._beyond(rows) if plan.ahead is not None and plan.pace.bounded else None,
             rate=plan.pace.rate,
-            conflicts=partial(self.scores.conflicts.at, rows, width=self.width),
+            conflicts=None if conflicts is None else partial(conflicts.at, rows, width=self.width),
             state={name: x[cells] if x.dim() > 1 else x[rows] for name, x in canvas.rule_state.items()},
         )
 
@@ -363,7 +364,7 @@ class Batch:
             found.append(self._likelihood(shadows.states, self.canvas.ids[rows, : self.width][verified]))
         columns, *more = _on_host(found)
         self._put(rows, where, columns)
-        if record is not None:
+        if record is not None and self.scores.conflicts is not None:
             self.scores.conflicts.put(rows, record.positions, more[0] > 0)
         if verified is not None and shadows is not None:
             self.scores.put_verified(rows, verified, more[-1])

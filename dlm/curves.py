@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from dlm.atomic import replacing, write_whole
+
 logger = logging.getLogger(__name__)
 
 History = list[dict[str, float]]
@@ -45,12 +47,13 @@ class CurveCallback(TrainerCallback):  # type: ignore[misc]
         if not (state.is_world_process_zero and state.log_history):
             return
         text = json.dumps(state.log_history, indent=1)
-        (self.folder / "history.json").write_text(text, encoding="utf-8")
+        write_whole(self.folder / "history.json", text)
         begun = time.perf_counter()
         if begun < self._due and not last:
             return
         for name, draw in self.drawings.items():
-            draw(state.log_history).savefig(self.folder / name, dpi=150)
+            with replacing(self.folder / name) as part:
+                draw(state.log_history).savefig(part, dpi=150, format=Path(name).suffix[1:])
         time_now = time.perf_counter()
         self._due = time_now + 19 * (time_now - begun)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dlm.atomic import write_whole
 from dlm.errors import ConfigError, DataError
 from dlm.tokenizer import encode_text
 from eval.commands.frontier import FrontierConfig, heat
@@ -178,7 +179,7 @@ class Frontiers:
         figures, words, picture = (folder / f"frontier.{end}" for end in ("json", "md", "svg"))
         write_json(figures, without_nan(self.figures()))
         parts = [f"## {table.title}\n\n{table.markdown()}\n" for table in self.tables()]
-        words.write_text("\n".join(parts), encoding="utf-8")
+        write_whole(words, "\n".join(parts))
         plot_frontiers(self).savefig(picture)
         return [figures, words, picture]
 

@@ -212,6 +212,6 @@ class PathFolder:
         models = list(dict.fromkeys(run.model for run in self.runs.values()))
         runs = sorted(self.runs.values(), key=lambda run: (models.index(run.model), run.line))
         words, picture = self.folder / "paths.md", self.folder / "paths.svg"
-        words.write_text("\n\n".join(_section(each) for each in (table(runs), differences(runs))), "utf-8")
+        write_whole(words, "\n\n".join(_section(each) for each in (table(runs), differences(runs))))
         draw(runs).savefig(picture)
         return [self.file, words, picture]

@@ -14,6 +14,7 @@ from decoding.answer import Output
 from decoding.presets import Decoder
 from decoding.rows import Prompt
 from decoding.sampler import Sampler
+from dlm.atomic import write_whole
 from dlm.data.encoded import EncodedRows
 from dlm.spec import ModelSpec
 from dlm.trainer import DiffusionTrainer
@@ -107,7 +108,7 @@ class SampleCallback(TrainerCallback):  # type: ignore[misc]
         heading = f"## Step {state.global_step}\n\n"
         file = Path(self.config.output_dir) / "samples.md"
         before = file.read_text(encoding="utf-8").split(heading)[0] if file.exists() else ""
-        file.write_text(before + heading + "\n".join(parts) + "\n", encoding="utf-8")
+        write_whole(file, before + heading + "\n".join(parts) + "\n")
 
 
 def _last_turn(prompt: Prompt) -> str:

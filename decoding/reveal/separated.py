@@ -77,7 +77,7 @@ class Separated(Around):
     def _near(self, view: StepView, first: torch.Tensor) -> torch.Tensor:
         """[b, W] bool, positions that must wait when the one at `first` [b, 1] is taken."""
         near = (torch.arange(view.masked.shape[1]) - first).abs() < self.gap
-        return near if self.dependence is None else near | view.conflicts(first)
+        return near if view.conflicts is None else near | view.conflicts(first)
 
 
 def apart(

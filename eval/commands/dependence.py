@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dlm.atomic import write_whole
 from dlm.cli import Command
 from dlm.device import check_place
 from dlm.errors import ConfigError
@@ -127,8 +128,8 @@ def write(folder: Path, found: dict[str, list[Gain]], shown: Table) -> list[Path
         path: {str(d): asdict(value) for d, value in by_distance(gained).items()}
         for path, gained in found.items()
     }
-    figures.write_text(json.dumps(estimates, indent=1), encoding="utf-8")
-    words.write_text(f"## {shown.title}\n\n{shown.markdown()}\n", encoding="utf-8")
+    write_whole(figures, json.dumps(estimates, indent=1))
+    write_whole(words, f"## {shown.title}\n\n{shown.markdown()}\n")
     draw(found).savefig(picture)
     return [figures, words, picture]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dlm.atomic import write_whole
 from dlm.cli import Command
 from dlm.errors import ConfigError
 from eval.variants import check_sizes
@@ -108,7 +109,7 @@ def run(config: LDWConfig) -> int:
         picture = Path(config.output)
         draw_decoding_windows(measured, config.top).savefig(picture, dpi=150)
         facts = {path: figures.as_dict() for path, figures in measured.items()}
-        picture.with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
+        write_whole(picture.with_suffix(".json"), json.dumps(facts))
         console.save_svg(str(picture.with_suffix(".svg")), title="dlm inspect ldw", clear=False)
         console.print(f"{picture} (and .json, .svg): means over {len(prompts)} prompts")
     return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from dlm.atomic import write_whole
 from dlm.errors import DataError, unknown_name
 from eval.report import plots, tables
 from eval.report.tables import Table
@@ -96,12 +97,12 @@ def write(
     ) + _defaults(runs)
     side = [(task, *_side_by_side(task_runs, texts)) for task, task_runs in by_task]
     files = [output / "report.md", output / "report.html"]
-    files[0].write_text(_markdown(title, lead, parts, side), encoding="utf-8")
-    files[1].write_text(_html(title, lead, parts, side), encoding="utf-8")
+    write_whole(files[0], _markdown(title, lead, parts, side))
+    write_whole(files[1], _html(title, lead, parts, side))
     for part in parts:
         for plot in part.plots:
             files.append(output / f"{plot.name}.svg")
-            files[-1].write_text(plot.svg, encoding="utf-8")
+            write_whole(files[-1], plot.svg)
     return files
 
 

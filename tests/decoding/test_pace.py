@@ -10,12 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import decoding.pace
-from decoding import Sampler
+from decoding import Decoder, Sampler
+from decoding.canvas import Row
 from decoding.pace import OwnPace, Rate, Steps
 from decoding.window import Block, Full
 from dlm.cli import main
 from dlm.errors import ConfigError
 from dlm.schedule import Cosine, LogLinear
+from tests.decoding.rig import MASK, plan_of
 
 
 def clock(pace, step, length=20, window=None):
@@ -75,10 +77,11 @@ def test_steps_end_and_measure_a_row_and_without_them_its_tokens_do(pace, late, 
 
 
 def test_a_row_needs_as_many_steps_as_it_has_blocks():
-    Steps(3).check_stages(3)
-    Rate(1.0).check_stages(99)
-    with pytest.raises(ConfigError, match="3 steps are too few for 4 blocks"):
-        Steps(3).check_stages(4)
+    decoder = Decoder(window=Block(4))
+    row = Row([5] + [MASK] * 12, 1)  # three blocks
+    assert int(row.stages(plan_of(decoder, 3))) == int(row.stages(plan_of(decoder, rate=9.0))) == 3
+    with pytest.raises(ConfigError, match="2 steps are too few for 3 blocks"):
+        row.stages(plan_of(decoder, 2))
 
 
 def test_without_times_a_stage_lasts_until_it_is_written():

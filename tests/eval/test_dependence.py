@@ -58,7 +58,7 @@ class Chain:
 
     def __init__(self, flip):
         self.flip = flip
-        self.config = SimpleNamespace(mask_token_id=2)
+        self.config = SimpleNamespace(mask_token_id=2, eos_token_id=3)
 
     def stays(self, steps):
         return (1 + (1 - 2 * self.flip) ** steps) / 2
