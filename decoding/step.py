@@ -214,8 +214,9 @@ class Batch:
         confidence = torch.where(needed, self.scores.probability[cells], 0)
         view = replace(view, score=score, token=token, confidence=confidence)
         if self.rule.verifies:
-            told = self.scores.verified.at(live, self.width)
-            view = replace(view, leave_one_out=torch.where(told, self.scores.leave_one_out[cells], torch.inf))
+            has_value = self.scores.verified.at(live, self.width)
+            leave_one_out = torch.where(has_value, self.scores.leave_one_out[cells], torch.inf)
+            view = replace(view, leave_one_out=leave_one_out)
         decision = self.rule.decide(view)
         if ends:
             decision = decision.filled(late[:, None], masked)
@@ -355,14 +356,14 @@ class Batch:
             record = dependence.record(where & self.canvas.masked[rows, : self.width])
         if verified is not None and bool(verified.any()):
             shadows = Shadows(*verified.nonzero().unbind(1))
-        asked = {False: (record, shadows), True: (None, None)}  # by whether the prompt is left out
-        states = yield [StateQuery(cache, rows, where, *asked[cache.unconditional]) for cache in self.states]
-        found = [self._scored(rows, where, states)]
+        extras = {False: (record, shadows), True: (None, None)}  # by whether the prompt is left out
+        states = yield [StateQuery(cache, rows, where, *extras[cache.unconditional]) for cache in self.states]
+        results = [self._scored(rows, where, states)]
         if dependence is not None and record is not None:
-            found.append(dependence.conflicts(record))
+            results.append(dependence.conflicts(record))
         if shadows is not None:
-            found.append(self._likelihood(shadows.states, self.canvas.ids[rows, : self.width][verified]))
-        columns, *more = _on_host(found)
+            results.append(self._likelihood(shadows.states, self.canvas.ids[rows, : self.width][verified]))
+        columns, *more = _on_host(results)
         self._put(rows, where, columns)
         if record is not None and self.scores.conflicts is not None:
             self.scores.conflicts.put(rows, record.positions, more[0] > 0)

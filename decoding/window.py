@@ -14,6 +14,9 @@ import torch
 
 from dlm.errors import ConfigError
 
+OPEN_AHEAD = 56
+"""Positions beyond a known token that can open, of a window that names no other number."""
+
 MARGIN = 16
 """Masks that a growing canvas holds beyond those that can open, so that their state sees what is behind."""
 
@@ -35,7 +38,7 @@ class Window:
     @property
     def ahead(self) -> int:
         """Number of positions beyond a known token that can open; a growing canvas holds a few more."""
-        return 56
+        return OPEN_AHEAD
 
     def weights(
         self, unmasked: torch.Tensor, *, start: torch.Tensor | None = None, stage: torch.Tensor | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from eval.variants import Variant, check_sizes, variants
 
 NUCLEUS = 0.95
 """Top-p of autoregressive baselines, by default."""
+
+REQUESTED = ("stop", "canvas", "margin", "reuse", "refresh")
+"""Fields of a `Request` that all variants have in common; their labels show them."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class EvalConfig:
         seed: of the noise; equal for all decoders.
         eos_fill: once the end is written, everything to its right becomes the end token; by default as the
             checkpoint's authors have it, else true.
+        stop: a text that ends an answer; several as '["one", "two"]'.
+        canvas: with a window and steps, "growing" shows the model no more than can open soon (approximate).
+        margin: masks that a growing canvas holds beyond those that can open.
+        reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate).
+        refresh: with reuse, everything is computed at every so many changes of the row.
         trace: record when, how surely and where each token was written, for `dlm orders learn`.
         batch_size: rows per model call, or requests at a time.
         reader: autoregressive model (hub id, folder, .gguf) that says how likely answers are; "base" for the
@@ -74,6 +82,11 @@ class EvalConfig:
     rate: str = ""
     seed: int = 0
     eos_fill: bool | None = None
+    stop: str | list[str] | None = None
+    canvas: str | None = None
+    margin: int | None = None
+    reuse: str | None = None
+    refresh: int | None = None
     trace: bool = False
     batch_size: int = 8
     reader: str = "base"
@@ -113,7 +126,11 @@ class EvalConfig:
 
     def variants(self) -> list[Variant]:
         """The ways to decode that are compared."""
-        return variants(self.decoders, **self._sizes())
+        given = {name: getattr(self, name) for name in REQUESTED if getattr(self, name) is not None}
+        return [
+            replace(variant, pace={**variant.pace, **given})
+            for variant in variants(self.decoders, **self._sizes())
+        ]
 
     def _sizes(self) -> dict[str, Any]:
         """Sizes that the decoders are combined with."""
@@ -123,7 +140,7 @@ class EvalConfig:
         """Refuse options that would be ignored."""
         for name, wanted in (
             ("endpoint_model", "endpoint"),
-            ("eos_fill", "model"),
+            *((name, "model") for name in ("eos_fill", *REQUESTED)),
             ("trace", "model"),
             ("usual_rows", "usual"),
         ):

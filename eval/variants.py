@@ -24,7 +24,7 @@ class Variant:
     Attributes:
         decoder: name of the preset; empty for the checkpoint's own.
         options: of the preset.
-        pace: window and steps, or max_tokens and rate; as for `Sampler.generate`.
+        pace: window and steps, or max_tokens and rate, and what else is given; as for `Sampler.generate`.
     """
 
     decoder: str

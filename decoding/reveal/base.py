@@ -76,7 +76,7 @@ class StepView:
     """[b, W] the model's probability of the token that is written, had it not seen it (see `Shadows`): where
     the rule's `verified` asks for it; inf where nothing was asked."""
     conflicts: Callable[[torch.Tensor], torch.Tensor] | None = None
-    """Positions [b, 1] -> [b, W] bool, those that are in conflict with them; for rules with a `dependence`."""
+    """Positions [b, 1] -> [b, W] bool, those in conflict with them; for rules with a `dependence`."""
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """The rule's state of these rows: [b, W, …] or [b]."""
 

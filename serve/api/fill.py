@@ -17,7 +17,6 @@ from decoding.engine import Update
 from decoding.gaps import Gap, Piece
 from decoding.infill import Infilled, gap_scores, likeliest, plan_infilling, rows_with_gaps
 from decoding.request import Plan
-from decoding.request import Request as DecodingRequest
 from decoding.rows import Prompt
 from serve.api import schema
 from serve.api.parameters import Sampling, check_rows, faults_named, first_seed, head, usage, wrapped
@@ -25,9 +24,6 @@ from serve.api.sse import Events, sse_event, stream
 from serve.errors import APIError
 from serve.job import Notice, Sample
 from serve.service import Service
-
-MEANINGLESS = ("window", "eos_fill", "begin", "ending", "forced", "canvas", "margin")
-"""Fields that `plan_infilling` refuses by name: a text with gaps has the length it has."""
 
 SCORED = 4
 """Rows of one call that compares lengths; at least 2."""
@@ -89,15 +85,7 @@ def prepare_filling(
 def _rows_of_lengths(
     service: Service, pieces: Sequence[Piece], prompt: Prompt | None, sampling: Sampling, n: int
 ) -> Filling:
-    request = DecodingRequest.of(
-        decoder=sampling.decoder,
-        options=sampling.decoder_options() or None,
-        steps=sampling.steps,
-        rate=sampling.rate,
-        reuse=sampling.reuse,
-        refresh=sampling.refresh,
-        **{name: getattr(sampling, name) for name in MEANINGLESS},
-    )
+    request = sampling.request()
     request.check_decoder()
     plan = plan_infilling(request, service.spec, service.tokenizer)
     rows = rows_with_gaps(service.rows, pieces, prompt, plan, "the text")

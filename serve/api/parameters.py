@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -137,6 +137,12 @@ class Sampling(Diffusion):
         }
         return {**(self.options or {}), **{k: v for k, v in given.items() if v is not None}}
 
+    def request(self, **given: Any) -> Request:
+        """A request with the options of `Diffusion` and of the decoder, and other fields that are given."""
+        names = [field.name for field in fields(Request) if field.name in Diffusion.model_fields]
+        shared = {name: getattr(self, name) for name in names}
+        return Request(**{**shared, "options": self.decoder_options() or None, **given})
+
 
 SAMPLED = frozenset(set(Sampling.model_fields) - set(Diffusion.model_fields))
 """Parameters that are options of decoders too."""
@@ -185,27 +191,12 @@ class Generation:
             raise ConfigError("window is the length of prompt and answer together; give no max_tokens then")
         if s.window is not None and prompt_tokens >= s.window:
             raise ConfigError(f"window {s.window} is too short for a prompt of {prompt_tokens} tokens")
-        fixed: dict[str, Any] = {"max_tokens": self.max_tokens, "steps": s.steps}
-        if s.window is not None:
-            fixed = {"window": s.window, "steps": s.steps}
-        elif s.steps is not None and not s.ending:
-            fixed["canvas"] = "full"
-        if s.canvas is not None:
-            fixed["canvas"] = s.canvas
-        return Request.of(
-            decoder=s.decoder,
-            options=s.decoder_options() or None,
-            rate=s.rate,
-            reuse=s.reuse,
-            refresh=s.refresh,
-            eos_fill=s.eos_fill,
-            begin=s.begin,
-            ending=s.ending,
-            forced=s.forced,
-            margin=s.margin,
+        fixed = s.window is None and s.steps is not None and not s.ending
+        return s.request(
+            canvas=s.canvas or ("full" if fixed else None),
+            max_tokens=self.max_tokens,
             stop=list(self.stop) or None,
             top_logprobs=self.logprobs or None,
-            **fixed,
         )
 
     def samples(self, service: Service, prompts: list[list[int]]) -> list[Sample]:

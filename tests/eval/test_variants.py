@@ -1,5 +1,6 @@
 import pytest
 
+from decoding.request import Reuse
 from dlm.errors import ConfigError, DataError
 from eval.commands.frontier import FrontierConfig
 from eval.commands.orders import LearnConfig
@@ -136,3 +137,17 @@ def test_a_size_that_is_not_given_is_left_out_and_zero_is_none(size):
         FrontierConfig(models=["default"], **{size: 0})
     with pytest.raises(ConfigError, match=f"^{size} must be a whole number of at least 1"):
         LearnConfig(output="a", model="default", task="rules", reward="length=3", **{size: 0})
+
+
+def test_what_is_asked_for_beside_the_pace_reaches_every_variant_and_its_label():
+    asked = {"reuse": "dual", "refresh": 4, "stop": ["x", "y"]}
+    config = EvalConfig(task="rules", model="m", decoders="conv,llada", max_tokens=20, **asked)
+    for variant in config.variants():
+        request = variant.request(eos_fill=config.eos_fill)
+        assert (request.reuse_settings(), request.stop_texts) == (Reuse("dual", 4), ("x", "y"))
+        assert "reuse=dual,refresh=4" in variant.label
+    sizes = {"window": 64, "steps": "8", "canvas": "growing", "margin": 3}
+    (grown,) = EvalConfig(task="rules", model="m", **sizes).variants()
+    assert (grown.request().canvas, grown.request().margin) == ("growing", 3)
+    with pytest.raises(ConfigError, match="reuse is for --model"):
+        EvalConfig(task="rules", endpoint="http://x", reuse="dual")

@@ -1,7 +1,11 @@
 """The schema of the server, and requests made from it at random: no 5xx, nothing undeclared."""
 
+from dataclasses import fields
+
 import pytest
 
+from decoding.request import Request
+from serve.api.parameters import Diffusion, Sampling
 from serve.app import explain
 from serve.config import ServeConfig
 from tests.serve.rig import running
@@ -73,3 +77,12 @@ def test_the_first_fault_of_a_body_is_told_by_its_name():
     assert (error.param, error.code) == ("temprature", "unknown_parameter")
     assert "did you mean temperature?" in error.message
     assert ServeConfig().served_name == "default"
+
+
+def test_every_field_of_a_request_is_a_parameter():
+    """Those of OpenAI's interface go by its names: stop, max_tokens, and top_logprobs."""
+    names = {field.name for field in fields(Request)}
+    assert names - set(Diffusion.model_fields) == {"stop", "max_tokens", "top_logprobs"}
+    given = {"decoder": "conv", "rate": 3.0, "reuse": "dual", "refresh": 5, "margin": 2, "begin": "a"}
+    request = Sampling(**given, temperature=0.5, kernel_size=9).request(max_tokens=7)
+    assert request == Request(**given, max_tokens=7, options={"temperature": 0.5, "kernel_size": 9})
