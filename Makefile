@@ -15,7 +15,7 @@ WORKERS ?= $(shell n=`getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2`; [ $$n -g
 STAMP_DOCS = $(VENV)/.installed-docs
 STAMP_RAY  = $(VENV)/.installed-ray
 
-.PHONY: help setup demo test test-ray check docs bench gpu gpu-bundle clean
+.PHONY: help setup setup-docs demo test test-ray check docs bench gpu gpu-bundle clean
 
 help:
 	@echo "make setup   create $(VENV) and install the project into it"
@@ -66,6 +66,8 @@ check: $(STAMP)
 $(STAMP_DOCS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE) ".[docs]"
 	@touch $(STAMP_DOCS)
+
+setup-docs: $(STAMP_DOCS)
 
 docs: $(STAMP_DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
