@@ -217,7 +217,7 @@ class Engine:
         for ticket in tickets:
             if ticket not in self._waiting and ticket not in self._running:
                 raise KeyError(f"no row has the ticket {ticket}")
-        self._drop({ticket for ticket in tickets if self._waiting.pop(ticket, None) is None})
+        self._drop({ticket for ticket in set(tickets) if self._waiting.pop(ticket, None) is None})
 
     @torch.inference_mode()
     def remove(self, ticket: int) -> Canvas:

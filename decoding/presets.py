@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -36,6 +35,9 @@ from decoding.window import Block, Convolution, Full, Sliding, Window, Within
 from dlm.errors import ConfigError, unknown_name
 from dlm.spec import ModelSpec
 
+MOST_GUIDANCE = 1e6
+"""Greatest weight of guidance."""
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -58,8 +60,8 @@ class Decoder:
 
     def __post_init__(self) -> None:
         """Check the range of the guidance."""
-        if not 0 <= self.guidance < math.inf:
-            raise ConfigError(f"guidance must not be negative, got {self.guidance}")
+        if not 0 <= self.guidance <= MOST_GUIDANCE:
+            raise ConfigError(f"guidance must lie between 0 and {MOST_GUIDANCE:g}, got {self.guidance}")
         if self.window.timed and self.reveal.revises:
             raise ConfigError("a sliding window has no phases: it cannot go with a rule that remasks")
         if self.guidance and self.reveal.verifies:

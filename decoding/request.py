@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from dlm.errors import ConfigError, unknown_name
+from dlm.errors import MOST_WHOLE, ConfigError, unknown_name
 
 if TYPE_CHECKING:
     from decoding.pace import Ending, Pace
@@ -77,6 +77,11 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         ("max_tokens", "window", "steps", "refresh"),
         lambda value: is_whole(value) and value >= 1,
         "be a whole number of at least 1",
+    ),
+    (
+        ("max_tokens", "window", "steps", "refresh", "margin"),
+        lambda value: value <= MOST_WHOLE,
+        f"be at most {MOST_WHOLE}",
     ),
     (
         ("margin", "top_logprobs"),
@@ -425,7 +430,7 @@ class Plan:
             raise ConfigError("conflict needs the attention of whole rows; give no reuse")
         if self.reuse is not None and self.decoder.reveal.verifies:
             raise ConfigError("verify needs states of whole rows; give no reuse")
-        ahead = None if self.margin is None else self.decoder.window.ahead + self.margin
+        ahead = None if self.margin is None else max(1, self.decoder.window.ahead + self.margin)
         key = self.decoder, self.pace, self.ending, ahead, self.reuse, self.mask_id, self.top_logprobs
         object.__setattr__(self, "ahead", ahead)
         object.__setattr__(self, "batch_key", key)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from dlm.device import sent
-from dlm.errors import ConfigError
+from dlm.errors import MOST_NUMBER, ConfigError, check_whole
 
 
 @dataclass(frozen=True)
@@ -125,17 +125,19 @@ class TokenRule:
             raise ConfigError(
                 f"temperature must be 0 (the likeliest token) or at least 1e-6, got {self.temperature}"
             )
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ConfigError(f"top_k must be a whole number, not negative (0 keeps all), got {self.top_k}")
+        check_whole("top_k", self.top_k, least=0)
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must lie in (0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p must lie in [0, 1], got {self.min_p}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ConfigError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if not 1 / MOST_NUMBER <= self.repetition_penalty <= MOST_NUMBER:
+            raise ConfigError(
+                f"repetition_penalty must be above 0 and at most {MOST_NUMBER:g}, "
+                f"got {self.repetition_penalty}"
+            )
         for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"{name} must be a finite number, got {getattr(self, name)}")
+            if not abs(getattr(self, name)) <= MOST_NUMBER:
+                raise ConfigError(f"{name} must lie within ±{MOST_NUMBER:g}, got {getattr(self, name)}")
         object.__setattr__(self, "forbidden", tuple(self.forbidden))
         if any(token < 0 for token in self.forbidden):
             raise ConfigError(f"forbidden must hold token ids, got {self.forbidden}")
@@ -303,8 +305,8 @@ def _bias_pairs(bias: Any) -> tuple[tuple[int, float], ...]:
         pairs = sorted((int(token), float(number)) for token, number in dict(bias or ()).items())
     except (TypeError, ValueError) as error:
         raise ConfigError(f"logit_bias must map token ids to numbers, got {bias!r}") from error
-    if any(token < 0 or not math.isfinite(number) for token, number in pairs):
-        raise ConfigError(f"logit_bias must map token ids to finite numbers, got {bias!r}")
+    if any(token < 0 or not abs(number) <= MOST_NUMBER for token, number in pairs):
+        raise ConfigError(f"logit_bias must map token ids to numbers within ±{MOST_NUMBER:g}, got {bias!r}")
     return tuple(pairs)
 
 

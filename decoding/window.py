@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 
 import torch
 
-from dlm.errors import ConfigError
+from dlm.errors import MOST_WHOLE, ConfigError, check_whole
 
 OPEN_AHEAD = 56
 """Positions beyond a known token that can open, of a window that names no other number."""
@@ -98,9 +98,8 @@ class _Sized(Window):
 
     def __post_init__(self) -> None:
         """Check the size."""
-        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
-            name = type(self).__name__.lower()
-            raise ConfigError(f"{name} size must be a whole number of at least 1, got {self.size!r}")
+        if self.size is not None:
+            check_whole(f"{type(self).__name__.lower()} size", self.size)
 
     def fitted(self, length: int) -> Self:
         """With a size for a canvas of `length` where none was given: a quarter of it."""
@@ -136,8 +135,8 @@ class Convolution(Window):
     def __post_init__(self) -> None:
         """Check that the kernel has a centre."""
         k = self.kernel_size
-        if k is not None and not isinstance(k, int):
-            raise ConfigError(f"kernel_size must be a whole number, got {k!r}")
+        if k is not None:
+            check_whole("kernel_size", k, least=-MOST_WHOLE)
         if k is not None and (k < 1 or k % 2 == 0):
             near = f"{k - 1} or {k + 1}" if k > 1 else "1 or 3"
             raise ConfigError(f"kernel_size must be odd and positive, got {k}; use {near}")
@@ -160,7 +159,7 @@ class Convolution(Window):
         del start, stage
         size, length = self.fitted(unmasked.shape[1]).kernel_size, unmasked.shape[1]
         assert size is not None
-        reach = (size - 1) // 2
+        reach = min((size - 1) // 2, length)  # beyond the row there is nothing to see
         padded = torch.nn.functional.pad(unmasked.int(), (reach + 1, reach))
         total = padded.cumsum(1, dtype=torch.int32)  # [B, L + 2r + 1]
         within = total[:, 2 * reach + 1 :] - total[:, :length]

@@ -33,6 +33,26 @@ def unknown_name(kind: str, name: str, choices: Iterable[str]) -> ConfigError:
     return ConfigError(f"unknown {kind} {name!r}.{did_you_mean(name, names)} Choices: {', '.join(names)}")
 
 
+MOST_WHOLE = 2**31 - 1
+"""Greatest whole number that an option can have."""
+
+MOST_NUMBER = 1e30
+"""Greatest number that is added to logits or multiplies them; float32 holds what comes out."""
+
+
+def check_whole(name: str, value: Any, least: int = 1, most: int = MOST_WHOLE) -> None:
+    """Refuse a value that is no whole number from `least` to `most`; true and false are none.
+
+    Raises:
+        ConfigError: naming it and its bounds.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        bound = f"of at least {least}" if least else "that is not negative"
+        raise ConfigError(f"{name} must be a whole number {bound}, got {value!r}")
+    if value > most:
+        raise ConfigError(f"{name} must be at most {most}, got {value}")
+
+
 def refuse_ignored(config: Any, names: Iterable[str], prefix: str, wanted: str) -> None:
     """Refuse settings that would be ignored: those that are not their defaults.
 

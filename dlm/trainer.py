@@ -68,6 +68,8 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         pace: Callable[[int], float] | None = None,
         **kwargs: Any,
     ) -> None:
+        if args.dataloader_persistent_workers:
+            raise ConfigError("without dataloader_persistent_workers: it keeps the first epoch's tails")
         args.remove_unused_columns = False
         args.save_total_limit = None  # ours: a checkpoint counts once it is complete
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
@@ -102,7 +104,8 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         group = self._global_rows() if self.data_collator.grouped else 1
-        self._sampler = EpochSampler(list(dataset["length"]), group, seed=self.args.seed)
+        whole = self._global_rows() if self.args.world_size > 1 else 1
+        self._sampler = EpochSampler(list(dataset["length"]), group, seed=self.args.seed, multiple=whole)
         return self._sampler
 
     def _global_rows(self) -> int:

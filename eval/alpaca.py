@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ CHAT_SETTINGS = (
     *("tools", "tool_choice", "functions", "function_call"),
 )
 """Settings of annotators that an endpoint understands; the rest is for the package's own client."""
+
+NO_WIDTH = "\N{ZERO WIDTH SPACE}"
 
 MIN_VERDICTS = 30
 """Verdicts that a length-controlled rate needs: with fewer, its two parameters mean nothing."""
@@ -73,29 +76,62 @@ def win_rate(
         name: what the model is called.
 
     Returns:
-        The win rate, and the annotations: one row for each instruction, its preference between 1 (the
-        reference is better) and 2.
+        The win rate, and the annotations: one row for each output that has a reference, its preference
+        between 1 (the reference is better) and 2, and as `number` the place of the output. Of outputs of
+        equal instructions the first goes with the first reference, and so on.
 
     Raises:
         ConfigError: when the package is missing, or there is no such annotator.
         DLMError: when outputs and references have no instruction in common, and when no verdict can be read.
     """
     package = _package()
-    by_instruction = {row["instruction"]: row for row in references}
-    pairs = [
-        (row, by_instruction[row["instruction"]]) for row in outputs if row["instruction"] in by_instruction
-    ]
+    pairs = _pairs(outputs, references)
     if not pairs:
         raise DLMError("outputs and references have no instruction in common; give --references of this task")
     file = _config_file(package, annotator)
     _, annotations = package.evaluate(
-        model_outputs=[row for row, _ in pairs], reference_outputs=[row for _, row in pairs],
+        model_outputs=[row for _, row, _ in pairs], reference_outputs=[row for _, _, row in pairs],
         annotators_config=str(file), Annotator=_annotator(package, judge), name=name or None,
         output_path=None, is_return_instead_of_print=True, fn_metric=_later, sort_by="win_rate",
         precomputed_leaderboard=None, is_cache_leaderboard=False, caching_path=None,
     )  # fmt: skip
-    rows: Records = [dict(row) for row in annotations]
+    numbers = {row["instruction"]: number for number, row, _ in pairs}
+    rows: Records = []
+    for row in annotations:
+        number = numbers[row["instruction"]]
+        rows.append({**row, "instruction": outputs[number]["instruction"], "number": number})
     return summarise(rows, package, len(pairs)), rows
+
+
+def _pairs(outputs: Records, references: Records) -> list[tuple[int, dict[str, Any], dict[str, Any]]]:
+    """Place of each output that has a reference, with both as the package is given them.
+
+    The package tells rows apart by their instructions, so that a repeated one gets characters without width.
+    Marks of chats, which it would read as turns of its own prompt, are broken by one.
+    """
+    by_instruction: dict[str, Records] = {}
+    for row in references:
+        by_instruction.setdefault(row["instruction"], []).append(row)
+    seen: Counter[str] = Counter()
+    pairs = []
+    for number, row in enumerate(outputs):
+        instruction = row["instruction"]
+        choices = by_instruction.get(instruction, [])
+        if choices:
+            reference = choices[min(seen[instruction], len(choices) - 1)]
+            shown = _without_marks(instruction) + NO_WIDTH * seen[instruction]
+            seen[instruction] += 1
+            ours, theirs = (
+                {**each, "instruction": shown, "output": _without_marks(each["output"])}
+                for each in (row, reference)
+            )
+            pairs.append((number, ours, theirs))
+    return pairs
+
+
+def _without_marks(text: str) -> str:
+    """A text whose `<|im_start|>` and `<|im_end|>` are marks no more."""
+    return text.replace("<|im_", f"<|{NO_WIDTH}im_")
 
 
 def _later(annotations: Any) -> dict[str, float]:

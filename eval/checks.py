@@ -41,6 +41,9 @@ _IS_ANSWER = re.compile(
 _LABEL = re.compile(r"\b(?:step|part|case|equation|example|method)\s+\d+\b", re.IGNORECASE)
 """Numbers that count parts of a solution."""
 
+_CLAUSE = re.compile(r"[;,](?!\d)|\b(?:since|because|as|so|where|which|when)\b", re.IGNORECASE)
+"""Where one clause of a line ends and the next begins."""
+
 _OPERATOR = re.compile(r"\s*(?:[-+*/^=×÷]|x\b|times\b|plus\b|minus\b|divided\b|multiplied\b)", re.IGNORECASE)
 
 
@@ -124,17 +127,19 @@ def _boxes(text: str) -> list[str]:
 def _worked_out(text: str, otherwise: Decimal) -> Decimal:
     """Of "10 + 5 = 15", "12 = 3 * 4" or "18, since 9 * 2 = 18" the result.
 
-    That is the first number, if nothing is done to it; else the last side of the equation with one number.
+    That is the first number, if its clause does nothing with it and is no equation; else the last side of the
+    equation with one number.
     """
     text = _without_marks(text)
     if "=" not in text:
         return otherwise
     first = _NUMBER.search(text)
-    if first is not None and re.fullmatch(r"[\W_]*", text[: first.start()]):
+    parts = _CLAUSE.split(text)
+    if first is not None and re.fullmatch(r"[\W_]*", text[: first.start()]) and "=" not in parts[0]:
         value = _value(first, text)
         if value is not None and not _OPERATOR.match(text, first.end()):
             return value
-    clauses = [part for part in re.split(r"[;,](?!\d)", text) if "=" in part and numbers(part)]
+    clauses = [part for part in parts if "=" in part and numbers(part)]
     for clause in [text, *reversed(clauses)]:
         sides = [numbers(side) for side in clause.split("=")]
         if single := [side[0] for side in sides if len(side) == 1]:

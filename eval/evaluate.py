@@ -240,6 +240,12 @@ class _Loaded:
         for q in referenced:
             prompt = encode_prompt(tokenizer, q.opening)
             rows.append((prompt, [*encode_text(tokenizer, q.reference[0]), tokenizer.eos_token_id]))
+        limit = self.sampler.spec.positions
+        fitting = [i for i, (prompt, answer) in enumerate(rows) if len(prompt) + len(answer) <= limit]
+        if len(fitting) < len(rows):
+            counts = len(rows) - len(fitting), len(rows)
+            logger.warning("%d of %d references are longer than the model's positions", *counts)
+        referenced, rows = [referenced[i] for i in fitting], [rows[i] for i in fitting]
         nats = nelbo(self.sampler.model, rows, self.config.nelbo_draws, self.config.batch_size)
         return {q.id: x / len(answer) for q, x, (_, answer) in zip(referenced, nats, rows, strict=True)}
 
@@ -261,7 +267,8 @@ def _contestants(config: EvalConfig, loaded: _Loaded) -> Iterator[Contestant]:
     limit = config.max_tokens or 256
     settings = {"seed": config.seed, "max_tokens": limit}
     if config.endpoint:
-        card = Card(**common, fingerprint="endpoint", label="", decoder="", settings=settings)
+        mark = f"{config.endpoint} {config.endpoint_model}"
+        card = Card(**common, fingerprint=mark, label="", decoder="", settings=settings)
         yield Contestant(
             card,
             lambda: Endpoint(config.endpoint, config.endpoint_model, limit, config.seed, config.batch_size),

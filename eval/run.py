@@ -11,8 +11,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -100,27 +102,71 @@ class Results:
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(f"{folder}: not a finished run of `dlm eval` ({error!r})") from error
         verdicts = load_verdicts(folder)
-        for verdict in verdicts:
-            for key, value in verdict.by_answer.items():
-                if key in measured:
-                    measured[key][verdict.measure] = value
+        measured = _with_verdicts(measured, verdicts, _prevailing([verdicts]))
         stored = AnswerFile(folder / "answers.jsonl").read()
         answers = {key: answer for key, answer in stored.items() if f"{key[0]}/{key[1]}" in measured}
         return cls(folder.resolve(), card, answers, measured, summary(measured), overall, verdicts)
 
 
 def comparable(runs: Sequence[Results]) -> list[Results]:
-    """The runs with inlier rates that mean the same: by the usual perplexities of the run with most answers.
+    """The runs with figures that mean the same.
 
-    A run takes them from the references of its own questions, unless `--usual` names rows; so runs of fewer
-    questions had others. Where no run has recorded them, rates that may differ in meaning are left out.
+    Verdicts of a measure are those of one judge, by one method, against one thing: of the most frequent kind
+    among the runs. Inlier rates go by the usual perplexities of the run with most answers: a run takes them
+    from the references of its own questions, unless `--usual` names rows; so runs of fewer questions had
+    others. Where no run has recorded them, rates that may differ in meaning are left out.
     """
+    runs = _of_equal_kinds(runs)
     judged = [run for run in runs if "inlier" in run.means]
     if len({_band(run) for run in judged}) < 2:
         return list(runs)
     recorded = [run for run in judged if "usual_mean" in run.whole]
     longest = max(recorded, key=lambda run: len(run.measured)) if recorded else None
     return [_rejudged(run, longest) if "inlier" in run.means else run for run in runs]
+
+
+Kind = tuple[str, str, str]
+"""Method, judge, and what is compared with."""
+
+
+def _prevailing(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Kind]:
+    """By measure, the kind that most runs have verdicts of; of several the one with most answers."""
+    runs: dict[str, Counter[Kind]] = {}
+    answers: Counter[tuple[str, Kind]] = Counter()
+    for verdict in itertools.chain(*verdicts):
+        runs.setdefault(verdict.measure, Counter())[verdict.kind] += 1
+        answers[verdict.measure, verdict.kind] += len(verdict.by_answer)
+    return {
+        measure: max(counts, key=lambda kind: (counts[kind], answers[measure, kind], kind))
+        for measure, counts in runs.items()
+    }
+
+
+def _with_verdicts(
+    measured: Mapping[str, dict[str, float]], verdicts: Sequence[Verdict], kinds: Mapping[str, Kind]
+) -> dict[str, dict[str, float]]:
+    """Measures of answers, with the verdicts of these kinds and no others."""
+    out = {key: {n: v for n, v in row.items() if n not in kinds} for key, row in measured.items()}
+    for verdict in verdicts:
+        if kinds[verdict.measure] == verdict.kind:
+            for key, value in verdict.by_answer.items():
+                if key in out:
+                    out[key][verdict.measure] = value
+    return out
+
+
+def _of_equal_kinds(runs: Sequence[Results]) -> list[Results]:
+    """The runs with verdicts of one kind for each measure."""
+    kinds, out = _prevailing([run.verdicts for run in runs]), []
+    for run in runs:
+        if all(kinds[verdict.measure] == verdict.kind for verdict in run.verdicts):
+            out.append(run)
+            continue
+        measured = _with_verdicts(run.measured, run.verdicts, kinds)
+        others = {name: value for name, value in run.means.items() if name not in kinds}
+        told = {key: {n: v for n, v in row.items() if n in kinds} for key, row in measured.items()}
+        out.append(replace(run, measured=measured, means={**others, **summary(told)}))
+    return out
 
 
 def _band(run: Results) -> tuple[float | int, ...]:
@@ -167,6 +213,11 @@ class Verdict:
     measure: str
     by_answer: dict[str, float]
     figures: dict[str, Any]
+
+    @property
+    def kind(self) -> Kind:
+        """What verdicts that are compared have in common."""
+        return self.method, self.judge, self.against
 
     def save(self, folder: Path) -> None:
         """Write it into a run's folder, beside those of other judges."""

@@ -38,6 +38,10 @@ class Reply:
     trace: dict[str, list[float]] | None = None
 
 
+TOO_LONG = Reply("", finish_reason="length")
+"""In place of an answer, where the conversation leaves no room for one in the model."""
+
+
 class System(Protocol):
     """Answers conversations."""
 
@@ -66,11 +70,18 @@ class Local:
     def replies(self, conversations: Sequence[list[Message]]) -> Iterator[Reply]:
         """See `System`; a conversation's noise depends on the seed and its own text alone."""
         settings = {"request": self.request, "seed": self.seed, "batch_size": self.batch_size}
+        positions = self.sampler.plan(self.request).positions
+        fits = [self.sampler.fits(talk, positions) for talk in conversations]
+        fitting = [talk for talk, fit in zip(conversations, fits, strict=True) if fit]
         if self.trace:
-            outs = self.sampler.iter_traced(conversations, **settings)
+            outs = self.sampler.iter_traced(fitting, **settings)
         else:
-            outs = ((out, None) for out in self.sampler.iter_generate(conversations, **settings))
-        for out, trace in outs:
+            outs = ((out, None) for out in self.sampler.iter_generate(fitting, **settings))
+        for fit in fits:
+            if not fit:
+                yield TOO_LONG
+                continue
+            out, trace = next(outs)
             yield Reply(
                 out.text,
                 len(out.token_ids),
@@ -96,11 +107,21 @@ class Autoregressive:
     def __init__(
         self, model: Any, tokenizer: Any, max_tokens: int, top_p: float = NUCLEUS, seed: int = 0
     ) -> None:
+        from transformers import GenerationConfig
+
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
         self.seed = seed
-        self.rule: dict[str, Any] = (
-            {"do_sample": True, "top_p": top_p, "top_k": 0} if top_p else {"do_sample": False}
+        ends = model.generation_config.eos_token_id
+        self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        rule = {"do_sample": True, "top_p": top_p, "top_k": 0} if top_p else {"do_sample": False}
+        model.generation_config = GenerationConfig(  # the checkpoint's own may cut, heat or penalise
+            **rule, pad_token_id=tokenizer.eos_token_id, eos_token_id=sorted(self.ends)
         )
+
+    @property
+    def positions(self) -> int:
+        """Longest row of the model, in tokens."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or 2**31)
 
     def replies(self, conversations: Sequence[list[Message]]) -> Iterator[Reply]:
         """See `System`; one at a time, so that a text does not depend on its batch-mates."""
@@ -112,14 +133,17 @@ class Autoregressive:
             ids = self.tokenizer.apply_chat_template(
                 talk, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )["input_ids"].to(self.model.device)
+            room = self.positions - ids.shape[1]
+            if room < 1:
+                yield TOO_LONG
+                continue
             torch.manual_seed(int(key_of(self.seed, json.dumps(talk))) % 2**63)
             with torch.inference_mode():
                 generated = self.model.generate(
-                    ids, attention_mask=torch.ones_like(ids), **self.rule,
-                    max_new_tokens=self.max_tokens, pad_token_id=self.tokenizer.eos_token_id,
-                )  # fmt: skip
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(self.max_tokens, room)
+                )
             new = generated[0, ids.shape[1] :].tolist()
-            ended = bool(new) and new[-1] == self.tokenizer.eos_token_id
+            ended = bool(new) and new[-1] in self.ends
             text = self.tokenizer.decode(new, skip_special_tokens=True)
             yield Reply(text, len(new) - ended, "stop" if ended else "length", len(new), len(new))
 

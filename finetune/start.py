@@ -157,6 +157,8 @@ def _first_dtype(config: StartConfig) -> str:
 
 def _from_nothing(config: TrainConfig, rows: Dataset, resume_from: Path | None) -> ModelAndTokenizer:
     """Random weights and a tokenizer trained on the rows; the bare template where no row has a prompt."""
+    if isinstance(rows, EncodedRows):
+        raise ConfigError("encoded rows have a tokenizer: name the model that they are for, --model.init")
     if resume_from:
         tokenizer = AutoTokenizer.from_pretrained(resume_from, trust_remote_code=False)
     else:

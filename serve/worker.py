@@ -350,16 +350,26 @@ class Worker:
             metrics.end_to_end.observe(now - job.arrived)
 
     def _start_again(self, error: Exception) -> None:
-        """After a step that failed as a whole (memory, a device), fail what was at work and go on afresh."""
+        """After a step that failed as a whole, go on afresh, without the jobs that fail by themselves too.
+
+        Where none does (memory, a device), all that was at work fails.
+        """
         logger.exception("a step failed")
-        engine = self.engine
-        self._engine = Engine(engine.model, engine.tokenizer)
-        for job in self._queue.jobs():
-            if job.tickets:
-                for ticket in job.tickets.values():
-                    del self._jobs[ticket]
-                job.tickets.clear()
-                self._fail(job, DLMError(f"the model failed: {type(error).__name__}: {error}"), "model")
+        old = self.engine
+        self._engine = Engine(old.model, old.tokenizer)
+        jobs = [job for job in self._queue.jobs() if job.tickets]
+        errors = [_error_alone(old, job) for job in jobs]
+        self._jobs = {}
+        for job, own_error in zip(jobs, errors, strict=True):
+            tickets = dict(job.tickets)
+            job.tickets.clear()
+            if own_error is None and any(errors):
+                for index, ticket in tickets.items():
+                    job.tickets[index] = self.engine.add(old.canvas(ticket), job.samples[index].plan)
+                    self._jobs[job.tickets[index]] = (job, index)
+                continue
+            cause = own_error or error
+            self._fail(job, DLMError(f"the model failed: {type(cause).__name__}: {cause}"), "model")
 
     def _measure(self) -> None:
         queue, metrics = self._queue, self.metrics
@@ -368,3 +378,15 @@ class Worker:
         metrics.running.set(len(queue) - queue.waiting)
         metrics.rows.set(queue.rows)
         metrics.positions.set(queue.positions)
+
+
+def _error_alone(engine: Engine, job: Job) -> Exception | None:
+    """The error of a step of copies of a job's rows, nothing else beside them; None where it goes well."""
+    try:
+        alone = Engine(engine.model, engine.tokenizer)
+        for index, ticket in job.tickets.items():
+            alone.add(engine.canvas(ticket), job.samples[index].plan)
+        alone.step()
+    except Exception as error:
+        return error
+    return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dlm.attention_weights import AttentionWeights
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, check_whole
 
 EVEN_SHARES = 3.0
 """In a row so short that every position receives much, a sink is one that receives so many even shares."""
@@ -39,8 +39,7 @@ class Dependence:
             if not 0 < value <= 1:
                 shown = "conflict" if name == "threshold" else name
                 raise ConfigError(f"{shown} must lie in (0, 1], got {value}; leave it out for none")
-        if not isinstance(self.layers, int) or isinstance(self.layers, bool) or self.layers < 1:
-            raise ConfigError(f"conflict_layers must be a whole number of at least 1, got {self.layers!r}")
+        check_whole("conflict_layers", self.layers)
 
     def record(self, where: torch.Tensor) -> AttentionWeights:
         """An empty record of the attention between the positions `where` [b, W] of rows 0 to b - 1."""

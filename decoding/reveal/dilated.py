@@ -10,7 +10,7 @@ import torch
 
 from decoding.reveal.base import Decision, RevealRule, StepView
 from decoding.reveal.quota import Quota
-from dlm.errors import ConfigError
+from dlm.errors import check_whole
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class Dilated(RevealRule):
 
     def __post_init__(self) -> None:
         """Check the base."""
-        if not isinstance(self.base, int) or self.base < 2:
-            raise ConfigError(f"base must be a whole number of at least 2, got {self.base!r}")
+        check_whole("base", self.base, least=2)
 
     def with_given_pace(self) -> Quota:
         """Return the rule that takes the most confident first; see `RevealRule`."""

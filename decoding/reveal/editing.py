@@ -9,7 +9,7 @@ import torch
 
 from decoding.reveal.base import Decision, RevealRule, StepView, ranked
 from decoding.reveal.quota import Quota
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, check_whole
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class Editing(RevealRule):
         for name in ("tau", "tau_edit"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
-        if not isinstance(self.edits, int) or self.edits < 0:
-            raise ConfigError(f"edits must be a whole number, not negative, got {self.edits!r}")
+        check_whole("edits", self.edits, least=0)
 
     def with_given_pace(self) -> Quota:
         """Return the rule that takes the most confident first; see `RevealRule`."""

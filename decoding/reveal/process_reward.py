@@ -10,7 +10,7 @@ import torch
 
 from decoding.order_table import OrderTable
 from decoding.reveal.base import REVEAL_NOISE, Decision, RevealRule, StepView, needed_for
-from dlm.errors import ConfigError, unknown_name
+from dlm.errors import ConfigError, check_whole, unknown_name
 from dlm.noise import key_of, uniform
 
 Control = Literal["none", "gate", "counts", "shuffled", "entropy"]
@@ -19,6 +19,9 @@ reward; or the table, with the least certain of the shortlist first."""
 
 SHORTLIST, LEAST, PER_TOKEN = 64, 8, 4
 """A shortlist has min(64, max(8, 4k)) positions for k tokens, or all."""
+
+MOST_DRAWS = 256
+"""Most candidates of soft best-of-N for one token."""
 
 _FIRST_DRAW = 16
 """Number of the first stream of noise for candidates."""
@@ -71,11 +74,8 @@ class ProcessReward(RevealRule):
         """Check names and ranges."""
         if self.control not in get_args(Control):
             raise unknown_name("control", str(self.control), get_args(Control))
-        for name, least in (("ready", 1), ("draws", 0)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise ConfigError(
-                    f"{name} must be a whole number of at least {least}, got {getattr(self, name)!r}"
-                )
+        check_whole("ready", self.ready)
+        check_whole("draws", self.draws, least=0, most=MOST_DRAWS)
         if not 0 <= self.strength < float("inf"):
             raise ConfigError(f"strength must not be negative, got {self.strength}")
         if not 0 <= self.warm_up <= self.switch <= 1:

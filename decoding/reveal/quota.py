@@ -10,7 +10,7 @@ import torch
 
 from decoding.reveal.base import Decision, RevealRule, StepView, needed_for, ranked
 from decoding.tokens import Choice, TokenRule
-from dlm.errors import ConfigError, unknown_name
+from dlm.errors import check_whole, unknown_name
 
 Order = Literal["confidence", "margin", "entropy", "cut-entropy"]
 """The measure by which positions are ordered: the probability of the token drawn, the lead of the likeliest
@@ -51,9 +51,9 @@ class Quota(RevealRule):
         """Check the number and the name."""
         for name, kinds in (("order", Order), ("spread", Spread)):
             if getattr(self, name) not in get_args(kinds):
-                raise unknown_name(name, getattr(self, name), get_args(kinds))
-        if self.per_step is not None and (not isinstance(self.per_step, int) or self.per_step < 1):
-            raise ConfigError(f"per_step must be a whole number of at least 1, got {self.per_step!r}")
+                raise unknown_name(name, str(getattr(self, name)), get_args(kinds))
+        if self.per_step is not None:
+            check_whole("per_step", self.per_step)
 
     @property
     def sees_token(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 from decoding.reveal.base import Around, Decision, StepView
 from decoding.reveal.dependence import Dependence
 from decoding.tokens import TokenRule
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, check_whole
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class Separated(Around):
 
     def __post_init__(self) -> None:
         """Check the gap, and that the other rule does not count the tokens of a call by itself."""
-        if not isinstance(self.gap, int) or isinstance(self.gap, bool) or self.gap < 1:
-            raise ConfigError(f"gap must be a whole number of at least 1, got {self.gap!r}")
+        check_whole("gap", self.gap)
         if self.inner.verifies:
             raise ConfigError(
                 "tokens are kept apart before they are verified: Verified(Separated(rule, gap), …)"

@@ -11,7 +11,7 @@ import torch
 from decoding.reveal.base import Decision, RevealRule, StepView, ordering, ranked
 from decoding.reveal.quota import Quota
 from decoding.tokens import Choice, TokenRule, log_normaliser
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, check_whole
 
 TRACKED = 8
 """Likeliest tokens of a position whose probabilities are kept until the next call."""
@@ -43,8 +43,7 @@ class Stability(RevealRule):
             raise ConfigError(f"tau must lie in (0, 1], got {self.tau}")
         if not self.epsilon > 0:
             raise ConfigError(f"epsilon must be above 0, got {self.epsilon}")
-        if not isinstance(self.history, int) or self.history < 1:
-            raise ConfigError(f"history must be a whole number of at least 1, got {self.history!r}")
+        check_whole("history", self.history)
 
     def with_given_pace(self) -> Quota:
         """Return the rule that takes the most confident first; see `RevealRule`."""

@@ -144,8 +144,8 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
             )
 
     def truncated(self, eos_id: int) -> int:
-        """Number of rows cut at the window's end, which therefore have no end token."""
-        full = self.lengths == self.window
+        """Number of answers cut at the window's end, which therefore have no end token."""
+        full = (self.lengths == self.window) & (self.prompt_lengths > 0)  # plain text fills its windows
         return int((full & (self.ids[self.ends - 1] != eos_id)).sum())
 
 

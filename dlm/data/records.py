@@ -116,6 +116,8 @@ def _read_csv(path: Path) -> Iterator[Any]:
         raise DataError(f"{path}: the file is empty")
     mark = max(",;\t", key=lines[0].count)
     rows: Iterable[dict[Any, Any]] = csv.DictReader(lines, delimiter=mark, strict=True)
+    if mark == "\t" and not _is_quoted(lines):
+        rows = csv.DictReader(lines, delimiter=mark, quoting=csv.QUOTE_NONE)
     try:
         for number, row in enumerate(rows):
             if None in row or None in row.values():
@@ -123,6 +125,16 @@ def _read_csv(path: Path) -> Iterator[Any]:
             yield row
     except csv.Error as error:
         raise DataError(f"{path}: not valid CSV ({error})") from error
+
+
+def _is_quoted(lines: list[str]) -> bool:
+    """False for fields between tabs in which quotation marks are text, as they do not go in pairs."""
+    try:
+        for _ in csv.reader(lines, delimiter="\t", strict=True):
+            pass
+    except csv.Error:
+        return False
+    return True
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:

@@ -97,10 +97,13 @@ class EpochSampler(Sampler[int]):
         lengths: [n] length of each row; rows of similar length come together when `group` is above 1.
         group: rows of one global batch when batches are grouped by length, else 1.
         seed: seed of the order.
+        multiple: rows of an epoch are a multiple of it, if there are as many; the last ones are left out. For
+            several processes, which would fill their last batches with rows of the first ones.
     """
 
-    def __init__(self, lengths: list[int], group: int = 1, seed: int = 0) -> None:
+    def __init__(self, lengths: list[int], group: int = 1, seed: int = 0, multiple: int = 1) -> None:
         self.lengths = lengths
+        self.count = len(lengths) // multiple * multiple or len(lengths)
         self.group = group
         self.seed = seed
         self.epoch = 0
@@ -110,14 +113,18 @@ class EpochSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.count
 
     def __iter__(self) -> Iterator[int]:
+        return iter(self._order()[: self.count])
+
+    def _order(self) -> list[int]:
+        """All rows, in the order of the epoch."""
         generator = torch.Generator().manual_seed(int(key_of(self.seed, "order", self.epoch)) % 2**63)
         if self.group <= 1:
-            return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
+            return torch.randperm(len(self.lengths), generator=generator).tolist()
         order = torch.tensor(get_length_grouped_indices(self.lengths, self.group, generator=generator))
         batches = list(order.split(self.group))
         groups, rest = batches[: len(order) // self.group], batches[len(order) // self.group :]
         shuffled = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
-        return iter(torch.cat(shuffled + rest).tolist())
+        return torch.cat(shuffled + rest).tolist()

@@ -153,10 +153,8 @@ def _alpaca(config: JudgeCommandConfig, judge: Judge, result: Results, questions
         references, against = reference_outputs(questions), "references"
     outputs = model_outputs(questions, result.answers, result.card.name)
     rate, rows = win_rate(outputs, references, judge, config.annotator, result.card.name)
-    ids = {question.turns[0]: question.id for question in questions}
-    won = {
-        f"{ids[row['instruction']]}/0": row["preference"] - 1 for row in rows if row["preference"] is not None
-    }
+    ids = [question.id for question in questions if (question.id, 0) in result.answers]
+    won = {f"{ids[row['number']]}/0": row["preference"] - 1 for row in rows if row["preference"] is not None}
     against = f"{against}, {config.annotator}"
     return Verdict("alpaca_eval", judge.config.model, against, "win", won, asdict(rate))
 

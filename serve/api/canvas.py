@@ -144,7 +144,9 @@ def _answer_sample(service: Service, body: CanvasRequest) -> Sample:
         request = generation.request(len(ids))
         request.check_decoder()
         plan = request.resolve(service.spec)
-        return Sample(service.rows.answer(ids, plan), plan, first_seed(body.seed))
+        row = service.rows.answer(ids, plan)
+        row.stages(plan)  # refused here, before a stream begins
+        return Sample(row, plan, first_seed(body.seed))
 
     with faults_named():
         answer = sample()

@@ -89,6 +89,8 @@ def _rows_of_lengths(
     request.check_decoder()
     plan = plan_infilling(request, service.spec, service.tokenizer)
     rows = rows_with_gaps(service.rows, pieces, prompt, plan, "the text")
+    for row, clamped in rows:
+        row.stages(clamped)  # refused here, before a stream begins
     seeds = [wrapped(first_seed(sampling.seed) + i) for i in range(n)]
     samples = [Sample(row, clamped, seed) for seed in seeds for row, clamped in rows]
     service.check_samples(samples)
@@ -188,10 +190,18 @@ async def fill_suffix(service: Service, body: schema.CompletionRequest, http: Re
     return JSONResponse({**opening, "choices": choices, "usage": tokens})
 
 
+def between(filled: Filled, before: str, after: str) -> str:
+    """The text between two that were given; a space before the gap, which the gap took, is not part of it."""
+    text = filled.result.text
+    if text.startswith(before) and text.endswith(after):
+        return text[len(before) : len(text) - len(after)]
+    return "".join(filled.result.gaps)
+
+
 def _choice(index: int, filled: Filled, body: schema.CompletionRequest, filling: Filling) -> dict[str, Any]:
     choice: dict[str, Any] = {
         "index": index,
-        "text": "".join(filled.result.gaps),
+        "text": between(filled, str(body.prompt), body.suffix or ""),
         "logprobs": None,
         "finish_reason": "stop",
     }

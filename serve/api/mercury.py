@@ -11,7 +11,7 @@ from pydantic import Field
 
 from decoding.gaps import Gap, Piece, without_span
 from serve.api import schema
-from serve.api.fill import Filled, Filling, fill, fill_suffix, prepare_filling
+from serve.api.fill import Filled, Filling, between, fill, fill_suffix, prepare_filling
 from serve.api.openai import streamed
 from serve.api.parameters import Sampling, faults_named, head, usage
 from serve.api.sse import Events, sse_event, stream
@@ -127,7 +127,11 @@ class _Handlers:
         if body.stream:
             return stream(self._edit_events(filling, pieces, body.timeout, opening))
         (filled,) = await service.unless_gone(http, fill(service, filling, body.timeout))
-        message = {"role": "assistant", "content": _replacement(filled, pieces), "refusal": None}
+        message = {
+            "role": "assistant",
+            "content": _content(filled, pieces),
+            "refusal": None,
+        }
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
         response = {
             **opening,
@@ -141,7 +145,7 @@ class _Handlers:
         self, filling: Filling, pieces: list[Piece], timeout: float | None, opening: dict[str, Any]
     ) -> Events:
         (filled,) = await fill(self.service, filling, timeout)
-        delta = {"role": "assistant", "content": _replacement(filled, pieces)}
+        delta = {"role": "assistant", "content": _content(filled, pieces)}
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": "stop"}
         yield sse_event({**opening, "object": "chat.completion.chunk", "choices": [choice]})
 
@@ -154,10 +158,6 @@ def router(service: Service) -> APIRouter:
     return api
 
 
-def _replacement(filled: Filled, pieces: list[Piece]) -> str:
-    """The text in the place of the span; a space before the span, which the gap took, is not part of it."""
-    before, after = str(pieces[0]), str(pieces[-1])
-    text = filled.result.text
-    if text.startswith(before) and text.endswith(after):
-        return text[len(before) : len(text) - len(after)]
-    return "".join(filled.result.gaps)
+def _content(filled: Filled, pieces: list[Piece]) -> str:
+    """The text in the place of the span."""
+    return between(filled, str(pieces[0]), str(pieces[-1]))

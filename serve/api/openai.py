@@ -83,11 +83,11 @@ class _Form:
             logprobs = {name: before[name] + values for name, values in logprobs.items()}
         return self.delta(index, self.prefixes[index] + text, logprobs, reason)
 
-    def logprobs(self, index: int, output: Output, characters: int, tokens: int) -> Any:
-        """Log-probabilities of the tokens from `tokens` on, which begin after so many characters."""
+    def logprobs(self, index: int, output: Output, tokens: int) -> Any:
+        """Log-probabilities of the tokens from `tokens` on."""
         if self.body.logprobs is None:
             return None
-        offset = len(self.prefixes[index]) + characters
+        offset = len(self.prefixes[index])
         return completion_logprobs(output, self.texts, offset, tokens, self.body.logprobs)
 
 
@@ -108,7 +108,7 @@ class _ChatForm(_Form):
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
-    def logprobs(self, index: int, output: Output, characters: int, tokens: int) -> Any:
+    def logprobs(self, index: int, output: Output, tokens: int) -> Any:
         if not self.body.logprobs:
             return None
         return chat_logprobs(output, self.texts, tokens, self.body.top_logprobs or 0)
@@ -229,7 +229,7 @@ class Answers:
         )
         choices = []
         for i, output in enumerate(outputs):
-            logprobs = self.form.logprobs(i, output, 0, 0)
+            logprobs = self.form.logprobs(i, output, 0)
             choice = self.form.choice(i, output.text, logprobs, output.finish_reason)
             choices.append(choice | self._metadata(i, output))
         tokens = self.usage(sum(len(output.token_ids) for output in outputs))
@@ -287,7 +287,7 @@ class Answers:
             return
         logprobs = None
         if fresh:
-            logprobs = self.form.logprobs(notice.index, output, progress.characters, progress.tokens)
+            logprobs = self.form.logprobs(notice.index, output, progress.tokens)
         self._measure(progress, fresh)
         progress.characters, progress.tokens = len(output.text), len(output.token_ids)
         if notice.finished:

@@ -218,6 +218,7 @@ class Generation:
             with faults_named():
                 plan = self.plan(service, ids)
                 row = service.rows.answer(ids, plan)
+                row.stages(plan)  # refused here, before a stream begins
             out += [Sample(row, plan, wrapped(seed + i)) for i in range(self.n)]
         service.check_samples(out)
         return out

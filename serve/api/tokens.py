@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from decoding.answer import Output
+from decoding.answer import HALF_CHARACTER, Output, Reader
 
 LEAST = -9999.0
 """Log-probability that stands for one too small to be a number."""
@@ -45,6 +45,29 @@ class TokenTexts:
                 return [self._alphabet[character] for character in written]
         return list(text.encode())
 
+    def offsets(self, tokens: list[int], first: int = 0, controls: bool = False) -> list[int]:
+        """Characters of the text before each token from `first` on, as far as they are whole.
+
+        Args:
+            tokens: from the beginning of the text.
+            first: index of the first token that is asked for.
+            controls: control tokens have a text; in an answer they have none.
+        """
+        reader = Reader(_WithControls(self._tokenizer) if controls else self._tokenizer)
+        return [len(reader.prefix(tokens[:i]).rstrip(HALF_CHARACTER)) for i in range(first, len(tokens))]
+
+
+@dataclass(frozen=True)
+class _WithControls:
+    """A tokenizer that decodes control tokens too."""
+
+    tokenizer: Any
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        """Text of tokens."""
+        del skip_special_tokens
+        return str(self.tokenizer.decode(ids))
+
 
 @cache
 def _byte_alphabet() -> dict[str, int]:
@@ -69,17 +92,14 @@ def completion_logprobs(
     Args:
         output: the answer, or a part of it.
         texts: of tokens.
-        offset: characters before the first of them.
+        offset: characters before the answer.
         first: index of the first token.
         count: number of alternatives that were asked for.
     """
     tokens = output.token_ids[first:]
     written = [texts.text(token) for token in tokens]
     values = [logprob(p) for p in output.confidence[first:]]
-    offsets = []
-    for text in written:
-        offsets.append(offset)
-        offset += len(text)
+    offsets = [offset + characters for characters in texts.offsets(output.token_ids, first)]
     top: list[dict[str, float] | None] = []
     for i, (token, value) in enumerate(zip(written, values, strict=True)):
         pairs = output.top_logprobs[first + i] if output.top_logprobs else []
@@ -94,7 +114,7 @@ def completion_logprobs(
 def given_logprobs(tokens: list[int], texts: TokenTexts) -> dict[str, Any]:
     """The `logprobs` object of /v1/completions for tokens that were given: none of them has any."""
     written = [texts.text(token) for token in tokens]
-    offsets = [0, *itertools.accumulate(map(len, written))][:-1]
+    offsets = texts.offsets(tokens, controls=True)
     nothing = [None] * len(tokens)
     return {"tokens": written, "token_logprobs": nothing, "top_logprobs": nothing, "text_offset": offsets}
 
