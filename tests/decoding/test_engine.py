@@ -379,3 +379,13 @@ def test_a_row_that_has_more_blocks_than_steps_is_refused_when_it_is_submitted()
     with pytest.raises(ConfigError, match="3 steps are too few for 7 blocks"):
         engine.submit(Row([5, 5] + [MASK] * 28, 2), plan)
     assert len(engine) == 0
+
+
+def test_a_ticket_that_is_named_twice_is_cancelled_once():
+    engine = Engine(FakeDenoiser(), FakeTokenizer())
+    plan = Request(max_tokens=5).resolve(engine.model)
+    tickets = [engine.submit("abc", plan) for _ in range(3)]
+    engine.cancel(tickets[0], tickets[0])
+    engine.step()
+    engine.cancel(tickets[1], tickets[1])
+    assert len(engine) == 1

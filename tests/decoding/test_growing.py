@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from decoding import Decoder
+from decoding import Decoder, Sampler
 from decoding.reveal import Ancestral
 from decoding.tokens import TokenRule
 from decoding.window import Convolution
 from tests.decoding.rig import decode, plan_of
+from tests.fakes import FakeDenoiser, FakeTokenizer
 
 MASK, EOS, LENGTH, REACH = 2, 3, 7, 2
 """Two tokens, 0 and 1; seven of them behind a prompt of one."""
@@ -120,3 +121,12 @@ def test_decoding_at_rate_one_has_the_law_of_the_canvas_that_it_sees(margin):
         assert abs(found.get(text, 0) - p) <= 4.5 * (p * (1 - p) / count) ** 0.5 + 2 / count, text
     if margin in (0, 1):  # the comparison can tell
         assert distance(found, WHOLE) > distance(expected, WHOLE) / 2 > 2 * distance(found, expected)
+
+
+@pytest.mark.parametrize("name", ["conv", "llada-conv", "threshold"])
+def test_no_mask_comes_out_where_nothing_lies_beyond_what_is_written(name):
+    sampler = Sampler(FakeDenoiser(eos_bias=-50.0), FakeTokenizer())
+    given = {"decoder": name, "options": {"kernel_size": 1}, "margin": 0}
+    out = sampler.generate("abc", max_tokens=4, **given)
+    assert len(out.token_ids) == out.model_calls == 4
+    assert sampler.model.mask_id not in out.token_ids

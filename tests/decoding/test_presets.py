@@ -72,3 +72,31 @@ def test_a_broken_offer_is_named(offer, line, message):
     offer(line)
     with pytest.raises(ConfigError, match=message):
         Decoder.named("three")
+
+
+WHOLE = [
+    (name, option)
+    for name, preset in PRESETS.items()
+    for option, default in preset.options.items()
+    if option != "logit_bias" and not isinstance(default, bool | str | float) and option != "table"
+]
+
+
+@pytest.mark.parametrize(("name", "option"), WHOLE)
+def test_no_number_of_a_decoder_is_larger_than_what_a_step_can_compute_with(name, option):
+    """A server's step is shared: what fails or never ends in it would be the others' loss."""
+    for value in (10**30, 10**30 + 1):
+        with pytest.raises(ConfigError):
+            Decoder.named(name, **{option: value})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance": 1e39}, {"presence_penalty": 1e300}, {"frequency_penalty": -1e39},
+        {"repetition_penalty": 1e-45}, {"logit_bias": {3: 1e39}},
+    ],
+)  # fmt: skip
+def test_no_weight_is_beyond_what_logits_hold(options):
+    with pytest.raises(ConfigError):
+        Decoder.named("conv", **options)

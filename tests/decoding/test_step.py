@@ -399,5 +399,5 @@ def test_no_guidance_is_the_model_itself_and_costs_nothing():
     logits[:, 2] = float("-inf")
     got = guided(logits, torch.randn(4, 9), 0.0).softmax(1)
     torch.testing.assert_close(got, logits.softmax(1))
-    with pytest.raises(ConfigError, match="guidance must not be negative"):
+    with pytest.raises(ConfigError, match="guidance must lie between 0 and"):
         Decoder.named("conv", guidance=-1.0)

@@ -166,7 +166,7 @@ def test_frequency_and_presence_penalties_are_those_of_openai():
     assert negative[0].tolist() == pytest.approx([2.0, -1.0, 4.0, -1.0])
     assert not TokenRule().penalises
     for name in ("presence_penalty", "frequency_penalty"):
-        with pytest.raises(ConfigError, match=f"{name} must be a finite number"):
+        with pytest.raises(ConfigError, match=f"{name} must lie within"):
             TokenRule(**{name: math.nan})
 
 

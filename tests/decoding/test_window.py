@@ -57,3 +57,8 @@ def test_blocks_count_from_the_prompt_and_the_first_open_one_is_current():
     assert block.weights(torch.zeros(1, 6).bool())[0].tolist() == [1, 1, 1, 1, 0, 0]
     with pytest.raises(ConfigError, match="at least 1, got 0"):
         Block(0)
+
+
+def test_a_kernel_beyond_the_row_sees_the_row_and_takes_no_more_memory():
+    unmasked = torch.arange(30)[None] % 7 == 0
+    assert torch.equal(Convolution(2**31 - 1).weights(unmasked), Convolution(61).weights(unmasked))

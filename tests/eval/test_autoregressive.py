@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from dlm.errors import ConfigError
 from eval.config import EvalConfig
@@ -48,3 +48,34 @@ def test_a_nucleus_is_for_autoregressive_models():
         EvalConfig(task="wiki", model="default", top_p=0.5)
     with pytest.raises(ConfigError, match="from 0 to 1; got 2"):
         EvalConfig(task="wiki", autoregressive="x", top_p=2)
+
+
+def test_the_checkpoints_own_settings_neither_cut_nor_penalise(causal):
+    model, tokenizer = causal
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    plain = texts(causal, top_p=0)
+    drawn = texts(causal)
+    settings = {"repetition_penalty": 1.5, "temperature": 3.0, "min_p": 0.5, "top_k": 2, "do_sample": True}
+    model.generation_config = GenerationConfig(**settings, eos_token_id=tokenizer.eos_token_id)
+    assert texts(causal, top_p=0) == plain
+    model.generation_config = GenerationConfig(**settings, eos_token_id=tokenizer.eos_token_id)
+    assert texts(causal) == drawn
+
+
+def test_any_of_several_end_tokens_ends_an_answer(causal):
+    model, tokenizer = causal
+    first = tokenizer(texts(causal, top_p=0)[0])["input_ids"][0]
+    model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, first])
+    reply = next(iter(Autoregressive(*causal, 12, top_p=0).replies(TALKS[:1])))
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    assert (reply.finish_reason, reply.tokens) == ("stop", 0)
+
+
+def test_a_conversation_longer_than_the_model_has_an_empty_answer(causal):
+    model, _ = causal
+    long = [{"role": "user", "content": "word " * model.config.max_position_embeddings}]
+    replies = list(Autoregressive(*causal, 4, top_p=0).replies([TALKS[0], long, TALKS[1]]))
+    assert [(reply.text == "", reply.finish_reason) for reply in replies][1] == (True, "length")
+    assert [replies[0].text, replies[2].text] == [
+        reply.text for reply in Autoregressive(*causal, 4, top_p=0).replies(TALKS)
+    ]

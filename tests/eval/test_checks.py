@@ -139,3 +139,19 @@ def test_the_final_number_of_many_phrasings(text, number):
 def test_answers_to_gsm8k(answer, right):
     question = Question("0", ("How much?",), ("9 * 2 = <<9*2=18>>18\n#### 18",))
     assert gsm8k(question, answer) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("9 eggs * $2 per egg = $18", 18),
+        ("9 eggs x 2 dollars = 18 dollars.", 18),
+        ("The answer is 9 eggs * $2 = $18.", 18),
+        ("20 apples - 5 apples = 15 apples.", 15),
+        ("3 weeks = 21 days.", 21),
+        ("18 dollars, since 9 eggs * $2 = $18", 18),
+        ("18 because 9 * 2 = 18", 18),
+    ],
+)
+def test_units_in_an_equation_are_no_results(text, number):
+    assert final_number(text) == number

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from decoding import Request, Sampler
+from dlm import load_model
 from dlm.cli import main
 from dlm.errors import ConfigError, DataError, DLMError
 from dlm.lock import alone_in
@@ -414,3 +415,33 @@ def test_systems_are_called_by_their_whole_name(path, name):
 def test_settings_that_cannot_work(wrong, message):
     with pytest.raises(ConfigError, match=message):
         EvalConfig(**{"task": "gsm8k", "model": "m", **wrong})
+
+
+def test_each_endpoint_is_asked_itself(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    data = tmp_path / "q.json"
+    data.write_text(json.dumps([{"instruction": "Say it.", "output": "It."}]))
+    with serving(lambda body: "one") as first, serving(lambda body: "two") as second:
+        words = ["eval", "alpaca_eval", "--data", str(data), "--output", str(tmp_path / "runs"), "--reader="]
+        assert main([*words, "--endpoint", first.url]) == 0
+        assert main([*words, "--endpoint", second.url]) == 2
+        assert main([*words, "--endpoint", second.url, "--name", "other"]) == 0
+        assert (len(first.seen), len(second.seen)) == (1, 1)
+
+
+def test_a_conversation_without_room_has_an_empty_answer(model, tokenizer):
+    talks = [[{"role": "user", "content": text}] for text in ("Say it.", "word " * 60, "Say it again.")]
+    request = Request(window=48, steps=4)
+    replies = list(Local(Sampler(model, tokenizer), 2, request, seed=3).replies(talks))
+    assert [(reply.text == "", reply.finish_reason) for reply in replies][1] == (True, "length")
+    alone = Local(Sampler(model, tokenizer), 2, request, seed=3).replies(talks[::2])
+    assert [reply.text for reply in replies[::2]] == [reply.text for reply in alone]
+
+
+def test_references_longer_than_the_model_have_no_bound(checkpoint, tmp_path, caplog):
+    data, longest = tmp_path / "q.json", load_model(checkpoint, device="cpu")[0].spec.positions
+    rows = [("Say it.", "It."), ("Say much.", "word " * longest)]
+    data.write_text(json.dumps([{"instruction": a, "output": b} for a, b in rows]))
+    (run,) = evaluate(config(checkpoint, data, tmp_path, nelbo_draws=2))
+    assert run.means["nelbo"].count == 1
+    assert "1 of 2 references are longer" in caplog.text

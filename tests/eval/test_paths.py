@@ -127,3 +127,16 @@ def test_figures_that_are_none_are_named(tmp_path, text):
     (tmp_path / "paths.json").write_text(text)
     with pytest.raises(DataError, match=r"paths\.json: not what"):
         PathFolder(tmp_path, {"a": 1})
+
+
+def test_other_answers_under_the_same_name_are_measured_again(checkpoint, file, tmp_path):
+    words = [str(checkpoint), "--data", str(file), "--limit", "2", "--window", "48", "--device", "cpu"]
+    words += ["--decoders", "llada", "--steps", "48", "--output", str(tmp_path / "o")]
+    costs = []
+    for count in (2, 5):
+        line = {"instruction": "Say it.", "output": " ".join(["word"] * count)}
+        file.write_text("\n".join([json.dumps(line)] * 4))
+        assert main(["eval", "path", *words]) == 0
+        (run,) = json.loads((tmp_path / "o" / "paths.json").read_text())["runs"]
+        costs.append(len(run["costs"][0]["nats"]))
+    assert costs[1] > costs[0]

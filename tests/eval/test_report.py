@@ -358,3 +358,20 @@ def test_two_judges_do_not_overwrite_each_other(runs):
     for judge in ("a", "b"):
         Verdict("alpaca_eval", judge, "refs", "win", {"0/0": 1.0}, {"win_rate": 50.0}).save(runs[0].folder)
     assert [v.judge for v in Results.load(runs[0].folder).verdicts] == ["a", "b"]
+
+
+def test_verdicts_of_several_kinds_are_not_mixed(runs):
+    """Judge a saw all answers of both runs; b, and an annotator, only some of one."""
+    keys = list(Results.load(runs[0].folder).measured)
+    for run, worth in zip(runs[:2], (0.0, 0.0), strict=True):
+        Verdict("alpaca_eval", "a", "refs", "win", dict.fromkeys(keys, worth), {}).save(run.folder)
+    Verdict("alpaca_eval", "b", "refs", "win", dict.fromkeys(keys[:2], 1.0), {}).save(runs[0].folder)
+    Verdict("mt_bench_pairs", "a", "x", "win", {keys[0]: 1.0}, {}).save(runs[0].folder)
+    first, second = comparable([Results.load(run.folder) for run in runs[:2]])
+    assert first.means["win"].mean == second.means["win"].mean == 0.0
+    assert first.means["win"].count == len(keys)
+    Verdict("geval", "a", "coherence", "score", dict.fromkeys(keys, 5.0), {}).save(runs[0].folder)
+    Verdict("geval", "a", "fluency", "score", dict.fromkeys(keys, 1.0), {}).save(runs[0].folder)
+    Verdict("geval", "a", "coherence", "score", dict.fromkeys(keys, 4.0), {}).save(runs[1].folder)
+    first, second = comparable([Results.load(run.folder) for run in runs[:2]])
+    assert (first.means["score"].mean, second.means["score"].mean) == (5.0, 4.0)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dlm.data.config import DataConfig
 from dlm.data.encode import encode_rows
 from dlm.data.encoded import EncodedRows
 from dlm.errors import ConfigError
@@ -125,3 +126,30 @@ def test_encoded_rows_train_the_model_of_their_text(tmp_path):
     train(settings(tmp_path / "ids", model=config.model, max_steps=4, data=data))
     assert losses(Path(tmp_path / "ids")) == losses(Path(tmp_path / "text"))
     assert all((weights(tmp_path / "ids")[k] == w).all() for k, w in weights(tmp_path / "text").items())
+
+
+def test_encoded_rows_need_the_model_that_they_are_for(tmp_path):
+    from transformers import AutoTokenizer
+
+    train(settings(tmp_path / "first", max_steps=1))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "first")
+    EncodedRows.packed([[5, 6, 7]] * 30, [1] * 30, tokenizer, 48).save(tmp_path / "rows.npz")
+    data = DataConfig(source=str(tmp_path / "rows.npz"), window=48, validation_rows=3)
+    with pytest.raises(ConfigError, match="name the model that they are for, --model.init"):
+        train(settings(tmp_path / "ids", data=data))
+
+
+def test_windows_of_plain_text_are_not_cut_answers(tmp_path):
+    from transformers import AutoTokenizer
+
+    train(settings(tmp_path / "first", max_steps=1))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "first")
+    full = [[5] * 48] * 4
+    rows = EncodedRows.packed(full, [0, 0, 3, 0], tokenizer, 48)
+    assert rows.truncated(tokenizer.eos_token_id) == 1
+
+
+def test_workers_that_stay_are_refused(tmp_path):
+    trainer = {"disable_tqdm": True, "dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    with pytest.raises(ConfigError, match="dataloader_persistent_workers"):
+        train(settings(tmp_path / "run", trainer=trainer))

@@ -478,3 +478,44 @@ def test_a_body_needs_no_content_type_and_head_is_answered(server):
     for path in ("/health", "/v1/models", "/"):
         head = server.client.head(path)
         assert (head.status_code, head.content) == (200, b"")
+
+
+def test_places_of_tokens_are_those_of_the_whole_text_also_within_characters(server, tokenizer):
+    """A character of several tokens begins where its first token does; in parts the places are the same."""
+    text = "é€ 漢字 ow"
+    body = {**TEXT, "max_tokens": 24, "logprobs": 1, "seed": 3, "begin": text}
+    whole = server.post("/v1/completions", **body).json()["choices"][0]
+    given = tokenizer(text)["input_ids"]
+    expected = [
+        len(tokenizer.decode(given[:i], skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}"))
+        for i in range(len(given))
+    ]
+    assert len(given) > len(text)
+    offsets = whole["logprobs"]["text_offset"]
+    assert offsets[: len(given)] == expected
+    parts = [c["choices"][0]["logprobs"] for c in stream_of(server, "/v1/completions", **body)[:-1]]
+    assert functools.reduce(operator.iadd, (part["text_offset"] for part in parts if part), []) == offsets
+
+
+def test_what_cannot_be_decoded_is_refused_before_a_stream_begins(server):
+    body = {**TEXT, "decoder": "semi-ar", "options": {"block_size": 2}, "steps": 2, "max_tokens": 8}
+    for stream in (False, True):
+        refused = server.post("/v1/completions", **body, stream=stream)
+        assert (refused.status_code, "2 steps are too few for 4 blocks" in refused.text) == (400, True)
+    fill = {"text": "one <mask:8> two", "decoder": "semi-ar", "options": {"block_size": 2}, "steps": 2}
+    assert server.post("/v1/canvas", **fill, stream=True).status_code == 400
+
+
+def test_prompt_text_and_suffix_are_the_text_that_was_written(server, tiny, tokenizer):
+    """Where the gap kept the space that the prompt ends with."""
+    sampler, count = Sampler(tiny, tokenizer), 0
+    prompt, suffix = "The capital of ", " is."
+    for seed in range(12):
+        whole = sampler.infill(f"{prompt}<mask:1-2>{suffix}", seed=seed).text
+        for path in ("/v1/completions", "/v1/fim/completions"):
+            given = {"prompt": prompt, "suffix": suffix, "max_tokens": 2, "seed": seed}
+            text = server.post(path, **given).json()["choices"][0]["text"]
+            if whole.startswith(prompt):
+                assert prompt + text + suffix == whole
+                count += 1
+    assert count

@@ -3,6 +3,8 @@
 import itertools
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import httpx2 as httpx
 import pytest
@@ -10,7 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from decoding.presets import PRESETS, Preset
 from decoding.request import Request
+from decoding.reveal import Decision, RevealRule
+from decoding.reveal.base import ranked
+from decoding.tokens import TokenRule
+from decoding.window import Full
 from dlm.errors import DLMError
 from serve.errors import APIError
 from serve.job import DrainingError, ExpiredError, Job, Sample, StoppedError
@@ -544,3 +551,33 @@ def test_the_metrics_count_each_prompt_and_only_the_length_that_is_taken(tiny, t
         assert server.metric("prompt_tokens_total") == usage["prompt_tokens"] + filled["prompt_tokens"]
         total = usage["completion_tokens"] + filled["completion_tokens"]
         assert server.metric("generation_tokens_total") == total
+
+
+@dataclass(frozen=True)
+class Broken(RevealRule):
+    """A rule that writes one token a step, and fails at its third."""
+
+    paced = False
+
+    def decide(self, view):
+        if int(view.step.max()) >= 2:
+            raise OverflowError("int too big to convert")
+        return Decision(view.open & (ranked(view.score, view.weight, view.masked) == 0))
+
+
+def test_a_step_that_fails_takes_the_request_that_is_to_blame_alone(tiny, tokenizer, monkeypatch):
+    monkeypatch.setitem(PRESETS, "broken", Preset("fails", "a test", lambda: (Full(), Broken()), TokenRule()))
+    model, body = Slow(tiny), {**CHAT, "max_tokens": 40, "seed": 5, "rate": 1}
+    with running(model, tokenizer) as server, ThreadPoolExecutor(3) as pool:
+        alone = server.post("/v1/chat/completions", **body).json()["choices"]
+        model.gate.clear()
+        good = [pool.submit(server.post, "/v1/chat/completions", **body, n=n) for n in (1, 2)]
+        bad = pool.submit(server.post, "/v1/chat/completions", **CHAT, decoder="broken", max_tokens=9)
+        wait_for(lambda: server.rows >= 3)
+        model.gate.set()
+        assert (bad.result().status_code, "OverflowError" in bad.result().text) == (500, True)
+        assert [x.result().status_code for x in good] == [200, 200]
+        for response in good:
+            assert response.result().json()["choices"][0] == alone[0]
+        assert server.metric("request_failure_total", reason="model") == 1
+        wait_for(lambda: server.rows == 0)

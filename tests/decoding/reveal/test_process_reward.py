@@ -359,7 +359,8 @@ def test_settings_out_of_range_say_what_would_be_right():
     for options, message in (
         ({"control": "gates"}, "unknown control 'gates'. Did you mean 'gate'"),
         ({"ready": 0}, "ready must be a whole number of at least 1, got 0"),
-        ({"draws": 1.5}, "draws must be a whole number of at least 0, got 1.5"),
+        ({"draws": 257}, "draws must be at most 256, got 257"),
+        ({"draws": 1.5}, "draws must be a whole number that is not negative, got 1.5"),
         ({"strength": -1}, "strength must not be negative, got -1"),
         ({"warm_up": 0.8}, "warm_up ≤ switch"),
         ({"normalise": 1}, "option normalise of decoder 'dprm' must be true or false, got 1"),

@@ -258,3 +258,13 @@ def test_a_changed_file_is_read_again(tmp_path):
     assert len(load_rows(str(path))) == 2
     path.write_text(json.dumps(ALPACA[:1]))
     assert len(load_rows(str(path))) == 1
+
+
+def test_quotation_marks_between_tabs_may_be_text(tmp_path):
+    path = tmp_path / "rows.tsv"
+    path.write_text('instruction\toutput\nSay "hi"\t"Hello" he said\n')
+    (row,) = listed(load_rows(str(path)))
+    assert row["answer"] == '"Hello" he said'
+    path.write_text('instruction\toutput\n"a\ttab"\t"quoted"\n')
+    (row,) = listed(load_rows(str(path)))
+    assert (row["prompt"][0]["content"], row["answer"]) == ("a\ttab", "quoted")

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from dlm.data.windows import EpochSampler, WindowCollator
@@ -77,3 +78,14 @@ def test_a_share_of_grouped_rows_ends_inside_the_answer():
     assert torch.equal(batch["length"], end)
     assert torch.equal(batch["loss_mask"].sum(1), end - 3)
     assert collate([{**rows[0], "prompt_length": 0}] * 50)["attention_mask"].sum(1).unique().tolist() == [24]
+
+
+@pytest.mark.parametrize("group", [1, 8])
+def test_several_processes_leave_out_what_does_not_fill_a_batch(group):
+    lengths = [i % 9 + 1 for i in range(61)]
+    whole = list(EpochSampler(lengths, group, seed=3))
+    shared = EpochSampler(lengths, group, seed=3, multiple=8)
+    assert list(shared) == whole[:56]
+    assert len(shared) == 56
+    few = EpochSampler(lengths[:5], group, seed=3, multiple=8)
+    assert sorted(few) == list(range(5))
