@@ -121,8 +121,9 @@ class RowMaker:
         if plan.begin and 0 in dict(plan.forced):
             raise ConfigError("begin and forced both name place 0")
         begin, *forced = [(place, self.text(text)) for place, text in ((0, plan.begin), *plan.forced)]
-        for place, ids in [begin, *forced, (len(answer) - len(last), last)]:
-            _put(answer, place, ids, plan.mask_id, name)
+        given = [("begin", *begin), *(("forced", *each) for each in forced)]
+        for field, place, ids in [*given, ("ending", len(answer) - len(last), last)]:
+            _put(answer, place, ids, plan.mask_id, f"{name}: {field}")
         if plan.mask_id not in answer:
             raise ConfigError(
                 f"{name}: the given tokens leave nothing to write in an answer of {len(answer)}"
@@ -134,7 +135,7 @@ class RowMaker:
 
 
 def _put(answer: list[int], place: int, ids: list[int], mask_id: int, name: str) -> None:
-    """Put given tokens at a place of the answer."""
+    """Put given tokens at a place of the answer; errors begin with `name`."""
     if place < 0 or place + len(ids) > len(answer):
         raise ConfigError(
             f"{name}: {len(ids)} given tokens at place {place} do not fit in an answer of {len(answer)}"

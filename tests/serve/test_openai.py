@@ -519,3 +519,9 @@ def test_prompt_text_and_suffix_are_the_text_that_was_written(server, tiny, toke
                 assert prompt + text + suffix == whole
                 count += 1
     assert count
+
+
+def test_given_texts_that_do_not_fit_are_named(server):
+    for name, value in (("forced", {"99": "a"}), ("begin", "a b c d e f g h i j")):
+        refused = server.post("/v1/completions", prompt="a", max_tokens=3, **{name: value})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
