@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 
 import torch
 
-from dlm.errors import MOST_WHOLE, ConfigError, check_whole
+from dlm.errors import ConfigError, check_whole
 
 OPEN_AHEAD = 56
 """Positions beyond a known token that can open, of a window that names no other number."""
@@ -135,11 +135,11 @@ class Convolution(Window):
     def __post_init__(self) -> None:
         """Check that the kernel has a centre."""
         k = self.kernel_size
-        if k is not None:
-            check_whole("kernel_size", k, least=-MOST_WHOLE)
-        if k is not None and (k < 1 or k % 2 == 0):
+        if isinstance(k, int) and (k < 1 or k % 2 == 0):
             near = f"{k - 1} or {k + 1}" if k > 1 else "1 or 3"
             raise ConfigError(f"kernel_size must be odd and positive, got {k}; use {near}")
+        if k is not None:
+            check_whole("kernel_size", k)
         if not 0 < self.scale < math.inf:
             raise ConfigError(f"scale must be positive, got {self.scale}")
 

@@ -69,7 +69,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         if args.dataloader_persistent_workers:
-            raise ConfigError("without dataloader_persistent_workers: it keeps the first epoch's tails")
+            raise ConfigError("dataloader_persistent_workers cannot be: they keep the first epoch's tails")
         args.remove_unused_columns = False
         args.save_total_limit = None  # ours: a checkpoint counts once it is complete
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
