@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from dlm.cli import Command, commands
 from dlm.errors import ConfigError, unknown_name
-from dlm.spec import DEFAULTS
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,8 @@ class ExportConfig:
 
     def _check_generation(self) -> None:
         """Refuse defaults that `dlm generate`, which is to follow them, would refuse."""
+        from dlm.spec import DEFAULTS
+
         wish = commands()["generate"].load().config  # decoding is not for this package to import
         for name in self.generation:
             if name not in DEFAULTS:
