@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 from torch.nn import functional as F
@@ -287,7 +289,24 @@ def _attached(base: Any, path: str | Path, kind: type[PeftModel]) -> Any:
         raise
     except Exception as error:
         raise CheckpointError(f"{path}: the adapter does not fit its base ({error})") from error
+    _untie(adapted)
     return adapted
+
+
+def _untie(adapted: PeftModel) -> None:
+    """Part a tied head from the embedding where the adapter changes one of them, and not the other."""
+    base = adapted.get_base_model()
+    if not base.config.tie_word_embeddings:
+        return
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    changed = [isinstance(layer, BaseTunerLayer | ModulesToSaveWrapper) for layer in (embedding, head)]
+    if not any(changed):
+        return
+    base.config.tie_word_embeddings = False
+    base._tied_weights_keys = {}
+    plain = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    plain = plain.original_module if isinstance(plain, ModulesToSaveWrapper) else plain
+    plain.weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
 
 
 def _check_names(path: str | Path, lacking: set[str], superfluous: set[str]) -> None:

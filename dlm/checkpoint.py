@@ -118,7 +118,7 @@ def computes_bfloat16() -> bool:
 
 def is_causal_lm(path: str) -> bool:
     """True when a path is an autoregressive model, which has still to be trained to fill masks."""
-    return CausalFormat().detect(path) and not PublicFormat().detect(path)
+    return CausalFormat().detect(path) and not PublicFormat().detect(_described(path))
 
 
 def family_at(path: str) -> Family | None:
@@ -237,17 +237,19 @@ class AdapterFormat:
         from dlm.adapter import load_adapter
 
         base = base_of(path)
-        described = located(base) if saved_by_peft(path) else path  # where configuration and tokenizer lie
-        config = diffusion_config(described)
         try:
+            home = _described(path)
+            if PublicFormat().detect(home):
+                config, tokenizer, _ = public_config(home)
+            else:
+                config, tokenizer = diffusion_config(home), stored_tokenizer(home)
             where = located(base)
-            if CausalFormat().detect(where):
+            if isinstance(format_of(where), CausalFormat):
                 model, _ = from_causal_lm(where, shift=config.shift, dtype=torch.float32)
             elif merged.is_cached(where):
                 model, _ = self._merge(where, torch.float32)
             else:
                 model, _ = load_model(where, device="cpu", dtype="float32")
-            tokenizer = AutoTokenizer.from_pretrained(described, trust_remote_code=False)
         except Exception as error:
             if base in NAMES and isinstance(error, CheckpointError):
                 raise  # what comes with the package or is fetched says by itself what it lacks
@@ -356,9 +358,9 @@ def stored_spec(path: str | Path) -> ModelSpec | None:
     format_ = format_of(path)
     if isinstance(format_, CausalFormat):
         return None
-    if isinstance(format_, PublicFormat):
-        return ModelSpec.of_config(public_config(path)[0])
-    return ModelSpec.of_config(diffusion_config(located(base_of(path)) if saved_by_peft(path) else path))
+    home = _described(path)
+    public = PublicFormat().detect(home)
+    return ModelSpec.of_config(public_config(home)[0] if public else diffusion_config(home))
 
 
 def stored_positions(path: str | Path) -> int | None:
@@ -370,6 +372,11 @@ def stored_positions(path: str | Path) -> int | None:
     stored = {} if path.endswith(".gguf") else stored_config(path)
     limit = stored.get("max_position_embeddings", stored.get("n_positions"))
     return limit if isinstance(limit, int) else None
+
+
+def _described(path: str) -> str:
+    """Where a model's config.json and tokenizer lie; those of an adapter that `peft` saved are its base's."""
+    return _described(located(base_of(path))) if saved_by_peft(path) else path
 
 
 def public_config(path: str) -> tuple[MaskedDiffusionConfig, PreTrainedTokenizerBase, Family]:

@@ -13,6 +13,7 @@ import atexit
 import difflib
 import io
 import json
+import locale
 import logging
 import os
 import re
@@ -104,7 +105,15 @@ def _run_guarded(run: Callable[[list[str]], int], argv: Sequence[str] | None) ->
     except Exception as error:
         if debug:
             raise
-        return _fail(f"{type(error).__name__}: {error}")
+        return _fail(f"{type(error).__name__}: {error}{_of_encoding(error)}")
+
+
+def _of_encoding(error: Exception) -> str:
+    """A way out for texts and names that this system's encoding lacks; "" for other errors."""
+    ours = locale.getpreferredencoding(False)
+    if not isinstance(error, UnicodeError) or ours.lower().replace("-", "") == "utf8":
+        return ""
+    return f"; this system's encoding is {ours}, and PYTHONUTF8=1 makes it UTF-8"
 
 
 def prepare_streams() -> None:
@@ -228,7 +237,8 @@ def parse(prog: str, command: Command, words: Sequence[str]) -> Any:
         built = parser.instantiate(namespace)
         return command.config(**{k: v for k, v in vars(built).items() if k != "words"})
     except (_UsageError, ConfigError, TypeError, ValueError) as error:
-        raise SystemExit(_fail(_explain(str(error), command.config), 2, prog)) from None
+        message = _explain(str(error), command.config) + _of_encoding(error)
+        raise SystemExit(_fail(message, 2, prog)) from None
 
 
 def _set_positional(namespace: Any, command: Command, words: list[str]) -> None:

@@ -36,11 +36,14 @@ def bidirectional(config: PreTrainedConfig) -> PreTrainedConfig:
     }
     if getattr(config, "layer_types", None):
         changes["layer_types"] = ["full_attention"] * config.num_hidden_layers
-    for name, value in changes.items():
+    for name, value in {**changes, **_CALLED}.items():
         if hasattr(config, name):
             setattr(config, name, value)
     return config
 
+
+_CALLED = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+"""How a backbone is called, whatever its file says."""
 
 BACKBONES = (*FAMILIES, "qwen3_experts", "ddit", "modernbert_headed")
 """All backbones; those beyond `FAMILIES` are of `dlm.families`."""
@@ -104,6 +107,16 @@ class MaskedDiffusionConfig(PreTrainedConfig):  # type: ignore[misc]
     head_bias: bool = False
     public: dict[str, Any] | None = None
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A configuration from a dictionary; sizes that follow from `backbone` are not set from others.
+
+        `peft` reads the config.json of a published base with the class of the model at hand.
+        """
+        derived = ("hidden_size", "max_positions")
+        stored = {name: value for name, value in config_dict.items() if name not in derived}
+        return super().from_dict(stored, **kwargs)
+
     def backbone_config(self) -> PreTrainedConfig:
         """The backbone's configuration object, told to attend in both directions.
 
@@ -116,7 +129,7 @@ class MaskedDiffusionConfig(PreTrainedConfig):  # type: ignore[misc]
             raise ConfigError(
                 f"backbone family {family!r} is not supported; supported: {', '.join(BACKBONES)}"
             )
-        config = AutoConfig.for_model(family, **{**settings, "vocab_size": self.vocab_size})
+        config = AutoConfig.for_model(family, **{**settings, **_CALLED, "vocab_size": self.vocab_size})
         return config if family in _BIDIRECTIONAL else bidirectional(config)
 
     def forward_fields(self) -> dict[str, Any]:

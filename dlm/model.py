@@ -116,8 +116,6 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         )
         self.mask_shift: nn.Module | None = None
         """[B, L] bool -> [B, L, D]: added to the embeddings of masks, while an adapter is trained."""
-        if config.tie_word_embeddings:
-            self._keys_to_ignore_on_save = ["lm_head.weight"]  # it is the embedding, saved once
         self.post_init()
 
     @property
@@ -161,6 +159,8 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         """
         if is_quantized(self):
             raise ConfigError("weights in 8 or 4 bits are not written: load the model in float32 or bfloat16")
+        # A tied head is the embedding, which is saved once; an adapter may have untied it since.
+        self._keys_to_ignore_on_save = ["lm_head.weight"] if self.config.tie_word_embeddings else None
         super().save_pretrained(save_directory, *args, **kwargs)
         if Path(save_directory).is_dir():  # processes of a group that do not write may be here first
             share(save_directory)

@@ -103,10 +103,12 @@ def _latin(rng: random.Random) -> tuple[str, str]:
 
 
 def _is_latin(instruction: str, reference: list[str], answer: list[str]) -> bool:
+    """Four rows of four letters, however they are spaced, each letter once in every row and column."""
     del instruction, reference
-    if len(answer) != 16:
+    letters = re.sub(r"[\s,|]", "", "".join(answer))
+    if len(letters) != 16:
         return False
-    lines = [answer[i : i + 4] for i in range(0, 16, 4)] + [answer[i::4] for i in range(4)]
+    lines = [letters[i : i + 4] for i in range(0, 16, 4)] + [letters[i::4] for i in range(4)]
     return all(sorted(line) == ["A", "B", "C", "D"] for line in lines)
 
 
@@ -167,7 +169,7 @@ def accuracy_under_parallelism(
     Raises:
         ValueError: without points.
     """
-    ordered = sorted(points, key=lambda point: point.tokens_per_call)
+    ordered = sorted(points, key=lambda point: (point.tokens_per_call, -point.accuracy))
     if not ordered:
         raise ValueError("the area under no points is not defined")
     first = ordered[0]

@@ -197,7 +197,7 @@ class Keys:
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
-        self.keys = [key.encode() for key in keys]
+        self.keys = [key.encode("utf-8", "surrogateescape") for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer as an ASGI application."""
@@ -215,7 +215,7 @@ class Keys:
         return scope["method"] in ("GET", "HEAD") and OPEN.fullmatch(scope["path"]) is not None
 
     def _has_key(self, scope: Scope) -> bool:
-        kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        given = key.strip().encode("utf-8", "replace")
-        matches = [hmac.compare_digest(given, each) for each in self.keys]  # all, in equal time
-        return kind.lower() == "bearer" and any(matches)
+        header = Headers(scope=scope).get("authorization", "").encode("latin-1")  # as it came
+        kind, _, key = header.partition(b" ")
+        matches = [hmac.compare_digest(key.strip(), each) for each in self.keys]  # all, in equal time
+        return kind.lower() == b"bearer" and any(matches)

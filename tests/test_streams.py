@@ -209,3 +209,15 @@ def test_a_wrong_command_is_told_before_anything_heavy_is_loaded(several, heavy,
     assert len(found) == len(several)
     wrong = [row for row in found if row[1] != 2 or len(row[2].splitlines()) != 1]
     assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_a_system_that_knows_ascii_alone_is_told_the_way_out(tmp_path):
+    config = tmp_path / "settings.yaml"
+    config.write_text("prompts: [h\N{LATIN SMALL LETTER E WITH ACUTE}]\n", encoding="utf-8")
+    code = f"from dlm.cli import main; print(main(['generate', '--config', {str(config)!r}]))"
+    narrow = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env={**os.environ, **narrow}, text=True
+    )
+    assert done.stdout.strip() == "2"
+    assert "this system's encoding is ANSI_X3.4-1968, and PYTHONUTF8=1 makes it UTF-8" in done.stderr

@@ -86,10 +86,15 @@ class Family:
         """Id of the end token: the tokenizer's, or the configuration's."""
         given = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else public.get("eos_token_id")
         if isinstance(given, list):
-            given = given[0]
+            given = next(iter(given), None)
         if given is None:
             raise CheckpointError("neither the tokenizer nor config.json names an end token (eos_token)")
-        return int(given)
+        end_id = whole({"eos_token_id": given}, "eos_token_id", least=0)
+        if end_id >= len(tokenizer):
+            raise CheckpointError(
+                f"the end token is number {end_id}, and the tokenizer has {len(tokenizer)} tokens"
+            )
+        return end_id
 
     def load_tokenizer(self, path: str) -> PreTrainedTokenizerBase:
         """The tokenizer as it lies in a folder or hub repository; never by code of the repository."""

@@ -203,8 +203,8 @@ def with_peft(model, folder, **settings):
     adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **settings))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_" in name:
+        for weight in adapted.parameters():
+            if weight.requires_grad:
                 weight += 0.3 * torch.randn(weight.shape, generator=generator)
     adapted.save_pretrained(str(folder))
     return adapted.eval()
@@ -254,6 +254,58 @@ def test_an_adapter_that_peft_saved_on_a_diffusion_model_is_that_model(tokenizer
     export(tmp_path / "adapter", tmp_path / "given", dtype="float32")
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path / "given", device="cpu")[0](ids).logits, loaded(ids).logits)
+
+
+CHANGES = {
+    "the head": {"target_modules": ["q_proj", "lm_head"]},
+    "the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head"]},
+    "a head of its own": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "an embedding of its own": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Setting `save_embedding_layers`", "ignore:Model with `tie_word_embeddings"
+)
+@pytest.mark.parametrize("changed", CHANGES)
+def test_an_adapter_may_part_a_tied_head_from_its_embedding(tokenizer, tmp_path, changed):
+    model = from_scratch(TINY, tokenizer)
+    assert model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapted = with_peft(
+        load_model(tmp_path / "base", device="cpu")[0], tmp_path / "adapter", **CHANGES[changed]
+    )
+    ids = rows(9)[0][None]
+    ids[0, 3:5] = tokenizer.mask_token_id
+    loaded, _ = load_model(tmp_path / "adapter", device="cpu")
+    export(tmp_path / "adapter", tmp_path / "given", dtype="float32")
+    given, _ = load_model(tmp_path / "given", device="cpu")
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(given(ids).logits, loaded(ids).logits)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Setting `save_embedding_layers`", "ignore:Model with `tie_word_embeddings"
+)
+@pytest.mark.parametrize("changed", CHANGES)
+def test_so_may_that_of_an_autoregressive_model(tokenizer, tmp_path, changed):
+    torch.manual_seed(2)
+    shape = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **SHAPE)
+    LlamaForCausalLM(shape).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    causal = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = with_peft(causal, tmp_path / "adapter", task_type="CAUSAL_LM", **CHANGES[changed])
+    ids = rows(9)[0][None]
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        plain, _ = load_causal_lm(str(tmp_path / "adapter"))
+        torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    train(settings(tmp_path / "run", model=ModelConfig(init=str(tmp_path / "adapter")), max_steps=2))
+    load_model(tmp_path / "run", device="cpu")
 
 
 def test_an_adapter_that_peft_saved_says_what_it_lacks(folder, tmp_path):

@@ -1,5 +1,6 @@
 """Tasks whose tokens depend on each other, and the area under accuracy over tokens per call."""
 
+import itertools
 import math
 import random
 
@@ -31,6 +32,10 @@ def test_other_right_answers_count():
     square = "A B C D B A D C C D A B D C B A"
     assert solves("latin", "", "", square)
     assert not solves("latin", "", "", square.replace("A B C D", "A B D C", 1))
+    assert solves("latin", "", "", square.replace(" ", "")), "letters may stand together"
+    assert solves("latin", "", "", square.replace(" ", ", ")), "and be parted otherwise"
+    assert not solves("latin", "", "", square + "\nA B C D")
+    assert not solves("latin", "", "", f"Here it is:\n{square}")
     asked = "Write these words in another order: river stone cloud"
     assert solves("shuffle", asked, "stone river cloud", "cloud stone river")
     assert not solves("shuffle", asked, "stone river cloud", "river stone cloud")
@@ -57,3 +62,9 @@ def test_the_area_is_that_of_the_formula_by_hand():
     assert accuracy_under_parallelism([Point(1.0, 0.0), Point(2.0, 0.0)]) == 0
     with pytest.raises(ValueError, match="no points"):
         accuracy_under_parallelism([])
+
+
+def test_equal_paces_count_in_any_order():
+    points = [Point(1.0, 80.0), Point(1.0, 40.0), Point(2.0, 79.0)]
+    areas = {accuracy_under_parallelism(list(order)) for order in itertools.permutations(points)}
+    assert len(areas) == 1

@@ -31,7 +31,7 @@ CHAT = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4}
 def test_keys_are_asked_for_and_some_paths_are_open(tiny, tokenizer, tmp_path, monkeypatch):
     keys = tmp_path / "keys"
     keys.write_text("first\n\nsecond\n")
-    monkeypatch.setenv("DLM_API_KEY", "third")
+    monkeypatch.setenv("DLM_API_KEY", "dritté")
     with running(tiny, tokenizer, api_key_file=str(keys)) as server:
         for headers in (
             {},
@@ -43,8 +43,8 @@ def test_keys_are_asked_for_and_some_paths_are_open(tiny, tokenizer, tmp_path, m
             assert response.status_code == 401
             assert response.json()["error"]["code"] == "invalid_api_key"
             assert response.headers["www-authenticate"] == "Bearer"
-        for key in ("first", "second", "third"):
-            headers = {"Authorization": f"Bearer {key}"}
+        for key in ("first", "second", "dritté"):
+            headers = {"Authorization": f"Bearer {key}".encode()}
             assert server.client.post("/v1/chat/completions", json=CHAT, headers=headers).status_code == 200
         for path in ("/health", "/ready", "/metrics", "/docs", "/openapi.json", "/"):
             assert server.client.get(path).status_code == 200, path
