@@ -39,8 +39,8 @@ from decoding.sampler import Sampler
 from dlm.checkpoint import load_model
 from dlm.data.rows import load_rows
 from dlm.data.rules import make_examples
+from dlm.origin import autoregressive_origin
 from dlm.repetition import repetition
-from eval.fluency import reader_of
 from eval.orders import learn_online
 from eval.parallel import examples
 from eval.relevance import Encoder
@@ -326,7 +326,7 @@ def measured(setting: Setting, options: argparse.Namespace) -> dict[str, TaskRew
     """The reward first, then what is measured beside it."""
     name = setting.reward
     if name == "likelihood":
-        name += f"={options.reader or reader_of(setting.model)}"
+        name += f"={options.reader or autoregressive_origin(setting.model)}"
     out = {"reward": task_reward(name, setting.task)}
     if setting.reward != "check" and not options.without_encoder:
         encoder = Encoder()

@@ -38,9 +38,9 @@ from dlm.adapter_files import is_adapter
 from dlm.backbone import load_causal_lm
 from dlm.checkpoint import load_model
 from dlm.errors import ConfigError
+from dlm.origin import autoregressive_origin
 from dlm.pretrained.names import located
 from dlm.tokenizer import encode_prompt
-from eval.fluency import reader_of
 from eval.relevance import Encoder
 from eval.statistics import estimate
 from eval.tasks import load_questions
@@ -305,7 +305,7 @@ def base_for(path: str) -> str:
     Raises:
         ConfigError: for a model that is no adapter, or on a base that is not autoregressive.
     """
-    base = reader_of(path) if is_adapter(located(path)) else ""
+    base = autoregressive_origin(path) if is_adapter(located(path)) else ""
     if not base:
         raise ConfigError(
             f"{path} has no verifier: only an adapter on an autoregressive model has one, such as default"

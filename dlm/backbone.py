@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dlm.adapter_files import base_of, is_adapter
-from dlm.config import FAMILIES, MaskedDiffusionConfig, bidirectional
+from dlm.causal import read_causal_lm, read_tokenizer
+from dlm.config import MaskedDiffusionConfig
 from dlm.device import cast_weights
-from dlm.errors import CheckpointError, ConfigError, first_line
+from dlm.errors import ConfigError
 from dlm.model import MaskedDiffusionModel
+from dlm.pretrained.names import located
 from dlm.tokenizer import prepare_tokenizer
 
 
@@ -60,7 +62,7 @@ def from_scratch(
 
 
 def from_causal_lm(
-    path: str, *, template: str = "chatml", shift: bool = True, dtype: torch.dtype = torch.float32
+    path: str | Path, *, template: str = "chatml", shift: bool = True, dtype: torch.dtype = torch.float32
 ) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
     """Turn an autoregressive checkpoint into a masked diffusion model that is ready to be fine-tuned.
 
@@ -83,85 +85,49 @@ def from_causal_lm(
 
 
 def load_causal_lm(
-    path: str, dtype: torch.dtype = torch.float32, *, all_to_all: bool = False
+    path: str | Path, dtype: torch.dtype = torch.float32, *, all_to_all: bool = False
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """An autoregressive model of transformers as it is, and its tokenizer.
 
     Args:
-        path: hub id, folder, or `.gguf` file; or the folder of an adapter that peft saved, which is merged.
+        path: hub id, folder, or `.gguf` file; the folder of an adapter that peft saved, which is merged; or
+            "smollm2-135m-instruct".
         dtype: type of the weights.
         all_to_all: whether every position is to see the whole row; only `FAMILIES` can.
 
     Raises:
         CheckpointError: when the checkpoint cannot be read, is of another family, or lacks weights.
     """
-    if is_adapter(path):
-        return _load_adapted(path, dtype, all_to_all)
-    where = _location(path)
-    try:
-        config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
-        if all_to_all and config.model_type not in FAMILIES:
-            raise CheckpointError(
-                f"{path}: family {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
-        if "gguf_file" in where:
-            _settle_marks(tokenizer, config)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            **where,
-            config=bidirectional(config) if all_to_all else config,
-            dtype=dtype,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        _check_weights(path, info)
-        return model, tokenizer
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as a causal language model ({first_line(error)})"
-        ) from error
-
-
-def _load_adapted(path: str, dtype: torch.dtype, all_to_all: bool) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A causal LM with the adapter in `path` merged into it; the adapter's tokenizer where it has one."""
+    path = located(path)
+    if not is_adapter(path):
+        return read_causal_lm(path, dtype, all_to_all=all_to_all)
     from dlm.adapter import with_adapter
 
     causal, tokenizer = load_causal_lm(base_of(path), all_to_all=all_to_all)
-    if (Path(path) / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if len(tokenizer) > causal.config.vocab_size:  # tokens that were added before the adapter was trained
-            causal.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    tokenizer = _adapters_tokenizer(path) or tokenizer
+    if len(tokenizer) > causal.config.vocab_size:  # tokens that were added before the adapter was trained
+        causal.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return cast_weights(with_adapter(causal, path), dtype), tokenizer
 
 
-def _settle_marks(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
-    """Give a tokenizer the control tokens that the file names, which older transformers take for others."""
-    for name in ("bos_token", "eos_token", "pad_token"):
-        number = getattr(config, f"{name}_id", None)
-        if isinstance(number, int) and getattr(tokenizer, f"{name}_id") != number:
-            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
-    tokenizer.clean_up_tokenization_spaces = False  # which would change what was written
+def causal_tokenizer(path: str | Path, template: str = "chatml") -> PreTrainedTokenizerBase:
+    """The tokenizer that `from_causal_lm` gives, without the weights; errors as there."""
+    tokenizer = _causal_tokenizer(located(path))
+    prepare_tokenizer(tokenizer, template)
+    return tokenizer
 
 
-def _check_weights(path: str, info: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose weights are not those of its configuration, which would begin at random."""
-    for name, verb in (("missing", "lacks"), ("mismatched", "has another shape of"), ("unexpected", "has")):
-        keys = sorted(map(str, info.get(f"{name}_keys") or []))
-        if keys:
-            unknown = " that its configuration does not know" if name == "unexpected" else ""
-            raise CheckpointError(f"{path}: {verb} {len(keys)} weights{unknown}, the first is {keys[0]}")
+def _causal_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    if is_adapter(path):
+        return _adapters_tokenizer(path) or _causal_tokenizer(located(base_of(path)))
+    return read_tokenizer(path)
 
 
-def _location(path: str) -> dict[str, Any]:
-    """Arguments of transformers' `from_pretrained` for a hub id, a folder or a .gguf file."""
-    if not path.endswith(".gguf"):
-        return {"pretrained_model_name_or_path": path}
-    file = Path(path)
-    if not file.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+def _adapters_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in an adapter's folder; None where there is none."""
+    if not (Path(path) / "tokenizer_config.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def _wrapping_config(

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from dlm.adapter_files import BASE, is_adapter, saved_by_peft
-from dlm.checkpoint import DTYPES, DiffusionFormat, load_model
+from dlm.checkpoint import DTYPES, load_model
 from dlm.errors import CheckpointError, ConfigError, first_line
+from dlm.formats import DiffusionFormat
 from dlm.lock import check_writable
 from dlm.modes import share
-from dlm.notice import carry_notice
+from dlm.origin import carry_notice
 from dlm.pretrained.names import located
 from dlm.prior import COUNTS_FILE
 

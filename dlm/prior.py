@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 from dlm.data.encoded import EncodedRows
 from dlm.errors import CheckpointError
 from dlm.modes import share
+from dlm.pretrained.names import located
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,12 +56,12 @@ class TokenPrior:
 
     @classmethod
     def load(cls, folder: str | Path) -> TokenPrior | None:
-        """The counts in a model folder or hub repository; None when there are none.
+        """The counts of a model, by its name, folder or hub id; None when there are none.
 
         Raises:
             CheckpointError: when the file is damaged.
         """
-        file = _file(folder)
+        file = _file(located(folder))
         if file is None:
             return None
         try:

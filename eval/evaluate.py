@@ -14,11 +14,11 @@ from dlm.checkpoint import stored_spec
 from dlm.data.records import read_records
 from dlm.errors import ConfigError
 from dlm.lock import alone_in, check_writable
-from dlm.pretrained.names import located
+from dlm.origin import autoregressive_origin, fingerprint
 from eval.config import NUCLEUS, EvalConfig
 from eval.metrics import Instruments
 from eval.run import Card, Results, answer_all, finish, merge, open_run
-from eval.systems import Autoregressive, Endpoint, Local, System, fingerprint
+from eval.systems import Autoregressive, Endpoint, Local, System
 from eval.tasks import Question, load_questions, with_references
 from eval.variants import Variant
 
@@ -170,7 +170,7 @@ class _Loaded:
         from dlm.backbone import load_causal_lm
 
         device, dtype = self.place
-        model, tokenizer = load_causal_lm(located(self.config.autoregressive), dtype)
+        model, tokenizer = load_causal_lm(self.config.autoregressive, dtype)
         return model.to(device).eval(), tokenizer
 
     def instruments(self, questions: list[Question]) -> Instruments:
@@ -178,9 +178,11 @@ class _Loaded:
         out = Instruments(log_prior=self._log_prior())
         if self.config.nelbo_draws:
             out.nelbo = self.nelbo(questions)
-        from eval.fluency import Reader, reader_of
+        from eval.fluency import Reader
 
-        path = reader_of(self.config.model) if self.config.reader == "base" else self.config.reader
+        path = self.config.reader
+        if path == "base":
+            path = autoregressive_origin(self.config.model)
         if path:
             out.reader = Reader(path, *self.place)
             out.band = self._band(out.reader, questions)
@@ -219,7 +221,7 @@ class _Loaded:
         from dlm.prior import TokenPrior
         from dlm.tokenizer import encode_text
 
-        prior = TokenPrior.load(located(self.config.model))
+        prior = TokenPrior.load(self.config.model)
         if prior is None:
             return None
         table, tokenizer = prior.log_prior(), self.sampler.tokenizer

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,10 +25,9 @@ class Reader:
 
     def __init__(self, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         from dlm.backbone import load_causal_lm
-        from dlm.pretrained.names import located
 
         self.model: Any
-        self.model, self.tokenizer = load_causal_lm(located(path), dtype)
+        self.model, self.tokenizer = load_causal_lm(path, dtype)
         self.model.to(device).eval()
 
     @torch.inference_mode()
@@ -63,36 +60,6 @@ class Reader:
             self.nats_per_token(talk, answer)
             for talk, answer in tqdm(pairs, total=len(answers), desc=label, unit="answer", disable=None)
         ]
-
-
-def reader_of(model: str) -> str:
-    """The autoregressive checkpoint that training began with, by what runs and adapters record.
-
-    Empty where there are no records, or what they name is not an autoregressive model that is still there.
-    """
-    from dlm.adapter_files import base_of, is_adapter
-    from dlm.checkpoint import is_causal_lm
-    from dlm.pretrained.names import located
-
-    for _ in range(10):  # stages of training
-        if not model:
-            return ""  # random weights, or nothing on record
-        model = located(model)
-        file = Path(model) / "run.json"
-        if file.is_file():
-            try:
-                model = str(json.loads(file.read_text(encoding="utf-8"))["config"]["model"]["init"] or "")
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
-                return ""
-        elif is_adapter(model):
-            model = base_of(model)
-        else:
-            break
-    else:
-        return ""
-    if model.endswith(".gguf"):
-        return model if Path(model).is_file() else ""
-    return model if (Path(model) / "config.json").is_file() and is_causal_lm(model) else ""
 
 
 @dataclass(frozen=True)

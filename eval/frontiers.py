@@ -32,11 +32,11 @@ def shared_reader(models: Sequence[str], reader: str) -> str:
     Raises:
         ConfigError: where "base" is not one and the same model for all.
     """
-    from eval.fluency import reader_of
+    from dlm.origin import autoregressive_origin
 
     if reader != "base":
         return reader
-    bases = {model: reader_of(model) for model in models}
+    bases = {model: autoregressive_origin(model) for model in models}
     nameless = [model for model, base in bases.items() if not base]
     if nameless:
         raise ConfigError(
@@ -224,9 +224,8 @@ class Texts:
         self, config: FrontierConfig, reader: str, encoder: Any, results: Sequence[Sequence[Results]]
     ) -> None:
         from dlm.backbone import load_causal_lm
-        from dlm.pretrained.names import located
 
-        self.config, self.tokenizer = config, load_causal_lm(located(reader))[1]
+        self.config, self.tokenizer = config, load_causal_lm(reader)[1]
         self.runs: dict[tuple[str, str], list[Results]] = {}
         for run in (run for each in results for run in each):
             self.runs.setdefault((run.card.model, run.card.label), []).append(run)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import itertools
 import json
 import logging
 import os
@@ -13,12 +11,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from decoding.request import Request
 from dlm.errors import ConfigError, DLMError
-from dlm.pretrained.names import located
 from dlm.tokenizer import Message
 from eval.config import NUCLEUS
 
@@ -307,22 +303,3 @@ def client(url: str, timeout: float = 120.0, retries: int = 6) -> Connection:
         logging.getLogger(name).setLevel(logging.WARNING)
     connected = openai.OpenAI(api_key=key, base_url=url or None, timeout=timeout, max_retries=retries)
     return Connection(connected)
-
-
-def fingerprint(path: str) -> str:
-    """Fingerprint of a checkpoint: a hash of its files, or of its name if it is not on disk.
-
-    One that comes with the package is on disk: a later version of it is another model.
-    """
-    digest = hashlib.sha256()
-    folder = Path(located(path))
-    if not folder.exists():
-        return "name:" + hashlib.sha256(path.encode()).hexdigest()[:16]
-    kinds = ("*.safetensors", "config.json", "adapter_config.json", "tokenizer.json")
-    files = [folder] if folder.is_file() else sorted(itertools.chain(*(folder.glob(kind) for kind in kinds)))
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()[:16]

@@ -25,7 +25,6 @@ from dlm.adapter import TARGETS
 from dlm.backbone import load_causal_lm
 from dlm.cli import Command, script
 from dlm.data.encode import encode_rows
-from dlm.pretrained.names import located
 from finetune.config import TrainConfig
 from finetune.run import split_rows, step_limit, training_arguments
 
@@ -64,7 +63,7 @@ def train(config: TrainConfig) -> int:
     if (Path(config.output_dir) / "config.json").is_file():
         print(f"{config.output_dir} is finished")
         return 0
-    model, tokenizer = load_causal_lm(located(config.model.init))
+    model, tokenizer = load_causal_lm(config.model.init)
     lora = config.model.lora
     set_seed(config.seed)
     adapter = LoraConfig(

@@ -24,7 +24,6 @@ from dlm.data.windows import TensorBatch, WindowCollator
 from dlm.errors import ConfigError, DataError, DLMError
 from dlm.model import IGNORE, MaskedDiffusionModel
 from dlm.noising import Blocks
-from dlm.pretrained.names import located
 from dlm.prior import TokenPrior
 from dlm.trainer import DiffusionTrainer
 from finetune.config import R2FTConfig, StartConfig
@@ -302,7 +301,7 @@ class R2FT(Stage[R2FTConfig]):
 
     def prior(self, tokenizer: PreTrainedTokenizerBase, model: Any, rows: Dataset) -> TokenPrior:
         """The counts that the checkpoint brings; those of `rows` if it has none."""
-        stored = TokenPrior.load(located(self.config.model.init))
+        stored = TokenPrior.load(self.config.model.init)
         if stored is None and self.from_data and "good" in rows.column_names:
             rows = rows.select([i for i, good in enumerate(rows["good"]) if good])
         return stored or super().prior(tokenizer, model, rows)

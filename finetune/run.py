@@ -30,7 +30,7 @@ from dlm.data.windows import WindowCollator
 from dlm.errors import ConfigError, DataError, unknown_name
 from dlm.lock import alone_in
 from dlm.model import MaskedDiffusionModel
-from dlm.notice import carry_notice
+from dlm.origin import carry_notice
 from dlm.prior import TokenPrior
 from dlm.spec import ModelSpec
 from dlm.tokenizer import template_name

@@ -17,7 +17,6 @@ from dlm.data.encoded import EncodedRows
 from dlm.device import QUANTIZED
 from dlm.errors import CheckpointError, ConfigError
 from dlm.model import MaskedDiffusionModel
-from dlm.pretrained.names import located
 from dlm.tokenizer import set_template, template_name, train_tokenizer
 from finetune.config import ModelConfig, StartConfig, TrainConfig
 
@@ -75,7 +74,7 @@ def fine_tuned_model(config: StartConfig, prompted: bool) -> ModelAndTokenizer:
 
 def refuse_causal_lm(path: str) -> None:
     """Raise a CheckpointError for an autoregressive model, without loading its weights."""
-    if is_causal_lm(located(path)):
+    if is_causal_lm(path):
         raise CheckpointError(f"{path}: an autoregressive model, never trained to fill masks; {_how(path)}")
 
 
@@ -174,10 +173,9 @@ def _from_nothing(config: TrainConfig, rows: Dataset, resume_from: Path | None) 
 
 def _from_checkpoint(config: ModelConfig) -> ModelAndTokenizer:
     """A causal LM made bidirectional, or a diffusion checkpoint with its own template and shift."""
-    path = located(config.init)
-    if is_causal_lm(path):
+    if is_causal_lm(config.init):
         dtype = getattr(torch, _first_dtype(config))
-        return from_causal_lm(path, template=config.template, shift=config.shift, dtype=dtype)
+        return from_causal_lm(config.init, template=config.template, shift=config.shift, dtype=dtype)
     model, tokenizer = load_model(config.init, device="cpu", dtype=_first_dtype(config))
     given = {"template": config.template, "shift": config.shift}
     recorded = {"template": template_name(tokenizer), "shift": model.config.shift}

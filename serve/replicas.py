@@ -24,9 +24,8 @@ from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedE
 from ray.serve.exceptions import RayServeException
 from starlette.types import Message, Scope
 
-from dlm.checkpoint import format_of
+from dlm.checkpoint import is_causal_lm
 from dlm.errors import ConfigError, DLMError, first_line
-from dlm.pretrained.names import located
 from serve.app import create_app
 from serve.config import ServeConfig
 from serve.errors import APIError
@@ -242,7 +241,7 @@ def deploy(config: ServeConfig) -> Any:
         ConfigError: when the machines have too few GPUs.
         DLMError: when the replicas do not start.
     """
-    format_of(located(config.model))
+    is_causal_lm(config.model)
     start_ray(config)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus, gpus = placement(config, nodes)

@@ -317,7 +317,7 @@ def test_inspect_negatives_shows_true_and_wrong_tokens(checkpoint, capsys):
     assert text.count("negative  ") >= 3
     assert "⏎" in text
     assert main([*words[:-1], "/nowhere"]) == 1
-    assert "no tokenizer to be had" in capsys.readouterr().err
+    assert "no such folder" in capsys.readouterr().err
 
 
 def test_given_tokens_stop_texts_and_edits_on_the_command_line(model, tokenizer, tmp_path, capsys):
@@ -422,7 +422,7 @@ BEYOND = "the model's 2048 positions"
 def test_numbers_beyond_the_models_are_refused_before_weights_are_read(
     checkpoint, tmp_path, monkeypatch, capsys, words, message
 ):
-    monkeypatch.setattr("dlm.checkpoint._read_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("dlm.formats._read_weights", lambda *_: pytest.fail("weights were read"))
     monkeypatch.setattr("dlm.data.rows.read_records", lambda *_: pytest.fail("rows were read"))
     (tmp_path / "q.jsonl").write_text(json.dumps({"instruction": "Go.", "output": "Gone."}))
     places = {"m": checkpoint, "q": tmp_path / "q.jsonl", "o": tmp_path}

@@ -56,16 +56,9 @@ def run(config: EncodeConfig) -> int:
 
 def _tokenizer(config: EncodeConfig) -> Any:
     """The tokenizer that a run from this model has."""
-    from dlm.backbone import from_causal_lm
-    from dlm.checkpoint import is_causal_lm, load_model
-    from dlm.pretrained.names import located
+    from dlm.checkpoint import load_tokenizer
 
-    path = located(config.model)
-    if is_causal_lm(path):
-        return from_causal_lm(path, template=config.template or "chatml")[1]
-    if config.template:
-        raise ConfigError(f"{config.model}: a checkpoint has a template of its own; give none")
-    return load_model(config.model, device="cpu")[1]
+    return load_tokenizer(config.model, config.template or "")
 
 
 COMMAND = Command("write rows as token ids, for machines without a network", EncodeConfig, run)

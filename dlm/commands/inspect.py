@@ -52,14 +52,10 @@ def describe(path: str) -> dict[str, Any]:
         CheckpointError: when it is no checkpoint of this toolkit or of a public family, or its weights are
             truncated.
     """
-    from dlm.adapter_files import base_of, is_adapter, saved_by_peft
-    from dlm.checkpoint import check_checkpoint, diffusion_config, stored_tokenizer
+    from dlm.checkpoint import check_checkpoint
     from dlm.pretrained.names import located
 
     path = located(path)
-    if is_adapter(path):
-        origin = located(base_of(path)) if saved_by_peft(path) else path  # where its configuration lies
-        return _ours(path, diffusion_config(origin), stored_tokenizer(origin))
     config, tokenizer, family = check_checkpoint(path)
     return _ours(path, config, tokenizer) if family is None else _published(path, config, tokenizer, family)
 

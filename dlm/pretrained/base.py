@@ -126,9 +126,9 @@ def verify(file: Path) -> None:
 
 def _unpack(file: Path, draft: Path) -> None:
     """The same weights as float32 in the Hugging Face layout, which load in a tenth of the time."""
-    from dlm.backbone import load_causal_lm
+    from dlm.causal import read_causal_lm
 
-    model, tokenizer = load_causal_lm(str(file))
+    model, tokenizer = read_causal_lm(str(file))
     model.hf_quantizer = None  # transformers unpacked the weights, but still refuses to save them
     del model.config.quantization_config
     model.save_pretrained(draft)

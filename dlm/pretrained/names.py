@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dlm.adapter_files import base_of
 from dlm.errors import CheckpointError
 from dlm.model_names import ADAPTERS, BASE_NAME
 from dlm.pretrained import base, lightning
@@ -29,3 +30,8 @@ def located(path: str | Path) -> str:
     if name.endswith(lightning.CHECKPOINT_SUFFIX) and not Path(name).is_dir():
         return str(lightning.unpacked(Path(name)))
     return str(base.base_folder()) if name == BASE_NAME else name
+
+
+def base_path(adapter: str | Path) -> str:
+    """Path of the base that an adapter's folder names; errors as of `located` and `base_of`."""
+    return located(base_of(adapter))

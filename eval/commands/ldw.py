@@ -143,9 +143,7 @@ def token_prior(config: LDWConfig, tokenizer: Any) -> Any:
         rows, _ = encode_rows(source, tokenizer, 2048)
         return TokenPrior.of(rows, len(tokenizer), tuple(tokenizer.all_special_ids))
     for path in config.checkpoints:
-        from dlm.pretrained.names import located
-
-        prior = TokenPrior.load(located(path))
+        prior = TokenPrior.load(path)
         if prior is not None:
             return prior
     raise ConfigError(f"none of the checkpoints has its {COUNTS_FILE}; name the training rows with --counts")

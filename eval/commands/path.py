@@ -102,9 +102,9 @@ def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
 
     from decoding.sampler import Sampler
     from dlm.checkpoint import load_model, stored_spec
+    from dlm.origin import fingerprint
     from eval.path import path_costs
     from eval.paths import PathRun, held_out
-    from eval.systems import fingerprint
 
     choices, runs = config.variants(), []
     for path in config.models:

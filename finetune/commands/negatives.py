@@ -77,25 +77,20 @@ def run(config: NegativesConfig) -> int:
 
 def _material(config: NegativesConfig) -> tuple[Any, Any, Any]:
     """The checkpoint's tokenizer, a batch of rows in random order, and the token counts of all rows."""
-    from transformers import AutoTokenizer
-
+    from dlm.checkpoint import is_causal_lm, load_tokenizer
     from dlm.data.encode import encode_rows
     from dlm.data.encoded import ENCODED_SUFFIX
     from dlm.errors import CheckpointError
-    from dlm.pretrained.names import located
     from dlm.prior import TokenPrior
     from finetune.run import collator, split_rows
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(located(config.model), trust_remote_code=False)
-    except Exception as error:
-        raise CheckpointError(f"{config.model}: no tokenizer to be had ({error})") from error
-    if tokenizer.mask_token_id is None:
+    if is_causal_lm(config.model):
         raise CheckpointError(f"{config.model}: its tokenizer has no mask token; train it first (dlm train)")
+    tokenizer = load_tokenizer(config.model)
     if config.data.source.endswith(ENCODED_SUFFIX):
         raise ConfigError(f"{config.data.source}: encoded rows; name those that they were made of")
     rows, _ = split_rows(config.data, config.seed)
-    prior = TokenPrior.load(located(config.model))
+    prior = TokenPrior.load(config.model)
     if prior is None:  # then all rows have to be counted
         everything, _ = encode_rows(rows, tokenizer, config.data.window)
         prior = TokenPrior.of(everything, len(tokenizer), tuple(tokenizer.all_special_ids))

@@ -14,7 +14,7 @@ from dlm.backbone import from_scratch
 from dlm.cli import main
 from dlm.errors import CheckpointError, ConfigError
 from dlm.export import export
-from dlm.notice import notice_of
+from dlm.origin import notice_of
 from dlm.pretrained.names import ADAPTERS, located
 from dlm.prior import TokenPrior
 from tests.conftest import TINY

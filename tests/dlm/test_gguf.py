@@ -44,7 +44,7 @@ def test_control_tokens_are_those_that_the_file_names():
     """transformers 5.17 gives SmolLM2's file another end token than its configuration has."""
     from types import SimpleNamespace
 
-    from dlm.backbone import _settle_marks
+    from dlm.causal import _settle_marks
 
     words = {1: "<|im_start|>", 2: "<|im_end|>"}
     tokenizer = SimpleNamespace(

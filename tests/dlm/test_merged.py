@@ -5,7 +5,7 @@ import torch
 
 from dlm import load_model, merged
 from dlm.adapter import add_adapter
-from dlm.checkpoint import AdapterFormat
+from dlm.formats import AdapterFormat
 from dlm.pretrained import names
 from dlm.pretrained.store import MANIFEST
 

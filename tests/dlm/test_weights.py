@@ -166,7 +166,7 @@ def test_inspect_says_what_a_model_of_the_hub_needs_and_fetches_no_weights(folde
         fetched.append(name)
         return str(folder / name) if (folder / name).is_file() else None
 
-    for module in ("dlm.families.base", "dlm.checkpoint"):
+    for module in ("dlm.families.base", "dlm.formats"):
         monkeypatch.setattr(f"{module}.cached_file", hub)
     monkeypatch.setattr(
         "dlm.families.llada.LLaDA.load_tokenizer",

@@ -15,6 +15,7 @@ from dlm import load_model
 from dlm.cli import main
 from dlm.errors import ConfigError, DataError, DLMError
 from dlm.lock import alone_in
+from dlm.origin import fingerprint
 from dlm.pretrained.names import located
 from eval.answers import AnswerFile
 from eval.config import EvalConfig
@@ -22,7 +23,7 @@ from eval.evaluate import evaluate, evaluated
 from eval.formats import model_answers, model_outputs
 from eval.generation import generate
 from eval.run import Results, answer_all
-from eval.systems import Endpoint, Local, Reply, fingerprint
+from eval.systems import Endpoint, Local, Reply
 from eval.tasks import Question
 from tests.eval.endpoint import serving
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from dlm.origin import autoregressive_origin
 from eval.answers import Answer
-from eval.fluency import Band, Reader, reader_of
+from eval.fluency import Band, Reader
 from eval.metrics import Instruments, basic, by_question, distinct, distinct_around, measure, summary
 from eval.nelbo import bounds, nelbo
 from eval.statistics import student
@@ -169,20 +170,20 @@ def test_the_base_is_found_by_the_records_of_training(causal, tmp_path, monkeypa
         return tmp_path / name
 
     sft = run("sft", causal)
-    assert reader_of(str(run("r2ft", sft))) == reader_of(str(sft)) == str(causal)
-    assert reader_of(str(run("scratch", "scratch"))) == ""
+    assert autoregressive_origin(str(run("r2ft", sft))) == autoregressive_origin(str(sft)) == str(causal)
+    assert autoregressive_origin(str(run("scratch", "scratch"))) == ""
     monkeypatch.chdir(tmp_path)
     for i, nothing in enumerate(("", None)):
         file = run(f"nothing-{i}", "") / "run.json"
         file.write_text(json.dumps({"config": {"model": {"init": nothing}}}))
-        assert reader_of(str(file.parent)) == ""
-    assert reader_of(str(run("no-model", tmp_path))) == ""
-    assert reader_of(str(run("lost", tmp_path / "gone.gguf"))) == ""
+        assert autoregressive_origin(str(file.parent)) == ""
+    assert autoregressive_origin(str(run("no-model", tmp_path))) == ""
+    assert autoregressive_origin(str(run("lost", tmp_path / "gone.gguf"))) == ""
     (sft / "run.json").write_text("{")
-    assert reader_of(str(sft)) == ""
-    assert reader_of("some/hub-id") == ""
+    assert autoregressive_origin(str(sft)) == ""
+    assert autoregressive_origin("some/hub-id") == ""
     monkeypatch.setattr("dlm.pretrained.base.base_folder", lambda: causal)
-    assert reader_of("default") == str(causal), "through both adapters"
+    assert autoregressive_origin("default") == str(causal), "through both adapters"
 
 
 def test_the_nelbo_is_the_mean_over_orders_of_unmasking():
