@@ -23,6 +23,7 @@ def read_causal_lm(
             raise CheckpointError(
                 f"{path}: family {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
             )
+        config.return_dict = True
         tokenizer = _tokenizer(where, config)
         model, info = AutoModelForCausalLM.from_pretrained(
             **where,

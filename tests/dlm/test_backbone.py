@@ -197,6 +197,15 @@ def test_a_run_starts_from_it(folder, family, tmp_path):
     assert not any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules()), "noise is counted"
 
 
+def test_a_model_that_gives_tuples_is_asked_for_names(folder):
+    place, ids = folder("llama"), rows(9)[0][None]
+    expected = load_model(place, device="cpu")[0](ids).logits
+    file = place / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "return_dict": False}))
+    assert torch.equal(load_model(place, device="cpu")[0](ids).logits, expected)
+    assert load_causal_lm(place)[0](ids).logits.shape == expected.shape
+
+
 def with_peft(model, folder, **settings):
     """What a user of peft writes: an adapter around a model, its numbers moved, saved by peft itself."""
     settings["fan_in_fan_out"] = settings["target_modules"] == ["c_attn"]

@@ -1,6 +1,7 @@
 """Configurations that say the same otherwise, or more: rotary positions, biases, tied heads, shared heads."""
 
 import json
+import re
 from functools import partial
 
 import pytest
@@ -239,3 +240,29 @@ def test_a_mask_is_a_row_of_the_embedding(tmp_path, base, mask, message):
 def test_heads_of_a_dit_share_its_width():
     with pytest.raises(ConfigError, match="5 heads of an even size cannot share a width of 768"):
         DiTConfig(num_attention_heads=5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_how_its_authors_call_a_model_changes_nothing(tmp_path, base, name):
+    layout = LAYOUTS[name]()
+    called = {"return_dict": False, "output_attentions": True, "output_hidden_states": True, "use_cache": True}
+    assert worst(read(layout, tmp_path, base, **called), layout) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "neither the tokenizer nor config.json names an end token"),
+        ("null", "neither the tokenizer nor config.json names an end token"),
+        ([9999, 3], "the end token is number 9999, and the tokenizer has"),
+        ("</s>", "config.json says eos_token_id = '</s>'; it is a whole number from 0"),
+    ],
+)
+def test_an_end_token_that_is_none_is_told(tmp_path, base, given, message):
+    layout = LAYOUTS["llada"]()
+    del layout.tokenizer["eos_token"]
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        read(layout, tmp_path, base, eos_token_id=given)
+    layout = LAYOUTS["llada"]()
+    del layout.tokenizer["eos_token"]
+    assert read(layout, tmp_path, base, eos_token_id=[5, 3]).spec.eos_token_id == 5
