@@ -1,6 +1,7 @@
 """The Python code of the README, of CONTRIBUTING and of the pages runs, page by page."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -10,7 +11,7 @@ import torch
 import dlm
 from decoding import Decoder
 from decoding.presets import PRESETS
-from decoding.reveal import Quota, RevealRule
+from decoding.reveal import Quota, RevealRule, Separated
 from decoding.tokens import TokenRule
 from decoding.window import Full, Window
 from tests.decoding.rig import decode, decode_in_fresh_engines, plan_of, rows
@@ -62,6 +63,8 @@ def test_strategies_of_a_page_keep_what_holds_for_every_strategy(page, model, to
             strategy if isinstance(strategy, TokenRule) else TokenRule(),
         )
         _check(decoder)
+        if isinstance(strategy, RevealRule):
+            _check(replace(decoder, reveal=Separated(strategy, 3)))
 
 
 def _check(decoder):

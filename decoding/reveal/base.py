@@ -166,7 +166,7 @@ class RevealRule:
             tokens: the token rule; its `allowed` shuts forbidden tokens.
 
         Returns:
-            [N], or [N, C] for C numbers a position.
+            [N], or [N, C] for C numbers a position, the first of them what `precedence` goes by.
         """
         del logits, state, tokens
         return choice.probability
@@ -181,8 +181,12 @@ class RevealRule:
         return {}
 
     def precedence(self, view: StepView) -> torch.Tensor:
-        """[b, W] numbers by which positions are taken, the smallest first; by score · weight by default."""
-        return -ordering(view.score, view.weight, view.masked)
+        """[b, W] numbers by which `gap` takes positions, the smallest first; by default -score · weight.
+
+        Of a score of several numbers [b, W, C] that is the first.
+        """
+        score = view.score if view.score.dim() == 2 else view.score[..., 0]
+        return -ordering(score, view.weight, view.masked)
 
     def recovers_shortfall(self, view: StepView) -> bool:
         """True when the rule itself writes later what it did not write in this step."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from decoding.reveal.base import Decision, RevealRule, StepView, ordering, ranked
+from decoding.reveal.base import Decision, RevealRule, StepView, ranked
 from decoding.reveal.quota import Quota
 from decoding.tokens import Choice, TokenRule, log_normaliser
 from dlm.errors import ConfigError, check_whole
@@ -72,10 +72,6 @@ class Stability(RevealRule):
         return torch.cat(
             [choice.probability.double()[:, None], gap.double()[:, None], ids, probability], dim=1
         )
-
-    def precedence(self, view: StepView) -> torch.Tensor:
-        """[b, W] by confidence; see `RevealRule`."""
-        return -ordering(view.score[..., 0], view.weight, view.masked)
 
     def decide(self, view: StepView) -> Decision:
         """Take what is confident and stable, and the most confident position in any case."""

@@ -2,16 +2,18 @@
 
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from decoding import Decoder, Request, Sampler, list_decoders
-from decoding.reveal import EntropyBound, Quota, Separated, StepView
+from decoding.reveal import Decision, EntropyBound, Quota, RevealRule, Separated, StepView, Threshold
 from decoding.reveal.separated import apart
 from dlm.errors import ConfigError
 from dlm.noise import uniform
+from tests.decoding.rig import decode, plan_of, rows
+from tests.fakes import FakeDenoiser
 
 
 def reference(order, eligible, number, gap):
@@ -144,3 +146,26 @@ def test_a_gap_that_is_none_is_refused():
     for gap in (0, -1, 2.5):
         with pytest.raises(ConfigError, match="gap"):
             Decoder.named("conv", gap=gap)
+
+
+def test_a_score_of_several_numbers_goes_by_the_first():
+    @dataclass(frozen=True)
+    class Pair(RevealRule):
+        """Every open position; of its two numbers the first is the confidence."""
+
+        paced = False
+
+        def score(self, logits, choice, state, tokens):
+            return torch.stack([choice.probability, -choice.probability], 1)
+
+        def decide(self, view):
+            return Decision(view.open)
+
+    fake = FakeDenoiser()
+    ids = rows(fake, [2, 5], 24)
+    plans = [
+        plan_of(Decoder(reveal=Separated(rule, 3)), steps=None, fit=24) for rule in (Pair(), Threshold(1e-9))
+    ]
+    pair, one = (decode(fake, ids, plan, [3, 4], answer=[2, 5]) for plan in plans)
+    assert torch.equal(pair.ids, one.ids)
+    assert torch.equal(pair.reveal_step, one.reveal_step)

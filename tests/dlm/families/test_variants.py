@@ -245,7 +245,12 @@ def test_heads_of_a_dit_share_its_width():
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_how_its_authors_call_a_model_changes_nothing(tmp_path, base, name):
     layout = LAYOUTS[name]()
-    called = {"return_dict": False, "output_attentions": True, "output_hidden_states": True, "use_cache": True}
+    called = {
+        "return_dict": False,
+        "output_attentions": True,
+        "output_hidden_states": True,
+        "use_cache": True,
+    }
     assert worst(read(layout, tmp_path, base, **called), layout) < 1e-4
 
 
