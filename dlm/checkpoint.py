@@ -12,30 +12,18 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
 from dlm import device as places
-from dlm.adapter_files import is_adapter
 from dlm.backbone import causal_tokenizer
-from dlm.checkpoint_checks import check_shapes, check_tokenizer, has_bin, no_weights, our_weights
 from dlm.config import MaskedDiffusionConfig
 from dlm.errors import ConfigError
-from dlm.families.base import Family
 from dlm.formats import (
-    CausalFormat,
     DeviceMap,
-    diffusion_config,
-    family_at,
     format_of,
-    is_causal,
-    model_config,
-    public_config,
     stored_config,
-    stored_parts,
-    stored_tokenizer,
 )
 from dlm.model import MaskedDiffusionModel
 from dlm.pretrained.names import located
 from dlm.quantization import quantize
 from dlm.spec import ModelSpec
-from dlm.weights import check_files, tensors
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in places.DTYPES}
 
@@ -125,13 +113,12 @@ def load_tokenizer(path: str | Path, template: str = "") -> PreTrainedTokenizerB
         ConfigError: for a template where the model has one of its own.
     """
     name, path = path, located(path)
-    if is_causal(path):
-        return causal_tokenizer(path, template or "chatml")
-    if template:
+    layout = format_of(path)
+    if not template:
+        return layout.tokenizer(path)
+    if not layout.autoregressive:
         raise ConfigError(f"{name}: a checkpoint has a template of its own; give none")
-    config, tokenizer = stored_parts(path)
-    check_tokenizer(path, config, tokenizer)
-    return tokenizer
+    return causal_tokenizer(path, template)
 
 
 def is_causal_lm(path: str | Path) -> bool:
@@ -140,7 +127,7 @@ def is_causal_lm(path: str | Path) -> bool:
     Raises:
         CheckpointError: when there is no model.
     """
-    return is_causal(located(path))
+    return format_of(located(path)).autoregressive
 
 
 def _attention_for(device: str, dtype: torch.dtype) -> str:
@@ -160,7 +147,8 @@ def stored_spec(path: str | Path) -> ModelSpec | None:
         CheckpointError: see `load_model`.
     """
     path = located(path)
-    return None if isinstance(format_of(path), CausalFormat) else ModelSpec.of_config(model_config(path))
+    config = format_of(path).config(path)
+    return None if config is None else ModelSpec.of_config(config)
 
 
 def stored_positions(path: str | Path) -> int | None:
@@ -174,31 +162,13 @@ def stored_positions(path: str | Path) -> int | None:
     return limit if isinstance(limit, int) else None
 
 
-def check_checkpoint(
-    path: str | Path,
-) -> tuple[MaskedDiffusionConfig, PreTrainedTokenizerBase, Family | None]:
-    """Configuration, tokenizer and family of a checkpoint, which is held to what `load_model` demands.
+def check_checkpoint(path: str | Path) -> tuple[MaskedDiffusionConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer of a checkpoint, which is held to what `load_model` demands.
 
-    No weights are read, and of a hub id none are fetched. The family is None in this toolkit's own layout,
-    and for adapters, whose weights are checked when they are merged. Models that are still autoregressive
-    are refused.
+    No weights are read, and of a hub id none are fetched. Models that are still autoregressive are refused.
 
     Raises:
         CheckpointError: see `load_model`.
     """
     path = located(path)
-    if is_adapter(path):
-        return *stored_parts(path), None
-    family = family_at(path)
-    if family is None:
-        config, tokenizer = diffusion_config(path), stored_tokenizer(path)
-    else:
-        config, tokenizer, _ = public_config(path)
-    check_files(path)
-    weights = our_weights(config, family, tensors(path))
-    if weights:
-        check_shapes(path, config, weights)
-    elif Path(path).is_dir() and not has_bin(path):
-        raise no_weights(path)
-    check_tokenizer(path, config, tokenizer)
-    return config, tokenizer, family
+    return format_of(path).check(path)

@@ -10,6 +10,7 @@ from dlm.adapter_files import is_adapter
 from dlm.checkpoint import check_checkpoint
 from dlm.checkpoint_checks import no_weights
 from dlm.errors import CheckpointError, ConfigError, first_line
+from dlm.formats import family_at
 from dlm.lock import check_writable
 from dlm.memory import disk
 from dlm.origin import NOTICE_FILE, carry_notice
@@ -47,7 +48,8 @@ def convert(source: str | Path, target: str | Path) -> Path:
     check_writable(target)
     if is_adapter(folder) or not shards(folder):
         raise no_weights(folder)
-    config, tokenizer, family = check_checkpoint(str(folder))
+    config, tokenizer = check_checkpoint(folder)
+    family = family_at(str(folder))
     needed = disk(stored_bytes(folder) or 0, target)
     if needed.needed > needed.free:
         raise ConfigError(f"{target}: no room ({needed})")

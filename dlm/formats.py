@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 
 from dlm import merged
 from dlm.adapter_files import base_of, is_adapter, saved_by_peft
-from dlm.backbone import from_causal_lm
+from dlm.backbone import causal_tokenizer, from_causal_lm
 from dlm.checkpoint_checks import (
     check_config,
     check_shapes,
@@ -57,8 +57,35 @@ class CheckpointFormat(Protocol):
     as_stored: bool
     """True where weights are read as they are stored; False where they are changed after reading."""
 
+    autoregressive: bool
+    """True for models that have still to be trained to fill masks."""
+
     def detect(self, path: str) -> bool:
         """True for a path of this format."""
+        ...
+
+    def config(self, path: str) -> MaskedDiffusionConfig | None:
+        """The configuration of the model, without its weights; None for an autoregressive one.
+
+        Raises:
+            CheckpointError: when it lacks or misstates something.
+        """
+        ...
+
+    def tokenizer(self, path: str) -> PreTrainedTokenizerBase:
+        """The tokenizer, fit for diffusion.
+
+        Raises:
+            CheckpointError: when it is missing or damaged.
+        """
+        ...
+
+    def check(self, path: str) -> tuple[MaskedDiffusionConfig, PreTrainedTokenizerBase]:
+        """Configuration and tokenizer, and the weights' names and shapes held to them; no weights are read.
+
+        Raises:
+            CheckpointError: see `read`.
+        """
         ...
 
     def read(
@@ -90,11 +117,25 @@ class CheckpointFormat(Protocol):
 class AdapterFormat:
     """A low-rank adapter of `peft`; its base is read first, and the adapter merged into it."""
 
-    as_stored = False
+    as_stored = autoregressive = False
 
     def detect(self, path: str) -> bool:
-        """See `CheckpointFormat`."""
-        return is_adapter(path) and not is_causal(path)
+        """See `CheckpointFormat`; what `peft` saved on an autoregressive model is one more of those."""
+        return is_adapter(path) and not (saved_by_peft(path) and _base_format(path).autoregressive)
+
+    def config(self, path: str) -> MaskedDiffusionConfig | None:
+        """See `CheckpointFormat`; that of the base where `peft` alone saved the adapter."""
+        return _base_format(path).config(base_path(path)) if saved_by_peft(path) else diffusion_config(path)
+
+    def tokenizer(self, path: str) -> PreTrainedTokenizerBase:
+        """See `config`."""
+        return (
+            _base_format(path).tokenizer(base_path(path)) if saved_by_peft(path) else stored_tokenizer(path)
+        )
+
+    def check(self, path: str) -> tuple[MaskedDiffusionConfig, PreTrainedTokenizerBase]:
+        """See `CheckpointFormat`; the weights are checked when they are merged."""
+        return _checked_parts(self, path)
 
     def read(
         self, path: str, dtype: torch.dtype, device_map: DeviceMap = None, quantized: str = ""
@@ -126,9 +167,9 @@ class AdapterFormat:
 
         base = base_of(path)
         try:
-            config, tokenizer = stored_parts(path)
+            config, tokenizer = _checked_parts(self, path)
             where = base_path(path)
-            if isinstance(format_of(where), CausalFormat):
+            if format_of(where).autoregressive:
                 model, _ = from_causal_lm(where, shift=config.shift, dtype=torch.float32)
             elif merged.is_cached(where):
                 model, _ = self._merge(where, torch.float32)
@@ -158,11 +199,25 @@ class AdapterFormat:
 class PublicFormat:
     """A published diffusion model in the layout of its authors; see `dlm.families`."""
 
-    as_stored = True
+    as_stored, autoregressive = True, False
 
     def detect(self, path: str) -> bool:
         """See `CheckpointFormat`."""
-        return not path.endswith(".gguf") and family_at(path) is not None
+        return not path.endswith(".gguf") and not is_adapter(path) and family_at(path) is not None
+
+    def config(self, path: str) -> MaskedDiffusionConfig | None:
+        """See `CheckpointFormat`."""
+        return public_config(path)[0]
+
+    def tokenizer(self, path: str) -> PreTrainedTokenizerBase:
+        """See `CheckpointFormat`."""
+        return public_config(path)[1]
+
+    def check(self, path: str) -> tuple[MaskedDiffusionConfig, PreTrainedTokenizerBase]:
+        """See `CheckpointFormat`; of a hub id no weights are fetched."""
+        config, tokenizer, family = public_config(path)
+        _check_stored(path, config, tokenizer, family)
+        return config, tokenizer
 
     def read(
         self, path: str, dtype: torch.dtype, device_map: DeviceMap = None, quantized: str = ""
@@ -185,11 +240,24 @@ class PublicFormat:
 class CausalFormat:
     """An autoregressive model of transformers, folder, hub id or `.gguf`: it is made bidirectional."""
 
-    as_stored = False
+    as_stored, autoregressive = False, True
 
     def detect(self, path: str) -> bool:
         """See `CheckpointFormat`."""
-        return path.endswith(".gguf") or model_type(path) in FAMILIES
+        return path.endswith(".gguf") or stored_config(path).get("model_type") in FAMILIES
+
+    def config(self, path: str) -> MaskedDiffusionConfig | None:
+        """None; see `CheckpointFormat`."""
+        del path
+        return None
+
+    def tokenizer(self, path: str) -> PreTrainedTokenizerBase:
+        """See `CheckpointFormat`."""
+        return causal_tokenizer(path)
+
+    def check(self, path: str) -> tuple[MaskedDiffusionConfig, PreTrainedTokenizerBase]:
+        """Refused: it is no diffusion model yet; see `CheckpointFormat`."""
+        raise unknown_architecture(path, {} if path.endswith(".gguf") else stored_config(path))
 
     def read(
         self, path: str, dtype: torch.dtype, device_map: DeviceMap = None, quantized: str = ""
@@ -209,12 +277,25 @@ class CausalFormat:
 class DiffusionFormat:
     """This toolkit's own layout, that of transformers: config.json, safetensors, tokenizer files."""
 
-    as_stored = True
+    as_stored, autoregressive = True, False
 
     def detect(self, path: str) -> bool:
-        """See `CheckpointFormat`; whatever is of no other format is read as this one, or refused by it."""
-        del path
-        return True
+        """See `CheckpointFormat`."""
+        return stored_config(path).get("model_type") == MaskedDiffusionConfig.model_type
+
+    def config(self, path: str) -> MaskedDiffusionConfig | None:
+        """See `CheckpointFormat`."""
+        return diffusion_config(path)
+
+    def tokenizer(self, path: str) -> PreTrainedTokenizerBase:
+        """See `CheckpointFormat`."""
+        return stored_tokenizer(path)
+
+    def check(self, path: str) -> tuple[MaskedDiffusionConfig, PreTrainedTokenizerBase]:
+        """See `CheckpointFormat`."""
+        config, tokenizer = diffusion_config(path), stored_tokenizer(path)
+        _check_stored(path, config, tokenizer, None)
+        return config, tokenizer
 
     def read(
         self, path: str, dtype: torch.dtype, device_map: DeviceMap = None, quantized: str = ""
@@ -244,18 +325,52 @@ FORMATS: list[CheckpointFormat] = [AdapterFormat(), PublicFormat(), CausalFormat
 
 
 def format_of(path: str) -> CheckpointFormat:
-    """The first format that knows a path; further ones are added to `FORMATS`."""
-    return next(each for each in FORMATS if each.detect(path))
+    """The first format that knows a path; further ones are added to `FORMATS`.
+
+    Raises:
+        CheckpointError: when there is nothing, or nothing that any of them knows.
+    """
+    known = next((each for each in FORMATS if each.detect(path)), None)
+    if known is None:
+        raise unknown_architecture(path, stored_config(path))
+    return known
+
+
+def _base_format(adapter: str) -> CheckpointFormat:
+    """The format of an adapter's base."""
+    try:
+        return format_of(base_path(adapter))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{adapter}: an adapter of {base_of(adapter)}, which cannot be loaded ({error})"
+        ) from error
+
+
+def _checked_parts(
+    layout: CheckpointFormat, path: str
+) -> tuple[MaskedDiffusionConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer of a diffusion model."""
+    config = layout.config(path)
+    assert config is not None
+    return config, layout.tokenizer(path)
+
+
+def _check_stored(
+    path: str, config: MaskedDiffusionConfig, tokenizer: PreTrainedTokenizerBase, family: Family | None
+) -> None:
+    """Hold the files of a checkpoint to its configuration, see `CheckpointFormat.check`."""
+    check_files(path)
+    weights = our_weights(config, family, tensors(path))
+    if weights:
+        check_shapes(path, config, weights)
+    elif Path(path).is_dir() and not has_bin(path):
+        raise no_weights(path)
+    check_tokenizer(path, config, tokenizer)
 
 
 def family_at(path: str) -> Family | None:
     """The family of the public checkpoint at a path; None where there is none of a known family."""
     return family_of(stored_config(path), path, lambda: tensors(path) if Path(path).is_dir() else ())
-
-
-def model_type(path: str) -> str:
-    """The `model_type` of a folder's or hub repository's config.json."""
-    return str(stored_config(path).get("model_type"))
 
 
 def stored_config(path: str) -> dict[str, Any]:
@@ -282,34 +397,6 @@ def stored_config(path: str) -> dict[str, Any]:
             + did_you_mean(path, NAMES)
         ) from error
     return read_object(str(file))
-
-
-def described(path: str) -> str:
-    """Where a model's config.json and tokenizer lie; those of an adapter that `peft` saved are its base's."""
-    return described(base_path(path)) if saved_by_peft(path) else path
-
-
-def model_config(path: str) -> MaskedDiffusionConfig:
-    """The configuration of a diffusion model of any layout.
-
-    Raises:
-        CheckpointError: when it is of another layout, or lacks or misstates something.
-    """
-    home = described(path)
-    return public_config(home)[0] if PublicFormat().detect(home) else diffusion_config(home)
-
-
-def stored_parts(path: str) -> tuple[MaskedDiffusionConfig, PreTrainedTokenizerBase]:
-    """Configuration and tokenizer of a diffusion model of any layout; errors as of `model_config`."""
-    home = described(path)
-    if PublicFormat().detect(home):
-        return public_config(home)[:2]
-    return diffusion_config(home), stored_tokenizer(home)
-
-
-def is_causal(path: str) -> bool:
-    """True for an autoregressive model, which has still to be trained to fill masks."""
-    return CausalFormat().detect(path) and not PublicFormat().detect(described(path))
 
 
 def public_config(path: str) -> tuple[MaskedDiffusionConfig, PreTrainedTokenizerBase, Family]:

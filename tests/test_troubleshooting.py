@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 ENTRY = re.compile(r"^\*\*`(.+)`\*\*$", re.MULTILINE)
 MESSAGES = ENTRY.findall((ROOT / "docs/troubleshooting.md").read_text("utf-8"))
 
+
 @pytest.fixture(scope="module")
 def texts():
     """All texts in the code, with a break wherever a value is put in."""

@@ -53,10 +53,12 @@ def describe(path: str) -> dict[str, Any]:
             truncated.
     """
     from dlm.checkpoint import check_checkpoint
+    from dlm.formats import PublicFormat, family_at
     from dlm.pretrained.names import located
 
     path = located(path)
-    config, tokenizer, family = check_checkpoint(path)
+    config, tokenizer = check_checkpoint(path)
+    family = family_at(path) if PublicFormat().detect(path) else None
     return _ours(path, config, tokenizer) if family is None else _published(path, config, tokenizer, family)
 
 

@@ -6,7 +6,7 @@ import torch
 from dlm import load_model
 from dlm.adapter import add_adapter
 from dlm.backbone import from_scratch
-from dlm.checkpoint import load_tokenizer
+from dlm.checkpoint import check_checkpoint, is_causal_lm, load_tokenizer, stored_positions, stored_spec
 from dlm.errors import CheckpointError, ConfigError
 from dlm.formats import FORMATS, AdapterFormat, CausalFormat, DiffusionFormat, PublicFormat, format_of
 from tests.conftest import TINY
@@ -98,6 +98,15 @@ def test_a_format_may_be_added(ours, tmp_path, monkeypatch):
         def detect(self, path):
             return path.endswith(".twice")
 
+        def config(self, path):
+            return super().config(f"{path}/inner")
+
+        def tokenizer(self, path):
+            return super().tokenizer(f"{path}/inner")
+
+        def check(self, path):
+            return super().check(f"{path}/inner")
+
         def read(self, path, dtype, device_map=None, quantized=""):
             return super().read(f"{path}/inner", dtype, device_map, quantized)
 
@@ -107,8 +116,14 @@ def test_a_format_may_be_added(ours, tmp_path, monkeypatch):
     _, model, tokenizer = ours
     monkeypatch.setattr("dlm.formats.FORMATS", [Twice(), *FORMATS])
     Twice().write(model, tokenizer, tmp_path / "a.twice")
-    again, _ = load_model(tmp_path / "a.twice", device="cpu", dtype="float32")
+    path = tmp_path / "a.twice"
+    again, _ = load_model(path, device="cpu", dtype="float32")
     assert torch.equal(logits(again), logits(model))
+    same(load_tokenizer(path), tokenizer)
+    assert stored_spec(path) == model.spec
+    assert stored_positions(path) == model.spec.positions
+    assert not is_causal_lm(path)
+    assert check_checkpoint(path)[0].forward_fields() == again.config.forward_fields()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
