@@ -288,7 +288,11 @@ def stored(output: Path) -> dict[str, dict[str, Any]]:
     file = output / "results.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     results: dict[str, dict[str, Any]] = {}
-    for result in map(json.loads, lines):
+    for line in lines:
+        try:
+            result = json.loads(line)
+        except ValueError:  # the end of a line that a kill cut off
+            continue
         before = results.setdefault(result["name"], {})
         before.pop("error", None)
         before.update(result)
@@ -312,9 +316,10 @@ def run(objectives: list[Objective], options: argparse.Namespace) -> None:
 
 def keep(objective: Objective, result: dict[str, Any], output: Path) -> None:
     """Add a line to the results."""
-    line = json.dumps({"name": objective.name, **result})
-    with (output / "results.jsonl").open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    line, file = json.dumps({"name": objective.name, **result}), output / "results.jsonl"
+    torn = file.is_file() and not file.read_bytes().endswith(b"\n")
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write("\n" * torn + line + "\n")
     print(line, flush=True)
 
 

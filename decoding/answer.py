@@ -217,7 +217,9 @@ def _output(canvas: Canvas, plan: Plan, part: Cut, finish_reason: str) -> Output
         steps=plan.pace.steps or int(canvas.step[0]),
         confidence=[None if math.isnan(p) else p for p in confidence],
         top_logprobs=[
-            None if math.isnan(p) else [(int(token), logprob) for token, logprob in pairs]
+            None
+            if math.isnan(p)
+            else [(int(token), logprob) for token, logprob in pairs if logprob > -math.inf]
             for p, pairs in zip(confidence, alternatives, strict=False)
         ],
         stop_text=part.stop,

@@ -136,13 +136,13 @@ class ScoreCache:
     Beside them what the model says of written tokens and, if there are any, of conflicts.
     """
 
-    def __init__(self, canvas: Canvas, has_conflicts: bool = False) -> None:
+    def __init__(self, canvas: Canvas, score_width: int = 1, has_conflicts: bool = False) -> None:
         self.entries = _Entries(canvas)
         self.verified = _Entries(canvas)
         self.leave_one_out = torch.zeros(canvas.ids.shape)  # [B, L] where `verified`
         self.token = torch.zeros_like(canvas.ids)  # [B, L]
         self.probability = torch.zeros(canvas.ids.shape)  # [B, L]
-        self.score = torch.zeros(*canvas.ids.shape, 1)  # [B, L, C]
+        self.score = torch.zeros(*canvas.ids.shape, score_width)  # [B, L, C]
         self.alternatives = torch.zeros_like(canvas.alternatives)  # [B, L, k, 2]
         self.conflicts = ConflictCache(canvas) if has_conflicts else None
 
@@ -152,7 +152,9 @@ class ScoreCache:
         size = self.alternatives[0, 0].numel()
         score, alternatives = rest.tensor_split([rest.shape[1] - size], dim=1)
         if self.score.shape[2] != score.shape[1]:
-            self.score = self.score.new_zeros(*self.token.shape, score.shape[1])
+            raise ConfigError(
+                f"the rule's score has {score.shape[1]} numbers, and its score_width is {self.score.shape[2]}"
+            )
         row, position = where.nonzero().unbind(1)
         cells = rows[row], position
         self.token[cells], self.probability[cells], self.score[cells] = token, probability, score.float()

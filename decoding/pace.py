@@ -217,9 +217,12 @@ class _Untimed:
         start: torch.Tensor,
         window: Window,
     ) -> Clock:
-        """See `Pace`; `t` and `s` mean nothing."""
+        """See `Pace`; `t` and `s` mean nothing. A row without a mask stays in its last stage."""
         del stages
-        stage, one = window.current(masked, start), torch.ones(len(step), dtype=torch.float64)
+        position = torch.arange(initial.shape[1])
+        last = torch.where(initial, position, -1).amax(1, keepdim=True)
+        first = torch.where(masked.any(1, keepdim=True), masked, position[: masked.shape[1]] == last)
+        stage, one = window.current(first, start), torch.ones(len(step), dtype=torch.float64)
         scope = window.scope(start, stage, initial.shape[1])
         return Clock(scope, stage, one, torch.zeros_like(one), self.quota(step))
 

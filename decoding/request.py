@@ -79,14 +79,14 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "be a whole number of at least 1",
     ),
     (
-        ("max_tokens", "window", "steps", "refresh", "margin"),
-        lambda value: value <= MOST_WHOLE,
-        f"be at most {MOST_WHOLE}",
-    ),
-    (
         ("margin", "top_logprobs"),
         lambda value: is_whole(value) and value >= 0,
         "be a whole number, not negative",
+    ),
+    (
+        ("max_tokens", "window", "steps", "refresh", "margin"),
+        lambda value: value <= MOST_WHOLE,
+        f"be at most {MOST_WHOLE}",
     ),
     (("top_logprobs",), lambda value: value <= MOST_LOGPROBS, f"be at most {MOST_LOGPROBS}"),
     (
@@ -107,7 +107,11 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         lambda value: isinstance(value, str) or hasattr(value, "reveal"),
         "be a name or a Decoder",
     ),
-    (("options",), lambda value: isinstance(value, Mapping), "be names with values"),
+    (
+        ("options",),
+        lambda value: isinstance(value, Mapping) and all(isinstance(name, str) for name in value),
+        "be names with values",
+    ),
     (("forced",), lambda value: isinstance(value, Mapping), "be places with texts"),
     (
         ("forced",),
@@ -116,7 +120,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     (
         ("forced",),
-        lambda value: all(re.fullmatch(r"-?\d+", str(place)) for place in value),
+        lambda value: all(is_whole(x) or re.fullmatch(r"-?\d{1,9}", str(x)) for x in value),
         "name places by number",
     ),
 )

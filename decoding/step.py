@@ -145,7 +145,8 @@ class Batch:
             raise ConfigError(f"a canvas lies on the host, whatever the model is on; got {canvas.ids.device}")
         self.model, self.canvas, self.plan, self.width = model, canvas, plan, canvas.ids.shape[1]
         self.rule, self.tokens = plan.decoder.reveal, plan.decoder.tokens
-        self.scores = ScoreCache(canvas, has_conflicts=self.rule.dependence is not None)
+        has_conflicts = self.rule.dependence is not None
+        self.scores = ScoreCache(canvas, self.rule.score_width, has_conflicts)
         blocks = ModelSpec.of(model).visibility.block_size if can(model, "partial") else None
         self.states = [
             StateCache(canvas, plan.mask_id, blocks, unconditional=unconditional, reuse=plan.reuse)

@@ -121,9 +121,10 @@ class TokenRule:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
+        if self.temperature != 0 and not 1e-6 <= self.temperature <= MOST_NUMBER:
             raise ConfigError(
-                f"temperature must be 0 (the likeliest token) or at least 1e-6, got {self.temperature}"
+                f"temperature must be 0 (the likeliest token) or at least 1e-6, and at most {MOST_NUMBER:g}, "
+                f"got {self.temperature}"
             )
         check_whole("top_k", self.top_k, least=0)
         if not 0 < self.top_p <= 1:
@@ -270,12 +271,14 @@ class TokenRule:
     def likeliest(self, logits: torch.Tensor, count: int) -> torch.Tensor:
         """Likeliest tokens that may come out, and their log-probabilities: [N, V] -> [N, count, 2] float64.
 
-        At temperature 1, before any cut, the likeliest first.
+        At temperature 1, before any cut, the likeliest first. Of a vocabulary that is smaller the last ones
+        are -inf.
         """
         logits = self.allowed(logits)
         values, ids = logits.float().topk(min(count, logits.shape[1]), dim=1)
-        logprobs = values - log_normaliser(logits)
-        return torch.stack([ids.double(), logprobs.double()], dim=2)
+        pairs = torch.stack([ids.double(), (values - log_normaliser(logits)).double()], dim=2)
+        missing = torch.tensor([0.0, -math.inf], dtype=torch.float64, device=logits.device)
+        return torch.cat([pairs, missing.expand(len(pairs), count - pairs.shape[1], 2)], dim=1)
 
     def certainty(self, logits: torch.Tensor, kind: Certainty) -> torch.Tensor:
         """[N, V] -> [N], how sure the model is there, forbidden tokens apart."""

@@ -11,10 +11,15 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dlm.atomic import replacing
+from dlm.errors import CheckpointError, DLMError, first_line
 from dlm.json_files import damaged, read_object
 
 MARKER = "complete.json"
@@ -71,17 +76,40 @@ def last_checkpoint(run: str | Path) -> Path | None:
 def keep_last(run: str | Path, count: int, best: str | None = None) -> None:
     """Delete all but the newest `count` whole checkpoints; `best` and anything newer always stay."""
     for old in complete_checkpoints(run)[: -max(1, count)]:
-        if best is None or old.name != Path(best).name:
+        if not old.is_symlink() and (best is None or old.name != Path(best).name):
             (old / MARKER).unlink()
             shutil.rmtree(old)
 
 
 def discard_incomplete(run: str | Path) -> list[str]:
     """Delete the half-written checkpoints that a kill left behind; returns their names."""
-    broken = [p for p in Path(run).glob("checkpoint-*") if _NAME.match(p.name) and not is_complete(p)]
+    named = [path for path in Path(run).glob("checkpoint-*") if _NAME.match(path.name)]
+    broken = [path for path in named if path.is_symlink() or path.is_dir()]
+    broken = [path for path in broken if not is_complete(path)]
     for path in broken:
-        shutil.rmtree(path)
+        if path.is_symlink():
+            path.unlink()  # what it points to is not ours
+        else:
+            shutil.rmtree(path)
     return sorted(path.name for path in broken)
+
+
+@contextmanager
+def reading(checkpoint: str | Path | None) -> Iterator[None]:
+    """A block that reads files of a checkpoint; whatever is wrong with them is one error.
+
+    Raises:
+        CheckpointError: naming the checkpoint, and what to do.
+    """
+    try:
+        yield
+    except (DLMError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if checkpoint is None:
+            raise
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{checkpoint}: damaged ({problem}); {DROP_CHECKPOINT}") from error
 
 
 def log_state(checkpoint: str | Path) -> dict[str, Any]:
@@ -97,6 +125,7 @@ def log_state(checkpoint: str | Path) -> dict[str, Any]:
     try:
         return {
             "loss_sum": float(log["loss_sum"]),
+            "loss_total": None if log.get("loss_total") is None else float(log["loss_total"]),
             "since_step": int(log["since_step"]),
             "watched": {str(name): float(value) for name, value in log.get("watched", {}).items()},
             "watched_since": int(log.get("watched_since", log["since_step"])),

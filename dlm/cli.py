@@ -122,6 +122,9 @@ def prepare_streams() -> None:
     A character that the encoding of stdout lacks becomes "?" (JSON has it as an escape, see `json_line`), and
     a stderr that is no terminal gets no progress bars, of this program or of the libraries that it uses.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started the program
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

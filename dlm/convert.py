@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from dlm.adapter_files import is_adapter
+from dlm.atomic import filling
 from dlm.checkpoint import check_checkpoint
 from dlm.checkpoint_checks import no_weights
 from dlm.errors import CheckpointError, ConfigError, first_line
@@ -53,11 +54,12 @@ def convert(source: str | Path, target: str | Path) -> Path:
     needed = disk(stored_bytes(folder) or 0, target)
     if needed.needed > needed.free:
         raise ConfigError(f"{target}: no room ({needed})")
-    if family is not None:
-        write_ours(folder, target, config, tokenizer, family)
-    else:
-        write_public(folder, target, config, tokenizer)
-    carry_notice(folder, target)
+    with filling(target):
+        if family is not None:
+            write_ours(folder, target, config, tokenizer, family)
+        else:
+            write_public(folder, target, config, tokenizer)
+        carry_notice(folder, target)
     return target
 
 

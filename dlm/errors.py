@@ -36,7 +36,7 @@ def unknown_name(kind: str, name: str, choices: Iterable[str]) -> ConfigError:
 MOST_WHOLE = 2**31 - 1
 """Greatest whole number that an option can have."""
 
-MOST_NUMBER = 1e30
+MOST_NUMBER = 1e18
 """Greatest number that is added to logits or multiplies them; float32 holds what comes out."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,15 +13,19 @@ from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from dlm.adapter_files import BASE, is_adapter, saved_by_peft
+from dlm.adapter_files import BASE, base_of, is_adapter, saved_by_peft
+from dlm.atomic import filling
 from dlm.checkpoint import DTYPES, load_model
 from dlm.errors import CheckpointError, ConfigError, first_line
 from dlm.formats import DiffusionFormat
 from dlm.lock import check_writable
+from dlm.model_names import NAMES
 from dlm.modes import share
 from dlm.origin import carry_notice
 from dlm.pretrained.names import located
 from dlm.prior import COUNTS_FILE
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -59,15 +64,16 @@ def export(
     alone = merge or not is_adapter(source) or saved_by_peft(source)
     if base and alone:
         raise ConfigError(f"base is for adapters, and {source} is to be written as a model that stands alone")
-    if alone:
-        model, tokenizer = load_model(source, "cpu", dtype)
-        _cleaned(model.config, generation)
-        DiffusionFormat().write(model, tokenizer, target)
-    else:
-        _export_adapter(source, target, DTYPES[dtype], base, generation)
-    if (source / COUNTS_FILE).is_file():
-        shutil.copyfile(source / COUNTS_FILE, target / COUNTS_FILE)
-    carry_notice(source, target)
+    with filling(target):
+        if alone:
+            model, tokenizer = load_model(source, "cpu", dtype)
+            _cleaned(model.config, generation)
+            DiffusionFormat().write(model, tokenizer, target)
+        else:
+            _export_adapter(source, target, DTYPES[dtype], base, generation)
+        if (source / COUNTS_FILE).is_file():
+            shutil.copyfile(source / COUNTS_FILE, target / COUNTS_FILE)
+        carry_notice(source, target)
     return target
 
 
@@ -88,6 +94,10 @@ def _export_adapter(
     target.mkdir(parents=True, exist_ok=True)
     save_file({name: w.to(dtype) for name, w in weights.items()}, target / WEIGHTS, {"format": "pt"})
     share(target)
+    if not base and Path(base_of(source)).exists() and base_of(source) not in NAMES:
+        logger.warning(
+            "the adapter names its base by a folder of this machine, %s: give base, or merge", base_of(source)
+        )
     settings.base_model_name_or_path = base or settings.base_model_name_or_path
     if isinstance(settings.target_modules, set):
         settings.target_modules = sorted(settings.target_modules)  # so that equal exports are equal files

@@ -116,7 +116,12 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         )
         self.mask_shift: nn.Module | None = None
         """[B, L] bool -> [B, L, D]: added to the embeddings of masks, while an adapter is trained."""
+        self._ignore_tied_head()
         self.post_init()
+
+    def _ignore_tied_head(self) -> None:
+        """Leave a tied head out of what is saved: it is the embedding."""
+        self._keys_to_ignore_on_save = ["lm_head.weight"] if self.config.tie_word_embeddings else None
 
     @property
     def spec(self) -> ModelSpec:
@@ -159,8 +164,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         """
         if is_quantized(self):
             raise ConfigError("weights in 8 or 4 bits are not written: load the model in float32 or bfloat16")
-        # A tied head is the embedding, which is saved once; an adapter may have untied it since.
-        self._keys_to_ignore_on_save = ["lm_head.weight"] if self.config.tie_word_embeddings else None
+        self._ignore_tied_head()  # an adapter may have untied it
         super().save_pretrained(save_directory, *args, **kwargs)
         if Path(save_directory).is_dir():  # processes of a group that do not write may be here first
             share(save_directory)

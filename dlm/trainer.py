@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from dlm.checkpointing import LOG_STATE, keep_last, log_state, mark_complete
+from dlm.checkpointing import LOG_STATE, keep_last, log_state, mark_complete, reading
 from dlm.data.windows import EpochSampler, TensorBatch, WindowCollator
 from dlm.ema import EMA
 from dlm.errors import ConfigError
@@ -325,6 +325,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             log = {
                 "loss_sum": float(pending),
+                "loss_total": self._total_loss_scalar,
                 "since_step": self._globalstep_last_logged,
                 "watched": watched,
                 "watched_since": self._watched_since,
@@ -345,9 +346,10 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.ema:
-            self.ema.load(resume_from_checkpoint)
+        with reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.ema:
+                self.ema.load(resume_from_checkpoint)
         self._resumed_log = log_state(resume_from_checkpoint)
         parts = self.args.gradient_accumulation_steps * max(1, self.args.world_size)
         if self._resumed_log.get("parts") not in (None, parts):
@@ -355,6 +357,14 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
                 f"{resume_from_checkpoint}: a step of this run has {self._resumed_log['parts']} "
                 f"micro-batches, not {parts}; go on with as many processes as it began with"
             )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Take the weights (and the average) of a checkpoint, without training on."""
@@ -364,6 +374,9 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         """Go on with the mean loss that was being collected when the checkpoint was written."""
         if self._resumed_log:
             self._tr_loss += self._resumed_log["loss_sum"]
+            if self._resumed_log["loss_total"] is not None:  # the mean of the whole run, at its end
+                self._total_loss_scalar += self._resumed_log["loss_total"]
+                self._initial_global_step = 0
             self._globalstep_last_logged = self._resumed_log["since_step"]
             share = 1 / self.accelerator.num_processes  # the stored sums are those of all processes
             self._watched = {

@@ -165,19 +165,21 @@ class DLM(LM):  # type: ignore[misc]
             place = "max_gen_toks, or window and steps among the model_args, decide"
         logger.warning("the task's %s is not followed: %s", name, place)
 
-    def _fitting(self, context: str) -> str | list[Message]:
-        """The prompt, cut from the left where a window or the model would have no room for an answer."""
-        room = self.window or (self.sampler.window if self.steps else self.sampler.spec.positions)
-        room = room * 3 // 4
+    def _fitting(self, context: str, room: int | None = None) -> str | list[Message]:
+        """The prompt, cut from the left to `room` tokens; by default ¾ of the window or the model."""
+        if room is None:
+            positions = self.sampler.window if self.steps else self.sampler.spec.positions
+            room = (self.window or positions) * 3 // 4
         talk = list(self._talks.get(context, ()))
         while len(talk) > 2 and len(self.maker.prompt(talk)) > room:
             first = 1 if talk[0]["role"] == "system" and len(talk) > 3 else 0
             del talk[first : first + 2]  # an example: a question and its answer
-        if talk:
-            return talk
-        ids = self.maker.text(context)
-        excess = len(self.maker.prompt(context)) - room
-        return context if excess <= 0 else str(self.tokenizer.decode(ids[excess:]))
+        excess = len(self.maker.prompt(talk or context)) - room
+        if excess <= 0:
+            return talk or context
+        question = str(talk[-1]["content"]) if talk else context
+        question = str(self.tokenizer.decode(self.maker.text(question)[excess:]))
+        return [*talk[:-1], {**talk[-1], "content": question}] if talk else question
 
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
@@ -220,7 +222,6 @@ class DLM(LM):  # type: ignore[misc]
 
     def _paths(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         """Nats of each answer along the path of the decoder, on a canvas of its length."""
-        from decoding.presets import Decoder
         from eval.path import path_costs
 
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))
@@ -228,8 +229,8 @@ class DLM(LM):  # type: ignore[misc]
         for size, group in itertools.groupby(order, lambda i: len(rows[i][1])):
             if not size:
                 continue
-            indices, decoder = list(group), self.variant.request().decoder
-            rate = 1.0 if not isinstance(decoder, Decoder) or decoder.reveal.paced else None
+            indices, decoder = list(group), self.variant.request().decoder_for(self.sampler.spec)
+            rate = 1.0 if decoder.reveal.paced else None
             plan = self.sampler.plan(decoder=decoder, max_tokens=size, rate=rate)
             subset = [rows[i] for i in indices]
             costs = path_costs(self.model, subset, plan, seed=self.seed, batch_size=self.rows)
@@ -245,9 +246,10 @@ class DLM(LM):  # type: ignore[misc]
         to the continuation.
         """
         if context and template_name(self.tokenizer) != "plain":
-            before = self.maker.prompt(self._fitting(context))
             after = self.maker.text(continuation.removeprefix(" ") or continuation)
-            return before, after[: self.sampler.spec.positions - len(before)]
+            positions = self.sampler.spec.positions
+            before = self.maker.prompt(self._fitting(context, max(positions - len(after), positions // 4)))
+            return before, self._scored_part(after, positions - len(before))
         space = len(context) - len(context.rstrip())
         context, continuation = (
             context[: len(context) - space],
@@ -258,7 +260,24 @@ class DLM(LM):  # type: ignore[misc]
         cut = joined[len(before) :] if context and joined[: len(before)] == before else None
         after = cut or self.maker.text(continuation)
         room = self.sampler.spec.positions - len(after)
-        return before[-room:] if room > 0 else [], after[: self.sampler.spec.positions]
+        return before[-room:] if room > 0 else [], self._scored_part(after, self.sampler.spec.positions)
+
+    def _scored_part(self, answer: list[int], room: int) -> list[int]:
+        """The part of an answer for which the model has room; said once, where that is not all of it.
+
+        Raises:
+            ConfigError: when there is no room at all.
+        """
+        if len(answer) > room:
+            if room < 1:
+                raise ConfigError(
+                    f"a conversation is longer than the model's {self.sampler.spec.positions} positions, and "
+                    "cannot be cut: give fewer examples (num_fewshot)"
+                )
+            if "continuation" not in self._warned:
+                self._warned.add("continuation")
+                logger.warning("a continuation of %d tokens is scored by its first %d", len(answer), room)
+        return answer[:room]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """A bound on log p of whole texts; those longer than the model's positions, in pieces."""

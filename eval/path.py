@@ -118,14 +118,27 @@ class _TrueBatch(Batch):
         super().__init__(model, canvas, plan)
         self.truth = truth
 
+    def _logits(
+        self,
+        row: torch.Tensor,
+        position: torch.Tensor,
+        states: torch.Tensor,
+        *unconditional_states: torch.Tensor,
+    ) -> torch.Tensor:
+        """[N, V] for the decoder's choice of positions; those of the model alone are kept for the tokens."""
+        logits = super()._logits(row, position, states, *unconditional_states)
+        changed = bool(unconditional_states or self.tokens.logit_bias or self.penalises)
+        self._plain = self.model.logits(states) if changed else logits
+        return logits
+
     def _columns(
         self, logits: torch.Tensor, row: torch.Tensor, position: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
         """The decoder's own score; the true token or, where there is none, one drawn; its probability."""
         columns = super()._columns(logits, row, position, noise)
         truth, noise = (sent(x, logits.device) for x in (self.truth[row, position], noise))
-        token = TokenRule().choose(logits, noise).token
-        probability = logits.float().log_softmax(1).gather(1, truth.clamp(min=0)[:, None])[:, 0].exp()
+        token = TokenRule().choose(self._plain, noise).token
+        probability = self._plain.float().log_softmax(1).gather(1, truth.clamp(min=0)[:, None])[:, 0].exp()
         columns[:, 0] = torch.where(truth == _NO_TRUTH, token, truth).double()
         columns[:, 1] = torch.where(truth == _NO_TRUTH, 1.0, probability).double()
         return columns

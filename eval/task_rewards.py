@@ -45,7 +45,7 @@ def task_reward(name: str, task: str) -> TaskReward:
     if name == "relevance":
         return _relevance()
     reward = reward_named(name)
-    return lambda question, answer: values(reward, [question.opening], [answer])[0]
+    return lambda question, answer: values(reward, [question.opening], [answer], nan=True)[0]
 
 
 def _relevance() -> TaskReward:

@@ -51,10 +51,9 @@ class Variant:
 
     def request(self, **common: Any) -> Request:
         """The request for the sampler, with further fields."""
-        from decoding.presets import Decoder
-
-        decoder = Decoder.named(self.decoder, **self.options) if self.decoder else None
-        return Request(decoder=decoder, **self.pace, **common)
+        request = Request(decoder=self.decoder or None, options=self.options or None, **self.pace, **common)
+        request.check_decoder()
+        return request
 
 
 def _labels(settings: dict[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 
 from dlm.adapter import merged
 from dlm.checkpoint import computes_bfloat16
+from dlm.checkpointing import reading
 from dlm.curves import CurveCallback, Draw, draw_curve
 from dlm.data.config import DataConfig
 from dlm.data.encode import EncodingReport, encode_rows
@@ -157,7 +158,8 @@ def _execute(stage: Stage[Any], run: RunFolder) -> Path:
     if run.finished:  # by another process, meanwhile
         return run.path
     rows, held_out = split_rows(config.data, config.seed, stage.load)
-    model, tokenizer = stage.first(rows, run.resume_from)
+    with reading(run.resume_from):
+        model, tokenizer = stage.first(rows, run.resume_from)
     train_set, report = stage.encode(rows, tokenizer, config.data.window)
     eval_set = validation_set(config, held_out, tokenizer, stage.encode)
     logger.info("training rows: %s", report)

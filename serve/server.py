@@ -85,7 +85,7 @@ def make_backend(config: ServeConfig) -> tuple[Backend, ASGIApp]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server; the first signal drains, the second stops at once.
+    """uvicorn's server; the first signal drains, the second ends what runs, the third stops at once.
 
     Args:
         config: uvicorn's.
@@ -97,13 +97,17 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.worker, self.grace = worker, grace
         self._drain: asyncio.Task[None] | None = None
+        self._hurried = False
         self.failure: BaseException | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; at a second signal, stop."""
+        """Begin to drain; at a second signal tell all requests that it is over, at a third stop."""
         del frame
-        if self.worker.draining or not self.worker.ready:
+        if self._hurried or not self.worker.ready:
             self.should_exit = self.force_exit = True
+            return
+        if self._drain is not None:
+            self._hurried = True
             return
         logger.info("%s: finishing what runs, %g seconds at most", signal.Signals(sig).name, self.grace)
         self.worker.drain()
@@ -112,7 +116,7 @@ class Server(uvicorn.Server):
 
     async def _wait_for_idle(self) -> None:
         deadline = time.monotonic() + self.grace
-        while time.monotonic() < deadline and not self.worker.idle:
+        while time.monotonic() < deadline and not self._hurried and not self.worker.idle:
             await asyncio.sleep(0.02)
         self.worker.stop(timeout=0)
         await asyncio.sleep(0.1)  # let the last lines go out

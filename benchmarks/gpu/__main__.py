@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -75,6 +77,8 @@ def timed(words: list[str], minutes: float) -> dict[str, float]:
         if name not in STAGES:
             raise ValueError(f"no stage {name!r}; stages: {', '.join(STAGES)}")
         chosen[name] = float(own or minutes)
+        if not 0 < chosen[name] < math.inf:
+            raise ValueError(f"a stage has some minutes, got {word!r}")
     return chosen
 
 
@@ -126,6 +130,10 @@ def main(words: list[str] | None = None) -> int:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; before anything loads triton
     try:
         stages = timed(options.stage, options.minutes)
+        if unset := [pair for pair in options.set if "=" not in pair]:
+            raise ValueError(f"--set takes NAME=VALUE, got {unset[0]!r}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", options.device):
+            raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {options.device!r}")
         if options.device.startswith("cuda") and not cuda:
             raise ValueError("PyTorch sees no CUDA device on this machine")
         if not (cuda or options.tiny or options.device == "cpu"):

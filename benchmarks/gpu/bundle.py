@@ -109,11 +109,16 @@ def canonical(name: str) -> str:
 
 
 def installed(have: Path | None) -> set[str]:
-    """The packages that the machine has; names separated by anything, versions passed over."""
+    """The packages that the machine has: names, versions passed over, or the lines of `pip freeze`."""
     if have is None:
         return set()
-    text = re.sub(r"[=<>~!]=?[^\s,;]+", " ", have.read_text(encoding="utf-8"))
-    return {canonical(word) for word in re.findall(r"[A-Za-z0-9][\w.-]*", text)}
+    names = set()
+    for line in have.read_text(encoding="utf-8").splitlines():
+        line = re.sub(r"^-e\s.*#egg=", "", line.strip())
+        line = re.split(r"\s#|^#|\s@\s|;", line)[0]
+        line = re.sub(r"[=<>~!]=?[^\s,]+", " ", line)
+        names |= {canonical(word) for word in re.findall(r"[A-Za-z0-9][\w.-]*", line)}
+    return names
 
 
 def wanted(have: Path | None) -> list[Requirement]:

@@ -13,43 +13,53 @@ mkdir -p "$home/pieces" "$home/cache"
 find "$here" -maxdepth 1 -type f -exec cp -f {} "$home/pieces/" \;
 cd "$home/pieces"
 
-whole() {  # whether all pieces of $1 are here, by pieces.json
-  "$python" - "$1" <<'PY'
-import json, pathlib, sys
-sums = json.loads(pathlib.Path("pieces.json").read_text())
-own = sums.get(sys.argv[1])
-sys.exit(own is None or not all(pathlib.Path(f"{sys.argv[1]}.{i:02d}").is_file() for i in range(own["pieces"])))
+assemble() {  # joins the pieces of $1 into $2; fails where some are missing, damaged or of an older delivery
+  "$python" - "$1" "$2" <<'PY'
+import hashlib, json, pathlib, sys
+name, target = sys.argv[1:]
+own = json.loads(pathlib.Path("pieces.json").read_text()).get(name)
+pieces = [pathlib.Path(f"{name}.{i:02d}") for i in range(own["pieces"] if own else 0)]
+if own is None or not all(piece.is_file() for piece in pieces):
+    sys.exit(1)
+data = b"".join(piece.read_bytes() for piece in pieces)
+if hashlib.sha256(data).hexdigest() != own["sha256"]:
+    print(f"run.sh: the pieces of {name} are damaged, or not all of one delivery", file=sys.stderr)
+    sys.exit(1)
+pathlib.Path(target).write_bytes(data)
 PY
 }
+digest() { "$python" -c 'import json, sys; print(json.load(open("pieces.json")).get(sys.argv[1], {}).get("sha256"))' "$1"; }
+is_new() { [ "$(digest "$1")" != "$(cat "$home/$1.sha256" 2>/dev/null)" ]; }
 
 # A later delivery may bring another repository: pieces.json tells.
-digest=$("$python" -c 'import json; print(json.load(open("pieces.json"))["repository.tar.gz"]["sha256"])')
-if [ "$digest" != "$(cat "$home/repository.sha256" 2>/dev/null)" ] && whole repository.tar.gz; then
+if is_new repository.tar.gz && assemble repository.tar.gz "$home/repository.tar.gz"; then
   rm -rf "$home/repository.part" "$home/repository"
   mkdir -p "$home/repository.part"
-  cat repository.tar.gz.* | tar -xz -C "$home/repository.part"
+  tar -xzf "$home/repository.tar.gz" -C "$home/repository.part"
   mv "$home/repository.part" "$home/repository"
-  echo "$digest" > "$home/repository.sha256"
+  rm -f "$home/repository.tar.gz" "$home/adapters.tar.sha256"
+  digest repository.tar.gz > "$home/repository.tar.gz.sha256"
 fi
 [ -d "$home/repository" ] || { echo "run.sh: the repository's pieces have not arrived" >&2; exit 1; }
-cd "$home/repository"
-join() { "$python" -m benchmarks.gpu.pieces "$home/pieces" "$1" --output "$2"; }
-
-cd "$home/pieces"
-if [ ! -d "$home/site" ] && whole wheels.tar; then
-  (cd "$home/repository" && join wheels.tar "$home/wheels")
+if is_new wheels.tar && assemble wheels.tar "$home/wheels.tar"; then
+  rm -rf "$home/wheels" "$home/site"
+  mkdir -p "$home/wheels"
+  tar -xf "$home/wheels.tar" -C "$home/wheels"
+  rm -f "$home/wheels.tar"
   install() { "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$home/site" "$@"; }
   install "$home"/wheels/*.whl || for wheel in "$home"/wheels/*.whl; do
     install "$wheel" || echo "run.sh: done without $(basename "$wheel")" >&2
   done
+  digest wheels.tar > "$home/wheels.tar.sha256"
 fi
-if whole adapters.tar; then
-  (cd "$home/repository" && join adapters.tar "$home/repository")
+if is_new adapters.tar && assemble adapters.tar "$home/adapters.tar"; then
+  tar -xf "$home/adapters.tar" -C "$home/repository"
+  rm -f "$home/adapters.tar"
+  digest adapters.tar > "$home/adapters.tar.sha256"
 fi
 export PYTHONPATH="$home/repository${PYTHONPATH:+:$PYTHONPATH}:$home/site"
 export DLM_CACHE="$home/cache" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
-if [ ! -d "$home/cache/smollm2-135m-instruct" ] && whole base.gguf; then
-  cat base.gguf.* > "$home/base.gguf"
+if [ ! -d "$home/cache/smollm2-135m-instruct" ] && assemble base.gguf "$home/base.gguf"; then
   (cd "$home/repository" && "$python" -m dlm.pretrained.base "$home/base.gguf")
   rm -f "$home/base.gguf"
 fi

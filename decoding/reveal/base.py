@@ -120,6 +120,8 @@ class RevealRule:
     """True for rules under which a written token can become a mask or another token."""
     verifies: ClassVar[bool] = False
     """True for rules that look at `StepView.leave_one_out`."""
+    score_width: ClassVar[int] = 1
+    """Numbers C of a position's score; with more than one, `score` returns [N, C]."""
     dependence: Dependence | None = None
     """Says which positions are in conflict, for a rule that looks at `StepView.conflicts`."""
 
@@ -166,7 +168,7 @@ class RevealRule:
             tokens: the token rule; its `allowed` shuts forbidden tokens.
 
         Returns:
-            [N], or [N, C] for C numbers a position, the first of them what `precedence` goes by.
+            [N], or [N, C] where `score_width` is C, the first of them what `precedence` goes by.
         """
         del logits, state, tokens
         return choice.probability
@@ -222,6 +224,11 @@ class Around(RevealRule):
     def verifies(self) -> bool:  # type: ignore[override]
         """See `RevealRule`."""
         return self.inner.verifies
+
+    @property
+    def score_width(self) -> int:  # type: ignore[override]
+        """See `RevealRule`."""
+        return self.inner.score_width
 
     @property
     def dependence(self) -> Dependence | None:  # type: ignore[override]

@@ -36,6 +36,7 @@ class Stability(RevealRule):
     history: int = 2
     paced: ClassVar[bool] = False
     random: ClassVar[bool] = False
+    score_width: ClassVar[int] = 2 + 2 * TRACKED
 
     def __post_init__(self) -> None:
         """Check the ranges."""

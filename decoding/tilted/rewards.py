@@ -164,11 +164,13 @@ def _imported(spec: str) -> Reward:
     return reward  # type: ignore[no-any-return]
 
 
-def values(reward: Reward, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
-    """What a reward gives to texts.
+def values(
+    reward: Reward, prompts: Sequence[Any], completions: Sequence[str], *, nan: bool = False
+) -> list[float]:
+    """Rewards of texts; with `nan`, texts without one are allowed.
 
     Raises:
-        DLMError: when it raises an error, or does not give one finite number for each.
+        DLMError: when the reward raises an error, or does not give one finite number for each.
     """
     try:
         found = [float(value) for value in reward(prompts=prompts, completions=completions)]
@@ -181,6 +183,6 @@ def values(reward: Reward, prompts: Sequence[Any], completions: Sequence[str]) -
             f"the reward must give a number for each of {len(completions)} texts, gave {len(found)}"
         )
     for value, text in zip(found, completions, strict=True):
-        if not math.isfinite(value):
+        if not math.isfinite(value) and not (nan and math.isnan(value)):
             raise DLMError(f"the reward must be a finite number, got {value} for {text[:80]!r}")
     return found

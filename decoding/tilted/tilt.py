@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from decoding.request import is_whole
 from decoding.tilted.rewards import Reward, reward_named, values
-from dlm.errors import ConfigError, unknown_name
+from dlm.errors import MOST_NUMBER, ConfigError, DLMError, unknown_name
 
 if TYPE_CHECKING:
     from decoding.request import Plan
@@ -95,7 +95,11 @@ class Tilt:
     def rewards(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
         """Rewards of texts, see `decoding.tilted.rewards.values`."""
         assert not isinstance(self.reward, str)
-        return values(self.reward, prompts, completions)
+        found = values(self.reward, prompts, completions)
+        for value in found:
+            if abs(value) > MOST_NUMBER * self.beta:
+                raise DLMError(f"the reward {value} over beta {self.beta} is no weight; give a larger beta")
+        return found
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan whose rows cannot be steered.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from dlm.cli import Command
 from dlm.errors import ConfigError
@@ -39,26 +39,25 @@ class EncodeConfig:
 
 def run(config: EncodeConfig) -> int:
     """Encode the rows as a run with this model and window would, write them, and say what was left out."""
+    from dlm.checkpoint import load_tokenizer
     from dlm.data.encode import encode_rows
     from dlm.data.encoded import ENCODED_SUFFIX, EncodedRows
     from dlm.data.rows import load_rows
+    from dlm.data.rules import rule_rows
+    from dlm.lock import check_writable
 
     if not config.output.endswith(ENCODED_SUFFIX):
         raise ConfigError(f"output must end in {ENCODED_SUFFIX}, got {config.output!r}")
-    tokenizer = _tokenizer(config)
-    rows = load_rows(config.source)
+    if Path(config.output).is_dir():
+        raise ConfigError(f"{config.output} is a folder; give the name of a file")
+    check_writable(Path(config.output).parent)
+    tokenizer = load_tokenizer(config.model, config.template or "")
+    rows = rule_rows(20_000) if config.source == "rules" else load_rows(config.source)
     rows = rows.select(range(min(config.limit, len(rows)))) if config.limit else rows
     encoded, report = encode_rows(rows, tokenizer, config.window)
     EncodedRows.of(encoded, tokenizer, config.window).save(config.output)
     print(f"{config.output}: {report}")
     return 0
-
-
-def _tokenizer(config: EncodeConfig) -> Any:
-    """The tokenizer that a run from this model has."""
-    from dlm.checkpoint import load_tokenizer
-
-    return load_tokenizer(config.model, config.template or "")
 
 
 COMMAND = Command("write rows as token ids, for machines without a network", EncodeConfig, run)

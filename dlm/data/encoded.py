@@ -9,16 +9,19 @@ window have to be those that it was made with, which is checked.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
+from dlm.atomic import replacing
 from dlm.errors import DataError
 from dlm.tokenizer import encode_prompt
 
@@ -76,10 +79,11 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
     def save(self, file: str | Path) -> None:
         """Write the rows, compressed."""
         facts = json.dumps({"window": self.window, "probe": self.probe}).encode()
-        np.savez_compressed(
-            file, ids=self.ids, facts=np.frombuffer(facts, np.uint8),
-            lengths=self.lengths.astype(np.uint32), prompt_lengths=self.prompt_lengths.astype(np.uint32),
-        )  # fmt: skip
+        with replacing(file) as part, part.open("wb") as stream:
+            np.savez_compressed(
+                stream, ids=self.ids, facts=np.frombuffer(facts, np.uint8),
+                lengths=self.lengths.astype(np.uint32), prompt_lengths=self.prompt_lengths.astype(np.uint32),
+            )  # fmt: skip
 
     @classmethod
     def load(cls, file: str | Path) -> EncodedRows:
@@ -95,7 +99,9 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
                 starts = stored["prompt_lengths"].astype(np.int64)
                 ids, probe = stored["ids"], tuple(facts["probe"])
                 return cls(ids, lengths.cumsum(), lengths, starts, facts["window"], probe)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (
+            OSError, EOFError, BadZipFile, zlib.error, ValueError, KeyError, TypeError, RecursionError
+        ) as error:  # fmt: skip
             raise DataError(f"{file}: not a file of encoded rows ({error})") from error
 
     def __len__(self) -> int:

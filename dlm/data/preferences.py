@@ -105,7 +105,9 @@ def _answered(row: Row, key: str, where: str) -> tuple[Messages, str]:
     turns = dialogue(row[key], f"{where}: '{key}'")
     if turns[-1]["role"] != "assistant":
         raise OddRowError(f"{where}: the last turn of '{key}' must be the assistant's")
-    before = turns[:-1] or _prompt(row, key, where)
+    before = turns[:-1]
+    if turns[0]["role"] == "assistant":  # the turns go on where the prompt ends
+        before = _prompt(row, key, where) + before
     return before, turns[-1]["content"]
 
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -83,7 +84,7 @@ def _read_array(path: Path) -> Iterator[Any]:
     try:
         with _opened(path) as file:
             data = file.read()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     text = decoded(data, str(path))
     if not text.strip():
@@ -102,7 +103,7 @@ def _read_lines(path: Path) -> Iterator[Any]:
                 text = decoded(line, where)
                 if text.strip():
                     yield parsed(text, where)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: cannot be read ({error})") from error

@@ -116,9 +116,11 @@ def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
         plans = [sampler.plan(variant.request()) for variant in choices]
         room, tokens = min(plan.positions for plan in plans), min(plan.tokens for plan in plans)
         rows = held_out(config.data, config.last, config.limit, sampler.tokenizer, room, tokens)
-        told = hashlib.sha256(json.dumps([rows, config.dtype]).encode()).hexdigest()[:16]
-        mark = f"{fingerprint(path)} {told}"  # costs under another one are measured again
+        model = fingerprint(path)
         for variant, plan in zip(choices, plans, strict=True):
+            facts = json.dumps([rows, config.dtype, variant.recorded], default=str)
+            digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
+            mark = f"{model} {digest}"  # costs under another one are measured again
             line, words = variant.split(plan.decoder.name)
             run = folder.runs.get((path, line, words))
             if run is None or (run.fingerprint, len(run.costs)) != (mark, len(rows)):

@@ -63,6 +63,8 @@ class Body(BaseModel):
 
 def _has_half_character(value: Any) -> bool:
     """True for texts that no encoding can write, which JSON may hold."""
+    if isinstance(value, dict):
+        return any(map(_has_half_character, (*value, *value.values())))
     if isinstance(value, list):
         return any(map(_has_half_character, value))
     return isinstance(value, str) and whole_characters(value) is not value

@@ -256,6 +256,27 @@ def test_long_contexts_are_cut_from_the_left(checkpoint):
     assert small._fitting(long).endswith("1 to 3.")
 
 
+def test_conversations_are_cut_until_the_whole_continuation_is_scored(checkpoint, caplog):
+    model = DLM(str(checkpoint), draws=2, device="cpu", dtype="float32")
+    positions, answer = model.sampler.spec.positions, model.maker.text("1 2 3 4 5 6 7")
+    for turns in (positions // 4, positions):
+        talk = [
+            {"role": "user", "content": "Count to 2."}, {"role": "assistant", "content": "1 2"},
+            {"role": "user", "content": " ".join(["Count"] * turns) + " to 7."},
+        ]  # fmt: skip
+        before, after = model._encoded(model.apply_chat_template(talk), " 1 2 3 4 5 6 7")
+        assert after == answer
+        assert len(before) + len(after) <= positions
+        assert model.tokenizer.decode(before).count("to 7.") == 1, "what is cut is the beginning"
+    assert not caplog.records
+    long = " ".join(["1"] * positions)
+    before, after = model._encoded("Count.", long)
+    assert 0 < len(after) < len(model.maker.text(long))
+    assert "is scored by its first" in caplog.text
+    with pytest.raises(ConfigError, match="cannot be cut"):
+        model._scored_part(answer, 0)
+
+
 def test_choices_of_one_token_have_the_winner_of_the_exact_bound_in_every_way(checkpoint):
     from benchmarks.likelihood import WAYS, choices, winners
 

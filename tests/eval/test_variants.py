@@ -1,7 +1,9 @@
 import pytest
 
-from decoding.request import Reuse
+from decoding.pace import Steps
+from decoding.request import Request, Reuse
 from dlm.errors import ConfigError, DataError
+from dlm.spec import ModelSpec
 from eval.commands.frontier import FrontierConfig
 from eval.commands.orders import LearnConfig
 from eval.commands.path import PathConfig
@@ -36,7 +38,7 @@ def test_shares_of_the_window_and_all_combinations():
         "top-k,L=128,S=128",
     ]
     assert found[0].request().steps == 8
-    assert found[0].request().decoder.window.kernel_size == 33
+    assert found[0].request().options == {"kernel_size": 33}
 
 
 def test_sizes_are_kernels_or_blocks_and_cuts_go_where_there_are_some():
@@ -121,7 +123,9 @@ def test_options_that_are_words_and_switches(tmp_path, monkeypatch):
     assert three.label == "dprm,table=a,draws=2"
     assert one.recorded == one.options
     assert two.recorded == {"table": table.digest, "normalise": True}
-    assert two.request().decoder.reveal.table == three.request().decoder.reveal.table == table
+    spec = ModelSpec(mask_token_id=5, eos_token_id=0, positions=300)
+    for each in (two, three):
+        assert each.request().decoder_for(spec).reveal.table == table
 
 
 @pytest.mark.parametrize("size", ["window", "max_tokens"])
@@ -151,3 +155,18 @@ def test_what_is_asked_for_beside_the_pace_reaches_every_variant_and_its_label()
     assert (grown.request().canvas, grown.request().margin) == ("growing", 3)
     with pytest.raises(ConfigError, match="reuse is for --model"):
         EvalConfig(task="rules", endpoint="http://x", reuse="dual")
+
+
+def test_a_decoder_that_is_named_is_what_generate_makes_of_the_name():
+    published = {
+        "decoder": "llada", "options": {"block_size": 8}, "canvas": "full", "max_tokens": 64, "steps": 32,
+        "eos_fill": False,
+    }  # fmt: skip
+    spec = ModelSpec(mask_token_id=5, eos_token_id=0, positions=300, generation=published)
+    (own,), (named,), (other,) = (variants(text) for text in ("", "llada", "llada(block_size=16)"))
+    assert named.request().resolve(spec) == own.request().resolve(spec)
+    assert named.request().resolve(spec) == Request(decoder="llada").resolve(spec)
+    assert other.request().resolve(spec).decoder.window.size == 16
+    assert other.request().resolve(spec).pace == Steps(32)
+    with pytest.raises(ConfigError, match="kernel_sise"):
+        variants("conv(kernel_sise=9)")[0].request()

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from decoding import Decoder
+from decoding.engine import Engine
 from decoding.reveal import Editing
+from decoding.window import Block
 from dlm.errors import ConfigError
-from tests.decoding.rig import decode, plan_of, rows
-from tests.fakes import FakeDenoiser
+from tests.decoding.rig import canvas_of, decode, decode_in_fresh_engines, plan_of, rows
+from tests.fakes import FakeDenoiser, FakeTokenizer
 
 
 def slowly(model, row, tau, tau_edit, edits):
@@ -64,3 +66,27 @@ def test_without_edits_it_is_the_threshold():
 def test_out_of_range(bad, message):
     with pytest.raises(ConfigError, match=message):
         Editing(**bad)
+
+
+@pytest.mark.parametrize("length", [15, 16, 17])
+def test_in_blocks_a_text_depends_on_no_other_row_and_on_no_move(length):
+    """A row in which nothing is masked is looked at once more in its own last block."""
+    model = FakeDenoiser(eos_bias=-50.0)
+    decoder = Decoder(Block(4), Editing(tau=0.3, tau_edit=0.2, edits=3))
+    plan, changed = plan_of(decoder, fit=length), 0
+    for seed in range(12):
+        ids = rows(model, [3], length)
+        ids[0, 0] = seed
+        alone = decode(model, ids, plan, [seed])
+        moved = decode_in_fresh_engines(model, ids[0], plan, seed)
+        assert torch.equal(moved.ids, alone.ids)
+        engine = Engine(model, FakeTokenizer())
+        tickets = [engine.add(canvas_of(each, plan, [seed]), plan) for each in (ids, rows(model, [3], 30))]
+        done = {}
+        while len(engine):
+            done |= {update.ticket: update.canvas for update in engine.step() if update.finished}
+        beside = done[tickets[0]]
+        assert torch.equal(beside.ids[0, :length], alone.ids[0])
+        assert torch.equal(beside.reveal_step[0, :length], alone.reveal_step[0])
+        changed += int((alone.reveal_step.max() > 0).item())
+    assert changed

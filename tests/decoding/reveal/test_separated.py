@@ -154,6 +154,7 @@ def test_a_score_of_several_numbers_goes_by_the_first():
         """Every open position; of its two numbers the first is the confidence."""
 
         paced = False
+        score_width = 2
 
         def score(self, logits, choice, state, tokens):
             return torch.stack([choice.probability, -choice.probability], 1)

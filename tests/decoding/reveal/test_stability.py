@@ -8,8 +8,9 @@ import torch
 from decoding import Decoder
 from decoding.reveal import Stability
 from decoding.reveal.stability import TRACKED, divergence
+from decoding.window import Block
 from dlm.errors import ConfigError
-from tests.decoding.rig import decode, plan_of, rows
+from tests.decoding.rig import decode, decode_in_fresh_engines, plan_of, rows
 from tests.fakes import FakeDenoiser
 
 
@@ -96,3 +97,21 @@ def test_the_divergence_bounds_that_of_the_whole_vocabulary_from_below():
 def test_out_of_range(bad, message):
     with pytest.raises(ConfigError, match=message):
         Stability(**bad)
+
+
+def test_a_row_may_move_in_a_step_in_which_nothing_is_open():
+    """In blocks with steps, a block may be finished before its share of the steps is over."""
+    model = FakeDenoiser(eos_bias=-50.0)
+    plan = plan_of(Decoder(Block(4), Stability(tau=0.05, epsilon=50.0)), steps=15, fit=16)
+    ids = rows(model, [2], 16)
+    stays = decode(model, ids, plan, [0])
+    assert torch.equal(decode_in_fresh_engines(model, ids[0], plan, 0).ids, stays.ids)
+
+
+def test_a_score_of_another_width_than_is_said_is_refused():
+    class Wide(Stability):
+        score_width = 3
+
+    model = FakeDenoiser()
+    with pytest.raises(ConfigError, match="has 18 numbers, and its score_width is 3"):
+        decode(model, rows(model, [2], 16), plan_of(Decoder(reveal=Wide()), fit=16), [0])
