@@ -398,7 +398,9 @@ class Batch:
         if bool(bad.any()):  # these rows fail, the others go on
             broken = rows[where.nonzero()[bad, 0]]
             self.canvas.failed[broken] = self.canvas.step[broken]
-        self.scores.put(rows, where, columns.nan_to_num())
+        size = columns.shape[1] - 2 * self.plan.top_logprobs  # behind it, log-probabilities may be -inf
+        columns[:, :size] = columns[:, :size].nan_to_num()
+        self.scores.put(rows, where, columns)
 
     def _columns(
         self, logits: torch.Tensor, row: torch.Tensor, position: torch.Tensor, noise: torch.Tensor

@@ -103,11 +103,11 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; at a second signal tell all requests that it is over, at a third stop."""
         del frame
-        if self._hurried or not self.worker.ready:
-            self.should_exit = self.force_exit = True
-            return
-        if self._drain is not None:
+        if self._drain is not None and not self._hurried:
             self._hurried = True
+            return
+        if self._hurried or self.worker.draining or not self.worker.ready:
+            self.should_exit = self.force_exit = True
             return
         logger.info("%s: finishing what runs, %g seconds at most", signal.Signals(sig).name, self.grace)
         self.worker.drain()

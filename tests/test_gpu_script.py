@@ -6,18 +6,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.gpu import bundle
 from benchmarks.gpu.__main__ import STAGES, timed
+from benchmarks.gpu.__main__ import main as gpu_main
 from benchmarks.gpu.baselines import Graphed, as_causal
 from benchmarks.gpu.context import time_limit
 from benchmarks.gpu.decode import CAUSAL, first_ways, large_ways, other_ways, title
 from benchmarks.gpu.material import MINIATURE, shaped
-from benchmarks.gpu.pieces import cut, joined
+from benchmarks.gpu.pieces import cut, joined, packed
 from benchmarks.gpu.report import Report
+from benchmarks.objectives import keep, stored
 
 ROOT = Path(__file__).resolve().parents[1]
 BARE = """
@@ -144,6 +147,68 @@ def test_what_takes_too_long_is_stopped():
     with time_limit(0.1):
         pass
     time.sleep(0.2)  # nothing is stopped later
+
+
+def test_a_delivery_counts_when_it_is_whole(tmp_path):
+    """Pieces of another delivery under the same names are not taken for it."""
+    home, script = tmp_path / "home", Path(bundle.__file__).with_name("run.sh")
+
+    def deliver(name, contents, pieces=True):
+        place = tmp_path / name
+        for path, text in contents.items():
+            (tmp_path / f"{name}-repository" / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / f"{name}-repository" / path).write_text(text)
+        root = tmp_path / f"{name}-repository"
+        cut(
+            packed([path for path in root.rglob("*") if path.is_file()], root), place, "repository.tar.gz", 60
+        )
+        if not pieces:
+            for file in place.glob("*.gz.*"):
+                file.unlink()
+        (place / "run.sh").write_text(script.read_text())
+        env = {**os.environ, "DLM_HOME": str(home)}
+        line = ["bash", str(place / "run.sh")]
+        return subprocess.run(line, env=env, capture_output=True, text=True, check=False)
+
+    version = home / "repository" / "VERSION"
+    assert deliver("first", {"VERSION": "old", "more": "x" * 999}).returncode == 0
+    assert version.read_text() == "old"
+    done = deliver("second", {"VERSION": "new"}, pieces=False)
+    assert "damaged, or not all of one delivery" in done.stderr
+    assert version.read_text() == "old"
+    assert deliver("third", {"VERSION": "new"}).returncode == 0
+    assert version.read_text() == "new"
+
+
+def test_lists_of_packages_may_be_those_of_pip_freeze(tmp_path):
+    have = tmp_path / "have.txt"
+    have.write_text(
+        "flash-attn @ file:///opt/torch/transformers/flash_attn-2.whl\n# gguf is not here\n"
+        "-e git+https://x/y.git@1#egg=datasets\nnumpy==2.1 ; python_version > '3'  # platformdirs\n"
+    )
+    assert bundle.installed(have) == {"flash-attn", "datasets", "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "foo"], "--set takes NAME=VALUE, got 'foo'"),
+        (["--device", "foo"], "--device must be auto, cpu, cuda or cuda:N, got 'foo'"),
+        (["--stage", "kernels=nan"], "a stage has some minutes, got 'kernels=nan'"),
+    ],
+)
+def test_words_that_mean_nothing_are_refused(words, message, capsys):
+    assert gpu_main(["--tiny", "--device", "cpu", "--stage", "kernels", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_torn_result_of_the_objectives_is_passed_over(tmp_path):
+    objective = SimpleNamespace(name="plain")
+    keep(objective, {"nats": 3.0}, tmp_path)
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"name": "bloc')
+    keep(objective, {"relevance": 0.5}, tmp_path)
+    assert stored(tmp_path) == {"plain": {"name": "plain", "nats": 3.0, "relevance": 0.5}}
 
 
 def test_stages_have_minutes_of_their_own():

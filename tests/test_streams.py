@@ -221,3 +221,14 @@ def test_a_system_that_knows_ascii_alone_is_told_the_way_out(tmp_path):
     )
     assert done.stdout.strip() == "2"
     assert "this system's encoding is ANSI_X3.4-1968, and PYTHONUTF8=1 makes it UTF-8" in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_program_whose_streams_are_closed_runs(folder, closed):
+    words = f"generate --model '{folder}' --max-tokens 4 one"
+    line = f"exec '{sys.executable}' -m dlm.cli {words} {closed}"
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr

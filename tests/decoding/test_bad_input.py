@@ -9,6 +9,9 @@ import torch
 
 from decoding import Decoder, Sampler
 from decoding.infill import rows_with_gaps
+from decoding.reveal import Quota
+from decoding.tokens import TokenRule
+from decoding.window import Sliding
 from dlm.errors import ConfigError, DLMError
 from dlm.tokenizer import longest_token
 from tests.decoding.test_given import Letters
@@ -247,3 +250,23 @@ def test_what_cannot_be_edited_is_named(words, message):
     for length in ("x", (1,), (1, 2, 3), 1.5):
         with pytest.raises(ConfigError, match="length must be a number of tokens or two"):
             sampler().edit("a b", "a", length=length)
+
+
+@pytest.mark.parametrize("name", ["temperature", "presence_penalty", "frequency_penalty"])
+def test_numbers_that_overflow_are_refused(name):
+    for value in (10**30, 1e300):
+        with pytest.raises(ConfigError, match=f"{name} must"):
+            TokenRule(**{name: value})
+
+
+def test_more_likely_tokens_than_there_are_tokens(model, tokenizer):
+    fake = FakeDenoiser(vocab=24)
+    (out,) = Sampler(fake, FakeTokenizer()).generate(["abc"], max_tokens=4, top_logprobs=40)
+    assert out.top_logprobs
+    assert all(0 < len(pairs) < 24 for pairs in out.top_logprobs), "the mask never comes out"
+    assert all(logprob > -math.inf for pairs in out.top_logprobs for _, logprob in pairs)
+
+
+def test_a_sliding_window_and_a_quota_by_time_are_not_combined():
+    with pytest.raises(ConfigError, match="times of its own"):
+        Decoder(Sliding(3), Quota(order="margin", spread="remaining"))

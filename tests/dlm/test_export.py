@@ -175,3 +175,25 @@ def test_defaults_that_decoding_would_refuse_are_refused_at_once(words, message,
     assert main(["export", "--model", "/nowhere", "--output", str(tmp_path / "out"), *words]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_an_export_that_fails_leaves_nothing_and_can_be_repeated(trained, tmp_path, monkeypatch, merge):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("dlm.export.carry_notice", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            export(trained[1], out, merge=merge)
+    assert not out.exists()
+    out.mkdir()
+    export(trained[1], out, merge=merge)
+    load_model(out, device="cpu")
+
+
+def test_a_base_on_this_machine_is_said(trained, tmp_path, caplog):
+    export(trained[1], tmp_path / "out")
+    assert f"names its base by a folder of this machine, {trained[0]}" in caplog.text
+    caplog.clear()
+    export(trained[1], tmp_path / "named", base="someone/base")
+    export(trained[1], tmp_path / "merged", merge=True)
+    assert "folder of this machine" not in caplog.text

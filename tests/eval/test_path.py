@@ -118,3 +118,21 @@ def test_what_has_no_such_cost_is_refused():
         next(path_costs(model, [], planned(model, Decoder.named("llada", temperature=1.0), window=8)))
     with pytest.raises(ConfigError, match="5 tokens does not fit: there is room for 4"):
         next(path_costs(model, [(PROMPT, [1] * 5)], planned(model, Decoder.named("conv"), window=6, steps=2)))
+
+
+def test_tokens_cost_what_the_model_says_whatever_the_token_rule():
+    """One call for all: the order plays no part, and neither does what the rule makes of the logits."""
+    model = FakeDenoiser()
+    rules = [
+        {},
+        {"guidance": 2.0},
+        {"logit_bias": {5: 8.0}},
+        {"repetition_penalty": 2.0},
+        {"presence_penalty": 2.0},
+    ]
+    costs = []
+    for rule in rules:
+        plan = planned(model, Decoder.named("llada", **rule), window=6, steps=1)
+        costs += path_costs(model, [(PROMPT, [3, 1, 4, 1])], plan)
+    for cost in costs[1:]:
+        assert cost.nats == pytest.approx(costs[0].nats, rel=1e-6)

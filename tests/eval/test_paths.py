@@ -8,6 +8,7 @@ from dlm.errors import ConfigError, DataError
 from eval import path
 from eval.path import PathCost
 from eval.paths import PathFolder, PathRun, differences, draw, held_out, table
+from tests.decoding.rig import order_table
 
 original = path.path_costs
 
@@ -140,3 +141,16 @@ def test_other_answers_under_the_same_name_are_measured_again(checkpoint, file, 
         (run,) = json.loads((tmp_path / "o" / "paths.json").read_text())["runs"]
         costs.append(len(run["costs"][0]["nats"]))
     assert costs[1] > costs[0]
+
+
+def test_an_order_table_that_has_changed_is_measured_again(checkpoint, file, tmp_path, monkeypatch):
+    monkeypatch.setenv("DLM_HOME", str(tmp_path / "home"))
+    words = [str(checkpoint), "--data", str(file), "--limit", "2", "--window", "48", "--device", "cpu"]
+    words += ["--decoders", "dprm(table=mine)", "--steps", "12", "--output", str(tmp_path / "o")]
+    marks = []
+    for seed in (0, 0, 1):
+        order_table(seed=seed).save("mine")
+        assert main(["eval", "path", *words]) == 0
+        (run,) = json.loads((tmp_path / "o" / "paths.json").read_text())["runs"]
+        marks.append(run["fingerprint"])
+    assert marks[0] == marks[1] != marks[2]

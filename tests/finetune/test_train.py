@@ -16,7 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from dlm import load_model
-from dlm.checkpointing import MARKER, complete_checkpoints, is_complete, last_checkpoint, mark_complete
+from dlm.checkpointing import (
+    MARKER,
+    complete_checkpoints,
+    discard_incomplete,
+    is_complete,
+    last_checkpoint,
+    mark_complete,
+)
 from dlm.data.config import DataConfig
 from dlm.errors import CheckpointError, ConfigError, DataError
 from dlm.quantization import is_quantized
@@ -610,3 +617,45 @@ def test_an_adapter_on_8_and_4_bits_is_trained_much_as_on_bfloat16(tmp_path, who
     assert is_quantized(load_model(tmp_path / "rounded", device="cpu", dtype=dtype)[0])
     with pytest.raises(ConfigError, match=f"base_dtype {dtype} computes in bfloat16: give precision bf16"):
         train(replace(run("c", dtype), precision="fp32"))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json"]
+)
+@pytest.mark.parametrize("byte", [b"\0", b"\xa7"])
+def test_a_file_of_a_checkpoint_that_is_damaged_at_equal_size_is_one_line(whole, tmp_path, name, byte):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    unfinish(folder)
+    shutil.rmtree(last_checkpoint(folder))  # so that there is something left to train
+    file = last_checkpoint(folder) / name
+    file.write_bytes(byte * file.stat().st_size)
+    with pytest.raises(CheckpointError) as error:
+        train(settings(folder, eval_steps=6, keep_checkpoints=5))
+    (line,) = str(error.value).splitlines()
+    assert "damaged (" in line
+    assert line.endswith("; remove this checkpoint's folder, and the run goes on from the one before")
+
+
+def test_the_mean_loss_of_a_resumed_run_is_that_of_the_whole(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    unfinish(folder)
+    shutil.rmtree(last_checkpoint(folder))
+    train(settings(folder, eval_steps=6, keep_checkpoints=5))
+    means = [json.loads((path / "history.json").read_text())[-1]["train_loss"] for path in (whole, folder)]
+    assert means[0] == pytest.approx(means[1], rel=1e-5)
+
+
+def test_links_among_checkpoints_are_not_followed_when_something_is_deleted(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "weights").write_text("mine")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint-1").symlink_to(elsewhere)
+    (run / "checkpoint-2").symlink_to(tmp_path / "nowhere")
+    (run / "checkpoint-3").write_text("a file")
+    assert discard_incomplete(run) == ["checkpoint-1", "checkpoint-2"]
+    assert (elsewhere / "weights").read_text() == "mine"
+    assert [path.name for path in run.iterdir()] == ["checkpoint-3"]

@@ -344,6 +344,35 @@ def test_the_first_signal_drains_and_the_process_ends_with_0(folder):
     assert "Traceback" not in err
 
 
+def test_a_second_signal_tells_those_who_wait(folder):
+    process = Process("--model", str(folder), "--grace", "60")
+    body = {"prompt": "a", "max_tokens": 2000, "rate": 1, "logit_bias": {"0": -100}}
+    answers = []
+    thread = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{process.url}/v1/completions", json=body, timeout=60))
+    )
+    thread.start()
+    with (
+        httpx.Client(timeout=60) as client,
+        client.stream("POST", f"{process.url}/v1/completions", json={**body, "stream": True}) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        wait_for(lambda: " 2.0" in httpx.get(f"{process.url}/metrics").text)
+        for _ in range(2):
+            process.process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        rest = [line for line in lines if line]
+    thread.join()
+    assert rest[-1] == "data: [DONE]"
+    assert any('"draining"' in line for line in rest)
+    assert answers[0].status_code == 503
+    assert answers[0].json()["error"]["code"] == "draining"
+    status, _, err = process.end()
+    assert status == 0
+    assert "Traceback" not in err
+
+
 def test_a_second_signal_stops_at_once(folder):
     process = Process("--model", str(folder), "--grace", "60")
     body = {"prompt": "a", "max_tokens": 2000, "rate": 1, "logit_bias": {"0": -100}, "stream": True}

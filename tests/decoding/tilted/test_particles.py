@@ -373,6 +373,9 @@ def test_a_model_that_fails_and_a_reward_that_is_no_number_are_errors_with_names
     for value, message in ((math.nan, "got nan for "), (math.inf, "got inf for ")):
         with pytest.raises(DLMError, match=message):
             run(fake(), lambda prompts, completions, value=value: [value] * len(completions))
+    huge = Tilt(lambda prompts, completions: [1e300] * len(completions), 2, beta=0.1)
+    with pytest.raises(DLMError, match=r"the reward 1e\+300 over beta 0.1 is no weight; give a larger beta"):
+        list(steer(Engine(fake(), FakeTokenizer()), PLAN, huge, iter([(row, "", 0)]), 8))
     with pytest.raises(DLMError, match="the reward must give a number for each of 8 texts, gave 1"):
         run(fake(), lambda prompts, completions: [1.0])
 

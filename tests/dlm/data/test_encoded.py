@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -89,3 +90,48 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "rows.npz").write_bytes(b"no archive")
     with pytest.raises(DataError, match="not a file of encoded rows"):
         EncodedRows.load(tmp_path / "rows.npz")
+
+
+@pytest.mark.parametrize("junk", [b"", b"PK", None])
+def test_damaged_files_are_refused(both, tmp_path, junk):
+    _, rows, _ = both
+    file = tmp_path / "rows.npz"
+    rows.save(file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if junk is None else junk)
+    with pytest.raises(DataError, match="not a file of encoded rows"):
+        EncodedRows.load(file)
+
+
+def test_rows_that_cannot_be_written_leave_the_old_ones(both, tmp_path, monkeypatch):
+    _, rows, _ = both
+    file = tmp_path / "rows.npz"
+    rows.save(file)
+    before = file.read_bytes()
+
+    def full(stream, **arrays):
+        stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("numpy.savez_compressed", full)
+    with pytest.raises(OSError, match="No space left"):
+        rows.save(file)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.npz"]
+    assert file.read_bytes() == before
+
+
+def test_where_the_command_writes_is_checked_before_anything_is_read(
+    model, tokenizer, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    Path("folder.npz").mkdir()
+    Path("file").write_text("")
+    words = ["encode", "--model", "model", "--source", "rules", "--limit", "3", "--window", "64", "--output"]
+    with patch("dlm.data.encode.encode_rows", lambda *_: pytest.fail("rows were encoded")):
+        for place in ("folder.npz", "file/rows.npz"):
+            assert main([*words, place]) == 2
+    assert "is a folder" in capsys.readouterr().err
+    assert main([*words, "new/rows.npz"]) == 0
+    assert len(EncodedRows.load("new/rows.npz")) == 3

@@ -47,6 +47,14 @@ def test_pairs_in_every_shape_are_the_same_row(row):
     assert parse_preference(row, "x", 0) == PAIRED
 
 
+def test_turns_that_go_on_where_the_prompt_ends_stand_behind_it():
+    more = [*said("One."), {"role": "user", "content": "Sure?"}]
+    row = {"prompt": [USER], "chosen": [*more, *said("Two.")], "rejected": [*more, *said("No.")]}
+    parsed = parse_preference(row, "x", 0)
+    assert parsed["prompt"] == [USER, *more]
+    assert (parsed["answer"], parsed["rejected"]) == ("Two.", "No.")
+
+
 @pytest.mark.parametrize(
     ("label", "good"), [(True, True), (False, False), (1, True), (0, False), ("True", True), ("false", False)]
 )
