@@ -258,40 +258,12 @@ def _sliding(size: int | None = None) -> Axes:
     return Sliding(size), Ancestral()
 
 
-def _threshold(tau: float = 0.9, kernel_size: int | None = 0) -> Axes:
-    return _convolution_or_full(kernel_size), Threshold(tau)
-
-
 def _block_threshold(block_size: int | None = None, tau: float = 0.9) -> Axes:
     return Block(block_size, aligned=True), Threshold(tau)
 
 
 def _wino(block_size: int = 0, tau: float = 0.6) -> Axes:
     return Block(block_size) if block_size else Full(), WideIn(tau)
-
-
-def _entropy_bound(gamma: float = 0.1, kernel_size: int | None = 0) -> Axes:
-    return _convolution_or_full(kernel_size), EntropyBound(gamma)
-
-
-def _remdm(
-    eta: float = 0.04,
-    alpha_on: float = 0.9,
-    t_on: float = 0.55,
-    t_off: float = 0.05,
-    kernel_size: int | None = 0,
-) -> Axes:
-    return _convolution_or_full(kernel_size), Remask(alpha_on, t_on, t_off, eta)
-
-
-def _stability(
-    tau: float = 0.9, epsilon: float = 0.01, history: int = 2, kernel_size: int | None = 0
-) -> Axes:
-    return _convolution_or_full(kernel_size), Stability(tau, epsilon, history)
-
-
-def _editing(tau: float = 0.9, tau_edit: float = 0.9, edits: int = 1, kernel_size: int | None = 0) -> Axes:
-    return _convolution_or_full(kernel_size), Editing(tau, tau_edit, edits)
 
 
 def _dilated(block_size: int | None = None, base: int = 2) -> Axes:
@@ -318,6 +290,19 @@ def _dprm(
 def _convolution_or_full(kernel_size: int | None) -> Window:
     """A convolution, or with kernel size 0 none."""
     return Full() if kernel_size == 0 else Convolution(kernel_size)
+
+
+def under_kernel(rule: Callable[..., RevealRule]) -> Callable[..., Axes]:
+    """A builder whose options are a rule's own, and the kernel size of its window (0 for no kernel)."""
+
+    def build(kernel_size: int | None = 0, **options: Any) -> Axes:
+        return _convolution_or_full(kernel_size), rule(**options)
+
+    kernel = inspect.signature(build).parameters["kernel_size"]
+    each = [*inspect.signature(rule).parameters.values(), kernel]
+    named = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in each]
+    build.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+    return build
 
 
 _GREEDY, _TOP_20, _NUCLEUS = TokenRule(temperature=0.0), TokenRule(top_k=20), TokenRule(top_p=0.9)
@@ -350,7 +335,10 @@ PRESETS: dict[str, Preset] = {
         _TOP_20,
     ),
     "threshold": Preset(
-        "all tokens above a confidence, at least one a step", "Fast-dLLM, 2505.22618", _threshold, _GREEDY
+        "all tokens above a confidence, at least one a step",
+        "Fast-dLLM, 2505.22618",
+        under_kernel(Threshold),
+        _GREEDY,
     ),
     "block-threshold": Preset(
         "all tokens above a confidence, block after block of the row",
@@ -367,20 +355,32 @@ PRESETS: dict[str, Preset] = {
         verify_all=True,
     ),
     "entropy-bound": Preset(
-        "as many tokens as their entropies allow, at least one a step", "2505.24857", _entropy_bound, _GREEDY
+        "as many tokens as their entropies allow, at least one a step",
+        "2505.24857",
+        under_kernel(EntropyBound),
+        _GREEDY,
     ),
     "stability": Preset(
-        "all tokens that are confident and no longer change", "KLASS, 2511.05664", _stability, _GREEDY
+        "all tokens that are confident and no longer change",
+        "KLASS, 2511.05664",
+        under_kernel(Stability),
+        _GREEDY,
     ),
     "editing": Preset(
-        "a threshold for masks, and one at which written tokens are replaced", "LLaDA 2.1", _editing, _GREEDY
+        "a threshold for masks, and one at which written tokens are replaced",
+        "LLaDA 2.1",
+        under_kernel(Editing),
+        _GREEDY,
     ),
     "dilated": Preset(
         "every n-th token of a block, then those between", "DUS, 2506.19037", _dilated, _GREEDY
     ),
     "dprm": Preset("the most confident of a shortlist, by a learnt table of rewards", "DPRM", _dprm, _GREEDY),
     "remdm": Preset(
-        "ancestral, with a loop that remasks written tokens", "ReMDM, 2503.00307", _remdm, _NUCLEUS
+        "ancestral, with a loop that remasks written tokens",
+        "ReMDM, 2503.00307",
+        under_kernel(Remask),
+        _NUCLEUS,
     ),
 }
 

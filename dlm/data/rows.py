@@ -188,12 +188,12 @@ def parse_row(row: Any, source: str, index: int) -> Row:
     where = f"{source}, row {index}"
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, got {type(row).__name__}")
+    pair = _pair_of(row)
     for key in ("messages", "conversations"):
-        if row.get(key) is not None:
+        if row.get(key) or (row.get(key) is not None and pair is None):
             return _parse_chat(row[key], where)
-    for question_key, answer_key in PAIRS:
-        if question_key in row and answer_key in row:
-            return _parse_pair(row, question_key, answer_key, where)
+    if pair is not None:
+        return _parse_pair(row, *pair, where)
     if "text" in row:
         return {"prompt": [], "answer": text_field(row, "text", where)}
     columns = ", ".join(sorted(map(str, row))) or "nothing"
@@ -204,14 +204,26 @@ def parse_row(row: Any, source: str, index: int) -> Row:
     )
 
 
+def _pair_of(row: Row) -> tuple[str, str] | None:
+    """The first of `PAIRS` that a record has, one with an empty question only where there is no other."""
+    there = [pair for pair in PAIRS if pair[0] in row and pair[1] in row]
+    return next((pair for pair in there if row[pair[0]]), there[0] if there else None)
+
+
 def _parse_pair(row: Row, question_key: str, answer_key: str, where: str) -> Row:
     """A row with an instruction and its answer; both may be lists of messages."""
     if answer_key == "completion" and str(row.get("label")).lower() == "false":
         raise DataError(f"{where}: 'label' is false, so its completion is a bad answer; {FOR_PREFERENCES}")
-    if isinstance(row[question_key], list) and isinstance(row[answer_key], list):
-        return _parse_chat([*row[question_key], *row[answer_key]], where)
+    asked, answer = row[question_key], row[answer_key]
+    if isinstance(asked, list) and (isinstance(answer, list) or all(isinstance(x, dict) for x in asked)):
+        return _parse_chat([*asked, *_turns(answer)], where)
     content = instruction_text(row, question_key, where)
     return {"prompt": [{"role": "user", "content": content}], "answer": text_field(row, answer_key, where)}
+
+
+def _turns(answer: Any) -> list[Any]:
+    """The turns of an answer: those that it is, or the assistant's one with this content."""
+    return answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
 
 
 def instruction_text(row: Row, key: str, where: str) -> str:
@@ -295,16 +307,17 @@ def asked_and_answer(record: Any, where: str) -> tuple[str | list[dict[str, str]
     if isinstance(record, str):
         return whole_characters(record), ""
     row = record if isinstance(record, dict) else {}
-    for key in ("messages", "conversations", "prompt"):
+    for key in ("messages", "conversations"):
         if isinstance(row.get(key), list) and row[key]:
-            completion = row.get("completion") if key == "prompt" else None
-            return question_and_answer(
-                [*row[key], *(completion if isinstance(completion, list) else ())], where
-            )
-    for key in ASKING:
+            return question_and_answer(row[key], where)
+    pair = _pair_of(row)
+    first = [pair[0]] if pair is not None and row[pair[0]] else []
+    for key in (*first, *ASKING):  # what is trained on, before what may stand beside it
+        answer = row.get(pair[1]) if pair is not None and pair[0] == key else None
+        if isinstance(row.get(key), list) and row[key]:
+            return question_and_answer([*row[key], *(_turns(answer) if answer else ())], where)
         if isinstance(row.get(key), str) and row[key]:
-            answers = (row.get(answer) for asking, answer in PAIRS if asking == key)
-            answer = next((x for x in answers if isinstance(x, str) and x), "")
+            answer = answer if isinstance(answer, str) else ""
             return instruction_text(row, key, where), whole_characters(answer)
     for key in ASKING:
         if row.get(key):

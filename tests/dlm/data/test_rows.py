@@ -5,7 +5,7 @@ import re
 import pytest
 from datasets import Dataset
 
-from dlm.data.rows import load_rows, parse_row
+from dlm.data.rows import asked_and_answer, load_rows, parse_row
 from dlm.errors import ConfigError, DataError
 from dlm.tokenizer import encode_prompt, encode_text
 
@@ -268,3 +268,28 @@ def test_quotation_marks_between_tabs_may_be_text(tmp_path):
     path.write_text('instruction\toutput\n"a\ttab"\t"quoted"\n')
     (row,) = listed(load_rows(str(path)))
     assert (row["prompt"][0]["content"], row["answer"]) == ("a\ttab", "quoted")
+
+
+USER = {"role": "user", "content": "q"}
+AGREE = [
+    {"instruction": "i", "output": "o"},
+    {"instruction": "i", "input": "x", "output": "o"},
+    {"instruction": "i", "input": "  ", "output": "o"},
+    {"instruction": "", "output": "o", "prompt": "p", "completion": "c"},
+    {"prompt": "p", "question": "q", "answer": "a"},
+    {"prompt": "p", "completion": "c"},
+    {"prompt": [USER], "completion": "c"},
+    {"prompt": [USER], "completion": [{"role": "assistant", "content": "c"}]},
+    {"messages": [], "instruction": "i", "output": "o"},
+    {"messages": [USER, {"role": "assistant", "content": "a"}], "instruction": "i", "output": "o"},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    {"instruction": "i", "response": "r", "context": "c"},
+]
+
+
+@pytest.mark.parametrize("record", AGREE, ids=str)
+def test_what_is_trained_on_is_what_is_asked(record):
+    row = parse_row(record, "x", 0)
+    prompt, answer = asked_and_answer(record, "x")
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    assert (row["prompt"], row["answer"]) == (prompt, answer)
