@@ -36,7 +36,7 @@ def collection_paused() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LoadConfig:
-    """Which model, where, and how its calls are made.
+    """The model, its device, and the way its calls are made.
 
     Args:
         model: folder or hub id of a checkpoint; "default" or "default-sft" (before R2FT) come along.

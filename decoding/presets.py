@@ -400,7 +400,7 @@ def presets() -> Mapping[str, Preset]:
 
 @lru_cache(maxsize=1)
 def _offered_on(path: tuple[str, ...]) -> Mapping[str, Preset]:
-    """Those of packages on a path of Python, read once: that takes longer than a denoising step."""
+    """Presets that packages on a path of Python offer; read once, as that takes longer than a step."""
     del path
     offered: dict[str, Preset] = {}
     for point in entry_points(group=DECODER_GROUP):

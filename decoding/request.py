@@ -243,7 +243,7 @@ class Request:
                 raise unknown_name("option of decoders:", name, option_names())
 
     def reuse_settings(self) -> Reuse | None:
-        """Which keys and values are reused; None for none."""
+        """The reuse of keys and values that is asked for; None for none."""
         if self.reuse is None:
             return None
         return Reuse(self.reuse) if self.refresh is None else Reuse(self.reuse, self.refresh)

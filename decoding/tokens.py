@@ -44,7 +44,7 @@ class Candidates:
         return (self.probability * self.kept).sum(1)
 
     def at(self, rows: torch.Tensor) -> Candidates:
-        """Those of some positions [N] bool."""
+        """The candidates at some positions [N] bool."""
         ids = None if self.ids is None else self.ids[rows]
         return Candidates(self.probability[rows], ids, self.share[rows], self.kept[rows])
 

@@ -256,7 +256,7 @@ class Within(Window):
     def weights(
         self, unmasked: torch.Tensor, *, start: torch.Tensor | None = None, stage: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Those of the inner window inside the current block; see `Window.weights`."""
+        """Weights of the inner window inside the current block; see `Window.weights`."""
         if start is None:
             start = torch.zeros(len(unmasked), dtype=torch.int64)
         block = self.current(~unmasked, start) if stage is None else stage

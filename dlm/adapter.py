@@ -228,7 +228,7 @@ def _differences(base: MaskedDiffusionModel, file: Path) -> dict[str, float]:
 
 
 def _difference(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
-    """How far the second is from the first, as a share of its norm; infinite for those of other shapes."""
+    """Distance of the second from the first, as a share of its norm; infinite for tensors of other shapes."""
     if first is None or second is None or first.shape != second.shape:
         return math.inf
     return float((first - second).norm() / (first.norm() + 1e-9))

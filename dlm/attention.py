@@ -29,7 +29,7 @@ PREFIX = "dlm_"
 
 
 class Layout(Protocol):
-    """Who attends to whom in one forward pass."""
+    """The attention pattern of one forward pass."""
 
     @property
     def sight(self) -> Sight:
@@ -425,7 +425,7 @@ class KeyValues:
     values: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def take(self, rows: torch.Tensor) -> KeyValues:
-        """Those of some rows [b]; rows that were never written are left out."""
+        """Keys and values of some rows [b]; rows that were never written are left out."""
         indices = {i: sent(rows[rows < len(x)], x.device) for i, x in self.keys.items()}
         return KeyValues(
             {i: x[indices[i]] for i, x in self.keys.items()},

@@ -43,7 +43,7 @@ def bidirectional(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 _CALLED = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
-"""How a backbone is called, whatever its file says."""
+"""Settings of every call of a backbone, whatever its file says."""
 
 BACKBONES = (*FAMILIES, "qwen3_experts", "ddit", "modernbert_headed")
 """All backbones; those beyond `FAMILIES` are of `dlm.families`."""

@@ -59,7 +59,7 @@ class BucketedModel:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """Those of the model, except for packed rows and what a recorded call does not tell."""
+        """Capabilities of the model, except for packed rows and what a recorded call does not tell."""
         return frozenset(self.model.capabilities) - {"packed", "attention", "shadows"}
 
     def __getattr__(self, name: str) -> Any:

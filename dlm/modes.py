@@ -1,4 +1,4 @@
-"""Who may read what is written here: whoever the user's umask allows."""
+"""Modes of files: readable by whoever the user's umask allows."""
 
 from __future__ import annotations
 

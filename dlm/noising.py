@@ -37,7 +37,7 @@ class Blocks:
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Blocks | None:
-        """Those of a model; None where every position sees its whole row."""
+        """The blocks of a model; None where every position sees its whole row."""
         size = spec.visibility.block_size
         return None if size is None else cls(size, spec.leads)
 

@@ -1,4 +1,4 @@
-"""Where a model comes from: its fingerprint, the model that training began with, and its NOTICE."""
+"""Fingerprint, origin and NOTICE of a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dlm.model_names import ADAPTERS
 from dlm.pretrained.names import located
 
 NOTICE_FILE = "NOTICE"
-"""What a model is licensed under and what it was made of; it goes wherever the weights go."""
+"""The file with a model's licence and origin; it goes wherever the weights go."""
 
 _HASHED = ("*.safetensors", "config.json", "adapter_config.json", "tokenizer.json")
 """Files that a model's texts depend on."""

@@ -19,7 +19,7 @@ from dlm.spec import ModelSpec
 from dlm.weights import INDEX, read_index, shards, write_renamed
 
 _TOKENIZER_FACTS = ("mask_token", "eos_token", "pad_token", "padding_side")
-"""What a tokenizer is given for diffusion, beside its template."""
+"""Attributes that a tokenizer is given for diffusion, beside its template."""
 
 
 def write_ours(

@@ -123,7 +123,7 @@ Message = dict[str, str]
 """One turn of a conversation: `role` (one of `ROLES`) and `content`."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-"""Who may speak; templates write the role as it stands, so that nothing else may come in its place."""
+"""Roles of a conversation; templates write them as they stand, so that no other may come."""
 
 
 def as_messages(prompt: str | list[Message]) -> list[Message]:

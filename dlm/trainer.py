@@ -92,7 +92,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(_Bookkeeping(self))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As in transformers, unless the run has a pace of its own."""
+        """The scheduler of transformers, unless the run has a pace of its own."""
         if self.pace is None:
             return super().create_scheduler(num_training_steps, optimizer)
         self.lr_scheduler: Any = LambdaLR(optimizer or self.optimizer, self.pace)
@@ -241,7 +241,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         return int(6 * inputs["input_ids"].numel() * self._parameters)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in transformers; the time it takes does not count as training."""
+        """Evaluate as transformers does; the time it takes does not count as training."""
         with self._apart():
             return dict(super().evaluate(*args, **kwargs))
 
@@ -338,7 +338,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             keep_last(self.args.output_dir, self.keep_checkpoints, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As in transformers, with the token counts."""
+        """Save as transformers does, with the token counts."""
         super()._save(output_dir, state_dict)
         if self.prior is not None and self.args.should_save:
             self.prior.save(output_dir or self.args.output_dir)

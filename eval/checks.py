@@ -36,13 +36,13 @@ _ANSWER = re.compile(r"\banswer\b[^.\n]*?(?:\bis\b|[:=])", re.IGNORECASE)
 _IS_ANSWER = re.compile(
     r"[^.\n\d]{0,30}?\bis\s+(?:the|my|our)\s+(?:final\s+|correct\s+)?answer\b", re.IGNORECASE
 )
-"""What may stand behind a number: "eggs is the answer"."""
+"""Words that may stand behind a number: "eggs is the answer"."""
 
 _LABEL = re.compile(r"\b(?:step|part|case|equation|example|method)\s+\d+\b", re.IGNORECASE)
 """Numbers that count parts of a solution."""
 
 _CLAUSE = re.compile(r"[;,](?!\d)|\b(?:since|because|as|so|where|which|when)\b", re.IGNORECASE)
-"""Where one clause of a line ends and the next begins."""
+"""Marks between two clauses of a line."""
 
 _OPERATOR = re.compile(r"\s*(?:[-+*/^=×÷]|x\b|times\b|plus\b|minus\b|divided\b|multiplied\b)", re.IGNORECASE)
 

@@ -188,7 +188,7 @@ class SweepConfig(EvalConfig):
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Who judges.
+    """The judge of answers.
 
     Args:
         url: base URL of an OpenAI-compatible endpoint; empty for OpenAI's. The key is OPENAI_API_KEY in the

@@ -31,7 +31,7 @@ Pair = tuple[Sequence[int], Sequence[int]]
 
 @dataclass(frozen=True)
 class Gain:
-    """What a token that is told says of another.
+    """Gain in the log-probability of a token when another one is revealed.
 
     Attributes:
         answer: number of the answer.

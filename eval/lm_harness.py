@@ -321,7 +321,7 @@ class DLM(LM):  # type: ignore[misc]
 
 
 def _question(request: Instance) -> str:
-    """What the choices of one question have in common: its document, or without one the context."""
+    """The key that choices of one question share: its document, or without one the context."""
     if not request.doc:
         return str(request.args[0])
     return json.dumps(request.doc, sort_keys=True, default=str)

@@ -216,7 +216,7 @@ class Verdict:
 
     @property
     def kind(self) -> Kind:
-        """What verdicts that are compared have in common."""
+        """The settings that compared verdicts have in common."""
         return self.method, self.judge, self.against
 
     def save(self, folder: Path) -> None:

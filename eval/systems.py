@@ -1,4 +1,4 @@
-"""Who answers: a local diffusion model, a local autoregressive model, or any OpenAI-compatible endpoint."""
+"""Systems that answer: a local diffusion model or autoregressive model, or an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which decoders at which pace: the variants that a sweep compares, as a command line names them."""
+"""Variants that a sweep compares, decoders at a pace, as a command line names them."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class AnswerLayout:
-    """Which cells of each row are masked, and where the context of the repeated units is."""
+    """Masked cells of each row, and the context of the repeated units."""
 
     masked: torch.Tensor
     """[B, L] bool."""

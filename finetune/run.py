@@ -90,7 +90,7 @@ class Stage(Generic[Config]):
         return encode_rows(rows, tokenizer, window)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, rows: Dataset | EncodedRows) -> WindowCollator:
-        """What makes batches of encoded rows."""
+        """The collator, which makes batches of encoded rows."""
         del rows
         return collator(self.config.data, tokenizer, self.config.seed)
 

@@ -177,5 +177,5 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """As JSON would give them back."""
+    """The settings as JSON would give them back."""
     return dict(json.loads(json.dumps(settings)))

@@ -105,7 +105,7 @@ SIDES = {
     "ddro": (("gain_good", BLUE, "good answer"), ("gain_bad", RED, "bad answer")),
     "dpo": (("gain_good", BLUE, "good answer"), ("gain_bad", RED, "bad answer")),
 }
-"""What is plotted of the two answers, by objective: key in the log, colour, label."""
+"""Curves of the two answers, by objective: key in the log, colour, label."""
 
 UNITS = {"r2ft": ("log-probability", "nats per token")}
 """Title and unit of these, where they are not those of gains."""

@@ -41,7 +41,7 @@ PROBE_SECONDS = 2.0
 
 HTTP_KEYS = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path",
              "headers", "client", "server")  # fmt: skip
-"""What a replica learns of a request; the rest of the scope belongs to this process."""
+"""Parts of a request that a replica learns; the rest of the scope belongs to this process."""
 
 
 class ReplicaLostError(Exception):
@@ -49,7 +49,7 @@ class ReplicaLostError(Exception):
 
 
 class Replicas(Protocol):
-    """What the front needs of those behind it."""
+    """The interface of the replicas behind the front."""
 
     def answer(self, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
         """The ASGI messages with which a replica answers; closing the generator cancels the request.

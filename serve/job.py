@@ -41,9 +41,9 @@ class Notice:
     """News of one row: something to show, or its end."""
 
     index: int
-    """Which of the job's rows."""
+    """Number of the row in the job."""
     value: Any
-    """What the job's `watch` or `finish` made of the update."""
+    """The result of the job's `watch` or `finish` for the update."""
     finished: bool = False
 
 

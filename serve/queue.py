@@ -1,4 +1,4 @@
-"""Who is next: which rows begin, and which rows at work take the next step.
+"""The order of requests: the rows that begin, and the rows at work that take the next step.
 
 Of those that wait, the request with the fewest rows at work comes first, the earliest among equals; so a
 request of eight answers does not starve others. A row too large for what is free is passed by smaller ones,
@@ -125,7 +125,7 @@ class Queue(Generic[J]):
 
 
 class Shares(Generic[J, R]):
-    """Which rows at work take the next step, where it cannot hold them all: requests take turns.
+    """The rows at work that take the next step, where it cannot hold them all: requests take turns.
 
     A turn is a step of one row. Requests of several rows have second turns when all have had one, and their
     rows take turns too. A row that does not fit in what is left is passed by others; its request comes
@@ -165,7 +165,7 @@ class Shares(Generic[J, R]):
 
 
 def _go_on(order: list[T], present: Collection[T]) -> list[T]:
-    """Those of an order that are present, and behind them those that are new."""
+    """The members of an order that are present, and behind them new ones."""
     known = set(order)
     return [each for each in order if each in present] + [each for each in present if each not in known]
 

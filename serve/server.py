@@ -40,7 +40,7 @@ def make_worker(
 
 
 class Backend(Protocol):
-    """Those who answer: a `Worker`, or a `Cluster` of replicas."""
+    """The interface of a `Worker` and of a `Cluster` of replicas."""
 
     loaded: Future[Any]
 
@@ -73,7 +73,7 @@ class Backend(Protocol):
 
 
 def make_backend(config: ServeConfig) -> tuple[Backend, ASGIApp]:
-    """Those who answer, not yet started, and the application in front of them."""
+    """A worker or a cluster, not yet started, and the application in front of it."""
     if config.replicas:
         from serve.replicas import Cluster
 

@@ -26,7 +26,7 @@ all streams that a rule draws from."""
 
 @dataclass(frozen=True)
 class Course:
-    """How far rows [b] are, and where their positions lie, as shares in [0, 1]."""
+    """Progress of the rows [b], and relative places of their positions, as shares in [0, 1]."""
 
     elapsed: torch.Tensor
     """[b] float64, share of the process that has passed: steps taken, where their number is fixed, else

@@ -1,4 +1,4 @@
-"""As many tokens as their entropies allow."""
+"""A bound on the entropies of the tokens of one call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dlm.errors import ConfigError
 
 @dataclass(frozen=True)
 class EntropyBound(RevealRule):
-    """As many positions as their entropies allow (EB-sampler, arXiv 2505.24857).
+    """The most positions that a bound on their entropies allows (EB-sampler, arXiv 2505.24857).
 
     Open positions are taken in order of certainty · weight (without a convolution: from the least entropy
     up), the first always, while the sum of the entropies of those before stays within γ: a bound on what is

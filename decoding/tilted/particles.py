@@ -146,7 +146,7 @@ def effective_number(weights: Sequence[float]) -> float:
 
 
 def systematic(weights: Sequence[float], point: float) -> list[int]:
-    """How often each of K particles is drawn, K times in all: ⌊K w⌋ or ⌈K w⌉, and K w on average.
+    """Copies of each of K particles, K in all: ⌊K w⌋ or ⌈K w⌉, and K w on average.
 
     Particle i gets the points (n + `point`) / K, n = 0, …, K - 1, that lie within its share of [0, 1].
 
@@ -185,7 +185,7 @@ class Steering:
 
     @property
     def populations(self) -> list[Population]:
-        """Those that have a row at work, in order."""
+        """Particles that have a row at work, in order."""
         return list({id(population): population for population, _ in self._owners.values()}.values())
 
     def begin(self, row: Row, prompt: Any, seed: int) -> Population:

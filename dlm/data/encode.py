@@ -26,7 +26,7 @@ _VERSION = 3
 """Raised when rows are encoded differently, so that old caches are not taken."""
 
 REFUSED = "row "
-"""How the fate of a row begins that the chat template refuses; its number and the reason follow."""
+"""Begins the fate of a row that the chat template refuses; its number and the reason follow."""
 
 _PIECE = 200_000
 """Characters of plain text that are tokenised at a time."""

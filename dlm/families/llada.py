@@ -44,7 +44,7 @@ _DEFAULTS: dict[str, Any] = {
     "max_sequence_length": 1024,
     "weight_tying": True,
 }
-"""What the published code takes where config.json says nothing (`ModelConfig` of configuration_llada.py)."""
+"""Defaults of the published code where config.json says nothing (`ModelConfig` of configuration_llada.py)."""
 
 
 class LLaDA(Family):

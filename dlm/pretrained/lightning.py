@@ -41,7 +41,7 @@ _HARMLESS = {
     "torch": {"Size", "device"},
     "torch._utils": {"_rebuild_parameter", "_rebuild_tensor_v2"},
 }
-"""What a file may construct, by module."""
+"""Classes that a file may construct, by module."""
 
 _SIZES = {"hidden_size": "hidden_dim", "cond_dim": "cond_dim", "length": "model_length", "n_heads": "n_heads"}
 """Settings of the trainer's `model` and their names in the published config.json."""
@@ -51,7 +51,7 @@ class Opaque:
     """Stands for an object of a class that is not loaded; holds its state."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Whatever the class would have been given is dropped."""
+        """Drop whatever the class would have been given."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Opaque:
         """Results of functions that are not loaded are opaque too."""

@@ -33,7 +33,7 @@ class DependenceConfig:
         limit: the first so many of these that fit; 0 for all.
         max_tokens: longest answer.
         furthest: longest distance between two tokens.
-        seed: of the parts of the answers that are visible.
+        seed: random seed of the visible parts of the answers.
         batch_size: answers per model call.
         output: folder for the figures (dependence.json), the table (.md) and the plot (.svg).
         device: "cpu", "cuda", or "auto" for a GPU if there is one.

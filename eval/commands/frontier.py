@@ -30,7 +30,7 @@ class FrontierConfig:
     Args:
         models: folders or hub ids of masked diffusion models, "default", "default-sft" (the words that are no
             options).
-        task: of `dlm eval`, which the questions are of.
+        task: task of `dlm eval` whose questions are asked.
         data: local copy of the questions (.json, .jsonl); by default the original is downloaded.
         limit: only the first so many questions; 0 for all.
         decoders: decoders to compare, such as "conv,semi-ar,conv(gap=3)", without temperatures. Differences
@@ -39,7 +39,7 @@ class FrontierConfig:
         steps: denoising steps, several as "16,32" or as shares of the window, "L/16,L/4".
         max_tokens: longest answer on a canvas that grows; 256 by default.
         rate: tokens per model call, several as "2,4"; decoders with a pace of their own keep it.
-        temperatures: of the tokens drawn, at least two.
+        temperatures: two or more sampling temperatures.
         seeds: of the noise, several as "0,1,2"; each is a run.
         reader: autoregressive model (hub id, folder, .gguf) that says how likely answers are; "base" for the
             one that the models' training began with.
@@ -50,7 +50,7 @@ class FrontierConfig:
         span: tokens of such a run.
         at: entropies at which to compare, in nats, several as "3.1,3.4"; empty for the quarters of the range
             that all decoders of a pace share.
-        resamples: of the questions, for the bootstrap's intervals.
+        resamples: bootstrap resamples of the questions, for the intervals.
         batch_size: rows per model call.
         output: folder of the answers, the figures (frontier.json), the tables (.md) and the plot (.svg). A
             run that was interrupted goes on where it was.

@@ -188,7 +188,7 @@ def _dress(panel: Any, name: str, label: str) -> None:
 
 
 def revealed(runs: Sequence[Results], positions: int = 64, limit: int = 6) -> Any:
-    """When positions get their token: share of answers, by place in the answer and by part of the steps.
+    """Steps at which positions get their token: share of answers, by place and part of the steps.
 
     Returns:
         A matplotlib figure, or None where steps are not known.

@@ -177,7 +177,7 @@ def _task(task: str, runs: list[Results], against: Sequence[str] = ()) -> list[P
 
 
 def _usual(runs: Sequence[Results]) -> str:
-    """Which perplexities count as usual."""
+    """The range of perplexities that counts as usual."""
     bands = [tuple(run.whole[name] for name in BAND) for run in runs if BAND[0] in run.whole]
     if not any("inlier" in run.means for run in runs) or not bands:
         return ""

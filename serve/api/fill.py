@@ -38,7 +38,7 @@ class Filled:
     plan: Plan
     seed: int
     candidate: int = 0
-    """Which of the lengths that were tried it is."""
+    """Number of the length among those that were tried."""
 
     @property
     def written(self) -> int:

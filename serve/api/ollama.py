@@ -29,7 +29,7 @@ from serve.job import Sample
 from serve.service import Service
 
 NEVER = "9999-12-31T23:59:59Z"
-"""When a model is unloaded that stays."""
+"""Time at which a model that stays is unloaded."""
 
 
 class Options(Sampling):

@@ -19,7 +19,7 @@ POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base
 """The page loads nothing from elsewhere."""
 
 SWAGGER = Path(str(files("fastapi_offline"))) / "static"
-"""Where the files of Swagger UI are."""
+"""Address of the files of Swagger UI."""
 DOCS_POLICY = POLICY + "; style-src 'self' 'unsafe-inline'"
 """Swagger UI writes styles into its elements."""
 

@@ -228,7 +228,7 @@ class _Handlers:
         return stream((await self._prepared(http, body)).events(), done=False)
 
     async def root(self, body: CompatRequest, http: Request) -> Response:
-        """As /generate or /generate_stream, by `stream`; the answer in a list of one."""
+        """Answer like /generate or /generate_stream, by `stream`; the answer in a list of one."""
         answer = await self._prepared(http, body)
         if body.stream:
             return stream(answer.events(), done=False)
