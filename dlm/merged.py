@@ -18,10 +18,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dlm.adapter_files import base_of
-from dlm.model_names import ADAPTERS, BASE_NAME
-from dlm.pretrained import base
-from dlm.pretrained.names import located
+from dlm.model_names import ADAPTERS
+from dlm.pretrained.names import base_path, located
 from dlm.pretrained.store import cache, digest, is_complete, manifest, put_in_place, seal, workshop
 
 logger = logging.getLogger(__name__)
@@ -69,9 +67,8 @@ def _key(path: str) -> str:
     facts: list[Any] = [MERGED_FORMAT, version("torch"), version("peft")]
     while is_cached(path):
         facts += [{file.name: digest(file) for file in sorted(Path(path).iterdir()) if file.is_file()}]
-        parent = base_of(path)
-        path = located(parent) if parent in ADAPTERS else parent
-    folder = base.base_folder() if path == BASE_NAME else Path(path)
+        path = base_path(path)
+    folder = Path(path)
     fetched = manifest(folder).get("digests")
     stats = {file.name: file.stat() for file in sorted(folder.iterdir())} if folder.is_dir() else {}
     facts += [fetched or {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}]

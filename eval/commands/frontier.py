@@ -55,7 +55,8 @@ class FrontierConfig:
         output: folder of the answers, the figures (frontier.json), the tables (.md) and the plot (.svg). A
             run that was interrupted goes on where it was.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
-        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it.
+        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it; or
+            "int8", "nf4" for linear layers in 8 or 4 bits.
     """
 
     models: list[str] = field(default_factory=list)
