@@ -95,6 +95,8 @@ class Canvas:
     revision: torch.Tensor
     """[B] int64, how often the row has changed. The noise of tokens is keyed by it: what was drawn for a
     revision is the same whenever it is drawn."""
+    version: torch.Tensor
+    """[B] int64, how often the row has changed or grown; what is computed of it holds for one version."""
     model_calls: torch.Tensor
     """[B] int64, model calls that ran the row."""
     done: torch.Tensor
@@ -108,12 +110,8 @@ class Canvas:
         """Number of rows."""
         return len(self.ids)
 
-    def grow(self, rows: torch.Tensor, ahead: int, closed: torch.Tensor) -> torch.Tensor:
-        """Give the rows [b] new masks on the right until they have `ahead`; none to those `closed` [b].
-
-        Returns:
-            The rows that have grown.
-        """
+    def grow(self, rows: torch.Tensor, ahead: int, closed: torch.Tensor) -> None:
+        """Give the rows [b] new masks on the right until they have `ahead`; none to those `closed` [b]."""
         size = self.valid[rows].sum(1)
         reach = torch.minimum(size + ahead - self.masked[rows].sum(1), self.end[rows])
         grown = (reach > size) & ~closed
@@ -124,7 +122,7 @@ class Canvas:
             self.masked[place] |= new
             self.pinned[place] &= ~new
             self.done[place] = False
-        return rows[grown]
+            self.version[place] += 1
 
     def take(self, rows: Rows) -> Canvas:
         """The rows [b], as a canvas of their own; a slice of rows shares their memory."""
@@ -188,6 +186,7 @@ def make_canvas(rows: Sequence[Row], seeds: Sequence[int], plan: Plan) -> Canvas
         confidence=torch.full(ids.shape, torch.nan),
         step=zero,
         revision=zero.clone(),
+        version=zero.clone(),
         model_calls=zero.clone(),
         done=~masked.any(1),
         failed=torch.full_like(start, -1),

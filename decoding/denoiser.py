@@ -1,6 +1,6 @@
 """The model as decoding sees it: one call over rows of different lengths, and caches of what it computed.
 
-An entry of a cache lives until its row changes; dropping all of them between two steps costs time and
+An entry of a cache is of a version of its row, and counts no more when that changes; dropping all of them between two steps costs time and
 changes no text. (Keys and values that are reused on purpose are the exception, see `Reuse`.)
 """
 
@@ -107,27 +107,38 @@ def hidden_of_rows(
 
 
 class _Entries:
-    """For each position of a canvas, True where the cache holds an entry for the row as it is."""
+    """Positions of a canvas for which a cache holds an entry, of the version of the row that it is of."""
 
     def __init__(self, canvas: Canvas) -> None:
+        self.canvas = canvas
         self.cached = torch.zeros_like(canvas.masked)  # [B, L]
+        self.version = torch.full_like(canvas.version, -1)  # [B] that the entries of a row are of
+
+    def _current(self, rows: Rows) -> torch.Tensor:
+        """[b, 1] bool, True where the entries of the rows [b] are of the rows as they are."""
+        return (self.version[rows] == self.canvas.version[rows])[:, None]
 
     def at(self, rows: Rows, width: int) -> torch.Tensor:
         """[b, width] bool, positions of the rows [b] that have an entry."""
-        return self.cached[rows, :width]
+        return self.cached[rows, :width] & self._current(rows)
 
     def add(self, rows: torch.Tensor, where: torch.Tensor) -> None:
-        """Note entries for the rows [b] at `where` [b, W]."""
-        cells = rows, slice(where.shape[1])
-        self.cached[cells] = self.cached[cells] | where
+        """Note entries for the rows [b] at `where` [b, W]; older ones, of the row as it was, go."""
+        cached = self.cached[rows] & self._current(rows)
+        cached[:, : where.shape[1]] |= where
+        self.cached[rows], self.version[rows] = cached, self.canvas.version[rows]
 
-    def drop(self, rows: torch.Tensor) -> None:
-        """Forget the entries of the rows [b], which the model would see changed."""
-        self.cached[rows] = False
+    def copy(self, rows: torch.Tensor, places: torch.Tensor) -> None:
+        """Note the entries of the rows [b] for the rows `places` [b] too, which are equal to them."""
+        current = self._current(rows)[:, 0]
+        self.cached[places] = self.cached[rows]
+        self.version[places] = torch.where(current, self.canvas.version[places], -1)
 
     def follow(self, canvas: Canvas, rows: torch.Tensor | None) -> None:
         """Go on with another canvas: `rows` of the old one, or the old one with more rows behind it."""
-        self.cached = resized(self.cached if rows is None else self.cached[rows], *canvas.ids.shape)
+        cached, version = (x if rows is None else x[rows] for x in (self.cached, self.version))
+        self.canvas, self.cached = canvas, resized(cached, *canvas.ids.shape)
+        self.version = resized(version[:, None], len(canvas.ids), 1, -1)[:, 0]
 
 
 class ScoreCache:
@@ -236,7 +247,7 @@ class StateCache:
             return
         source, target = (x.to(self.states.device, non_blocking=True) for x in (rows, places))
         self.states[target] = self.states[source]
-        self.entries.cached[places] = self.entries.cached[rows]
+        self.entries.copy(rows, places)
 
     def shown_ids(self, rows: torch.Tensor) -> torch.Tensor:
         """[b, L] the ids that the model is shown."""

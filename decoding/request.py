@@ -428,7 +428,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Check that the decoder can go at this pace."""
-        if self.decoder.timed and not self.pace.bounded:
+        if not self.pace.bounded and self.decoder.timed:
             raise ConfigError(f"decoder {self.decoder.name!r} goes by time: it needs steps, not a rate")
         if self.reuse is not None and self.decoder.reveal.dependence is not None:
             raise ConfigError("conflict needs the attention of whole rows; give no reuse")

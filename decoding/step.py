@@ -274,13 +274,7 @@ class Batch:
         """Give the rows [b] masks on the right; none where an end token has closed them."""
         canvas = self.canvas
         closed = self.plan.ending.closed(self._has_end(rows), canvas.done[rows])
-        self._drop(canvas.grow(rows, ahead, closed | (canvas.failed[rows] >= 0)))
-
-    def _drop(self, rows: torch.Tensor) -> None:
-        """Forget what was computed for the rows [b]."""
-        scores = self.scores
-        for entries in (scores.entries, scores.verified, *(cache.entries for cache in self.states)):
-            entries.drop(rows)
+        canvas.grow(rows, ahead, closed | (canvas.failed[rows] >= 0))
 
     def predict(self, rows: torch.Tensor, draws: int, predicted: list[torch.Tensor]) -> Work:
         """Fill copies of the rows [b] at once: each mask with a token drawn by itself, given the row now.
@@ -499,8 +493,8 @@ class Batch:
             canvas.rule_state[name][place] = torch.where(keep, value, canvas.rule_state[name][place])
         canvas.ids[cells], canvas.masked[cells] = after.ids, after.masked
         canvas.revision[rows] += changed
+        canvas.version[rows] += changed
         canvas.step[rows] += 1
-        self._drop(torch.arange(len(canvas.ids))[rows][changed])
         done = after.complete
         if decision.settled is not None:
             still = ~changed & (not self.plan.pace.bounded)  # such a row would be looked at for ever

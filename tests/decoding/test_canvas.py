@@ -59,11 +59,14 @@ def test_rows_grow_to_so_many_masks_and_not_beyond_their_end():
     begun = canvas.masked.sum(1).tolist()
     assert begun[0] == begun[1] < 99
     rows, shut = torch.tensor([0, 1]), torch.tensor([False, True])
-    assert canvas.grow(rows, begun[0], ~shut & False).tolist() == []
-    assert canvas.grow(rows, begun[0] + 3, shut).tolist() == [0]
-    assert canvas.masked.sum(1).tolist() == [begun[0] + 3, begun[1]]
-    assert canvas.grow(rows, 1000, shut & False).tolist() == [0, 1]
+    versions = []
+    for ahead, closed in ((begun[0], ~shut & False), (begun[0] + 3, shut), (1000, shut & False)):
+        canvas.grow(rows, ahead, closed)
+        versions.append(canvas.version.tolist())
+        if ahead == begun[0] + 3:
+            assert canvas.masked.sum(1).tolist() == [begun[0] + 3, begun[1]]
     assert canvas.valid.sum(1).tolist() == [100, 100]
+    assert versions == [[0, 0], [1, 0], [2, 1]], "what was computed of a row that has grown counts no more"
 
 
 def test_a_row_with_more_blocks_than_steps_is_refused():

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from decoding import Decoder
-from decoding.denoiser import hidden_of_rows
+from decoding.canvas import Canvas
+from decoding.denoiser import _Entries, hidden_of_rows
 from decoding.request import Reuse
 from decoding.step import denoise
 from decoding.window import MARGIN
 from dlm.errors import ConfigError
-from tests.decoding.rig import canvas_of, decode, plan_of, rows
+from tests.decoding.rig import MASK, canvas_of, decode, plan_of, rows
 from tests.dlm.test_attention import MASK as TINY_MASK
 from tests.dlm.test_attention import tiny
 from tests.fakes import FakeDenoiser
@@ -180,3 +181,21 @@ def test_an_answer_that_is_complete_costs_nothing_more_on_a_growing_canvas():
             )
             calls[fill, grow] = int(canvas.model_calls[0])
     assert calls[False, True] <= calls[False, False] + 3
+
+
+def test_an_entry_is_of_one_version_of_its_row():
+    canvas = canvas_of(torch.tensor([[1, MASK, MASK], [1, MASK, MASK]]), plan_of("conv", steps=2))
+    entries, both = _Entries(canvas), torch.tensor([0, 1])
+    entries.add(both, torch.tensor([[False, True, False]] * 2))
+    assert entries.at(both, 3).tolist() == [[False, True, False]] * 2
+    canvas.version[0] += 1
+    assert entries.at(both, 3).tolist() == [[False] * 3, [False, True, False]]
+    entries.add(both, torch.tensor([[False, False, True]] * 2))
+    assert entries.at(both, 3).tolist() == [[False, False, True], [False, True, True]], "older ones are gone"
+    entries.follow(canvas.take(torch.tensor([1])), torch.tensor([1]))
+    assert entries.at(torch.tensor([0]), 3).tolist() == [[False, True, True]]
+    joined = Canvas.join([entries.canvas, canvas])
+    entries.follow(joined, None)
+    assert entries.at(torch.arange(3), 3).tolist() == [[False, True, True], [False] * 3, [False] * 3]
+    entries.copy(torch.tensor([0, 1]), torch.tensor([1, 2]))
+    assert entries.at(torch.arange(3), 3).tolist() == [[False, True, True], [False, True, True], [False] * 3]
