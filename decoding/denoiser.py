@@ -1,7 +1,8 @@
 """The model as decoding sees it: one call over rows of different lengths, and caches of what it computed.
 
-An entry of a cache is of a version of its row, and counts no more when that changes; dropping all of them between two steps costs time and
-changes no text. (Keys and values that are reused on purpose are the exception, see `Reuse`.)
+An entry of a cache is of a version of its row, and counts no more when that changes. Dropping all of them
+between two steps costs time and changes no text. (Keys and values that are reused on purpose are the
+exception, see `Reuse`.)
 """
 
 from __future__ import annotations
