@@ -64,7 +64,7 @@ class Decoder:
             raise ConfigError(f"guidance must lie between 0 and {MOST_GUIDANCE:g}, got {self.guidance}")
         if self.window.timed and self.reveal.revises:
             raise ConfigError("a sliding window has no phases: it cannot go with a rule that remasks")
-        if self.window.timed and getattr(self.reveal, "spread", "even") != "even":
+        if self.window.timed and self.reveal.by_time:
             raise ConfigError("a sliding window has times of its own: its quota is spread evenly")
         if self.guidance and self.reveal.verifies:
             raise ConfigError("verify asks the model itself; give no guidance")

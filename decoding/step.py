@@ -429,13 +429,19 @@ class Batch:
     ) -> torch.Tensor:
         """[N, V] logits at the positions [N] of the rows [N], of which `states` [N, D] are the hidden states.
 
-        For guidance there are also the states `unconditional_states` the prompt.
+        For guidance there are also the states `unconditional_states` without the prompt.
         """
         logits = self.model.logits(states)
         if bool(self.canvas.ends_from.any()):
             shut = position < self.canvas.ends_from[row]  # too early for an end token
             for end_id in self.plan.ending.end_ids:
                 logits[:, end_id].masked_fill_(shut.to(logits.device, non_blocking=True), -math.inf)
+        return self._changed(logits, row, *unconditional_states)
+
+    def _changed(
+        self, logits: torch.Tensor, row: torch.Tensor, *unconditional_states: torch.Tensor
+    ) -> torch.Tensor:
+        """[N, V] the model's logits with guidance, bias and penalties; arguments as of `_logits`."""
         for unconditional in unconditional_states:
             logits = guided(logits, self.model.logits(unconditional), self.plan.decoder.guidance)
         if self.tokens.logit_bias:

@@ -15,11 +15,7 @@ from dlm import device as places
 from dlm.backbone import causal_tokenizer
 from dlm.config import MaskedDiffusionConfig
 from dlm.errors import ConfigError
-from dlm.formats import (
-    DeviceMap,
-    format_of,
-    stored_config,
-)
+from dlm.formats import DeviceMap, format_of, stored_config
 from dlm.model import MaskedDiffusionModel
 from dlm.pretrained.names import located
 from dlm.quantization import quantize

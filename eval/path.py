@@ -118,18 +118,10 @@ class _TrueBatch(Batch):
         super().__init__(model, canvas, plan)
         self.truth = truth
 
-    def _logits(
-        self,
-        row: torch.Tensor,
-        position: torch.Tensor,
-        states: torch.Tensor,
-        *unconditional_states: torch.Tensor,
-    ) -> torch.Tensor:
+    def _changed(self, logits: torch.Tensor, *cells: torch.Tensor) -> torch.Tensor:
         """[N, V] for the decoder's choice of positions; those of the model alone are kept for the tokens."""
-        logits = super()._logits(row, position, states, *unconditional_states)
-        changed = bool(unconditional_states or self.tokens.logit_bias or self.penalises)
-        self._plain = self.model.logits(states) if changed else logits
-        return logits
+        self._plain = logits
+        return super()._changed(logits, *cells)
 
     def _columns(
         self, logits: torch.Tensor, row: torch.Tensor, position: torch.Tensor, noise: torch.Tensor

@@ -120,6 +120,8 @@ class RevealRule:
     """True for rules under which a written token can become a mask or another token."""
     verifies: ClassVar[bool] = False
     """True for rules that look at `StepView.leave_one_out`."""
+    by_time: ClassVar[bool] = False
+    """True for rules that read `t` and `s` as a row's times, which a window with times of its own has not."""
     score_width: ClassVar[int] = 1
     """Numbers C of a position's score; with more than one, `score` returns [N, C]."""
     dependence: Dependence | None = None
@@ -224,6 +226,11 @@ class Around(RevealRule):
     def verifies(self) -> bool:  # type: ignore[override]
         """See `RevealRule`."""
         return self.inner.verifies
+
+    @property
+    def by_time(self) -> bool:  # type: ignore[override]
+        """See `RevealRule`."""
+        return self.inner.by_time
 
     @property
     def score_width(self) -> int:  # type: ignore[override]

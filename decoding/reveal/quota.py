@@ -65,6 +65,11 @@ class Quota(RevealRule):
         """See `RevealRule`."""
         return self.per_step is None
 
+    @property
+    def by_time(self) -> bool:  # type: ignore[override]
+        """See `RevealRule`."""
+        return self.paced and self.spread == "remaining"
+
     def with_given_pace(self) -> Quota:
         """See `RevealRule`."""
         return Quota(order=self.order, spread=self.spread)

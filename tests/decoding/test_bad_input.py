@@ -9,7 +9,7 @@ import torch
 
 from decoding import Decoder, Sampler
 from decoding.infill import rows_with_gaps
-from decoding.reveal import Quota
+from decoding.reveal import Quota, Separated
 from decoding.tokens import TokenRule
 from decoding.window import Sliding
 from dlm.errors import ConfigError, DLMError
@@ -268,5 +268,8 @@ def test_more_likely_tokens_than_there_are_tokens(model, tokenizer):
 
 
 def test_a_sliding_window_and_a_quota_by_time_are_not_combined():
-    with pytest.raises(ConfigError, match="times of its own"):
-        Decoder(Sliding(3), Quota(order="margin", spread="remaining"))
+    by_time = Quota(order="margin", spread="remaining")
+    for rule in (by_time, Separated(by_time, 3)):
+        with pytest.raises(ConfigError, match="times of its own"):
+            Decoder(Sliding(3), rule)
+    Decoder(Sliding(3), Quota(order="margin", spread="remaining", per_step=2))

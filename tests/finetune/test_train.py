@@ -391,6 +391,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole, tmp_path)
     train(settings(folder, eval_steps=6, keep_checkpoints=5))
     expected = weights(whole)
     assert all(torch.equal(value, expected[name]) for name, value in weights(folder).items())
+    means = [json.loads((path / "history.json").read_text())[-1]["train_loss"] for path in (whole, folder)]
+    assert means[0] == pytest.approx(means[1], rel=1e-5), "of all steps, not of those since the resume"
 
 
 def test_a_finished_run_is_left_as_it_is(whole):
@@ -635,16 +637,6 @@ def test_a_file_of_a_checkpoint_that_is_damaged_at_equal_size_is_one_line(whole,
     (line,) = str(error.value).splitlines()
     assert "damaged (" in line
     assert line.endswith("; remove this checkpoint's folder, and the run goes on from the one before")
-
-
-def test_the_mean_loss_of_a_resumed_run_is_that_of_the_whole(whole, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    unfinish(folder)
-    shutil.rmtree(last_checkpoint(folder))
-    train(settings(folder, eval_steps=6, keep_checkpoints=5))
-    means = [json.loads((path / "history.json").read_text())[-1]["train_loss"] for path in (whole, folder)]
-    assert means[0] == pytest.approx(means[1], rel=1e-5)
 
 
 def test_links_among_checkpoints_are_not_followed_when_something_is_deleted(tmp_path):
