@@ -17,6 +17,7 @@ import torch
 from decoding.canvas import Canvas, Rows, resized
 from decoding.conflicts import ConflictCache
 from decoding.request import Plan, Reuse
+from decoding.reveal.base import OPTIONS
 from dlm.attention_weights import AttentionWeights
 from dlm.errors import ConfigError
 from dlm.shadows import Shadows
@@ -65,11 +66,9 @@ def check_capable(model: Any, plan: Plan) -> None:
     Raises:
         ConfigError: naming the option.
     """
-    rule = plan.decoder.reveal
-    if rule.dependence is not None and not can(model, "attention"):
-        raise ConfigError("this model tells no attention weights, which the option conflict needs")
-    if rule.verifies and not can(model, "shadows"):
-        raise ConfigError("this model computes no shadows, which the option verify needs")
+    for name in sorted(plan.decoder.reveal.requires):
+        if not can(model, name):
+            raise ConfigError(f"this model cannot tell {name}, which the option {OPTIONS[name]} needs")
 
 
 def hidden_of_rows(

@@ -49,7 +49,7 @@ class Decoder:
         tokens: what is written.
         name: for reports.
         guidance: weight g of classifier-free guidance, 0 for none; costs a second model call without the
-            prompt (see `decoding.step.guided`).
+            prompt (see `decoding.scoring.guided`).
     """
 
     window: Window = field(default_factory=Full)
@@ -66,7 +66,7 @@ class Decoder:
             raise ConfigError("a sliding window has no phases: it cannot go with a rule that remasks")
         if self.window.timed and self.reveal.by_time:
             raise ConfigError("a sliding window has times of its own: its quota is spread evenly")
-        if self.guidance and self.reveal.verifies:
+        if self.guidance and "shadows" in self.reveal.requires:
             raise ConfigError("verify asks the model itself; give no guidance")
 
     @property

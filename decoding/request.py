@@ -430,10 +430,8 @@ class Plan:
         """Check that the decoder can go at this pace."""
         if not self.pace.bounded and self.decoder.timed:
             raise ConfigError(f"decoder {self.decoder.name!r} goes by time: it needs steps, not a rate")
-        if self.reuse is not None and self.decoder.reveal.dependence is not None:
-            raise ConfigError("conflict needs the attention of whole rows; give no reuse")
-        if self.reuse is not None and self.decoder.reveal.verifies:
-            raise ConfigError("verify needs states of whole rows; give no reuse")
+        if self.reuse is not None and self.decoder.reveal.requires:
+            raise ConfigError("conflict and verify look at whole rows; give no reuse")
         ahead = None if self.margin is None else max(1, self.decoder.window.ahead + self.margin)
         key = self.decoder, self.pace, self.ending, ahead, self.reuse, self.mask_id, self.top_logprobs
         object.__setattr__(self, "ahead", ahead)

@@ -13,8 +13,7 @@ back, once in a step.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,29 +21,13 @@ import torch
 
 from decoding.canvas import Canvas, Rows
 from decoding.course import course
-from decoding.denoiser import (
-    Denoiser,
-    ScoreCache,
-    StateCache,
-    StateQuery,
-    can,
-    check_capable,
-    compute_states,
-)
+from decoding.denoiser import Denoiser, StateQuery, check_capable, compute_states
 from decoding.pace import Clock
 from decoding.request import Plan
-from decoding.reveal.base import PREDICTION_NOISE, TOKEN_NOISE, Decision, StepView
-from decoding.reveal.dependence import Dependence
+from decoding.reveal.base import PREDICTION_NOISE, Decision, Evidence, StepView
+from decoding.scoring import Scorer, Work
 from dlm.errors import ConfigError, DLMError
 from dlm.noise import cell_noise
-from dlm.shadows import Shadows
-from dlm.spec import ModelSpec
-
-_LOGIT_ROWS = 1024
-"""Positions whose logits [cells, V] are held at once."""
-
-Work = Generator[list[StateQuery], list[torch.Tensor], None]
-"""Work that stops where it needs hidden states, and goes on with them: [N, D] for each of its queries."""
 
 
 def denoise(model: Denoiser, canvas: Canvas, plan: Plan) -> Iterator[int]:
@@ -85,23 +68,6 @@ def _sent(piece: Work, states: list[torch.Tensor]) -> list[StateQuery] | None:
         return None
 
 
-def _on_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors on the host as float64, in one copy."""
-    flat = torch.cat([x.double().flatten() for x in tensors]).cpu()
-    parts = flat.split([x.numel() for x in tensors])
-    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
-
-
-def guided(logits: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
-    """Classifier-free guidance: log p + g · (log p - log p without the prompt), [N, V] float32, unnormalised.
-
-    g = 0 is the model itself; larger values favour what the prompt makes likelier (arXiv 2207.12598).
-    """
-    with_prompt, without_prompt = logits.float().log_softmax(1), unconditional.float().log_softmax(1)
-    mixed = with_prompt + guidance * (with_prompt - without_prompt)
-    return torch.where(with_prompt > -math.inf, mixed, -math.inf)
-
-
 @dataclass(frozen=True)
 class Opening:
     """The window of the rows [b] in one step."""
@@ -138,22 +104,15 @@ class Batch:
         model: computes the logits; hidden states come from whoever does the batch's work.
         canvas: the rows; those of later canvases can join.
         plan: how they are decoded.
+        scorer: asks the model; by default for tokens to be drawn.
     """
 
-    def __init__(self, model: Denoiser, canvas: Canvas, plan: Plan) -> None:
+    def __init__(self, model: Denoiser, canvas: Canvas, plan: Plan, scorer: Scorer | None = None) -> None:
         if canvas.ids.device.type != "cpu":
             raise ConfigError(f"a canvas lies on the host, whatever the model is on; got {canvas.ids.device}")
-        self.model, self.canvas, self.plan, self.width = model, canvas, plan, canvas.ids.shape[1]
-        self.rule, self.tokens = plan.decoder.reveal, plan.decoder.tokens
-        has_conflicts = self.rule.dependence is not None
-        self.scores = ScoreCache(canvas, self.rule.score_width, has_conflicts)
-        blocks = ModelSpec.of(model).visibility.block_size if can(model, "partial") else None
-        self.states = [
-            StateCache(canvas, plan.mask_id, blocks, unconditional=unconditional, reuse=plan.reuse)
-            for unconditional in ((False, True) if plan.decoder.guidance else (False,))
-        ]
-        self.constant_score = self.rule.constant_score(self.tokens)
-        self.penalises = self.tokens.penalises
+        self.canvas, self.plan, self.width = canvas, plan, canvas.ids.shape[1]
+        self.rule = plan.decoder.reveal
+        self.scorer = Scorer(model, canvas, plan) if scorer is None else scorer
 
     def join(self, canvas: Canvas) -> None:
         """Add rows behind those that are there."""
@@ -171,14 +130,11 @@ class Batch:
         size, copies = len(self.canvas), self.canvas.take(rows)
         copies.key, copies.model_calls = keys, torch.zeros_like(copies.model_calls)
         self.join(copies)
-        for cache in self.states:
-            cache.copy(rows, torch.arange(size, len(self.canvas)))
+        self.scorer.copy(rows, torch.arange(size, len(self.canvas)))
 
     def _follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
         self.canvas = canvas
-        self.scores.follow(canvas, rows)
-        for cache in self.states:
-            cache.follow(canvas, rows)
+        self.scorer.follow(canvas, rows)
 
     # ---- one step ------------------------------------------------------------------------------------
 
@@ -202,28 +158,17 @@ class Batch:
         self.width = int(canvas.valid[live].sum(1).max())
         view, cells = self._view(live), (live, slice(self.width))
         masked = canvas.masked[cells]
-        if self.constant_score is None:
-            needed = self.rule.needs(view)
-            if ends:
-                needed = torch.where(late[:, None], masked, needed)
-            verified = self._verified(view, needed) if self.rule.verifies else None
-            yield from self._score_positions(rows, needed, verified, self.rule.dependence)
-            score = self.scores.scores(live, needed)
-        else:
-            needed, score = torch.zeros_like(masked), torch.full(masked.shape, self.constant_score)
-        token = torch.where(needed, self.scores.token[cells], self.plan.mask_id)
-        confidence = torch.where(needed, self.scores.probability[cells], 0)
-        view = replace(view, score=score, token=token, confidence=confidence)
-        if self.rule.verifies:
-            has_value = self.scores.verified.at(live, self.width)
-            leave_one_out = torch.where(has_value, self.scores.leave_one_out[cells], torch.inf)
-            view = replace(view, leave_one_out=leave_one_out)
+        asked = self.scorer.asked(view)
+        if ends and self.scorer.constant is None:
+            asked = replace(asked, scored=torch.where(late[:, None], masked, asked.scored))
+        yield from self.scorer.compute(rows, asked)
+        view = self.scorer.answered(live, view, asked)
         decision = self.rule.decide(view)
         if ends:
             decision = decision.filled(late[:, None], masked)
         written = decision.reveal if decision.replace is None else decision.reveal | decision.replace
-        if bool((written & ~needed).any()):
-            yield from self._score_positions(rows, written)
+        if bool((written & ~asked.scored).any()):
+            yield from self.scorer.compute(rows, Evidence(written))
         self._write(live, decision, written)
         if ends:
             canvas.done[rows[late]] = True
@@ -239,7 +184,7 @@ class Batch:
         start, step = canvas.start[rows], canvas.step[rows]
         opening = open_window(canvas, plan, rows, self.width)
         scope, written = opening.clock.scope[:, : self.width], ~masked & ~pinned
-        conflicts = self.scores.conflicts
+        conflicts = self.scorer.scores.conflicts
         return StepView(
             masked=opening.active,
             weight=opening.weight,
@@ -291,181 +236,18 @@ class Batch:
         self.width = int(canvas.valid[rows].sum(1).max())
         cells = (rows, slice(self.width))
         where = canvas.masked[cells]
-        owner, position = where.nonzero().unbind(1)
-        states = (yield [StateQuery(cache, rows, where) for cache in self.states]) if len(owner) else ()
+        states: list[torch.Tensor] = []
+        if bool(where.any()):
+            states = yield [StateQuery(cache, rows, where) for cache in self.scorer.states]
         streams = range(PREDICTION_NOISE, PREDICTION_NOISE + draws)
         key, revision = canvas.key[rows], canvas.revision[rows]
         noise = [cell_noise(key, revision, self.width, stream)[where] for stream in streams]
-        pieces = [x.split(_LOGIT_ROWS) for x in (rows[owner], position, torch.stack(noise, 1), *states)]
-        tokens = [
-            self._tokens(self._logits(row, place, *hidden), uniform)
-            for row, place, uniform, *hidden in zip(*pieces, strict=True)
-            if len(row)
-        ]
+        tokens = self.scorer.draw(rows, where, torch.stack(noise, 1), states) if states else None
         for number in range(draws):
             ids = canvas.ids[cells]
-            if tokens:
-                ids[where] = torch.cat(tokens)[:, number]
+            if tokens is not None:
+                ids[where] = tokens[:, number]
             predicted.append(ids)
-
-    def _tokens(self, logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """[N, draws] int64 on the host, tokens drawn from the logits [N, V] with the noise [N, draws]."""
-        drawn = [self.tokens.choose(logits, x.to(logits.device, non_blocking=True)).token for x in noise.T]
-        return torch.stack(drawn, 1).cpu()
-
-    # ---- the model -----------------------------------------------------------------------------------
-
-    def _verified(self, view: StepView, needed: torch.Tensor) -> torch.Tensor:
-        """[b, W] bool, tokens that are verified in a step that needs a call; ends that have filled stay."""
-        verified = self.rule.verified(view)
-        if self.plan.ending.fill:
-            verified = verified & ~self.plan.ending.is_end(view.ids)
-        return verified & needed.any(1, keepdim=True)
-
-    def _score_positions(
-        self,
-        rows: torch.Tensor,
-        where: torch.Tensor,
-        verified: torch.Tensor | None = None,
-        dependence: Dependence | None = None,
-    ) -> Work:
-        """Score the positions `where` [b, W] and draw their tokens, where that has not been done.
-
-        Also ask what the tokens `verified` [b, W] are worth and, with a `dependence`, which positions are in
-        conflict; that is done for all of a row at once. The results come back from the model's device in one
-        piece: the one time in a step that the host waits for it.
-        """
-        missing = where & ~self.scores.entries.at(rows, self.width)
-        incomplete = missing.any(1)
-        if verified is not None:
-            verified = verified & ~self.scores.verified.at(rows, self.width)
-            incomplete = incomplete | verified.any(1)
-        if not bool(incomplete.any()):
-            return
-        where = missing if dependence is None else where
-        if not bool(incomplete.all()):
-            rows, where = rows[incomplete], where[incomplete]
-            verified = None if verified is None else verified[incomplete]
-        record = shadows = None
-        if dependence is not None:
-            record = dependence.record(where & self.canvas.masked[rows, : self.width])
-        if verified is not None and bool(verified.any()):
-            shadows = Shadows(*verified.nonzero().unbind(1))
-        extras = {False: (record, shadows), True: (None, None)}  # by whether the prompt is left out
-        states = yield [StateQuery(cache, rows, where, *extras[cache.unconditional]) for cache in self.states]
-        results = [self._scored(rows, where, states)]
-        if dependence is not None and record is not None:
-            results.append(dependence.conflicts(record))
-        if shadows is not None:
-            results.append(self._likelihood(shadows.states, self.canvas.ids[rows, : self.width][verified]))
-        columns, *more = _on_host(results)
-        self._put(rows, where, columns)
-        if record is not None and self.scores.conflicts is not None:
-            self.scores.conflicts.put(rows, record.positions, more[0] > 0)
-        if verified is not None and shadows is not None:
-            self.scores.put_verified(rows, verified, more[-1])
-
-    def _scored(self, rows: torch.Tensor, where: torch.Tensor, states: list[torch.Tensor]) -> torch.Tensor:
-        """[N, C] what `_columns` says of the positions `where` [b, W], of which there are the states."""
-        canvas = self.canvas
-        noise = cell_noise(canvas.key[rows], canvas.revision[rows], self.width, TOKEN_NOISE)
-        owner, position = where.nonzero().unbind(1)
-        cells = [x.split(_LOGIT_ROWS) for x in (rows[owner], position, noise[where], *states)]
-        pieces = [
-            self._columns(self._logits(row, place, *hidden), row, place, uniform)
-            for row, place, uniform, *hidden in zip(*cells, strict=True)
-        ]
-        return torch.cat(pieces)
-
-    def _likelihood(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """[S] the model's probability of the tokens [S], of which shadows have the states [S, D]."""
-        logp = []
-        for x, y in zip(states.split(_LOGIT_ROWS), ids.split(_LOGIT_ROWS), strict=True):
-            likely = self.model.logits(x).float().log_softmax(1)
-            tokens = y[:, None].to(likely.device, non_blocking=True)  # the head may lie elsewhere
-            logp.append(likely.gather(1, tokens)[:, 0])
-        return torch.cat(logp).exp()
-
-    def _put(self, rows: torch.Tensor, where: torch.Tensor, columns: torch.Tensor) -> None:
-        """Keep what was computed at `where` [b, W]; rows for which the model returned NaN fail."""
-        bad = columns[:, :2].isnan().any(1) | columns[:, 2].isnan()
-        if bool(bad.any()):  # these rows fail, the others go on
-            broken = rows[where.nonzero()[bad, 0]]
-            self.canvas.failed[broken] = self.canvas.step[broken]
-        size = columns.shape[1] - 2 * self.plan.top_logprobs  # behind it, log-probabilities may be -inf
-        columns[:, :size] = columns[:, :size].nan_to_num()
-        self.scores.put(rows, where, columns)
-
-    def _columns(
-        self, logits: torch.Tensor, row: torch.Tensor, position: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
-        """The token drawn at some positions, its probability, and the rule's score.
-
-        Args:
-            logits: [N, V].
-            row: [N] int64, rows of the canvas.
-            position: [N] int64, positions in them.
-            noise: [N] uniform numbers.
-
-        Returns:
-            [N, 2 + C + 2k] float64, at the end the k likeliest tokens (see `TokenRule.likeliest`).
-        """
-        choice = self.tokens.choose(logits, noise.to(logits.device, non_blocking=True))
-        tensors = {name: x for name, x in self.canvas.rule_state.items() if x.dim() > 1}
-        state = {name: x[row, position].to(logits.device, non_blocking=True) for name, x in tensors.items()}
-        score = self.rule.score(logits, choice, state, self.tokens).double()
-        columns = [choice.token.double()[:, None], choice.probability.double()[:, None]]
-        columns.append(score[:, None] if score.dim() == 1 else score)
-        if self.plan.top_logprobs:
-            columns.append(self.tokens.likeliest(logits, self.plan.top_logprobs).flatten(1))
-        return torch.cat(columns, dim=1)
-
-    def _logits(
-        self,
-        row: torch.Tensor,
-        position: torch.Tensor,
-        states: torch.Tensor,
-        *unconditional_states: torch.Tensor,
-    ) -> torch.Tensor:
-        """[N, V] logits at the positions [N] of the rows [N], of which `states` [N, D] are the hidden states.
-
-        For guidance there are also the states `unconditional_states` without the prompt.
-        """
-        logits = self.model.logits(states)
-        if bool(self.canvas.ends_from.any()):
-            shut = position < self.canvas.ends_from[row]  # too early for an end token
-            for end_id in self.plan.ending.end_ids:
-                logits[:, end_id].masked_fill_(shut.to(logits.device, non_blocking=True), -math.inf)
-        return self._changed(logits, row, *unconditional_states)
-
-    def _changed(
-        self, logits: torch.Tensor, row: torch.Tensor, *unconditional_states: torch.Tensor
-    ) -> torch.Tensor:
-        """[N, V] the model's logits with guidance, bias and penalties; arguments as of `_logits`."""
-        for unconditional in unconditional_states:
-            logits = guided(logits, self.model.logits(unconditional), self.plan.decoder.guidance)
-        if self.tokens.logit_bias:
-            logits = self.tokens.biased(logits)
-        if self.penalises:
-            rows, owner = row.unique(return_inverse=True)
-            owner = owner.to(logits.device, non_blocking=True)
-            logits = self.tokens.penalised(logits, *(x[owner] for x in self._present(rows, logits)))
-        return logits
-
-    def _present(self, rows: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens that each row holds [b, V] bool, and how often it has written each [b, V].
-
-        End tokens count for neither: templates hold them too.
-        """
-        canvas, cells = self.canvas, (rows, slice(self.width))
-        held = canvas.valid[cells] & ~canvas.masked[cells]
-        ids = canvas.ids[cells].to(logits.device, non_blocking=True)
-        counts = torch.zeros(2, len(rows), logits.shape[1], device=logits.device)
-        for count, where in zip(counts, (held, held & canvas.initial[cells]), strict=True):
-            count.scatter_add_(1, ids, where.float().to(logits.device, non_blocking=True))
-        for end_id in self.plan.ending.end_ids:
-            counts[:, :, end_id] = 0
-        return counts[0] > 0, counts[1]
 
     # ---- writing -------------------------------------------------------------------------------------
 
@@ -474,14 +256,14 @@ class Batch:
         canvas, cells = self.canvas, (rows, slice(self.width))
         ids, masked, sound = canvas.ids[cells], canvas.masked[cells], canvas.failed[rows] < 0
         written = written & sound[:, None]  # the scores of a broken row are nothing to write
-        new_ids = torch.where(written, self.scores.token[cells], ids)
+        new_ids = torch.where(written, self.scorer.scores.token[cells], ids)
         new_masked = masked & ~(decision.reveal & sound[:, None])
         if decision.remask is not None:
             remask = decision.remask & sound[:, None]
             new_ids, new_masked = torch.where(remask, self.plan.mask_id, new_ids), new_masked | remask
         after = self.plan.ending.apply(new_ids, new_masked, ~canvas.pinned[cells])
         appeared = (masked | written) & ~after.masked
-        probability = torch.where(written, self.scores.probability[cells], torch.nan)
+        probability = torch.where(written, self.scorer.scores.probability[cells], torch.nan)
         for record, new, none in (
             (canvas.reveal_step, canvas.step[rows][:, None], -1),
             (canvas.confidence, probability, torch.nan),
@@ -489,7 +271,7 @@ class Batch:
             record[cells] = torch.where(after.masked, none, torch.where(appeared, new, record[cells]))
         if self.plan.top_logprobs:
             noted = torch.where(
-                written[..., None, None], self.scores.alternatives[cells], canvas.alternatives[cells]
+                written[..., None, None], self.scorer.scores.alternatives[cells], canvas.alternatives[cells]
             )
             canvas.alternatives[cells] = noted
         changed = ((after.ids != ids) | (after.masked != masked)).any(1)

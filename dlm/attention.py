@@ -345,31 +345,37 @@ class BesideClean(Movable):
 
     Attributes:
         sight: of the model, with a block size.
-        positions: [N + C] int64, each one's place in its row; the first N are noisy.
-        noisy: how many are noisy, N.
-        valid: [B, N + C] bool, False at padding.
-        causal: True where finished blocks see nothing behind themselves.
+        positions: [N + C] int64, each one's place in its row.
+        mask: [B, 1, N + C, N + C] bool, True where one attends to the other; the same for all layers.
     """
 
     sight: Sight
     positions: torch.Tensor
-    noisy: int
-    valid: torch.Tensor
-    causal: bool = False
+    mask: torch.Tensor
 
-    @cached_property
-    def mask(self) -> torch.Tensor:
-        """[B, 1, N + C, N + C] bool, True where one attends to the other; the same for all layers."""
-        assert self.sight.block_size is not None
-        block = self.positions // self.sight.block_size
-        clean = torch.arange(len(block), device=block.device) >= self.noisy
+    @classmethod
+    def of(
+        cls, sight: Sight, positions: torch.Tensor, noisy: int, valid: torch.Tensor, causal: bool = False
+    ) -> BesideClean:
+        """The layout of rows whose first positions are noisy.
+
+        Args:
+            sight: of the model, with a block size.
+            positions: [N + C] int64, each one's place in its row.
+            noisy: how many of them are noisy, N.
+            valid: [B, N + C] bool, False at padding.
+            causal: True where finished blocks see nothing behind themselves.
+        """
+        assert sight.block_size is not None
+        block = positions // sight.block_size
+        clean = torch.arange(len(block), device=block.device) >= noisy
         query, key = block[:, None], block[None, :]
-        place = self.positions if self.causal else block
+        place = positions if causal else block
         past = place[None, :] <= place[:, None]
         visible = torch.where(clean, torch.where(clean[:, None], past, key < query), key == query)
         visible &= clean | ~clean[:, None]  # nothing clean attends to anything noisy
         alone = torch.eye(len(block), dtype=torch.bool, device=block.device)  # so that no sum is empty
-        return (visible & self.valid[:, None, :] | alone)[:, None]
+        return cls(sight, positions, (visible & valid[:, None, :] | alone)[:, None])
 
     def attend(
         self,

@@ -273,7 +273,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             inputs_embeds=self._embed(ids),
             position_ids=positions.expand(len(ids), -1),
             use_cache=False,
-            layout=BesideClean(self.sight, positions, length - begin, valid, self.config.causal_context),
+            layout=BesideClean.of(self.sight, positions, length - begin, valid, self.config.causal_context),
         ).last_hidden_state
         noisy, clean = states.split([length - begin, past], dim=1)
         noisy = F.pad(noisy, (0, 0, begin, 0))

@@ -18,6 +18,7 @@ import torch
 from decoding.canvas import Canvas, Row, make_canvas
 from decoding.denoiser import Denoiser
 from decoding.request import Plan
+from decoding.scoring import Scorer
 from decoding.step import Batch, run_work
 from decoding.tokens import TokenRule
 from dlm.device import sent
@@ -103,7 +104,7 @@ def _batch(
     truth = torch.full(canvas.ids.shape, _NO_TRUTH)
     for true_ids, (prompt, answer) in zip(truth, rows, strict=True):
         true_ids[len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
-    batch = _TrueBatch(truth, model, canvas, plan)
+    batch = Batch(model, canvas, plan, _TrueScorer(truth, model, canvas, plan))
     while not bool(canvas.done.all()):
         run_work(model, [batch.step()])
     for row, (prompt, answer) in enumerate(rows):
@@ -111,8 +112,8 @@ def _batch(
         yield PathCost((-chance.double().log()).tolist(), int(canvas.model_calls[row]))
 
 
-class _TrueBatch(Batch):
-    """A batch that writes the truth [B, L] wherever its decoder decides to write, and draws elsewhere."""
+class _TrueScorer(Scorer):
+    """Says that the truth [B, L] was drawn, wherever there is one."""
 
     def __init__(self, truth: torch.Tensor, model: Denoiser, canvas: Canvas, plan: Plan) -> None:
         super().__init__(model, canvas, plan)

@@ -187,7 +187,7 @@ def test_noisy_blocks_see_themselves_and_the_clean_past(device, record_property,
                 (True, False): False, (True, True): not later,
             }[clean]  # fmt: skip
     valid = torch.ones(2, width + past, dtype=torch.bool, device=device)
-    layout = BesideClean(Sight(block_size=BLOCK), positions.to(device), width, valid)
+    layout = BesideClean.of(Sight(block_size=BLOCK), positions.to(device), width, valid)
     found = layout.attend(0, *(x.to(device, dtype) for x in exact), None)
     expected = attended(*exact, visible.expand(2, -1, -1))
     record_property(f"beside_clean_off_{dtype}", off(found, expected))

@@ -31,17 +31,20 @@ class Variant:
         return " ".join([self.decoders, *(f"{key} {value}" for key, value in self.pace.items())])
 
 
+SEPARATED = "llada-conv(kernel_size=9,gap=3),conv(kernel_size=9,gap=3)"
+
 VARIANTS = (
-    Variant("entropy-bound(kernel_size=9)"),
-    Variant("llada-conv(kernel_size=9)", {"rate": "2"}),
-    Variant("conv", {"rate": "2"}),
+    Variant("entropy-bound(kernel_size=9),entropy-bound(kernel_size=3)"),
+    Variant("entropy-bound(kernel_size=3,gamma=0.5),entropy-bound(kernel_size=9,gamma=0.5)"),
+    Variant(SEPARATED, {"rate": "4"}),
+    Variant(SEPARATED, {"rate": "2"}),
+    Variant("entropy-bound(kernel_size=3,gamma=1),entropy-bound(kernel_size=9,gamma=1)"),
+    Variant("llada-conv(kernel_size=9),conv,top-k", {"rate": "2"}),
     Variant("conv,top-k", {"window": 256, "steps": "L/4"}),
-    Variant("llada-conv(kernel_size=9)", {"rate": "1"}),
-    Variant("conv", {"rate": "1"}),
-    Variant("llada-conv(kernel_size=9)", {"rate": "4"}),
+    Variant("llada-conv(kernel_size=9),conv,top-k", {"rate": "4"}),
+    Variant("llada-conv(kernel_size=9),conv", {"rate": "1"}),
     Variant("semi-ar,llada-conv", {"window": 256, "steps": "L/4"}),
     Variant("conv,top-k,semi-ar,llada-conv", {"window": 256, "steps": "L/16"}),
-    Variant("conv", {"rate": "4"}),
 )
 
 

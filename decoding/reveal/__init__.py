@@ -4,7 +4,7 @@ One file a rule; `base` says what a rule is asked, shown and answers.
 """
 
 from decoding.reveal.ancestral import Ancestral, first_arrivals, reveal_probability
-from decoding.reveal.base import Decision, RevealRule, StepView
+from decoding.reveal.base import Decision, Evidence, RevealRule, StepView
 from decoding.reveal.dilated import Dilated
 from decoding.reveal.editing import Editing
 from decoding.reveal.entropy_bound import EntropyBound
@@ -22,6 +22,7 @@ __all__ = [
     "Dilated",
     "Editing",
     "EntropyBound",
+    "Evidence",
     "ProcessReward",
     "Quota",
     "Remask",

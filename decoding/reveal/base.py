@@ -73,10 +73,10 @@ class StepView:
     rate: float | None = None
     """Expected tokens of this step, where the pace is a rate; `t` and `s` mean nothing then."""
     leave_one_out: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    """[b, W] the model's probability of the token that is written, had it not seen it (see `Shadows`): where
-    the rule's `verified` asks for it; inf where nothing was asked."""
+    """[b, W] the model's probability of the token that is written, had it not seen it (see `Shadows`); inf
+    where the rule did not ask."""
     conflicts: Callable[[torch.Tensor], torch.Tensor] | None = None
-    """Positions [b, 1] -> [b, W] bool, those in conflict with them; for rules with a `dependence`."""
+    """Positions [b, 1] -> [b, W] bool, those in conflict with them; for rules that require "attention"."""
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """The rule's state of these rows: [b, W, …] or [b]."""
 
@@ -84,6 +84,22 @@ class StepView:
     def open(self) -> torch.Tensor:
         """[b, W] bool, masked positions whose weight is above 0."""
         return self.masked & (self.weight > 0)
+
+
+OPTIONS = {"attention": "conflict", "shadows": "verify"}
+"""Capabilities that a rule may require of a model, and the option that makes it do so."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a rule asks the model for in a step; `StepView` holds the answers."""
+
+    scored: torch.Tensor
+    """[b, W] bool, positions whose score can change the decision: for `score`, `token`, `confidence`."""
+    verified: torch.Tensor | None = None
+    """[b, W] bool, written positions: for `leave_one_out`, which requires "shadows"."""
+    dependence: Dependence | None = None
+    """What makes two positions conflict: for `conflicts`, which requires "attention"."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +134,12 @@ class RevealRule:
     """False for a rule that draws nothing; then, without a temperature, texts do not depend on a seed."""
     revises: ClassVar[bool] = False
     """True for rules under which a written token can become a mask or another token."""
-    verifies: ClassVar[bool] = False
-    """True for rules that look at `StepView.leave_one_out`."""
+    requires: frozenset[str] = frozenset()
+    """What the model must be capable of beyond `Denoiser` (see `Capable`): the names of `OPTIONS`."""
     by_time: ClassVar[bool] = False
     """True for rules that read `t` and `s` as a row's times, which a window with times of its own has not."""
     score_width: ClassVar[int] = 1
     """Numbers C of a position's score; with more than one, `score` returns [N, C]."""
-    dependence: Dependence | None = None
-    """Says which positions are in conflict, for a rule that looks at `StepView.conflicts`."""
 
     @property
     def sees_token(self) -> bool:
@@ -151,12 +165,12 @@ class RevealRule:
         del tokens
         return None
 
-    def needs(self, view: StepView) -> torch.Tensor:
-        """[b, W] bool, positions whose score can change the decision; by default the open ones.
+    def evidence(self, view: StepView) -> Evidence:
+        """Say what `decide` needs of the model; by default the scores of the open positions.
 
-        No others are computed; `view` has no scores yet.
+        Nothing else is computed. `view` has no scores yet.
         """
-        return view.open
+        return Evidence(view.open)
 
     def score(
         self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
@@ -174,10 +188,6 @@ class RevealRule:
         """
         del logits, state, tokens
         return choice.probability
-
-    def verified(self, view: StepView) -> torch.Tensor:
-        """[b, W] bool, written positions whose `leave_one_out` `decide` looks at, if it `verifies`."""
-        return torch.zeros_like(view.written)
 
     def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """State of new rows, by name: tensors [rows, length, …] or [rows]; by default none."""
@@ -223,9 +233,9 @@ class Around(RevealRule):
         return self.inner.revises
 
     @property
-    def verifies(self) -> bool:  # type: ignore[override]
+    def requires(self) -> frozenset[str]:  # type: ignore[override]
         """See `RevealRule`."""
-        return self.inner.verifies
+        return self.inner.requires
 
     @property
     def by_time(self) -> bool:  # type: ignore[override]
@@ -236,11 +246,6 @@ class Around(RevealRule):
     def score_width(self) -> int:  # type: ignore[override]
         """See `RevealRule`."""
         return self.inner.score_width
-
-    @property
-    def dependence(self) -> Dependence | None:  # type: ignore[override]
-        """See `RevealRule`."""
-        return self.inner.dependence
 
     @property
     def sees_token(self) -> bool:
@@ -265,9 +270,9 @@ class Around(RevealRule):
         """See `RevealRule`."""
         return self.inner.constant_score(tokens)
 
-    def needs(self, view: StepView) -> torch.Tensor:
-        """[b, W] bool; see `RevealRule`."""
-        return self.inner.needs(view)
+    def evidence(self, view: StepView) -> Evidence:
+        """See `RevealRule`."""
+        return self.inner.evidence(view)
 
     def score(
         self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
@@ -277,10 +282,6 @@ class Around(RevealRule):
         if constant is not None:
             return torch.full_like(choice.probability, constant)
         return self.inner.score(logits, choice, state, tokens)
-
-    def verified(self, view: StepView) -> torch.Tensor:
-        """[b, W] bool; see `RevealRule`."""
-        return self.inner.verified(view)
 
     def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """See `RevealRule`."""

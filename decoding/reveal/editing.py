@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from decoding.reveal.base import Decision, RevealRule, StepView, ranked
+from decoding.reveal.base import Decision, Evidence, RevealRule, StepView, ranked
 from decoding.reveal.quota import Quota
 from dlm.errors import ConfigError, check_whole
 
@@ -51,9 +51,9 @@ class Editing(RevealRule):
     def _editable(self, view: StepView) -> torch.Tensor:
         return view.written & (view.state["replaced"] < self.edits)
 
-    def needs(self, view: StepView) -> torch.Tensor:
-        """[b, W] bool, the open masks and the tokens that may still be replaced."""
-        return view.open | self._editable(view)
+    def evidence(self, view: StepView) -> Evidence:
+        """Ask for the open masks and the tokens that may still be replaced."""
+        return Evidence(view.open | self._editable(view))
 
     def decide(self, view: StepView) -> Decision:
         """Write confident masks and replace tokens that the model would no longer write."""

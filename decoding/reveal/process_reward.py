@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 
 from decoding.order_table import OrderTable
-from decoding.reveal.base import REVEAL_NOISE, Decision, RevealRule, StepView, needed_for
+from decoding.reveal.base import REVEAL_NOISE, Decision, Evidence, RevealRule, StepView, needed_for
 from dlm.errors import ConfigError, check_whole, unknown_name
 from dlm.noise import key_of, uniform
 
@@ -114,9 +114,9 @@ class ProcessReward(RevealRule):
         cells = self.table.cells(course.elapsed[:, None], view.score, course.place)
         return self.gate(course.elapsed)[:, None] * self.pull[cells]
 
-    def needs(self, view: StepView) -> torch.Tensor:
-        """[b, W] bool; see `RevealRule`."""
-        return needed_for(view, view.quota)
+    def evidence(self, view: StepView) -> Evidence:
+        """See `RevealRule`; no position where nothing is to be written."""
+        return Evidence(needed_for(view, view.quota))
 
     def precedence(self, view: StepView) -> torch.Tensor:
         """[b, W] int64: the shortlist by score, the other open positions by score, then the rest by score."""

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
-from decoding.reveal.base import Decision, RevealRule, StepView, needed_for, ranked
+from decoding.reveal.base import Decision, Evidence, RevealRule, StepView, needed_for, ranked
 from decoding.tokens import Choice, TokenRule
 from dlm.errors import check_whole, unknown_name
 
@@ -91,9 +91,9 @@ class Quota(RevealRule):
         del state
         return order_score(logits, choice, tokens, self.order)
 
-    def needs(self, view: StepView) -> torch.Tensor:
-        """[b, W] bool, the open positions; all masks of a row whose open ones do not fill the quota."""
-        return needed_for(view, self._number(view))
+    def evidence(self, view: StepView) -> Evidence:
+        """Ask for the open positions; for all masks of a row whose open ones do not fill the quota."""
+        return Evidence(needed_for(view, self._number(view)))
 
     def decide(self, view: StepView) -> Decision:
         """Take the best `quota` positions by certainty · weight."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from decoding.reveal.base import Around, Decision, StepView
+from decoding.reveal.base import Around, Decision, Evidence, StepView
 from decoding.reveal.dependence import Dependence
 from decoding.tokens import TokenRule
 from dlm.errors import ConfigError, check_whole
@@ -36,19 +36,26 @@ class Separated(Around):
     def __post_init__(self) -> None:
         """Check the gap, and that the other rule does not count the tokens of a call by itself."""
         check_whole("gap", self.gap)
-        if self.inner.verifies:
+        if "shadows" in self.inner.requires:
             raise ConfigError(
                 "tokens are kept apart before they are verified: Verified(Separated(rule, gap), …)"
             )
+
+    @property
+    def requires(self) -> frozenset[str]:  # type: ignore[override]
+        """See `RevealRule`; and attention, where there is a `dependence`."""
+        return self.inner.requires | ({"attention"} if self.dependence is not None else set())
 
     def constant_score(self, tokens: TokenRule) -> float | None:
         """See `RevealRule`; None where the model shows conflicts, which takes its call first."""
         return None if self.dependence is not None else self.inner.constant_score(tokens)
 
-    def needs(self, view: StepView) -> torch.Tensor:
-        """[b, W] bool; see `RevealRule`. Whatever may be taken, where conflicts must be seen."""
-        needed = super().needs(view)
-        return needed if self.dependence is None else needed | view.open
+    def evidence(self, view: StepView) -> Evidence:
+        """See `RevealRule`. Of whatever may be taken, where conflicts must be seen."""
+        asked = self.inner.evidence(view)
+        if self.dependence is None:
+            return asked
+        return replace(asked, scored=asked.scored | view.open, dependence=self.dependence)
 
     def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """State of the other rule, and the tokens that are owed."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from decoding.reveal.base import Around, Decision, StepView, ranked
+from decoding.reveal.base import Around, Decision, Evidence, StepView, ranked
 from decoding.reveal.threshold import Threshold
 from decoding.tokens import TokenRule
 from dlm.errors import ConfigError
@@ -49,7 +49,11 @@ class Verified(Around):
     threshold: float
     every: bool = False
     revises: ClassVar[bool] = True
-    verifies: ClassVar[bool] = True
+
+    @property
+    def requires(self) -> frozenset[str]:  # type: ignore[override]
+        """See `RevealRule`; and shadows."""
+        return self.inner.requires | {"shadows"}
 
     def __post_init__(self) -> None:
         """Check the range, and that the other rule does not revise itself."""
@@ -70,14 +74,18 @@ class Verified(Around):
             "accepted": torch.zeros(rows, dtype=torch.int64),
         }
 
-    def verified(self, view: StepView) -> torch.Tensor:
-        """[b, W] bool; see `RevealRule`. None where the last call wrote one token."""
+    def evidence(self, view: StepView) -> Evidence:
+        """See `RevealRule`; with the tokens that are verified."""
+        return replace(self.inner.evidence(view), verified=self._verified(view))
+
+    def _verified(self, view: StepView) -> torch.Tensor:
+        """[b, W] bool, written positions; none where the last call wrote one token."""
         candidates = view.written if self.every else view.written & view.state["fresh"]
         return candidates & (view.state["accepted"] > 1)[:, None]
 
     def decide(self, view: StepView) -> Decision:
         """Write what the other rule writes, and take back what is unlikely."""
-        decision, checked = self.inner.decide(view), self.verified(view)
+        decision, checked = self.inner.decide(view), self._verified(view)
         accepted = decision.reveal.sum(1)
         likelihood = torch.where(checked, view.leave_one_out.double(), torch.inf)
         rank = likelihood.argsort(dim=1, stable=True).argsort(dim=1)

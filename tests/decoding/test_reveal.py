@@ -19,7 +19,7 @@ from decoding.reveal import (
     Verified,
     reveal_probability,
 )
-from decoding.reveal.base import Around
+from decoding.reveal.base import Around, Evidence
 from decoding.tokens import Choice, TokenRule
 from decoding.window import Full
 from dlm.errors import ConfigError
@@ -106,7 +106,7 @@ def test_quota_ranks_by_confidence_times_weight_and_never_takes_more():
     many = view(masked=masked, score=score, weight=weight, quota=torch.tensor([4]))
     assert rule.decide(many).reveal.tolist() == masked.tolist()
     needed = {
-        quota: rule.needs(view(masked=masked, weight=weight, quota=torch.tensor([quota])))
+        quota: rule.evidence(view(masked=masked, weight=weight, quota=torch.tensor([quota]))).scored
         for quota in (0, 3, 4)
     }
     assert needed[3].tolist() == [[True, True, False, True, False]]
@@ -202,8 +202,8 @@ def test_a_quota_can_be_ordered_by_another_certainty():
 class Alternating(RevealRule):
     """Looks at every second position only, in turn, but reads the confidence of all of them."""
 
-    def needs(self, view):
-        return view.open & ((torch.arange(view.open.shape[1]) + view.step[:, None]) % 2 == 0)
+    def evidence(self, view):
+        return Evidence(view.open & ((torch.arange(view.open.shape[1]) + view.step[:, None]) % 2 == 0))
 
     def decide(self, view):
         best = torch.where(view.open, view.confidence, -1.0)
@@ -245,7 +245,7 @@ def test_a_rule_around_another_answers_nothing_by_itself():
     )
     choice = Choice(*(torch.zeros(3, dtype=torch.int64), torch.ones(3), torch.ones(3)))
     arguments = {
-        "with_given_pace": (), "constant_score": (TokenRule(),), "needs": (view,), "verified": (view,),
+        "with_given_pace": (), "constant_score": (TokenRule(),), "evidence": (view,),
         "score": (torch.zeros(3, 5), choice, {}, TokenRule()), "initial_state": (2, 3),
         "precedence": (view,), "recovers_shortfall": (view,),
     }  # fmt: skip
@@ -257,6 +257,6 @@ def test_a_rule_around_another_answers_nothing_by_itself():
 
 
 def test_tokens_are_kept_apart_before_they_are_verified():
-    assert Verified(Separated(Threshold(0.1), 2), 0.9).verifies
+    assert Verified(Separated(Threshold(0.1), 2), 0.9).requires == {"shadows"}
     with pytest.raises(ConfigError, match="apart before they are verified"):
         Separated(Verified(Threshold(0.1), 0.9), 2)

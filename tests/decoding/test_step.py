@@ -7,7 +7,8 @@ from decoding import Decoder, Sampler
 from decoding.pace import Steps, stage_of
 from decoding.presets import PRESETS
 from decoding.reveal import Quota, Remask
-from decoding.step import denoise, guided
+from decoding.scoring import guided
+from decoding.step import denoise
 from decoding.window import Block, Convolution
 from dlm.errors import ConfigError, DLMError
 from tests.decoding.rig import LEARNT, canvas_of, decode, plan_of, rows

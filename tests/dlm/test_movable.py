@@ -28,7 +28,7 @@ def layouts():
     packed = Packed([4], SIGHT, {0: shadows}, torch.ones(4, dtype=torch.bool))
     yield packed
     yield Whole(SIGHT, yes, yes)
-    yield BesideClean(SIGHT, place, 2, yes)
+    yield BesideClean.of(SIGHT, place, 2, yes)
     yield Partial(KeyValues(), torch.tensor([0]), place[None], yes[:, None, None], (1, 4), SIGHT, yes)
     yield Recorded(packed, [AttentionWeights(torch.tensor([0]), place[None], 1)], 2, False)
 

@@ -60,7 +60,7 @@ def test_local_layers_see_no_further_beside_clean_rows(model):
     torch.manual_seed(0)
     sight = Sight(reach=2, block_size=4)
     positions = torch.cat([torch.arange(8), torch.arange(4)])
-    layout = BesideClean(sight, positions, 8, torch.ones(1, 12, dtype=torch.bool))
+    layout = BesideClean.of(sight, positions, 8, torch.ones(1, 12, dtype=torch.bool))
     q, k, v = torch.randn(3, 1, 1, 12, 8)
     out = layout.attend(0, q, k, v, None, sight)[0, :, 0]
     seen = [(False, 4), (False, 5), (False, 6), (True, 2), (True, 3)]  # by the noisy position 4

@@ -134,7 +134,7 @@ def test_positions_beyond_the_window_go_last_and_only_if_the_quota_asks_for_them
         step = view(confidence, masked=masked, weight=weight, quota=quota, elapsed=1.0)
         first = rule.decide(step).reveal[0].nonzero()[:, 0].tolist()
         assert first == expected if quota > 1 else len(first) == 1
-        assert rule.needs(step)[0].tolist() == (
+        assert rule.evidence(step).scored[0].tolist() == (
             [False, True, True, False, False] if quota < 3 else masked[0].tolist()
         )
 

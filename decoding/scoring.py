@@ -1,0 +1,265 @@
+"""Scores of positions, the tokens drawn there, and whatever else a reveal rule asks the model for in a step.
+
+What was found of a row is kept until the row changes, so that it is computed once. The LM head sees only the
+positions that a rule asks for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import replace
+
+import torch
+
+from decoding.canvas import Canvas, Rows
+from decoding.denoiser import Denoiser, ScoreCache, StateCache, StateQuery, can
+from decoding.request import Plan
+from decoding.reveal.base import TOKEN_NOISE, Evidence, StepView
+from dlm.noise import cell_noise
+from dlm.shadows import Shadows
+from dlm.spec import ModelSpec
+
+_LOGIT_ROWS = 1024
+"""Positions whose logits [cells, V] are held at once."""
+
+Work = Generator[list[StateQuery], list[torch.Tensor], None]
+"""Work that stops where it needs hidden states, and goes on with them: [N, D] for each of its queries."""
+
+
+def guided(logits: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
+    """Classifier-free guidance: log p + g · (log p - log p without the prompt), [N, V] float32, unnormalised.
+
+    g = 0 is the model itself; larger values favour what the prompt makes likelier (arXiv 2207.12598).
+    """
+    with_prompt, without_prompt = logits.float().log_softmax(1), unconditional.float().log_softmax(1)
+    mixed = with_prompt + guidance * (with_prompt - without_prompt)
+    return torch.where(with_prompt > -math.inf, mixed, -math.inf)
+
+
+class Scorer:
+    """Asks the model about the rows of a canvas, and keeps what it said.
+
+    Args:
+        model: computes the logits; hidden states come from whoever does the work.
+        canvas: the rows.
+        plan: how they are decoded.
+    """
+
+    def __init__(self, model: Denoiser, canvas: Canvas, plan: Plan) -> None:
+        self.model, self.canvas, self.plan = model, canvas, plan
+        self.rule, self.tokens = plan.decoder.reveal, plan.decoder.tokens
+        self.scores = ScoreCache(canvas, self.rule.score_width, "attention" in self.rule.requires)
+        blocks = ModelSpec.of(model).visibility.block_size if can(model, "partial") else None
+        self.states = [
+            StateCache(canvas, plan.mask_id, blocks, unconditional=unconditional, reuse=plan.reuse)
+            for unconditional in ((False, True) if plan.decoder.guidance else (False,))
+        ]
+        self.constant = self.rule.constant_score(self.tokens)
+
+    def follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
+        """Go on with another canvas: `rows` of the old one, or the old one with more rows behind it."""
+        self.canvas = canvas
+        for cache in (self.scores, *self.states):
+            cache.follow(canvas, rows)
+
+    def copy(self, rows: torch.Tensor, copies: torch.Tensor) -> None:
+        """Keep the hidden states of the rows [b] for their copies [b] too; the scores are of other noise."""
+        for cache in self.states:
+            cache.copy(rows, copies)
+
+    # ---- what a rule asks for ------------------------------------------------------------------------
+
+    def asked(self, view: StepView) -> Evidence:
+        """What the rule asks for; nothing where its score is the same whatever the logits."""
+        if self.constant is not None:
+            return Evidence(torch.zeros_like(view.masked))
+        evidence = self.rule.evidence(view)
+        if evidence.verified is None:
+            return evidence
+        verified = evidence.verified & evidence.scored.any(1, keepdim=True)  # in a call that is made anyway
+        if self.plan.ending.fill:  # ends that have filled what is behind them stay
+            verified &= ~self.plan.ending.is_end(view.ids)
+        return replace(evidence, verified=verified)
+
+    def compute(self, rows: torch.Tensor, asked: Evidence) -> Work:
+        """Find what has not been found yet of the rows [b], in one call of the model.
+
+        Conflicts are found for all of a row at once. The results come back from the model's device in one
+        piece: the one time in a step that the host waits for it.
+        """
+        where, verified, dependence = asked.scored, asked.verified, asked.dependence
+        width = where.shape[1]
+        missing = where & ~self.scores.entries.at(rows, width)
+        incomplete = missing.any(1)
+        if verified is not None:
+            verified = verified & ~self.scores.verified.at(rows, width)
+            incomplete = incomplete | verified.any(1)
+        if not bool(incomplete.any()):
+            return
+        where = missing if dependence is None else where
+        if not bool(incomplete.all()):
+            rows, where = rows[incomplete], where[incomplete]
+            verified = None if verified is None else verified[incomplete]
+        record = shadows = None
+        if dependence is not None:
+            record = dependence.record(where & self.canvas.masked[rows, :width])
+        if verified is not None and bool(verified.any()):
+            shadows = Shadows(*verified.nonzero().unbind(1))
+        extras = {False: (record, shadows), True: (None, None)}  # by whether the prompt is left out
+        states = yield [StateQuery(cache, rows, where, *extras[cache.unconditional]) for cache in self.states]
+        results = [self._scored(rows, where, states)]
+        if dependence is not None and record is not None:
+            results.append(dependence.conflicts(record))
+        if shadows is not None:
+            results.append(self._likelihood(shadows.states, self.canvas.ids[rows, :width][verified]))
+        columns, *more = _on_host(results)
+        self._keep(rows, where, columns)
+        if record is not None and self.scores.conflicts is not None:
+            self.scores.conflicts.put(rows, record.positions, more[0] > 0)
+        if verified is not None and shadows is not None:
+            self.scores.put_verified(rows, verified, more[-1])
+
+    def answered(self, rows: Rows, view: StepView, asked: Evidence) -> StepView:
+        """The view of the rows [b], with what was asked for."""
+        where = asked.scored
+        cells = (rows, slice(where.shape[1]))
+        token = torch.where(where, self.scores.token[cells], self.plan.mask_id)
+        confidence = torch.where(where, self.scores.probability[cells], 0)
+        if self.constant is not None:
+            score = torch.full(where.shape, self.constant)
+        else:
+            score = self.scores.scores(rows, where)
+        view = replace(view, score=score, token=token, confidence=confidence)
+        if "shadows" not in self.rule.requires:
+            return view
+        has_value = self.scores.verified.at(rows, where.shape[1])
+        leave_one_out = torch.where(has_value, self.scores.leave_one_out[cells], torch.inf)
+        return replace(view, leave_one_out=leave_one_out)
+
+    # ---- from states to numbers ----------------------------------------------------------------------
+
+    def draw(
+        self, rows: torch.Tensor, where: torch.Tensor, noise: torch.Tensor, states: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """[N, draws] int64 tokens at `where` [b, W] of the rows [b], with the noise [N, draws].
+
+        Nothing is kept. `states` are those of the positions, one for each cache.
+        """
+        owner, position = where.nonzero().unbind(1)
+        pieces = [x.split(_LOGIT_ROWS) for x in (rows[owner], position, noise, *states)]
+        drawn = []
+        for row, place, uniform, *hidden in zip(*pieces, strict=True):
+            logits = self._logits(row, place, *hidden)
+            columns = [x.to(logits.device, non_blocking=True) for x in uniform.T]
+            drawn.append(torch.stack([self.tokens.choose(logits, x).token for x in columns], 1).cpu())
+        return torch.cat(drawn)
+
+    def _scored(self, rows: torch.Tensor, where: torch.Tensor, states: list[torch.Tensor]) -> torch.Tensor:
+        """[N, C] what `_columns` says of the positions `where` [b, W], of which there are the states."""
+        canvas = self.canvas
+        noise = cell_noise(canvas.key[rows], canvas.revision[rows], where.shape[1], TOKEN_NOISE)
+        owner, position = where.nonzero().unbind(1)
+        cells = [x.split(_LOGIT_ROWS) for x in (rows[owner], position, noise[where], *states)]
+        pieces = [
+            self._columns(self._logits(row, place, *hidden), row, place, uniform)
+            for row, place, uniform, *hidden in zip(*cells, strict=True)
+        ]
+        return torch.cat(pieces)
+
+    def _likelihood(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """[S] the model's probability of the tokens [S], of which shadows have the states [S, D]."""
+        logp = []
+        for x, y in zip(states.split(_LOGIT_ROWS), ids.split(_LOGIT_ROWS), strict=True):
+            likely = self.model.logits(x).float().log_softmax(1)
+            tokens = y[:, None].to(likely.device, non_blocking=True)  # the head may lie elsewhere
+            logp.append(likely.gather(1, tokens)[:, 0])
+        return torch.cat(logp).exp()
+
+    def _keep(self, rows: torch.Tensor, where: torch.Tensor, columns: torch.Tensor) -> None:
+        """Keep what was computed at `where` [b, W]; rows for which the model returned NaN fail."""
+        bad = columns[:, :2].isnan().any(1) | columns[:, 2].isnan()
+        if bool(bad.any()):  # these rows fail, the others go on
+            broken = rows[where.nonzero()[bad, 0]]
+            self.canvas.failed[broken] = self.canvas.step[broken]
+        size = columns.shape[1] - 2 * self.plan.top_logprobs  # behind it, log-probabilities may be -inf
+        columns[:, :size] = columns[:, :size].nan_to_num()
+        self.scores.put(rows, where, columns)
+
+    def _columns(
+        self, logits: torch.Tensor, row: torch.Tensor, position: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """The token drawn at some positions, its probability, and the rule's score.
+
+        Args:
+            logits: [N, V].
+            row: [N] int64, rows of the canvas.
+            position: [N] int64, positions in them.
+            noise: [N] uniform numbers.
+
+        Returns:
+            [N, 2 + C + 2k] float64, at the end the k likeliest tokens (see `TokenRule.likeliest`).
+        """
+        choice = self.tokens.choose(logits, noise.to(logits.device, non_blocking=True))
+        tensors = {name: x for name, x in self.canvas.rule_state.items() if x.dim() > 1}
+        state = {name: x[row, position].to(logits.device, non_blocking=True) for name, x in tensors.items()}
+        score = self.rule.score(logits, choice, state, self.tokens).double()
+        columns = [choice.token.double()[:, None], choice.probability.double()[:, None]]
+        columns.append(score[:, None] if score.dim() == 1 else score)
+        if self.plan.top_logprobs:
+            columns.append(self.tokens.likeliest(logits, self.plan.top_logprobs).flatten(1))
+        return torch.cat(columns, dim=1)
+
+    def _logits(
+        self,
+        row: torch.Tensor,
+        position: torch.Tensor,
+        states: torch.Tensor,
+        *unconditional_states: torch.Tensor,
+    ) -> torch.Tensor:
+        """[N, V] logits at the positions [N] of the rows [N], of which `states` [N, D] are the hidden states.
+
+        For guidance there are also the states `unconditional_states` without the prompt.
+        """
+        logits = self.model.logits(states)
+        if bool(self.canvas.ends_from.any()):
+            shut = position < self.canvas.ends_from[row]  # too early for an end token
+            for end_id in self.plan.ending.end_ids:
+                logits[:, end_id].masked_fill_(shut.to(logits.device, non_blocking=True), -math.inf)
+        return self._changed(logits, row, *unconditional_states)
+
+    def _changed(
+        self, logits: torch.Tensor, row: torch.Tensor, *unconditional_states: torch.Tensor
+    ) -> torch.Tensor:
+        """[N, V] the model's logits with guidance, bias and penalties; arguments as of `_logits`."""
+        for unconditional in unconditional_states:
+            logits = guided(logits, self.model.logits(unconditional), self.plan.decoder.guidance)
+        if self.tokens.logit_bias:
+            logits = self.tokens.biased(logits)
+        if self.tokens.penalises:
+            rows, owner = row.unique(return_inverse=True)
+            owner = owner.to(logits.device, non_blocking=True)
+            logits = self.tokens.penalised(logits, *(x[owner] for x in self._present(rows, logits)))
+        return logits
+
+    def _present(self, rows: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens that each row holds [b, V] bool, and how often it has written each [b, V].
+
+        End tokens count for neither: templates hold them too.
+        """
+        canvas = self.canvas
+        held = canvas.valid[rows] & ~canvas.masked[rows]
+        ids = canvas.ids[rows].to(logits.device, non_blocking=True)
+        counts = torch.zeros(2, len(rows), logits.shape[1], device=logits.device)
+        for count, where in zip(counts, (held, held & canvas.initial[rows]), strict=True):
+            count.scatter_add_(1, ids, where.float().to(logits.device, non_blocking=True))
+        for end_id in self.plan.ending.end_ids:
+            counts[:, :, end_id] = 0
+        return counts[0] > 0, counts[1]
+
+
+def _on_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors on the host as float64, in one copy."""
+    flat = torch.cat([x.double().flatten() for x in tensors]).cpu()
+    parts = flat.split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
