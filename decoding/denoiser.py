@@ -15,7 +15,6 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from decoding.canvas import Canvas, Rows, resized
-from decoding.conflicts import ConflictCache
 from decoding.request import Plan, Reuse
 from decoding.reveal.base import OPTIONS
 from dlm.attention_weights import AttentionWeights
@@ -106,7 +105,7 @@ def hidden_of_rows(
     return states[row, position]  # type: ignore[no-any-return]
 
 
-class _Entries:
+class Entries:
     """Positions of a canvas for which a cache holds an entry, of the version of the row that it is of."""
 
     def __init__(self, canvas: Canvas) -> None:
@@ -141,60 +140,6 @@ class _Entries:
         self.version = resized(version[:, None], len(canvas.ids), 1, -1)[:, 0]
 
 
-class ScoreCache:
-    """Scores of the reveal rule, the token that each position would receive, and its probability.
-
-    Beside them what the model says of written tokens and, if there are any, of conflicts.
-    """
-
-    def __init__(self, canvas: Canvas, score_width: int = 1, has_conflicts: bool = False) -> None:
-        self.entries = _Entries(canvas)
-        self.verified = _Entries(canvas)
-        self.leave_one_out = torch.zeros(canvas.ids.shape)  # [B, L] where `verified`
-        self.token = torch.zeros_like(canvas.ids)  # [B, L]
-        self.probability = torch.zeros(canvas.ids.shape)  # [B, L]
-        self.score = torch.zeros(*canvas.ids.shape, score_width)  # [B, L, C]
-        self.alternatives = torch.zeros_like(canvas.alternatives)  # [B, L, k, 2]
-        self.conflicts = ConflictCache(canvas) if has_conflicts else None
-
-    def put(self, rows: torch.Tensor, where: torch.Tensor, columns: torch.Tensor) -> None:
-        """Keep token, probability, score and alternatives [N, 2 + C + 2k] of the positions `where` [b, W]."""
-        token, probability, rest = columns[:, 0].long(), columns[:, 1].float(), columns[:, 2:]
-        size = self.alternatives[0, 0].numel()
-        score, alternatives = rest.tensor_split([rest.shape[1] - size], dim=1)
-        if self.score.shape[2] != score.shape[1]:
-            raise ConfigError(
-                f"the rule's score has {score.shape[1]} numbers, and its score_width is {self.score.shape[2]}"
-            )
-        row, position = where.nonzero().unbind(1)
-        cells = rows[row], position
-        self.token[cells], self.probability[cells], self.score[cells] = token, probability, score.float()
-        if size:
-            self.alternatives[cells] = alternatives.view(len(row), *self.alternatives.shape[2:])
-        self.entries.add(rows, where)
-
-    def put_verified(self, rows: torch.Tensor, where: torch.Tensor, probability: torch.Tensor) -> None:
-        """Keep the probabilities [S] of the tokens that are written at `where` [b, W]."""
-        row, position = where.nonzero().unbind(1)
-        self.leave_one_out[rows[row], position] = probability.float()
-        self.verified.add(rows, where)
-
-    def scores(self, rows: Rows, where: torch.Tensor) -> torch.Tensor:
-        """[b, W] or [b, W, C] scores of the rows [b], 0 outside `where` [b, W]."""
-        score = torch.where(where[..., None], self.score[rows, : where.shape[1]], 0)
-        return score[..., 0] if score.shape[2] == 1 else score
-
-    def follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
-        """Go on with another canvas; see `_Entries.follow`."""
-        for cache in (self.entries, self.verified, self.conflicts):
-            if cache is not None:
-                cache.follow(canvas, rows)
-        for name in ("token", "probability", "score", "alternatives", "leave_one_out"):
-            values = getattr(self, name)
-            values = values if rows is None else values[rows]
-            setattr(self, name, resized(values, *canvas.ids.shape))
-
-
 class StateCache:
     """Hidden states of a batch, with or without its prompts.
 
@@ -216,7 +161,7 @@ class StateCache:
     ) -> None:
         self.canvas, self.mask_id, self.block_size = canvas, mask_id, block_size
         self.unconditional, self.reuse = unconditional, reuse
-        self.entries = _Entries(canvas)
+        self.entries = Entries(canvas)
         self.states: torch.Tensor | None = None  # [B, ≤ L, D]
         self.computed_ids = torch.full_like(canvas.ids, -1)  # [B, L] ids that keys and values were made of
         self.refreshed_at = torch.full_like(canvas.start, -1)  # [B] revision of the last full computation

@@ -12,10 +12,12 @@ from dataclasses import replace
 
 import torch
 
-from decoding.canvas import Canvas, Rows
-from decoding.denoiser import Denoiser, ScoreCache, StateCache, StateQuery, can
+from decoding.canvas import Canvas, Rows, resized
+from decoding.conflicts import ConflictCache
+from decoding.denoiser import Denoiser, Entries, StateCache, StateQuery, can
 from decoding.request import Plan
 from decoding.reveal.base import TOKEN_NOISE, Evidence, StepView
+from dlm.errors import ConfigError
 from dlm.noise import cell_noise
 from dlm.shadows import Shadows
 from dlm.spec import ModelSpec
@@ -49,19 +51,31 @@ class Scorer:
     def __init__(self, model: Denoiser, canvas: Canvas, plan: Plan) -> None:
         self.model, self.canvas, self.plan = model, canvas, plan
         self.rule, self.tokens = plan.decoder.reveal, plan.decoder.tokens
-        self.scores = ScoreCache(canvas, self.rule.score_width, "attention" in self.rule.requires)
+        self.entries, self.verified = Entries(canvas), Entries(canvas)
+        self.token = torch.zeros_like(canvas.ids)  # [B, L] to be written, where there is an entry
+        self.probability = torch.zeros(canvas.ids.shape)  # [B, L] of that token
+        self.score = torch.zeros(*canvas.ids.shape, self.rule.score_width)  # [B, L, C]
+        self.alternatives = torch.zeros_like(canvas.alternatives)  # [B, L, k, 2]
+        self.leave_one_out = torch.zeros(canvas.ids.shape)  # [B, L] where `verified`
+        self.conflicts = ConflictCache(canvas) if "attention" in self.rule.requires else None
         blocks = ModelSpec.of(model).visibility.block_size if can(model, "partial") else None
         self.states = [
             StateCache(canvas, plan.mask_id, blocks, unconditional=unconditional, reuse=plan.reuse)
             for unconditional in ((False, True) if plan.decoder.guidance else (False,))
         ]
         self.constant = self.rule.constant_score(self.tokens)
+        self.penalises = self.tokens.penalises
 
     def follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
         """Go on with another canvas: `rows` of the old one, or the old one with more rows behind it."""
         self.canvas = canvas
-        for cache in (self.scores, *self.states):
-            cache.follow(canvas, rows)
+        for cache in (self.entries, self.verified, self.conflicts, *self.states):
+            if cache is not None:
+                cache.follow(canvas, rows)
+        for name in ("token", "probability", "score", "alternatives", "leave_one_out"):
+            values = getattr(self, name)
+            values = values if rows is None else values[rows]
+            setattr(self, name, resized(values, *canvas.ids.shape))
 
     def copy(self, rows: torch.Tensor, copies: torch.Tensor) -> None:
         """Keep the hidden states of the rows [b] for their copies [b] too; the scores are of other noise."""
@@ -90,10 +104,10 @@ class Scorer:
         """
         where, verified, dependence = asked.scored, asked.verified, asked.dependence
         width = where.shape[1]
-        missing = where & ~self.scores.entries.at(rows, width)
+        missing = where & ~self.entries.at(rows, width)
         incomplete = missing.any(1)
         if verified is not None:
-            verified = verified & ~self.scores.verified.at(rows, width)
+            verified = verified & ~self.verified.at(rows, width)
             incomplete = incomplete | verified.any(1)
         if not bool(incomplete.any()):
             return
@@ -115,26 +129,29 @@ class Scorer:
             results.append(self._likelihood(shadows.states, self.canvas.ids[rows, :width][verified]))
         columns, *more = _on_host(results)
         self._keep(rows, where, columns)
-        if record is not None and self.scores.conflicts is not None:
-            self.scores.conflicts.put(rows, record.positions, more[0] > 0)
+        if record is not None and self.conflicts is not None:
+            self.conflicts.put(rows, record.positions, more[0] > 0)
         if verified is not None and shadows is not None:
-            self.scores.put_verified(rows, verified, more[-1])
+            row, position = verified.nonzero().unbind(1)
+            self.leave_one_out[rows[row], position] = more[-1].float()
+            self.verified.add(rows, verified)
 
     def answered(self, rows: Rows, view: StepView, asked: Evidence) -> StepView:
         """The view of the rows [b], with what was asked for."""
         where = asked.scored
         cells = (rows, slice(where.shape[1]))
-        token = torch.where(where, self.scores.token[cells], self.plan.mask_id)
-        confidence = torch.where(where, self.scores.probability[cells], 0)
+        token = torch.where(where, self.token[cells], self.plan.mask_id)
+        confidence = torch.where(where, self.probability[cells], 0)
         if self.constant is not None:
             score = torch.full(where.shape, self.constant)
         else:
-            score = self.scores.scores(rows, where)
+            score = torch.where(where[..., None], self.score[cells], 0)
+            score = score[..., 0] if score.shape[2] == 1 else score
         view = replace(view, score=score, token=token, confidence=confidence)
         if "shadows" not in self.rule.requires:
             return view
-        has_value = self.scores.verified.at(rows, where.shape[1])
-        leave_one_out = torch.where(has_value, self.scores.leave_one_out[cells], torch.inf)
+        has_value = self.verified.at(rows, where.shape[1])
+        leave_one_out = torch.where(has_value, self.leave_one_out[cells], torch.inf)
         return replace(view, leave_one_out=leave_one_out)
 
     # ---- from states to numbers ----------------------------------------------------------------------
@@ -183,8 +200,18 @@ class Scorer:
             broken = rows[where.nonzero()[bad, 0]]
             self.canvas.failed[broken] = self.canvas.step[broken]
         size = columns.shape[1] - 2 * self.plan.top_logprobs  # behind it, log-probabilities may be -inf
-        columns[:, :size] = columns[:, :size].nan_to_num()
-        self.scores.put(rows, where, columns)
+        token, probability, score = columns[:, :size].nan_to_num().tensor_split([1, 2], dim=1)
+        if self.score.shape[2] != score.shape[1]:
+            raise ConfigError(
+                f"the rule's score has {score.shape[1]} numbers, and its score_width is {self.score.shape[2]}"
+            )
+        row, position = where.nonzero().unbind(1)
+        cells = rows[row], position
+        self.token[cells], self.probability[cells] = token[:, 0].long(), probability[:, 0].float()
+        self.score[cells] = score.float()
+        if self.plan.top_logprobs:
+            self.alternatives[cells] = columns[:, size:].view(len(row), -1, 2)
+        self.entries.add(rows, where)
 
     def _columns(
         self, logits: torch.Tensor, row: torch.Tensor, position: torch.Tensor, noise: torch.Tensor
@@ -236,7 +263,7 @@ class Scorer:
             logits = guided(logits, self.model.logits(unconditional), self.plan.decoder.guidance)
         if self.tokens.logit_bias:
             logits = self.tokens.biased(logits)
-        if self.tokens.penalises:
+        if self.penalises:
             rows, owner = row.unique(return_inverse=True)
             owner = owner.to(logits.device, non_blocking=True)
             logits = self.tokens.penalised(logits, *(x[owner] for x in self._present(rows, logits)))

@@ -184,7 +184,7 @@ class Batch:
         start, step = canvas.start[rows], canvas.step[rows]
         opening = open_window(canvas, plan, rows, self.width)
         scope, written = opening.clock.scope[:, : self.width], ~masked & ~pinned
-        conflicts = self.scorer.scores.conflicts
+        conflicts = self.scorer.conflicts
         return StepView(
             masked=opening.active,
             weight=opening.weight,
@@ -256,14 +256,14 @@ class Batch:
         canvas, cells = self.canvas, (rows, slice(self.width))
         ids, masked, sound = canvas.ids[cells], canvas.masked[cells], canvas.failed[rows] < 0
         written = written & sound[:, None]  # the scores of a broken row are nothing to write
-        new_ids = torch.where(written, self.scorer.scores.token[cells], ids)
+        new_ids = torch.where(written, self.scorer.token[cells], ids)
         new_masked = masked & ~(decision.reveal & sound[:, None])
         if decision.remask is not None:
             remask = decision.remask & sound[:, None]
             new_ids, new_masked = torch.where(remask, self.plan.mask_id, new_ids), new_masked | remask
         after = self.plan.ending.apply(new_ids, new_masked, ~canvas.pinned[cells])
         appeared = (masked | written) & ~after.masked
-        probability = torch.where(written, self.scorer.scores.probability[cells], torch.nan)
+        probability = torch.where(written, self.scorer.probability[cells], torch.nan)
         for record, new, none in (
             (canvas.reveal_step, canvas.step[rows][:, None], -1),
             (canvas.confidence, probability, torch.nan),
@@ -271,7 +271,7 @@ class Batch:
             record[cells] = torch.where(after.masked, none, torch.where(appeared, new, record[cells]))
         if self.plan.top_logprobs:
             noted = torch.where(
-                written[..., None, None], self.scorer.scores.alternatives[cells], canvas.alternatives[cells]
+                written[..., None, None], self.scorer.alternatives[cells], canvas.alternatives[cells]
             )
             canvas.alternatives[cells] = noted
         changed = ((after.ids != ids) | (after.masked != masked)).any(1)
