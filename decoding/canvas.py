@@ -39,8 +39,8 @@ class Row:
         Raises:
             ConfigError: when they are more than the plan has steps.
         """
-        start = self.ids.index(plan.mask_id) if plan.mask_id in self.ids else 0
-        stages = plan.decoder.window.stages(torch.tensor([start]), torch.tensor([len(self.ids)]))
+        masks = [i for i, token in enumerate(self.ids) if token == plan.mask_id] or [0]
+        stages = plan.decoder.window.stages(torch.tensor([masks[0]]), torch.tensor([masks[-1] + 1]))
         if plan.pace.steps is not None and plan.pace.steps < int(stages):
             raise ConfigError(
                 f"{plan.pace.steps} steps are too few for {int(stages)} blocks; each block needs at least one"

@@ -26,7 +26,7 @@ from decoding.denoiser import Denoiser, check_capable
 from decoding.request import Plan
 from decoding.rows import Prompt, RowMaker
 from decoding.step import Batch, run_work
-from dlm.errors import ConfigError, DLMError
+from dlm.errors import ConfigError, DLMError, check_whole
 from dlm.spec import ModelSpec
 
 
@@ -113,8 +113,8 @@ class Engine:
         max_positions: int | None = None,
     ) -> None:
         for name, limit in (("max_rows", max_rows), ("max_positions", max_positions)):
-            if limit is not None and limit < 1:
-                raise ConfigError(f"{name} must be at least 1, got {limit}")
+            if limit is not None:
+                check_whole(name, limit)
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.max_positions = max_rows, max_positions
         self._waiting: OrderedDict[int, tuple[_EngineRow, Canvas]] = OrderedDict()
@@ -155,6 +155,8 @@ class Engine:
         Raises:
             ConfigError: for a prompt that does not fit; nothing is taken up then.
         """
+        if not isinstance(plan, Plan):
+            raise ConfigError(f"a plan is what Request(…).resolve(model) gives, got {plan!r}")
         row = prompt if isinstance(prompt, Row) else self.rows.answer(prompt, plan)
         return self._wait(make_canvas([row], [operator.index(seed)], plan), plan)
 
@@ -165,6 +167,9 @@ class Engine:
     def _wait(self, canvas: Canvas, plan: Plan) -> int:
         """Put a canvas of one row, which is the engine's from now on, at the end of the queue."""
         check_capable(self.model, plan)
+        bias = plan.decoder.tokens.logit_bias
+        if bias and bias[-1][0] >= len(self.tokenizer):
+            raise ConfigError(f"logit_bias names token {bias[-1][0]}, and there are {len(self.tokenizer)}")
         size = int(canvas.end[0])
         if self.max_positions is not None and size > self.max_positions:
             raise ConfigError(

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from decoding.canvas import Canvas, Row
 from decoding.denoiser import hidden_of_rows
 from decoding.gaps import Gap, Piece
-from decoding.pace import Ending
+from decoding.pace import STEPS_PER_POSITION, Ending
 from decoding.request import OPEN_LENGTH, Plan, Request
 from decoding.rows import Prompt, RowMaker, TooLongError
 from dlm.device import sent
@@ -26,7 +26,7 @@ MOST_LENGTHS = 256
 NEIGHBOURS = 4
 """Given tokens on each side of a gap whose likelihood counts when its length is open."""
 
-FOR_GAPS = ("decoder", "options", "steps", "rate", "reuse", "refresh", "top_logprobs")
+FOR_GAPS = ("decoder", "options", "steps", "rate", "reuse", "refresh")
 """Fields of a request that mean something for a text with gaps."""
 
 
@@ -70,7 +70,6 @@ def plan_infilling(request: Request, spec: ModelSpec, tokenizer: PreTrainedToken
         reuse=request.reuse_settings(),
         positions=spec.positions,
         tokens=spec.positions,
-        top_logprobs=request.top_logprobs or 0,
     )
 
 
@@ -104,7 +103,12 @@ def rows_with_gaps(
     except TooLongError as error:
         raise TooLongError(f"{name}: {error}") from error
     made = [_row(rows, given, sizes, before, plan, name) for sizes in itertools.product(*lengths)]
-    return [(row, plan.within(row.ids.count(plan.mask_id))) for row in made]
+    return [(row, plan.within(_usable(row, plan))) for row in made]
+
+
+def _usable(row: Row, plan: Plan) -> int:
+    """Masks of a row, or as many as have steps enough for a step in each of its blocks."""
+    return max(row.ids.count(plan.mask_id), -(-int(row.stages(plan)) // STEPS_PER_POSITION))
 
 
 def _row(

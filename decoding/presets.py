@@ -35,6 +35,9 @@ from decoding.window import Block, Convolution, Full, Sliding, Window, Within
 from dlm.errors import ConfigError, unknown_name
 from dlm.spec import ModelSpec
 
+AT_A_PACE = " at a pace"
+"""Behind the name of a decoder that has given up its own pace."""
+
 MOST_GUIDANCE = 1e6
 """Greatest weight of guidance."""
 
@@ -96,11 +99,16 @@ class Decoder:
             window = Within(window, size, lead=spec.shift and spec.visibility.lead)
         return self if window is self.window else replace(self, window=window)
 
+    @property
+    def preset(self) -> str:
+        """Name of the preset that it comes from, at whatever pace."""
+        return self.name.removesuffix(AT_A_PACE)
+
     def with_given_pace(self) -> Decoder:
         """This decoder, or where it has a pace of its own, the same order at a pace that is given."""
         if self.reveal.paced:
             return self
-        return replace(self, reveal=self.reveal.with_given_pace(), name=f"{self.name} at a pace")
+        return replace(self, reveal=self.reveal.with_given_pace(), name=self.name + AT_A_PACE)
 
     def without(self, *tokens: int) -> Decoder:
         """This decoder with some token ids forbidden."""
@@ -137,6 +145,12 @@ class Decoder:
 
 
 Axes = tuple[Window, RevealRule]
+
+LEFT_OPEN = ("kernel_size", "block_size", "size", "per_step")
+"""Options that None leaves to be chosen, also where their default is a number."""
+
+MOST_OPTION = 1e18
+"""Greatest number that an option of a decoder can be."""
 
 TOKENS = (
     "temperature",
@@ -216,10 +230,12 @@ def _check_kind(name: str, option: str, value: Any, preset: Preset) -> None:
             raise ConfigError(f"option {option} of decoder {name!r} must be true or false, got {value!r}")
         return
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    optional = value is None and option not in preset.common
+    optional = value is None and (default is None or option in LEFT_OPEN)
     numeric = isinstance(default, int | float) or isinstance(value, bool)
     if numeric and not number and not optional:
         raise ConfigError(f"option {option} of decoder {name!r} must be a number, got {value!r}")
+    if number and not abs(value) <= MOST_OPTION:
+        raise ConfigError(f"option {option} of decoder {name!r} must be a number within ±{MOST_OPTION:g}")
 
 
 def _ancestral() -> Axes:

@@ -104,9 +104,10 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     (
         ("decoder",),
-        lambda value: isinstance(value, str) or hasattr(value, "reveal"),
+        lambda value: isinstance(value, str) if not hasattr(value, "reveal") else hasattr(value, "preset"),
         "be a name or a Decoder",
     ),
+    (("decoder",), lambda value: value != "", "be a name or a Decoder"),
     (
         ("options",),
         lambda value: isinstance(value, Mapping) and all(isinstance(name, str) for name in value),
@@ -272,7 +273,8 @@ class Request:
         if not published:
             return self
         stop = list(published["stop"]) if self.stop is None and "stop" in published else self.stop
-        if self.decoder not in (None, published.get("decoder")):
+        name = self.decoder if self.decoder is None or isinstance(self.decoder, str) else self.decoder.preset
+        if name not in (None, published.get("decoder")):
             return replace(self, stop=stop)
         fill = published.get("eos_fill") if self.eos_fill is None else self.eos_fill
         request = replace(self, stop=stop, eos_fill=fill)
@@ -349,6 +351,8 @@ class Request:
         if window is None:
             if self.canvas == "full" and self.max_tokens is None:
                 raise ConfigError('canvas "full" needs a window, or max_tokens')
+            if self.margin is not None and self.canvas == "full":
+                raise ConfigError('a margin is for a canvas that grows; give no canvas="full"')
             return
         if self.canvas == "growing" and not pace.bounded:
             raise ConfigError('canvas "growing" with a rate is what max_tokens gives; give it, or steps')

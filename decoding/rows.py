@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from functools import cached_property
 from typing import Any, TypeVar, cast
 
@@ -177,6 +177,9 @@ def with_seeds(prompts: Iterable[PromptT], seed: int | Sequence[int]) -> Iterato
         return
     if not isinstance(seed, Sequence) or not all(type(each) is int for each in seed):
         raise ConfigError(f"seed must be a whole number, or one for each prompt, got {seed!r}")
+    if isinstance(prompts, Sized) and len(prompts) != len(seed):
+        wrong = "more" if len(prompts) > len(seed) else "fewer"
+        raise ConfigError(f"seed lists {len(seed)} seeds, but there are {wrong} prompts")
     seeds = iter(seed)
     for prompt in prompts:
         each = next(seeds, None)

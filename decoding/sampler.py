@@ -20,7 +20,7 @@ from decoding.request import Plan, Request
 from decoding.rows import Prompt, RowMaker, TooLongError, as_list, cut_text, with_seeds
 from decoding.tilted.particles import steer
 from decoding.tilted.tilt import TILT_FIELDS, Tilt
-from dlm.errors import ConfigError, DLMError
+from dlm.errors import ConfigError, DLMError, check_whole
 from dlm.spec import ModelSpec
 
 Span = str | tuple[int, int]
@@ -317,13 +317,17 @@ class Sampler:
         yield from self._fill(pieces, prompt, plan, batch_size)
 
     def without(
-        self, texts: Sequence[str], decoder: Decoder | str | None = None, *, request: Request | None = None,
+        self,
+        texts: str | Sequence[str],
+        decoder: Decoder | str | None = None,
+        *,
+        request: Request | None = None,
         **fields: Any,
-    ) -> Decoder:  # fmt: skip
+    ) -> Decoder:
         """A decoder that never writes the tokens that these texts are.
 
         Args:
-            texts: one token each.
+            texts: one token each; or one text.
             decoder: the decoder; by default the one that the rest of the request would be decoded with.
             request: the rest of the request; or its fields as keyword arguments.
             **fields: as in `iter_generate`.
@@ -332,6 +336,9 @@ class Sampler:
             ConfigError: for a text that is not exactly one token.
         """
         given = {**fields, **({} if decoder is None else {"decoder": decoder})}
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not all(isinstance(text, str) for text in texts):
+            raise ConfigError(f"tokens are given as texts, got {texts!r}")
         ids = {text: self.rows.text(text) for text in texts}
         for text, token_ids in ids.items():
             if len(token_ids) != 1:
@@ -453,6 +460,8 @@ def _request(request: Request | None, fields: dict[str, Any]) -> Request:
         raise ConfigError("a reward steers whole answers: it is for generate and iter_generate alone")
     if request is None:
         return Request.of(**fields)
+    if not isinstance(request, Request):
+        raise ConfigError(f"request must be a Request, or give its fields as arguments; got {request!r}")
     if fields:
         raise ConfigError(f"give a request or its fields, not both: {', '.join(fields)}")
     return request
@@ -460,14 +469,12 @@ def _request(request: Request | None, fields: dict[str, Any]) -> Request:
 
 def _check_batch_size(batch_size: int) -> None:
     """Refuse a number of rows that means nothing."""
-    if type(batch_size) is not int or batch_size < 1:
-        raise ConfigError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+    check_whole("batch_size", batch_size)
 
 
 def _check_samples(n: int, plan: Plan) -> None:
     """Refuse a number of answers to each prompt that means nothing."""
-    if type(n) is not int or n < 1:
-        raise ConfigError(f"n must be a whole number of at least 1, got {n!r}")
+    check_whole("n", n)
     if n > 1 and not plan.decoder.random:
         raise ConfigError(
             f"decoder {plan.decoder.name!r} draws nothing at random, so {n} answers would be equal; "

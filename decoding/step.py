@@ -92,6 +92,9 @@ def open_window(canvas: Canvas, plan: Plan, rows: Rows, width: int) -> Opening:
     )
     t, s, under_way = window.times(clock.t, clock.s, start, canvas.end[rows], width)
     active = masked & clock.scope[:, :width] & under_way
+    alone = None if plan.pace.bounded else window.alone(active)
+    if alone is not None:
+        active = torch.where(alone.any(1, keepdim=True), alone, active)
     weight = window.weights(~masked & valid, start=start, stage=clock.stage)
     open_somewhere = (active & (weight > 0)).any(1, keepdim=True)  # else all masks are open
     return Opening(clock, active, torch.where(open_somewhere, weight, 1.0), t, s)

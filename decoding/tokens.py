@@ -305,9 +305,13 @@ class TokenRule:
 def _bias_pairs(bias: Any) -> tuple[tuple[int, float], ...]:
     """Token ids with finite numbers, in order, from a mapping or pairs; JSON's keys are texts."""
     try:
-        pairs = sorted((int(token), float(number)) for token, number in dict(bias or ()).items())
-    except (TypeError, ValueError) as error:
+        given = {} if bias is None else dict(bias)
+        wrong = [x for x in given if isinstance(x, bool) or not isinstance(x, int | str)]
+        pairs = sorted((int(token), float(number)) for token, number in given.items())
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"logit_bias must map token ids to numbers, got {bias!r}") from error
+    if wrong:
+        raise ConfigError(f"logit_bias must map token ids to numbers, got {wrong[0]!r} for an id")
     if any(token < 0 or not abs(number) <= MOST_NUMBER for token, number in pairs):
         raise ConfigError(f"logit_bias must map token ids to numbers within ±{MOST_NUMBER:g}, got {bias!r}")
     return tuple(pairs)

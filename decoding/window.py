@@ -74,6 +74,15 @@ class Window:
         del start, end, length
         return t, s, torch.ones(len(t), 1, dtype=torch.bool, device=t.device)
 
+    def alone(self, masked: torch.Tensor) -> torch.Tensor | None:
+        """[B, L] bool, masks before which no other of their row may be written; None where there are none.
+
+        Args:
+            masked: [B, L] bool, the masks of the stage.
+        """
+        del masked
+        return None
+
     def current(self, masked: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """[B] int64, the stage that a row with the masks [B, L] is in."""
         del masked
@@ -223,7 +232,8 @@ class Within(Window):
         inner: the other window.
         size: positions per block.
         lead: with a shift the first position of a block is predicted by the block before it; it is written
-            first, and alone, as Fast-dLLM v2 does.
+            first, and alone, as Fast-dLLM v2 does. With a number of steps a rule that falls behind writes
+            others beside it, so that each block is done in its steps.
     """
 
     inner: Window
@@ -262,10 +272,12 @@ class Within(Window):
         block = self.current(~unmasked, start) if stage is None else stage
         inside = self.scope(start, block, unmasked.shape[1])
         weight = self.inner.weights(unmasked, start=start) * inside
-        if not self.lead:
-            return weight
-        first = inside & ~unmasked & (torch.arange(unmasked.shape[1]) % self.size == 0)
-        return torch.where(first.any(1, keepdim=True), first.float(), weight)
+        first = self.alone(inside & ~unmasked)
+        return weight if first is None else torch.where(first.any(1, keepdim=True), first.float(), weight)
+
+    def alone(self, masked: torch.Tensor) -> torch.Tensor | None:
+        """[B, L] bool, the first positions of blocks, with a lead; see `Window`."""
+        return masked & (torch.arange(masked.shape[1]) % self.size == 0) if self.lead else None
 
 
 @dataclass(frozen=True)

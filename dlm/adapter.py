@@ -47,11 +47,11 @@ is. Values of different models differ by 1.4 on average."""
 
 TARGETS: dict[str, str | list[str]] = {
     "all": "all-linear",
-    "attention": ["q_proj", "k_proj", "v_proj", "c_attn"],
+    "attention": ["q_proj", "k_proj", "v_proj", "c_attn", "attn_qkv", "Wqkv"],
 }
 """Layers that get an adapter, by name: every linear layer of the backbone, or those of the attention.
 
-GPT-2 has one layer, `c_attn`, for queries, keys and values.
+GPT-2, MDLM and ModernBERT have one layer for queries, keys and values: `c_attn`, `attn_qkv`, `Wqkv`.
 """
 
 

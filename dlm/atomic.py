@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,18 +30,41 @@ def replacing(file: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def filling(folder: str | Path) -> Iterator[Path]:
-    """An empty folder to be filled, made where it is missing; after an error, what was written goes again."""
+    """An empty folder to be filled, made where it is missing; after an error, what was written goes again.
+
+    A SIGTERM in the main thread is such an error.
+    """
     folder = Path(folder)
     there = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        yield folder
+        with _terminated_by_exception():
+            yield folder
     except BaseException:
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         if not there:
             folder.rmdir()
         raise
+
+
+@contextmanager
+def _terminated_by_exception() -> Iterator[None]:
+    """SIGTERM raises `SystemExit` inside, where it would end the process at once."""
+    usual = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or usual is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        del frame
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, usual)
 
 
 def write_whole(file: str | Path, text: str, errors: str = "strict") -> None:

@@ -130,6 +130,7 @@ def log_state(checkpoint: str | Path) -> dict[str, Any]:
             "watched": {str(name): float(value) for name, value in log.get("watched", {}).items()},
             "watched_since": int(log.get("watched_since", log["since_step"])),
             "parts": None if log.get("parts") is None else int(log["parts"]),
+            "rows": None if log.get("rows") is None else int(log["rows"]),
         }
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise damaged(file, error, hint=DROP_CHECKPOINT) from error

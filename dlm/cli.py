@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from dlm import packages
 from dlm.errors import ConfigError, DLMError, did_you_mean
@@ -232,7 +232,10 @@ def parse(prog: str, command: Command, words: Sequence[str]) -> Any:
         parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     options, verbatim = _split(words)
     try:
-        namespace = parser.parse_args(_normalise(options, _option_types(command.config)))
+        known = _option_types(command.config)
+        words, texts = _normalise(options, known)
+        namespace = parser.parse_args(words)
+        _set_texts(namespace, texts, known)
         namespace.pop("config", None)
         rest = [*(namespace.pop("words", None) or ()), *verbatim[1:]]
         if rest:
@@ -266,22 +269,68 @@ def _resolve_annotations(config: type) -> None:
             _resolve_annotations(kind)  # type: ignore[arg-type]
 
 
-def _normalise(words: Sequence[str], options: dict[str, Any]) -> list[str]:
-    """`--eos-fill` as `--eos_fill`, and a switch without a value as `--switch=true`."""
-    out = []
-    for word, following in zip(words, [*words[1:], ""], strict=False):
-        if re.match(r"--[\w.-]+(=|$)", word):
-            option, equals, value = word.partition("=")
-            name = option[2:].replace("-", "_")
-            word = f"--{name}{equals}{value}"
-            if (
-                options.get(name) in (bool, bool | None)
-                and not equals
-                and following.lower() not in ("true", "false")
-            ):
-                word += "=true"
-        out.append(word)
-    return out
+_OPTION = re.compile(r"--[\w.-]+(=|$)")
+
+
+def _normalise(words: Sequence[str], options: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """`--eos-fill` as `--eos_fill`, a switch without a value as `--switch=true`; and the texts among options.
+
+    Options that may be any text are taken out, with their values as they are: the parser would read them as
+    YAML, in which "# Tips" is nothing and "[END]" a list.
+    """
+    out: list[str] = []
+    texts: dict[str, Any] = {}
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
+        if not _OPTION.match(word):
+            out.append(word)
+            continue
+        option, equals, value = word.partition("=")
+        name = option[2:].replace("-", "_")
+        if not equals and options.get(name) in (bool, bool | None):
+            is_value = bool(remaining) and remaining[0].lower() in ("true", "false")
+            equals, value = ("", "") if is_value else ("=", "true")
+        elif _holds_text(name, options):
+            if not equals and remaining and not _OPTION.match(remaining[0]):
+                equals, value = "=", remaining.pop(0)
+            if equals:
+                texts[name] = _text_or_list(value, options.get(name))
+                continue
+        out.append(f"--{name}{equals}{value}")
+    return out, texts
+
+
+def _holds_text(name: str, options: dict[str, Any]) -> bool:
+    """True for an option that may be any text, or nothing, or a list."""
+    if name in options:
+        return str in get_args(options[name])
+    dicts = [
+        kind for kind in get_args(options.get(name.split(".", maxsplit=1)[0])) if get_origin(kind) is dict
+    ]
+    return any(get_args(kind)[1] is str for kind in dicts)
+
+
+def _text_or_list(text: str, kind: Any) -> str | list[str]:
+    """The text; or the list that it is in JSON, where a list is taken too."""
+    if any(get_origin(member) is list for member in get_args(kind)):
+        try:
+            listed = json.loads(text)
+        except ValueError:
+            return text
+        if isinstance(listed, list) and all(isinstance(each, str) for each in listed):
+            return listed
+    return text
+
+
+def _set_texts(namespace: Any, texts: dict[str, Any], options: dict[str, Any]) -> None:
+    """Put texts among the options where they belong."""
+    for name, text in texts.items():
+        if name in options:
+            namespace[name] = text
+        else:
+            owner, _, key = name.partition(".")
+            namespace[owner] = {**(namespace[owner] or {}), key: text}
 
 
 def _option_types(config: type, prefix: str = "") -> dict[str, Any]:

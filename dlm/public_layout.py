@@ -77,12 +77,14 @@ def _origin(
     family = origin_of(config)
     if family is None or config.public is None:
         raise CheckpointError(f"{folder}: did not come from a public checkpoint; it has only this layout")
-    then = ModelSpec.of_config(family.config(config.public["config"], tokenizer)).visibility
-    now = ModelSpec.of_config(config).visibility
-    if now != then:
-        raise CheckpointError(
-            f"{folder}: trained further with another visibility ({now}) than the public layout has ({then})"
-        )
+    then = ModelSpec.of_config(family.config(config.public["config"], tokenizer))
+    now = ModelSpec.of_config(config)
+    for name in ("visibility", "schedule"):
+        ours, theirs = getattr(now, name), getattr(then, name)
+        if ours != theirs:
+            raise CheckpointError(
+                f"{folder}: trained further with another {name} ({ours}) than the public layout's ({theirs})"
+            )
     return family, config.public
 
 

@@ -241,8 +241,8 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         return int(6 * inputs["input_ids"].numel() * self._parameters)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate as transformers does; the time it takes does not count as training."""
-        with self._apart():
+        """Evaluate as transformers does; its time and its random numbers are none of the training's."""
+        with self._apart(), torch.random.fork_rng():
             return dict(super().evaluate(*args, **kwargs))
 
     @contextlib.contextmanager
@@ -330,6 +330,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
                 "watched": watched,
                 "watched_since": self._watched_since,
                 "parts": self.args.gradient_accumulation_steps * max(1, self.args.world_size),
+                "rows": len(self._sampler),
             }
             (folder / LOG_STATE).write_text(json.dumps(log), encoding="utf-8")
             if self.ema:
@@ -356,6 +357,13 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             raise ConfigError(
                 f"{resume_from_checkpoint}: a step of this run has {self._resumed_log['parts']} "
                 f"micro-batches, not {parts}; go on with as many processes as it began with"
+            )
+
+        rows, before = len(self._get_train_sampler()), self._resumed_log.get("rows") or 0
+        if before and before != rows and self.args.max_steps * self._global_rows() > min(rows, before):
+            raise ConfigError(
+                f"{resume_from_checkpoint}: an epoch of this run has {before} rows, and {rows} with so many "
+                "processes; go on with as many as it began with"
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

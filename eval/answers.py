@@ -50,6 +50,12 @@ class Answer:
         return self.id, self.turn
 
 
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "id": str, "turn": int, "text": str, "tokens": int, "finish_reason": str, "model_calls": int,
+    "steps": int, "seconds": (int, float), "reveal_step": list, "asked": str,
+}  # fmt: skip
+"""Types of the fields of an answer."""
+
 ByTurn = Mapping[tuple[str, int], Answer]
 """Answers by the question's id and the turn."""
 
@@ -88,9 +94,11 @@ class AnswerFile:
         try:
             row: dict[str, Any] = json.loads(line)
             answer = Answer(**{name: row[name] for name in (f.name for f in fields(Answer)) if name in row})
-            for name, kind in (("id", str), ("turn", int), ("text", str), ("tokens", int)):
+            for name, kind in _KINDS.items():
                 if not isinstance(getattr(answer, name), kind):
                     raise TypeError(f"its {name} is {getattr(answer, name)!r:.80}")
+            if not all(isinstance(step, int) for step in answer.reveal_step):
+                raise TypeError(f"its reveal_step is {answer.reveal_step!r:.80}")
         except (ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{self.path}, line {number}: not an answer ({error})") from error
         return answer

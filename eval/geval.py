@@ -88,7 +88,7 @@ def expected_score(choice: dict[str, Any]) -> float | None:
         if re.fullmatch(r"\s*[1-5]\s*", candidate["token"]):
             digit = int(candidate["token"])
             mass[digit] = mass.get(digit, 0.0) + math.exp(candidate["logprob"])
-    if mass:
+    if sum(mass.values()) > 0:  # a judge may rule all of them out
         return sum(digit * p for digit, p in mass.items()) / sum(mass.values())
     match = re.search(r"\b([1-5])\b", conclusion(choice["message"]["content"]))
     return float(match[1]) if match else None

@@ -104,12 +104,13 @@ def _batch(
     truth = torch.full(canvas.ids.shape, _NO_TRUTH)
     for true_ids, (prompt, answer) in zip(truth, rows, strict=True):
         true_ids[len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
-    batch = Batch(model, canvas, plan, _TrueScorer(truth, model, canvas, plan))
+    scorer = _TrueScorer(truth, model, canvas, plan)
+    batch = Batch(model, canvas, plan, scorer)
     while not bool(canvas.done.all()):
         run_work(model, [batch.step()])
     for row, (prompt, answer) in enumerate(rows):
-        chance = canvas.confidence[row, len(prompt) : len(prompt) + len(answer)]
-        yield PathCost((-chance.double().log()).tolist(), int(canvas.model_calls[row]))
+        nats = scorer.nats[row, len(prompt) : len(prompt) + len(answer)]
+        yield PathCost(nats.tolist(), int(canvas.model_calls[row]))
 
 
 class _TrueScorer(Scorer):
@@ -118,6 +119,8 @@ class _TrueScorer(Scorer):
     def __init__(self, truth: torch.Tensor, model: Denoiser, canvas: Canvas, plan: Plan) -> None:
         super().__init__(model, canvas, plan)
         self.truth = truth
+        self.nats = torch.full(truth.shape, torch.nan, dtype=torch.float64)
+        """[B, L] of the true tokens when they were last looked at, which is when they were written."""
 
     def _changed(self, logits: torch.Tensor, *cells: torch.Tensor) -> torch.Tensor:
         """[N, V] for the decoder's choice of positions; those of the model alone are kept for the tokens."""
@@ -131,7 +134,8 @@ class _TrueScorer(Scorer):
         columns = super()._columns(logits, row, position, noise)
         truth, noise = (sent(x, logits.device) for x in (self.truth[row, position], noise))
         token = TokenRule().choose(self._plain, noise).token
-        probability = self._plain.float().log_softmax(1).gather(1, truth.clamp(min=0)[:, None])[:, 0].exp()
+        logp = self._plain.float().log_softmax(1).gather(1, truth.clamp(min=0)[:, None])[:, 0].double()
+        self.nats[row, position] = -logp.cpu()
         columns[:, 0] = torch.where(truth == _NO_TRUTH, token, truth).double()
-        columns[:, 1] = torch.where(truth == _NO_TRUTH, 1.0, probability).double()
+        columns[:, 1] = torch.where(truth == _NO_TRUTH, 1.0, logp.exp())
         return columns

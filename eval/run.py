@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -32,6 +33,10 @@ from eval.tasks import Question
 
 BAND = ("usual_mean", "usual_deviation")
 """Figures of a run that say which perplexities are usual, see `eval.fluency.Band`."""
+
+
+MOST_LETTERS = 180
+"""Of a verdict's name in that of its file."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +101,22 @@ class Results:
         """
         try:
             card = Card(**json.loads((folder / "run.json").read_text(encoding="utf-8")))
+            dict(card.settings)
             metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             measured = {key: _nan_for_none(row) for key, row in metrics["answers"].items()}
             overall = _nan_for_none(metrics["whole"])
+            overall["seconds"] = float(overall["seconds"])
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(f"{folder}: not a finished run of `dlm eval` ({error!r})") from error
         verdicts = load_verdicts(folder)
         measured = _with_verdicts(measured, verdicts, _prevailing([verdicts]))
         stored = AnswerFile(folder / "answers.jsonl").read()
         answers = {key: answer for key, answer in stored.items() if f"{key[0]}/{key[1]}" in measured}
+        if len(answers) < len(measured) or not measured:
+            raise DataError(
+                f"{folder}: answers.jsonl has {len(answers)} of the {len(measured)} answers in metrics.json; "
+                "give the command of the run again"
+            )
         return cls(folder.resolve(), card, answers, measured, summary(measured), overall, verdicts)
 
 
@@ -191,7 +203,7 @@ def _rejudged(run: Results, longest: Results | None) -> Results:
 
 
 def _nan_for_none(row: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: float("nan") if value is None else value for name, value in row.items()}
+    return {name: float("nan") if value is None else float(value) for name, value in row.items()}
 
 
 @dataclass(frozen=True)
@@ -222,7 +234,10 @@ class Verdict:
     def save(self, folder: Path) -> None:
         """Write it into a run's folder, beside those of other judges."""
         name = "-".join(x for x in (self.method, self.measure, self.judge, self.against) if x)
-        file = folder / "verdicts" / f"{re.sub(r'[^A-Za-z0-9.=,-]+', '_', name)[:180]}.json"
+        plain = re.sub(r"[^A-Za-z0-9.=,-]+", "_", name)
+        if len(plain) > MOST_LETTERS:
+            plain = f"{plain[:MOST_LETTERS]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
+        file = folder / "verdicts" / f"{plain}.json"
         write_json(file, without_nan(asdict(self)))
 
 

@@ -158,6 +158,18 @@ class ModelConfig(StartConfig):
             )
 
 
+_ENDS = "a run ends with its last weights, and R2FT with those that its guard chooses"
+_CONTINUES = "a run that goes on must be the one that was interrupted"
+_UNUSED = "it has no effect here"
+TAKEN = {
+    "load_best_model_at_end": _ENDS, "metric_for_best_model": _ENDS,
+    "save_only_model": _CONTINUES, "ignore_data_skip": _CONTINUES,
+    "save_total_limit": "keep_checkpoints says how many", "data_seed": "seed is that of the rows too",
+    "label_smoothing_factor": _UNUSED, "remove_unused_columns": _UNUSED,
+    "dataloader_drop_last": "every row is trained on and measured",
+}  # fmt: skip
+"""Fields of transformers' TrainingArguments that are not free, and why."""
+
 EPOCHS = 3.0
 """Passes over the rows of a run without any limit."""
 
@@ -244,7 +256,7 @@ class RunConfig:
             "logging_steps",
         )
         for name in (*positive, "save_steps", "eval_draws", "keep_checkpoints", "sample_steps"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
         unsigned = (
             "max_steps",
@@ -256,8 +268,11 @@ class RunConfig:
             "warmup_steps",
         )
         for name in (*unsigned, "weight_decay"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in self.trainer:
+            if name in TAKEN:
+                raise ConfigError(f"trainer.{name} is not free: {TAKEN[name]}")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if self.max_minutes and self.lr_scheduler_type != "cosine":
@@ -373,9 +388,6 @@ class R2FTConfig(RunConfig):
             )
         if self.eval_steps == 0 or self.data.validation_rows == 0:
             raise ConfigError("R2FT stops by validation: eval_steps and data.validation_rows must not be 0")
-        for name in ("load_best_model_at_end", "metric_for_best_model"):
-            if name in self.trainer:
-                raise ConfigError(f"trainer.{name} is not free: R2FT chooses the best checkpoint itself")
         if self.save_steps != self.eval_steps:
             raise ConfigError(
                 f"every validated state is saved, so that the best one can be kept: save_steps must equal "

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from dlm.adapter import merged
 from dlm.checkpoint import computes_bfloat16
@@ -354,10 +355,11 @@ _ENDLESS = 10**7
 
 def step_limit(config: RunConfig, rows: int, processes: int) -> int:
     """Optimiser steps at most, of a run over so many rows: those of `max_steps`, or of its passes."""
-    passes = math.ceil(
-        math.ceil(rows / config.per_device_train_batch_size / processes) / config.gradient_accumulation_steps
-    )
-    limits = [config.max_steps or _ENDLESS, config.epochs * passes]
+    batches = rows / config.per_device_train_batch_size / processes
+    steps = math.ceil(math.ceil(batches) / config.gradient_accumulation_steps)
+    if processes > 1:  # which leave out what does not fill the last step, see `EpochSampler`
+        steps = int(batches / config.gradient_accumulation_steps) or steps
+    limits = [config.max_steps or _ENDLESS, config.epochs * steps]
     return math.ceil(min(limits))
 
 
@@ -401,6 +403,10 @@ def training_arguments(config: RunConfig, evaluate: bool, max_steps: int) -> Tra
             raise ConfigError(
                 f"trainer.{name} is not free: the run sets it from its own options (see --help)"
             )
+    integrations = {"all", "none", *INTEGRATION_TO_CALLBACK}
+    for name in config.report_to.split(","):
+        if name not in integrations:
+            raise unknown_name("report_to", name, integrations)
     defaults: dict[str, Any] = {
         "per_device_eval_batch_size": 2 * config.per_device_train_batch_size,
         "optim": "adamw_torch_fused",

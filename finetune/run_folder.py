@@ -33,7 +33,7 @@ class RunFolder:
         config: settings of the run that is about to begin or to continue.
 
     Raises:
-        ConfigError: when the folder holds a run with other settings, or checkpoints that are not ours.
+        ConfigError: when the folder holds a run with other settings, or anything that is not of a run.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -41,8 +41,9 @@ class RunFolder:
         self.path = Path(config.output_dir)
         self._file = self.path / "run.json"
         self._stored = self._read()
-        if not self._stored and any(self.path.glob("checkpoint-*")):
-            raise ConfigError(f"{self.path} holds checkpoints but no run.json; choose another output_dir")
+        if not self._stored and (others := self._others()):
+            shown = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+            raise ConfigError(f"{self.path} holds {shown} but no run.json; choose another output_dir")
         if self._stored:
             self._compare(_as_json(asdict(config)), self._stored["config"])
         self.resume_from = last_checkpoint(self.path)
@@ -51,6 +52,11 @@ class RunFolder:
             log_state(self.resume_from)
         if self.resume_from and not config.resume:
             raise ConfigError(f"{self.path} holds a run already; resume it or choose another output_dir")
+
+    def _others(self) -> list[str]:
+        """Names in the folder, without those of hidden files such as locks."""
+        names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
+        return sorted(name for name in names if not name.startswith("."))
 
     def _read(self) -> dict[str, Any]:
         """Contents of run.json; empty if there is none."""

@@ -20,7 +20,7 @@ from dlm.version import __version__
 from serve.api import canvas, mercury, ollama, openai, operations, schema, tgi
 from serve.api.parameters import Sampling
 from serve.config import ServeConfig
-from serve.errors import APIError
+from serve.errors import APIError, body_for
 from serve.metrics import Metrics
 from serve.middleware import BodyLimit, Keys, RequestLog
 from serve.service import Service, as_api_error
@@ -89,17 +89,8 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         logger.exception("a request failed", exc_info=error)
-        return JSONResponse(APIError(500, "the server failed", code="internal_error").body, 500)
-
-
-def body_for(path: str, error: APIError) -> dict[str, Any]:
-    """The body of an error as the interface of the path has it: OpenAI's object, TGI's or Ollama's text."""
-    if path in ("/", "/generate", "/generate_stream"):
-        kind = {429: "overloaded", 400: "validation", 413: "validation"}.get(error.status, "generation")
-        return {"error": error.message, "error_type": kind, "param": error.param, "code": error.code}
-    if path.startswith("/api/"):
-        return {"error": error.message, "param": error.param, "code": error.code}
-    return error.body
+        failure = APIError(500, "the server failed", code="internal_error")
+        return JSONResponse(body_for(request.url.path, failure), 500)
 
 
 def explain(errors: Sequence[Any]) -> APIError:  # noqa: PLR0911

@@ -62,6 +62,16 @@ class APIError(DLMError):
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
+def body_for(path: str, error: APIError) -> dict[str, Any]:
+    """The body of an error as the interface of the path has it: OpenAI's object, TGI's or Ollama's text."""
+    if path in ("/", "/generate", "/generate_stream"):
+        kind = {429: "overloaded", 400: "validation", 413: "validation"}.get(error.status, "generation")
+        return {"error": error.message, "error_type": kind, "param": error.param, "code": error.code}
+    if path.startswith("/api/"):
+        return {"error": error.message, "param": error.param, "code": error.code}
+    return error.body
+
+
 def refused(error: DLMError, names: Iterable[str]) -> APIError:
     """A 400 for settings that do not fit, naming the parameter that the message begins with.
 

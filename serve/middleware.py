@@ -20,7 +20,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import APIError
+from serve.errors import APIError, body_for
 from serve.metrics import Metrics
 
 logger = logging.getLogger("serve.access")
@@ -163,7 +163,7 @@ class BodyLimit:
     async def _refuse(self, error: APIError, scope: Scope, receive: Receive, send: Send) -> None:
         self.metrics.refused.inc(label=str(error.code))
         headers = {"Connection": "close"}
-        await JSONResponse(error.body, error.status, headers)(scope, receive, send)
+        await JSONResponse(body_for(scope["path"], error), error.status, headers)(scope, receive, send)
 
 
 async def _drain(receive: Receive) -> None:
@@ -207,7 +207,8 @@ class Keys:
         self.metrics.refused.inc(label="invalid_api_key")
         message = "this server needs a key, sent as 'Authorization: Bearer KEY'"
         error = APIError(401, message, code="invalid_api_key")
-        await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+        body = body_for(scope["path"], error)
+        await JSONResponse(body, error.status, error.headers)(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
         if scope["method"] == "OPTIONS":

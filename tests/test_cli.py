@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dlm.cli import commands, main
+from dlm.cli import commands, main, parse
 
 
 def dlm(*words, **kwargs):
@@ -522,3 +522,18 @@ def test_a_wrong_row_of_a_file_is_told_after_the_answers_before_it(checkpoint, t
     assert status == expected
     assert "error: " in err
     assert out or kind == "encoding"
+
+
+@pytest.mark.parametrize(
+    "text", ["# Tips", "~", "null", "[/INST]", "- a", "a: b", "é😀\x85", "12", "'x", "{"]
+)
+def test_a_text_on_the_command_line_is_that_text(text):
+    """The parser reads values as YAML, in which most of these are something else."""
+    from decoding.commands.generate import COMMAND
+
+    for option in ("begin", "ending", "stop", "reward"):
+        for words in ([f"--{option}", text], [f"--{option}={text}"]):
+            assert getattr(parse("dlm generate", COMMAND, [*words, "hi"]), option) == text
+    words = ["--forced.3", text, f"--forced.7={text}", "--stop", '["a", "- b"]', "hi"]
+    config = parse("dlm generate", COMMAND, words)
+    assert (config.forced, config.stop, config.prompts) == ({"3": text, "7": text}, ["a", "- b"], ["hi"])

@@ -74,6 +74,7 @@ def settings(context: Context, minutes: float, compiled: bool | None = None) -> 
         "model.lora.fold": True,
         "model.compile": compiled,
         "data.source": str(material.rows(context)),
+        "num_train_epochs": 0,
         "max_minutes": round(max(minutes, 0.02), 3),
         "save_minutes": 0.5,
         "per_device_train_batch_size": micro,

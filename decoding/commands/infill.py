@@ -65,6 +65,8 @@ class InfillConfig(LoadConfig):
             raise ConfigError("length says how many tokens come in place of --edit; give both")
         if self.length and not LENGTH.fullmatch(self.length):
             raise ConfigError(f"length must be a number of tokens or two such as 2-6, got {self.length!r}")
+        if (length := _length(self.length)) is not None:
+            Gap.of(length)
         for i, text in enumerate(self.texts if self.texts != ["-"] else []):
             self._check(f"text {i}", text)
 

@@ -36,6 +36,10 @@ class Separated(Around):
     def __post_init__(self) -> None:
         """Check the gap, and that the other rule does not count the tokens of a call by itself."""
         check_whole("gap", self.gap)
+        if self.inner.replaces:
+            raise ConfigError(
+                "gap and conflict are for rules whose tokens are not replaced (editing does that)"
+            )
         if "shadows" in self.inner.requires:
             raise ConfigError(
                 "tokens are kept apart before they are verified: Verified(Separated(rule, gap), …)"

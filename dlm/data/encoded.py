@@ -8,6 +8,7 @@ window have to be those that it was made with, which is checked.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable
@@ -46,6 +47,7 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
         prompt_lengths: [n] int64, tokens before each answer.
         window: longest row, in tokens.
         probe: what the tokenizer makes of `_PROBE`, and its special tokens.
+        vocabulary: a digest of its tokens; empty in older files.
     """
 
     ids: np.ndarray[Any, Any]
@@ -54,6 +56,7 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
     prompt_lengths: np.ndarray[Any, Any]
     window: int
     probe: tuple[int, ...]
+    vocabulary: str = ""
 
     @classmethod
     def of(cls, rows: Dataset, tokenizer: PreTrainedTokenizerBase, window: int) -> EncodedRows:
@@ -74,11 +77,12 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
         kind = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
         ids = np.concatenate(arrays).astype(kind)
         starts = np.array(list(prompt_lengths), np.int64)
-        return cls(ids, lengths.cumsum(), lengths, starts, window, _probe(tokenizer))
+        return cls(ids, lengths.cumsum(), lengths, starts, window, _probe(tokenizer), _digest(tokenizer))
 
     def save(self, file: str | Path) -> None:
         """Write the rows, compressed."""
-        facts = json.dumps({"window": self.window, "probe": self.probe}).encode()
+        known = {"window": self.window, "probe": self.probe, "vocabulary": self.vocabulary}
+        facts = json.dumps(known).encode()
         with replacing(file) as part, part.open("wb") as stream:
             np.savez_compressed(
                 stream, ids=self.ids, facts=np.frombuffer(facts, np.uint8),
@@ -98,7 +102,8 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
                 lengths = stored["lengths"].astype(np.int64)
                 starts = stored["prompt_lengths"].astype(np.int64)
                 ids, probe = stored["ids"], tuple(facts["probe"])
-                return cls(ids, lengths.cumsum(), lengths, starts, facts["window"], probe)
+                vocabulary = str(facts.get("vocabulary", ""))
+                return cls(ids, lengths.cumsum(), lengths, starts, facts["window"], probe, vocabulary)
         except (
             OSError, EOFError, BadZipFile, zlib.error, ValueError, KeyError, TypeError, RecursionError
         ) as error:  # fmt: skip
@@ -144,7 +149,8 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
         """
         if window != self.window:
             raise DataError(f"these rows were encoded with a window of {self.window} tokens, not {window}")
-        if _probe(tokenizer) != self.probe:
+        same = self.vocabulary in ("", _digest(tokenizer))
+        if _probe(tokenizer) != self.probe or not same:
             raise DataError(
                 "these rows were encoded with another tokenizer, or another template, than the model's"
             )
@@ -158,3 +164,9 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
 def _probe(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     ids = encode_prompt(tokenizer, [{"role": "user", "content": _PROBE}])
     return (len(tokenizer), int(tokenizer.eos_token_id), int(tokenizer.mask_token_id), *ids)
+
+
+def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of all tokens and their ids, which tokenizers that encode a probe alike may not share."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.blake2b(repr(vocabulary).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -87,9 +89,14 @@ def _judged(config: JudgeCommandConfig, judge: Judge, result: Results, first: Re
     from eval.tasks import load_questions
 
     questions = load_questions(result.card.task, config.data or _own_data(result))
-    for each in (result, first):
-        if each.card.task == result.card.task:
-            check(questions, each.answers, str(each.folder))
+    check(questions, result.answers, str(result.folder))
+    if config.method == "mt_bench_pairs":
+        if first.card.task != result.card.task:
+            raise ConfigError(
+                f"{first.folder} answers {first.card.task} and {result.folder} {result.card.task}: "
+                "answers are compared with those to the same questions"
+            )
+        check(questions, first.answers, str(first.folder))
     if config.method == "alpaca_eval":
         return _alpaca(config, judge, result, questions)
     if config.method == "geval":
@@ -133,9 +140,14 @@ def _mt_bench_verdict(
         grades = grade(questions, result.answers, judge, prompts)
         return Verdict("mt_bench", model, "", "grade", grades.grades, _shown_figures(grades, "grades"))
     pairs = compare(questions, result.answers, first.answers, judge, prompts)
-    return Verdict(
-        "mt_bench_pairs", model, first.card.name, "win", pairs.by_answer, _shown_figures(pairs, "by_answer")
-    )
+    against = f"{first.card.name} [{_digest(f'{first.card.model} {first.card.fingerprint}')}]"
+    figures = _shown_figures(pairs, "by_answer")
+    return Verdict("mt_bench_pairs", model, against, "win", pairs.by_answer, figures)
+
+
+def _digest(text: str) -> str:
+    """Six letters by which two opponents of one name differ."""
+    return hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
 
 
 def _alpaca(config: JudgeCommandConfig, judge: Judge, result: Results, questions: list[Question]) -> Verdict:
@@ -148,7 +160,7 @@ def _alpaca(config: JudgeCommandConfig, judge: Judge, result: Results, questions
     if config.references:
         path = Path(config.references)
         references = list(read_records(path / "model_outputs.json" if path.is_dir() else path))
-        against = path.name
+        against = f"{path.name} [{_digest(json.dumps(references, sort_keys=True, default=str))}]"
     else:
         references, against = reference_outputs(questions), "references"
     outputs = model_outputs(questions, result.answers, result.card.name)

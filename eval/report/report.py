@@ -81,6 +81,8 @@ def write(
     """
     output.mkdir(parents=True, exist_ok=True)
     _check_baselines(against, runs)
+    _check_names(runs)
+    _check_questions(runs)
     runs = comparable(runs)
     tasks = sorted({run.card.task for run in runs})
     by_task = [(task, [run for run in runs if run.card.task == task]) for task in tasks]
@@ -130,6 +132,33 @@ def _curves(file: Path) -> Any:
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(f"{file}: not what `dlm inspect ldw` writes ({error})") from error
     return curves
+
+
+def _check_names(runs: Sequence[Results]) -> None:
+    """Refuse two models of one name: their runs would count as those of one."""
+    named: dict[str, Results] = {}
+    for run in runs:
+        first = named.setdefault(run.card.system, run)
+        if run.card.fingerprint != first.card.fingerprint:
+            raise DataError(
+                f"{first.folder} and {run.folder} are of different models, and both are called "
+                f"{run.card.system!r}; give each a name (dlm eval --name), or a report of its own"
+            )
+
+
+def _check_questions(runs: Sequence[Results]) -> None:
+    """Refuse runs of one task that answered other questions under the same ids."""
+    asked: dict[tuple[str, str, int], tuple[str, Results]] = {}
+    for run in runs:
+        for (question, turn), answer in run.answers.items():
+            if not answer.asked:
+                continue
+            mark, first = asked.setdefault((run.card.task, question, turn), (answer.asked, run))
+            if turn == 0 and mark != answer.asked:
+                raise DataError(
+                    f"{first.folder} and {run.folder} answered different questions under one id "
+                    f"({question}); a report is about one file of questions"
+                )
 
 
 def _check_baselines(against: Sequence[str], runs: Sequence[Results]) -> None:

@@ -145,7 +145,8 @@ def under_parallelism(runs: Sequence[Results]) -> Table | None:
         if right is not None and rate is not None:
             free = {"rate", "steps", "seconds", "seed"}
             kept = tuple(sorted((k, repr(v)) for k, v in run.card.settings.items() if k not in free))
-            seeds = lines.setdefault((run.card.system, run.card.decoder, kept), {})
+            model = run.card.system, run.card.fingerprint
+            seeds = lines.setdefault((*model, run.card.decoder, kept), {})
             point = Point(rate, 100 * right.mean)
             seeds.setdefault(run.card.settings.get("seed"), []).append((run, point))
     several = [seeds for seeds in lines.values() if all(len(line) > 1 for line in seeds.values())]

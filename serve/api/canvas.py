@@ -32,6 +32,7 @@ from serve.api.parameters import (
     Generation,
     Sampling,
     Texts,
+    check_bias,
     faults_named,
     first_seed,
     new_id,
@@ -143,6 +144,7 @@ def _answer_sample(service: Service, body: CanvasRequest) -> Sample:
         ids = service.rows.prompt(prompt)
         request = generation.request(len(ids))
         request.check_decoder()
+        check_bias(service, body)
         plan = request.resolve(service.spec)
         row = service.rows.answer(ids, plan)
         row.stages(plan)  # refused here, before a stream begins

@@ -19,7 +19,16 @@ from decoding.infill import Infilled, gap_scores, likeliest, plan_infilling, row
 from decoding.request import Plan
 from decoding.rows import Prompt
 from serve.api import schema
-from serve.api.parameters import Sampling, check_rows, faults_named, first_seed, head, usage, wrapped
+from serve.api.parameters import (
+    Sampling,
+    check_bias,
+    check_rows,
+    faults_named,
+    first_seed,
+    head,
+    usage,
+    wrapped,
+)
 from serve.api.sse import Events, sse_event, stream
 from serve.errors import APIError
 from serve.job import Notice, Sample
@@ -87,6 +96,7 @@ def _rows_of_lengths(
 ) -> Filling:
     request = sampling.request()
     request.check_decoder()
+    check_bias(service, sampling)
     plan = plan_infilling(request, service.spec, service.tokenizer)
     rows = rows_with_gaps(service.rows, pieces, prompt, plan, "the text")
     for row, clamped in rows:
@@ -158,7 +168,8 @@ async def _best(service: Service, filling: Filling, tries: list[Canvas], seed: i
 async def fill_suffix(service: Service, body: schema.CompletionRequest, http: Request) -> Response:
     """Answer /v1/completions with a suffix: the text between the two, of any length up to `max_tokens`."""
     for name in ("echo", "logprobs", "stop", "diffusing"):
-        if getattr(body, name) is not None and getattr(body, name) not in (False, []):
+        value = getattr(body, name)
+        if value is not None and value is not False and value != []:
             raise APIError(400, f"{name} means nothing beside a suffix", param=name)
     if not isinstance(body.prompt, str):
         raise APIError(400, "with a suffix, the prompt must be one text", param="prompt")

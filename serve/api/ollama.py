@@ -37,7 +37,7 @@ class Options(Sampling):
 
     num_predict: int | None = Field(None, description="Longest answer; below 1 for the model's own.")
     stop: Texts | None = None
-    repeat_penalty: float | None = Field(None, gt=0)
+    repeat_penalty: float | None = Field(None, ge=0.01, le=100)
     num_ctx: int | None = Field(None, description="Taken, and not used: rows are as long as they need.")
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -116,6 +116,9 @@ class _OllamaAnswer:
         """Make the row; on the thread that encodes."""
         options = self.body.options or Options()
         if options.repeat_penalty is not None:
+            if options.repetition_penalty is not None:
+                message = "repeat_penalty and repetition_penalty are one thing; give one of them"
+                raise APIError(400, message, param="repeat_penalty")
             options = options.model_copy(update={"repetition_penalty": options.repeat_penalty})
         longest = options.num_predict if (options.num_predict or 0) > 0 else None
         generation = Generation(options, longest, stop_texts(options.stop))
@@ -200,6 +203,8 @@ class _Handlers:
         self._check(body)
         answer = _OllamaAnswer(self.service, body, "response")
         messages = [{"role": "user", "content": body.prompt}]
+        if body.system and body.raw:
+            raise APIError(400, "a raw prompt has no template for a system message", param="system")
         if body.system:
             messages.insert(0, {"role": "system", "content": body.system})
 

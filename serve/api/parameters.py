@@ -209,10 +209,7 @@ class Generation:
         """
         self.check(service.config)
         check_rows(service.config, len(prompts) * self.n)
-        for token in map(int, self.sampling.decoder_options().get("logit_bias") or {}):
-            if token >= len(service.tokenizer):
-                message = f"logit_bias names token {token}, and there are {len(service.tokenizer)}"
-                raise APIError(400, message, param="logit_bias", code="invalid_value")
+        check_bias(service, self.sampling)
         seed = first_seed(self.sampling.seed)
         out = []
         for ids in prompts:
@@ -325,3 +322,16 @@ def metadata(row: Row, output: Any) -> dict[str, Any]:
 
 
 PARAMETERS = frozenset({*Sampling.model_fields, "stop", "max_tokens", "text", "n"})
+
+
+def check_bias(service: Service, sampling: Sampling) -> None:
+    """Refuse a bias of a token that there is not.
+
+    Raises:
+        APIError: 400.
+    """
+    bias = sampling.decoder_options().get("logit_bias") or {}
+    for token in map(int, bias if isinstance(bias, dict) else ()):
+        if token >= len(service.tokenizer):
+            message = f"logit_bias names token {token}, and there are {len(service.tokenizer)}"
+            raise APIError(400, message, param="logit_bias", code="invalid_value")

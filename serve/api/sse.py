@@ -9,7 +9,7 @@ from typing import Any
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from serve.errors import APIError
+from serve.errors import APIError, body_for
 
 Events = AsyncGenerator[ServerSentEvent, None]
 
@@ -34,24 +34,27 @@ def sse_event(data: Any, name: str | None = None) -> ServerSentEvent:
     return ServerSentEvent(sse_line(data), event=name, sep="\n")
 
 
-def stream(events: Events, *, done: bool = True, error_name: str | None = None) -> EventSourceResponse:
+def stream(
+    events: Events, *, done: bool = True, error_name: str | None = None, path: str = ""
+) -> EventSourceResponse:
     """A response that streams events; when the client goes away, the generator is closed.
 
     Args:
         events: the events; an `APIError` from them becomes the last one.
         done: end with `[DONE]`, as OpenAI does.
         error_name: name of the event of an error.
+        path: of the request, whose interface has a form of its own for errors.
     """
-    guarded = _with_error(events, done, error_name)
+    guarded = _with_error(events, done, error_name, path)
     return EventSourceResponse(guarded, ping=PING_SECONDS, sep="\n", send_timeout=SEND_SECONDS)
 
 
-async def _with_error(events: Events, done: bool, error_name: str | None) -> Events:
+async def _with_error(events: Events, done: bool, error_name: str | None, path: str) -> Events:
     try:
         async with aclosing(events):
             async for each in events:
                 yield each
     except APIError as error:
-        yield sse_event(error.body, error_name)
+        yield sse_event(body_for(path, error), error_name)
     if done:
         yield ServerSentEvent("[DONE]", sep="\n")

@@ -16,7 +16,6 @@ from serve.api.openai import ERRORS, PLAIN_ERRORS, confirmed_part, raw_ids
 from serve.api.parameters import Body, Generation, Sampling
 from serve.api.sse import Events, sse_event, stream
 from serve.api.tokens import LEAST, TokenTexts, logprob
-from serve.errors import APIError
 from serve.job import Sample
 from serve.service import Service
 
@@ -112,8 +111,14 @@ class _TGIAnswer:
         longest = (
             None if p.window is not None and p.max_new_tokens is None else p.max_new_tokens or NEW_TOKENS
         )
-        generation = Generation(p, longest, tuple(p.stop or ()), 1, p.top_n_tokens or 0)
-        (self.sample,) = generation.samples(self.service, [ids])
+        (self.sample,) = self._generation(p, longest).samples(self.service, [ids])
+        if p.do_sample and p.temperature is None and self.sample.plan.decoder.tokens.temperature == 0:
+            p = p.model_copy(update={"temperature": 1.0})
+            (self.sample,) = self._generation(p, longest).samples(self.service, [ids])
+
+    def _generation(self, p: Parameters, longest: int | None) -> Generation:
+        """The generation that the parameters ask for."""
+        return Generation(p, longest, tuple(p.stop or ()), 1, p.top_n_tokens or 0)
 
     def text(self, output: Output) -> str:
         """The generated text, with the prompt if that was asked for."""
@@ -223,15 +228,19 @@ class _Handlers:
 
     async def generate_stream(self, body: TGIRequest, http: Request) -> Response:
         """Go on with a text, one event a token."""
-        if body.parameters is not None and body.parameters.return_full_text:
-            raise APIError(400, "return_full_text means nothing in a stream", param="return_full_text")
-        return stream((await self._prepared(http, body)).events(), done=False)
+        answer = await self._prepared(http, body)
+        return stream(answer.events(), done=False, path=http.url.path)
 
     async def root(self, body: CompatRequest, http: Request) -> Response:
-        """Answer like /generate or /generate_stream, by `stream`; the answer in a list of one."""
+        """Answer like /generate or /generate_stream, by `stream`; the answer in a list of one.
+
+        As at TGI the text comes with its prompt here, unless `return_full_text` is false.
+        """
         answer = await self._prepared(http, body)
+        if answer.parameters.return_full_text is None:
+            answer.parameters = answer.parameters.model_copy(update={"return_full_text": True})
         if body.stream:
-            return stream(answer.events(), done=False)
+            return stream(answer.events(), done=False, path=http.url.path)
         return JSONResponse([await self.service.unless_gone(http, answer.whole())])
 
     async def info(self) -> dict[str, Any]:

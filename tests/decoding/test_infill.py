@@ -139,3 +139,11 @@ def test_a_shifted_model_is_given_something_to_look_at_before_a_first_gap(model,
     got = Sampler(model, tokenizer).infill("<mask:2> counts", steps=1)
     assert seen[0][0, 0] == tokenizer.eos_token_id
     assert len(got.token_ids) == 2 + len(tokenizer(" counts")["input_ids"])
+
+
+@pytest.mark.parametrize("text", ["<mask:1>" + "abcd" * 20, "ab<mask:1>" + "abcd" * 20 + "<mask:1>cd"])
+def test_blocks_without_a_gap_take_no_steps_from_those_with_one(text):
+    for decoder, options in (("semi-ar", {"block_size": 4}), ("llada", {"block_size": 4})):
+        for steps in (40, 500):
+            got = sampler().infill(text, decoder=decoder, options=options, steps=steps)
+            assert sum(step >= 0 for step in got.reveal_step) == text.count("<mask")

@@ -249,3 +249,49 @@ def test_several_answers_to_a_prompt_are_those_of_the_seeds_that_follow(model, t
     for wrong in (0, 1.5, True):
         with pytest.raises(ValueError, match="n must be a whole number of at least 1"):
             sampler.generate(prompts, n=wrong)
+
+
+def test_a_forbidden_token_changes_nothing_else_of_the_published_settings(model, tokenizer):
+    published = {"decoder": "llada", "options": {"block_size": 16}, "max_tokens": 32, "steps": 32}
+    model.config.generation = {**published, "canvas": "full", "eos_fill": False}
+    sampler = Sampler(model, tokenizer)
+    for fields in ({}, {"rate": 2.0}, {"max_tokens": 16}):
+        usual = sampler.plan(**fields)
+        without = sampler.plan(decoder=sampler.without(" a", **fields), **fields)
+        assert without.decoder.tokens.forbidden
+        for name in ("pace", "ending", "margin", "positions", "tokens", "stop"):
+            assert getattr(without, name) == getattr(usual, name), name
+
+
+def test_a_lone_text_is_one_token_and_what_is_no_text_is_refused(sampler):
+    assert sampler.without(" a") == sampler.without([" a"])
+    with pytest.raises(ConfigError, match="tokens are given as texts"):
+        sampler.without([5])
+
+
+def test_what_means_nothing_is_refused_before_a_model_call(model, tokenizer):
+    sampler = Sampler(model, tokenizer)
+    sampler.model = None  # nobody may ask it
+    with pytest.raises(ConfigError, match="seed lists 2 seeds, but there are more prompts"):
+        sampler.generate(["a", "b", "c"], seed=[1, 2])
+    for fields, message in (
+        ({"request": {"max_tokens": 4}}, "request must be a Request"),
+        ({"batch_size": 10**23}, "batch_size must be at most"),
+        ({"canvas": "full", "max_tokens": 8, "margin": 4}, "a margin is for a canvas that grows"),
+        ({"decoder": ""}, "decoder must be a name or a Decoder"),
+        ({"decoder": type("Odd", (), {"reveal": 1})()}, "decoder must be a name or a Decoder"),
+        ({"options": {"logit_bias": {3.7: 5}}}, "got 3.7 for an id"),
+        ({"options": {"logit_bias": {1: 10**400}}}, "logit_bias must map token ids to numbers"),
+        ({"options": {"logit_bias": False}}, "logit_bias must map token ids to numbers"),
+        ({"decoder": "entropy-bound", "options": {"gamma": 10**400}}, "must be a number within"),
+        ({"decoder": "threshold", "options": {"tau": None}}, "option tau of decoder 'threshold' must be a number"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            sampler.generate("a", **fields)
+    with pytest.raises(ConfigError, match="top_logprobs means nothing here"):
+        sampler.infill("a <mask:2>", top_logprobs=3)
+
+
+def test_a_bias_of_a_token_that_there_is_not_is_refused(sampler):
+    with pytest.raises(ConfigError, match=f"and there are {len(sampler.tokenizer)}"):
+        sampler.generate("a", options={"logit_bias": {len(sampler.tokenizer): 1.0}}, max_tokens=4)

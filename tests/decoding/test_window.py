@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from decoding import Sampler
 from decoding.window import Block, Convolution, Full
 from dlm.errors import ConfigError
 
@@ -62,3 +63,22 @@ def test_blocks_count_from_the_prompt_and_the_first_open_one_is_current():
 def test_a_kernel_beyond_the_row_sees_the_row_and_takes_no_more_memory():
     unmasked = torch.arange(30)[None] % 7 == 0
     assert torch.equal(Convolution(2**31 - 1).weights(unmasked), Convolution(61).weights(unmasked))
+
+
+@pytest.mark.parametrize("name", ["llada", "llada-conv", "margin", "dream", "conv", "threshold"])
+@pytest.mark.parametrize("gap", [1, 2])
+def test_at_a_rate_the_lead_of_a_block_is_written_alone(model, tokenizer, name, gap):
+    model.config.block_size, model.config.shift = 4, True
+    sampler, pace = Sampler(model, tokenizer), {} if name == "threshold" else {"rate": 4.0}
+    canvas = next(update.canvas for update in sampler._finished(iter([_row(sampler, name, gap, pace)]), 1))
+    step = canvas.reveal_step[0]
+    for lead in range(4, len(step), 4):
+        block = [s for s in step[lead : lead + 4].tolist() if s >= 0]
+        if block and int(step[lead]) >= 0:
+            assert block.count(int(step[lead])) == 1
+            assert min(block) == int(step[lead])
+
+
+def _row(sampler, name, gap, pace):
+    plan = sampler.plan(decoder=name, options={"gap": gap}, max_tokens=24, **pace)
+    return sampler.rows.answer("Sort the words.", plan), plan, 0

@@ -1,4 +1,7 @@
 import os
+import signal
+import subprocess
+import sys
 from contextlib import suppress
 
 import pytest
@@ -30,3 +33,14 @@ def test_after_an_error_the_old_file_stays_and_nothing_beside_it(tmp_path):
     assert os.listdir(tmp_path) == ["a.txt"]
     write_whole(file, "\ud800", errors="replace")
     assert file.read_text() == "?"
+
+
+def test_a_folder_is_filled_or_left_as_it_was_also_after_sigterm(tmp_path):
+    program = (
+        "import os, signal, sys\nfrom dlm.atomic import filling\n"
+        "with filling(sys.argv[1]) as folder:\n"
+        "    (folder / 'half').touch()\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path / "new")], check=False)
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert not (tmp_path / "new").exists()

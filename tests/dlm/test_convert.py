@@ -138,3 +138,11 @@ def test_a_full_disk_is_said_before_anything_is_written(llada, tmp_path, monkeyp
     with pytest.raises(ConfigError, match="ours: no room .no: needs 0.0 GB of 0.0 GB free in"):
         convert(llada, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_another_schedule_has_no_place_in_a_public_layout(llada, tmp_path):
+    ours = convert(llada, tmp_path / "ours")
+    config = json.loads((ours / "config.json").read_text())
+    (ours / "config.json").write_text(json.dumps({**config, "schedule": {"name": "cosine"}}))
+    with pytest.raises(CheckpointError, match="trained further with another schedule"):
+        convert(ours, tmp_path / "back")

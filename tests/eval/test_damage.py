@@ -1,5 +1,7 @@
 """Files of runs and questions that are not what they should be: one clear error, whatever stands in them."""
 
+import json
+
 import pytest
 
 from dlm.errors import DataError, DLMError
@@ -66,3 +68,22 @@ def test_damaged_questions_are_one_error_that_names_the_file(tmp_path, junk):
                 load_questions(task, str(file))
             except DataError as error:
                 assert name in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model_calls", None),
+        ("reveal_step", "abc"),
+        ("reveal_step", [None, 1]),
+        ("seconds", "x"),
+        ("asked", 3),
+    ],
+)
+def test_an_answer_whose_fields_are_of_other_kinds_is_named(tmp_path, name, value):
+    file = AnswerFile(tmp_path / "answers.jsonl")
+    file.write([Answer("0", 0, "text")])
+    row = json.loads(file.path.read_text())
+    file.path.write_text(json.dumps({**row, name: value}) + "\n")
+    with pytest.raises(DataError, match=rf"answers.jsonl, line 1: not an answer \(its {name}"):
+        file.read()

@@ -260,3 +260,9 @@ def test_a_distance_without_references_is_refused_before_anything_is_asked(
 def test_a_model_without_records_needs_a_reader(checkpoint, questions_file, causal, tmp_path):
     with pytest.raises(ValueError, match="--reader names one"):
         run(settings(checkpoint, questions_file, causal, tmp_path, reader="base"))
+
+
+def test_on_a_flat_piece_a_curve_and_its_other_figures_are_those_of_the_lower_end():
+    curve = Curve(np.array([[2.0, 2.0]]), np.array([[4.0, 3.0]]))
+    assert curve.at(2.0)[0].tolist() == [3.0]
+    assert curve.along(2.0, [10.0, 20.0]) == 20.0

@@ -51,3 +51,9 @@ def test_answers_are_scored_and_what_holds_no_score_is_counted(tmp_path):
             score(questions, said, Judge(JudgeConfig(mute.url, "j", cache=str(tmp_path))), "fluency")
         with pytest.raises(ConfigError, match="Did you mean 'fluency'"):
             score(questions, said, judge, "fluence")
+
+
+def test_a_judge_that_rules_all_digits_out_is_read_by_its_words():
+    ruled_out = choice("3", t3=0.5)
+    ruled_out["logprobs"]["content"][0]["top_logprobs"][0]["logprob"] = -9999.0
+    assert expected_score(ruled_out) == 3.0

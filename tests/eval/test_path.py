@@ -136,3 +136,15 @@ def test_tokens_cost_what_the_model_says_whatever_the_token_rule():
         costs += path_costs(model, [(PROMPT, [3, 1, 4, 1])], plan)
     for cost in costs[1:]:
         assert cost.nats == pytest.approx(costs[0].nats, rel=1e-6)
+
+
+def test_what_float32_takes_for_impossible_has_its_cost():
+    class Sure(FakeDenoiser):
+        def logits(self, hidden):
+            return super().logits(hidden) * 60
+
+    model = Sure(context=False, eos_bias=-1.0)
+    plan = planned(model, Decoder.named("conv"), window=12, steps=4)
+    (cost,) = path_costs(model, [(PROMPT, [3, 1, 4, 1, 5])], plan)
+    assert max(cost.nats) > 104  # exp(-104) is nothing in float32
+    assert math.isfinite(cost.total)

@@ -375,3 +375,24 @@ def test_verdicts_of_several_kinds_are_not_mixed(runs):
     Verdict("geval", "a", "coherence", "score", dict.fromkeys(keys, 4.0), {}).save(runs[1].folder)
     first, second = comparable([Results.load(run.folder) for run in runs[:2]])
     assert (first.means["score"].mean, second.means["score"].mean) == (5.0, 4.0)
+
+
+def test_two_models_of_one_name_and_two_files_under_one_id_are_told_apart(tmp_path):
+    first, second = (run(tmp_path / name, "conv", 8) for name in ("a", "b"))
+    other = replace(second, card=replace(second.card, fingerprint="another"))
+    with pytest.raises(DataError, match="of different models, and both are called 'tiny'"):
+        write([first, other], tmp_path / "report", "title")
+    marked = [
+        replace(each, answers={key: replace(answer, asked=mark) for key, answer in each.answers.items()})
+        for each, mark in ((first, "one"), (second, "two"))
+    ]
+    with pytest.raises(DataError, match="answered different questions under one id"):
+        write(marked, tmp_path / "report", "title")
+    write([first, marked[0]], tmp_path / "report", "title")  # one of them does not know
+
+
+def test_verdicts_on_two_opponents_are_two_files(tmp_path):
+    long = "x" * 300
+    for against in (f"{long} [1]", f"{long} [2]"):
+        Verdict("mt_bench_pairs", "judge", against, "win", {"0/0": 1.0}, {}).save(tmp_path)
+    assert len(list((tmp_path / "verdicts").iterdir())) == 2

@@ -6,6 +6,7 @@ import pytest
 
 from dlm.errors import ConfigError
 from finetune.config import MaskConfig, TrainConfig
+from finetune.run import training_arguments
 from finetune.run_folder import RunFolder
 
 
@@ -61,3 +62,24 @@ def test_three_epochs_were_written_where_none_were_given(folder):
     rewrite(lambda config: config.update(num_train_epochs=2.0))
     with pytest.raises(ConfigError, match=r"num_train_epochs = 2.0, not 0.0"):
         RunFolder(TrainConfig(path, max_steps=5))
+
+
+def test_a_folder_that_holds_anything_else_is_not_written_to(tmp_path):
+    (tmp_path / ".lock").touch()
+    RunFolder(TrainConfig(str(tmp_path), max_steps=5))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"holds model.safetensors but no run.json"):
+        RunFolder(TrainConfig(str(tmp_path), max_steps=5))
+
+
+def test_what_would_make_a_run_another_one_is_not_free():
+    for name in ("load_best_model_at_end", "save_only_model", "label_smoothing_factor"):
+        with pytest.raises(ConfigError, match=f"trainer.{name} is not free"):
+            TrainConfig("x", trainer={name: True})
+    for name in ("learning_rate", "num_train_epochs", "weight_decay"):
+        with pytest.raises(ConfigError, match=name):
+            TrainConfig("x", **{name: float("nan")})
+        with pytest.raises(ConfigError, match=name):
+            TrainConfig("x", **{name: float("inf")})
+    with pytest.raises(ConfigError, match="unknown report_to 'lalala'"):
+        training_arguments(TrainConfig("x", report_to="lalala"), True, 5)

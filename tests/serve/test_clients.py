@@ -11,7 +11,7 @@ import sys
 import pytest
 from huggingface_hub import InferenceClient
 
-from tests.serve.rig import events
+from tests.serve.rig import Running, events
 
 PROMPT = "Sort the words:"
 
@@ -285,3 +285,79 @@ def test_dlm_eval_and_dlm_chat_talk_to_the_server(server, tmp_path, capsys):
     assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
     assert answer["text"] or answer["finish_reason"]
     capsys.readouterr()
+
+
+def test_errors_have_the_form_of_their_path(server, tiny, tokenizer):
+    with server.client.stream(
+        "POST", "/generate_stream", json={"inputs": PROMPT, "parameters": {"timeout": 0.001}}
+    ) as response:
+        (*_, last) = events(response)
+    assert isinstance(last["error"], str)
+    assert last["error_type"] == "generation"
+    locked = Running(tiny, tokenizer, api_key=["secret"]).ready()
+    try:
+        refused = locked.post("/generate", inputs=PROMPT)
+        assert (refused.status_code, refused.json()["error_type"]) == (401, "generation")
+        assert isinstance(locked.post("/api/chat", model="tiny").json()["error"], str)
+        assert isinstance(locked.post("/v1/chat/completions").json()["error"], dict)
+    finally:
+        locked.stop()
+
+
+def test_sampling_that_is_asked_for_is_done(tiny, tokenizer):
+    tiny.config.generation = {"decoder": "llada"}
+    server = Running(tiny, tokenizer).ready()
+    try:
+        texts = {
+            sample: {
+                server.post(
+                    "/generate", inputs=PROMPT,
+                    parameters={"do_sample": sample, "seed": seed, "max_new_tokens": 12},
+                ).json()["generated_text"]
+                for seed in range(4)
+            }
+            for sample in (None, True)
+        }  # fmt: skip
+        assert len(texts[None]) == 1
+        assert len(texts[True]) > 1
+    finally:
+        server.stop()
+        tiny.config.generation = None
+
+
+def test_the_root_of_tgi_gives_the_prompt_back_too(server):
+    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 8, "seed": 1}}
+    plain = server.post("/generate", **body).json()["generated_text"]
+    assert server.post("/", **body).json() == [{"generated_text": PROMPT + plain}]
+    body["parameters"]["return_full_text"] = False
+    assert server.post("/", **body).json() == [{"generated_text": plain}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/api/generate", {"prompt": "a", "raw": True, "system": "b"}, "no template for a system message"),
+        ("/api/generate", {"prompt": "a", "options": {"repeat_penalty": 1e9}}, "repeat_penalty"),
+        (
+            "/api/generate",
+            {"prompt": "a", "options": {"repeat_penalty": 1.1, "repetition_penalty": 5.0}},
+            "give one of them",
+        ),
+        ("/v1/completions", {"prompt": "a", "suffix": "b", "logprobs": 0}, "means nothing beside a suffix"),
+        (
+            "/v1/completions",
+            {"prompt": "a", "suffix": "b", "logit_bias": {"99999": 5.0}},
+            "names token 99999",
+        ),
+        ("/v1/canvas", {"prompt": "a", "options": {"logit_bias": {"99999": 5.0}}}, "names token 99999"),
+        (
+            "/v1/canvas",
+            {"text": "a <mask:2>", "options": {"logit_bias": {"99999": 5.0}}},
+            "names token 99999",
+        ),
+    ],
+)
+def test_no_parameter_is_ignored(server, path, body, message):
+    refused = server.post(path, model="tiny", **body)
+    assert refused.status_code == 400
+    assert message in refused.text

@@ -1,6 +1,7 @@
 """Encoded rows are what `encode_rows` gives, without `datasets`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -135,3 +136,13 @@ def test_where_the_command_writes_is_checked_before_anything_is_read(
     assert "is a folder" in capsys.readouterr().err
     assert main([*words, "new/rows.npz"]) == 0
     assert len(EncodedRows.load("new/rows.npz")) == 3
+
+
+def test_rows_of_another_vocabulary_are_refused_though_it_encodes_the_probe_alike(rows):
+    one, other = (train_tokenizer([word * 40], 330) for word in ("привет мир лес", "гора море река"))
+    encoded = EncodedRows.packed([[1, 2, 3]], [1], one, WINDOW)
+    assert encoded.probe == EncodedRows.packed([[1, 2, 3]], [1], other, WINDOW).probe
+    encoded.check(one, WINDOW)
+    with pytest.raises(DataError, match="another tokenizer"):
+        encoded.check(other, WINDOW)
+    replace(encoded, vocabulary="").check(other, WINDOW)  # of an older file, which does not know
