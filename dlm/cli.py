@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import UnionType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from dlm import packages
@@ -304,7 +305,7 @@ def _normalise(words: Sequence[str], options: dict[str, Any]) -> tuple[list[str]
 def _holds_text(name: str, options: dict[str, Any]) -> bool:
     """True for an option that may be any text, or nothing, or a list."""
     if name in options:
-        return str in get_args(options[name])
+        return get_origin(options[name]) is UnionType and str in get_args(options[name])
     dicts = [
         kind for kind in get_args(options.get(name.split(".", maxsplit=1)[0])) if get_origin(kind) is dict
     ]

@@ -83,7 +83,8 @@ def _origin(
         ours, theirs = getattr(now, name), getattr(then, name)
         if ours != theirs:
             raise CheckpointError(
-                f"{folder}: trained further with another {name} ({ours}) than the public layout's ({theirs})"
+                f"{folder}: trained further with another {name} ({ours}) than the public layout "
+                f"has ({theirs})"
             )
     return family, config.public
 

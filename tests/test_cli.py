@@ -524,9 +524,7 @@ def test_a_wrong_row_of_a_file_is_told_after_the_answers_before_it(checkpoint, t
     assert out or kind == "encoding"
 
 
-@pytest.mark.parametrize(
-    "text", ["# Tips", "~", "null", "[/INST]", "- a", "a: b", "é😀\x85", "12", "'x", "{"]
-)
+@pytest.mark.parametrize("text", ["# Tips", "~", "null", "[/INST]", "- a", "a: b", "é😀\x85", "12", "{"])
 def test_a_text_on_the_command_line_is_that_text(text):
     """The parser reads values as YAML, in which most of these are something else."""
     from decoding.commands.generate import COMMAND

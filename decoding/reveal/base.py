@@ -136,8 +136,6 @@ class RevealRule:
     """True for rules under which a written token can become a mask or another token."""
     requires: frozenset[str] = frozenset()
     """What the model must be capable of beyond `Denoiser` (see `Capable`): the names of `OPTIONS`."""
-    replaces: ClassVar[bool] = False
-    """True for rules under which a written token can give way to another one at once."""
     by_time: ClassVar[bool] = False
     """True for rules that read `t` and `s` as a row's times, which a window with times of its own has not."""
     score_width: ClassVar[int] = 1
@@ -233,11 +231,6 @@ class Around(RevealRule):
     def revises(self) -> bool:  # type: ignore[override]
         """See `RevealRule`."""
         return self.inner.revises
-
-    @property
-    def replaces(self) -> bool:  # type: ignore[override]
-        """See `RevealRule`."""
-        return self.inner.replaces
 
     @property
     def requires(self) -> frozenset[str]:  # type: ignore[override]

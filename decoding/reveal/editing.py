@@ -32,7 +32,6 @@ class Editing(RevealRule):
     paced: ClassVar[bool] = False
     random: ClassVar[bool] = False
     revises: ClassVar[bool] = True
-    replaces: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -36,10 +36,6 @@ class Separated(Around):
     def __post_init__(self) -> None:
         """Check the gap, and that the other rule does not count the tokens of a call by itself."""
         check_whole("gap", self.gap)
-        if self.inner.replaces:
-            raise ConfigError(
-                "gap and conflict are for rules whose tokens are not replaced (editing does that)"
-            )
         if "shadows" in self.inner.requires:
             raise ConfigError(
                 "tokens are kept apart before they are verified: Verified(Separated(rule, gap), …)"
@@ -76,6 +72,8 @@ class Separated(Around):
                 number = number + view.state["owed"]
         rank = self.inner.precedence(view).argsort(dim=1, stable=True).argsort(dim=1)
         order = torch.where(reveal, rank, rank + rank.shape[1])  # what the rule takes, then its next ones
+        if decision.replace is not None:
+            return self._with_replaced(view, decision, order)
         taken = apart(order, eligible, number, lambda first: self._near(view, first))
         if self.paced and view.rate is None:
             last = (view.s if view.s.dim() == 1 else view.s.amax(1)) <= 0
@@ -83,6 +81,24 @@ class Separated(Around):
         if not self.paced:
             return replace(decision, reveal=taken)
         return replace(decision, reveal=taken, state={**decision.state, "owed": number - taken.sum(1)})
+
+    def _with_replaced(self, view: StepView, decision: Decision, order: torch.Tensor) -> Decision:
+        """The decision of a rule that replaces written tokens; these come behind the masks, in their order.
+
+        The state of what is held back stays as it was.
+        """
+        replaced = decision.replace
+        assert replaced is not None
+        score = view.score if view.score.dim() == 2 else view.score[..., 0]
+        order = torch.where(replaced, 2 * order.shape[1] + 1 - score.double(), order.double())
+        eligible = decision.reveal | replaced
+        taken = apart(order, eligible, eligible.sum(1), lambda first: self._near(view, first))
+        held = replaced & ~taken
+        state = {
+            name: value if value.dim() < 2 else _unchanged(held, view.state[name], value)
+            for name, value in decision.state.items()
+        }
+        return replace(decision, reveal=decision.reveal & taken, replace=replaced & taken, state=state)
 
     def _near(self, view: StepView, first: torch.Tensor) -> torch.Tensor:
         """[b, W] bool, positions that must wait when the one at `first` [b, 1] is taken."""
@@ -119,3 +135,8 @@ def apart(
         if near is not None:
             free &= ~near(first)
     return taken
+
+
+def _unchanged(where: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """[b, W, …], the value before at the positions `where` [b, W], and the one after at the others."""
+    return torch.where(where.view(*where.shape, *[1] * (after.dim() - 2)), before, after)

@@ -52,7 +52,7 @@ class Tilt:
             if not is_whole(number) or number < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {number!r}")
         if not (isinstance(self.beta, int | float) and 0 < self.beta <= MOST_NUMBER):
-            raise ConfigError(f"beta must be above 0 and at most {MOST_NUMBER:g}, got {str(self.beta)[:40]}")
+            raise ConfigError(f"beta must be above 0, got {str(self.beta)[:40]}")
         if not (isinstance(self.share, int | float) and 0 <= self.share <= 1):
             raise ConfigError(f"threshold must lie in [0, 1], got {self.threshold!r}")
         if self.predictions is not None and self.twist != "predicted":

@@ -232,13 +232,8 @@ class _Handlers:
         return stream(answer.events(), done=False, path=http.url.path)
 
     async def root(self, body: CompatRequest, http: Request) -> Response:
-        """Answer like /generate or /generate_stream, by `stream`; the answer in a list of one.
-
-        As at TGI the text comes with its prompt here, unless `return_full_text` is false.
-        """
+        """Answer like /generate or /generate_stream, by `stream`; the answer in a list of one."""
         answer = await self._prepared(http, body)
-        if answer.parameters.return_full_text is None:
-            answer.parameters = answer.parameters.model_copy(update={"return_full_text": True})
         if body.stream:
             return stream(answer.events(), done=False, path=http.url.path)
         return JSONResponse([await self.service.unless_gone(http, answer.whole())])

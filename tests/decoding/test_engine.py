@@ -177,7 +177,7 @@ def test_what_does_not_fit_leaves_the_engine_as_it_was():
     for call in (engine.canvas, engine.cancel, engine.remove):
         with pytest.raises(KeyError, match="ticket 0"):
             call(ticket)
-    with pytest.raises(ConfigError, match="max_rows must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="max_rows must be a whole number of at least 1, got 0"):
         engine_of(FakeDenoiser(), max_rows=0)
 
 

@@ -260,9 +260,3 @@ def test_tokens_are_kept_apart_before_they_are_verified():
     assert Verified(Separated(Threshold(0.1), 2), 0.9).requires == {"shadows"}
     with pytest.raises(ConfigError, match="apart before they are verified"):
         Separated(Verified(Threshold(0.1), 0.9), 2)
-
-
-def test_tokens_that_are_replaced_cannot_be_kept_apart():
-    for options in ({"gap": 3}, {"conflict": 0.1}):
-        with pytest.raises(ConfigError, match="rules that replace no written token"):
-            Decoder.named("editing", **options)

@@ -22,8 +22,6 @@ JUNK = [
     b'{"question": "x", "answer": 5}\n', b'{"turns": [], "question_id": 1}\n', b'{"prompt": 5}\n',
     b'{"instruction": {"a": 1}}\n', b'{"instruction": "x", "output": [1]}\n',
 ]  # fmt: skip
-HARMLESS = {("answers.jsonl", 0)}
-"""Files that say nothing wrong: no answers yet."""
 
 
 @pytest.fixture
@@ -54,7 +52,7 @@ def test_a_damaged_run_is_one_error(folder, tmp_path, name, junk):
             call()
         except DLMError as error:
             errors.append(str(error))
-    assert bool(errors) != ((name, JUNK.index(junk)) in HARMLESS), errors
+    assert errors
     assert all(folder.name in error for error in errors)
 
 
@@ -74,8 +72,8 @@ def test_damaged_questions_are_one_error_that_names_the_file(tmp_path, junk):
     ("name", "value"),
     [
         ("model_calls", None),
-        ("reveal_step", "abc"),
-        ("reveal_step", [None, 1]),
+        ("reveal_step", "a"),
+        ("reveal_step", [None]),
         ("seconds", "x"),
         ("asked", 3),
     ],

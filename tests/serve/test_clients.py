@@ -291,7 +291,7 @@ def test_errors_have_the_form_of_their_path(server, tiny, tokenizer):
     with server.client.stream(
         "POST", "/generate_stream", json={"inputs": PROMPT, "parameters": {"timeout": 0.001}}
     ) as response:
-        (*_, last) = events(response)
+        last = events(response)[-1][1]
     assert isinstance(last["error"], str)
     assert last["error_type"] == "generation"
     locked = Running(tiny, tokenizer, api_key=["secret"]).ready()
@@ -325,12 +325,15 @@ def test_sampling_that_is_asked_for_is_done(tiny, tokenizer):
         tiny.config.generation = None
 
 
-def test_the_root_of_tgi_gives_the_prompt_back_too(server):
-    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 8, "seed": 1}}
-    plain = server.post("/generate", **body).json()["generated_text"]
-    assert server.post("/", **body).json() == [{"generated_text": PROMPT + plain}]
-    body["parameters"]["return_full_text"] = False
-    assert server.post("/", **body).json() == [{"generated_text": plain}]
+@pytest.mark.parametrize("path", ["/", "/generate_stream"])
+def test_a_stream_of_tgi_ends_with_the_whole_text(server, path):
+    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 8, "seed": 1, "return_full_text": True}}
+    whole = server.post("/generate", **body).json()["generated_text"]
+    more = {"stream": True} if path == "/" else {}
+    with server.client.stream("POST", path, json=body | more) as response:
+        last = events(response)[-1][1]
+    assert last["generated_text"] == whole
+    assert whole.startswith(PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -346,14 +349,14 @@ def test_the_root_of_tgi_gives_the_prompt_back_too(server):
         ("/v1/completions", {"prompt": "a", "suffix": "b", "logprobs": 0}, "means nothing beside a suffix"),
         (
             "/v1/completions",
-            {"prompt": "a", "suffix": "b", "logit_bias": {"99999": 5.0}},
-            "names token 99999",
+            {"prompt": "a", "suffix": "b", "logit_bias": {"9999": 5.0}},
+            "names token 9999",
         ),
-        ("/v1/canvas", {"prompt": "a", "options": {"logit_bias": {"99999": 5.0}}}, "names token 99999"),
+        ("/v1/canvas", {"prompt": "a", "options": {"logit_bias": {"9999": 5.0}}}, "names token 9999"),
         (
             "/v1/canvas",
-            {"text": "a <mask:2>", "options": {"logit_bias": {"99999": 5.0}}},
-            "names token 99999",
+            {"text": "a <mask:2>", "options": {"logit_bias": {"9999": 5.0}}},
+            "names token 9999",
         ),
     ],
 )

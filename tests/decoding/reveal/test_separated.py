@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from decoding import Decoder, Request, Sampler, list_decoders
+from decoding.canvas import Row, make_canvas
+from decoding.pace import OwnPace
 from decoding.reveal import Decision, EntropyBound, Quota, RevealRule, Separated, StepView, Threshold
 from decoding.reveal.separated import apart
+from decoding.step import denoise
 from dlm.errors import ConfigError
 from dlm.noise import uniform
-from tests.decoding.rig import decode, plan_of, rows
+from tests.decoding.rig import MASK, decode, plan_of, rows
 from tests.fakes import FakeDenoiser
 
 
@@ -170,3 +173,20 @@ def test_a_score_of_several_numbers_goes_by_the_first():
     pair, one = (decode(fake, ids, plan, [3, 4], answer=[2, 5]) for plan in plans)
     assert torch.equal(pair.ids, one.ids)
     assert torch.equal(pair.reveal_step, one.reveal_step)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_replaced_tokens_are_kept_apart_too(seed):
+    """New tokens of a call, whether they take the place of a mask or of a token; each is replaced once."""
+    model = FakeDenoiser(eos_bias=-50.0)
+    plan = plan_of(Decoder.named("editing", gap=3, tau=0.05, tau_edit=0.05), pace=OwnPace())
+    canvas, before = make_canvas([Row([1, 2] + [MASK] * 30, 2)], [seed], plan), None
+    changes = torch.zeros(32, dtype=torch.int64)
+    for _ in denoise(model, canvas, plan):
+        if before is not None:
+            changed = (canvas.ids[0] != before).nonzero()[:, 0]
+            assert all(b - a >= 3 for a, b in itertools.pairwise(changed.tolist()))
+            changes[changed] += before[changed] != MASK
+        before = canvas.ids[0].clone()
+    assert int(changes.max()) == 1
+    assert MASK not in canvas.ids

@@ -139,7 +139,11 @@ def test_where_the_command_writes_is_checked_before_anything_is_read(
 
 
 def test_rows_of_another_vocabulary_are_refused_though_it_encodes_the_probe_alike(rows):
-    one, other = (train_tokenizer([word * 40], 330) for word in ("привет мир лес", "гора море река"))
+    words = [
+        " ".join("".join(map(chr, word)) for word in np.random.default_rng(i).integers(1072, 1104, (60, 6)))
+        for i in range(2)
+    ]
+    one, other = (train_tokenizer([text] * 3, 300) for text in words)
     encoded = EncodedRows.packed([[1, 2, 3]], [1], one, WINDOW)
     assert encoded.probe == EncodedRows.packed([[1, 2, 3]], [1], other, WINDOW).probe
     encoded.check(one, WINDOW)
