@@ -104,7 +104,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     (
         ("decoder",),
-        lambda value: isinstance(value, str) if not hasattr(value, "reveal") else hasattr(value, "preset"),
+        lambda value: isinstance(value, str) or hasattr(type(value), "preset"),
         "be a name or a Decoder",
     ),
     (("decoder",), lambda value: value != "", "be a name or a Decoder"),
