@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from dlm.backbone import ScratchConfig, from_scratch
 from dlm.config import MaskedDiffusionConfig
 from dlm.data.rules import make_examples
-from dlm.device import sent
+from dlm.device import to_device
 from dlm.model import MaskedDiffusionModel
 from dlm.spec import ModelSpec
 from dlm.tokenizer import train_tokenizer
@@ -87,7 +87,7 @@ class Ending:
 
     def _marked(self, hidden: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D + 1], the last number saying whether the answer ends there."""
-        ends = sent(position >= self.at if self.padding else position == self.at, hidden.device)
+        ends = to_device(position >= self.at if self.padding else position == self.at, hidden.device)
         return torch.cat([hidden, ends.to(hidden.dtype).expand(hidden.shape[:-1])[..., None]], dim=-1)
 
     def hidden(

@@ -16,7 +16,7 @@ from decoding.gaps import Gap, Piece
 from decoding.pace import STEPS_PER_POSITION, Ending
 from decoding.request import OPEN_LENGTH, Plan, Request
 from decoding.rows import Prompt, RowMaker, TooLongError
-from dlm.device import sent
+from dlm.device import to_device
 from dlm.errors import ConfigError
 from dlm.spec import ModelSpec
 
@@ -160,8 +160,8 @@ def _scores(model: Any, tries: Sequence[Canvas], plan: Plan) -> list[float]:
     shown = [torch.where(where, plan.mask_id, row) for where, row in zip(near, rows, strict=True)]
     states = hidden_of_rows(model, torch.cat(shown), [len(row) for row in rows])
     cells = torch.cat(near).nonzero()[:, 0]
-    likely = model.logits(states[sent(cells, states.device)]).float().log_softmax(1)
-    tokens = sent(torch.cat(rows)[cells, None], likely.device)
+    likely = model.logits(states[to_device(cells, states.device)]).float().log_softmax(1)
+    tokens = to_device(torch.cat(rows)[cells, None], likely.device)
     given = likely.gather(1, tokens)[:, 0].double().cpu().split([int(x.sum()) for x in near])
     written = map(_written, tries)
     return [float(torch.cat(pair).sum()) for pair in zip(written, given, strict=True)]

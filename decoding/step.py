@@ -57,10 +57,10 @@ def run_work(model: Denoiser, work: Iterable[Work]) -> None:
     waiting = [(piece, next(piece, None)) for piece in work]
     while waiting := [(piece, queries) for piece, queries in waiting if queries is not None]:
         states = iter(compute_states(model, [query for _, queries in waiting for query in queries]))
-        waiting = [(piece, _sent(piece, [next(states) for _ in queries])) for piece, queries in waiting]
+        waiting = [(piece, _resumed(piece, [next(states) for _ in queries])) for piece, queries in waiting]
 
 
-def _sent(piece: Work, states: list[torch.Tensor]) -> list[StateQuery] | None:
+def _resumed(piece: Work, states: list[torch.Tensor]) -> list[StateQuery] | None:
     """Go on with a piece of work; returns its next queries, None when it is done."""
     try:
         return piece.send(states)

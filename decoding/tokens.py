@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from dlm.device import sent
+from dlm.device import to_device
 from dlm.errors import MOST_NUMBER, ConfigError, check_whole
 
 
@@ -172,8 +172,8 @@ class TokenRule:
         pairs = [(token, bias) for token, bias in self.logit_bias if token < logits.shape[1]]
         if not pairs:
             return logits
-        ids = sent(torch.tensor([token for token, _ in pairs]), logits.device)
-        bias = sent(torch.tensor([bias for _, bias in pairs]), logits.device)
+        ids = to_device(torch.tensor([token for token, _ in pairs]), logits.device)
+        bias = to_device(torch.tensor([bias for _, bias in pairs]), logits.device)
         return logits.float().index_add(1, ids, bias.expand(len(logits), -1))
 
     @property
@@ -299,7 +299,7 @@ class TokenRule:
         if not self.forbidden:
             return logits
         shut = torch.tensor([token for token in self.forbidden if token < logits.shape[1]], dtype=torch.int64)
-        return logits.index_fill(1, sent(shut, logits.device), -math.inf)
+        return logits.index_fill(1, to_device(shut, logits.device), -math.inf)
 
 
 def _bias_pairs(bias: Any) -> tuple[tuple[int, float], ...]:

@@ -22,7 +22,7 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
-from dlm.device import Movable, sent
+from dlm.device import Movable, to_device
 from dlm.shadows import RowShadows
 
 PREFIX = "dlm_"
@@ -256,15 +256,17 @@ class Packed(Movable):
             [self.shadows[i].length if i in self.shadows else n for i, n in enumerate(self.lengths)]
         )[:, None]
         place = torch.arange(int(size.max())).expand(len(size), -1)
-        index = sent(torch.tensor(self.bounds[:-1])[:, None] + torch.minimum(place, size - 1), query.device)
-        place = sent(torch.where(place < size, place, -1), query.device)
+        index = to_device(
+            torch.tensor(self.bounds[:-1])[:, None] + torch.minimum(place, size - 1), query.device
+        )
+        place = to_device(torch.where(place < size, place, -1), query.device)
         query, key = (x[0][:, index].transpose(0, 1) for x in (query, key))
         return RowKeys(query, key, place, place >= 0, None if self.finished is None else self.finished[index])
 
     def on_device(self, device: torch.device) -> torch.Tensor:
         """The bounds as kernels want them, int32; copied once for all layers of a device."""
         if device not in self._copied:
-            self._copied[device] = sent(torch.tensor(self.bounds, dtype=torch.int32), device)
+            self._copied[device] = to_device(torch.tensor(self.bounds, dtype=torch.int32), device)
         return self._copied[device]
 
     def _varlen(
@@ -432,7 +434,7 @@ class KeyValues:
 
     def take(self, rows: torch.Tensor) -> KeyValues:
         """Keys and values of some rows [b]; rows that were never written are left out."""
-        indices = {i: sent(rows[rows < len(x)], x.device) for i, x in self.keys.items()}
+        indices = {i: to_device(rows[rows < len(x)], x.device) for i, x in self.keys.items()}
         return KeyValues(
             {i: x[indices[i]] for i, x in self.keys.items()},
             {i: x[indices[i]] for i, x in self.values.items()},
@@ -506,10 +508,10 @@ class Partial(Movable):
 
         `valid` is [b, W] bool, and so is `finished`: for all positions, not only those of this pass.
         """
-        mask = None if bool(valid.all()) else sent(valid[:, None, None], device)
+        mask = None if bool(valid.all()) else to_device(valid[:, None, None], device)
         room = int(rows.max()) + 1, valid.shape[1]
-        here = None if finished is None else sent(finished.gather(1, positions), device)
-        return cls(memory, sent(rows, device), sent(positions, device), mask, room, sight, here)
+        here = None if finished is None else to_device(finished.gather(1, positions), device)
+        return cls(memory, to_device(rows, device), to_device(positions, device), mask, room, sight, here)
 
     def attend(
         self,

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from dlm.attention import Layout, RowKeys, Sight
-from dlm.device import Movable, sent
+from dlm.device import Movable, to_device
 
 _SCORES = 2**22
 """Products of queries and keys that are held at once."""
@@ -53,9 +53,9 @@ class AttentionWeights:
 
     def add(self, given: RowKeys, scale: float | None, sight: Sight, shift: bool, weight: float) -> None:
         """Add a layer's attention, times `weight`; `sight` is that of the layer."""
-        rows = sent(self.rows, given.query.device)
+        rows = to_device(self.rows, given.query.device)
         query, key, place, valid = (x[rows] for x in (given.query, given.key, given.place, given.valid))
-        chosen = sent(self.positions.clamp(min=0), query.device)  # [b, K]
+        chosen = to_device(self.positions.clamp(min=0), query.device)  # [b, K]
         finished = None if given.finished is None else given.finished[rows]
         shares = column_shares(query, key, place, valid, chosen, scale, sight, finished)  # [b, A, K]
         ends = valid.sum(1, keepdim=True).expand_as(chosen)  # what counts for each chosen position ends there

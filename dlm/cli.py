@@ -317,7 +317,7 @@ def _text_or_list(text: str, kind: Any) -> str | list[str]:
     if any(get_origin(member) is list for member in get_args(kind)):
         try:
             listed = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return text
         if isinstance(listed, list) and all(isinstance(each, str) for each in listed):
             return listed

@@ -92,7 +92,7 @@ def cast_weights(model: Module, dtype: torch.dtype) -> Module:
     return model
 
 
-def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on the device; the host does not wait for what the device is doing."""
     return x.to(device, non_blocking=True)
 
@@ -122,7 +122,7 @@ def _moved(value: Any, device: torch.device) -> Any:
     import torch
 
     if isinstance(value, torch.Tensor):
-        return sent(value, device)
+        return to_device(value, device)
     if isinstance(value, Movable):
         return value.to(device)
     if isinstance(value, dict) and value:

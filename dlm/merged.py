@@ -20,7 +20,15 @@ from filelock import FileLock, Timeout
 
 from dlm.model_names import ADAPTERS
 from dlm.pretrained.names import base_path, located
-from dlm.pretrained.store import cache, digest, is_complete, manifest, put_in_place, seal, workshop
+from dlm.pretrained.store import (
+    cache,
+    digest,
+    is_complete,
+    manifest,
+    put_in_place,
+    scratch_folder,
+    write_manifest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +57,10 @@ def keep(path: str, dtype: str, save: Callable[[Path], Any]) -> None:
     folder = _place(path, dtype)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock", timeout=0), workshop(folder) as scratch:
+        with FileLock(f"{folder}.lock", timeout=0), scratch_folder(folder) as scratch:
             draft = scratch / folder.name
             save(draft)
-            seal(draft, {"key": _key(path)})
+            write_manifest(draft, {"key": _key(path)})
             put_in_place(draft, folder)
     except (OSError, Timeout, NotImplementedError) as error:
         logger.debug("%s: merged weights are not kept there (%s)", folder, error)

@@ -29,7 +29,7 @@ from dlm.attention import (
 )
 from dlm.attention_weights import AttentionWeights, Recorded, RowLayout
 from dlm.config import MaskedDiffusionConfig
-from dlm.device import sent
+from dlm.device import to_device
 from dlm.errors import ConfigError
 from dlm.modes import share
 from dlm.objective import token_log_probabilities
@@ -198,13 +198,13 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             [B, L, D]; state i predicts token i.
         """
         if self.sight != ALL or attention:
-            valid = None if attention_mask is None else sent(attention_mask, self.device).bool()
+            valid = None if attention_mask is None else to_device(attention_mask, self.device).bool()
             finished = self._finished(input_ids, attention_mask)
-            layout = Whole(self.sight, valid, None if finished is None else sent(finished, self.device))
+            layout = Whole(self.sight, valid, None if finished is None else to_device(finished, self.device))
             return self._hidden_in_layout(input_ids, self._recorded(layout, attention))
         states = self.backbone(
             inputs_embeds=self._embed(input_ids),
-            attention_mask=None if attention_mask is None else sent(attention_mask, self.device),
+            attention_mask=None if attention_mask is None else to_device(attention_mask, self.device),
             is_causal=False,
             use_cache=False,
         ).last_hidden_state
@@ -231,7 +231,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         masked, owner = (ids == self.config.mask_token_id).cpu(), torch.arange(len(lengths))
         owner = owner.repeat_interleave(torch.tensor(lengths))
         size, longest = self._block_size(), max(lengths)
-        return sent(finished_blocks(masked, owner, place, size, len(lengths), longest), self.device)
+        return to_device(finished_blocks(masked, owner, place, size, len(lengths), longest), self.device)
 
     def _recorded(self, layout: RowLayout, attention: Sequence[AttentionWeights]) -> Layout:
         """The layout, with what it records."""
@@ -314,12 +314,12 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         finished = self._finished_packed(input_ids, lengths, place)
         states = self.backbone(
             inputs_embeds=self._embed(input_ids[None]),
-            position_ids=sent(place[None], self.device),
+            position_ids=to_device(place[None], self.device),
             use_cache=False,
             layout=self._recorded(Packed(lengths, self.sight, finished=finished), attention),
         ).last_hidden_state[0]
         if self.config.shift:
-            states = states[sent(torch.where(place > 0, position - 1, position), states.device)]
+            states = states[to_device(torch.where(place > 0, position - 1, position), states.device)]
         return states  # type: ignore[no-any-return]
 
     def _shadowed_hidden(
@@ -335,16 +335,16 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         layout = Packed(rows.lengths, self.sight, rows.layouts)
         states = self.backbone(
             inputs_embeds=self._embed(rows.ids[None]),
-            position_ids=sent(rows.place[None], self.device),
+            position_ids=to_device(rows.place[None], self.device),
             use_cache=False,
             layout=self._recorded(layout, attention),
         ).last_hidden_state[0]
         for each, read in zip(shadows, rows.read, strict=True):
-            each.states = states[sent(read, states.device)]
+            each.states = states[to_device(read, states.device)]
         real = rows.real
         if shift:
             real = torch.where(rows.place[real] > 0, real - 1, real)
-        return states[sent(real, states.device)]  # type: ignore[no-any-return]
+        return states[to_device(real, states.device)]  # type: ignore[no-any-return]
 
     def new_memory(self) -> KeyValues:
         """Room for the keys and values of `partial_hidden`."""
@@ -393,12 +393,12 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         states = computed.new_zeros(*input_ids.shape, computed.shape[-1])
         place = layout.positions.to(states.device)
         states[torch.arange(len(positions), device=states.device)[:, None], place] = computed
-        row, position = (sent(x, states.device) for x in active.nonzero().unbind(1))
+        row, position = (to_device(x, states.device) for x in active.nonzero().unbind(1))
         return (_shifted(states) if self.config.shift else states)[row, position]
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[B, L] -> [B, L, D]."""
-        input_ids = sent(input_ids, self.device)
+        input_ids = to_device(input_ids, self.device)
         embeds = self.get_input_embeddings()(input_ids)
         if self.mask_shift is not None:
             embeds = embeds + self.mask_shift(input_ids == self.config.mask_token_id)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dlm.device import Movable, sent
+from dlm.device import Movable, to_device
 
 
 @dataclass
@@ -118,4 +118,6 @@ def _layout(length: int, place: torch.Tensor, size: int, device: torch.device) -
     visible[:length, :length] = True
     visible[length:, :length] = (hidden[..., None] != torch.arange(length)).all(1)
     visible[length:, length:] = group[:, None] == group
-    return RowShadows(length, sent(torch.cat([torch.arange(length), place]), device), sent(visible, device))
+    return RowShadows(
+        length, to_device(torch.cat([torch.arange(length), place]), device), to_device(visible, device)
+    )

@@ -21,7 +21,7 @@ from decoding.request import Plan
 from decoding.scoring import Scorer
 from decoding.step import Batch, run_work
 from decoding.tokens import TokenRule
-from dlm.device import sent
+from dlm.device import to_device
 from dlm.errors import ConfigError
 
 _NO_TRUTH = -1
@@ -132,7 +132,7 @@ class _TrueScorer(Scorer):
     ) -> torch.Tensor:
         """The decoder's own score; the true token or, where there is none, one drawn; its probability."""
         columns = super()._columns(logits, row, position, noise)
-        truth, noise = (sent(x, logits.device) for x in (self.truth[row, position], noise))
+        truth, noise = (to_device(x, logits.device) for x in (self.truth[row, position], noise))
         token = TokenRule().choose(self._plain, noise).token
         logp = self._plain.float().log_softmax(1).gather(1, truth.clamp(min=0)[:, None])[:, 0].double()
         self.nats[row, position] = -logp.cpu()

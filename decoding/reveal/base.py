@@ -213,7 +213,7 @@ class RevealRule:
 
 
 @dataclass(frozen=True)
-class Around(RevealRule):
+class WrappedRule(RevealRule):
     """A rule around another one, which answers everything that this one does not.
 
     Attributes:

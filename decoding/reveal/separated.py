@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from decoding.reveal.base import Around, Decision, Evidence, StepView
+from decoding.reveal.base import Decision, Evidence, StepView, WrappedRule
 from decoding.reveal.dependence import Dependence
 from decoding.tokens import TokenRule
 from dlm.errors import ConfigError, check_whole
 
 
 @dataclass(frozen=True)
-class Separated(Around):
+class Separated(WrappedRule):
     """Another rule whose tokens of one call are at least `gap` positions apart, and in no conflict.
 
     Tokens of one call are drawn independently given the text; neighbours depend on each other most, and so do
@@ -74,10 +74,10 @@ class Separated(Around):
         order = torch.where(reveal, rank, rank + rank.shape[1])  # what the rule takes, then its next ones
         if decision.replace is not None:
             return self._with_replaced(view, decision, order)
-        taken = apart(order, eligible, number, lambda first: self._near(view, first))
+        taken = choose_apart(order, eligible, number, lambda first: self._near(view, first))
         if self.paced and view.rate is None:
             last = (view.s if view.s.dim() == 1 else view.s.amax(1)) <= 0
-            taken = torch.where(last[:, None], apart(order, eligible, number), taken)
+            taken = torch.where(last[:, None], choose_apart(order, eligible, number), taken)
         if not self.paced:
             return replace(decision, reveal=taken)
         return replace(decision, reveal=taken, state={**decision.state, "owed": number - taken.sum(1)})
@@ -92,7 +92,7 @@ class Separated(Around):
         score = view.score if view.score.dim() == 2 else view.score[..., 0]
         order = torch.where(replaced, 2 * order.shape[1] + 1 - score.double(), order.double())
         eligible = decision.reveal | replaced
-        taken = apart(order, eligible, eligible.sum(1), lambda first: self._near(view, first))
+        taken = choose_apart(order, eligible, eligible.sum(1), lambda first: self._near(view, first))
         held = replaced & ~taken
         state = {
             name: value if value.dim() < 2 else _unchanged(held, view.state[name], value)
@@ -106,7 +106,7 @@ class Separated(Around):
         return near if view.conflicts is None else near | view.conflicts(first)
 
 
-def apart(
+def choose_apart(
     order: torch.Tensor,
     eligible: torch.Tensor,
     number: torch.Tensor,

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from decoding.reveal.base import Around, Decision, Evidence, StepView, ranked
+from decoding.reveal.base import Decision, Evidence, StepView, WrappedRule, ranked
 from decoding.reveal.threshold import Threshold
 from decoding.tokens import TokenRule
 from dlm.errors import ConfigError
@@ -30,7 +30,7 @@ class WideIn(Threshold):
 
 
 @dataclass(frozen=True)
-class Verified(Around):
+class Verified(WrappedRule):
     """Another rule whose tokens are verified in the next call (WINO, arXiv 2507.18578).
 
     A shadow of each verified position (`dlm.shadows.Shadows`) gives the probability of the written token as

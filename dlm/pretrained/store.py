@@ -66,7 +66,7 @@ def is_complete(folder: Path) -> bool:
     return True
 
 
-def seal(folder: Path, facts: Mapping[str, Any]) -> None:
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write the manifest of a folder that is complete: `facts`, and what tells each of its files."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     listing = {
@@ -78,7 +78,7 @@ def seal(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def workshop(folder: Path) -> Iterator[Path]:
+def scratch_folder(folder: Path) -> Iterator[Path]:
     """An empty place beside `folder`, gone at the end; first, what killed processes left there goes."""
     prefix = f"{_SCRATCH}{folder.name}-"
     for scrap in folder.parent.glob(f"{prefix}*"):
@@ -88,7 +88,7 @@ def workshop(folder: Path) -> Iterator[Path]:
 
 
 def put_in_place(draft: Path, folder: Path) -> None:
-    """Move a complete folder out of its workshop to its place, in which another may stand."""
+    """Move a complete folder out of its scratch folder to its place, in which another may stand."""
     if folder.exists():
         folder.rename(draft.parent / "replaced")  # not before there is something to put in its place
     draft.rename(folder)

@@ -19,7 +19,7 @@ from decoding.reveal import (
     Verified,
     reveal_probability,
 )
-from decoding.reveal.base import Around, Evidence
+from decoding.reveal.base import Evidence, WrappedRule
 from decoding.tokens import Choice, TokenRule
 from decoding.window import Full
 from dlm.errors import ConfigError
@@ -234,7 +234,7 @@ class Counted(RevealRule):
 
 def test_a_rule_around_another_answers_nothing_by_itself():
     inner = Counted()
-    around = Around(inner)
+    around = WrappedRule(inner)
     members = {name for name in vars(RevealRule) if not name.startswith("_")}
     view = StepView(
         *(torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 3), *torch.ones(2, 1)),

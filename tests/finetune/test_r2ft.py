@@ -558,7 +558,7 @@ def test_a_model_that_was_never_fine_tuned_is_refused(tokenizer, tmp_path):
         stage(tmp_path / "c", folder, save_steps=3)
     with pytest.raises(ConfigError, match="must not be 0"):
         stage(tmp_path / "c", folder, eval_steps=0)
-    with pytest.raises(ConfigError, match="chooses the best checkpoint itself"):
+    with pytest.raises(ConfigError, match="R2FT with those that its guard chooses"):
         stage(tmp_path / "c", folder, trainer={"load_best_model_at_end": True})
     with pytest.raises(CheckpointError, match="no such folder"):
         r2ft(stage(tmp_path / "d", "/nowhere", data=DataConfig(source="/nor/this.json")))

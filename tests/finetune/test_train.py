@@ -420,7 +420,7 @@ def test_two_runs_are_never_mixed_in_one_folder(whole, tmp_path):
     foreign = tmp_path / "checkpoint-500"
     foreign.mkdir()
     (foreign / "model.safetensors").write_bytes(b"precious")
-    with pytest.raises(ConfigError, match=r"checkpoints but no run.json"):
+    with pytest.raises(ConfigError, match=r"checkpoint-500 but no run.json"):
         train(settings(tmp_path))
     assert (foreign / "model.safetensors").read_bytes() == b"precious"
 

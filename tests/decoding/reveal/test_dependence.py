@@ -14,7 +14,7 @@ from decoding.presets import PRESETS
 from decoding.request import Reuse
 from decoding.reveal import Quota, Separated
 from decoding.reveal.dependence import EVEN_SHARES, Dependence
-from decoding.reveal.separated import apart
+from decoding.reveal.separated import choose_apart
 from dlm.attention_weights import AttentionWeights
 from dlm.errors import ConfigError
 from dlm.graphs import BucketedModel
@@ -76,7 +76,7 @@ def test_positions_are_taken_in_order_and_without_conflict():
     eligible, number = torch.rand(100, 20) < 0.6, torch.randint(0, 12, (100,))
     conflict = torch.rand(100, 20, 20) < 0.15
     conflict = conflict | conflict.transpose(1, 2)
-    taken = apart(order, eligible, number, lambda first: conflict[torch.arange(100), first[:, 0]])
+    taken = choose_apart(order, eligible, number, lambda first: conflict[torch.arange(100), first[:, 0]])
     for row in range(100):
         places = eligible[row].nonzero()[:, 0].tolist()
         expected = greedy(order[row].tolist(), places, int(number[row]), conflict[row].tolist())

@@ -11,7 +11,7 @@ from decoding import Decoder, Request, Sampler, list_decoders
 from decoding.canvas import Row, make_canvas
 from decoding.pace import OwnPace
 from decoding.reveal import Decision, EntropyBound, Quota, RevealRule, Separated, StepView, Threshold
-from decoding.reveal.separated import apart
+from decoding.reveal.separated import choose_apart
 from decoding.step import denoise
 from dlm.errors import ConfigError
 from dlm.noise import uniform
@@ -36,7 +36,7 @@ def test_positions_are_taken_in_order_and_apart(gap):
     eligible = torch.rand(200, 24) < 0.6
     number = torch.randint(0, 12, (200,))
     place = torch.arange(24)
-    taken = apart(order, eligible, number, lambda first: (place - first).abs() < gap)
+    taken = choose_apart(order, eligible, number, lambda first: (place - first).abs() < gap)
     for row in range(200):
         expected = reference(order[row].tolist(), eligible[row].tolist(), int(number[row]), gap)
         assert taken[row].nonzero()[:, 0].tolist() == expected
