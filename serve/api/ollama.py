@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
 from datetime import UTC, datetime
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -75,13 +75,13 @@ class OllamaRequest(Body):
 class OllamaChatRequest(OllamaRequest):
     """Body of /api/chat."""
 
-    messages: Annotated[list[schema.ChatMessage], Field(min_length=1)]
+    messages: list[schema.ChatMessage] = Field(default=[], description="Without any, the model is loaded.")
 
 
 class OllamaGenerateRequest(OllamaRequest):
     """Body of /api/generate."""
 
-    prompt: str
+    prompt: str = Field("", description="Without one, the model is loaded.")
     system: str | None = None
     raw: bool | None = None
 
@@ -123,6 +123,10 @@ class _OllamaAnswer:
         longest = options.num_predict if (options.num_predict or 0) > 0 else None
         generation = Generation(options, longest, stop_texts(options.stop))
         (self.sample,) = generation.samples(self.service, [ids])
+
+    def loaded(self) -> dict[str, Any]:
+        """The answer to a request without a prompt, by which clients have a model loaded."""
+        return {**self.line("", None), "done": True, "done_reason": "load"}
 
     def line(self, text: str, output: Output | None) -> dict[str, Any]:
         """One line of the answer; with `output`, the last."""
@@ -185,6 +189,11 @@ class _Handlers:
         with faults_named():
             return self.service.rows.prompt(messages)
 
+    def _loaded(self, answer: _OllamaAnswer) -> Response:
+        if answer.body.stream is False:
+            return JSONResponse(answer.loaded())
+        return Response(sse_line(answer.loaded()) + "\n", media_type="application/x-ndjson")
+
     async def _respond(self, http: Request, answer: _OllamaAnswer) -> Response:
         if answer.body.stream is False:
             return JSONResponse(await self.service.unless_gone(http, answer.whole()))
@@ -194,6 +203,8 @@ class _Handlers:
         """Answer a conversation."""
         self._check(body)
         answer = _OllamaAnswer(self.service, body, "message")
+        if not body.messages:
+            return self._loaded(answer)
         messages = [{"role": turn.role, "content": turn.text} for turn in body.messages]
         await self.service.prepare(http, lambda: answer.prepare(self._templated(messages)))
         return await self._respond(http, answer)
@@ -202,6 +213,8 @@ class _Handlers:
         """Answer a prompt, by the template unless it is raw."""
         self._check(body)
         answer = _OllamaAnswer(self.service, body, "response")
+        if not body.prompt:
+            return self._loaded(answer)
         messages = [{"role": "user", "content": body.prompt}]
         if body.system and body.raw:
             raise APIError(400, "a raw prompt has no template for a system message", param="system")

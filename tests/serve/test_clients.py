@@ -336,6 +336,14 @@ def test_a_stream_of_tgi_ends_with_the_whole_text(server, path):
     assert whole.startswith(PROMPT)
 
 
+@pytest.mark.parametrize(("path", "key"), [("/api/generate", "response"), ("/api/chat", "message")])
+def test_a_request_of_ollama_without_a_prompt_has_the_model_loaded(server, path, key):
+    for more in ({"stream": False}, {}, {"prompt": ""} if key == "response" else {"messages": []}):
+        answer = json.loads(server.post(path, model="tiny", **more).text)
+        assert (answer["done"], answer["done_reason"]) == (True, "load")
+        assert answer[key] in ("", {"role": "assistant", "content": ""})
+
+
 @pytest.mark.parametrize(
     ("path", "body", "message"),
     [
