@@ -317,3 +317,8 @@ def ranked(score: torch.Tensor, weight: torch.Tensor, masked: torch.Tensor) -> t
     best_first = ordering(score, weight, masked).argsort(dim=1, descending=True, stable=True)
     place = torch.arange(best_first.shape[1]).expand_as(best_first)
     return torch.empty_like(best_first).scatter_(1, best_first, place)
+
+
+def where_positions(where: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """[b, W, …], the state `one` at the positions `where` [b, W], and `other` elsewhere."""
+    return torch.where(where.view(*where.shape, *[1] * (other.dim() - 2)), one, other)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from decoding.reveal.base import Decision, Evidence, StepView, WrappedRule
+from decoding.reveal.base import Decision, Evidence, StepView, WrappedRule, where_positions
 from decoding.reveal.dependence import Dependence
 from decoding.tokens import TokenRule
 from dlm.errors import ConfigError, check_whole
@@ -95,7 +95,7 @@ class Separated(WrappedRule):
         taken = choose_apart(order, eligible, eligible.sum(1), lambda first: self._near(view, first))
         held = replaced & ~taken
         state = {
-            name: value if value.dim() < 2 else _unchanged(held, view.state[name], value)
+            name: value if value.dim() < 2 else where_positions(held, view.state[name], value)
             for name, value in decision.state.items()
         }
         return replace(decision, reveal=decision.reveal & taken, replace=replaced & taken, state=state)
@@ -135,8 +135,3 @@ def choose_apart(
         if near is not None:
             free &= ~near(first)
     return taken
-
-
-def _unchanged(where: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """[b, W, …], the value before at the positions `where` [b, W], and the one after at the others."""
-    return torch.where(where.view(*where.shape, *[1] * (after.dim() - 2)), before, after)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from decoding.reveal.base import Decision, Evidence, StepView, WrappedRule, ranked
+from decoding.reveal.base import Decision, Evidence, StepView, WrappedRule, ranked, where_positions
 from decoding.reveal.threshold import Threshold
 from decoding.tokens import TokenRule
 from dlm.errors import ConfigError
@@ -37,7 +37,8 @@ class Verified(WrappedRule):
     if it were not there, in the call that is made anyway. Below `threshold` the token becomes a mask again,
     the least likely first, always fewer than the last call wrote: of two calls in a row at least one token
     more is written than taken back, so that it ends. A call that wrote one token is not verified. Given
-    positions and end tokens that have filled what is behind them stay.
+    positions and end tokens that have filled what is behind them stay. What the other rule remembers of a
+    position begins anew with its mask.
 
     Attributes:
         inner: the other rule.
@@ -92,5 +93,10 @@ class Verified(WrappedRule):
         remask = (likelihood < self.threshold) & (rank < view.state["accepted"][:, None] - 1)
         if self.every:
             remask &= (accepted > 1)[:, None]
-        state = {**decision.state, "fresh": decision.reveal, "accepted": accepted}
+        anew = self.inner.initial_state(*view.masked.shape) if decision.state else {}
+        kept = {
+            name: value if value.dim() < 2 else where_positions(remask, anew[name], value)
+            for name, value in decision.state.items()
+        }
+        state = {**kept, "fresh": decision.reveal, "accepted": accepted}
         return replace(decision, remask=remask, state=state)

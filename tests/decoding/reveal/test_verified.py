@@ -10,7 +10,8 @@ from decoding.canvas import Row
 from decoding.engine import Engine
 from decoding.presets import PRESETS
 from decoding.request import Reuse
-from decoding.reveal import Quota, StepView, Verified, WideIn
+from decoding.reveal import Quota, Stability, StepView, Verified, WideIn
+from decoding.reveal.stability import TRACKED
 from dlm.errors import ConfigError
 from eval.path import path_costs
 from tests.decoding.reveal.test_dependence import Without, on_two_models, prompts
@@ -254,3 +255,23 @@ def test_states_that_are_there_already_are_no_reason_to_ask_nothing(option):
     alone = decode(model, row[None], plan, [0])
     assert update.canvas.ids.tolist() == alone.ids.tolist()
     assert update.canvas.reveal_step.tolist() == alone.reveal_step.tolist()
+
+
+def test_what_a_rule_remembers_of_a_position_begins_anew_with_its_mask():
+    """A token that is taken back was no stable one: it has to prove itself from the start."""
+    rule = Verified(Stability(tau=0.1, history=1), 0.5)
+    state = rule.initial_state(1, 4) | {
+        "stable": torch.full((1, 4), 5), "probability": torch.full((1, 4, TRACKED), 0.1),
+        "fresh": torch.tensor([[True, True, False, False]]), "accepted": torch.tensor([2]),
+    }  # fmt: skip
+    masked = torch.tensor([[False, False, True, True]])
+    score = torch.zeros(1, 4, rule.score_width)
+    view = StepView(
+        masked=masked, weight=torch.ones(1, 4), t=torch.ones(1), s=torch.zeros(1), quota=torch.ones(1),
+        written=~masked, noise=lambda stream: torch.zeros(1, 4), score=score, state=state,
+        leave_one_out=torch.tensor([[0.1, 0.9, torch.inf, torch.inf]]),
+    )  # fmt: skip
+    decision = rule.decide(view)
+    assert decision.remask.tolist() == [[True, False, False, False]]
+    assert decision.state["stable"][0, :2].tolist() == [0, 5]
+    assert decision.state["probability"][0, 0].tolist() == [0.0] * TRACKED
