@@ -10,7 +10,7 @@ from dlm.data.rules import make_examples
 from dlm.model import IGNORE
 from dlm.tokenizer import train_tokenizer
 
-LAYERS, LENGTHS = 5, (40, 56, 40, 72)
+LAYERS, LENGTHS = 3, (40, 56, 40)
 
 
 @pytest.fixture(scope="module")
