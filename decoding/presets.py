@@ -149,8 +149,8 @@ Axes = tuple[Window, RevealRule]
 LEFT_OPEN = ("kernel_size", "block_size", "size", "per_step")
 """Options that None leaves to be chosen, also where their default is a number."""
 
-MOST_OPTION = 1e18
-"""Greatest number that an option of a decoder can be."""
+MOST_OPTION = 10**30
+"""Greatest whole number that an option of a decoder can be; floats hold it."""
 
 TOKENS = (
     "temperature",
@@ -234,8 +234,8 @@ def _check_kind(name: str, option: str, value: Any, preset: Preset) -> None:
     numeric = isinstance(default, int | float) or isinstance(value, bool)
     if numeric and not number and not optional:
         raise ConfigError(f"option {option} of decoder {name!r} must be a number, got {value!r}")
-    if number and not abs(value) <= MOST_OPTION:
-        raise ConfigError(f"option {option} of decoder {name!r} must be a number within ±{MOST_OPTION:g}")
+    if number and isinstance(value, int) and abs(value) > MOST_OPTION:
+        raise ConfigError(f"option {option} of decoder {name!r} must be a number within ±{MOST_OPTION:.0e}")
 
 
 def _ancestral() -> Axes:

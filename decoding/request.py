@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dlm.errors import MOST_WHOLE, ConfigError, unknown_name
 
@@ -160,6 +160,9 @@ class Request:
         forced: texts at places of the answer, counted in tokens from 0, such as --forced.7 " Paris".
         top_logprobs: note this many of the likeliest tokens beside each token that is written, at most 100.
     """
+
+    TEXTS: ClassVar[tuple[str, ...]] = ("stop", "begin", "ending", "forced")
+    """Fields that may be any text, which the command line takes as it is."""
 
     decoder: DecoderLike | None = None
     options: dict[str, Any] | None = None
@@ -352,7 +355,7 @@ class Request:
             if self.canvas == "full" and self.max_tokens is None:
                 raise ConfigError('canvas "full" needs a window, or max_tokens')
             if self.margin is not None and self.canvas == "full":
-                raise ConfigError('a margin is for a canvas that grows; give no canvas="full"')
+                raise ConfigError('a margin is for a canvas that grows: give canvas="growing" with it')
             return
         if self.canvas == "growing" and not pace.bounded:
             raise ConfigError('canvas "growing" with a rate is what max_tokens gives; give it, or steps')

@@ -19,11 +19,10 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import UnionType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from dlm import packages
@@ -233,10 +232,10 @@ def parse(prog: str, command: Command, words: Sequence[str]) -> Any:
         parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     options, verbatim = _split(words)
     try:
-        known = _option_types(command.config)
-        words, texts = _normalise(options, known)
-        namespace = parser.parse_args(words)
-        _set_texts(namespace, texts, known)
+        texts = getattr(command.config, "TEXTS", ())
+        namespace = parser.parse_args(_normalise(options, _option_types(command.config), texts))
+        for name in texts:
+            namespace[name] = _decoded(namespace[name])
         namespace.pop("config", None)
         rest = [*(namespace.pop("words", None) or ()), *verbatim[1:]]
         if rest:
@@ -270,17 +269,22 @@ def _resolve_annotations(config: type) -> None:
             _resolve_annotations(kind)  # type: ignore[arg-type]
 
 
-_OPTION = re.compile(r"--[\w.-]+(=|$)")
+_OPTION = re.compile(r"--[\w.-]+\+?(=|$)")
+
+_TEXT = "verbatim-text-"
+"""Before the hexadecimal digits of a text that the parser would take for something else."""
 
 
-def _normalise(words: Sequence[str], options: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """`--eos-fill` as `--eos_fill`, a switch without a value as `--switch=true`; and the texts among options.
+def _normalise(words: Sequence[str], options: dict[str, Any], texts: Collection[str]) -> list[str]:
+    """`--eos-fill` as `--eos_fill`, a switch without a value as `--switch=true`, and texts in a safe form.
 
-    Options that may be any text are taken out, with their values as they are: the parser would read them as
-    YAML, in which "# Tips" is nothing and "[END]" a list.
+    Args:
+        words: of the command line.
+        options: names of all options, with their types.
+        texts: names of those that may be any text, which the parser would read as YAML: in it "# Tips" is
+            nothing and "[END]" a list. `_decoded` makes texts of them again.
     """
     out: list[str] = []
-    texts: dict[str, Any] = {}
     remaining = list(words)
     while remaining:
         word = remaining.pop(0)
@@ -288,50 +292,49 @@ def _normalise(words: Sequence[str], options: dict[str, Any]) -> tuple[list[str]
             out.append(word)
             continue
         option, equals, value = word.partition("=")
-        name = option[2:].replace("-", "_")
+        option, plus = (option[:-1], "+") if option.endswith("+") else (option, "")  # adds to a list
+        owner, dot, key = option[2:].partition(".")
+        owner = owner.replace("-", "_")
+        name = owner + dot + (key if owner in texts else key.replace("-", "_"))
         if not equals and options.get(name) in (bool, bool | None):
             is_value = bool(remaining) and remaining[0].lower() in ("true", "false")
             equals, value = ("", "") if is_value else ("=", "true")
-        elif _holds_text(name, options):
+        elif owner in texts and (dot or str in get_args(options[owner])):
             if not equals and remaining and not _OPTION.match(remaining[0]):
                 equals, value = "=", remaining.pop(0)
-            if equals:
-                texts[name] = _text_or_list(value, options.get(name))
-                continue
-        out.append(f"--{name}{equals}{value}")
-    return out, texts
+            value = _encoded(value, options[owner]) if equals else value
+        out.append(f"--{name}{plus}{equals}{value}")
+    return out
 
 
-def _holds_text(name: str, options: dict[str, Any]) -> bool:
-    """True for an option that may be any text, or nothing, or a list."""
-    if name in options:
-        return get_origin(options[name]) is UnionType and str in get_args(options[name])
-    dicts = [
-        kind for kind in get_args(options.get(name.split(".", maxsplit=1)[0])) if get_origin(kind) is dict
-    ]
-    return any(get_args(kind)[1] is str for kind in dicts)
+def _encoded(text: str, kind: Any) -> str:
+    """A text as the parser takes it for one; as it is where that is so, or a JSON list where one is taken."""
+    import yaml
 
-
-def _text_or_list(text: str, kind: Any) -> str | list[str]:
-    """The text; or the list that it is in JSON, where a list is taken too."""
-    if any(get_origin(member) is list for member in get_args(kind)):
-        try:
+    try:
+        if any(get_origin(member) is list for member in get_args(kind)):
             listed = json.loads(text)
-        except (ValueError, RecursionError):
+            if isinstance(listed, list) and all(isinstance(each, str) for each in listed):
+                return text
+    except (ValueError, RecursionError):
+        pass
+    try:
+        if text == yaml.safe_load(text):
             return text
-        if isinstance(listed, list) and all(isinstance(each, str) for each in listed):
-            return listed
-    return text
+    except (yaml.YAMLError, ValueError, RecursionError):
+        pass
+    return _TEXT + text.encode("utf-8", "surrogatepass").hex()
 
 
-def _set_texts(namespace: Any, texts: dict[str, Any], options: dict[str, Any]) -> None:
-    """Put texts among the options where they belong."""
-    for name, text in texts.items():
-        if name in options:
-            namespace[name] = text
-        else:
-            owner, _, key = name.partition(".")
-            namespace[owner] = {**(namespace[owner] or {}), key: text}
+def _decoded(value: Any) -> Any:
+    """A value with the texts in it that `_encoded` has made safe."""
+    if isinstance(value, dict):
+        return {key: _decoded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_decoded(inner) for inner in value]
+    if isinstance(value, str) and value.startswith(_TEXT):
+        return bytes.fromhex(value.removeprefix(_TEXT)).decode("utf-8", "surrogatepass")
+    return value
 
 
 def _option_types(config: type, prefix: str = "") -> dict[str, Any]:

@@ -242,7 +242,8 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as transformers does; its time and its random numbers are none of the training's."""
-        with self._apart(), torch.random.fork_rng():
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with self._apart(), torch.random.fork_rng(devices):
             return dict(super().evaluate(*args, **kwargs))
 
     @contextlib.contextmanager
@@ -362,8 +363,8 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         rows, before = len(self._get_train_sampler()), self._resumed_log.get("rows") or 0
         if before and before != rows and self.args.max_steps * self._global_rows() > min(rows, before):
             raise ConfigError(
-                f"{resume_from_checkpoint}: an epoch of this run has {before} rows, and {rows} with so many "
-                "processes; go on with as many as it began with"
+                f"{resume_from_checkpoint}: an epoch of this run has {before} rows, and now {rows}; go on "
+                "with the same data, and as many processes as it began with"
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dlm.device import check_place
 from dlm.errors import ConfigError, unknown_name
@@ -63,6 +63,9 @@ class EvalConfig:
         dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it; or
             "int8", "nf4" for linear layers in 8 or 4 bits.
     """
+
+    TEXTS: ClassVar[tuple[str, ...]] = ("stop",)
+    """See `Request`."""
 
     task: str = ""
     model: str = ""

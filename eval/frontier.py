@@ -150,7 +150,9 @@ class Curve:
         length = np.where(low == high, 1.0, high - low)
         share = np.where(crossed, np.nan_to_num((level - low) / length), 0.0)
         share = np.where(low == high, self.nats[:, 1:] < self.nats[:, :-1], share)  # the lower end
-        nats = self.nats[:, :-1] * (1 - share) + self.nats[:, 1:] * share
+        with np.errstate(invalid="ignore"):
+            nats = self.nats[:, :-1] * (1 - share) + self.nats[:, 1:] * share
+        nats = np.where(low == high, np.fmin(self.nats[:, :-1], self.nats[:, 1:]), nats)
         nats = np.where(crossed & np.isfinite(nats), nats, np.inf)
         segment, rows = nats.argmin(1), np.arange(len(nats))
         least = nats[rows, segment]

@@ -65,7 +65,7 @@ class PathRun:
         model: its name or folder.
         line: the decoder and its sizes.
         pace: steps, rate, window.
-        fingerprint: of the model, see `eval.systems.fingerprint`.
+        fingerprint: of the model, see `dlm.origin.fingerprint`.
         costs: of each answer.
     """
 

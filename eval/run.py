@@ -48,7 +48,7 @@ class Card:
         data: the file of questions; empty for the original.
         system: the model's name for tables.
         model: path, hub id or URL.
-        fingerprint: see `eval.systems.fingerprint`.
+        fingerprint: see `dlm.origin.fingerprint`.
         label: the variant.
         decoder: name of the decoder; empty for the checkpoint's own, and for systems that have none.
         settings: everything else that decides what comes out.

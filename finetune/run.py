@@ -403,10 +403,12 @@ def training_arguments(config: RunConfig, evaluate: bool, max_steps: int) -> Tra
             raise ConfigError(
                 f"trainer.{name} is not free: the run sets it from its own options (see --help)"
             )
-    integrations = {"all", "none", *INTEGRATION_TO_CALLBACK}
-    for name in config.report_to.split(","):
-        if name not in integrations:
-            raise unknown_name("report_to", name, integrations)
+    reports = [name.strip() for name in config.report_to.split(",")]
+    alone = len(reports) == 1 and reports[0] in ("all", "none")
+    for name in () if alone else reports:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise unknown_name("report_to", name, ("all", "none", *INTEGRATION_TO_CALLBACK))
+    ours["report_to"] = reports[0] if alone else reports
     defaults: dict[str, Any] = {
         "per_device_eval_batch_size": 2 * config.per_device_train_batch_size,
         "optim": "adamw_torch_fused",

@@ -1,6 +1,6 @@
 """The folder of a run: whose it is, where to go on, whether it is finished.
 
-`run.json` holds the settings that the run began with. A folder that holds other things, or a run with other
+`run.json` holds the settings that the run began with. A folder that holds another model, or a run with other
 settings, is never touched.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import MISSING, asdict, fields, is_dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ from finetune.config import EPOCHS, RunConfig
 logger = logging.getLogger(__name__)
 
 
+WRITTEN = (
+    "checkpoint-*", "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "config.json", "adapter_*",
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "base.json",
+)  # fmt: skip
+"""Names of files that a run writes and a model of somebody else's may have."""
+
+
 class RunFolder:
     """Contents of `config.output_dir`.
 
@@ -33,7 +41,7 @@ class RunFolder:
         config: settings of the run that is about to begin or to continue.
 
     Raises:
-        ConfigError: when the folder holds a run with other settings, or anything that is not of a run.
+        ConfigError: when the folder holds a run with other settings, or a model that is not of a run.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -54,9 +62,9 @@ class RunFolder:
             raise ConfigError(f"{self.path} holds a run already; resume it or choose another output_dir")
 
     def _others(self) -> list[str]:
-        """Names in the folder, without those of hidden files such as locks."""
+        """Names in the folder of what a run writes too: a model, an adapter, a tokenizer, checkpoints."""
         names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
-        return sorted(name for name in names if not name.startswith("."))
+        return sorted(name for name in names if any(fnmatch(name, pattern) for pattern in WRITTEN))
 
     def _read(self) -> dict[str, Any]:
         """Contents of run.json; empty if there is none."""

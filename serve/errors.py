@@ -62,9 +62,13 @@ class APIError(DLMError):
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
+TGI_PATHS = ("/", "/generate", "/generate_stream")
+"""Paths of Text Generation Inference's interface."""
+
+
 def body_for(path: str, error: APIError) -> dict[str, Any]:
     """The body of an error as the interface of the path has it: OpenAI's object, TGI's or Ollama's text."""
-    if path in ("/", "/generate", "/generate_stream"):
+    if path in TGI_PATHS:
         kind = {429: "overloaded", 400: "validation", 413: "validation"}.get(error.status, "generation")
         return {"error": error.message, "error_type": kind, "param": error.param, "code": error.code}
     if path.startswith("/api/"):

@@ -27,7 +27,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from dlm.version import __version__
 from serve.config import ServeConfig
-from serve.errors import APIError
+from serve.errors import TGI_PATHS, APIError, body_for
 from serve.metrics import CONTENT_TYPE, Metrics
 from serve.middleware import BodyLimit, Keys, RequestLog
 
@@ -136,7 +136,7 @@ class Front:
         body = await _body(receive)
         if body is None:
             return
-        exchange = _Exchange(send)
+        exchange = _Exchange(send, scope["path"])
         task = asyncio.ensure_future(self._answer(_plain(scope), body, exchange))
         gone = asyncio.ensure_future(_disconnect(receive))
         self._tasks.add(task)
@@ -189,10 +189,11 @@ class _Exchange:
 
     Args:
         send: ASGI's.
+        path: of the request, whose interface has a form of its own for errors.
     """
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, send: Send, path: str) -> None:
+        self._send, self._path = send, path
         self._head: Message | None = None
         self._stream = False
         self.started = False
@@ -225,9 +226,11 @@ class _Exchange:
             headers.append((b"content-type", b"application/json"))
             self._head = {"type": "http.response.start", "status": error.status, "headers": headers}
             await self._begin()
-            await self._send({"type": "http.response.body", "body": json.dumps(error.body).encode()})
+            body = json.dumps(body_for(self._path, error)).encode()
+            await self._send({"type": "http.response.body", "body": body})
         elif self._stream:
-            text = f"event: error\ndata: {json.dumps(error.body)}\n\n"
+            name = "" if self._path in TGI_PATHS else "event: error\n"
+            text = f"{name}data: {json.dumps(body_for(self._path, error))}\n\n"
             await self._send({"type": "http.response.body", "body": text.encode()})
 
 

@@ -524,14 +524,30 @@ def test_a_wrong_row_of_a_file_is_told_after_the_answers_before_it(checkpoint, t
     assert out or kind == "encoding"
 
 
-@pytest.mark.parametrize("text", ["# Tips", "~", "null", "[/INST]", "- a", "a: b", "é😀\x85", "12", "{"])
-def test_a_text_on_the_command_line_is_that_text(text):
+@pytest.mark.parametrize(
+    "text", ["# Tips", "~", "null", "[/INST]", "- a", "a: b", "é😀\x85", "1", "{", "x", ""]
+)
+def test_a_text_on_the_command_line_is_that_text(text, tmp_path):
     """The parser reads values as YAML, in which most of these are something else."""
     from decoding.commands.generate import COMMAND
 
-    for option in ("begin", "ending", "stop", "reward"):
+    def parsed(*words):
+        return parse("dlm generate", COMMAND, [*words, "hi"])
+
+    for option in ("begin", "ending", *(["stop", "reward"] if text else [])):
         for words in ([f"--{option}", text], [f"--{option}={text}"]):
-            assert getattr(parse("dlm generate", COMMAND, [*words, "hi"]), option) == text
-    words = ["--forced.3", text, f"--forced.7={text}", "--stop", '["a", "- b"]', "hi"]
-    config = parse("dlm generate", COMMAND, words)
-    assert (config.forced, config.stop, config.prompts) == ({"3": text, "7": text}, ["a", "- b"], ["hi"])
+            assert getattr(parsed(*words), option) == text
+    config = parsed("--forced.3", text, f"--forced.-7={text}", "--stop", '["a", "- b"]')
+    assert (config.forced, config.stop, config.prompts) == ({"3": text, "-7": text}, ["a", "- b"], ["hi"])
+    file = tmp_path / "settings.yaml"
+    file.write_text("begin: of the file\n")
+    assert parsed("--config", str(file), "--begin", text).begin == text
+    assert parsed("--begin", text, "--config", str(file)).begin == "of the file"
+
+
+def test_names_can_be_reset_and_texts_collected():
+    from decoding.commands.generate import COMMAND
+
+    config = parse("dlm generate", COMMAND, ["--decoder", "null", "--stop", "a", "--stop+", "# b", "hi"])
+    assert config.decoder is None
+    assert config.stop == ["a", "# b"]

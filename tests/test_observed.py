@@ -230,7 +230,7 @@ def test_every_argument_of_an_endpoint_changes_what_is_sent():
     assert parameters(Endpoint) == set(ENDPOINT)
     talks = [[{"role": "user", "content": f"{i}?"}] for i in range(6)]
 
-    def to_device(**changes):
+    def sent(**changes):
         with serving(lambda body: "Yes.") as endpoint:
             endpoint.pause = 0.05
             given = {"url": endpoint.url, "model": "a", "max_tokens": 9, "concurrency": 6, **changes}
@@ -238,14 +238,14 @@ def test_every_argument_of_an_endpoint_changes_what_is_sent():
             bodies = [{k: v for k, v in body.items() if k != "messages"} for body in endpoint.seen]
             return bodies, endpoint.most_busy > 1
 
-    before = to_device()
+    before = sent()
     assert before[1]
     assert len(before[0]) == 6
     for name, value in ENDPOINT.items():
         if value is not None:
-            assert to_device(**{name: value}) != before, f"Endpoint accepts and ignores {name}"
+            assert sent(**{name: value}) != before, f"Endpoint accepts and ignores {name}"
     with pytest.raises(DLMError, match="127"):
-        to_device(url="http://127.0.0.1:9/v1")
+        sent(url="http://127.0.0.1:9/v1")
 
 
 def judging(tmp_path, faults=(), pause=0.05, **changes):

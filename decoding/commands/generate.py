@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from decoding.commands.display import plain_console, watch
 from decoding.config import LoadConfig, decoder_option
@@ -50,6 +50,8 @@ class GenerateConfig(Request, LoadConfig):
         batch_size: prompts per model call.
         list_decoders: print the decoders with their options and leave.
     """
+
+    TEXTS: ClassVar[tuple[str, ...]] = (*Request.TEXTS, "reward")
 
     prompts: list[str] = field(default_factory=list)
     file: str = ""

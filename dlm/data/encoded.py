@@ -168,5 +168,5 @@ def _probe(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of all tokens and their ids, which tokenizers that encode a probe alike may not share."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return hashlib.blake2b(repr(vocabulary).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,6 +67,8 @@ def run(config: JudgeCommandConfig) -> int:
 
     judge, estimates = Judge(config.judge), []
     results = [Results.load(Path(folder)) for folder in config.runs]
+    if config.method == "mt_bench_pairs":
+        _check_tasks(results)
     for result in results[1:] if config.method == "mt_bench_pairs" else results:
         try:
             with nullcontext() if config.judge.dry_run else alone_in(result.folder):
@@ -82,6 +85,17 @@ def run(config: JudgeCommandConfig) -> int:
     return 0
 
 
+def _check_tasks(results: Sequence[Results]) -> None:
+    """Refuse to compare answers to the questions of different tasks, before anything is asked."""
+    first = results[0]
+    for result in results[1:]:
+        if first.card.task != result.card.task:
+            raise ConfigError(
+                f"{first.folder} answers {first.card.task} and {result.folder} {result.card.task}: "
+                "answers are compared with those to the same questions"
+            )
+
+
 def _judged(config: JudgeCommandConfig, judge: Judge, result: Results, first: Results) -> Verdict:
     """Verdict of the judge on a run."""
     from eval.generation import check
@@ -91,11 +105,6 @@ def _judged(config: JudgeCommandConfig, judge: Judge, result: Results, first: Re
     questions = load_questions(result.card.task, config.data or _own_data(result))
     check(questions, result.answers, str(result.folder))
     if config.method == "mt_bench_pairs":
-        if first.card.task != result.card.task:
-            raise ConfigError(
-                f"{first.folder} answers {first.card.task} and {result.folder} {result.card.task}: "
-                "answers are compared with those to the same questions"
-            )
         check(questions, first.answers, str(first.folder))
     if config.method == "alpaca_eval":
         return _alpaca(config, judge, result, questions)

@@ -266,3 +266,4 @@ def test_on_a_flat_piece_a_curve_and_its_other_figures_are_those_of_the_lower_en
     curve = Curve(np.array([[2.0, 2.0]]), np.array([[4.0, 3.0]]))
     assert curve.at(2.0)[0].tolist() == [3.0]
     assert curve.along(2.0, [10.0, 20.0]) == 20.0
+    assert Curve(np.array([[2.0, 2.0]]), np.array([[4.0, np.inf]])).at(2.0)[0].tolist() == [4.0]

@@ -64,8 +64,9 @@ def test_three_epochs_were_written_where_none_were_given(folder):
         RunFolder(TrainConfig(path, max_steps=5))
 
 
-def test_a_folder_that_holds_anything_else_is_not_written_to(tmp_path):
-    (tmp_path / ".lock").touch()
+def test_a_folder_that_holds_another_model_is_not_written_to(tmp_path):
+    for name in (".lock", "log.txt", "lost+found"):
+        (tmp_path / name).touch()
     RunFolder(TrainConfig(str(tmp_path), max_steps=5))
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ConfigError, match=r"holds model.safetensors but no run.json"):
@@ -83,3 +84,7 @@ def test_what_would_make_a_run_another_one_is_not_free():
             TrainConfig("x", **{name: float("inf")})
     with pytest.raises(ConfigError, match="unknown report_to 'lalala'"):
         training_arguments(TrainConfig("x", report_to="lalala"), True, 5)
+    with pytest.raises(ConfigError, match="unknown report_to 'none'"):
+        training_arguments(TrainConfig("x", report_to="none, tensorboard"), True, 5)
+    both = training_arguments(TrainConfig("x", report_to="tensorboard, mlflow"), True, 5)
+    assert both.report_to == ["tensorboard", "mlflow"]
