@@ -104,10 +104,9 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     (
         ("decoder",),
-        lambda value: isinstance(value, str) or hasattr(type(value), "preset"),
+        lambda value: bool(value) if isinstance(value, str) else hasattr(type(value), "preset"),
         "be a name or a Decoder",
     ),
-    (("decoder",), lambda value: value != "", "be a name or a Decoder"),
     (
         ("options",),
         lambda value: isinstance(value, Mapping) and all(isinstance(name, str) for name in value),

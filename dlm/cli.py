@@ -319,7 +319,7 @@ def _encoded(text: str, kind: Any) -> str:
     except (ValueError, RecursionError):
         pass
     try:
-        if text == yaml.safe_load(text):
+        if text == yaml.safe_load(text) and not text.startswith(_TEXT):
             return text
     except (yaml.YAMLError, ValueError, RecursionError):
         pass

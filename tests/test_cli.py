@@ -525,7 +525,7 @@ def test_a_wrong_row_of_a_file_is_told_after_the_answers_before_it(checkpoint, t
 
 
 @pytest.mark.parametrize(
-    "text", ["# Tips", "~", "null", "[/INST]", "- a", "a: b", "é😀\x85", "1", "{", "x", ""]
+    "text", ["# Tips", "~", "null", "[/INST]", "- a", "a: b", "é😀\x85", "1", "{", "x", "verbatim-text-x", ""]
 )
 def test_a_text_on_the_command_line_is_that_text(text, tmp_path):
     """The parser reads values as YAML, in which most of these are something else."""

@@ -319,6 +319,13 @@ def ranked(score: torch.Tensor, weight: torch.Tensor, masked: torch.Tensor) -> t
     return torch.empty_like(best_first).scatter_(1, best_first, place)
 
 
-def where_positions(where: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """[b, W, …], the state `one` at the positions `where` [b, W], and `other` elsewhere."""
-    return torch.where(where.view(*where.shape, *[1] * (other.dim() - 2)), one, other)
+def state_with(
+    where: torch.Tensor, one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The state `other`, but at the positions `where` [b, W] that of `one`; what is of whole rows stays."""
+    return {
+        name: torch.where(where.view(*where.shape, *[1] * (value.dim() - 2)), one[name], value)
+        if value.dim() > 1
+        else value
+        for name, value in other.items()
+    }

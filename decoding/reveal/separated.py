@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from decoding.reveal.base import Decision, Evidence, StepView, WrappedRule, where_positions
+from decoding.reveal.base import Decision, Evidence, StepView, WrappedRule, state_with
 from decoding.reveal.dependence import Dependence
 from decoding.tokens import TokenRule
 from dlm.errors import ConfigError, check_whole
@@ -94,10 +94,7 @@ class Separated(WrappedRule):
         eligible = decision.reveal | replaced
         taken = choose_apart(order, eligible, eligible.sum(1), lambda first: self._near(view, first))
         held = replaced & ~taken
-        state = {
-            name: value if value.dim() < 2 else where_positions(held, view.state[name], value)
-            for name, value in decision.state.items()
-        }
+        state = state_with(held, view.state, decision.state)
         return replace(decision, reveal=decision.reveal & taken, replace=replaced & taken, state=state)
 
     def _near(self, view: StepView, first: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from decoding.reveal.base import Decision, Evidence, StepView, WrappedRule, ranked, where_positions
+from decoding.reveal.base import Decision, Evidence, StepView, WrappedRule, ranked, state_with
 from decoding.reveal.threshold import Threshold
 from decoding.tokens import TokenRule
 from dlm.errors import ConfigError
@@ -94,9 +94,6 @@ class Verified(WrappedRule):
         if self.every:
             remask &= (accepted > 1)[:, None]
         anew = self.inner.initial_state(*view.masked.shape) if decision.state else {}
-        kept = {
-            name: value if value.dim() < 2 else where_positions(remask, anew[name], value)
-            for name, value in decision.state.items()
-        }
+        kept = state_with(remask, anew, decision.state)
         state = {**kept, "fresh": decision.reveal, "accepted": accepted}
         return replace(decision, remask=remask, state=state)
