@@ -15,6 +15,7 @@ import torch
 
 from dlm.data.windows import TensorBatch
 from dlm.noise import fold, key_of
+from dlm.noising import Blocks
 from dlm.prior import TokenPrior
 from dlm.trainer import DiffusionTrainer
 from finetune.contrast_config import NegativeConfig, ObjectiveConfig
@@ -82,8 +83,11 @@ class ContrastTrainer(DiffusionTrainer):
         """The rows of the batch: every row weighs the same."""
         return torch.tensor(len(batch["row"]), device=batch["row"].device)
 
-    def contrast(self, batch: TensorBatch, key: torch.Tensor) -> Contrast:
-        """The contrast of a batch with its negatives by rule, under noise keys [B]."""
+    def contrast(self, batch: TensorBatch, key: torch.Tensor, blocks: Blocks | None = None) -> Contrast:
+        """The contrast of a batch with its negatives by rule, under noise keys [B].
+
+        With `blocks`, each of them has one.
+        """
         device = batch["input_ids"].device
         return make_negative(
             batch["input_ids"],
@@ -96,6 +100,7 @@ class ContrastTrainer(DiffusionTrainer):
             frequent_counts=self.frequent_counts,
             rules=self.negatives,
             real=batch["attention_mask"],
+            blocks=blocks,
         )
 
     # ---- loss ----------------------------------------------------------------------------------------

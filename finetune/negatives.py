@@ -1,6 +1,7 @@
 """Negatives by rule: what a model writes when it decodes far from its context (arXiv 2509.15188, section 5).
 
-A row is masked behind a cut, or around or inside a span. Beside the true tokens, every masked cell near the
+A row is masked behind a cut, or around or inside a span; that of a block-causal model, behind a cut in each
+of its blocks. Beside the true tokens, every masked cell near the
 cut gets a wrong one: a unit of a few tokens, repeated. Units come from small rules (`RULES`): the tokens
 before the masked cells, the tokens behind them, tokens that are frequent everywhere, mixtures. All of it is
 tensor arithmetic over the batch, and every random number is counted, so that a row's negative depends on its
@@ -10,19 +11,23 @@ key alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from dlm.errors import ConfigError
 from dlm.model import IGNORE
 from dlm.noise import fold, uniform
+from dlm.noising import Blocks
 from finetune.contrast_config import NegativeConfig
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """Rows with a true and a wrong continuation of the same x_t; all [B, L] unless said otherwise."""
+    """Rows with a true and a wrong continuation of the same x_t; all [B, L] unless said otherwise.
+
+    N is 1, or in blocks their number.
+    """
 
     noisy_ids: torch.Tensor
     """int64, x_t: the row with masks where it is to be written."""
@@ -34,7 +39,9 @@ class Contrast:
     span: torch.Tensor
     """bool, the masked cells that the negative covers, whether its token is the true one or not."""
     rule: torch.Tensor
-    """[B] int64, index in `RULES`."""
+    """[B, N] int64, index in `RULES`; -1 for a block that is not cut."""
+    share: torch.Tensor
+    """[B, N] float32, weight of each cut: the chance that a single one of the row would fall there."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,7 @@ def make_negative(
     frequent_counts: torch.Tensor | None = None,
     rules: NegativeConfig | None = None,
     real: torch.Tensor | None = None,
+    blocks: Blocks | None = None,
 ) -> Contrast:
     """Mask rows and set a wrong continuation against the true one (arXiv 2509.15188, section 5).
 
@@ -154,6 +162,11 @@ def make_negative(
     g ~ U{1, …, unit_max} tokens (never more than the context has) at a random phase. A row without a prompt
     is masked inside a span, or outside it. With probability `eos_p` one covered cell before the true EOS
     becomes EOS.
+
+    With `blocks`, every block that holds a part of the answer is cut, uniformly within that part, and masked
+    from there to the end of the block. Each cut has a negative of its own, which ends with the block and knows
+    the true row before the cut. For a model that sees the clean blocks before a block, this is the contrast of
+    as many rows in one pass: with the cuts weighed by `share`, a loss has the same mean as under one cut.
 
     Args:
         ids: [B, L] int64, clean rows, EOS behind the answer.
@@ -166,6 +179,7 @@ def make_negative(
         frequent_counts: [F] how often each occurs, to draw them in proportion; alike by default.
         rules: weights and sizes.
         real: [B, L] bool, False at padding; all real by default.
+        blocks: those of a block-causal model.
 
     Returns:
         The contrast; a cell is in `rejected` only if it is masked and its wrong token is not the true one.
@@ -177,38 +191,133 @@ def make_negative(
         raise ConfigError("frequent must name at least one high-prior token")
     rules = rules or NegativeConfig()
     real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
-    draws = _Draws(key)
-    layout = _layout(prompt_length, length, real, draws, rules)
+    tokens = _Tokens(mask_id, eos_id, frequent.to(ids.device), frequent_counts)
+    rows = _Rows(ids, prompt_length, length, real)
+    if blocks is None:
+        draws = _Draws(key)
+        return _contrast(rows, _layout(rows, draws, rules), draws, rules, tokens)
+    return _contrast_in_blocks(rows, key, rules, tokens, blocks)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Clean rows; fields as the arguments of `make_negative`."""
+
+    ids: torch.Tensor
+    prompt_length: torch.Tensor
+    length: torch.Tensor
+    real: torch.Tensor
+
+    @property
+    def position(self) -> torch.Tensor:
+        """[L] int64."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device)
+
+    @property
+    def answered(self) -> torch.Tensor:
+        """[B, L] bool, positions up to the first EOS."""
+        return self.position < self.length[:, None]
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What rules need to know of the vocabulary; fields as the arguments of `make_negative`."""
+
+    mask_id: int
+    eos_id: int
+    frequent: torch.Tensor
+    counts: torch.Tensor | None
+
+
+def _contrast(
+    rows: _Rows, layout: AnswerLayout, draws: _Draws, rules: NegativeConfig, tokens: _Tokens
+) -> Contrast:
+    """Masked rows and their wrong tokens."""
     rule = _choose(draws("rule"), layout, rules)
-    units, size = _units(ids, layout, rule, draws, rules, frequent, frequent_counts)
-    position = torch.arange(ids.shape[1], device=ids.device)
+    units, size = _units(rows.ids, layout, rule, draws, rules, tokens)
     phase = draws.integer("phase", 0, size - 1)
-    place = torch.remainder(position - layout.origin[:, None] + phase[:, None], size[:, None])
+    place = torch.remainder(rows.position - layout.origin[:, None] + phase[:, None], size[:, None])
     wrong = units.gather(1, place)
-    wrong = torch.where(_early_eos(ids, length, layout, draws, rules, eos_id), eos_id, wrong)
-    answered = position < length[:, None]
+    wrong = torch.where(_early_eos(rows, layout, draws, rules, tokens.eos_id), tokens.eos_id, wrong)
     return Contrast(
-        noisy_ids=torch.where(layout.masked, mask_id, ids),
-        targets=torch.where(layout.masked & answered, ids, IGNORE),
-        rejected=torch.where(layout.span & (wrong != ids), wrong, IGNORE),
+        noisy_ids=torch.where(layout.masked, tokens.mask_id, rows.ids),
+        targets=torch.where(layout.masked & rows.answered, rows.ids, IGNORE),
+        rejected=torch.where(layout.span & (wrong != rows.ids), wrong, IGNORE),
         span=layout.span,
-        rule=rule,
+        rule=rule[:, None],
+        share=torch.ones(len(rule), 1, device=rule.device),
     )
 
 
+def _contrast_in_blocks(
+    rows: _Rows, key: torch.Tensor, rules: NegativeConfig, tokens: _Tokens, blocks: Blocks
+) -> Contrast:
+    """A cut in each block of the answer: the rows as often as they have blocks, of each of which one is kept."""
+    batch, width = rows.ids.shape
+    count = -(-width // blocks.size)
+    row = torch.arange(batch, device=key.device).repeat_interleave(count)
+    block = torch.arange(count, device=key.device).repeat(batch)
+    end = (block + 1) * blocks.size
+    first = torch.maximum(rows.prompt_length[row], end - blocks.size)
+    cells = (torch.minimum(rows.length[row], end) - first).clamp(min=0)  # of the answer in the block
+    repeated = _Rows(
+        rows.ids[row],
+        rows.prompt_length[row],
+        rows.length[row],
+        rows.real[row] & (rows.position < end[:, None]),
+    )
+    draws = _Draws(fold(key[row], block))
+    layout = _layout(repeated, draws, rules, (first, first + (cells - 1).clamp(min=0)))
+    seen = writable(layout.masked, blocks)
+    made = _contrast(repeated, replace(layout, span=layout.span & seen), draws, rules, tokens)
+    own = ((rows.position // blocks.size) == block[:, None]) & (cells > 0)[:, None]
+
+    def of_blocks(values: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+        """[B·N, L] -> [B, L]: of each block what its own cut made of it."""
+        kept = torch.where(own, values, 0).view(batch, count, width).sum(1).to(values.dtype)
+        return torch.where(own.view(batch, count, width).any(1), kept, otherwise)
+
+    nothing = torch.full_like(rows.ids, IGNORE)
+    share = cells.view(batch, count).float()
+    return Contrast(
+        noisy_ids=of_blocks(made.noisy_ids, rows.ids),
+        targets=of_blocks(torch.where(seen, made.targets, IGNORE), nothing),
+        rejected=of_blocks(made.rejected, nothing),
+        span=of_blocks(made.span, torch.zeros_like(rows.real)),
+        rule=torch.where(cells > 0, made.rule[:, 0], -1).view(batch, count),
+        share=share / share.sum(1, keepdim=True).clamp(min=1),
+    )
+
+
+def writable(masked: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    """[B, L] bool, positions that a block-causal model may be writing when `masked` [B, L] are masks.
+
+    They are those of the block that holds the first mask; behind it, it never sees masks before its own
+    block. Where a block begins with a position that is written first, that position alone.
+    """
+    place = torch.arange(masked.shape[1], device=masked.device)
+    first = torch.where(masked, place, masked.shape[1]).amin(1, keepdim=True)
+    inside = place // blocks.size == first // blocks.size
+    alone = (first % blocks.size == 0) & (first > 0) & blocks.lead
+    return inside & (~alone | (place == first))
+
+
 def _layout(
-    prompt_length: torch.Tensor,
-    length: torch.Tensor,
-    real: torch.Tensor,
+    rows: _Rows,
     draws: _Draws,
     rules: NegativeConfig,
+    cuts: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> AnswerLayout:
-    """Behind a cut for rows with a prompt; inside or outside a span for the others."""
-    position = torch.arange(real.shape[1], device=real.device)
+    """Behind a cut for rows with a prompt; inside or outside a span for the others.
+
+    With the first and the last place of a cut, both [B], every row is cut there.
+    """
+    length, position, answered = rows.length, rows.position, rows.answered
     span = draws.integer("span", rules.span_min, rules.span_max)
-    text = prompt_length == 0
+    text = (rows.prompt_length == 0) & (cuts is None)
     # behind a cut: the context is everything before it
-    cut = draws.integer("cut", prompt_length, (length - 1).clamp(min=0))
+    first, last = cuts or (rows.prompt_length, (length - 1).clamp(min=0))
+    cut = draws.integer("cut", first, last)
     # text: a span [a, b) that leaves at least half of the row
     wide = torch.minimum(span, torch.clamp(length // 2, min=1))
     a = draws.integer("cut", torch.zeros_like(length), length - wide)
@@ -216,10 +325,9 @@ def _layout(
     inside = text & ((draws("layout") < rules.in_span) | (length < 2))
     outside = text & ~inside
     held = (position >= a[:, None]) & (position < b[:, None])
-    answered = position < length[:, None]
-    masked = (position >= cut[:, None]) & real
+    masked = (position >= cut[:, None]) & rows.real
     masked = torch.where(inside[:, None], held & answered, masked)
-    masked = torch.where(outside[:, None], ~held & real, masked)
+    masked = torch.where(outside[:, None], ~held & rows.real, masked)
     near = masked & (position < (cut + span)[:, None])
     nothing = torch.zeros_like(cut)
     return AnswerLayout(
@@ -254,8 +362,7 @@ def _units(
     rule_index: torch.Tensor,
     draws: _Draws,
     rules: NegativeConfig,
-    frequent: torch.Tensor,
-    counts: torch.Tensor | None,
+    tokens: _Tokens,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Units [B, G] of the chosen rules, and how many of their tokens are used [B]."""
     names = list(RULES)
@@ -264,7 +371,7 @@ def _units(
         limit = layout.right_room if name in _NEEDS_RIGHT else layout.left_room
         room = torch.where(rule_index == names.index(name), torch.minimum(room, limit), room)
     size = draws.integer("unit", 1, room.clamp(min=1))
-    table = _frequent(draws.table(0, rules.unit_max), frequent.to(ids.device), counts)
+    table = _frequent(draws.table(0, rules.unit_max), tokens.frequent, tokens.counts)
     material = Material(ids, layout, size, table, draws.table(1, rules.unit_max) < 0.5)
     units = torch.stack([rule(material) for rule in RULES.values()])  # [R, B, G]
     return units[rule_index, torch.arange(len(ids), device=ids.device)], size
@@ -279,16 +386,10 @@ def _frequent(u: torch.Tensor, frequent: torch.Tensor, counts: torch.Tensor | No
 
 
 def _early_eos(
-    ids: torch.Tensor,
-    length: torch.Tensor,
-    layout: AnswerLayout,
-    draws: _Draws,
-    rules: NegativeConfig,
-    eos_id: int,
+    rows: _Rows, layout: AnswerLayout, draws: _Draws, rules: NegativeConfig, eos_id: int
 ) -> torch.Tensor:
     """[B, L] bool, at most one covered cell per row, before the true EOS, that the negative ends at."""
-    position = torch.arange(ids.shape[1], device=ids.device)
-    eligible = layout.span & (position < length[:, None]) & (ids != eos_id)
+    eligible = layout.span & rows.answered & (rows.ids != eos_id)
     number = draws.integer("eos cell", 1, eligible.sum(1))  # which of them, counted from the left
     hit = eligible & (eligible.cumsum(1) == number[:, None])
     return hit & (draws("eos") < rules.eos_p)[:, None]

@@ -23,7 +23,6 @@ from dlm.data.rows import load_rows
 from dlm.data.windows import TensorBatch, WindowCollator
 from dlm.errors import ConfigError, DataError, DLMError
 from dlm.model import IGNORE, MaskedDiffusionModel
-from dlm.noising import Blocks
 from dlm.prior import TokenPrior
 from dlm.trainer import DiffusionTrainer
 from finetune.config import R2FTConfig, StartConfig
@@ -112,19 +111,6 @@ def mean_logp(total: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
     return total.float() / n.clamp(min=1)
 
 
-def writable(masked: torch.Tensor, blocks: Blocks) -> torch.Tensor:
-    """[B, L] bool, positions that a block-causal model may be writing when `masked` [B, L] are masks.
-
-    They are those of the block that holds the first mask; behind it, it never sees masks before its own
-    block. Where a block begins with a position that is written first, that position alone.
-    """
-    place = torch.arange(masked.shape[1], device=masked.device)
-    first = torch.where(masked, place, masked.shape[1]).amin(1, keepdim=True)
-    inside = place // blocks.size == first // blocks.size
-    alone = (first % blocks.size == 0) & (first > 0) & blocks.lead
-    return inside & (~alone | (place == first))
-
-
 class R2FTTrainer(ContrastTrainer):
     """The trainer of SFT with the R2FT loss; validation NELBO stays what it is.
 
@@ -140,24 +126,22 @@ class R2FTTrainer(ContrastTrainer):
         super().__init__(model, objective=objective, referred=objective.reference, **kwargs)
 
     def contrasted(self, batch: TensorBatch, key: torch.Tensor) -> TensorBatch:
-        """See `ContrastTrainer`; the rows with masks, and both candidates for each of them."""
-        contrast = self.contrast(batch, key)
+        """See `ContrastTrainer`; the rows with masks, both candidates for each of them, weights of the cuts."""
+        contrast = self.contrast(batch, key, self.blocks)
         candidates = torch.stack([contrast.targets, contrast.rejected], dim=-1)
-        if self.blocks:
-            masked = contrast.noisy_ids == self.mask_id
-            candidates = candidates.masked_fill(~writable(masked, self.blocks)[..., None], IGNORE)
-        return {**batch, "noisy_ids": contrast.noisy_ids, "candidates": candidates}
+        return {**batch, "noisy_ids": contrast.noisy_ids, "candidates": candidates, "share": contrast.share}
 
     def rows(self, model: torch.nn.Module, inputs: TensorBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `ContrastTrainer`."""
-        cells = inputs["candidates"] != IGNORE  # [B, L, 2]
-        logp = self._logp(model, inputs, cells)
+        """See `ContrastTrainer`; the mean over the row's cuts, which are many in a block-causal model."""
+        share = inputs["share"]  # [B, N]
+        cells = self._by_cut(inputs["candidates"] != IGNORE)  # [B·N, cells of a cut, 2]
+        logp = self._by_cut(self._logp(model, inputs))
         weight = self._weights(logp.detach(), cells)
-        total, n = (logp * weight).sum(1), cells.sum(1)  # [B, 2]
+        total, n = (logp * weight).sum(1), cells.sum(1)  # [B·N, 2]
         reference: dict[str, torch.Tensor] = {}
         if self.objective.reference:
             with torch.no_grad(), self.as_reference(model) as frozen:
-                held = (self._logp(frozen, inputs, cells) * weight).sum(1)
+                held = (self._by_cut(self._logp(frozen, inputs)) * weight).sum(1)
             reference = {"reference_w": held[:, 0], "reference_l": held[:, 1]}
         objective = self.objective
         loss = r2ft_row_loss(
@@ -165,17 +149,21 @@ class R2FTTrainer(ContrastTrainer):
             beta_w=objective.beta_w, beta_l=objective.beta_l, gamma=objective.gamma,
             beta_a=objective.beta_a, **reference,
         )  # fmt: skip
-        return loss, contrast_figures(logp.detach().sum(1), n)
+        figures = contrast_figures(logp.detach().sum(1), n)
+        return (loss.view_as(share) * share).sum(1), mean_figures(figures.view(*share.shape, -1), share)
 
-    def _logp(self, model: torch.nn.Module, inputs: TensorBatch, cells: torch.Tensor) -> torch.Tensor:
+    def _by_cut(self, values: torch.Tensor) -> torch.Tensor:
+        """[B, L, 2] -> [B·N, cells of a cut, 2]: the whole row, or each of its blocks."""
+        if not self.blocks:
+            return values
+        padded = F.pad(values, (0, 0, 0, -values.shape[1] % self.blocks.size))
+        return padded.reshape(-1, self.blocks.size, 2)
+
+    def _logp(self, model: torch.nn.Module, inputs: TensorBatch) -> torch.Tensor:
         """[B, L, 2] log-probability of both candidates, 0 where there is none; one forward pass."""
-        out = model(
-            input_ids=inputs["noisy_ids"],
-            attention_mask=inputs["attention_mask"],
-            targets=inputs["candidates"],
-        )
-        full = torch.zeros(cells.shape, device=cells.device)
-        full[cells.any(-1)] = out.token_logp
+        candidates = inputs["candidates"]
+        full = torch.zeros(candidates.shape, device=candidates.device)
+        full[(candidates != IGNORE).any(-1)] = self.token_logp(model, {**inputs, "targets": candidates})
         return full
 
     def _weights(self, logp: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
@@ -195,6 +183,12 @@ def contrast_figures(total: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
     figures = torch.stack([true, wrong, true - wrong, (true > wrong).float()], dim=1)
     lacking = torch.cat([torch.zeros_like(n[:, :1]), (n[:, 1:] == 0).expand(-1, 3)], dim=1).bool()
     return figures.masked_fill(lacking, torch.nan)
+
+
+def mean_figures(figures: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """[B, F] figures of rows, from those of their cuts [B, N, F] and their shares [B, N]; NaN as there."""
+    weight = share[..., None] * ~figures.isnan()
+    return (figures.nan_to_num() * weight).sum(1) / weight.sum(1)
 
 
 TRAINERS: dict[str, type[ContrastTrainer]] = {

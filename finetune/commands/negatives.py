@@ -68,7 +68,7 @@ def run(config: NegativesConfig) -> int:
     )
     console = Console(highlight=False, markup=False, emoji=False)
     for i in range(len(contrast.rule)):
-        console.print(f"\n{i + 1}. rule: {list(RULES)[int(contrast.rule[i])]}", style="bold")
+        console.print(f"\n{i + 1}. rule: {list(RULES)[int(contrast.rule[i, 0])]}", style="bold")
         console.print("true     ", _coloured_row(tokenizer, batch, contrast, i, wrong=False))
         console.print("negative ", _coloured_row(tokenizer, batch, contrast, i, wrong=True))
     console.print("\n", _colour_legend())

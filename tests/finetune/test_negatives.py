@@ -9,8 +9,9 @@ import torch
 from dlm.errors import ConfigError
 from dlm.model import IGNORE
 from dlm.noise import fold, key_of
+from dlm.noising import Blocks
 from finetune.contrast_config import NegativeConfig
-from finetune.negatives import RULES, make_negative
+from finetune.negatives import RULES, make_negative, writable
 
 MASK, EOS, PAD_FROM = 2, 1, 0
 FREQUENT = torch.tensor([7, 8, 9])
@@ -160,7 +161,7 @@ def test_high_prior_units_are_drawn_in_proportion_to_their_counts():
 def test_rules_come_as_often_as_their_weights_say():
     weights = {"left": 2.0, "prior": 1.0, "mixed": 1.0, "run": 4.0}
     _, made = contrast(n=8000, **weights)
-    share = torch.bincount(made.rule, minlength=len(NAMES)) / 8000
+    share = torch.bincount(made.rule[:, 0], minlength=len(NAMES)) / 8000
     for i, name in enumerate(NAMES):
         assert abs(float(share[i]) - weights.get(name, 0) / 8) < 0.02, name
     assert NegativeConfig().left > 0
@@ -204,7 +205,7 @@ def test_text_is_masked_inside_or_outside_one_span(inside):
             assert all(max(a, b - 15) <= t < b for t in tokens)
         else:
             assert all(a <= t < min(b, a + 15) for t in tokens)
-    assert set(made.rule.tolist()) == {0, 1}
+    assert set(made.rule[:, 0].tolist()) == {0, 1}
 
 
 def test_spans_of_text_have_every_length_and_place_and_the_two_are_independent():
@@ -280,3 +281,96 @@ def test_the_command_takes_the_names_that_every_command_takes(capsys):
     words = ["--data.source", "rules", "--data.limit", "40", "--data.validation_rows", "0", "--rows", "2"]
     assert main(["inspect", "negatives", "default", "--data.window", "96", *words]) == 0
     assert "negative" in capsys.readouterr().out
+
+
+def test_a_position_that_leads_its_block_is_contrasted_alone():
+    masked = torch.zeros(1, 12, dtype=torch.bool)
+    masked[0, 6:] = True
+    assert writable(masked, Blocks(6, lead=True))[0].nonzero()[:, 0].tolist() == [6]
+    assert writable(masked, Blocks(6))[0].nonzero()[:, 0].tolist() == list(range(6, 12))
+    masked[0, 3:] = True  # the lead of this block is known
+    assert (writable(masked, Blocks(6, lead=True)) & masked)[0].nonzero()[:, 0].tolist() == [3, 4, 5]
+
+
+def in_blocks(n, lead=False, prompt=6, answer=20, window=64, size=8, **options):
+    rules = NegativeConfig(**{**OFF, **options})
+    ids, start, length = rows(n, prompt, answer, window)
+    keys = fold(key_of("blocks"), torch.arange(n))
+    return ids, make_negative(
+        ids, start, length, keys, mask_id=MASK, eos_id=EOS, frequent=FREQUENT, rules=rules,
+        blocks=Blocks(size, lead),
+    )  # fmt: skip
+
+
+def test_every_block_of_the_answer_has_a_cut_and_repeats_what_stands_before_it():
+    """Prompt of 6, answer in 6 … 25: blocks of 8 hold 2, 8, 8 and 2 cells of it."""
+    ids, made = in_blocks(600, left=1.0, unit_max=5)
+    assert torch.equal(made.share, torch.tensor([2, 8, 8, 2, 0, 0, 0, 0]).expand(600, -1) / 20)
+    assert made.rule.unique().tolist() == [-1, NAMES.index("left")]
+    assert ((made.rule == -1) == (made.share == 0)).all()
+    assert torch.equal(made.noisy_ids[:, 32:], ids[:, 32:])
+    seen = set()
+    for i in range(600):
+        for block in range(4):
+            cells = list(range(8 * block, 8 * block + 8))
+            masks = [p for p in cells if made.noisy_ids[i, p] == MASK]
+            cut = masks[0]
+            assert masks == list(range(cut, 8 * block + 8))
+            seen.add(cut)
+            assert made.targets[i, cells].tolist() == [
+                int(ids[i, p]) if cut <= p < 26 else IGNORE for p in cells
+            ]
+            written = [int(made.rejected[i, p]) for p in masks]
+            units = [
+                [int(ids[i, cut - size + (k + phase) % size]) for k in range(len(masks))]
+                for size in range(1, min(5, cut) + 1)
+                for phase in range(size)
+            ]
+            true = [int(ids[i, p]) for p in masks]
+            assert written in [
+                [w if w != t else IGNORE for w, t in zip(unit, true, strict=True)] for unit in units
+            ]
+    assert seen == set(range(6, 26))
+
+
+def test_cuts_in_blocks_are_uniform_and_independent_of_one_another():
+    _, made = in_blocks(4000, left=1.0)
+    masked = (made.noisy_ids == MASK)[:, :32].view(4000, 4, 8)
+    place = masked.int().argmax(2)  # of the cut in its block
+    for block in (1, 2):
+        found = torch.bincount(place[:, block], minlength=8).float()
+        assert ((found - 500) ** 2 / 500).sum() < 24.3  # chi-square, 7 degrees of freedom, p about 0.001
+    both = torch.bincount(place[:, 1] * 8 + place[:, 2], minlength=64).float()
+    assert ((both - 62.5) ** 2 / 62.5).sum() < 103  # 63 degrees of freedom
+    assert set(place[:, 0].tolist()) == {6, 7} and set(place[:, 3].tolist()) == {0, 1}
+
+
+def test_an_early_end_lies_where_a_block_can_be_written():
+    _, made = in_blocks(500, left=1.0, eos_p=1.0)
+    ended = (made.rejected == EOS).view(500, 8, 8).sum(2)
+    assert ended[:, 1:3].eq(1).all()  # every cut has one, though a span would reach far beyond its block
+    _, made = in_blocks(500, lead=True, left=1.0, eos_p=1.0)
+    first = (made.noisy_ids == MASK).view(500, 8, 8)[:, 1:3, 0]
+    alone = (made.rejected != IGNORE).view(500, 8, 8)[:, 1:3].sum(2)
+    assert (alone[first] == 1).all()
+    assert made.targets.view(500, 8, 8)[:, 1:3][first][:, 1:].eq(IGNORE).all()
+
+
+def test_text_without_a_prompt_is_cut_in_blocks_too():
+    ids, made = in_blocks(200, prompt=0, answer=26, left=0.5, right=0.5)
+    first = (made.noisy_ids[:, :8] == MASK).int().argmax(1)
+    assert set(first.tolist()) == set(range(8))
+    rule = made.rule[:, 0]
+    assert (rule[first == 0] == NAMES.index("run")).all()  # nothing stands before it
+    assert (rule[first > 0] == NAMES.index("left")).all()
+    assert torch.equal(made.noisy_ids == MASK, (made.noisy_ids != ids))
+
+
+def test_the_negatives_of_a_row_in_blocks_depend_on_its_key_alone():
+    ids, start, length = rows(12, 6, 20, 64)
+    keys = fold(key_of("alone"), torch.arange(12))
+    options = {"mask_id": MASK, "eos_id": EOS, "frequent": FREQUENT, "blocks": Blocks(8)}
+    whole = make_negative(ids, start, length, keys, **options)
+    part = make_negative(ids[5:9], start[5:9], length[5:9], keys[5:9], **options)
+    for field in dataclasses.fields(whole):
+        assert torch.equal(getattr(whole, field.name)[5:9], getattr(part, field.name)), field.name
