@@ -164,9 +164,9 @@ def make_negative(
     becomes EOS.
 
     With `blocks`, every block that holds a part of the answer is cut, uniformly within that part, and masked
-    from there to the end of the block. Each cut has a negative of its own, which ends with the block and knows
-    the true row before the cut. For a model that sees the clean blocks before a block, this is the contrast of
-    as many rows in one pass: with the cuts weighed by `share`, a loss has the same mean as under one cut.
+    from there to the end of the block. Each cut has a negative of its own, made of the true row before the cut,
+    which ends with the block. For a model that sees the clean blocks before a block, this is the contrast of as
+    many rows in one pass. With the cuts weighed by `share`, a loss has the same mean as under one cut.
 
     Args:
         ids: [B, L] int64, clean rows, EOS behind the answer.
@@ -252,7 +252,7 @@ def _contrast(
 def _contrast_in_blocks(
     rows: _Rows, key: torch.Tensor, rules: NegativeConfig, tokens: _Tokens, blocks: Blocks
 ) -> Contrast:
-    """A cut in each block of the answer: the rows as often as they have blocks, of each of which one is kept."""
+    """A cut in each block of the answer: rows are repeated for their blocks, and each keeps one."""
     batch, width = rows.ids.shape
     count = -(-width // blocks.size)
     row = torch.arange(batch, device=key.device).repeat_interleave(count)
@@ -260,12 +260,8 @@ def _contrast_in_blocks(
     end = (block + 1) * blocks.size
     first = torch.maximum(rows.prompt_length[row], end - blocks.size)
     cells = (torch.minimum(rows.length[row], end) - first).clamp(min=0)  # of the answer in the block
-    repeated = _Rows(
-        rows.ids[row],
-        rows.prompt_length[row],
-        rows.length[row],
-        rows.real[row] & (rows.position < end[:, None]),
-    )
+    before_end = rows.real[row] & (rows.position < end[:, None])
+    repeated = _Rows(rows.ids[row], rows.prompt_length[row], rows.length[row], before_end)
     draws = _Draws(fold(key[row], block))
     layout = _layout(repeated, draws, rules, (first, first + (cells - 1).clamp(min=0)))
     seen = writable(layout.masked, blocks)

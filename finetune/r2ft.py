@@ -126,7 +126,7 @@ class R2FTTrainer(ContrastTrainer):
         super().__init__(model, objective=objective, referred=objective.reference, **kwargs)
 
     def contrasted(self, batch: TensorBatch, key: torch.Tensor) -> TensorBatch:
-        """See `ContrastTrainer`; the rows with masks, both candidates for each of them, weights of the cuts."""
+        """See `ContrastTrainer`; masked rows, both candidates of each mask, and the weights of cuts."""
         contrast = self.contrast(batch, key, self.blocks)
         candidates = torch.stack([contrast.targets, contrast.rejected], dim=-1)
         return {**batch, "noisy_ids": contrast.noisy_ids, "candidates": candidates, "share": contrast.share}

@@ -615,7 +615,7 @@ def test_a_block_causal_model_is_contrasted_under_a_cut_in_each_block_at_once(tm
     (sft / "config.json").write_text(json.dumps(config | {"shift": leads}))
     objective = ObjectiveConfig(beta_w=1.3, beta_l=0.7, gamma=0.2, reference=reference)
     trainer = trainer_of(stage(tmp_path / "run", sft, objective=objective))
-    assert trainer.blocks is not None and trainer.blocks.lead == leads
+    assert trainer.blocks.lead == leads
     batch = next(iter(trainer.get_train_dataloader()))
     inputs = trainer.with_noise(batch, torch.arange(len(batch["row"])), len(batch["row"]), 0)
     torch.manual_seed(0)
