@@ -164,9 +164,9 @@ def make_negative(
     becomes EOS.
 
     With `blocks`, every block that holds a part of the answer is cut, uniformly within that part, and masked
-    from there to the end of the block. Each cut has a negative of its own, made of the true row before the cut,
-    which ends with the block. For a model that sees the clean blocks before a block, this is the contrast of as
-    many rows in one pass. With the cuts weighed by `share`, a loss has the same mean as under one cut.
+    from there to the end of the block. Each cut has a negative of its own, made of the true row before it,
+    which ends with the block. For a model that sees the clean blocks before a block, this is the contrast of
+    as many rows in one pass. With the cuts weighed by `share`, a loss has the same mean as under one cut.
 
     Args:
         ids: [B, L] int64, clean rows, EOS behind the answer.
