@@ -65,14 +65,25 @@ def run(config: NegativesConfig) -> int:
         frequent_counts=prior.counts[frequent],
         rules=config.negatives,
         real=batch["attention_mask"],
+        blocks=_blocks(config.model),
     )
     console = Console(highlight=False, markup=False, emoji=False)
     for i in range(len(contrast.rule)):
-        console.print(f"\n{i + 1}. rule: {list(RULES)[int(contrast.rule[i, 0])]}", style="bold")
+        cuts = [list(RULES)[rule] for rule in contrast.rule[i].tolist() if rule >= 0]
+        console.print(f"\n{i + 1}. rule: {', '.join(cuts)}", style="bold")
         console.print("true     ", _coloured_row(tokenizer, batch, contrast, i, wrong=False))
         console.print("negative ", _coloured_row(tokenizer, batch, contrast, i, wrong=True))
     console.print("\n", _colour_legend())
     return 0
+
+
+def _blocks(model: str) -> Any:
+    """Blocks of the model, whose rows are cut in each of them; None for full visibility."""
+    from dlm.checkpoint import stored_spec
+    from dlm.noising import Blocks
+
+    spec = stored_spec(model)
+    return None if spec is None else Blocks.of(spec)
 
 
 def _material(config: NegativesConfig) -> tuple[Any, Any, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from dlm.data.config import DataConfig
 from dlm.errors import CheckpointError, ConfigError, DLMError
 from dlm.model import IGNORE
 from dlm.prior import TokenPrior
+from finetune.commands.negatives import NegativesConfig, run
 from finetune.config import (
     LoraConfig,
     ModelConfig,
@@ -584,7 +586,7 @@ def test_the_contrast_of_validation_is_the_same_at_every_evaluation(sft, tmp_pat
     assert first["eval_nelbo"] == second["eval_nelbo"]
 
 
-def test_a_block_causal_model_goes_through_fine_tuning_and_r2ft(tmp_path):
+def test_a_block_causal_model_goes_through_fine_tuning_and_r2ft(tmp_path, capsys):
     shape = ModelConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=400,
         visibility="block", block_size=8,
@@ -600,6 +602,11 @@ def test_a_block_causal_model_goes_through_fine_tuning_and_r2ft(tmp_path):
     assert model.spec.visibility.block_size == 8
     out = Sampler(model, tokenizer).generate("copy: 1 2 3", max_tokens=12)
     assert tokenizer.mask_token_id not in out.token_ids
+    data = DataConfig(source="rules", window=48, limit=150, validation_rows=20)
+    run(NegativesConfig(model=str(folder), data=data, rows=4))
+    rules = re.findall(r"rule: (.*)", capsys.readouterr().out)
+    assert len(rules) == 4
+    assert max(line.count(",") for line in rules) > 0  # a negative for each block of an answer
 
 
 @pytest.mark.parametrize("leads", [False, True])
