@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -586,14 +587,19 @@ def test_the_contrast_of_validation_is_the_same_at_every_evaluation(sft, tmp_pat
     assert first["eval_nelbo"] == second["eval_nelbo"]
 
 
-def test_a_block_causal_model_goes_through_fine_tuning_and_r2ft(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def in_blocks(tmp_path_factory):
+    """A fine-tuned model in blocks of 8."""
     shape = ModelConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=400,
         visibility="block", block_size=8,
     )  # fmt: skip
-    sft = train(settings(tmp_path / "sft", model=shape))
+    return train(settings(tmp_path_factory.mktemp("blocks") / "sft", model=shape))
+
+
+def test_a_block_causal_model_goes_through_fine_tuning_and_r2ft(in_blocks, tmp_path, capsys):
     folder = r2ft(R2FTConfig(
-        output_dir=str(tmp_path / "r2ft"), model=StartConfig(init=str(sft)),
+        output_dir=str(tmp_path / "r2ft"), model=StartConfig(init=str(in_blocks)),
         data=DataConfig(source="rules", window=48, limit=150, validation_rows=20), max_steps=4,
         per_device_train_batch_size=8, learning_rate=1e-5, eval_steps=2, save_steps=2, precision="fp32",
         nelbo_tolerance=0.5, watch=2, report_to="none", trainer={"disable_tqdm": True},
@@ -611,13 +617,11 @@ def test_a_block_causal_model_goes_through_fine_tuning_and_r2ft(tmp_path, capsys
 
 @pytest.mark.parametrize("leads", [False, True])
 @pytest.mark.parametrize("reference", [False, True])
-def test_a_block_causal_model_is_contrasted_under_a_cut_in_each_block_at_once(tmp_path, leads, reference):
+def test_a_block_causal_model_is_contrasted_under_a_cut_in_each_block_at_once(
+    in_blocks, tmp_path, leads, reference
+):
     """One pass against as many rows, each masked from its cut on, as the decoder would see them."""
-    shape = ModelConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=400,
-        visibility="block", block_size=8,
-    )  # fmt: skip
-    sft = train(settings(tmp_path / "sft", model=shape))
+    sft = shutil.copytree(in_blocks, tmp_path / "sft")
     config = json.loads((sft / "config.json").read_text())
     (sft / "config.json").write_text(json.dumps(config | {"shift": leads}))
     objective = ObjectiveConfig(beta_w=1.3, beta_l=0.7, gamma=0.2, reference=reference)
