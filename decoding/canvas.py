@@ -110,6 +110,14 @@ class Canvas:
         """Number of rows."""
         return len(self.ids)
 
+    def fits(self, plan: Plan) -> bool:
+        """True where the canvas keeps of a row what the plan needs."""
+        state = plan.decoder.reveal.initial_state(0, self.ids.shape[1])
+        kept = {name: x.shape[1:] for name, x in self.rule_state.items()}
+        return kept == {name: x.shape[1:] for name, x in state.items()} and (
+            self.alternatives.shape[2] == plan.top_logprobs
+        )
+
     def grow(self, rows: torch.Tensor, ahead: int, closed: torch.Tensor) -> None:
         """Give the rows [b] new masks on the right until they have `ahead`; none to those `closed` [b]."""
         size = self.valid[rows].sum(1)

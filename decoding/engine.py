@@ -25,7 +25,7 @@ from decoding.canvas import Canvas, Row, make_canvas
 from decoding.denoiser import Denoiser, check_capable
 from decoding.request import Plan
 from decoding.rows import Prompt, RowMaker
-from decoding.step import Batch, run_work
+from decoding.step import Batch, raise_first, run_work
 from dlm.errors import ConfigError, DLMError, check_whole
 from dlm.spec import ModelSpec
 
@@ -39,8 +39,9 @@ class Update:
 
     ticket: int
     finished: bool
-    error: DLMError | None
-    """Set when the model failed on this row; it is finished then, and has no output."""
+    error: Exception | None
+    """Set when this row has failed; it is finished then, and has no output. A `DLMError` says in which step
+    the model returned NaN; other errors are those of the row's rules."""
     plan: Plan = field(repr=False)
     reader: Reader = field(repr=False)
     _canvas: Callable[[], Canvas] = field(repr=False)
@@ -64,6 +65,14 @@ class Update:
     def event(self) -> Event:
         """The row as it is now, masks included."""
         return answer.event(self.canvas, self.plan, self.reader)
+
+    def raise_error(self, place: str) -> None:
+        """Raise the error, if there is one, naming the row's place among others."""
+        if type(self.error) is DLMError:
+            raise DLMError(f"{self.error}, {place}")
+        if self.error is not None:
+            self.error.add_note(place)
+            raise self.error
 
     @property
     def output(self) -> Output | None:
@@ -161,7 +170,15 @@ class Engine:
         return self._wait(make_canvas([row], [operator.index(seed)], plan), plan)
 
     def add(self, canvas: Canvas, plan: Plan) -> int:
-        """Take up a copy of a row, a canvas of one, perhaps from another engine; returns its ticket."""
+        """Take up a copy of a row, a canvas of one, perhaps from another engine; returns its ticket.
+
+        Raises:
+            ConfigError: for several rows, and for a row of another kind of plan.
+        """
+        if len(canvas) != 1:
+            raise ConfigError(f"an engine takes up one row at a time, got a canvas of {len(canvas)}")
+        if not canvas.fits(plan):
+            raise ConfigError("the plan keeps other things of a row than that which the canvas was made for")
         return self._wait(canvas.take(torch.tensor([0])), plan)
 
     def _wait(self, canvas: Canvas, plan: Plan) -> int:
@@ -196,20 +213,28 @@ class Engine:
             tickets: of the rows at work that take the step, all by default; texts do not depend on it.
 
         Returns:
-            One update for each row that took a step. A row for which the model fails is finished with an
-            error; the others go on.
+            One update for each row that took a step, and for each that has failed. A row for which the model
+            or a rule fails is finished with an error; the others go on, those decoded together with it in the
+            next step.
+
+        Raises:
+            KeyError: for a ticket that is not there.
         """
         self._admit()
+        for ticket in () if tickets is None else tickets:
+            self._check_ticket(ticket)
         stepping = [
             (group, None if tickets is None else [i for i, x in enumerate(group.tickets) if x in tickets])
             for group in self._groups.values()
         ]
         stepping = [(group, rows) for group, rows in stepping if rows != []]
-        run_work(
+        errors = run_work(
             self.model,
             [group.batch.step(None if rows is None else torch.tensor(rows)) for group, rows in stepping],
         )
-        updates = [update for group, rows in stepping for update in self._updates(group, rows)]
+        updates: list[Update] = []
+        for (group, rows), error in zip(stepping, errors, strict=True):
+            updates += self._updates(group, rows) if error is None else self._failures(group, rows, error)
         self._drop({update.ticket for update in updates if update.finished})
         return updates
 
@@ -220,8 +245,7 @@ class Engine:
             KeyError: for a ticket that is not there; nothing is forgotten then.
         """
         for ticket in tickets:
-            if ticket not in self._waiting and ticket not in self._running:
-                raise KeyError(f"no row has the ticket {ticket}")
+            self._check_ticket(ticket)
         self._drop({ticket for ticket in set(tickets) if self._waiting.pop(ticket, None) is None})
 
     @torch.inference_mode()
@@ -246,8 +270,7 @@ class Engine:
         """
         if ticket in self._waiting:
             return self._waiting[ticket][1].take(torch.tensor([0]))
-        if ticket not in self._running:
-            raise KeyError(f"no row has the ticket {ticket}")
+        self._check_ticket(ticket)
         group = self._groups[self._running[ticket].plan.batch_key]
         return group.batch.canvas.take(torch.tensor([group.tickets.index(ticket)]))
 
@@ -264,8 +287,10 @@ class Engine:
 
         Raises:
             KeyError: for a ticket that is not at work.
-            ConfigError: when the copies are more than the engine's limits allow.
+            ConfigError: when the copies are more than the engine's limits allow, or not as many as the keys.
         """
+        if keys.shape != (len(tickets),):
+            raise ConfigError(f"{len(tickets)} copies need as many keys, got {list(keys.shape)}")
         for ticket in tickets:
             if ticket not in self._running:
                 raise KeyError(f"no row at work has the ticket {ticket}")
@@ -298,7 +323,13 @@ class Engine:
 
         Returns:
             By ticket, so many texts.
+
+        Raises:
+            KeyError: for a ticket that is not there.
         """
+        check_whole("draws", draws)
+        for ticket in tickets:
+            self._check_ticket(ticket)
         work, predicted = [], []
         for group in self._groups.values():
             rows = [i for i, ticket in enumerate(group.tickets) if ticket in tickets]
@@ -306,7 +337,7 @@ class Engine:
                 ids: list[torch.Tensor] = []
                 work.append(group.batch.predict(torch.tensor(rows), draws, ids))
                 predicted.append((group, rows, ids))
-        run_work(self.model, work)
+        raise_first(run_work(self.model, work))
         return {
             group.tickets[row]: [self._predicted_text(group, row, each[place]) for each in ids]
             for group, rows, ids in predicted
@@ -318,6 +349,10 @@ class Engine:
         entry = self._running[group.tickets[row]]
         canvas = group.batch.canvas.take(torch.tensor([row]))
         return answer.completed(canvas, ids, entry.plan, Reader(self.tokenizer)).text
+
+    def _check_ticket(self, ticket: int) -> None:
+        if ticket not in self._waiting and ticket not in self._running:
+            raise KeyError(f"no row has the ticket {ticket}")
 
     def _positions(self) -> int:
         """Positions of all rows at work, each at its longest."""
@@ -355,6 +390,23 @@ class Engine:
         for index in range(len(group.tickets)) if rows is None else rows:
             yield self._update(group.tickets[index], canvas, index, done[index], failed[index])
 
+    def _failures(self, group: _Group, rows: list[int] | None, error: Exception) -> Iterator[Update]:
+        """The updates of rows that have failed: of a batch with an `error`, those that fail alone, else all.
+
+        The others have taken no step.
+        """
+        canvas = group.batch.canvas
+        places = list(range(len(group.tickets))) if rows is None else rows
+        alone = {place: self._error_alone(canvas.take(torch.tensor([place])), group) for place in places}
+        for place in places:
+            failure = alone[place] if any(alone.values()) else error
+            if failure is not None:
+                yield self._last_update(group.tickets[place], canvas.take(torch.tensor([place])), failure)
+
+    def _error_alone(self, canvas: Canvas, group: _Group) -> Exception | None:
+        """The error of the next step of a copy of a row, nothing beside it."""
+        return run_work(self.model, [Batch(self.model, canvas, group.batch.plan).step()])[0]
+
     def _update(self, ticket: int, canvas: Canvas, index: int, done: bool, failed: int) -> Update:
         """The update of a row, number `index` of its batch, that is done, or failed in a step (-1 for no)."""
         entry = self._running[ticket]
@@ -366,7 +418,12 @@ class Engine:
         row = canvas.take(torch.tensor([index]))
         row.done |= done
         error = DLMError(f"the model returned NaN in step {failed}") if failed >= 0 else None
-        return Update(ticket, True, error, plan, reader, lambda: row)
+        return self._last_update(ticket, row, error)
+
+    def _last_update(self, ticket: int, row: Canvas, error: Exception | None) -> Update:
+        """The update of a row that leaves the engine, a canvas of its own."""
+        entry = self._running[ticket]
+        return Update(ticket, True, error, entry.plan, entry.reader, lambda: row)
 
     def _drop(self, tickets: set[int]) -> None:
         """Forget rows at work; batches that are empty go too."""

@@ -5,7 +5,6 @@ Importable without torch: commands fill requests before a model is loaded.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -94,7 +93,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         lambda value: isinstance(value, int | float) and not isinstance(value, bool) and value >= 1,
         "be at least 1 token per model call",
     ),
-    (("rate",), lambda value: value <= MOST_RATE or value == math.inf, f"be at most {MOST_RATE}"),
+    (("rate",), lambda value: value <= MOST_RATE, f"be at most {MOST_RATE}"),
     (("eos_fill",), lambda value: isinstance(value, bool), "be true or false"),
     (("canvas", "reuse", "begin", "ending"), lambda value: isinstance(value, str), "be a text"),
     (

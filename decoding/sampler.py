@@ -20,7 +20,7 @@ from decoding.request import Plan, Request
 from decoding.rows import Prompt, RowMaker, TooLongError, as_list, cut_text, with_seeds
 from decoding.tilted.particles import steer
 from decoding.tilted.tilt import TILT_FIELDS, Tilt
-from dlm.errors import ConfigError, DLMError, check_whole
+from dlm.errors import ConfigError, check_whole
 from dlm.spec import ModelSpec
 
 Span = str | tuple[int, int]
@@ -111,17 +111,15 @@ class Sampler:
         plan = self.plan(request, **fields)
         _check_samples(n, plan)
         rows = (
-            (self.rows.answer(prompt, plan, f"prompt {i}"), prompt, each + number)
-            for i, (prompt, each) in enumerate(with_seeds(prompts, seed))
+            (self.rows.answer(prompt, plan, f"prompt {i}"), prompt, first_seed + number)
+            for i, (prompt, first_seed) in enumerate(with_seeds(prompts, seed))
             for number in range(n)
         )
+        check_whole("batch_size", batch_size)
         if tilt is not None:
-            _check_batch_size(batch_size)
-            yield from steer(Engine(self.model, self.tokenizer), plan, tilt, rows, batch_size)
-            return
-        for update in self._finished(((row, plan, each) for row, _, each in rows), batch_size):
-            assert update.output is not None
-            yield update.output
+            return steer(Engine(self.model, self.tokenizer), plan, tilt, rows, batch_size)
+        finished = self._finished(((row, plan, seed) for row, _, seed in rows), batch_size)
+        return (_output(update) for update in finished)
 
     def iter_traced(
         self,
@@ -135,12 +133,12 @@ class Sampler:
         """Answer prompts as `iter_generate` does, each with the trace of how it was written."""
         plan = self.plan(request, **fields)
         rows = (
-            (self.rows.answer(prompt, plan, f"prompt {i}"), plan, each)
-            for i, (prompt, each) in enumerate(with_seeds(prompts, seed))
+            (self.rows.answer(prompt, plan, f"prompt {i}"), plan, own_seed)
+            for i, (prompt, own_seed) in enumerate(with_seeds(prompts, seed))
         )
-        for update in self._finished(rows, batch_size):
-            assert update.output is not None
-            yield update.output, Trace.of(update.canvas, plan)
+        check_whole("batch_size", batch_size)
+        finished = self._finished(rows, batch_size)
+        return ((_output(update), Trace.of(update.canvas, plan)) for update in finished)
 
     @overload
     def stream(
@@ -239,9 +237,13 @@ class Sampler:
             ConfigError: for a text without a gap, an empty gap, or a text that is too long for the model.
         """
         plan = plan_infilling(_request(request, fields), self.spec, self.tokenizer)
+        check_whole("batch_size", batch_size)
         seeded = ((f"text {i}", *pair) for i, pair in enumerate(with_seeds(texts, seed)))
-        pieces = ((name, cut_text(name, text, partial(pieces_of, text)), each) for name, text, each in seeded)
-        yield from self._fill(pieces, prompt, plan, batch_size)
+        pieces = (
+            (name, cut_text(name, text, partial(pieces_of, text)), own_seed)
+            for name, text, own_seed in seeded
+        )
+        return self._fill(pieces, prompt, plan, batch_size)
 
     @overload
     def edit(
@@ -309,12 +311,13 @@ class Sampler:
         """
         plan = plan_infilling(_request(request, fields), self.spec, self.tokenizer)
         gap = None if length is None else Gap.of(length)
+        check_whole("batch_size", batch_size)
         seeded = ((f"text {i}", *pair) for i, pair in enumerate(with_seeds(texts, seed)))
         pieces = (
-            (name, cut_text(name, text, partial(without_span, text, span, gap, self.text_length)), each)
-            for name, text, each in seeded
+            (name, cut_text(name, text, partial(without_span, text, span, gap, self.text_length)), own_seed)
+            for name, text, own_seed in seeded
         )
-        yield from self._fill(pieces, prompt, plan, batch_size)
+        return self._fill(pieces, prompt, plan, batch_size)
 
     def without(
         self,
@@ -389,20 +392,18 @@ class Sampler:
         """Events of several prompts after every step, in order."""
         engine = Engine(self.model, self.tokenizer)
         places: dict[int, int] = {}  # of the tickets
-        for i, (prompt, each) in enumerate(with_seeds(prompts, seed)):
-            places[engine.submit(self.rows.answer(prompt, plan, f"prompt {i}"), plan, each)] = i
+        for i, (prompt, own_seed) in enumerate(with_seeds(prompts, seed)):
+            places[engine.submit(self.rows.answer(prompt, plan, f"prompt {i}"), plan, own_seed)] = i
         events: dict[int, Event] = {}
         while len(engine):
             for update in engine.step():
                 place = places[update.ticket]
-                if update.error is not None:
-                    raise DLMError(f"{update.error}, row {place} (prompt {place})")
+                update.raise_error(f"row {place} (prompt {place})")
                 events[place] = update.event
             yield [events[place] for place in sorted(events)]
 
     def _finished(self, rows: Iterator[tuple[Row, Plan, int]], batch_size: int) -> Iterator[Update]:
         """Decode rows with their plans and seeds, so many at a time; yields their last updates in order."""
-        _check_batch_size(batch_size)
         engine = Engine(self.model, self.tokenizer)
         done: dict[int, Update] = {}
         names: dict[int, str] = {}
@@ -416,8 +417,7 @@ class Sampler:
             if not len(engine):
                 break
             for update in engine.step():
-                if update.error is not None:
-                    raise DLMError(f"{update.error}, row {update.ticket} ({names[update.ticket]})")
+                update.raise_error(f"row {update.ticket} ({names[update.ticket]})")
                 if update.finished:
                     done[update.ticket] = update
                     del names[update.ticket]
@@ -454,6 +454,13 @@ class Sampler:
             yield likeliest(canvases, scores, self.tokenizer)[1]
 
 
+def _output(update: Update) -> Output:
+    """The answer of a finished row."""
+    output = update.output
+    assert output is not None
+    return output
+
+
 def _request(request: Request | None, fields: dict[str, Any]) -> Request:
     """The request given, or one made of its fields."""
     if TILT_FIELDS & fields.keys() and Tilt.among(fields)[0] is not None:
@@ -465,11 +472,6 @@ def _request(request: Request | None, fields: dict[str, Any]) -> Request:
     if fields:
         raise ConfigError(f"give a request or its fields, not both: {', '.join(fields)}")
     return request
-
-
-def _check_batch_size(batch_size: int) -> None:
-    """Refuse a number of rows that means nothing."""
-    check_whole("batch_size", batch_size)
 
 
 def _check_samples(n: int, plan: Plan) -> None:

@@ -13,9 +13,10 @@ back, once in a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ def denoise(model: Denoiser, canvas: Canvas, plan: Plan) -> Iterator[int]:
     batch = Batch(model, canvas, plan)
     step = 0
     while not bool(canvas.done.all()):
-        run_work(model, [batch.step()])
+        raise_first(run_work(model, [batch.step()]))
         failed = (canvas.failed >= 0).nonzero()[:, 0]
         if len(failed):
             row = int(failed[0])
@@ -52,20 +53,37 @@ def denoise(model: Denoiser, canvas: Canvas, plan: Plan) -> Iterator[int]:
         step += 1
 
 
-def run_work(model: Denoiser, work: Iterable[Work]) -> None:
-    """Do several pieces of work side by side, so that those that wait for the model share its calls."""
-    waiting = [(piece, next(piece, None)) for piece in work]
-    while waiting := [(piece, queries) for piece, queries in waiting if queries is not None]:
+def run_work(model: Denoiser, work: Sequence[Work]) -> list[Exception | None]:
+    """Do several pieces of work side by side, so that those that wait for the model share its calls.
+
+    Returns:
+        For each piece the error that ended it, None where there was none. The others go on. Errors of the
+        calls that they share are raised.
+    """
+    errors: list[Exception | None] = [None] * len(work)
+
+    def advance(number: int, states: Any) -> list[StateQuery] | None:
+        """The next queries of a piece of work; None when it has ended."""
+        try:
+            return work[number].send(states)
+        except StopIteration:
+            return None
+        except Exception as error:
+            errors[number] = error
+            return None
+
+    waiting = [(number, advance(number, None)) for number in range(len(work))]
+    while waiting := [(number, queries) for number, queries in waiting if queries is not None]:
         states = iter(compute_states(model, [query for _, queries in waiting for query in queries]))
-        waiting = [(piece, _resumed(piece, [next(states) for _ in queries])) for piece, queries in waiting]
+        waiting = [(number, advance(number, [next(states) for _ in queries])) for number, queries in waiting]
+    return errors
 
 
-def _resumed(piece: Work, states: list[torch.Tensor]) -> list[StateQuery] | None:
-    """Go on with a piece of work; returns its next queries, None when it is done."""
-    try:
-        return piece.send(states)
-    except StopIteration:
-        return None
+def raise_first(errors: Iterable[Exception | None]) -> None:
+    """Raise the first error, if there is one."""
+    for error in errors:
+        if error is not None:
+            raise error
 
 
 @dataclass(frozen=True)

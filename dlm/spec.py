@@ -119,9 +119,15 @@ class ModelSpec:
 
     @classmethod
     def of(cls, model: Any) -> ModelSpec:
-        """The spec that a model carries, or else what its configuration says; a spec is its own."""
+        """The spec that a model carries, or else what its configuration says; a spec is its own.
+
+        Raises:
+            ConfigError: for what is no model.
+        """
         if isinstance(model, ModelSpec):
             return model
+        if not isinstance(model, Specified) and not hasattr(model, "config"):
+            raise ConfigError(f"a model has a spec or a config, as that of load_model has; got {model!r:.80}")
         return model.spec if isinstance(model, Specified) else cls.of_config(model.config)
 
 

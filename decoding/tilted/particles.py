@@ -40,7 +40,6 @@ from decoding.canvas import Row, make_canvas
 from decoding.engine import Engine, Update
 from decoding.request import Plan
 from decoding.tilted.tilt import Tilt
-from dlm.errors import DLMError
 from dlm.noise import fold, uniform
 
 _PARTICLES, _RESAMPLING, _SELECTION = -1, -2, -3
@@ -238,8 +237,7 @@ class Steering:
         for update in updates:
             population, number = self._owners[update.ticket]
             particle = population.particles[number]
-            if update.error is not None:
-                raise DLMError(f"{update.error} ({population.name}, particle {number})")
+            update.raise_error(f"{population.name}, particle {number}")
             if (output := update.output) is not None:
                 particle.output = output
                 population.model_calls += output.model_calls

@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 import torch
 
-from decoding import Decoder, Sampler
+from decoding import Decoder, Request, Sampler
 from decoding.infill import rows_with_gaps
 from decoding.reveal import Quota, Separated
 from decoding.tokens import TokenRule
@@ -273,3 +273,28 @@ def test_a_sliding_window_and_a_quota_by_time_are_not_combined():
         with pytest.raises(ConfigError, match="times of its own"):
             Decoder(Sliding(3), rule)
     Decoder(Sliding(3), Quota(order="margin", spread="remaining", per_step=2))
+
+
+@pytest.mark.parametrize("verb", ["iter_generate", "iter_traced", "iter_infill", "iter_edit"])
+def test_what_is_wrong_with_all_prompts_is_said_before_the_first_is_read(verb):
+    sampler, span = Sampler(FakeDenoiser(), FakeTokenizer()), ("b",) if verb == "iter_edit" else ()
+
+    def unread():
+        raise AssertionError("read")
+        yield
+
+    for wrong, said in (
+        ({"rate": 0.5}, "rate must be at least 1"),
+        ({"rate": math.inf}, "rate must be at most"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"no_such": 1}, "no_such"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            getattr(sampler, verb)(unread(), *span, **wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, "default", 3])
+def test_what_is_no_model_is_said_so(wrong):
+    for call in (lambda: Sampler(wrong, FakeTokenizer()), lambda: Request().resolve(wrong)):
+        with pytest.raises(ConfigError, match="a model has a spec or a config"):
+            call()

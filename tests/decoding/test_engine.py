@@ -4,6 +4,7 @@ import copy
 import itertools
 import random
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from decoding.canvas import Row
 from decoding.engine import Engine
 from decoding.presets import PRESETS
 from decoding.request import Reuse
+from decoding.reveal import RevealRule
+from decoding.reveal.threshold import Threshold
 from dlm.errors import ConfigError
 from tests.decoding.rig import LEARNT, MASK, canvas_of, decode, plan_of, rows
 from tests.dlm.test_attention import MASK as TINY_MASK
@@ -388,4 +391,96 @@ def test_a_ticket_that_is_named_twice_is_cancelled_once():
     engine.cancel(tickets[0], tickets[0])
     engine.step()
     engine.cancel(tickets[1], tickets[1])
+    assert len(engine) == 1
+
+
+@dataclass(frozen=True)
+class Wide(RevealRule):
+    """A rule with a defect: its score has three numbers, and it says one."""
+
+    def score(self, logits, choice, state, tokens):
+        return logits[:, :3].float()
+
+
+@dataclass(frozen=True)
+class Fussy(Threshold):
+    """A rule that fails where the first token of a row is an odd one."""
+
+    def decide(self, view):
+        if bool((view.ids[:, 0] % 2 == 1).any()):
+            raise KeyError("odd")
+        return super().decide(view)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_rule_that_fails_ends_its_rows_and_no_others(first):
+    model = FakeDenoiser(eos_bias=-50.0)
+    broken = Request(decoder=Decoder(reveal=Wide()), max_tokens=8).resolve(model)
+    row, plan, seed = request(1)
+    engine = engine_of(model)
+    submitted = [(row, broken, 0), (row, plan, seed)][:: 1 if first else -1]
+    tickets = dict(zip(("broken", "good") if first else ("good", "broken"),
+                       [engine.submit(*each) for each in submitted], strict=True))  # fmt: skip
+    updates = {update.ticket: update for update in engine.step()}
+    failed = updates[tickets["broken"]]
+    assert failed.finished
+    assert failed.output is None
+    assert "score has 3 numbers" in str(failed.error)
+    assert len(engine) == 1
+    canvas = run(engine)[tickets["good"]]
+    assert torch.equal(canvas.ids, alone(1, eos_bias=-50.0).ids)
+
+
+def test_of_rows_decoded_together_those_that_fail_alone_end():
+    model = FakeDenoiser(eos_bias=-50.0)
+    plan = Request(decoder=Decoder(reveal=Fussy()), max_tokens=8).resolve(model)
+    engine = engine_of(model)
+    made = [Row([first, 5, 6, *[MASK] * 8], 3) for first in (4, 7, 8)]
+    tickets = [engine.submit(row, plan, 3) for row in made]
+    (failed,) = engine.step()  # the others take no step beside it
+    assert failed.ticket == tickets[1]
+    assert isinstance(failed.error, KeyError)
+    with pytest.raises(KeyError, match="odd"):
+        failed.raise_error("row 1")
+    assert failed.error.__notes__ == ["row 1"]
+    found = run(engine)
+    for row, ticket in ((made[0], tickets[0]), (made[2], tickets[2])):
+        other = engine_of(model)
+        number = other.submit(row, plan, 3)
+        single = run(other)[number]
+        assert torch.equal(found[ticket].ids, single.ids)
+        assert torch.equal(found[ticket].model_calls, single.model_calls)
+
+
+def test_a_row_of_another_kind_of_plan_is_refused_and_harms_no_other():
+    model = FakeDenoiser(eos_bias=-50.0)
+    plans = {
+        "plain": Request(decoder="conv", max_tokens=12).resolve(model),
+        "noted": Request(decoder="conv", max_tokens=12, top_logprobs=2).resolve(model),
+        "stable": Request(decoder="stability", max_tokens=12).resolve(model),
+    }
+    for made, wanted in itertools.permutations(plans, 2):
+        engine = engine_of(model)
+        canvas = engine.remove(engine.submit("ab", plans[made], 1))
+        good = engine.submit("cd", plans[wanted], 1)
+        with pytest.raises(ConfigError, match="keeps other things of a row"):
+            engine.add(canvas, plans[wanted])
+        assert list(run(engine)) == [good]
+    canvas = canvas_of(torch.tensor([[3, MASK], [4, MASK]]), plans["plain"])
+    with pytest.raises(ConfigError, match="one row at a time, got a canvas of 2"):
+        engine.add(canvas, plans["plain"])
+
+
+def test_tickets_and_numbers_that_are_none_are_refused():
+    model = FakeDenoiser()
+    engine = engine_of(model)
+    ticket = engine.submit("ab", Request(decoder="conv", max_tokens=8).resolve(model))
+    engine.step()
+    for call in (engine.step, engine.predictions):
+        with pytest.raises(KeyError, match="no row has the ticket 99"):
+            call([ticket, 99])
+    with pytest.raises(ConfigError, match="draws must be"):
+        engine.predictions([ticket], draws=0)
+    with pytest.raises(ConfigError, match=r"2 copies need as many keys, got \[1\]"):
+        engine.fork([ticket, ticket], torch.tensor([5]))
     assert len(engine) == 1

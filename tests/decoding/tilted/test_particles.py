@@ -365,7 +365,7 @@ def test_a_model_that_fails_and_a_reward_that_is_no_number_are_errors_with_names
         tilt = Tilt(function, 2)
         return list(steer(Engine(model, FakeTokenizer()), PLAN, tilt, iter([(row, "", 0)]), 8))
 
-    with pytest.raises(DLMError, match=r"the model returned NaN in step 0 \(prompt 4, particle 0\)"):
+    with pytest.raises(DLMError, match=r"the model returned NaN in step 0, prompt 4, particle 0"):
         run(
             Broken(vocab=VOCAB, mask_id=MASK, eos_id=EOS),
             lambda prompts, completions: [0.0] * len(completions),
