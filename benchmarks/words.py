@@ -25,14 +25,14 @@ PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md")
 FUNCTION_LINES, FILE_LINES = 40, 450
 
 _TEXT = """
-    about again all also an another any as asked at be been behind being both but by can chosen come
-    comes did do does either else enough even ever every few for found from get gets gone got had has have
-    here how into is it its just kept known less made many may meant might mine more most much
-    must my neither no nor not now of off on once only or other others ought our over own put
-    puts quite said same seen several shall should so some something still such taken than that
-    the theirs them then there these they thing things this those though thus till told too took
-    until up upon us very was we well went were what when whether which while who whoever
-    whole whom whose why will with within without would yet you your
+    about after again all also an another any as asked at be been before behind being both but by
+    can chosen come comes did do does each either else enough even ever every few for found from get
+    gets given gone got had has have here how into is it its just kept known less made many may
+    meant might mine more most much must my neither no nor not now of off on once only or other
+    others ought our over own put puts quite rest said same seen several shall should so some
+    something still such taken than that the theirs them then there these they thing things this
+    those though thus till told too took until up upon us usual very was we well went were what when
+    whether which while who whoever whole whom whose why will with within without would yet you your
 """
 WORDS = frozenset(_TEXT.split())
 """Words that name nothing. Not among them: `where`, NumPy's name for a mask, and `left`, a side."""

@@ -98,8 +98,8 @@ class Reader:
         size = len(self._ids)
         if ids[:size] != self._ids:
             self._ids, self._text, self._begin, size = [], "", 0, 0
-        before = self.text(self._ids[self._begin :]) if size else ""
-        new = self.text(ids[self._begin :])[len(before) :]
+        context = self.text(self._ids[self._begin :]) if size else ""
+        new = self.text(ids[self._begin :])[len(context) :]
         if not new or new.endswith(HALF_CHARACTER):
             return self._text + new
         self._ids, self._text, self._begin = ids, self._text + new, size
@@ -131,8 +131,8 @@ def find_stop(canvas: Canvas, plan: Plan, reader: Reader) -> Cut | None:
     ids = written_prefix(canvas, plan)
     text = reader.prefix(ids)
     begins_with = int((~canvas.initial[0, int(canvas.answer[0]) :]).int().cumprod(0).sum())
-    given = len(reader.text(ids[:begins_with])) if begins_with else 0
-    places = [(text.find(stop, max(0, given - len(stop) + 1)), stop) for stop in plan.stop]
+    prefix_size = len(reader.text(ids[:begins_with])) if begins_with else 0
+    places = [(text.find(stop, max(0, prefix_size - len(stop) + 1)), stop) for stop in plan.stop]
     places = [(place, stop) for place, stop in places if place >= 0]
     if not places:
         return None

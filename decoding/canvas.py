@@ -49,8 +49,8 @@ class Row:
 
     def key(self, seed: int, mask_id: int) -> torch.Tensor:
         """Key [] of the row's noise: a function of the seed and the given tokens, whatever the window."""
-        given = [token for token in self.ids if token != mask_id]
-        return key_of(int(seed), hashlib.blake2b(repr(given).encode(), digest_size=8).digest())
+        visible = [token for token in self.ids if token != mask_id]
+        return key_of(int(seed), hashlib.blake2b(repr(visible).encode(), digest_size=8).digest())
 
 
 @dataclass
@@ -113,8 +113,8 @@ class Canvas:
     def fits(self, plan: Plan) -> bool:
         """True where the canvas keeps of a row what the plan needs."""
         state = plan.decoder.reveal.initial_state(0, self.ids.shape[1])
-        kept = {name: x.shape[1:] for name, x in self.rule_state.items()}
-        return kept == {name: x.shape[1:] for name, x in state.items()} and (
+        shapes = {name: x.shape[1:] for name, x in self.rule_state.items()}
+        return shapes == {name: x.shape[1:] for name, x in state.items()} and (
             self.alternatives.shape[2] == plan.top_logprobs
         )
 

@@ -53,10 +53,10 @@ class Trace:
         row = slice(0, 1)
         count, _ = _lengths(canvas, plan, row)
         step, confidence = canvas.reveal_step[0], canvas.confidence[0]
-        chosen = canvas.initial[0] & (step >= 0) & ~confidence.isnan()
+        timed = canvas.initial[0] & (step >= 0) & ~confidence.isnan()
         steps_of_tokens = step[canvas.initial[0] & (step >= 0)]
-        before = (steps_of_tokens[None] < step[:, None]).sum(1)
-        elapsed = plan.pace.elapsed(step, before, count)
+        earlier = (steps_of_tokens[None] < step[:, None]).sum(1)
+        elapsed = plan.pace.elapsed(step, earlier, count)
         place = course(canvas, plan, row, len(step)).place[0]
         columns = (elapsed, confidence.double(), place)
-        return cls(*([round(x, 6) for x in column[chosen].tolist()] for column in columns))
+        return cls(*([round(x, 6) for x in column[timed].tolist()] for column in columns))

@@ -330,19 +330,19 @@ def compute_states(model: Denoiser, queries: Sequence[StateQuery]) -> list[torch
         elif cache.reuse is not None:
             cache.compute_partly(model, rows, where[stale])
         else:
-            before = sum(len(others) for _, others, _ in due)
+            offset = sum(len(others) for _, others, _ in due)
             if record is not None:
-                record.rows = record.rows + before
+                record.rows = record.rows + offset
                 records.append(record)
             if shadows is not None:
-                shadows.rows = (stale.cumsum(0) - 1)[shadows.rows] + before
+                shadows.rows = (stale.cumsum(0) - 1)[shadows.rows] + offset
                 shades.append(shadows)
             due.append((cache, rows, cache.canvas.valid[rows]))
     if due:
         ids = torch.cat([cache.shown_ids(rows)[valid] for cache, rows, valid in due])
         lengths = torch.cat([valid.sum(1) for _, _, valid in due]).tolist()
-        each = iter(lengths)
-        sizes = [sum(itertools.islice(each, len(rows))) for _, rows, _ in due]
+        row_lengths = iter(lengths)
+        sizes = [sum(itertools.islice(row_lengths, len(rows))) for _, rows, _ in due]
         computed = hidden_of_rows(model, ids, lengths, records, shades).split(sizes)
         for (cache, rows, valid), states in zip(due, computed, strict=True):
             cache.put(rows, valid, states)

@@ -302,11 +302,11 @@ class Engine:
             )
         copies = [next(self._tickets) for _ in tickets]
         for group in self._groups.values():
-            chosen = [i for i, ticket in enumerate(tickets) if ticket in group.tickets]
-            if chosen:
-                rows = torch.tensor([group.tickets.index(tickets[i]) for i in chosen])
-                group.batch.fork(rows, keys[chosen])
-                group.tickets += [copies[i] for i in chosen]
+            copied = [i for i, ticket in enumerate(tickets) if ticket in group.tickets]
+            if copied:
+                rows = torch.tensor([group.tickets.index(tickets[i]) for i in copied])
+                group.batch.fork(rows, keys[copied])
+                group.tickets += [copies[i] for i in copied]
         for ticket, copy in zip(tickets, copies, strict=True):
             self._running[copy] = replace(self._running[ticket], reader=Reader(self.tokenizer))
         return copies
@@ -339,7 +339,7 @@ class Engine:
                 predicted.append((group, rows, ids))
         raise_first(run_work(self.model, work))
         return {
-            group.tickets[row]: [self._predicted_text(group, row, each[place]) for each in ids]
+            group.tickets[row]: [self._predicted_text(group, row, filled_ids[place]) for filled_ids in ids]
             for group, rows, ids in predicted
             for place, row in enumerate(rows)
         }

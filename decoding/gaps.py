@@ -71,9 +71,9 @@ def pieces_of(text: str, open_until: int = 0) -> list[Piece]:
     if len(parts) == 1:
         raise ConfigError("there is no gap; write one as <mask:3> (three tokens) or <mask:2-6>")
     pieces: list[Piece] = [parts[0]]
-    for low, high, rest in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+    for low, high, text_behind in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
         is_open = open_until > 0 and low == "0" and high == str(open_until)
-        pieces += [Gap(1, int(high), True) if is_open else Gap(int(low), int(high or low)), rest]
+        pieces += [Gap(1, int(high), True) if is_open else Gap(int(low), int(high or low)), text_behind]
     return pieces
 
 
@@ -112,6 +112,6 @@ def without_span(
     begin, end = span
     if not 0 <= begin < end <= len(text):
         raise ConfigError(f"the span ({begin}, {end}) does not lie in a text of {len(text)} characters")
-    before = 1 if text[max(begin - 1, 0) : begin] == " " else 0  # the space before a gap belongs to it
-    size = count(text[begin - before : end])
+    space = 1 if text[max(begin - 1, 0) : begin] == " " else 0  # the space before a gap belongs to it
+    size = count(text[begin - space : end])
     return [text[:begin], gap or Gap(size, size), text[end:]]

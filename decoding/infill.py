@@ -86,15 +86,15 @@ def rows_with_gaps(
     """
     lengths = [piece.lengths for piece in pieces if isinstance(piece, Gap)]
     combinations = 1
-    for each in lengths:
-        combinations *= len(each)
+    for sizes_of_gap in lengths:
+        combinations *= len(sizes_of_gap)
     if combinations > MOST_LENGTHS:
         raise ConfigError(
             f"{name}: its gaps have {combinations} combinations of lengths; at most {MOST_LENGTHS}"
         )
     try:
-        before = rows.prompt(prompt) if prompt is not None else []
-        given = [
+        prompt_ids = rows.prompt(prompt) if prompt is not None else []
+        piece_ids = [
             None
             if isinstance(piece, Gap)
             else rows.text(piece.removesuffix(" ") if i + 1 < len(pieces) else piece)
@@ -102,8 +102,9 @@ def rows_with_gaps(
         ]
     except TooLongError as error:
         raise TooLongError(f"{name}: {error}") from error
-    made = [_row(rows, given, sizes, before, plan, name) for sizes in itertools.product(*lengths)]
-    return [(row, plan.within(_usable(row, plan))) for row in made]
+    combined = itertools.product(*lengths)
+    candidates = [_row(rows, piece_ids, sizes, prompt_ids, plan, name) for sizes in combined]
+    return [(row, plan.within(_usable(row, plan))) for row in candidates]
 
 
 def _usable(row: Row, plan: Plan) -> int:
@@ -113,22 +114,22 @@ def _usable(row: Row, plan: Plan) -> int:
 
 def _row(
     rows: RowMaker,
-    given: Sequence[list[int] | None],
+    piece_ids: Sequence[list[int] | None],
     sizes: Sequence[int],
-    before: list[int],
+    prompt_ids: list[int],
     plan: Plan,
     name: str,
 ) -> Row:
-    """The row of one combination of lengths; `given` holds the tokens of each piece, None for gaps."""
+    """The row of one combination of lengths; `piece_ids` holds the tokens of each piece, None for gaps."""
     ids: list[int] = []
     remaining = iter(sizes)
-    for tokens in given:
+    for tokens in piece_ids:
         ids += [plan.mask_id] * min(next(remaining), plan.positions + 1) if tokens is None else tokens
-        if len(before) + len(ids) > plan.positions:
+        if len(prompt_ids) + len(ids) > plan.positions:
             raise ConfigError(f"{name} is longer than the model's {plan.positions} positions")
-    if not before and ids[0] == plan.mask_id and rows.spec.shift:
-        before = [rows.spec.eos_token_id]  # the state before the first token has to come from somewhere
-    return Row(before + ids, len(before), name)
+    if not prompt_ids and ids[0] == plan.mask_id and rows.spec.shift:
+        prompt_ids = [rows.spec.eos_token_id]  # the state before the first token has to come from somewhere
+    return Row(prompt_ids + ids, len(prompt_ids), name)
 
 
 def gap_scores(model: Any, tries: Sequence[Canvas], plan: Plan, batch_size: int) -> list[float]:
@@ -162,9 +163,9 @@ def _scores(model: Any, tries: Sequence[Canvas], plan: Plan) -> list[float]:
     cells = torch.cat(near).nonzero()[:, 0]
     likely = model.logits(states[to_device(cells, states.device)]).float().log_softmax(1)
     tokens = to_device(torch.cat(rows)[cells, None], likely.device)
-    given = likely.gather(1, tokens)[:, 0].double().cpu().split([int(x.sum()) for x in near])
+    neighbours = likely.gather(1, tokens)[:, 0].double().cpu().split([int(x.sum()) for x in near])
     written = map(_written, tries)
-    return [float(torch.cat(pair).sum()) for pair in zip(written, given, strict=True)]
+    return [float(torch.cat(pair).sum()) for pair in zip(written, neighbours, strict=True)]
 
 
 def _beside(gap: torch.Tensor) -> torch.Tensor:

@@ -190,9 +190,9 @@ class OrderTable:
             return path
         from safetensors.torch import save_file
 
-        about = {"format": TABLE_FORMAT, "beta": repr(float(self.beta))}
+        metadata = {"format": TABLE_FORMAT, "beta": repr(float(self.beta))}
         with replacing(path) as part:
-            save_file({"counts": self.counts, "log_sums": self.log_sums}, part, about)
+            save_file({"counts": self.counts, "log_sums": self.log_sums}, part, metadata)
         return path
 
     @classmethod
@@ -315,14 +315,14 @@ def _of_safetensors(path: Path) -> OrderTable:
 
     try:
         with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            _check_format(about.get("format"))
+            metadata = file.metadata() or {}
+            _check_format(metadata.get("format"))
             counts, sums = file.get_tensor("counts"), file.get_tensor("log_sums")
     except SafetensorError as error:
         raise ValueError(str(error)) from error
     if (counts.dtype, sums.dtype) != (torch.int64, torch.float64):
         raise TypeError(f"its counts are int64 and its log_sums float64, got {counts.dtype} and {sums.dtype}")
-    return OrderTable(counts, sums, float(about["beta"]))
+    return OrderTable(counts, sums, float(metadata["beta"]))
 
 
 def _check_format(name: Any) -> None:

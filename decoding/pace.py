@@ -323,8 +323,8 @@ class Ending:
             first = torch.where(ended.any(1), ended.int().argmax(1), -1)
             waiting = (masked & (torch.arange(ids.shape[1]) < first[:, None])).any(1)
             complete = complete | ((first >= 0) & ~waiting)
-            rest = complete[:, None] & masked
-            ids, masked = torch.where(rest, self.eos_id, ids), masked & ~rest
+            leftover = complete[:, None] & masked
+            ids, masked = torch.where(leftover, self.eos_id, ids), masked & ~leftover
         return Ended(ids, masked, complete)
 
     def closed(self, ended: torch.Tensor, done: torch.Tensor) -> torch.Tensor:

@@ -135,10 +135,10 @@ class Decoder:
         common = {option: options.pop(option, default) for option, default in preset.common.items()}
         guidance = common.pop("guidance")
         apart = {name: common.pop(name) for name in ("gap", "conflict", "conflict_layers")}
-        verify, every = common.pop("verify"), common.pop("verify_all")
+        verify, verify_all = common.pop("verify"), common.pop("verify_all")
         try:
             window, reveal = preset.build(**options)
-            reveal = _verified(_separated(reveal, **apart), verify, every, preset)
+            reveal = _verified(_separated(reveal, **apart), verify, verify_all, preset)
             return cls(window, reveal, replace(preset.tokens, **common), name, guidance)
         except TypeError as error:
             raise ConfigError(f"decoder {name!r}: {error}") from error
@@ -215,11 +215,11 @@ def _separated(reveal: RevealRule, gap: int, conflict: float, conflict_layers: i
     return reveal if gap == 1 and dependence is None else Separated(reveal, gap, dependence)
 
 
-def _verified(reveal: RevealRule, verify: float, every: bool, preset: Preset) -> RevealRule:
+def _verified(reveal: RevealRule, verify: float, verify_all: bool, preset: Preset) -> RevealRule:
     """The rule, with its tokens verified where that is asked for."""
-    if not verify and every != preset.verify_all:
+    if not verify and verify_all != preset.verify_all:
         raise ConfigError("verify_all says which tokens are verified; give verify, such as 0.5")
-    return Verified(reveal, verify, every) if verify else reveal
+    return Verified(reveal, verify, verify_all) if verify else reveal
 
 
 def _check_kind(name: str, option: str, value: Any, preset: Preset) -> None:
@@ -315,8 +315,8 @@ def under_kernel(rule: Callable[..., RevealRule]) -> Callable[..., Axes]:
         return _convolution_or_full(kernel_size), rule(**options)
 
     kernel = inspect.signature(build).parameters["kernel_size"]
-    each = [*inspect.signature(rule).parameters.values(), kernel]
-    named = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in each]
+    parameters = [*inspect.signature(rule).parameters.values(), kernel]
+    named = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
     build.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
     return build
 

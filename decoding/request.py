@@ -281,10 +281,10 @@ class Request:
         request = replace(self, stop=stop, eos_fill=fill)
         if published.get("canvas") != "full" or self.window is not None or self.canvas == "growing":
             return request
-        usual = int(published["max_tokens"] if "max_tokens" in published else published["window"])
-        length, steps = self.max_tokens or usual, self.steps
+        published_length = int(published["max_tokens"] if "max_tokens" in published else published["window"])
+        length, steps = self.max_tokens or published_length, self.steps
         if steps is None and self.rate is None and "steps" in published:
-            steps = -(-int(published["steps"]) * length // usual)
+            steps = -(-int(published["steps"]) * length // published_length)
         if self.max_tokens is None and "max_tokens" not in published:
             return replace(request, window=length, steps=steps)
         return replace(request, canvas="full", max_tokens=length, steps=steps)
@@ -368,20 +368,21 @@ class Request:
             if self.options:
                 raise ConfigError("options are for a decoder that is named; this one has been built already")
             return self.decoder
-        usual = str(spec.generation.get("decoder", "conv"))
-        defaults = spec.generation.get("options", {}) if self.decoder in (None, usual) else {}
-        decoder = Decoder.named(self.decoder or usual, **{**defaults, **(self.options or {})})
+        default_name = str(spec.generation.get("decoder", "conv"))
+        defaults = spec.generation.get("options", {}) if self.decoder in (None, default_name) else {}
+        decoder = Decoder.named(self.decoder or default_name, **{**defaults, **(self.options or {})})
         if self.decoder is not None or (self.rate is None and self.steps is None):
             return decoder
         for option in self.options or {}:
             remaining = {k: v for k, v in (self.options or {}).items() if k != option}
             if (
-                Decoder.named(usual, **{**defaults, **remaining}).with_given_pace()
+                Decoder.named(default_name, **{**defaults, **remaining}).with_given_pace()
                 == decoder.with_given_pace()
                 != decoder
             ):
                 raise ConfigError(
-                    f"option {option} of decoder {usual!r} sets a pace of its own: give no rate and no steps"
+                    f"option {option} of decoder {default_name!r} sets a pace of its own: "
+                    "give no rate and no steps"
                 )
         return decoder.with_given_pace()
 

@@ -53,12 +53,12 @@ class RowMaker:
         Raises:
             TooLongError: naming both numbers.
         """
-        most = self.most_characters
-        if most is not None and len(text) > most:
+        limit = self.most_characters
+        if limit is not None and len(text) > limit:
             place = f"{self.most_tokens} tokens"
             if self.most_tokens == self.spec.positions:
                 place = f"the model's {self.most_tokens} positions"
-            raise TooLongError(f"the prompt has {len(text)} characters; {place} hold {most} at most")
+            raise TooLongError(f"the prompt has {len(text)} characters; {place} hold {limit} at most")
 
     def prompt(self, prompt: Prompt | list[int]) -> list[int]:
         """Token ids of a prompt, template included; token ids are taken as they are.
@@ -107,22 +107,22 @@ class RowMaker:
             ConfigError: for a prompt that does not fit, and for given tokens that do not fit or overlap.
         """
         try:
-            before = self.prompt(prompt)
+            prompt_ids = self.prompt(prompt)
         except ConfigError as error:
             raise type(error)(f"{name}: {error}") from error
-        if len(before) >= plan.positions:
+        if len(prompt_ids) >= plan.positions:
             raise ConfigError(
-                f"{name}: the prompt has {len(before)} tokens and {self._room(len(before), plan)}"
+                f"{name}: the prompt has {len(prompt_ids)} tokens and {self._room(len(prompt_ids), plan)}"
             )
-        answer = [plan.mask_id] * min(plan.tokens, plan.positions - len(before))
+        answer = [plan.mask_id] * min(plan.tokens, plan.positions - len(prompt_ids))
         if not (plan.begin or plan.forced or plan.ending_text):
-            return Row(before + answer, len(before), name)
+            return Row(prompt_ids + answer, len(prompt_ids), name)
         last = [*self.text(plan.ending_text), self.spec.eos_token_id] if plan.ending_text else []
         if plan.begin and 0 in dict(plan.forced):
             raise ConfigError("begin and forced both name place 0")
         begin, *forced = [(place, self.text(text)) for place, text in ((0, plan.begin), *plan.forced)]
-        given = [("begin", *begin), *(("forced", *each) for each in forced)]
-        for field, place, ids in [*given, ("ending", len(answer) - len(last), last)]:
+        fixed = [("begin", *begin), *(("forced", *forced_text) for forced_text in forced)]
+        for field, place, ids in [*fixed, ("ending", len(answer) - len(last), last)]:
             _put(answer, place, ids, plan.mask_id, f"{name}: {field}")
         if plan.mask_id not in answer:
             raise ConfigError(
@@ -131,7 +131,8 @@ class RowMaker:
         given_end = (
             len(answer) if last else max((place + len(ids) for place, ids in forced if ids), default=0)
         )
-        return Row(before + answer, len(before), name, len(before) + given_end if given_end else 0)
+        start = len(prompt_ids)
+        return Row(prompt_ids + answer, start, name, start + given_end if given_end else 0)
 
 
 def _put(answer: list[int], place: int, ids: list[int], mask_id: int, name: str) -> None:

@@ -338,7 +338,7 @@ class Sampler:
         Raises:
             ConfigError: for a text that is not exactly one token.
         """
-        given = {**fields, **({} if decoder is None else {"decoder": decoder})}
+        arguments = {**fields, **({} if decoder is None else {"decoder": decoder})}
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not all(isinstance(text, str) for text in texts):
             raise ConfigError(f"tokens are given as texts, got {texts!r}")
@@ -349,7 +349,7 @@ class Sampler:
                     f"{text!r} is {len(token_ids)} tokens, and must be one (mostly, words begin with a space)"
                 )
         return (
-            _request(request, given)
+            _request(request, arguments)
             .decoder_for(self.spec)
             .without(*(token_ids[0] for token_ids in ids.values()))
         )
@@ -448,8 +448,8 @@ class Sampler:
             first = next(finished, None)
             if first is None:
                 return
-            rest = itertools.islice(finished, tries[number] - 1)
-            canvases: list[Canvas] = [first.canvas, *(update.canvas for update in rest)]
+            other_lengths = itertools.islice(finished, tries[number] - 1)
+            canvases: list[Canvas] = [first.canvas, *(update.canvas for update in other_lengths)]
             scores = gap_scores(self.model, canvases, plan, batch_size)
             yield likeliest(canvases, scores, self.tokenizer)[1]
 

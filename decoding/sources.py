@@ -41,10 +41,10 @@ class SamplerSource:
         plan = self.sampler.plan(request)
         room = plan.positions - min(plan.tokens, plan.positions // 2)
         head = [message for message in messages[:1] if message["role"] == "system"]
-        rest = list(messages[len(head) :])
-        while len(rest) > 2 and not self.sampler.fits(head + rest, room + 1):
-            rest = rest[2:]
-        return head + rest
+        recent = list(messages[len(head) :])
+        while len(recent) > 2 and not self.sampler.fits(head + recent, room + 1):
+            recent = recent[2:]
+        return head + recent
 
     def check(self, request: Request) -> None:
         """See `Source`."""
@@ -108,11 +108,11 @@ class EndpointSource:
 
 def _request_body(request: Request) -> dict[str, Any]:
     """The fields of a request to the API, those that are its own under `extra_body`."""
-    given = {item.name: getattr(request, item.name) for item in fields(Request)}
-    given = {name: value for name, value in given.items() if value is not None}
-    options = given.pop("options", {})
-    body = {name: given.pop(name) for name in STANDARD if name in given}
+    settings = {item.name: getattr(request, item.name) for item in fields(Request)}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    options = settings.pop("options", {})
+    body = {name: settings.pop(name) for name in STANDARD if name in settings}
     body |= {name: options[name] for name in STANDARD_OPTIONS if name in options}
-    rest = {name: value for name, value in options.items() if name not in STANDARD_OPTIONS}
-    extra = {**given, **({"options": rest} if rest else {})}
+    decoder_options = {name: value for name, value in options.items() if name not in STANDARD_OPTIONS}
+    extra = {**settings, **({"options": decoder_options} if decoder_options else {})}
     return {**body, **({"extra_body": extra} if extra else {})}

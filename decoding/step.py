@@ -282,30 +282,30 @@ class Batch:
         if decision.remask is not None:
             remask = decision.remask & sound[:, None]
             new_ids, new_masked = torch.where(remask, self.plan.mask_id, new_ids), new_masked | remask
-        after = self.plan.ending.apply(new_ids, new_masked, ~canvas.pinned[cells])
-        appeared = (masked | written) & ~after.masked
+        ended = self.plan.ending.apply(new_ids, new_masked, ~canvas.pinned[cells])
+        appeared = (masked | written) & ~ended.masked
         probability = torch.where(written, self.scorer.probability[cells], torch.nan)
         for record, new, none in (
             (canvas.reveal_step, canvas.step[rows][:, None], -1),
             (canvas.confidence, probability, torch.nan),
         ):
-            record[cells] = torch.where(after.masked, none, torch.where(appeared, new, record[cells]))
+            record[cells] = torch.where(ended.masked, none, torch.where(appeared, new, record[cells]))
         if self.plan.top_logprobs:
             noted = torch.where(
                 written[..., None, None], self.scorer.alternatives[cells], canvas.alternatives[cells]
             )
             canvas.alternatives[cells] = noted
-        changed = ((after.ids != ids) | (after.masked != masked)).any(1)
+        changed = ((ended.ids != ids) | (ended.masked != masked)).any(1)
         for name, value in decision.state.items():
             place = cells if value.dim() > 1 else rows
             keep = changed.view(-1, *[1] * (value.dim() - 1))
             canvas.rule_state[name][place] = torch.where(keep, value, canvas.rule_state[name][place])
-        canvas.ids[cells], canvas.masked[cells] = after.ids, after.masked
+        canvas.ids[cells], canvas.masked[cells] = ended.ids, ended.masked
         canvas.revision[rows] += changed
         canvas.version[rows] += changed
         canvas.step[rows] += 1
-        done = after.complete
+        done = ended.complete
         if decision.settled is not None:
-            still = ~changed & (not self.plan.pace.bounded)  # such a row would be looked at for ever
-            done = done & (decision.settled | still)
+            stuck = ~changed & (not self.plan.pace.bounded)  # such a row would be looked at for ever
+            done = done & (decision.settled | stuck)
         canvas.done[rows] = done | ~sound

@@ -305,11 +305,11 @@ class TokenRule:
 def _bias_pairs(bias: Any) -> tuple[tuple[int, float], ...]:
     """Token ids with finite numbers, in order, from a mapping or pairs; JSON's keys are texts."""
     try:
-        given = {} if bias is None else dict(bias)
+        biases = {} if bias is None else dict(bias)
         wrong = [
-            x for x in given if isinstance(x, bool) or not (isinstance(x, str) or hasattr(x, "__index__"))
+            x for x in biases if isinstance(x, bool) or not (isinstance(x, str) or hasattr(x, "__index__"))
         ]
-        pairs = sorted((int(token), float(number)) for token, number in given.items())
+        pairs = sorted((int(token), float(number)) for token, number in biases.items())
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"logit_bias must map token ids to numbers, got {bias!r}") from error
     if wrong:

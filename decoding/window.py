@@ -171,8 +171,8 @@ class Convolution(Window):
         reach = min((size - 1) // 2, length)  # beyond the row there is nothing to see
         padded = torch.nn.functional.pad(unmasked.int(), (reach + 1, reach))
         total = padded.cumsum(1, dtype=torch.int32)  # [B, L + 2r + 1]
-        within = total[:, 2 * reach + 1 :] - total[:, :length]
-        return torch.tanh(self.scale * within.float())
+        weight = total[:, 2 * reach + 1 :] - total[:, :length]
+        return torch.tanh(self.scale * weight.float())
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,7 @@ class Sliding(_Sized):
         """Times of their own for the positions in the window; see `Window.times`."""
         size, count = self._size(length), (end - start)[:, None]
         place = torch.arange(length, device=t.device) + 1 - start[:, None]
-        before, after = (
+        t_local, s_local = (
             ((place - (1 - time.double()[:, None]) * count) / size).clamp(0, 1) for time in (t, s)
         )
-        return before, after, after < 1
+        return t_local, s_local, s_local < 1

@@ -107,8 +107,8 @@ class SampleCallback(TrainerCallback):  # type: ignore[misc]
         ]
         heading = f"## Step {state.global_step}\n\n"
         file = Path(self.config.output_dir) / "samples.md"
-        before = file.read_text("utf-8", "replace").split(heading)[0] if file.is_file() else ""
-        write_whole(file, before + heading + "\n".join(parts) + "\n")
+        earlier_text = file.read_text("utf-8", "replace").split(heading)[0] if file.is_file() else ""
+        write_whole(file, earlier_text + heading + "\n".join(parts) + "\n")
 
 
 def _last_turn(prompt: Prompt) -> str:

@@ -177,9 +177,9 @@ def _from_checkpoint(config: ModelConfig) -> ModelAndTokenizer:
         dtype = getattr(torch, _first_dtype(config))
         return from_causal_lm(config.init, template=config.template, shift=config.shift, dtype=dtype)
     model, tokenizer = load_model(config.init, device="cpu", dtype=_first_dtype(config))
-    given = {"template": config.template, "shift": config.shift}
+    options = {"template": config.template, "shift": config.shift}
     recorded = {"template": template_name(tokenizer), "shift": model.config.shift}
-    for name, value in given.items():
+    for name, value in options.items():
         if value not in (getattr(ModelConfig, name), recorded[name], "model"):
             raise ConfigError(
                 f"model.{name} {value!r} is for other starts; {config.init} keeps {recorded[name]!r}"

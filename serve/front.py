@@ -138,18 +138,18 @@ class Front:
             return
         exchange = _Exchange(send, scope["path"])
         task = asyncio.ensure_future(self._answer(_plain(scope), body, exchange))
-        gone = asyncio.ensure_future(_disconnect(receive))
+        disconnected = asyncio.ensure_future(_disconnect(receive))
         self._tasks.add(task)
         try:
-            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
             if task.cancelled():
                 await exchange.fail(APIError(503, "the server has stopped", code="draining"))
             elif task.done():
                 task.result()
         finally:
-            for each in (task, gone):
-                each.cancel()
-            await asyncio.gather(task, gone, return_exceptions=True)
+            for future in (task, disconnected):
+                future.cancel()
+            await asyncio.gather(task, disconnected, return_exceptions=True)
             self._tasks.discard(task)
 
     async def _answer(self, scope: Scope, body: bytes, exchange: _Exchange) -> None:

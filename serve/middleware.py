@@ -56,8 +56,8 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if ID.fullmatch(given) else secrets.token_hex(8)
+        client_id = Headers(scope=scope).get("x-request-id", "")
+        request_id = client_id if ID.fullmatch(client_id) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
         if scope["method"] == "HEAD":  # the server leaves the body out
             scope = {**scope, "method": "GET"}
@@ -128,20 +128,20 @@ class BodyLimit:
                 await _drain(receive)
             await self._refuse(self._too_long(), scope, receive, send)
             return
-        read, started, whole = 0, False, False
+        read, started, complete = 0, False, False
         deadline = time.monotonic() + BODY_SECONDS
 
         async def receiving() -> Message:
-            nonlocal read, whole
+            nonlocal read, complete
             try:
-                message = await asyncio.wait_for(receive(), None if whole else deadline - time.monotonic())
+                message = await asyncio.wait_for(receive(), None if complete else deadline - time.monotonic())
             except TimeoutError:
                 words = f"the body was not there within {BODY_SECONDS:g} seconds"
                 raise _Refused(APIError(408, words, code="body_too_slow")) from None
             read += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
+            complete = not message.get("more_body", False)
             if read > self.limit:
-                if not whole:
+                if not complete:
                     await _drain(receive)
                 raise _Refused(self._too_long())
             return message
@@ -218,5 +218,5 @@ class Keys:
     def _has_key(self, scope: Scope) -> bool:
         header = Headers(scope=scope).get("authorization", "").encode("latin-1")  # as it came
         kind, _, key = header.partition(b" ")
-        matches = [hmac.compare_digest(key.strip(), each) for each in self.keys]  # all, in equal time
+        matches = [hmac.compare_digest(key.strip(), valid) for valid in self.keys]  # all, in equal time
         return kind.lower() == b"bearer" and any(matches)

@@ -34,9 +34,9 @@ class TimedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         answered = self.cycle is None or self.cycle.response_complete
         if answered and self._clock is None:
             self._start()
-        before = self.cycle
+        previous = self.cycle
         super().data_received(data)
-        if self.cycle is not before:
+        if self.cycle is not previous:
             self._stop()
 
     def _start(self) -> None:

@@ -149,28 +149,28 @@ class Shares(Generic[J, R]):
         waiting: dict[J, deque[R]] = {job: deque() for job in self._requests}
         for row in self._rows:
             waiting[owner[row]].append(row)
-        chosen: list[R] = []
+        selected: list[R] = []
         room, turns = self.budget, deque(self._requests)
         while turns:
             job = turns.popleft()
             size = rows[job][waiting[job][0]]
-            if size <= room or not chosen:
-                chosen.append(waiting[job].popleft())
+            if size <= room or not selected:
+                selected.append(waiting[job].popleft())
                 room -= size
                 if waiting[job]:
                     turns.append(job)
-        self._rows = _to_the_end(self._rows, chosen)
-        self._requests = _to_the_end(self._requests, [owner[row] for row in chosen])
-        return chosen
+        self._rows = _to_the_end(self._rows, selected)
+        self._requests = _to_the_end(self._requests, [owner[row] for row in selected])
+        return selected
 
 
 def _go_on(order: list[T], present: Collection[T]) -> list[T]:
     """The members of an order that are present, and behind them new ones."""
-    known = set(order)
-    return [each for each in order if each in present] + [each for each in present if each not in known]
+    ordered = set(order)
+    return [x for x in order if x in present] + [x for x in present if x not in ordered]
 
 
 def _to_the_end(order: list[T], moved: Sequence[T]) -> list[T]:
     """An order with some moved behind all others."""
     last = dict.fromkeys(moved)
-    return [each for each in order if each not in last] + list(last)
+    return [number for number in order if number not in last] + list(last)

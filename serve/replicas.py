@@ -266,8 +266,8 @@ def start_ray(config: ServeConfig) -> None:
     if not joins():
         if not any(name.startswith("RAY_AUTH_") for name in os.environ):
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # otherwise Ray writes one to the home
-        most = max(config.replicas, config.max_replicas)
-        cores = max(len(os.sched_getaffinity(0)), most)
+        limit = max(config.replicas, config.max_replicas)
+        cores = max(len(os.sched_getaffinity(0)), limit)
         settings |= {
             "address": "local",
             "num_cpus": cores,
@@ -290,7 +290,7 @@ def placement(config: ServeConfig, nodes: Sequence[dict[str, float]]) -> tuple[i
     Raises:
         ConfigError: when there are too few GPUs.
     """
-    most = max(config.replicas, config.max_replicas)
+    limit = max(config.replicas, config.max_replicas)
     devices = int(sum(node.get("GPU", 0) for node in nodes))
     gpus = int(config.device == "cuda" or (config.device == "auto" and devices > 0))
     if gpus and devices < config.replicas:
@@ -299,7 +299,7 @@ def placement(config: ServeConfig, nodes: Sequence[dict[str, float]]) -> tuple[i
             f"give fewer replicas, or --device cpu"
         )
     cpus = [int(node.get("CPU", 0)) for node in nodes]
-    fitting = (n for n in range(max(cpus, default=1), 0, -1) if sum(c // n for c in cpus) >= most)
+    fitting = (n for n in range(max(cpus, default=1), 0, -1) if sum(c // n for c in cpus) >= limit)
     return next(fitting, 1), gpus
 
 

@@ -106,8 +106,8 @@ class Service:
     def rows(self) -> RowMaker:
         """Makes rows of prompts; each thread has its own, as a call changes settings of its tokenizer."""
         if not hasattr(self._of_thread, "rows"):
-            most = min(self.spec.positions, self.config.max_positions)
-            self._of_thread.rows = RowMaker(copy.deepcopy(self.tokenizer), self.spec, most)
+            limit = min(self.spec.positions, self.config.max_positions)
+            self._of_thread.rows = RowMaker(copy.deepcopy(self.tokenizer), self.spec, limit)
         rows: RowMaker = self._of_thread.rows
         return rows
 
@@ -244,16 +244,16 @@ class Service:
             APIError: 499 then, which nobody will read.
         """
         task = asyncio.ensure_future(work)
-        gone = asyncio.ensure_future(_gone(http))
+        disconnected = asyncio.ensure_future(_gone(http))
         try:
-            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             raise APIError(499, "the client has closed the connection", code="cancelled")
         finally:
-            for each in (task, gone):
-                each.cancel()
-            await asyncio.gather(task, gone, return_exceptions=True)
+            for future in (task, disconnected):
+                future.cancel()
+            await asyncio.gather(task, disconnected, return_exceptions=True)
 
 
 async def _gone(http: HTTPRequest) -> None:

@@ -259,9 +259,9 @@ class Worker:
             self._fail(job, StoppedError("the server has stopped"), "stopped")
 
     def _expire(self) -> None:
-        now = time.monotonic()
+        time_now = time.monotonic()
         for job in self._queue.jobs():
-            if job.deadline is not None and now >= job.deadline:
+            if job.deadline is not None and time_now >= job.deadline:
                 seconds = job.deadline - job.arrived
                 self._fail(
                     job, ExpiredError(f"the request was not finished in {seconds:g} seconds"), "timeout"
@@ -336,8 +336,8 @@ class Worker:
 
     def _count(self, job: Job, output: Output) -> None:
         metrics = self.metrics
-        now = time.monotonic()
-        self.row_seconds += 0.1 * (now - (job.begun or now) - self.row_seconds)
+        time_now = time.monotonic()
+        self.row_seconds += 0.1 * (time_now - (job.begun or time_now) - self.row_seconds)
         metrics.model_calls.inc(output.model_calls)
         if job.counted:
             metrics.generation_tokens.inc(len(output.token_ids))
@@ -347,7 +347,7 @@ class Worker:
             self._open.pop(job.number, None)
             metrics.finished.inc()
             metrics.prompt_tokens.inc(job.prompt_tokens)
-            metrics.end_to_end.observe(now - job.arrived)
+            metrics.end_to_end.observe(time_now - job.arrived)
 
     def _start_again(self, error: Exception) -> None:
         """After a step that failed as a whole, go on afresh, without the jobs that fail by themselves too.

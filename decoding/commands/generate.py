@@ -96,16 +96,16 @@ class GenerateConfig(Request, LoadConfig):
             ConfigError: for fields that do not go together or with the request, before any weights are read.
         """
         names = ("reward", "particles", "reward_beta", "twist", "select")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        settings = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.reward is None:
-            for name in given:
+            for name in settings:
                 raise ConfigError(f"--{name} is for answers that are steered by a reward; give --reward")
             return {}
-        given = {name.removeprefix("reward_"): value for name, value in given.items()}
-        tilt, plan = Tilt(**given), self.check(request)
+        settings = {name.removeprefix("reward_"): value for name, value in settings.items()}
+        tilt, plan = Tilt(**settings), self.check(request)
         if plan is not None:
             tilt.check(plan)
-        return given | {"reward": tilt.reward}
+        return settings | {"reward": tilt.reward}
 
 
 def run(config: GenerateConfig) -> int:
@@ -136,7 +136,7 @@ def run(config: GenerateConfig) -> int:
     outputs = sampler.iter_generate(
         prompts, request=request, seed=config.seed, batch_size=config.batch_size, n=config.samples, **tilt
     )
-    questions = itertools.chain.from_iterable(itertools.repeat(each, config.samples) for each in questions)
+    questions = itertools.chain.from_iterable(itertools.repeat(x, config.samples) for x in questions)
     outputs = _with_progress(outputs, count and count * config.samples)
     for output, prompt in zip(outputs, questions, strict=False):  # in this order: outputs raise what is wrong
         row = {"prompt": prompt, **asdict(output)}

@@ -88,13 +88,13 @@ def _further(speed: torch.Tensor, number: float) -> torch.Tensor:
     In NumPy, whose operations cost a fraction on the few numbers of a step.
     """
     minus = -speed.numpy()
-    time, before = np.zeros((len(minus), 1)), np.ones((len(minus), 1))
+    time, previous = np.zeros((len(minus), 1)), np.ones((len(minus), 1))
     for _ in range(8):
-        if number == 0 or np.array_equal(time, before):
+        if number == 0 or np.array_equal(time, previous):
             break
         left = np.exp(minus * time)
         missing = number - (1 - left).sum(1, keepdims=True)
-        before, time = time, time + missing / np.maximum(-(minus * left).sum(1, keepdims=True), 1e-12)
+        previous, time = time, time + missing / np.maximum(-(minus * left).sum(1, keepdims=True), 1e-12)
     return torch.from_numpy(time)
 
 

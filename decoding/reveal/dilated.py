@@ -51,5 +51,5 @@ class Dilated(RevealRule):
             stride = (size // self.base**j).clamp(min=1)
             grid = view.open & (place % stride == 0)
             reveal = torch.where(reveal.any(1, keepdim=True), reveal, grid)
-        rest = torch.where(reveal.any(1, keepdim=True), reveal, view.open)
-        return Decision(rest)
+        revealed = torch.where(reveal.any(1, keepdim=True), reveal, view.open)
+        return Decision(revealed)

@@ -53,5 +53,5 @@ class EntropyBound(RevealRule):
         rank = ranked(view.score, view.weight, view.open)
         entropy = torch.where(view.open, -view.score.double().clamp(min=1e-300).log(), math.inf)
         ordered = torch.zeros_like(entropy).scatter(1, rank, entropy)  # [b, W] by rank
-        before = ordered.cumsum(1) - ordered  # inf - inf is NaN behind the open ones, and not within γ
-        return Decision(view.open & (before <= self.gamma).gather(1, rank))
+        preceding = ordered.cumsum(1) - ordered  # inf - inf is NaN behind the open ones, and not within γ
+        return Decision(view.open & (preceding <= self.gamma).gather(1, rank))

@@ -148,9 +148,9 @@ class ProcessReward(RevealRule):
             streams = range(first, first + 2 * self.draws)
             noise = torch.stack([view.noise(stream)[:, 0] for stream in streams], dim=1)
             pick = soft_best(base, reward, free, noise)
-            taken = (torch.arange(free.shape[1]) == pick[:, None]) & free & (token < quota)[:, None]
-            order = torch.where(taken, token - 4 * order.shape[1], order)
-            free &= ~taken
+            picked = (torch.arange(free.shape[1]) == pick[:, None]) & free & (token < quota)[:, None]
+            order = torch.where(picked, token - 4 * order.shape[1], order)
+            free &= ~picked
         return order
 
 

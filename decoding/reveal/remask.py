@@ -55,8 +55,8 @@ class Remask(MassRule):
 
     def decide(self, view: StepView) -> Decision:
         """Reveal as the ancestral rule outside the loop; exchange tokens for masks inside it."""
-        before, after = self.mask_probability(view.t), self.mask_probability(view.s)
-        chance = reveal_probability(view.score, view.weight, view.masked, before, after, view.beyond)
+        share_t, share_s = self.mask_probability(view.t), self.mask_probability(view.s)
+        chance = reveal_probability(view.score, view.weight, view.masked, share_t, share_s, view.beyond)
         looping = ((view.t <= self.t_on) & (view.t > self.t_off) & (view.s > 0))[:, None]
         back = self.alpha_on * self.eta / (1 - self.alpha_on) * view.score * view.weight
         chance = torch.where(looping, back.clamp(max=1.0), chance)

@@ -74,13 +74,13 @@ class Separated(WrappedRule):
         order = torch.where(reveal, rank, rank + rank.shape[1])  # what the rule takes, then its next ones
         if decision.replace is not None:
             return self._with_replaced(view, decision, order)
-        taken = choose_apart(order, eligible, number, lambda first: self._near(view, first))
+        picked = choose_apart(order, eligible, number, lambda first: self._near(view, first))
         if self.paced and view.rate is None:
             last = (view.s if view.s.dim() == 1 else view.s.amax(1)) <= 0
-            taken = torch.where(last[:, None], choose_apart(order, eligible, number), taken)
+            picked = torch.where(last[:, None], choose_apart(order, eligible, number), picked)
         if not self.paced:
-            return replace(decision, reveal=taken)
-        return replace(decision, reveal=taken, state={**decision.state, "owed": number - taken.sum(1)})
+            return replace(decision, reveal=picked)
+        return replace(decision, reveal=picked, state={**decision.state, "owed": number - picked.sum(1)})
 
     def _with_replaced(self, view: StepView, decision: Decision, order: torch.Tensor) -> Decision:
         """The decision of a rule that replaces written tokens; these come behind the masks, in their order.
@@ -92,10 +92,10 @@ class Separated(WrappedRule):
         score = view.score if view.score.dim() == 2 else view.score[..., 0]
         order = torch.where(replaced, 2 * order.shape[1] + 1 - score.double(), order.double())
         eligible = decision.reveal | replaced
-        taken = choose_apart(order, eligible, eligible.sum(1), lambda first: self._near(view, first))
-        held = replaced & ~taken
+        picked = choose_apart(order, eligible, eligible.sum(1), lambda first: self._near(view, first))
+        held = replaced & ~picked
         state = state_with(held, view.state, decision.state)
-        return replace(decision, reveal=decision.reveal & taken, replace=replaced & taken, state=state)
+        return replace(decision, reveal=decision.reveal & picked, replace=replaced & picked, state=state)
 
     def _near(self, view: StepView, first: torch.Tensor) -> torch.Tensor:
         """[b, W] bool, positions that must wait when the one at `first` [b, 1] is taken."""
@@ -120,15 +120,15 @@ def choose_apart(
     Returns:
         [b, W] bool.
     """
-    free, taken = eligible.clone(), torch.zeros_like(eligible)
+    free, picked = eligible.clone(), torch.zeros_like(eligible)
     position = torch.arange(order.shape[1])
     for count in range(int(number.max()) if len(number) else 0):
         first = torch.where(free, order.double(), torch.inf).argmin(1, keepdim=True)
         pick = (position == first) & free & (count < number)[:, None]
         if not bool(pick.any()):
             break
-        taken |= pick
+        picked |= pick
         free &= ~pick
         if near is not None:
             free &= ~near(first)
-    return taken
+    return picked

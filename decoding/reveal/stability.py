@@ -92,11 +92,11 @@ class Stability(RevealRule):
         )
 
 
-def divergence(current: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """KL(now ‖ before) over k tokens and "any other", [N, k] -> [N]; infinite where `before` is all 0."""
+def divergence(current: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    """KL(current ‖ previous), k tokens and "any other", [N, k] -> [N]; infinite where `previous` is all 0."""
     pairs = []
-    for probability in (current.double(), before.double()):
+    for probability in (current.double(), previous.double()):
         remainder = (1 - probability.sum(1, keepdim=True)).clamp(min=1e-12)
         pairs.append(torch.cat([probability.clamp(min=1e-12), remainder], dim=1))
     gap = (pairs[0] * (pairs[0] / pairs[1]).log()).sum(1).clamp(min=0)
-    return torch.where(before.sum(1) > 0, gap, torch.inf)
+    return torch.where(previous.sum(1) > 0, gap, torch.inf)

@@ -25,8 +25,8 @@ class WideIn(Threshold):
     def decide(self, view: StepView) -> Decision:
         """Take the most confident of what the threshold lets through."""
         rank = ranked(view.score, view.weight, view.masked)
-        most = (view.masked.sum(1) * 7 // 10).clamp(5, 20)
-        return Decision(super().decide(view).reveal & (rank < most[:, None]))
+        limit = (view.masked.sum(1) * 7 // 10).clamp(5, 20)
+        return Decision(super().decide(view).reveal & (rank < limit[:, None]))
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,6 @@ class Verified(WrappedRule):
         if self.every:
             remask &= (accepted > 1)[:, None]
         anew = self.inner.initial_state(*view.masked.shape) if decision.state else {}
-        kept = state_with(remask, anew, decision.state)
-        state = {**kept, "fresh": decision.reveal, "accepted": accepted}
+        restored = state_with(remask, anew, decision.state)
+        state = {**restored, "fresh": decision.reveal, "accepted": accepted}
         return replace(decision, remask=remask, state=state)

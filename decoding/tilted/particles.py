@@ -220,20 +220,20 @@ class Steering:
 
     def _weigh(self, updates: Sequence[Update]) -> None:
         """Multiply the weights of rows that have changed by the ratio of ψ now and before."""
-        found = self._texts(updates)
-        prompts = [population.prompt for population, _, texts in found for _ in texts]
-        rewards = iter(self.tilt.rewards(prompts, [text for *_, texts in found for text in texts]))
-        for population, number, texts in found:
-            particle, given = population.particles[number], list(itertools.islice(rewards, len(texts)))
-            twist = log_mean_exp([reward / self.tilt.beta for reward in given])
+        weighed = self._texts(updates)
+        prompts = [population.prompt for population, _, texts in weighed for _ in texts]
+        rewards = iter(self.tilt.rewards(prompts, [text for *_, texts in weighed for text in texts]))
+        for population, number, texts in weighed:
+            particle, row_rewards = population.particles[number], list(itertools.islice(rewards, len(texts)))
+            twist = log_mean_exp([reward / self.tilt.beta for reward in row_rewards])
             population.log_weights[number] += twist - particle.twist
             particle.twist = twist
             if particle.output is not None:
-                particle.reward = given[0]
+                particle.reward = row_rewards[0]
 
     def _texts(self, updates: Sequence[Update]) -> list[tuple[Population, int, list[str]]]:
         """The rows that have changed, as particles of their populations, with the texts that ψ looks at."""
-        found, changed = [], []
+        weighed, changed = [], []
         for update in updates:
             population, number = self._owners[update.ticket]
             particle = population.particles[number]
@@ -242,15 +242,17 @@ class Steering:
                 particle.output = output
                 population.model_calls += output.model_calls
                 del self._owners[update.ticket]
-                found.append((population, number, [output.text]))
-            elif self.tilt.twist != "none" and particle.revision != (now := int(update.canvas.revision[0])):
-                particle.revision = now
+                weighed.append((population, number, [output.text]))
+            elif self.tilt.twist != "none" and particle.revision != (
+                revision := int(update.canvas.revision[0])
+            ):
+                particle.revision = revision
                 changed.append(update)
         if self.tilt.twist == "written":
             texts = {update.ticket: [update.confirmed] for update in changed}
         else:
             texts = self.engine.predictions([update.ticket for update in changed], self.tilt.draws)
-        return found + [(*self._owners[ticket], each) for ticket, each in texts.items()]
+        return weighed + [(*self._owners[ticket], row_texts) for ticket, row_texts in texts.items()]
 
     def _resample(self, population: Population, weights: Sequence[float]) -> None:
         """Draw the particles anew by weight; each has the mean weight then."""
@@ -284,13 +286,13 @@ class Steering:
         rewards = [particle.reward for particle in population.particles]
         outputs = [particle.output for particle in population.particles if particle.output is not None]
         if self.tilt.select == "best":
-            chosen = rewards.index(max(rewards))
+            selected = rewards.index(max(rewards))
         else:
-            chosen = drawn(weights, population.noise(_SELECTION, 0))
-        answer = {item.name: getattr(outputs[chosen], item.name) for item in fields(Output)}
+            selected = drawn(weights, population.noise(_SELECTION, 0))
+        answer = {item.name: getattr(outputs[selected], item.name) for item in fields(Output)}
         return TiltedOutput(
             **answer | {"model_calls": population.model_calls},
-            reward=rewards[chosen],
+            reward=rewards[selected],
             log_z=log_mean_exp(population.log_weights),
             ess=population.ess,
             resampled=population.resampled,

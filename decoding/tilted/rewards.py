@@ -152,9 +152,9 @@ def reward_named(spec: str) -> Reward:
 def _imported(spec: str) -> Reward:
     """The callable that "module:function" names."""
     module, _, attribute = spec.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)  # last, so that a file here shadows no package
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)  # last, so that a file here shadows no package
     try:
         reward = getattr(importlib.import_module(module), attribute)
     except Exception as error:
@@ -173,16 +173,16 @@ def values(
         DLMError: when the reward raises an error, or does not give one finite number for each.
     """
     try:
-        found = [float(value) for value in reward(prompts=prompts, completions=completions)]
+        numbers = [float(value) for value in reward(prompts=prompts, completions=completions)]
     except DLMError:
         raise
     except Exception as error:
         raise DLMError(f"the reward failed ({type(error).__name__}: {error})") from error
-    if len(found) != len(completions):
+    if len(numbers) != len(completions):
         raise DLMError(
-            f"the reward must give a number for each of {len(completions)} texts, gave {len(found)}"
+            f"the reward must give a number for each of {len(completions)} texts, gave {len(numbers)}"
         )
-    for value, text in zip(found, completions, strict=True):
+    for value, text in zip(numbers, completions, strict=True):
         if not math.isfinite(value) and not (nan and math.isnan(value)):
             raise DLMError(f"the reward must be a finite number, got {value} for {text[:80]!r}")
-    return found
+    return numbers

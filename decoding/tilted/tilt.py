@@ -77,28 +77,28 @@ class Tilt:
         return SHARE if self.threshold is None else self.threshold
 
     @classmethod
-    def among(cls, given: Mapping[str, Any]) -> tuple[Tilt | None, dict[str, Any]]:
+    def among(cls, arguments: Mapping[str, Any]) -> tuple[Tilt | None, dict[str, Any]]:
         """The tilt among keyword arguments, None without a reward, and the other arguments.
 
         Raises:
             ConfigError: for a field of a tilt without a reward.
         """
-        own = {name: value for name, value in given.items() if name in TILT_FIELDS}
-        rest = {name: value for name, value in given.items() if name not in TILT_FIELDS}
-        if own.get("reward") is not None:
-            return cls(**own), rest
-        for name in own.keys() - {"reward"}:
+        tilt_fields = {name: value for name, value in arguments.items() if name in TILT_FIELDS}
+        request_fields = {name: value for name, value in arguments.items() if name not in TILT_FIELDS}
+        if tilt_fields.get("reward") is not None:
+            return cls(**tilt_fields), request_fields
+        for name in tilt_fields.keys() - {"reward"}:
             raise ConfigError(f"{name} is for texts that are steered by a reward; give reward")
-        return None, rest
+        return None, request_fields
 
     def rewards(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
         """Rewards of texts, see `decoding.tilted.rewards.values`."""
         assert not isinstance(self.reward, str)
-        found = values(self.reward, prompts, completions)
-        for value in found:
+        numbers = values(self.reward, prompts, completions)
+        for value in numbers:
             if abs(value) > MOST_NUMBER * self.beta:
                 raise DLMError(f"the reward {value} over beta {self.beta} is no weight; give a larger beta")
-        return found
+        return numbers
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan whose rows cannot be steered.

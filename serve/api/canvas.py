@@ -256,16 +256,16 @@ class _Steps:
     def __call__(self, update: Update) -> dict[str, Any]:
         """Data of the event; to be called once for each step of a row."""
         canvas = update.canvas
-        listed, before = self._view.cells(canvas, update.plan), self._last.get(update.ticket)
+        listed, previous = self._view.cells(canvas, update.plan), self._last.get(update.ticket)
         self._last[update.ticket] = listed
         data: dict[str, Any] = {
             "step": int(canvas.step[0]),
             "model_calls": int(canvas.model_calls[0]),
             "text": update.event.text,
         }
-        if before is None or len(before) > len(listed):
+        if previous is None or len(previous) > len(listed):
             return {**data, "cells": listed}
-        fresh = [i for i, cell in enumerate(listed) if i >= len(before) or cell != before[i]]
+        fresh = [i for i, cell in enumerate(listed) if i >= len(previous) or cell != previous[i]]
         return {**data, "changes": [{"index": i, **listed[i]} for i in fresh]}
 
 
@@ -305,15 +305,13 @@ class _Canvases:
 
     async def filled_events(self, filling: Filling) -> Events:
         """Each step of a text with gaps, of every length that is tried, then the text."""
-        several, watch = filling.lengths > 1, _Steps(self.view)
+        many, watch = filling.lengths > 1, _Steps(self.view)
         async with aclosing(filling_steps(self.service, filling, self.body.timeout, watch)) as steps:
             async for value in steps:
                 if isinstance(value, list):
                     yield sse_event(self.view.filled(value[0], filling.prompt_tokens), "done")
                 else:
-                    yield sse_event(
-                        {**({"candidate": value.index} if several else {}), **value.value}, "canvas"
-                    )
+                    yield sse_event({**({"candidate": value.index} if many else {}), **value.value}, "canvas")
 
     async def filled(self, filling: Filling) -> dict[str, Any]:
         """The filled text."""
@@ -368,8 +366,8 @@ class _Handlers:
             }
             for name, preset in presets().items()
         ]
-        usual = str(generation.get("decoder", "conv"))
-        return {"default": usual, "default_options": generation.get("options", {}), "data": listed}
+        default_name = str(generation.get("decoder", "conv"))
+        return {"default": default_name, "default_options": generation.get("options", {}), "data": listed}
 
 
 def router(service: Service) -> APIRouter:

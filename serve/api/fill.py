@@ -122,10 +122,10 @@ async def filling_steps(
 
     Where several lengths are tried, their last steps are among them.
     """
-    several = filling.lengths > 1
+    many = filling.lengths > 1
 
     def finish(update: Update) -> tuple[Canvas, Any]:
-        return update.canvas, watch(update) if watch is not None and several else None
+        return update.canvas, watch(update) if watch is not None and many else None
 
     with service.worker.held():
         canvases: dict[int, Canvas] = {}
@@ -181,8 +181,8 @@ async def fill_suffix(service: Service, body: schema.CompletionRequest, http: Re
 
     async def answer() -> tuple[list[dict[str, Any]], dict[str, int]]:
         results = await fill(service, filling, body.timeout)
-        choices = [_choice(i, each, body, filling) for i, each in enumerate(results)]
-        written = sum(each.written for each in results)
+        choices = [_choice(i, result, body, filling) for i, result in enumerate(results)]
+        written = sum(result.written for result in results)
         return choices, usage(filling.prompt_tokens, written)
 
     async def events() -> Events:
@@ -201,11 +201,11 @@ async def fill_suffix(service: Service, body: schema.CompletionRequest, http: Re
     return JSONResponse({**opening, "choices": choices, "usage": tokens})
 
 
-def between(filled: Filled, before: str, after: str) -> str:
+def between(filled: Filled, prefix: str, suffix: str) -> str:
     """The text between two that were given; a space before the gap, which the gap took, is not part of it."""
     text = filled.result.text
-    if text.startswith(before) and text.endswith(after):
-        return text[len(before) : len(text) - len(after)]
+    if text.startswith(prefix) and text.endswith(suffix):
+        return text[len(prefix) : len(text) - len(suffix)]
     return "".join(filled.result.gaps)
 
 

@@ -72,10 +72,10 @@ def marked(message: str) -> tuple[str, tuple[int, int]]:
             param="messages",
             code="invalid_value",
         )
-    before, after = (MARK.sub("", part) for part in (text[: region.start()], text[region.end() :]))
+    prefix, suffix = (MARK.sub("", part) for part in (text[: region.start()], text[region.end() :]))
     words = region[1].strip("\n")
     words = MARK.sub("", words)
-    return before + words + after, (len(before), len(before) + len(words))
+    return prefix + words + suffix, (len(prefix), len(prefix) + len(words))
 
 
 def _pieces(service: Service, body: EditRequest) -> list[Piece]:

@@ -254,7 +254,7 @@ class _Handlers:
         if measure == "numel" and hasattr(model, "num_parameters"):
             return int(model.num_parameters())  # two in a byte, where weights have 4 bits
         parameters: Iterable[Any] = getattr(model, "parameters", list)()
-        values = (getattr(each, measure) for each in parameters)
+        values = (getattr(parameter, measure) for parameter in parameters)
         return sum(int(value() if callable(value) else value) for value in values)
 
     @property

@@ -79,8 +79,8 @@ class _Form:
     def choice(self, index: int, text: str, logprobs: Any, reason: str) -> dict[str, Any]:
         """A finished choice."""
         if logprobs is not None and self.prefixes[index]:
-            before = self._prefix_logprobs(index)
-            logprobs = {name: before[name] + values for name, values in logprobs.items()}
+            prefix = self._prefix_logprobs(index)
+            logprobs = {name: prefix[name] + values for name, values in logprobs.items()}
         return self.delta(index, self.prefixes[index] + text, logprobs, reason)
 
     def logprobs(self, index: int, output: Output, tokens: int) -> Any:
@@ -258,7 +258,7 @@ class Answers:
                 for choice in self._deltas(notice, progress[notice.index]):
                     yield sse_event(self._chunk([choice], progress, options))
         if options.include_usage:
-            tokens = sum(each.tokens for each in progress)
+            tokens = sum(row.tokens for row in progress)
             yield sse_event(self._chunk([], progress, options) | {"usage": self.usage(tokens)})
 
     def _chunk(
@@ -266,7 +266,7 @@ class Answers:
     ) -> dict[str, Any]:
         chunk = {**self.form.head, "object": self.form.chunk, "choices": choices}
         if options.continuous_usage_stats:
-            return chunk | {"usage": self.usage(sum(each.tokens for each in progress))}
+            return chunk | {"usage": self.usage(sum(row.tokens for row in progress))}
         return chunk | ({"usage": None} if options.include_usage else {})
 
     def _deltas(self, notice: Notice, progress: _Progress) -> Iterator[dict[str, Any]]:
@@ -302,13 +302,13 @@ class Answers:
 
     def _measure(self, progress: _Progress, fresh: int) -> None:
         """Note times of deltas."""
-        now, metrics = time.monotonic(), self.service.metrics
+        time_now, metrics = time.monotonic(), self.service.metrics
         if fresh and not progress.tokens:
-            metrics.first_token.observe(now - progress.last)
+            metrics.first_token.observe(time_now - progress.last)
         elif fresh:
-            metrics.between.observe((now - progress.last) / fresh)
+            metrics.between.observe((time_now - progress.last) / fresh)
         if fresh:
-            progress.last = now
+            progress.last = time_now
 
 
 def confirmed_part(update: Update) -> Output | None:

@@ -50,8 +50,8 @@ def router(service: Service) -> APIRouter:
 
     _add_docs(api)
     if service.config.page:
-        own = [file for file in PAGE.iterdir() if file.suffix in KINDS and file.stem != "docs"]
-        _add_files(api, "/", "/page/", PAGE / "index.html", own, POLICY)
+        page_files = [file for file in PAGE.iterdir() if file.suffix in KINDS and file.stem != "docs"]
+        _add_files(api, "/", "/page/", PAGE / "index.html", page_files, POLICY)
     return api
 
 

@@ -126,7 +126,7 @@ class Sampling(Diffusion):
 
     def decoder_options(self) -> dict[str, Any]:
         """Options of a decoder that these parameters set."""
-        given = {
+        standard = {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": None if self.top_k is None else max(0, self.top_k),
@@ -137,7 +137,7 @@ class Sampling(Diffusion):
             "logit_bias": self.logit_bias,
             "kernel_size": self.kernel_size,
         }
-        return {**(self.options or {}), **{k: v for k, v in given.items() if v is not None}}
+        return {**(self.options or {}), **{k: v for k, v in standard.items() if v is not None}}
 
     def request(self, **given: Any) -> Request:
         """A request with the options of `Diffusion` and of the decoder, and other fields that are given."""

@@ -52,8 +52,8 @@ def stream(
 async def _with_error(events: Events, done: bool, error_name: str | None, path: str) -> Events:
     try:
         async with aclosing(events):
-            async for each in events:
-                yield each
+            async for event in events:
+                yield event
     except APIError as error:
         yield sse_event(body_for(path, error), error_name)
     if done:

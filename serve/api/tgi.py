@@ -136,9 +136,9 @@ class _TGIAnswer:
         """
         size = len(output.token_ids)
         for i in range(sent, size):
-            before, upto = (self._prefix_text(output, n, size) for n in (i, i + 1))
+            shorter, upto = (self._prefix_text(output, n, size) for n in (i, i + 1))
             token = self._token(output.token_ids[i], logprob(output.confidence[i])) | {
-                "text": upto[len(before) :]
+                "text": upto[len(shorter) :]
             }
             fields: dict[str, Any] = {"index": i + 1, "token": token}
             if self.parameters.top_n_tokens:
@@ -168,7 +168,7 @@ class _TGIAnswer:
         }
         if p.top_n_tokens:
             pairs = [pairs or [] for pairs in output.top_logprobs]
-            details["top_tokens"] = [[self._token(t, x) for t, x in each] for each in pairs]
+            details["top_tokens"] = [[self._token(t, x) for t, x in row] for row in pairs]
         return details
 
     async def whole(self) -> dict[str, Any]:
