@@ -11,13 +11,13 @@ key alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from dlm.errors import ConfigError
 from dlm.model import IGNORE
-from dlm.noise import fold, uniform
+from dlm.noise import fold, key_of, uniform
 from dlm.noising import Blocks
 from finetune.contrast_config import NegativeConfig
 
@@ -29,6 +29,8 @@ class Contrast:
     N is 1, or in blocks their number.
     """
 
+    clean_ids: torch.Tensor
+    """int64, the row without masks; not the one given where a repetition has been put into its context."""
     noisy_ids: torch.Tensor
     """int64, x_t: the row with masks where it is to be written."""
     targets: torch.Tensor
@@ -123,7 +125,7 @@ def _gather(ids: torch.Tensor, start: torch.Tensor, width: int) -> torch.Tensor:
 class _Draws:
     """Named uniform numbers of each row; the name is the counter."""
 
-    NAMES = ("cut", "unit", "span", "phase", "rule", "layout", "eos", "eos cell")
+    NAMES = ("cut", "unit", "span", "phase", "rule", "layout", "eos", "eos cell", "recover", "slip")
 
     def __init__(self, key: torch.Tensor) -> None:
         self.key = key
@@ -168,6 +170,10 @@ def make_negative(
     which ends with the block. For a model that sees the clean blocks before a block, this is the contrast of
     as many rows in one pass. With the cuts weighed by `share`, a loss has the same mean as under one cut.
 
+    With probability `recover` the first tokens of a negative, r ~ U{1, …, span_max} as far as the row has room,
+    come before the masked cells, and everything behind moves on: the context ends in a repetition that has
+    begun. The cut lies behind it. What is true there is the way back, and the negative goes on repeating.
+
     Args:
         ids: [B, L] int64, clean rows, EOS behind the answer.
         prompt_length: [B] int64, L_Q; 0 for text without a prompt.
@@ -192,21 +198,34 @@ def make_negative(
     rules = rules or NegativeConfig()
     real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
     tokens = _Tokens(mask_id, eos_id, frequent.to(ids.device), frequent_counts)
-    rows = _Rows(ids, prompt_length, length, real)
+    none = torch.full_like(length, -1)
+    rows = _Rows(ids, prompt_length, length, real, none, length, ids, none)
+    if rules.recover:
+        rows = _with_repetition(rows, _Draws(fold(key, key_of("recover", device=key.device))), rules, tokens)
     if blocks is None:
-        draws = _Draws(key)
-        return _contrast(rows, _layout(rows, draws, rules), draws, rules, tokens)
+        draws, slipped = _Draws(key), rows.back >= 0
+        first = torch.where(slipped, rows.back, rows.prompt_length)
+        last = torch.where(slipped, rows.back, (rows.length - 1).clamp(min=0))
+        return _contrast(rows, _layout(rows, draws, rules, first, last), draws, rules, tokens)
     return _contrast_in_blocks(rows, key, rules, tokens, blocks)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Clean rows; fields as the arguments of `make_negative`."""
+    """Clean rows; fields as the arguments of `make_negative`, and the repetition in their context."""
 
     ids: torch.Tensor
     prompt_length: torch.Tensor
     length: torch.Tensor
     real: torch.Tensor
+    back: torch.Tensor
+    """[B] int64, where the true answer goes on behind a repetition; -1 in rows without one."""
+    slip: torch.Tensor
+    """[B] int64, where that repetition begins; `length` in rows without one."""
+    repetition: torch.Tensor
+    """[B, L] int64, the repetition from there on, without an end."""
+    rule: torch.Tensor
+    """[B] int64, that it is made by."""
 
     @property
     def position(self) -> torch.Tensor:
@@ -215,8 +234,13 @@ class _Rows:
 
     @property
     def answered(self) -> torch.Tensor:
-        """[B, L] bool, positions up to the first EOS."""
-        return self.position < self.length[:, None]
+        """[B, L] bool, positions of the true answer up to the first EOS; of the prompt too."""
+        repeated = (self.position >= self.slip[:, None]) & (self.position < self.back[:, None])
+        return (self.position < self.length[:, None]) & ~repeated
+
+    def take(self, rows: torch.Tensor) -> _Rows:
+        """The rows [b], in this order."""
+        return _Rows(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -229,17 +253,50 @@ class _Tokens:
     counts: torch.Tensor | None
 
 
-def _contrast(
+def _with_repetition(rows: _Rows, draws: _Draws, rules: NegativeConfig, tokens: _Tokens) -> _Rows:
+    """Some of the rows with the beginning of a negative in their answer, as far as they have room for it."""
+    layout = _layout(rows, draws, rules, rows.prompt_length, (rows.length - 1).clamp(min=0))
+    room = (rows.real.sum(1) - rows.length).clamp(max=rules.span_max)
+    chosen = (draws("recover") < rules.recover) & (rows.prompt_length > 0) & (room > 0)
+    size = torch.where(chosen, draws.integer("slip", 1, room.clamp(min=1)), 0)
+    cut, position = layout.origin, rows.position
+    wrong, rule = _wrong_tokens(rows, layout, draws, rules, tokens)
+    moved = rows.ids.gather(1, (position - size[:, None]).clamp(min=0))
+    ids = torch.where(position < cut[:, None], rows.ids, moved)
+    repeated = (position >= cut[:, None]) & (position < (cut + size)[:, None])
+    return replace(
+        rows,
+        ids=torch.where(repeated, wrong, ids),
+        length=rows.length + size,
+        back=torch.where(chosen, cut + size, -1),
+        slip=torch.where(chosen, cut, rows.length + size),
+        repetition=wrong,
+        rule=rule,
+    )
+
+
+def _wrong_tokens(
     rows: _Rows, layout: AnswerLayout, draws: _Draws, rules: NegativeConfig, tokens: _Tokens
-) -> Contrast:
-    """Masked rows and their wrong tokens."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, L] a unit of each row over and over, by a rule [B]."""
     rule = _choose(draws("rule"), layout, rules)
     units, size = _units(rows.ids, layout, rule, draws, rules, tokens)
     phase = draws.integer("phase", 0, size - 1)
     place = torch.remainder(rows.position - layout.origin[:, None] + phase[:, None], size[:, None])
-    wrong = units.gather(1, place)
+    return units.gather(1, place), rule
+
+
+def _contrast(
+    rows: _Rows, layout: AnswerLayout, draws: _Draws, rules: NegativeConfig, tokens: _Tokens
+) -> Contrast:
+    """Masked rows and their wrong tokens."""
+    wrong, rule = _wrong_tokens(rows, layout, draws, rules, tokens)
+    goes_on = layout.origin == rows.back
+    wrong = torch.where(goes_on[:, None], rows.repetition, wrong)
+    rule = torch.where(goes_on, rows.rule, rule)
     wrong = torch.where(_early_eos(rows, layout, draws, rules, tokens.eos_id), tokens.eos_id, wrong)
     return Contrast(
+        clean_ids=rows.ids,
         noisy_ids=torch.where(layout.masked, tokens.mask_id, rows.ids),
         targets=torch.where(layout.masked & rows.answered, rows.ids, IGNORE),
         rejected=torch.where(layout.span & (wrong != rows.ids), wrong, IGNORE),
@@ -258,15 +315,19 @@ def _contrast_in_blocks(
     row = torch.arange(batch, device=key.device).repeat_interleave(count)
     block = torch.arange(count, device=key.device).repeat(batch)
     end = (block + 1) * blocks.size
-    first = torch.maximum(rows.prompt_length[row], end - blocks.size)
-    cells = (torch.minimum(rows.length[row], end) - first).clamp(min=0)  # of the answer in the block
-    before_end = rows.real[row] & (rows.position < end[:, None])
-    repeated = _Rows(rows.ids[row], rows.prompt_length[row], rows.length[row], before_end)
+    repeated = rows.take(row)
+    repeated = replace(repeated, real=repeated.real & (rows.position < end[:, None]))
+    own = rows.position // blocks.size == block[:, None]
+    allowed = own & repeated.answered & (rows.position >= repeated.prompt_length[:, None])
+    recovers = (repeated.back >= 0) & (repeated.back // blocks.size == block)
+    first = torch.where(recovers, repeated.back, allowed.int().argmax(1))
+    last = torch.where(recovers, repeated.back, first + (allowed.sum(1) - 1).clamp(min=0))
+    cells = (allowed & (rows.position >= first[:, None])).sum(1)  # of the answer in the block
     draws = _Draws(fold(key[row], block))
-    layout = _layout(repeated, draws, rules, (first, first + (cells - 1).clamp(min=0)))
+    layout = _layout(repeated, draws, rules, first, last, cut_text=True)
     seen = writable(layout.masked, blocks)
     made = _contrast(repeated, replace(layout, span=layout.span & seen), draws, rules, tokens)
-    own = ((rows.position // blocks.size) == block[:, None]) & (cells > 0)[:, None]
+    own = own & (cells > 0)[:, None]
 
     def of_blocks(values: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
         """[B·N, L] -> [B, L]: of each block what its own cut made of it."""
@@ -276,6 +337,7 @@ def _contrast_in_blocks(
     nothing = torch.full_like(rows.ids, IGNORE)
     share = cells.view(batch, count).float()
     return Contrast(
+        clean_ids=rows.ids,
         noisy_ids=of_blocks(made.noisy_ids, rows.ids),
         targets=of_blocks(torch.where(seen, made.targets, IGNORE), nothing),
         rejected=of_blocks(made.rejected, nothing),
@@ -302,17 +364,18 @@ def _layout(
     rows: _Rows,
     draws: _Draws,
     rules: NegativeConfig,
-    cuts: tuple[torch.Tensor, torch.Tensor] | None = None,
+    first: torch.Tensor,
+    last: torch.Tensor,
+    cut_text: bool = False,
 ) -> AnswerLayout:
-    """Behind a cut for rows with a prompt; inside or outside a span for the others.
+    """Behind a cut in `first` [B] … `last` [B] for rows with a prompt; in or outside a span for the others.
 
-    With the first and the last place of a cut, both [B], every row is cut there.
+    With `cut_text` those are cut too.
     """
     length, position, answered = rows.length, rows.position, rows.answered
     span = draws.integer("span", rules.span_min, rules.span_max)
-    text = (rows.prompt_length == 0) & (cuts is None)
+    text = (rows.prompt_length == 0) & (not cut_text)
     # behind a cut: the context is everything before it
-    first, last = cuts or (rows.prompt_length, (length - 1).clamp(min=0))
     cut = draws.integer("cut", first, last)
     # text: a span [a, b) that leaves at least half of the row
     wide = torch.minimum(span, torch.clamp(length // 2, min=1))

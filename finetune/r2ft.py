@@ -129,7 +129,13 @@ class R2FTTrainer(ContrastTrainer):
         """See `ContrastTrainer`; masked rows, both candidates of each mask, and the weights of cuts."""
         contrast = self.contrast(batch, key, self.blocks)
         candidates = torch.stack([contrast.targets, contrast.rejected], dim=-1)
-        return {**batch, "noisy_ids": contrast.noisy_ids, "candidates": candidates, "share": contrast.share}
+        return {
+            **batch,
+            "input_ids": contrast.clean_ids,
+            "noisy_ids": contrast.noisy_ids,
+            "candidates": candidates,
+            "share": contrast.share,
+        }
 
     def rows(self, model: torch.nn.Module, inputs: TensorBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """See `ContrastTrainer`; the mean over the row's cuts, which are many in a block-causal model."""

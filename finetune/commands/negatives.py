@@ -118,7 +118,7 @@ def _coloured_row(tokenizer: Any, batch: Any, contrast: Any, i: int, *, wrong: b
     from dlm.model import IGNORE
 
     text = Text()
-    ids = batch["input_ids"][i].tolist()
+    ids = contrast.clean_ids[i].tolist()
     noisy, true, rejected = (x[i].tolist() for x in (contrast.noisy_ids, contrast.targets, contrast.rejected))
     eos = tokenizer.eos_token_id
     for place, token in enumerate(ids):

@@ -375,3 +375,83 @@ def test_the_negatives_of_a_row_in_blocks_depend_on_its_key_alone():
     part = make_negative(ids[5:9], start[5:9], length[5:9], keys[5:9], **options)
     for field in dataclasses.fields(whole):
         assert torch.equal(getattr(whole, field.name)[5:9], getattr(part, field.name)), field.name
+
+
+@pytest.mark.parametrize("blocks", [None, Blocks(8), Blocks(8, lead=True)])
+def test_a_repetition_that_has_begun_is_context_and_never_true(blocks):
+    """Prompt of 6, answer of 20, window of 64; the row is read back without what was put into it."""
+    rules = NegativeConfig(
+        **{**OFF, "left": 1.0, "unit_max": 4, "recover": 1.0, "span_min": 5, "span_max": 9}
+    )
+    ids, start, length = rows(400, 6, 20, 64)
+    keys = fold(key_of("recover"), torch.arange(400))
+    options = {"mask_id": MASK, "eos_id": EOS, "frequent": FREQUENT, "rules": rules, "blocks": blocks}
+    made = make_negative(ids, start, length, keys, **options)
+    sizes = set()
+    for i in range(400):
+        clean = made.clean_ids[i].tolist()
+        size = clean.index(EOS) - 25
+        sizes.add(size)
+        true = ids[i].tolist()
+        slips = [
+            s for s in range(6, 26) if clean[:s] == true[:s] and clean[s + size :] == true[s : 64 - size]
+        ]
+        assert slips  # several, where the repetition begins as the answer goes on
+        ways = []
+        for slip in slips:
+            units = range(1, min(4, slip) + 1)
+            phases = [(unit, phase) for unit in units for phase in range(unit)]
+            ways += [
+                (slip, unit, phase)
+                for unit, phase in phases
+                if clean[slip : slip + size] == [true[slip - unit + (k + phase) % unit] for k in range(size)]
+            ]
+        assert ways
+        written = made.targets[i] != IGNORE
+        assert (made.targets[i][written] == made.clean_ids[i][written]).all()
+        assert any(not written[slip : slip + size].any() for slip, _, _ in ways)
+        ways = [way for way in ways if not written[way[0] : way[0] + size].any()]
+        back = {slip + size for slip, _, _ in ways}
+        masked = made.noisy_ids[i] == MASK
+        starts = {
+            p for p in range(64) if masked[p] and (p == 0 or not masked[p - 1] or (blocks and p % 8 == 0))
+        }
+        assert starts & back, "the cut lies where the answer goes on"
+        alone = blocks is not None and blocks.lead
+        for slip, unit, phase in ways:
+            place = slip + size
+            if place not in starts or (alone and place % 8 == 0):
+                continue
+            end = min(place + 5, place // 8 * 8 + 8) if blocks else place + 5
+            going_on = [true[slip - unit + (p - slip + phase) % unit] for p in range(place, end)]
+            if [
+                w if w != c else IGNORE for w, c in zip(going_on, clean[place:end], strict=True)
+            ] == made.rejected[i, place:end].tolist():
+                break
+        else:
+            assert alone or blocks
+    assert sizes == set(range(1, 10))
+
+
+def test_without_room_or_prompt_nothing_is_put_into_a_row():
+    rules = NegativeConfig(**{**OFF, "run": 1.0, "recover": 1.0})
+    for prompt, window in ((6, 26), (0, 64)):
+        ids, start, length = rows(50, prompt, 26 - prompt, window)
+        keys = fold(key_of("none"), torch.arange(50))
+        made = make_negative(
+            ids, start, length, keys, mask_id=MASK, eos_id=EOS, frequent=FREQUENT, rules=rules
+        )
+        assert torch.equal(made.clean_ids, ids)
+
+
+def test_half_of_the_rows_recover_and_the_others_are_what_they_were():
+    half = NegativeConfig(left=1.0, recover=0.5)
+    ids, start, length = rows(2000, 6, 20, 64)
+    keys = fold(key_of("half"), torch.arange(2000))
+    options = {"mask_id": MASK, "eos_id": EOS, "frequent": FREQUENT, "blocks": Blocks(8)}
+    plain = make_negative(ids, start, length, keys, rules=NegativeConfig(left=1.0), **options)
+    made = make_negative(ids, start, length, keys, rules=half, **options)
+    same = (made.clean_ids == ids).all(1)
+    assert 900 < int(same.sum()) < 1100
+    for field in dataclasses.fields(plain):
+        assert torch.equal(getattr(plain, field.name)[same], getattr(made, field.name)[same]), field.name
