@@ -12,6 +12,9 @@ from dlm.errors import ConfigError
 GAP = re.compile(r"<mask:(\d{1,7})(?:-(\d{1,7}))?>")
 """A gap in a text that is to be filled: its number of tokens, or the least and the greatest."""
 
+ANY_GAP = re.compile(r"<mask(?::(\d{1,7})(?:-(\d{1,7}))?)?>")
+"""The same, or a gap that does not say its length."""
+
 
 @dataclass(frozen=True)
 class Gap:
@@ -65,15 +68,13 @@ def pieces_of(text: str, open_until: int = 0) -> list[Piece]:
     Raises:
         ConfigError: for a text without a gap, or a gap that can have no length.
     """
-    if open_until:
-        text = text.replace("<mask>", f"<mask:0-{open_until}>")
-    parts = GAP.split(text)
+    parts = (ANY_GAP if open_until else GAP).split(text)
     if len(parts) == 1:
         raise ConfigError("there is no gap; write one as <mask:3> (three tokens) or <mask:2-6>")
     pieces: list[Piece] = [parts[0]]
     for low, high, text_behind in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
-        is_open = open_until > 0 and low == "0" and high == str(open_until)
-        pieces += [Gap(1, int(high), True) if is_open else Gap(int(low), int(high or low)), text_behind]
+        gap = Gap(1, open_until, True) if low is None else Gap(int(low), int(high or low))
+        pieces += [gap, text_behind]
     return pieces
 
 
@@ -83,10 +84,11 @@ def place_of(text: str, span: str) -> tuple[int, int]:
     Raises:
         ConfigError: for words that do not occur, or occur several times.
     """
-    if text.count(span) != 1 or not span:
-        times = "does not occur" if span not in text or not span else "occurs several times"
+    begin = text.find(span) if span else -1
+    if begin < 0 or text.find(span, begin + 1) >= 0:  # the second may overlap with the first
+        times = "does not occur" if begin < 0 else "occurs several times"
         raise ConfigError(f"the span {span!r} {times} in the text; give its place as (begin, end)")
-    return text.index(span), text.index(span) + len(span)
+    return begin, begin + len(span)
 
 
 def without_span(

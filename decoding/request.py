@@ -375,11 +375,9 @@ class Request:
             return decoder
         for option in self.options or {}:
             remaining = {k: v for k, v in (self.options or {}).items() if k != option}
-            if (
-                Decoder.named(default_name, **{**defaults, **remaining}).with_given_pace()
-                == decoder.with_given_pace()
-                != decoder
-            ):
+            without = Decoder.named(default_name, **{**defaults, **remaining})
+            paced = decoder.with_given_pace()
+            if without != decoder and without.with_given_pace() == paced != decoder:
                 raise ConfigError(
                     f"option {option} of decoder {default_name!r} sets a pace of its own: "
                     "give no rate and no steps"

@@ -14,7 +14,7 @@ from decoding.gaps import Piece
 from decoding.request import Plan
 from dlm.errors import ConfigError
 from dlm.spec import ModelSpec
-from dlm.tokenizer import Message, as_messages, encode_prompt, encode_text, longest_token
+from dlm.tokenizer import Message, encode_prompt, encode_text, longest_token
 
 Prompt = str | list[Message]
 """A text (one user turn) or chat messages."""
@@ -69,8 +69,7 @@ class RowMaker:
         """
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
             return self._token_ids(prompt)
-        messages = as_messages(cast("str | list[Message]", prompt))
-        return encode_prompt(self.tokenizer, messages, self.check_length)
+        return encode_prompt(self.tokenizer, cast("str | list[Message]", prompt), self.check_length)
 
     def _token_ids(self, ids: list[Any]) -> list[int]:
         size = len(self.tokenizer)

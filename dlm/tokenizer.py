@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dlm.characters import whole_characters
-from dlm.errors import ConfigError, unknown_name
+from dlm.errors import CheckpointError, ConfigError, unknown_name
 
 MASK_TOKEN = "<|mask|>"
 START_TOKEN = "<|im_start|>"
@@ -100,7 +100,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> bool
     """Make a causal LM's tokenizer fit for diffusion: a mask token, an end token, right padding, a template.
 
     Returns:
-        Whether the mask token is new (a tokenizer that had one keeps it, and its trained embedding).
+        True where the mask token is new (a tokenizer that had one keeps it, and its trained embedding).
 
     Raises:
         ConfigError: when the tokenizer has no end-of-sequence token.
@@ -148,23 +148,23 @@ def as_messages(prompt: str | list[Message]) -> list[Message]:
 
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
+    prompt: str | list[Message],
     check: Callable[[str], None] | None = None,
 ) -> list[int]:
-    """Token ids of a conversation up to where the answer begins, rendered by the tokenizer's own template.
+    """Token ids of a prompt up to where the answer begins, rendered by the tokenizer's own template.
 
     Training and inference both call this and append the answer's own tokens, so the boundary is the same
     in both. Special tokens written inside a message are text, never control tokens.
 
     Args:
         tokenizer: the model's.
-        messages: the conversation.
+        prompt: a text, which is one user turn, or a conversation.
         check: called with the rendered text before it is encoded; may raise.
 
     Raises:
         ConfigError: for roles that are none, and when the template refuses the conversation.
     """
-    talk = [{"role": turn["role"], "content": turn["content"]} for turn in as_messages(messages)]
+    talk = [{"role": turn["role"], "content": turn["content"]} for turn in as_messages(prompt)]
     controls = _control_tokens(tokenizer)
     written = [token for token in controls if any(token in turn["content"] for turn in talk)]
     if not written:
@@ -188,6 +188,12 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> st
     """The text that the template makes of a conversation."""
     from jinja2 import TemplateError
 
+    if not tokenizer.chat_template:
+        folder = tokenizer.name_or_path or "the model"
+        raise CheckpointError(
+            f"{folder}: its tokenizer has no chat template, which says how the model was shown prompts "
+            "(is chat_template.jinja missing?)"
+        )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except TemplateError as error:

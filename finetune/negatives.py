@@ -170,7 +170,7 @@ def make_negative(
     which ends with the block. For a model that sees the clean blocks before a block, this is the contrast of
     as many rows in one pass. With the cuts weighed by `share`, a loss has the same mean as under one cut.
 
-    With probability `recover` the first tokens of a negative, r ~ U{1, …, span_max} as far as the row has room,
+    With probability `recover` the first tokens of a negative, r ~ U{1, …, span_max} as far as there is room,
     come before the masked cells, and everything behind moves on: the context ends in a repetition that has
     begun. The cut lies behind it. What is true there is the way back, and the negative goes on repeating.
 

@@ -22,6 +22,7 @@ from dlm.config import flat
 from dlm.data.encode import EncodingReport
 from dlm.errors import ConfigError, DLMError
 from dlm.json_files import damaged, read_object
+from dlm.weights import INDEX, SINGLE
 from finetune.config import EPOCHS, RunConfig
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,8 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """True when the run came to its end and its model is there."""
-        return bool(self._stored.get("finished"))
+        weights = (SINGLE, INDEX, "adapter_model.safetensors")
+        return bool(self._stored.get("finished")) and any((self.path / name).is_file() for name in weights)
 
     @property
     def trained(self) -> bool:

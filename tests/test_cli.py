@@ -155,6 +155,11 @@ def test_generate_steers_by_a_reward(checkpoint, tmp_path, capsys, monkeypatch):
         assert (status, message in streams.err) == (2, True), streams.err
 
 
+def test_likely_tokens_are_for_json_alone(checkpoint, capsys):
+    assert main(["generate", "--model", checkpoint, "--top_logprobs", "2", "x"]) == 2
+    assert "top_logprobs are shown in JSON alone; give --json true too" in capsys.readouterr().err
+
+
 def test_generate_reads_words_files_and_stdin_and_writes_text_or_json(checkpoint, tmp_path, capsys):
     def generate(*words):
         assert main(["generate", "--model", checkpoint, *words]) == 0

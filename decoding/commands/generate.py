@@ -86,6 +86,8 @@ class GenerateConfig(Request, LoadConfig):
         for file in (self.file, self.prompt_file):
             if file not in ("", "-") and not Path(file).is_file():
                 raise DataError(f"{file}: no such file")
+        if self.top_logprobs and not (self.json or self.list_decoders):
+            raise ConfigError("top_logprobs are shown in JSON alone; give --json true too")
         if self.limit < 0:
             raise ConfigError(f"limit must not be negative, got {self.limit}")
 

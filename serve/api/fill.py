@@ -86,7 +86,7 @@ def prepare_filling(
     if n > service.config.max_n:
         raise APIError(400, f"n must be at most {service.config.max_n}, got {n}", param="n")
     combinations = math.prod(len(piece.lengths) for piece in pieces if isinstance(piece, Gap))
-    check_rows(service.config, combinations * n)
+    check_rows(service.config, combinations * n, "n" if n > 1 else None)
     with faults_named():
         return _rows_of_lengths(service, pieces, prompt, sampling, n)
 

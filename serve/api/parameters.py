@@ -137,7 +137,11 @@ class Sampling(Diffusion):
             "logit_bias": self.logit_bias,
             "kernel_size": self.kernel_size,
         }
-        return {**(self.options or {}), **{k: v for k, v in standard.items() if v is not None}}
+        standard = {name: value for name, value in standard.items() if value is not None}
+        for name in standard.keys() & (self.options or {}).keys():
+            message = f"{name} is given twice, as a parameter and among the options"
+            raise APIError(400, message, param=name, code="invalid_value")
+        return {**(self.options or {}), **standard}
 
     def request(self, **given: Any) -> Request:
         """A request with the options of `Diffusion` and of the decoder, and other fields that are given."""
@@ -229,15 +233,15 @@ class Generation:
         return request.resolve(service.spec)
 
 
-def check_rows(config: ServeConfig, rows: int) -> None:
-    """Refuse requests of too many rows, before any is made.
+def check_rows(config: ServeConfig, rows: int, param: str | None = "n") -> None:
+    """Refuse requests of too many rows, before any is made; `param` asks for them.
 
     Raises:
         APIError: 400.
     """
     if rows > config.max_request_rows:
         message = f"the request has {rows} rows; this server takes {config.max_request_rows}"
-        raise APIError(400, message, param="n", code="too_many_rows")
+        raise APIError(400, message, param=param, code="too_many_rows")
 
 
 def with_limits(service: Service, ids: list[int], max_tokens: int | None) -> None:

@@ -96,6 +96,8 @@ def test_options_that_a_pace_would_drop_are_refused():
     usual = {"decoder": "threshold", "options": {"kernel_size": 5}}
     assert resolve(usual, rate=2.0).decoder == Decoder.named("threshold", kernel_size=5).with_given_pace()
     assert resolve(usual, options={"temperature": 1.0}, rate=2.0).decoder.tokens.temperature == 1
+    for same in ({"kernel_size": 5}, {"temperature": 0.0}, {"tau": Decoder.named("threshold").reveal.tau}):
+        assert resolve(usual, options=same, rate=2.0).decoder == resolve(usual, rate=2.0).decoder
     with pytest.raises(ConfigError, match="option tau of decoder 'threshold' sets a pace of its own"):
         resolve(usual, options={"tau": 0.2}, rate=2.0)
     with pytest.raises(ConfigError, match="option temperature of decoder 'conv' must be a number, got None"):

@@ -401,6 +401,15 @@ def test_a_finished_run_is_left_as_it_is(whole):
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
+def test_a_finished_run_whose_weights_are_gone_writes_them_again(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "model.safetensors").unlink()
+    train(settings(folder, eval_steps=6, keep_checkpoints=5))
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(folder).items())
+
+
 def test_a_run_killed_before_its_final_model_does_not_train_on(whole, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)

@@ -176,6 +176,8 @@ def test_what_does_not_fit_a_canvas_is_refused_by_name(server):
         ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "messages"),
         ({"text": "no gap"}, "text"),
         ({"text": "a <mask:0> b"}, "text"),
+        ({"text": "a <mask:0-32> b"}, "text"),
+        ({"text": "a <mask:1-4000> b"}, None),
         ({"text": "a <mask:2> b", "stop": "x"}, "stop"),
         ({"text": "a <mask:2> b", "begin": "x"}, "begin"),
         ({"text": "a <mask:2> b", "window": 20}, "window"),

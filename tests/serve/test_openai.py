@@ -349,7 +349,17 @@ CHAT_ONLY = [
     ({"max_completion_tokens": 5}, "max_tokens"),
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "god", "content": "x"}]}, "messages.0.role"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, None),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages.0.content.image_url",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "input_audio"}]}]},
+        "messages.0.content.input_audio",
+    ),
+    ({"messages": [{"role": "user", "content": [{"type": 5}]}]}, None),
+    ({"temperature": 2, "options": {"temperature": 0.1}}, "temperature"),
+    ({"kernel_size": 9, "options": {"kernel_size": 9}}, "kernel_size"),
     ({"messages": [{"role": "user"}]}, "messages"),
 ]
 

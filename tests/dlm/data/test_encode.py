@@ -9,7 +9,7 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from dlm.data.encode import _encode_long, encode_rows
 from dlm.data.rows import features, load_rows
-from dlm.errors import ConfigError, DataError
+from dlm.errors import CheckpointError, ConfigError, DataError
 from dlm.tokenizer import as_messages, encode_prompt, encode_text, longest_token, train_tokenizer
 
 
@@ -200,6 +200,13 @@ def test_a_template_that_refuses_says_why(tokenizer):
     other = copy.deepcopy(tokenizer)
     other.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ConfigError, match="refuses the conversation: roles must alternate"):
+        encode_prompt(other, as_messages("x"))
+
+
+def test_a_tokenizer_without_a_template_is_refused_by_name(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template, other.name_or_path = None, "runs/mine"
+    with pytest.raises(CheckpointError, match="runs/mine: its tokenizer has no chat template"):
         encode_prompt(other, as_messages("x"))
 
 
