@@ -108,7 +108,7 @@ class Reader:
 
 def answer_ids(canvas: Canvas) -> list[int]:
     """The positions behind the prompt that there are now, masks included."""
-    return canvas.ids[0, int(canvas.answer[0]) : int(canvas.valid[0].sum())].tolist()
+    return canvas.ids[0, int(canvas.answer_start[0]) : int(canvas.valid[0].sum())].tolist()
 
 
 def until_end(ids: list[int], plan: Plan) -> list[int]:
@@ -130,7 +130,7 @@ def find_stop(canvas: Canvas, plan: Plan, reader: Reader) -> Cut | None:
         return None
     ids = written_prefix(canvas, plan)
     text = reader.prefix(ids)
-    begins_with = int((~canvas.initial[0, int(canvas.answer[0]) :]).int().cumprod(0).sum())
+    begins_with = int((~canvas.initial[0, int(canvas.answer_start[0]) :]).int().cumprod(0).sum())
     prefix_size = len(reader.text(ids[:begins_with])) if begins_with else 0
     places = [(text.find(stop, max(0, prefix_size - len(stop) + 1)), stop) for stop in plan.stop]
     places = [(place, stop) for place, stop in places if place >= 0]
@@ -187,7 +187,7 @@ def partial(canvas: Canvas, plan: Plan, reader: Reader) -> Output:
 
 def output(canvas: Canvas, plan: Plan, reader: Reader) -> Output:
     """The answer of a row that is done, or that a stop text has ended."""
-    ids = canvas.ids[0, int(canvas.answer[0]) : int(canvas.end[0])].tolist()
+    ids = canvas.ids[0, int(canvas.answer_start[0]) : int(canvas.end[0])].tolist()
     answer = until_end(ids, plan)
     cut = find_stop(canvas, plan, reader)
     reason = "length" if cut is None and len(answer) == len(ids) else "stop"
@@ -204,7 +204,7 @@ def completed(canvas: Canvas, ids: torch.Tensor, plan: Plan, reader: Reader) -> 
 
 def _output(canvas: Canvas, plan: Plan, part: Cut, finish_reason: str) -> Output:
     """The part of a row's answer that is given."""
-    start = int(canvas.answer[0])
+    start = int(canvas.answer_start[0])
     where = slice(start, start + part.tokens)
     confidence = canvas.confidence[0, where].tolist()
     alternatives = canvas.alternatives[0, where].tolist() if plan.top_logprobs else []

@@ -26,7 +26,7 @@ class Row:
 
     ids: list[int]
     """The mask token where something is to be written."""
-    answer: int
+    answer_start: int
     """First position of the answer; what stands before it is the prompt."""
     name: str = "the row"
     """For errors: "prompt 3", "text 0"."""
@@ -76,7 +76,7 @@ class Canvas:
     """[B] int64, key of the row's noise stream."""
     end: torch.Tensor
     """[B] int64, where a row may not grow beyond; everything valid lies before it."""
-    answer: torch.Tensor
+    answer_start: torch.Tensor
     """[B] int64, where the answer begins, which may begin with given tokens; the prompt lies before it."""
     ends_from: torch.Tensor
     """[B] int64, the first position at which an end token may be written."""
@@ -186,7 +186,7 @@ def make_canvas(rows: Sequence[Row], seeds: Sequence[int], plan: Plan) -> Canvas
         start=start,
         key=torch.stack([row.key(seed, plan.mask_id) for row, seed in zip(rows, seeds, strict=True)]),
         end=end,
-        answer=torch.tensor([row.answer for row in rows]),
+        answer_start=torch.tensor([row.answer_start for row in rows]),
         ends_from=torch.tensor([row.ends_from for row in rows]),
         stages=torch.cat([row.stages(plan) for row in rows]),
         alternatives=torch.zeros(len(rows), width, plan.top_logprobs, 2, dtype=torch.float64),

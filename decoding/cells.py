@@ -31,7 +31,7 @@ class Cell:
 
 def cells(canvas: Canvas, plan: Plan) -> list[Cell]:
     """The cells of a row as it is now, those that there are on a growing canvas."""
-    first, end = int(canvas.answer[0]), int(canvas.valid[0].sum())
+    first, end = int(canvas.answer_start[0]), int(canvas.valid[0].sum())
     is_open = open_positions(canvas, plan)[0, first:end].tolist()
     masked, initial = canvas.masked[0, first:end].tolist(), canvas.initial[0, first:end].tolist()
     ids, steps = canvas.ids[0, first:end].tolist(), canvas.reveal_step[0, first:end].tolist()

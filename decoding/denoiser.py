@@ -200,7 +200,7 @@ class StateCache:
         if not self.unconditional:
             return ids
         position = torch.arange(ids.shape[1])
-        prompt = (position < self.canvas.answer[rows, None]) & self.canvas.valid[rows]
+        prompt = (position < self.canvas.answer_start[rows, None]) & self.canvas.valid[rows]
         return torch.where(prompt, self.mask_id, ids)
 
     def put(self, rows: torch.Tensor, where: torch.Tensor, states: torch.Tensor) -> None:

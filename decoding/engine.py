@@ -166,7 +166,7 @@ class Engine:
         """
         if not isinstance(plan, Plan):
             raise ConfigError(f"a plan is what Request(…).resolve(model) gives, got {plan!r}")
-        row = prompt if isinstance(prompt, Row) else self.rows.answer(prompt, plan)
+        row = prompt if isinstance(prompt, Row) else self.rows.answer_row(prompt, plan)
         return self._wait(make_canvas([row], [operator.index(seed)], plan), plan)
 
     def add(self, canvas: Canvas, plan: Plan) -> int:

@@ -14,7 +14,7 @@ from decoding.canvas import Canvas, Row
 from decoding.denoiser import hidden_of_rows
 from decoding.gaps import Gap, Piece
 from decoding.pace import STEPS_PER_POSITION, Ending
-from decoding.request import OPEN_LENGTH, Plan, Request
+from decoding.request import OPEN_LENGTH, DecoderRequest, Plan, Request
 from decoding.rows import Prompt, RowMaker, TooLongError
 from dlm.device import to_device
 from dlm.errors import ConfigError
@@ -25,9 +25,6 @@ MOST_LENGTHS = 256
 
 NEIGHBOURS = 4
 """Given tokens on each side of a gap whose likelihood counts when its length is open."""
-
-FOR_GAPS = ("decoder", "options", "steps", "rate", "reuse", "refresh")
-"""Fields of a request that mean something for a text with gaps."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +53,9 @@ def plan_infilling(request: Request, spec: ModelSpec, tokenizer: PreTrainedToken
     Raises:
         ConfigError: for fields that mean nothing here.
     """
-    for name in (field.name for field in fields(Request) if field.name not in FOR_GAPS):
-        if getattr(request, name) is not None:
+    meaningful = {field.name for field in fields(DecoderRequest)}
+    for name in (field.name for field in fields(Request)):
+        if name not in meaningful and getattr(request, name) is not None:
             raise ConfigError(f"{name} means nothing here: a text with gaps has the length it has")
     decoder = request.decoder_for(spec).fitted(OPEN_LENGTH, spec)
     decoder = decoder.without(*spec.end_token_ids, *getattr(tokenizer, "all_special_ids", ()))
@@ -192,7 +190,7 @@ def likeliest(
 
 def infilled(canvas: Canvas, tokenizer: PreTrainedTokenizerBase, calls: int, score: float) -> Infilled:
     """The filled text of a row."""
-    start, end = int(canvas.answer[0]), int(canvas.end[0])
+    start, end = int(canvas.answer_start[0]), int(canvas.end[0])
     ids, reveal_step = canvas.ids[0, start:end].tolist(), canvas.reveal_step[0, start:end].tolist()
     runs = itertools.groupby(zip(ids, reveal_step, strict=True), key=lambda pair: pair[1] >= 0)
     gaps = [[token for token, _ in run] for written, run in runs if written]

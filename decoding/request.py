@@ -127,32 +127,82 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 
 
 @dataclass(frozen=True)
-class Request:
-    """A wish for an answer: how it is to be decoded; a field that is None is not given.
-
-    Either a canvas that grows, with `max_tokens` as a limit: text and cost do not depend on the limit unless
-    the canvas meets it. Or a fixed canvas, `window` tokens of prompt and answer together, filled in `steps`
-    steps (the setting of the papers) or at a `rate`. The first is the default, except for decoders that go
-    by time.
+class DecoderRequest:
+    """The part of a request that any text can have, one with gaps too; a field that is None is not given.
 
     Args:
         decoder: name of the decoder (see `dlm generate --list-decoders`); by default the checkpoint's own.
             If that has a pace of its own and steps or a rate are given, its order is kept at that pace.
         options: options of the decoder, such as --options.kernel_size 129 or --options.temperature 1; those
             of the checkpoint hold for its own decoder.
+        rate: tokens written per model call on average, at least 1. By default 1 in gaps; else the
+            checkpoint's rate, or 2 on a canvas that grows. Not for decoders with a pace of their own.
+        steps: denoising steps, in place of a rate. On a fixed canvas there are by default those of the
+            checkpoint, or a quarter of the window. At most 16 for each position are taken.
+        reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate).
+        refresh: with reuse, everything is computed at every so many changes of the row; 8 by default.
+    """
+
+    decoder: DecoderLike | None = None
+    options: dict[str, Any] | None = None
+    rate: float | None = None
+    steps: int | None = None
+    reuse: str | None = None
+    refresh: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check each field by itself, and what does not go together for any model."""
+        for names, right, wish in _CHECKS:
+            for name in names:
+                value = getattr(self, name, None)
+                if value is not None and not right(value):
+                    raise ConfigError(f"{name} must {wish}, got {value!r}")
+        if self.options is not None:
+            object.__setattr__(self, "options", dict(self.options))  # the caller's may change
+        if self.rate is not None and self.steps is not None:
+            raise ConfigError("give either steps or a rate, not both")
+        if self.refresh is not None and self.reuse is None:
+            raise ConfigError("refresh says how often reused keys and values are computed; give reuse")
+        self.reuse_settings()
+
+    def reuse_settings(self) -> Reuse | None:
+        """The reuse of keys and values that is asked for; None for none."""
+        if self.reuse is None:
+            return None
+        return Reuse(self.reuse) if self.refresh is None else Reuse(self.reuse, self.refresh)
+
+    def check_decoder(self) -> None:
+        """Refuse an unknown decoder or option before a model is loaded.
+
+        Raises:
+            ConfigError: naming the choices.
+        """
+        from decoding.presets import Decoder, option_names
+
+        if isinstance(self.decoder, str):
+            Decoder.named(self.decoder, **(self.options or {}))
+        for name in self.options or {}:
+            if name not in option_names():
+                raise unknown_name("option of decoders:", name, option_names())
+
+
+@dataclass(frozen=True)
+class Request(DecoderRequest):
+    """A wish for an answer: how it is to be decoded; a field that is None is not given.
+
+    Either a canvas that grows, with `max_tokens` as a limit: text and cost do not depend on the limit unless
+    the canvas meets it. Or a fixed canvas, `window` tokens of prompt and answer together, filled in `steps`
+    steps (the setting of the papers) or at a `rate`. The first is the default, except for decoders that go
+    by time. The fields of a `DecoderRequest` come first.
+
+    Args:
         max_tokens: longest answer, on a canvas that grows as it is written; 256 by default.
-        rate: tokens written per model call on average, at least 1; by default the checkpoint's rate, or 2 on
-            a canvas that grows. Not for decoders with a pace of their own.
         window: tokens of prompt and answer together, on a fixed canvas.
-        steps: denoising steps on a fixed canvas; by default the checkpoint's, or a quarter of the window. At
-            most 16 for each position of the window are taken.
         stop: a text that ends an answer, which is cut before it; several as '["one", "two"]'.
         eos_fill: once an end token is written, everything to its right becomes the end token; on by default.
         canvas: "growing" with a window and steps shows the model no more than can open soon (approximate);
             "full" with max_tokens is a fixed canvas too, that many masks behind the prompt.
         margin: masks that a growing canvas holds beyond those that can open; 16 by default.
-        reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate).
-        refresh: with reuse, everything is computed at every so many changes of the row; 8 by default.
         begin: text that the answer begins with.
         ending: text that the answer ends with, at the last positions of the window or of max_tokens.
         forced: texts at places of the answer, counted in tokens from 0, such as --forced.7 " Paris".
@@ -162,18 +212,12 @@ class Request:
     TEXTS: ClassVar[tuple[str, ...]] = ("stop", "begin", "ending", "forced")
     """Fields that may be any text, which the command line takes as it is."""
 
-    decoder: DecoderLike | None = None
-    options: dict[str, Any] | None = None
     max_tokens: int | None = None
-    rate: float | None = None
     window: int | None = None
-    steps: int | None = None
     stop: str | list[str] | None = None
     eos_fill: bool | None = None
     canvas: str | None = None
     margin: int | None = None
-    reuse: str | None = None
-    refresh: int | None = None
     begin: str | None = None
     ending: str | None = None
     forced: dict[Any, str] | None = None
@@ -181,30 +225,20 @@ class Request:
 
     def __post_init__(self) -> None:
         """Check each field by itself, and what does not go together for any model."""
-        for names, right, wish in _CHECKS:
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not right(value):
-                    raise ConfigError(f"{name} must {wish}, got {value!r}")
-        for name in ("options", "forced"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, dict(getattr(self, name)))  # the caller's may change
+        super().__post_init__()
+        if self.forced is not None:
+            object.__setattr__(self, "forced", dict(self.forced))  # the caller's may change
         fixed = self.window is not None or (self.steps is not None and self.canvas != "full")
         if self.max_tokens is not None and fixed:
             raise ConfigError("max_tokens is a limit for a canvas that grows; it has no window and no steps")
-        if self.rate is not None and self.steps is not None:
-            raise ConfigError("give either steps or a rate, not both")
         if self.canvas not in (None, "full", "growing"):
             raise unknown_name("canvas", str(self.canvas), ("full", "growing"))
         if "" in self.stop_texts:
             raise ConfigError("a stop text must not be empty")
-        if self.refresh is not None and self.reuse is None:
-            raise ConfigError("refresh says how often reused keys and values are computed; give reuse")
         if self.ending and self.eos_fill:
             raise ConfigError("an ending stands behind the end of the answer; give no eos_fill")
         if self.ending and (self.canvas == "growing" or self.margin is not None):
             raise ConfigError("an ending stands at the end of the canvas, which therefore cannot grow")
-        self.reuse_settings()
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -229,26 +263,6 @@ class Request:
         """The request part of other settings, such as those of commands; fields they lack are not given."""
         names = {field.name for field in fields(Request)} & {field.name for field in fields(settings)}
         return Request(**{name: getattr(settings, name) for name in names})
-
-    def check_decoder(self) -> None:
-        """Refuse an unknown decoder or option before a model is loaded.
-
-        Raises:
-            ConfigError: naming the choices.
-        """
-        from decoding.presets import Decoder, option_names
-
-        if isinstance(self.decoder, str):
-            Decoder.named(self.decoder, **(self.options or {}))
-        for name in self.options or {}:
-            if name not in option_names():
-                raise unknown_name("option of decoders:", name, option_names())
-
-    def reuse_settings(self) -> Reuse | None:
-        """The reuse of keys and values that is asked for; None for none."""
-        if self.reuse is None:
-            return None
-        return Reuse(self.reuse) if self.refresh is None else Reuse(self.reuse, self.refresh)
 
     def resolve(self, model: Any) -> Plan:
         """Fill in what was left open, from the model's own defaults.

@@ -99,7 +99,7 @@ class RowMaker:
         self.check_length(text)
         return encode_text(self.tokenizer, text)
 
-    def answer(self, prompt: Prompt | list[int], plan: Plan, name: str = "the prompt") -> Row:
+    def answer_row(self, prompt: Prompt | list[int], plan: Plan, name: str = "the prompt") -> Row:
         """A prompt, and masks for its answer, in which the plan's given texts stand.
 
         Raises:

@@ -111,7 +111,7 @@ class Sampler:
         plan = self.plan(request, **fields)
         _check_samples(n, plan)
         rows = (
-            (self.rows.answer(prompt, plan, f"prompt {i}"), prompt, first_seed + number)
+            (self.rows.answer_row(prompt, plan, f"prompt {i}"), prompt, first_seed + number)
             for i, (prompt, first_seed) in enumerate(with_seeds(prompts, seed))
             for number in range(n)
         )
@@ -133,7 +133,7 @@ class Sampler:
         """Answer prompts as `iter_generate` does, each with the trace of how it was written."""
         plan = self.plan(request, **fields)
         rows = (
-            (self.rows.answer(prompt, plan, f"prompt {i}"), plan, own_seed)
+            (self.rows.answer_row(prompt, plan, f"prompt {i}"), plan, own_seed)
             for i, (prompt, own_seed) in enumerate(with_seeds(prompts, seed))
         )
         check_whole("batch_size", batch_size)
@@ -393,7 +393,7 @@ class Sampler:
         engine = Engine(self.model, self.tokenizer)
         places: dict[int, int] = {}  # of the tickets
         for i, (prompt, own_seed) in enumerate(with_seeds(prompts, seed)):
-            places[engine.submit(self.rows.answer(prompt, plan, f"prompt {i}"), plan, own_seed)] = i
+            places[engine.submit(self.rows.answer_row(prompt, plan, f"prompt {i}"), plan, own_seed)] = i
         events: dict[int, Event] = {}
         while len(engine):
             for update in engine.step():

@@ -128,7 +128,7 @@ class Scorer:
         if shadows is not None:
             results.append(self._likelihood(shadows.states, self.canvas.ids[rows, :width][verified]))
         columns, *more = _on_host(results)
-        self._keep(rows, where, columns)
+        self._store(rows, where, columns)
         if record is not None and self.conflicts is not None:
             self.conflicts.put(rows, record.positions, more[0] > 0)
         if verified is not None and shadows is not None:
@@ -193,7 +193,7 @@ class Scorer:
             logp.append(likely.gather(1, tokens)[:, 0])
         return torch.cat(logp).exp()
 
-    def _keep(self, rows: torch.Tensor, where: torch.Tensor, columns: torch.Tensor) -> None:
+    def _store(self, rows: torch.Tensor, where: torch.Tensor, columns: torch.Tensor) -> None:
         """Keep what was computed at `where` [b, W]; rows for which the model returned NaN fail."""
         bad = columns[:, :2].isnan().any(1) | columns[:, 2].isnan()
         if bool(bad.any()):  # these rows fail, the others go on

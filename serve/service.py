@@ -150,10 +150,10 @@ class Service:
             APIError: 400, naming both numbers.
         """
         for sample in samples:
-            if self.config.max_prompt and sample.row.answer > self.config.max_prompt:
+            if self.config.max_prompt and sample.row.answer_start > self.config.max_prompt:
                 raise APIError(
                     400,
-                    f"the prompt has {sample.row.answer} tokens; this server takes {self.config.max_prompt}",
+                    f"the prompt has {sample.row.answer_start} tokens; this server takes {self.config.max_prompt}",
                     code="context_length_exceeded",
                 )
             if sample.positions > self.config.max_positions:
@@ -202,7 +202,7 @@ class Service:
         if not remaining:
             return
         if prompt_tokens is None:
-            prompt_tokens = samples[0].row.answer
+            prompt_tokens = samples[0].row.answer_start
         job = Job(samples, deliver, watch, finish, deadline, prompt_tokens, counted)
         self.worker.submit(job)
         try:

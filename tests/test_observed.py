@@ -207,7 +207,7 @@ def test_every_argument_of_the_engine_has_an_effect(model, tokenizer):
         engine.step()
         return engine.running
 
-    size = len(Engine(model, tokenizer).rows.answer("a", plan).ids)
+    size = len(Engine(model, tokenizer).rows.answer_row("a", plan).ids)
     assert running() == 3
     assert running(max_rows=2) == 2
     assert running(max_positions=2 * size) == 2

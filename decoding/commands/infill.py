@@ -9,7 +9,7 @@ from typing import Any
 
 from decoding.config import LoadConfig, decoder_option
 from decoding.gaps import Gap, pieces_of, place_of
-from decoding.request import Request
+from decoding.request import DecoderRequest, Request
 from dlm.cli import Command, json_line
 from dlm.data.prompts import read_prompts
 from dlm.errors import ConfigError
@@ -18,7 +18,7 @@ LENGTH = re.compile(r"(\d{1,7})(?:-(\d{1,7}))?")
 
 
 @dataclass(frozen=True)
-class InfillConfig(LoadConfig):
+class InfillConfig(LoadConfig, DecoderRequest):
     """Settings of `dlm infill`.
 
     Args:
@@ -27,12 +27,6 @@ class InfillConfig(LoadConfig):
         edit: words that are written again, in texts without gaps.
         length: tokens that come in their place, such as 4 or 2-6; as many as they have if empty.
         prompt: what the texts are the answer to; empty for texts that stand alone.
-        decoder: name of the decoder (see `dlm generate --list-decoders`); by default the checkpoint's own.
-        options: options of the decoder, such as --options.kernel_size 9.
-        steps: denoising steps, in place of a rate.
-        rate: tokens written per model call on average, at least 1; 1 by default.
-        reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate).
-        refresh: with reuse, everything is computed at every so many changes of the row; 8 by default.
         seed: seed of the noise; a decoder that takes the likeliest token, as the default model's, has none.
         batch_size: rows per model call.
         json: write one JSON object per text instead of the text.
@@ -42,12 +36,6 @@ class InfillConfig(LoadConfig):
     edit: str = ""
     length: str = ""
     prompt: str = ""
-    decoder: str | None = None
-    options: dict[str, Any] | None = None
-    steps: int | None = None
-    rate: float | None = None
-    reuse: str | None = None
-    refresh: int | None = None
     seed: int = 0
     batch_size: int = 8
     json: bool = False
@@ -56,9 +44,9 @@ class InfillConfig(LoadConfig):
 
     def __post_init__(self) -> None:
         """Check that the settings fit together."""
-        super().__post_init__()
+        LoadConfig.__post_init__(self)
+        DecoderRequest.__post_init__(self)
         self.check_reuse(self.reuse)
-        self.request()
         if self.batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.length and not self.edit:

@@ -146,7 +146,7 @@ def _answer_sample(service: Service, body: CanvasRequest) -> Sample:
         request.check_decoder()
         check_bias(service, body)
         plan = request.resolve(service.spec)
-        row = service.rows.answer(ids, plan)
+        row = service.rows.answer_row(ids, plan)
         row.stages(plan)  # refused here, before a stream begins
         return Sample(row, plan, first_seed(body.seed))
 
@@ -223,7 +223,7 @@ class _View:
             "step": int(canvas.step[0]),
             "model_calls": output.model_calls,
             "seed": sample.seed,
-            "usage": usage(sample.row.answer, tokens),
+            "usage": usage(sample.row.answer_start, tokens),
         }
 
     def filled(self, filled: Filled, prompt_tokens: int) -> dict[str, Any]:

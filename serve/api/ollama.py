@@ -143,7 +143,7 @@ class _OllamaAnswer:
             "done_reason": output.finish_reason,
             "total_duration": time.monotonic_ns() - self.begun,
             "load_duration": 0,
-            "prompt_eval_count": self.sample.row.answer,
+            "prompt_eval_count": self.sample.row.answer_start,
             "prompt_eval_duration": 0,
             "eval_duration": time.monotonic_ns() - self.begun,
             "eval_count": len(output.token_ids),

@@ -220,7 +220,7 @@ class Generation:
             with_limits(service, ids, self.max_tokens)
             with faults_named():
                 plan = self.plan(service, ids)
-                row = service.rows.answer(ids, plan)
+                row = service.rows.answer_row(ids, plan)
                 row.stages(plan)  # refused here, before a stream begins
             out += [Sample(row, plan, wrapped(seed + i)) for i in range(self.n)]
         service.check_samples(out)
@@ -320,7 +320,7 @@ def metadata(row: Row, output: Any) -> dict[str, Any]:
         "steps": output.steps,
         "tokens_per_call": round(tokens / max(1, output.model_calls), 4),
         "reveal_steps": output.reveal_step,
-        "prompt_tokens": row.answer,
+        "prompt_tokens": row.answer_start,
         "completion_tokens": tokens,
     }
 

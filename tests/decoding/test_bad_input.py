@@ -123,7 +123,7 @@ def test_ten_thousand_prompts_are_streamed():
 def test_given_mask_tokens_in_a_prompt_are_text_except_in_a_gap(model, tokenizer):
     own = Sampler(model, tokenizer)
     for text in ("say <|mask|> twice <|mask|>", "<mask:3>"):
-        row = own.rows.answer(text, own.plan(max_tokens=10))
+        row = own.rows.answer_row(text, own.plan(max_tokens=10))
         assert row.ids.count(tokenizer.mask_token_id) == 10
         assert own.generate([text], max_tokens=8)[0].steps > 0
     ((row, _),) = rows_with_gaps(own.rows, ["a", "<|mask|>"], None, own.plan(), "x")

@@ -84,8 +84,8 @@ def test_prompts_are_read_as_they_are_needed(sampler):
 
 def test_a_mask_token_in_a_prompt_is_text(sampler):
     out = sampler.generate(["what is <|mask|>?"], decoder="conv", window=48, steps=4)[0]
-    row = sampler.rows.answer("what is <|mask|>?", sampler.plan(window=48))
-    assert row.ids.count(sampler.spec.mask_token_id) == 48 - row.answer
+    row = sampler.rows.answer_row("what is <|mask|>?", sampler.plan(window=48))
+    assert row.ids.count(sampler.spec.mask_token_id) == 48 - row.answer_start
     assert out.steps == 4
     assert sampler.spec.mask_token_id not in out.token_ids
 

@@ -81,4 +81,4 @@ def test_at_a_rate_the_lead_of_a_block_is_written_alone(model, tokenizer, name, 
 
 def _row(sampler, name, gap, pace):
     plan = sampler.plan(decoder=name, options={"gap": gap}, max_tokens=24, **pace)
-    return sampler.rows.answer("Sort the words.", plan), plan, 0
+    return sampler.rows.answer_row("Sort the words.", plan), plan, 0

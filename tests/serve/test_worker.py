@@ -251,7 +251,7 @@ def test_a_job_cancelled_after_its_end_is_left_alone(tiny, tokenizer):
     worker.start()
     worker.loaded.result(60)
     plan = Request(max_tokens=3).resolve(tiny)
-    row = worker.engine.rows.answer("a", plan)
+    row = worker.engine.rows.answer_row("a", plan)
     done = threading.Event()
     news = []
 
@@ -279,7 +279,7 @@ def started(model, tokenizer):
     worker.start()
     worker.loaded.result(60)
     plan = Request(max_tokens=3).resolve(model)
-    return worker, Sample(worker.engine.rows.answer("a", plan), plan, 0)
+    return worker, Sample(worker.engine.rows.answer_row("a", plan), plan, 0)
 
 
 def test_a_job_cancelled_during_a_step_takes_no_other(tiny, tokenizer):
