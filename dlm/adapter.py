@@ -141,7 +141,7 @@ def add_adapter(
     """
     if is_quantized(model):
         raise ConfigError("the base is quantised already: load it in bfloat16; it is rounded here")
-    before = None if model.device.type == "meta" else sketch(model)
+    base_sketch = None if model.device.type == "meta" else sketch(model)
     transposed = any(isinstance(layer, Conv1D) for layer in model.modules())
     if quantized:
         model = differentiable(quantize(model, quantized))
@@ -163,7 +163,7 @@ def add_adapter(
         for layer in adapted.modules():
             if type(layer) is LoraLinear:
                 layer.__class__ = FoldedLinear  # the same parameters under the same names
-    adapted.base_sketch = before
+    adapted.base_sketch = base_sketch
     return adapted
 
 

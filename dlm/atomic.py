@@ -35,7 +35,7 @@ def filling(folder: str | Path) -> Iterator[Path]:
     A SIGTERM in the main thread is such an error.
     """
     folder = Path(folder)
-    there = folder.is_dir()
+    existing = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with _terminated_by_exception():
@@ -43,7 +43,7 @@ def filling(folder: str | Path) -> Iterator[Path]:
     except BaseException:
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        if not there:
+        if not existing:
             folder.rmdir()
         raise
 
@@ -51,8 +51,8 @@ def filling(folder: str | Path) -> Iterator[Path]:
 @contextmanager
 def _terminated_by_exception() -> Iterator[None]:
     """SIGTERM raises `SystemExit` inside, where it would end the process at once."""
-    usual = signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread() or usual is not signal.SIG_DFL:
+    handler = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or handler is not signal.SIG_DFL:
         yield
         return
 
@@ -64,7 +64,7 @@ def _terminated_by_exception() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, usual)
+        signal.signal(signal.SIGTERM, handler)
 
 
 def write_whole(file: str | Path, text: str, errors: str = "strict") -> None:

@@ -130,12 +130,12 @@ def with_layouts(implementation: str | None) -> str:
     A call with a layout attends as it says; a call without one is the implementation itself. Which of the two
     is decided per call, so that several threads may share a model.
     """
-    usual = (implementation or "sdpa").removeprefix(PREFIX)
-    name = PREFIX + usual
+    implementation_name = (implementation or "sdpa").removeprefix(PREFIX)
+    name = PREFIX + implementation_name
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        AttentionInterface.register(name, partial(attend, usual=usual))
-        if usual in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
-            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[usual])
+        AttentionInterface.register(name, partial(attend, usual=implementation_name))
+        if implementation_name in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation_name])
     return name
 
 
@@ -283,14 +283,14 @@ class Packed(Movable):
             )
         from torch.nn.attention.varlen import varlen_attn
 
-        given: dict[str, Any] = {"enable_gqa": True, "scale": scale}
+        settings: dict[str, Any] = {"enable_gqa": True, "scale": scale}
         supported = torch_varlen() or frozenset()
         if "enable_gqa" not in supported:  # an older one: every head needs keys and values of its own
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         if "scale" not in supported and scale is not None:  # it divides by the root of the width
             query = query * (scale * query.shape[-1] ** 0.5)
-        given = {name: value for name, value in given.items() if name in supported}
-        return varlen_attn(query, key, value, bounds, bounds, longest, longest, **given)  # type: ignore[return-value]
+        settings = {name: value for name, value in settings.items() if name in supported}
+        return varlen_attn(query, key, value, bounds, bounds, longest, longest, **settings)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -510,8 +510,10 @@ class Partial(Movable):
         """
         mask = None if bool(valid.all()) else to_device(valid[:, None, None], device)
         room = int(rows.max()) + 1, valid.shape[1]
-        here = None if finished is None else to_device(finished.gather(1, positions), device)
-        return cls(memory, to_device(rows, device), to_device(positions, device), mask, room, sight, here)
+        finished_here = None if finished is None else to_device(finished.gather(1, positions), device)
+        return cls(
+            memory, to_device(rows, device), to_device(positions, device), mask, room, sight, finished_here
+        )
 
     def attend(
         self,
@@ -541,9 +543,9 @@ class Partial(Movable):
     def row_keys(self, layer: int, query: torch.Tensor, key: torch.Tensor) -> RowKeys:
         """Queries of this pass, and all keys that are kept."""
         del key
-        width, again = self.room[1], torch.zeros_like(self.positions[:, :1], dtype=torch.bool)
+        width, repeated = self.room[1], torch.zeros_like(self.positions[:, :1], dtype=torch.bool)
         keys = self.memory.keys[layer][self.rows, :width].transpose(1, 2)
-        again = torch.cat([again, self.positions[:, 1:] == self.positions[:, :-1]], dim=1)
+        repeated = torch.cat([repeated, self.positions[:, 1:] == self.positions[:, :-1]], dim=1)
         valid = torch.ones(len(keys), width, dtype=torch.bool, device=keys.device)
         valid = valid if self.mask is None else self.mask[:, 0, 0]
-        return RowKeys(query, keys, torch.where(again, -1, self.positions), valid, self.finished)
+        return RowKeys(query, keys, torch.where(repeated, -1, self.positions), valid, self.finished)

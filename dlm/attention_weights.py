@@ -51,30 +51,34 @@ class AttentionWeights:
     incoming: torch.Tensor = field(default_factory=lambda: torch.zeros(()), init=False)
     observers: torch.Tensor = field(default_factory=lambda: torch.zeros(()), init=False)
 
-    def add(self, given: RowKeys, scale: float | None, sight: Sight, shift: bool, weight: float) -> None:
+    def add(self, row_keys: RowKeys, scale: float | None, sight: Sight, shift: bool, weight: float) -> None:
         """Add a layer's attention, times `weight`; `sight` is that of the layer."""
-        rows = to_device(self.rows, given.query.device)
-        query, key, place, valid = (x[rows] for x in (given.query, given.key, given.place, given.valid))
-        chosen = to_device(self.positions.clamp(min=0), query.device)  # [b, K]
-        finished = None if given.finished is None else given.finished[rows]
-        shares = column_shares(query, key, place, valid, chosen, scale, sight, finished)  # [b, A, K]
-        ends = valid.sum(1, keepdim=True).expand_as(chosen)  # what counts for each chosen position ends there
+        rows = to_device(self.rows, row_keys.query.device)
+        query, key, place, valid = (
+            x[rows] for x in (row_keys.query, row_keys.key, row_keys.place, row_keys.valid)
+        )
+        columns = to_device(self.positions.clamp(min=0), query.device)  # [b, K]
+        finished = None if row_keys.finished is None else row_keys.finished[rows]
+        shares = column_shares(query, key, place, valid, columns, scale, sight, finished)  # [b, A, K]
+        ends = valid.sum(1, keepdim=True).expand_as(
+            columns
+        )  # what counts for each chosen position ends there
         if sight.block_size is not None:
-            ends = torch.minimum(ends, (chosen // sight.block_size + 1) * sight.block_size)
+            ends = torch.minimum(ends, (columns // sight.block_size + 1) * sight.block_size)
         counts = (place[..., None] >= 0) & (place[..., None] < ends[:, None])  # [b, A, K]
         incoming = (shares * counts).sum(1) / ends
-        predicting = (chosen - 1).clamp(min=0) if shift else chosen
+        predicting = (columns - 1).clamp(min=0) if shift else columns
         query_of = torch.zeros(len(rows), int(key.shape[2]) + 1, dtype=torch.int64, device=query.device)
         order = torch.arange(place.shape[1], device=query.device).expand_as(place)
         query_of.scatter_(1, torch.where(place < 0, key.shape[2], place), order)
-        index = query_of.gather(1, predicting)[..., None].expand(-1, -1, chosen.shape[1])
+        index = query_of.gather(1, predicting)[..., None].expand(-1, -1, columns.shape[1])
         self.shares = _added(self.shares, weight * shares.gather(1, index))
         self.incoming, self.observers = _added(self.incoming, weight * incoming), ends
 
 
-def _added(total: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+def _added(total: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
     """The sum, on the device of the first layer that counts."""
-    return total + more.to(total.device) if total.dim() else more
+    return total + addend.to(total.device) if total.dim() else addend
 
 
 def column_shares(
@@ -108,14 +112,14 @@ def column_shares(
     keys = key.to(kind)[:, :, None].transpose(-1, -2)  # [b, G, 1, D, W]
     index = columns[:, None].expand(-1, count, -1)
     shares = []
-    for at in torch.arange(count).split(max(1, _SCORES // (b * heads * len(positions)))):
-        a = slice(int(at[0]), int(at[-1]) + 1)
+    for part in torch.arange(count).split(max(1, _SCORES // (b * heads * len(positions)))):
+        a = slice(int(part[0]), int(part[-1]) + 1)
         queries = query[:, :, a].to(kind).view(b, groups, heads // groups, -1, width)
         scores = (queries @ keys) * (width**-0.5 if scale is None else scale)
-        seen = sight.mask(place[:, a], positions, None if finished is None else finished[:, a])
-        seen = valid[:, None] if seen is None else seen & valid[:, None]
-        seen = seen | (place[:, a] < 0)[..., None]  # so that no sum is empty
-        share = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).mean((1, 2))
+        visible = sight.mask(place[:, a], positions, None if finished is None else finished[:, a])
+        visible = valid[:, None] if visible is None else visible & valid[:, None]
+        visible = visible | (place[:, a] < 0)[..., None]  # so that no sum is empty
+        share = scores.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1).mean((1, 2))
         shares.append(share.gather(2, index[:, a]))
     return torch.cat(shares, dim=1)
 
@@ -153,8 +157,8 @@ class Recorded(Movable):
         """See `Layout`."""
         out = self.layout.attend(layer, query, key, value, scale, sight)
         due = [record for record in self.records if layer >= self.depth - record.layers]
-        given = self.layout.row_keys(layer, query, key) if due else None
+        row_keys = self.layout.row_keys(layer, query, key) if due else None
         for record in due:
-            assert given is not None
-            record.add(given, scale, sight or self.sight, self.shift, 1 / min(record.layers, self.depth))
+            assert row_keys is not None
+            record.add(row_keys, scale, sight or self.sight, self.shift, 1 / min(record.layers, self.depth))
         return out

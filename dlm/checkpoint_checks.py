@@ -67,8 +67,8 @@ def our_weights(
     """
     origin = family or origin_of(config)
     return {
-        family.our_name(name) if family else name: each
-        for name, each in stored.items()
+        family.our_name(name) if family else name: entry
+        for name, entry in stored.items()
         if not (origin and origin.is_derived(name))
     }
 
@@ -107,10 +107,10 @@ def check_shapes(path: str, config: MaskedDiffusionConfig, weights: Mapping[str,
         raise CheckpointError(
             f"{path}: has no place for {len(superfluous)} weights, the first is {superfluous[0]}"
         )
-    for name, each in weights.items():
-        if expected[name].is_floating_point() and not TORCH_DTYPES[each.dtype].is_floating_point:
+    for name, entry in weights.items():
+        if expected[name].is_floating_point() and not TORCH_DTYPES[entry.dtype].is_floating_point:
             raise CheckpointError(
-                f"{path}: {name} is stored as {each.dtype}, whole numbers; quantised weights are not read"
+                f"{path}: {name} is stored as {entry.dtype}, whole numbers; quantised weights are not read"
             )
 
 

@@ -156,14 +156,14 @@ def _dispatch(words: list[str]) -> int:
         print(f"dlm {__version__}")
         return 0
     nested = ".".join(words[:2])  # `dlm inspect ldw` is the entry point inspect.ldw
-    name, rest = (nested, words[2:]) if nested in entries and len(words) > 1 else (words[0], words[1:])
+    name, arguments = (nested, words[2:]) if nested in entries and len(words) > 1 else (words[0], words[1:])
     if name not in entries:
         return _fail(
             f"unknown command {name!r}.{did_you_mean(name, entries)} Commands: {_command_names(entries)}", 2
         )
     if wrong := _misspelt_subcommand(words, entries):
         return _fail(wrong, 2)
-    return _run(f"dlm {name.replace('.', ' ')}", entries[name].load(), rest)
+    return _run(f"dlm {name.replace('.', ' ')}", entries[name].load(), arguments)
 
 
 def _run(prog: str, command: Command, words: list[str]) -> int:
@@ -314,7 +314,7 @@ def _encoded(text: str, kind: Any) -> str:
     try:
         if any(get_origin(member) is list for member in get_args(kind)):
             listed = json.loads(text)
-            if isinstance(listed, list) and all(isinstance(each, str) for each in listed):
+            if isinstance(listed, list) and all(isinstance(item, str) for item in listed):
                 return text
     except (ValueError, RecursionError):
         pass

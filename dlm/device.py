@@ -108,14 +108,14 @@ class Movable:
         import torch
 
         del non_blocking
-        here = torch.device(device)
+        place = torch.device(device)
         copies: dict[torch.device, Self] = vars(self).setdefault("_copies", {})
-        if here not in copies:
+        if place not in copies:
             values = {field.name: getattr(self, field.name) for field in fields(self) if field.init}  # type: ignore[arg-type]
-            moved = {name: _moved(value, here) for name, value in values.items()}
-            same = all(moved[name] is value for name, value in values.items())
-            copies[here] = self if same else replace(self, **moved)  # type: ignore[type-var]
-        return copies[here]
+            moved = {name: _moved(value, place) for name, value in values.items()}
+            unmoved = all(moved[name] is value for name, value in values.items())
+            copies[place] = self if unmoved else replace(self, **moved)  # type: ignore[type-var]
+        return copies[place]
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -126,5 +126,5 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Movable):
         return value.to(device)
     if isinstance(value, dict) and value:
-        return {key: _moved(each, device) for key, each in value.items()}
+        return {key: _moved(item, device) for key, item in value.items()}
     return value

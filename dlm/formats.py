@@ -330,10 +330,10 @@ def format_of(path: str) -> CheckpointFormat:
     Raises:
         CheckpointError: when there is nothing, or nothing that any of them knows.
     """
-    known = next((each for each in FORMATS if each.detect(path)), None)
-    if known is None:
+    detected = next((candidate for candidate in FORMATS if candidate.detect(path)), None)
+    if detected is None:
         raise unknown_architecture(path, stored_config(path))
-    return known
+    return detected
 
 
 def _base_format(adapter: str) -> CheckpointFormat:

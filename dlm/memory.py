@@ -80,9 +80,9 @@ def container_room(
         lines = []
     rooms = []
     for folder, *files in _CGROUPS:
-        mine = next((Path(x[2].strip("/")) for x in lines if folder in x[1].split(",")), Path())
-        rooms += [_room_in(control / folder / each, *files) for each in {mine, *mine.parents, Path()}]
-    return min((each for each in rooms if each is not None), default=None)
+        group = next((Path(x[2].strip("/")) for x in lines if folder in x[1].split(",")), Path())
+        rooms += [_room_in(control / folder / path, *files) for path in {group, *group.parents, Path()}]
+    return min((path for path in rooms if path is not None), default=None)
 
 
 def _room_in(group: Path, limit: str, used: str, reclaimable: str) -> int | None:

@@ -339,8 +339,8 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             use_cache=False,
             layout=self._recorded(layout, attention),
         ).last_hidden_state[0]
-        for each, read in zip(shadows, rows.read, strict=True):
-            each.states = states[to_device(read, states.device)]
+        for shadow, read in zip(shadows, rows.read, strict=True):
+            shadow.states = states[to_device(read, states.device)]
         real = rows.real
         if shift:
             real = torch.where(rows.place[real] > 0, real - 1, real)

@@ -77,14 +77,14 @@ def _origin(
     family = origin_of(config)
     if family is None or config.public is None:
         raise CheckpointError(f"{folder}: did not come from a public checkpoint; it has only this layout")
-    then = ModelSpec.of_config(family.config(config.public["config"], tokenizer))
-    now = ModelSpec.of_config(config)
+    published = ModelSpec.of_config(family.config(config.public["config"], tokenizer))
+    current = ModelSpec.of_config(config)
     for name in ("visibility", "schedule"):
-        ours, theirs = getattr(now, name), getattr(then, name)
-        if ours != theirs:
+        ours, original = getattr(current, name), getattr(published, name)
+        if ours != original:
             raise CheckpointError(
                 f"{folder}: trained further with another {name} ({ours}) than the public layout "
-                f"has ({theirs})"
+                f"has ({original})"
             )
     return family, config.public
 

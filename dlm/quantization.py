@@ -72,14 +72,14 @@ def quantize(model: Model, dtype: str) -> Model:
 
     config = quantization_config(dtype, next(model.parameters()).dtype)
     convert = (Bnb8bitQuantize if dtype == "int8" else Bnb4bitQuantize)(None).convert
-    before = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     training = model.training
     replace_with_bnb_linear(model, [_OUTSIDE], config)
     for name, layer in quantized_layers(model):
         key = f"{name}.weight"
-        (layer.weight,) = convert({key: before[key].data}, full_layer_name=key, model=model).values()
+        (layer.weight,) = convert({key: parameters[key].data}, full_layer_name=key, model=model).values()
         if layer.bias is not None:
-            layer.bias = before[f"{name}.bias"]
+            layer.bias = parameters[f"{name}.bias"]
     return _settled(model, dtype).train(training)
 
 

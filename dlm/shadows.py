@@ -78,16 +78,16 @@ class Shadowed:
         device: torch.device,
     ) -> Shadowed:
         """Put shadows behind the rows [N], whose lengths are `lengths`."""
-        owner = torch.cat([each.rows for each in shadows])
-        position = torch.cat([each.positions for each in shadows])
+        owner = torch.cat([shadow.rows for shadow in shadows])
+        position = torch.cat([shadow.positions for shadow in shadows])
         read, size = torch.zeros_like(owner), 1 + shift
         parts: list[torch.Tensor] = []
         places: list[torch.Tensor] = []
         real: list[torch.Tensor] = []
         layouts, begin = {}, 0
         for number, row in enumerate(ids.split(list(lengths))):
-            mine = (owner == number).nonzero()[:, 0]
-            at, length = position[mine], len(row)
+            own_rows = (owner == number).nonzero()[:, 0]
+            at, length = position[own_rows], len(row)
             place = torch.stack([at - 1, at], 1).flatten() if shift else at
             extra = torch.full_like(place, mask_id)
             if shift:
@@ -95,16 +95,16 @@ class Shadowed:
             parts += [row, extra]
             places += [torch.arange(length), place]
             real.append(begin + torch.arange(length))
-            read[mine] = begin + length + size * torch.arange(len(mine))
+            read[own_rows] = begin + length + size * torch.arange(len(own_rows))
             begin += length + len(place)
-            if len(mine):
+            if len(own_rows):
                 layouts[number] = _layout(length, place, size, device)
         return cls(
             torch.cat(parts),
             torch.cat(places),
             [length + size * int((owner == number).sum()) for number, length in enumerate(lengths)],
             torch.cat(real),
-            list(read.split([len(each.rows) for each in shadows])),
+            list(read.split([len(shadow.rows) for shadow in shadows])),
             layouts,
         )
 

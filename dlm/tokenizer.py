@@ -293,5 +293,5 @@ def longest_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if any(step["type"] not in PARTING or step.get("behavior") == "Removed" for step in steps):
         return None
     vocabulary = tokenizer.get_vocab()
-    whole = all(character in vocabulary for character in pre_tokenizers.ByteLevel.alphabet())
-    return max(map(len, vocabulary)) if whole else None
+    byte_level = all(character in vocabulary for character in pre_tokenizers.ByteLevel.alphabet())
+    return max(map(len, vocabulary)) if byte_level else None

@@ -104,8 +104,8 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         group = self._global_rows() if self.data_collator.grouped else 1
-        whole = self._global_rows() if self.args.world_size > 1 else 1
-        self._sampler = EpochSampler(list(dataset["length"]), group, seed=self.args.seed, multiple=whole)
+        multiple = self._global_rows() if self.args.world_size > 1 else 1
+        self._sampler = EpochSampler(list(dataset["length"]), group, seed=self.args.seed, multiple=multiple)
         return self._sampler
 
     def _global_rows(self) -> int:
@@ -360,10 +360,10 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
                 f"micro-batches, not {parts}; go on with as many processes as it began with"
             )
 
-        rows, before = len(self._get_train_sampler()), self._resumed_log.get("rows") or 0
-        if before and before != rows and self.args.max_steps * self._global_rows() > min(rows, before):
+        rows, earlier = len(self._get_train_sampler()), self._resumed_log.get("rows") or 0
+        if earlier and earlier != rows and self.args.max_steps * self._global_rows() > min(rows, earlier):
             raise ConfigError(
-                f"{resume_from_checkpoint}: an epoch of this run has {before} rows, and now {rows}; go on "
+                f"{resume_from_checkpoint}: an epoch of this run has {earlier} rows, and now {rows}; go on "
                 "with the same data, and as many processes as it began with"
             )
 

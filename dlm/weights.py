@@ -85,7 +85,7 @@ def _entries(file: Path) -> tuple[int, dict[str, Any]]:
             (length,) = struct.unpack("<Q", stream.read(8))
             size = file.stat().st_size - 8 - length
             entries = json.loads(stream.read(length) if size >= 0 else b"")
-        about = dict(entries.pop(METADATA, None) or {})
+        metadata = dict(entries.pop(METADATA, None) or {})
         _check_entries(file, entries, 8 + length, size)
     except CheckpointError:
         raise
@@ -94,7 +94,7 @@ def _entries(file: Path) -> tuple[int, dict[str, Any]]:
         OverflowError,
     ) as error:  # fmt: skip
         raise CheckpointError(f"{file}: truncated or damaged (not a safetensors header)") from error
-    return 8 + length, {METADATA: about, **entries}
+    return 8 + length, {METADATA: metadata, **entries}
 
 
 def write_renamed(file: Path, target: Path, renamed: Callable[[str], str]) -> list[str]:
@@ -112,9 +112,9 @@ def write_renamed(file: Path, target: Path, renamed: Callable[[str], str]) -> li
         CheckpointError: see `header`.
     """
     begin, entries = _entries(file)
-    about = {**entries.pop(METADATA), "format": "pt"}
+    metadata = {**entries.pop(METADATA), "format": "pt"}
     tensors = {renamed(name): entry for name, entry in entries.items()}
-    text = json.dumps({METADATA: about, **tensors}, separators=(",", ":")).encode()
+    text = json.dumps({METADATA: metadata, **tensors}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # values begin at a multiple of 8, as by the format
     with file.open("rb") as source, target.open("wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
@@ -160,8 +160,8 @@ def _check_entry(file: Path, name: str, entry: dict[str, Any], size: int) -> Non
     """Refuse a tensor of a type that is not read, and one whose bytes are not as many as its values need."""
     dtype, shape = entry["dtype"], entry["shape"]
     if dtype not in TORCH_DTYPES:
-        known = ", ".join(TORCH_DTYPES)
-        raise CheckpointError(f"{file}: {name} is stored as {dtype}, which is not read; types: {known}")
+        readable = ", ".join(TORCH_DTYPES)
+        raise CheckpointError(f"{file}: {name} is stored as {dtype}, which is not read; types: {readable}")
     if not all(map(_is_count, shape)):
         raise CheckpointError(f"{file}: damaged ({name} has the shape {shape})")
     needed = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
@@ -226,10 +226,10 @@ def _merged(files: Iterable[Path]) -> dict[str, Stored]:
     """The tensors of several files by name; a name that is in two of them is refused."""
     tensors: dict[str, Stored] = {}
     for file in files:
-        for name, each in header(file).items():
+        for name, entry in header(file).items():
             if name in tensors:
                 raise CheckpointError(f"{file}: holds {name}, which {tensors[name].file.name} also holds")
-            tensors[name] = each
+            tensors[name] = entry
     return tensors
 
 
@@ -285,8 +285,8 @@ def stored_bytes(path: str | Path) -> int | None:
         return sum(file.stat().st_size for file in shards(path)) or None
     index = file_of(str(path), INDEX)
     if index is not None:
-        about = read_index(Path(index)).get("metadata")
-        total = about.get("total_size") if isinstance(about, dict) else None
+        metadata = read_index(Path(index)).get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
         return int(total) if isinstance(total, int | float) else None
     return _size_on_hub(str(path))
 

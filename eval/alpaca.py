@@ -112,20 +112,20 @@ def _pairs(outputs: Records, references: Records) -> list[tuple[int, dict[str, A
     by_instruction: dict[str, Records] = {}
     for row in references:
         by_instruction.setdefault(row["instruction"], []).append(row)
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     pairs = []
     for number, row in enumerate(outputs):
         instruction = row["instruction"]
         choices = by_instruction.get(instruction, [])
         if choices:
-            reference = choices[min(seen[instruction], len(choices) - 1)]
-            shown = _without_marks(instruction) + NO_WIDTH * seen[instruction]
-            seen[instruction] += 1
-            ours, theirs = (
-                {**each, "instruction": shown, "output": _without_marks(each["output"])}
-                for each in (row, reference)
+            reference = choices[min(counts[instruction], len(choices) - 1)]
+            shown = _without_marks(instruction) + NO_WIDTH * counts[instruction]
+            counts[instruction] += 1
+            ours, baseline = (
+                {**row_of_pair, "instruction": shown, "output": _without_marks(row_of_pair["output"])}
+                for row_of_pair in (row, reference)
             )
-            pairs.append((number, ours, theirs))
+            pairs.append((number, ours, baseline))
     return pairs
 
 
@@ -218,8 +218,8 @@ def _package() -> Any:
 
 def _config_file(package: Any, annotator: str) -> Path:
     """The file of an annotator's config: one of the package's, or the caller's own."""
-    base, given = Path(package.constants.EVALUATORS_CONFIG_DIR), Path(annotator)
-    places = (base / annotator / "configs.yaml", given / "configs.yaml", given)
+    base, named = Path(package.constants.EVALUATORS_CONFIG_DIR), Path(annotator)
+    places = (base / annotator / "configs.yaml", named / "configs.yaml", named)
     file = next((place.resolve() for place in places if place.is_file()), None)
     if file is None:
         raise unknown_name("annotator", annotator, [f.parent.name for f in base.glob("*/configs.yaml")])
@@ -232,10 +232,12 @@ def _annotator(package: Any, judge: Judge) -> type:
     class Annotator(package.annotators.PairwiseAnnotator):  # type: ignore[misc]
         def _initialize_annotators(self, **given: Any) -> Any:
             annotators = super()._initialize_annotators(**given)
-            for each in annotators.values():
-                each.fn_completions = _Completions(judge, package)
-                options = each.completions_kwargs
-                each.completions_kwargs = {name: options[name] for name in CHAT_SETTINGS if name in options}
+            for judge_of_name in annotators.values():
+                judge_of_name.fn_completions = _Completions(judge, package)
+                options = judge_of_name.completions_kwargs
+                judge_of_name.completions_kwargs = {
+                    name: options[name] for name in CHAT_SETTINGS if name in options
+                }
             return annotators
 
     return Annotator

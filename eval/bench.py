@@ -63,7 +63,7 @@ class Timed:
 
     def packed_hidden(self, input_ids: torch.Tensor, lengths: Sequence[int], **records: Any) -> torch.Tensor:
         """[N] -> [N, D]; shadows count as positions."""
-        shadows = sum(len(each.rows) for each in records.get("shadows", ()))
+        shadows = sum(len(shadow.rows) for shadow in records.get("shadows", ()))
         count = len(input_ids) + shadows * (1 + self.spec.shift)
         return self._time("forward", lambda: self.model.packed_hidden(input_ids, lengths, **records), count)
 
@@ -268,24 +268,24 @@ def time_ways(ways: Sequence[Way], rounds: int, device: torch.device | str = "cp
             begun = now(device)
             tokens, calls = way.write(seed)
             runs[way.name].append(Run(now(device) - begun, tokens, calls))
-    return {name: each[1:] for name, each in runs.items()}
+    return {name: runs_of_way[1:] for name, runs_of_way in runs.items()}
 
 
 def table(runs: dict[str, list[Run]], baselines: Sequence[str]) -> str:
     """Medians and, for each baseline, the median of the ratios of tokens per second, as a Markdown table."""
     heads = ["", "seconds", "tokens", "calls", "tokens/s", *(f"× {name}" for name in baselines)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for name, each in runs.items():
-        speed = [run.tokens / run.seconds for run in each]
+    for name, runs_of_way in runs.items():
+        speed = [run.tokens / run.seconds for run in runs_of_way]
         ratios = [
             median(a / (b.tokens / b.seconds) for a, b in zip(speed, runs[base], strict=True) if b.tokens)
             for base in baselines
         ]
         cells = [
             name,
-            f"{median(run.seconds for run in each):.2f}",
-            f"{median(run.tokens for run in each):.0f}",
-            f"{median(run.calls for run in each):.1f}",
+            f"{median(run.seconds for run in runs_of_way):.2f}",
+            f"{median(run.tokens for run in runs_of_way):.0f}",
+            f"{median(run.calls for run in runs_of_way):.1f}",
             f"{median(speed):.1f}",
             *(f"{ratio:.2f}" for ratio in ratios),
         ]

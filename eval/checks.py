@@ -149,8 +149,8 @@ def _worked_out(text: str, otherwise: Decimal) -> Decimal:
 
 def gsm8k(question: Question, answer: str) -> bool:
     """True when an answer to a GSM8K question ends with the right number, to within a ten-thousandth."""
-    right, given = final_number(question.reference[0]), final_number(answer)
-    return right is not None and given is not None and abs(right - given) <= Decimal("0.0001")
+    right, answered = final_number(question.reference[0]), final_number(answer)
+    return right is not None and answered is not None and abs(right - answered) <= Decimal("0.0001")
 
 
 def rules(question: Question, answer: str) -> bool:

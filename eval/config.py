@@ -129,9 +129,9 @@ class EvalConfig:
 
     def variants(self) -> list[Variant]:
         """The ways to decode that are compared."""
-        given = {name: getattr(self, name) for name in REQUESTED if getattr(self, name) is not None}
+        shared = {name: getattr(self, name) for name in REQUESTED if getattr(self, name) is not None}
         return [
-            replace(variant, pace={**variant.pace, **given})
+            replace(variant, pace={**variant.pace, **shared})
             for variant in variants(self.decoders, **self._sizes())
         ]
 

@@ -83,48 +83,48 @@ def gains(
     for first in range(0, len(rows), batch_size):
         chunk = list(enumerate(rows[first : first + batch_size], start=first))
         shown: list[list[int]] = []
-        told: list[tuple[int, int, list[int]]] = []  # answer, first mask, positions told
+        trials: list[tuple[int, int, list[int]]] = []  # answer, first mask, positions told
         for number, (prompt, answer) in chunk:
             ids, share = [*prompt, *answer], float(uniform(key_of("dependence", seed, number), 0))
             edge = len(prompt) + int(share * len(answer))
             positions = [edge + a for a in reaches if edge + a < len(ids)]
-            told.append((number, edge, positions))
+            trials.append((number, edge, positions))
             text = ids[:edge] + [mask_id] * (len(ids) - edge)
             shown.append(text)
             shown += [[*text[:i], ids[i], *text[i + 1 :]] for i in positions]
-        states = iter(_log_probabilities(model, shown, [(p, a) for _, (p, a) in chunk], told))
-        for number, edge, positions in told:
+        states = iter(_log_probabilities(model, shown, [(p, a) for _, (p, a) in chunk], trials))
+        for number, edge, positions in trials:
             alone = next(states)
             for i in positions:
-                known = next(states)
+                informed = next(states)
                 for j in range(max(edge, i - furthest), min(len(alone), i + furthest + 1)):
                     if j != i:
-                        yield Gain(number, abs(i - j), min(i, j) - edge, float(known[j] - alone[j]))
+                        yield Gain(number, abs(i - j), min(i, j) - edge, float(informed[j] - alone[j]))
 
 
 def _log_probabilities(
     model: Any,
     shown: Sequence[Sequence[int]],
     pairs: Sequence[Pair],
-    told: Sequence[tuple[int, int, list[int]]],
+    trials: Sequence[tuple[int, int, list[int]]],
 ) -> Iterator[torch.Tensor]:
     """[L] float64 for each row shown, the log-probability of the true token at its masks; one model call."""
     lengths = [len(row) for row in shown]
     states = hidden_of_rows(model, torch.tensor([token for row in shown for token in row]), lengths)
     pieces = iter(states.split(lengths))
-    for (prompt, answer), (_, edge, positions) in zip(pairs, told, strict=True):
+    for (prompt, answer), (_, edge, positions) in zip(pairs, trials, strict=True):
         truth = torch.tensor([*prompt, *answer])
         for _ in range(1 + len(positions)):
             logp = model.logits(next(pieces)[edge:]).float().log_softmax(-1).cpu()
-            found = logp.gather(1, truth[edge:, None])[:, 0].double()
-            yield torch.cat([torch.full((edge,), math.nan, dtype=torch.float64), found])
+            behind = logp.gather(1, truth[edge:, None])[:, 0].double()
+            yield torch.cat([torch.full((edge,), math.nan, dtype=torch.float64), behind])
 
 
-def by_distance(found: Sequence[Gain], reach: int | None = None) -> dict[int, Estimate]:
+def by_distance(measured: Sequence[Gain], reach: int | None = None) -> dict[int, Estimate]:
     """I(d) by distance, with its interval over answers; of all pairs, or those at one `reach`."""
     out: dict[int, Estimate] = {}
-    for distance in sorted({gain.distance for gain in found}):
-        chosen = [g for g in found if g.distance == distance and reach in (None, g.reach)]
-        if chosen:
-            out[distance] = estimate([g.nats for g in chosen], [str(g.answer) for g in chosen])
+    for distance in sorted({gain.distance for gain in measured}):
+        gains_here = [g for g in measured if g.distance == distance and reach in (None, g.reach)]
+        if gains_here:
+            out[distance] = estimate([g.nats for g in gains_here], [str(g.answer) for g in gains_here])
     return out

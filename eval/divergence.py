@@ -21,9 +21,9 @@ def frontier_integral(p: np.ndarray, q: np.ndarray) -> float:
     Σ_k (p_k + q_k)/2 - p_k q_k log(p_k/q_k) / (p_k - q_k); equal p_k and q_k add nothing.
     """
     mean = (p + q) / 2
-    both = (p > 0) & (q > 0) & ~np.isclose(p, q, rtol=1e-9, atol=0)
-    a, b = np.where(both, p, 1.0), np.where(both, q, 0.5)
-    shared = np.where(both, a * b * np.log(a / b) / (a - b), np.where((p > 0) & (q > 0), mean, 0.0))
+    common = (p > 0) & (q > 0) & ~np.isclose(p, q, rtol=1e-9, atol=0)
+    a, b = np.where(common, p, 1.0), np.where(common, q, 0.5)
+    shared = np.where(common, a * b * np.log(a / b) / (a - b), np.where((p > 0) & (q > 0), mean, 0.0))
     return float(np.clip((mean - shared).sum(), 0.0, 1.0))
 
 
@@ -79,7 +79,7 @@ def distance(references: np.ndarray, answers: np.ndarray, draws: int = 200, seed
         column = (
             np.zeros(len(labels), dtype=int) if draw == 0 else rng.integers(labels.shape[1], size=len(labels))
         )
-        rest = np.ones(labels.shape, dtype=bool)
-        rest[rows, column] = False
-        values.append(frontier_integral(smoothed(labels[rows, column], bins), smoothed(labels[rest], bins)))
+        unused = np.ones(labels.shape, dtype=bool)
+        unused[rows, column] = False
+        values.append(frontier_integral(smoothed(labels[rows, column], bins), smoothed(labels[unused], bins)))
     return Distance(values[0], float(np.mean(values[1:])), bins)

@@ -170,8 +170,8 @@ class Frontiers:
                     cells += [f"{line.distances[i].value:.3f}", f"{line.distances[i].chance:.3f}"]
                 rows.append([line.name, f"{sample.temperature:g}", *cells])
         seeds = f", {len(self.config.noise)} seeds" if len(self.config.noise) > 1 else ""
-        of = "" if math.isnan(self.references) else f"; entropy of the references {self.references:.3f}"
-        title = f"Frontier: {self.questions} questions{seeds}, entropy by {self.config.entropy}{of}"
+        ending = "" if math.isnan(self.references) else f"; entropy of the references {self.references:.3f}"
+        title = f"Frontier: {self.questions} questions{seeds}, entropy by {self.config.entropy}{ending}"
         return Table(title, head, rows)
 
     def write(self, folder: Path) -> list[Path]:
@@ -227,9 +227,9 @@ class Texts:
 
         self.config, self.tokenizer = config, load_causal_lm(reader)[1]
         self.runs: dict[tuple[str, str], list[Results]] = {}
-        for run in (run for each in results for run in each):
+        for run in (run for result in results for run in result):
             self.runs.setdefault((run.card.model, run.card.label), []).append(run)
-        shared = set.intersection(*(set(run.answers) for each in self.runs.values() for run in each))
+        shared = set.intersection(*(set(run.answers) for result in self.runs.values() for run in result))
         self.keys = sorted(shared)
         self.questions = sorted({key[0] for key in self.keys})
         if not self.keys:
@@ -253,7 +253,7 @@ class Texts:
             temperature,
             np.array([self._numbers[key[0]] for _, key in pairs]),
             np.array([row["nll"] for row in rows]),
-            np.array([unigram_entropy(each, span) for each in ids]),
+            np.array([unigram_entropy(answer_ids, span) for answer_ids in ids]),
             self._counted(ids) if self.config.entropy == "corpus" else None,
             {name: np.array([row.get(name, math.nan) for row in rows]) for name in FIGURES},
         )
@@ -261,9 +261,9 @@ class Texts:
     def _counted(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """[N, V'] counts of the tokens of each text, V' the tokens of these texts."""
         names, where = np.unique(
-            np.concatenate([np.array(each, dtype=int) for each in ids]), return_inverse=True
+            np.concatenate([np.array(answer_ids, dtype=int) for answer_ids in ids]), return_inverse=True
         )
-        owner = np.repeat(np.arange(len(ids)), [len(each) for each in ids])
+        owner = np.repeat(np.arange(len(ids)), [len(answer_ids) for answer_ids in ids])
         counts = np.zeros((len(ids), len(names)))
         np.add.at(counts, (owner, where), 1.0)
         return counts
@@ -283,7 +283,7 @@ class Texts:
 
             return float(entropy(self._counted(ids).sum(0)))
         span = self.config.span if self.config.entropy == "span" else 0
-        return float(np.mean([unigram_entropy(each, span) for each in ids]))
+        return float(np.mean([unigram_entropy(answer_ids, span) for answer_ids in ids]))
 
 
 def _equal(pace: str, lines: Mapping[str, Line], comparisons: Mapping[str, list[Comparison]]) -> Table:
@@ -293,17 +293,17 @@ def _equal(pace: str, lines: Mapping[str, Line], comparisons: Mapping[str, list[
     head += ["distance"] if far else []
     rows = []
     for name, row in comparisons.items():
-        for each in row:
-            if math.isnan(each.nats.mean):
+        for point in row:
+            if math.isnan(point.nats.mean):
                 low, high = lines[name].curve.range
                 outside = f"outside {low:.2f} to {high:.2f}"
-                rows.append([name, f"{each.entropy:.2f}", outside, *["–"] * (len(head) - 3)])
+                rows.append([name, f"{point.entropy:.2f}", outside, *["–"] * (len(head) - 3)])
                 continue
-            beside = lines[name].at(each.entropy)
-            cells = [_shown(each.nats), "–" if each.difference is None else _shown(each.difference, "+")]
+            beside = lines[name].at(point.entropy)
+            cells = [_shown(point.nats), "–" if point.difference is None else _shown(point.difference, "+")]
             cells += [f"{beside['tokens']:.1f}", f"{beside['tokens_per_call']:.2f}"]
             cells += [f"{beside['distance']:.3f}"] if far else []
-            rows.append([name, f"{each.entropy:.2f}", *cells])
+            rows.append([name, f"{point.entropy:.2f}", *cells])
     title = (
         "At equal entropy" + (f", {pace}" if pace else "") + f": differences from {next(iter(comparisons))}"
     )

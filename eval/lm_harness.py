@@ -38,15 +38,15 @@ LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 
 
 def _check_arguments(
-    pretrained: str, likelihood: str, draws: int | str | None, rest: Mapping[str, Any]
+    pretrained: str, likelihood: str, draws: int | str | None, unknown: Mapping[str, Any]
 ) -> None:
     """Refuse arguments of the model that are missing, unknown, or do not go together."""
     if not pretrained:
         raise ConfigError("model_args need pretrained=DIR")
-    for name in rest:
+    for name in unknown:
         if name not in ("max_batch_size", "trust_remote_code"):  # what the harness adds by itself
             raise unknown_name("model_args", name, list(inspect.signature(DLM.__init__).parameters)[1:-1])
-    if str(rest.get("trust_remote_code", False)).lower() not in ("false", "none", ""):
+    if str(unknown.get("trust_remote_code", False)).lower() not in ("false", "none", ""):
         logger.warning("trust_remote_code has no effect: code that lies beside a model is never run")
     if likelihood not in LIKELIHOODS:
         raise unknown_name("likelihood", likelihood, LIKELIHOODS)
@@ -88,7 +88,7 @@ class DLM(LM):  # type: ignore[misc]
         batch_size: int | str = 8,
         device: str | None = "auto",
         dtype: str = "auto",
-        **rest: Any,
+        **unknown: Any,
     ) -> None:
         super().__init__()
         import torch
@@ -98,7 +98,7 @@ class DLM(LM):  # type: ignore[misc]
         from dlm.checkpoint import load_model
         from eval.variants import Variant
 
-        _check_arguments(pretrained, likelihood, draws, rest)
+        _check_arguments(pretrained, likelihood, draws, unknown)
         if device and device.startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"  # the harness asks for cuda:0 unless it is told otherwise
         self.model, self.tokenizer = load_model(pretrained, device or "auto", dtype)
@@ -246,21 +246,25 @@ class DLM(LM):  # type: ignore[misc]
         to the continuation.
         """
         if context and template_name(self.tokenizer) != "plain":
-            after = self.maker.text(continuation.removeprefix(" ") or continuation)
+            continuation_ids = self.maker.text(continuation.removeprefix(" ") or continuation)
             positions = self.sampler.spec.positions
-            before = self.maker.prompt(self._fitting(context, max(positions - len(after), positions // 4)))
-            return before, self._scored_part(after, positions - len(before))
+            context_ids = self.maker.prompt(
+                self._fitting(context, max(positions - len(continuation_ids), positions // 4))
+            )
+            return context_ids, self._scored_part(continuation_ids, positions - len(context_ids))
         space = len(context) - len(context.rstrip())
         context, continuation = (
             context[: len(context) - space],
             context[len(context) - space :] + continuation,
         )
         joined = self.maker.text(context + continuation)
-        before = self.maker.text(context) if context else [self.sampler.spec.eos_token_id]
-        cut = joined[len(before) :] if context and joined[: len(before)] == before else None
-        after = cut or self.maker.text(continuation)
-        room = self.sampler.spec.positions - len(after)
-        return before[-room:] if room > 0 else [], self._scored_part(after, self.sampler.spec.positions)
+        context_ids = self.maker.text(context) if context else [self.sampler.spec.eos_token_id]
+        cut = joined[len(context_ids) :] if context and joined[: len(context_ids)] == context_ids else None
+        continuation_ids = cut or self.maker.text(continuation)
+        room = self.sampler.spec.positions - len(continuation_ids)
+        return context_ids[-room:] if room > 0 else [], self._scored_part(
+            continuation_ids, self.sampler.spec.positions
+        )
 
     def _scored_part(self, answer: list[int], room: int) -> list[int]:
         """The part of an answer for which the model has room; said once, where that is not all of it.

@@ -102,15 +102,15 @@ def learn_online(
     Yields:
         The table after each batch.
     """
-    given = {name: value for name, value in (options or {}).items() if name != "table"}
+    decoder_options = {name: value for name, value in (options or {}).items() if name != "table"}
     for number in range(rounds):
         waiting = iter(questions)
         while part := list(itertools.islice(waiting, max(1, batch_size // samples))):
-            decoder = Decoder.named("dprm", table=table, **given)
-            how = replace(request, decoder=decoder, options=None)
+            decoder = Decoder.named("dprm", table=table, **decoder_options)
+            round_request = replace(request, decoder=decoder, options=None)
             batch = [question for question in part for _ in range(samples)]
             seeds = [seed + number * samples + i for _ in part for i in range(samples)]
-            settings = {"request": how, "seed": seeds, "batch_size": batch_size}
+            settings = {"request": round_request, "seed": seeds, "batch_size": batch_size}
             written = list(sampler.iter_traced([question.opening for question in batch], **settings))
             rewards = [
                 reward(question, output.text) for question, (output, _) in zip(batch, written, strict=True)
@@ -170,8 +170,8 @@ def recorded(run: Results, questions: Sequence[Question]) -> Iterator[tuple[Ques
         if identity not in by_id:
             raise DataError(f"{run.folder}: question {identity} is not among those of {run.card.task}")
         question = by_id[identity]
-        *before, last = conversation(question, turn, run.answers)
-        history = tuple((message["role"], message["content"]) for message in before)
+        *earlier, last = conversation(question, turn, run.answers)
+        history = tuple((message["role"], message["content"]) for message in earlier)
         reference = question.reference[turn : turn + 1]
         yield replace(question, turns=(last["content"],), history=history, reference=reference), answer
 
@@ -182,11 +182,11 @@ def run_folders(places: Sequence[str]) -> list[Path]:
     Raises:
         DataError: for a folder without any.
     """
-    found = []
+    folders = []
     for place in places:
         files = Path(place).rglob("run.json")
         below = sorted(file.parent for file in files if (file.parent / "answers.jsonl").exists())
         if not below:
             raise DataError(f"{place}: no run of `dlm eval` there")
-        found += below
-    return list(dict.fromkeys(found))
+        folders += below
+    return list(dict.fromkeys(folders))

@@ -74,8 +74,8 @@ def _shuffle(rng: random.Random) -> tuple[str, str]:
 
 
 def _is_shuffled(instruction: str, reference: list[str], answer: list[str]) -> bool:
-    given = instruction.split(": ")[1].split()
-    return sorted(answer) == sorted(reference) and answer != given
+    original = instruction.split(": ")[1].split()
+    return sorted(answer) == sorted(reference) and answer != original
 
 
 def _sentence(rng: random.Random) -> tuple[str, str]:
@@ -87,12 +87,12 @@ def _sentence(rng: random.Random) -> tuple[str, str]:
 def _is_sentence(instruction: str, reference: list[str], answer: list[str]) -> bool:
     """One sentence with each of the words once, and no word twice in a row."""
     del reference
-    asked = re.findall(r"\w+", instruction.split("words ")[1].lower())
+    required = re.findall(r"\w+", instruction.split("words ")[1].lower())
     text = " ".join(answer)
     words = re.findall(r"\w+", text.lower())
     one = re.fullmatch(r"[A-Z][^.!?]*[.!?]", text) is not None
     stutters = any(a == b for a, b in itertools.pairwise(words))
-    return one and not stutters and all(words.count(word) == 1 for word in asked)
+    return one and not stutters and all(words.count(word) == 1 for word in required)
 
 
 def _latin(rng: random.Random) -> tuple[str, str]:
@@ -173,8 +173,8 @@ def accuracy_under_parallelism(
     if not ordered:
         raise ValueError("the area under no points is not defined")
     first = ordered[0]
-    kept = [point for point in ordered if point.accuracy >= first.accuracy - TOLERANCE]
-    top = max(point.accuracy for point in kept) if best is None else best
+    counted = [point for point in ordered if point.accuracy >= first.accuracy - TOLERANCE]
+    top = max(point.accuracy for point in counted) if best is None else best
     if top <= 0:
         return 0.0
 
@@ -182,6 +182,6 @@ def accuracy_under_parallelism(
         return point.accuracy * min(math.exp(-alpha * (1 - point.accuracy / top)), 1.0)
 
     area = first.tokens_per_call * first.accuracy
-    for before, after in itertools.pairwise(kept):
-        area += (after.tokens_per_call - before.tokens_per_call) * (weighted(after) + weighted(before)) / 2
+    for lower, upper in itertools.pairwise(counted):
+        area += (upper.tokens_per_call - lower.tokens_per_call) * (weighted(upper) + weighted(lower)) / 2
     return area

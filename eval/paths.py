@@ -110,8 +110,10 @@ def differences(runs: Sequence[PathRun]) -> Table:
                 level if run.model == second.model else (run.line, run.pace) == (second.line, second.pace)
             )
             if comparable and run.lengths == second.lengths:
-                before, after = ([cost.total for cost in each.costs] for each in (second, run))
-                difference, p = paired_test(before, after)
+                first_totals, second_totals = (
+                    [cost.total for cost in run_of_pair.costs] for run_of_pair in (second, run)
+                )
+                difference, p = paired_test(first_totals, second_totals)
                 length = sum(len(cost.nats) for cost in run.costs) / len(run.costs)
                 shown = "< 0.001" if p < 0.001 else f"{p:.3f}"
                 rows.append([_name(run), _name(second), f"{difference / length:+.3f}", shown])

@@ -175,9 +175,9 @@ def _of_equal_kinds(runs: Sequence[Results]) -> list[Results]:
             out.append(run)
             continue
         measured = _with_verdicts(run.measured, run.verdicts, kinds)
-        others = {name: value for name, value in run.means.items() if name not in kinds}
-        told = {key: {n: v for n, v in row.items() if n in kinds} for key, row in measured.items()}
-        out.append(replace(run, measured=measured, means={**others, **summary(told)}))
+        other_means = {name: value for name, value in run.means.items() if name not in kinds}
+        equal_rows = {key: {n: v for n, v in row.items() if n in kinds} for key, row in measured.items()}
+        out.append(replace(run, measured=measured, means={**other_means, **summary(equal_rows)}))
     return out
 
 
@@ -195,11 +195,11 @@ def _rejudged(run: Results, longest: Results | None) -> Results:
         return replace(run, measured=measured, means=means)
     from eval.fluency import Band
 
-    usual = {name: longest.whole[name] for name in BAND}
-    band = Band(*usual.values())
+    limits = {name: longest.whole[name] for name in BAND}
+    band = Band(*limits.values())
     rates = {key: {"inlier": float(band.holds(row["nll"]))} for key, row in measured.items() if "nll" in row}
     measured = {key: {**row, **rates.get(key, {})} for key, row in measured.items()}
-    return replace(run, measured=measured, means={**means, **summary(rates)}, whole={**run.whole, **usual})
+    return replace(run, measured=measured, means={**means, **summary(rates)}, whole={**run.whole, **limits})
 
 
 def _nan_for_none(row: Mapping[str, float | None]) -> dict[str, float]:

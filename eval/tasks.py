@@ -39,8 +39,8 @@ class Question:
     @property
     def opening(self) -> list[Message]:
         """The messages before the first answer."""
-        before: list[Message] = [{"role": role, "content": content} for role, content in self.history]
-        return [*before, {"role": "user", "content": self.turns[0]}]
+        earlier: list[Message] = [{"role": role, "content": content} for role, content in self.history]
+        return [*earlier, {"role": "user", "content": self.turns[0]}]
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,14 @@ def _any(row: Any, index: int) -> Question:
     if isinstance(fields.get("turns"), list):
         return _mt_bench({"question_id": index, **fields}, index)
     prompt, answer = asked_and_answer(row, "the question")
-    *before, last = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    *earlier, last = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return Question(
         id=str(index),
         turns=(last["content"],),
         reference=(answer,) if answer else (),
         category=str(fields.get("category") or fields.get("dataset") or ""),
         generator=str(fields.get("generator") or "reference"),
-        history=tuple((turn["role"], turn["content"]) for turn in before),
+        history=tuple((turn["role"], turn["content"]) for turn in earlier),
     )
 
 

@@ -257,8 +257,8 @@ def _with_repetition(rows: _Rows, draws: _Draws, rules: NegativeConfig, tokens: 
     """Some of the rows with the beginning of a negative in their answer, as far as they have room for it."""
     layout = _layout(rows, draws, rules, rows.prompt_length, (rows.length - 1).clamp(min=0))
     room = (rows.real.sum(1) - rows.length).clamp(max=rules.span_max)
-    chosen = (draws("recover") < rules.recover) & (rows.prompt_length > 0) & (room > 0)
-    size = torch.where(chosen, draws.integer("slip", 1, room.clamp(min=1)), 0)
+    slips = (draws("recover") < rules.recover) & (rows.prompt_length > 0) & (room > 0)
+    size = torch.where(slips, draws.integer("slip", 1, room.clamp(min=1)), 0)
     cut, position = layout.origin, rows.position
     wrong, rule = _wrong_tokens(rows, layout, draws, rules, tokens)
     moved = rows.ids.gather(1, (position - size[:, None]).clamp(min=0))
@@ -268,8 +268,8 @@ def _with_repetition(rows: _Rows, draws: _Draws, rules: NegativeConfig, tokens: 
         rows,
         ids=torch.where(repeated, wrong, ids),
         length=rows.length + size,
-        back=torch.where(chosen, cut + size, -1),
-        slip=torch.where(chosen, cut, rows.length + size),
+        back=torch.where(slips, cut + size, -1),
+        slip=torch.where(slips, cut, rows.length + size),
         repetition=wrong,
         rule=rule,
     )
@@ -317,32 +317,32 @@ def _contrast_in_blocks(
     end = (block + 1) * blocks.size
     repeated = rows.take(row)
     repeated = replace(repeated, real=repeated.real & (rows.position < end[:, None]))
-    own = rows.position // blocks.size == block[:, None]
-    allowed = own & repeated.answered & (rows.position >= repeated.prompt_length[:, None])
+    of_block = rows.position // blocks.size == block[:, None]
+    allowed = of_block & repeated.answered & (rows.position >= repeated.prompt_length[:, None])
     recovers = (repeated.back >= 0) & (repeated.back // blocks.size == block)
     first = torch.where(recovers, repeated.back, allowed.int().argmax(1))
     last = torch.where(recovers, repeated.back, first + (allowed.sum(1) - 1).clamp(min=0))
     cells = (allowed & (rows.position >= first[:, None])).sum(1)  # of the answer in the block
     draws = _Draws(fold(key[row], block))
     layout = _layout(repeated, draws, rules, first, last, cut_text=True)
-    seen = writable(layout.masked, blocks)
-    made = _contrast(repeated, replace(layout, span=layout.span & seen), draws, rules, tokens)
-    own = own & (cells > 0)[:, None]
+    reachable = writable(layout.masked, blocks)
+    contrast = _contrast(repeated, replace(layout, span=layout.span & reachable), draws, rules, tokens)
+    of_block = of_block & (cells > 0)[:, None]
 
     def of_blocks(values: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
         """[B·N, L] -> [B, L]: of each block what its own cut made of it."""
-        kept = torch.where(own, values, 0).view(batch, count, width).sum(1).to(values.dtype)
-        return torch.where(own.view(batch, count, width).any(1), kept, otherwise)
+        gathered = torch.where(of_block, values, 0).view(batch, count, width).sum(1).to(values.dtype)
+        return torch.where(of_block.view(batch, count, width).any(1), gathered, otherwise)
 
     nothing = torch.full_like(rows.ids, IGNORE)
     share = cells.view(batch, count).float()
     return Contrast(
         clean_ids=rows.ids,
-        noisy_ids=of_blocks(made.noisy_ids, rows.ids),
-        targets=of_blocks(torch.where(seen, made.targets, IGNORE), nothing),
-        rejected=of_blocks(made.rejected, nothing),
-        span=of_blocks(made.span, torch.zeros_like(rows.real)),
-        rule=torch.where(cells > 0, made.rule[:, 0], -1).view(batch, count),
+        noisy_ids=of_blocks(contrast.noisy_ids, rows.ids),
+        targets=of_blocks(torch.where(reachable, contrast.targets, IGNORE), nothing),
+        rejected=of_blocks(contrast.rejected, nothing),
+        span=of_blocks(contrast.span, torch.zeros_like(rows.real)),
+        rule=torch.where(cells > 0, contrast.rule[:, 0], -1).view(batch, count),
         share=share / share.sum(1, keepdim=True).clamp(min=1),
     )
 

@@ -258,6 +258,6 @@ def gain_figures(
     good: torch.Tensor, bad: torch.Tensor, has_good: torch.Tensor, has_bad: torch.Tensor
 ) -> torch.Tensor:
     """[B, 4] the figures of rows, from the gains [B] and whether rows have them; NaN for what they lack."""
-    both = has_good & has_bad
-    columns = ((good, has_good), (bad, has_bad), (good - bad, both), ((good > bad).float(), both))
-    return torch.stack([torch.where(there, value, torch.nan) for value, there in columns], dim=1)
+    paired = has_good & has_bad
+    columns = ((good, has_good), (bad, has_bad), (good - bad, paired), ((good > bad).float(), paired))
+    return torch.stack([torch.where(present, value, torch.nan) for value, present in columns], dim=1)

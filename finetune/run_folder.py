@@ -50,8 +50,8 @@ class RunFolder:
         self.path = Path(config.output_dir)
         self._file = self.path / "run.json"
         self._stored = self._read()
-        if not self._stored and (others := self._others()):
-            shown = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+        if not self._stored and (foreign := self._others()):
+            shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
             raise ConfigError(f"{self.path} holds {shown} but no run.json; choose another output_dir")
         if self._stored:
             self._compare(_as_json(asdict(config)), self._stored["config"])
@@ -186,10 +186,12 @@ def trainer_state(checkpoint: Path) -> TrainerState:
 
 def _defaults(kind: type) -> dict[str, Any]:
     """The defaults of a dataclass of settings, those of its groups included."""
-    made = {item.name: item.default_factory() for item in fields(kind) if item.default_factory is not MISSING}
+    defaults = {
+        item.name: item.default_factory() for item in fields(kind) if item.default_factory is not MISSING
+    }
     plain = {item.name: item.default for item in fields(kind) if item.default is not MISSING}
-    groups = {name: _defaults(type(value)) for name, value in made.items() if is_dataclass(value)}
-    return plain | made | groups
+    groups = {name: _defaults(type(value)) for name, value in defaults.items() if is_dataclass(value)}
+    return plain | defaults | groups
 
 
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:

@@ -61,11 +61,11 @@ class SFTTrainer(DiffusionTrainer):
         if not self.masks.path:
             return plain
         chance = uniform(fold(key_of(seed, "path rows", step, device=slots.device), slots), 0)
-        chosen = (chance < self.masks.path).nonzero()[:, 0]
-        rows = {name: values[chosen] for name, values in batch.items()}
-        path = path_noise(rows, slots[chosen], total, seed, step, self.mask_id, self.masks.kernel_size)
+        on_path = (chance < self.masks.path).nonzero()[:, 0]
+        rows = {name: values[on_path] for name, values in batch.items()}
+        path = path_noise(rows, slots[on_path], total, seed, step, self.mask_id, self.masks.kernel_size)
         names = ("t", "noisy_ids", "targets", "weight")
-        return plain | {name: plain[name].clone().index_copy_(0, chosen, path[name]) for name in names}
+        return plain | {name: plain[name].clone().index_copy_(0, on_path, path[name]) for name in names}
 
     def loss(self, model: torch.nn.Module, inputs: TensorBatch, count: torch.Tensor) -> torch.Tensor:
         """See `DiffusionTrainer`; with the autoregressive loss per token, if it has a weight."""

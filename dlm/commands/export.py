@@ -44,10 +44,10 @@ class ExportConfig:
         for name in self.generation:
             if name not in DEFAULTS:
                 raise unknown_name("default of decoding:", name, DEFAULTS)
-        given = dict(self.generation)
+        settings = dict(self.generation)
         pair = ("decoder", "options")
-        together: dict[str, Any] = {name: given.pop(name) for name in pair if name in given}
-        parts = [together, *({name: value} for name, value in given.items())]
+        together: dict[str, Any] = {name: settings.pop(name) for name in pair if name in settings}
+        parts = [together, *({name: value} for name, value in settings.items())]
         for part in parts:
             wish(**part).check_decoder()
 

@@ -105,9 +105,9 @@ def _fits(config: Any) -> dict[str, str]:
     with torch.device("meta"), no_init_weights():
         model = MaskedDiffusionModel(config)
         model.tie_weights()
-    usual = place()[1]
-    name = str(usual).removeprefix("torch.")
-    needs = {dtype: room(calculated_bytes(model, dtype, usual)) for dtype in (name, *QUANTIZED)}
+    default_dtype = place()[1]
+    name = str(default_dtype).removeprefix("torch.")
+    needs = {dtype: room(calculated_bytes(model, dtype, default_dtype)) for dtype in (name, *QUANTIZED)}
     return {
         "fits": f"{needs.pop(name)}, in {name}",
         **{f"fits in {x}": str(need) for x, need in needs.items()},
@@ -165,7 +165,7 @@ def _weights(path: str) -> dict[str, Any]:
     held = header(adapter) if is_adapter(path) else tensors(path)
     if not held:
         return {"parameters": "in .bin files, whose headers are not read"}
-    types = sorted({each.dtype for each in held.values()})
+    types = sorted({entry.dtype for entry in held.values()})
     return {"parameters": f"{sum(math.prod(x.shape) for x in held.values()):,} ({', '.join(types)})"}
 
 

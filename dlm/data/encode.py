@@ -192,13 +192,13 @@ def encode_row(
         return [([], 0, "empty")]
     if sum(len(turn["content"]) for turn in prompt) > limit:
         return [([], 0, "long_prompt")]
-    before = encode_prompt(tokenizer, prompt) if prompt else []
-    if len(before) >= window:
+    prompt_ids = encode_prompt(tokenizer, prompt) if prompt else []
+    if len(prompt_ids) >= window:
         return [([], 0, "long_prompt")]
     inside = encode_text(tokenizer, answer[:limit]) if prompt else _encode_long(tokenizer, answer)
-    ids = [*before, *inside, tokenizer.eos_token_id]
+    ids = [*prompt_ids, *inside, tokenizer.eos_token_id]
     if prompt:
-        return [(ids[:window], len(before), "truncated" if len(ids) > window else "whole")]
+        return [(ids[:window], len(prompt_ids), "truncated" if len(ids) > window else "whole")]
     return [(ids[start : start + window], 0, "whole") for start in range(0, len(ids), window)]
 
 

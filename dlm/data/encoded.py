@@ -81,8 +81,8 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
 
     def save(self, file: str | Path) -> None:
         """Write the rows, compressed."""
-        known = {"window": self.window, "probe": self.probe, "vocabulary": self.vocabulary}
-        facts = json.dumps(known).encode()
+        facts_of_rows = {"window": self.window, "probe": self.probe, "vocabulary": self.vocabulary}
+        facts = json.dumps(facts_of_rows).encode()
         with replacing(file) as part, part.open("wb") as stream:
             np.savez_compressed(
                 stream, ids=self.ids, facts=np.frombuffer(facts, np.uint8),
@@ -149,8 +149,8 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
         """
         if window != self.window:
             raise DataError(f"these rows were encoded with a window of {self.window} tokens, not {window}")
-        same = self.vocabulary in ("", _digest(tokenizer))
-        if _probe(tokenizer) != self.probe or not same:
+        same_vocabulary = self.vocabulary in ("", _digest(tokenizer))
+        if _probe(tokenizer) != self.probe or not same_vocabulary:
             raise DataError(
                 "these rows were encoded with another tokenizer, or another template, than the model's"
             )

@@ -56,10 +56,10 @@ def load_preferences(source: str, split: str = "train") -> Dataset:
     rows = load_rows(source, split, Form(parse_preference, preference_features))
     single = [rejected is None for rejected in rows["rejected"]]
     if any(single) and not all(single):
-        other = rows["row"][single.index(not single[0])]
+        row = rows["row"][single.index(not single[0])]
         kinds = "a single answer with a label", "a pair of chosen and rejected"
         raise DataError(
-            f"{source}, row {other}: {kinds[single[0]]}, where the first row is {kinds[not single[0]]}; "
+            f"{source}, row {row}: {kinds[single[0]]}, where the first row is {kinds[not single[0]]}; "
             "put them into files of their own"
         )
     return rows
@@ -82,8 +82,8 @@ def parse_preference(row: Any, source: str, index: int) -> Row:
         raise DataError(f"{where}: expected an object, got {type(row).__name__}")
     if "chosen" in row and "rejected" in row:
         prompt, answer = _answered(row, "chosen", where)
-        other, rejected = _answered(row, "rejected", where)
-        if prompt != other:
+        rejected_prompt, rejected = _answered(row, "rejected", where)
+        if prompt != rejected_prompt:
             raise DataError(f"{where}: 'chosen' and 'rejected' answer different conversations")
         return {"prompt": prompt, "answer": answer, "rejected": rejected, "good": True}
     if "completion" in row and "label" in row:
@@ -105,10 +105,10 @@ def _answered(row: Row, key: str, where: str) -> tuple[Messages, str]:
     turns = dialogue(row[key], f"{where}: '{key}'")
     if turns[-1]["role"] != "assistant":
         raise OddRowError(f"{where}: the last turn of '{key}' must be the assistant's")
-    before = turns[:-1]
+    opening = turns[:-1]
     if turns[0]["role"] == "assistant":  # the turns go on where the prompt ends
-        before = _prompt(row, key, where) + before
-    return before, turns[-1]["content"]
+        opening = _prompt(row, key, where) + opening
+    return opening, turns[-1]["content"]
 
 
 def _prompt(row: Row, key: str, where: str) -> Messages:
@@ -201,12 +201,12 @@ class PreferenceCollator(WindowCollator):
         if not self.paired:
             good = torch.tensor([bool(row["good"]) for row in rows])
             return {**batch, "good": good, "bad": ~good}
-        other = super().__call__([{**row, "input_ids": row["rejected_ids"]} for row in rows])
-        width = max(batch["input_ids"].shape[1], other["input_ids"].shape[1])
-        both = torch.ones(len(rows), dtype=torch.bool)
+        rejected_batch = super().__call__([{**row, "input_ids": row["rejected_ids"]} for row in rows])
+        width = max(batch["input_ids"].shape[1], rejected_batch["input_ids"].shape[1])
+        all_rows = torch.ones(len(rows), dtype=torch.bool)
         widened = {name: self._padded(batch, name, width) for name in ANSWER}
-        rejected = {f"rejected_{name}": self._padded(other, name, width) for name in ANSWER}
-        return {**batch, **widened, **rejected, "good": both, "bad": both}
+        rejected = {f"rejected_{name}": self._padded(rejected_batch, name, width) for name in ANSWER}
+        return {**batch, **widened, **rejected, "good": all_rows, "bad": all_rows}
 
     def _padded(self, batch: TensorBatch, name: str, width: int) -> torch.Tensor:
         """[B, width] with padding that nobody attends to."""

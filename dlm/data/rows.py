@@ -206,17 +206,19 @@ def parse_row(row: Any, source: str, index: int) -> Row:
 
 def _pair_of(row: Row) -> tuple[str, str] | None:
     """The first of `PAIRS` that a record has, one with an empty question only where there is no other."""
-    there = [pair for pair in PAIRS if pair[0] in row and pair[1] in row]
-    return next((pair for pair in there if row[pair[0]]), there[0] if there else None)
+    present = [pair for pair in PAIRS if pair[0] in row and pair[1] in row]
+    return next((pair for pair in present if row[pair[0]]), present[0] if present else None)
 
 
 def _parse_pair(row: Row, question_key: str, answer_key: str, where: str) -> Row:
     """A row with an instruction and its answer; both may be lists of messages."""
     if answer_key == "completion" and str(row.get("label")).lower() == "false":
         raise DataError(f"{where}: 'label' is false, so its completion is a bad answer; {FOR_PREFERENCES}")
-    asked, answer = row[question_key], row[answer_key]
-    if isinstance(asked, list) and (isinstance(answer, list) or all(isinstance(x, dict) for x in asked)):
-        return _parse_chat([*asked, *_turns(answer)], where)
+    question, answer = row[question_key], row[answer_key]
+    if isinstance(question, list) and (
+        isinstance(answer, list) or all(isinstance(x, dict) for x in question)
+    ):
+        return _parse_chat([*question, *_turns(answer)], where)
     content = instruction_text(row, question_key, where)
     return {"prompt": [{"role": "user", "content": content}], "answer": text_field(row, answer_key, where)}
 

@@ -125,6 +125,6 @@ class EpochSampler(Sampler[int]):
             return torch.randperm(len(self.lengths), generator=generator).tolist()
         order = torch.tensor(get_length_grouped_indices(self.lengths, self.group, generator=generator))
         batches = list(order.split(self.group))
-        groups, rest = batches[: len(order) // self.group], batches[len(order) // self.group :]
+        groups, last_batches = batches[: len(order) // self.group], batches[len(order) // self.group :]
         shuffled = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
-        return torch.cat(shuffled + rest).tolist()
+        return torch.cat(shuffled + last_batches).tolist()

@@ -84,12 +84,12 @@ class Family:
 
     def end_id(self, public: Public, tokenizer: PreTrainedTokenizerBase) -> int:
         """Id of the end token: the tokenizer's, or the configuration's."""
-        given = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else public.get("eos_token_id")
-        if isinstance(given, list):
-            given = next(iter(given), None)
-        if given is None:
+        token = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else public.get("eos_token_id")
+        if isinstance(token, list):
+            token = next(iter(token), None)
+        if token is None:
             raise CheckpointError("neither the tokenizer nor config.json names an end token (eos_token)")
-        end_id = whole({"eos_token_id": given}, "eos_token_id", least=0)
+        end_id = whole({"eos_token_id": token}, "eos_token_id", least=0)
         if end_id >= len(tokenizer):
             raise CheckpointError(
                 f"the end token is number {end_id}, and the tokenizer has {len(tokenizer)} tokens"
@@ -164,7 +164,7 @@ class Family:
         _check_sizes(backbone, tokenizer.mask_token_id)
         vocab = tokenizer.get_vocab()
         ends = [int(tokenizer.convert_tokens_to_ids(token)) for token in self.ends if token in vocab]
-        given: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "backbone": backbone,
             "vocab_size": int(backbone["vocab_size"]),
             "num_tokens": min(len(tokenizer), int(backbone["vocab_size"])),
@@ -178,9 +178,9 @@ class Family:
             "generation": {**self.generation},
             "public": {"family": self.name, "config": dict(public)},
         }
-        given |= self.extra(public, str(tokenizer.name_or_path))
-        given["public"]["template"] = getattr(tokenizer, "published_template", tokenizer.chat_template)
-        return MaskedDiffusionConfig(**given)
+        settings |= self.extra(public, str(tokenizer.name_or_path))
+        settings["public"]["template"] = getattr(tokenizer, "published_template", tokenizer.chat_template)
+        return MaskedDiffusionConfig(**settings)
 
     def key_mapping(self) -> dict[str, str]:
         """Public names to ours as patterns with replacements, for transformers' `from_pretrained`."""

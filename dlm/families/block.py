@@ -41,9 +41,9 @@ class SDAR(Family):
                 return {"block_size": whole(public, name)}
         size = number_named(public, path, r"-b(\d+)(?=-|$)")
         if size:  # kept in the public configuration, as a conversion back may have another name
-            kept = {"family": self.name, "config": {**public, "block_size": size}}
-            return {"block_size": size, "public": kept}
-        if path.rstrip("/").split("/")[-1] not in {each.split("/")[-1] for each in self.ids}:
+            origin = {"family": self.name, "config": {**public, "block_size": size}}
+            return {"block_size": size, "public": origin}
+        if path.rstrip("/").split("/")[-1] not in {known_id.split("/")[-1] for known_id in self.ids}:
             logger.warning(
                 '%s: blocks of %d are assumed; for others, say "block_size" in config.json', path, SDAR_BLOCK
             )

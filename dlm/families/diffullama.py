@@ -53,13 +53,13 @@ class DiffuGPT(_Adapted):
 
     def backbone(self, public: Public) -> dict[str, Any]:
         """A GPT-2, also under the names that other models have for its sizes."""
-        given = stock_settings(public)
+        settings = stock_settings(public)
         names = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
-        sizes = {ours: given[name] for name, ours in names.items() if name in given}
-        positions = given.get("n_positions", 1024)
+        sizes = {ours: settings[name] for name, ours in names.items() if name in settings}
+        positions = settings.get("n_positions", 1024)
         return {
             "tie_word_embeddings": True,
-            **given,
+            **settings,
             **sizes,
             "max_position_embeddings": positions,
             "model_type": "gpt2",

@@ -51,10 +51,10 @@ class Dream(Family):
     def backbone(self, public: Public) -> dict[str, Any]:
         """A Qwen2."""
         require(public, {"use_sliding_window": (False, None), "use_mrope": (False, None)})
-        given = {name: public[name] for name in _SHAPE if public.get(name) is not None}
+        settings = {name: public[name] for name in _SHAPE if public.get(name) is not None}
         return {
             "tie_word_embeddings": False,
-            **given,
+            **settings,
             **key_value_heads(public),
             "rope_parameters": rotary(public),
             "model_type": "qwen2",
@@ -82,8 +82,10 @@ class DiffuCoder(Dream):
 
     def extra(self, public: Public, path: str) -> dict[str, Any]:
         """The temperature of Base, Instruct or cpGRPO, by the name; see `Family`."""
-        known = {"-base": 0.2, "-instruct": 0.3, "-cpgrpo": 0.4}
-        named = [known[kind] for place in places(public, path) for kind in known if kind in place]
+        temperatures = {"-base": 0.2, "-instruct": 0.3, "-cpgrpo": 0.4}
+        named = [
+            temperatures[kind] for place in places(public, path) for kind in temperatures if kind in place
+        ]
         options = {**self.generation["options"], "temperature": [*named, 0.3][0]}
         return {"generation": {**self.generation, "options": options}}
 

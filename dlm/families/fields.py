@@ -78,7 +78,7 @@ def require(public: Public, allowed: Mapping[str, tuple[Any, ...]]) -> None:
 
 
 def rotary(
-    public: Public, known: tuple[str, ...] = ROTATIONS, theta: float | None = 10000.0
+    public: Public, rotations: tuple[str, ...] = ROTATIONS, theta: float | None = 10000.0
 ) -> dict[str, Any]:
     """Rotary positions as transformers' `rope_parameters`, from either spelling.
 
@@ -87,26 +87,28 @@ def rotary(
 
     Args:
         public: the configuration.
-        known: types that the published model computes.
+        rotations: types that the published model computes.
         theta: base where the configuration has none; None where it must have one.
 
     Raises:
         CheckpointError: for another type, for rotations of a part of a head, and without a base.
     """
-    given = public.get("rope_scaling") or public.get("rope_parameters") or {}
-    if not isinstance(given, Mapping):
-        raise CheckpointError(f"config.json says rope_parameters = {given!r}; it is a dictionary")
-    given = {name: value for name, value in given.get("full_attention", given).items() if value is not None}
-    kind = given.pop("type", "default")
-    kind = given.pop("rope_type", kind)
-    require({"rope_type": kind}, {"rope_type": known})
-    require({**public, **given}, {"partial_rotary_factor": (1, None)})
-    base = given.get("rope_theta", public.get("rope_theta") or theta)
+    scaling = public.get("rope_scaling") or public.get("rope_parameters") or {}
+    if not isinstance(scaling, Mapping):
+        raise CheckpointError(f"config.json says rope_parameters = {scaling!r}; it is a dictionary")
+    scaling = {
+        name: value for name, value in scaling.get("full_attention", scaling).items() if value is not None
+    }
+    kind = scaling.pop("type", "default")
+    kind = scaling.pop("rope_type", kind)
+    require({"rope_type": kind}, {"rope_type": rotations})
+    require({**public, **scaling}, {"partial_rotary_factor": (1, None)})
+    base = scaling.get("rope_theta", public.get("rope_theta") or theta)
     if base is None:
         raise CheckpointError("config.json does not say rope_theta")
     check_numbers({"rope_theta": base})
-    given.pop("partial_rotary_factor", None)
-    return {**given, "rope_type": kind, "rope_theta": float(base)}
+    scaling.pop("partial_rotary_factor", None)
+    return {**scaling, "rope_type": kind, "rope_theta": float(base)}
 
 
 def layers_only(public: Public, names: Mapping[str, str]) -> dict[str, Any]:
@@ -124,10 +126,10 @@ def stock_settings(public: Public) -> dict[str, Any]:
 def stock_decoder(public: Public, model_type: str) -> dict[str, Any]:
     """The settings of transformers' Llama, Qwen2 or Qwen3 in a public configuration of its own name."""
     spelled = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
-    given = {name: x for name, x in stock_settings(public).items() if name not in spelled}
+    settings = {name: x for name, x in stock_settings(public).items() if name not in spelled}
     return {
         "tie_word_embeddings": False,
-        **given,
+        **settings,
         **key_value_heads(public),
         "rope_parameters": rotary(public),
         "model_type": model_type,

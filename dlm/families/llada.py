@@ -91,7 +91,7 @@ class LLaDA(Family):
             "num_attention_heads": whole(public, "n_heads"),
             "num_key_value_heads": whole(public, shared),
             "hidden_act": "silu",
-            "rope_parameters": rotary(public, known=("default",)),
+            "rope_parameters": rotary(public, rotations=("default",)),
             "intermediate_size": inner,
             **layers_only(public, _SHAPE_NAMES),
         }

@@ -61,10 +61,10 @@ class Experts(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, L, D] -> [B, L, D]; each expert is called once, with the positions that chose it."""
         x = hidden_states.flatten(0, -2)
-        weight, chosen = self.gate(x).softmax(-1, dtype=torch.float32).topk(self.count)  # [N, k]
+        weight, experts = self.gate(x).softmax(-1, dtype=torch.float32).topk(self.count)  # [N, k]
         out = torch.zeros_like(x)
-        for number in chosen.unique().tolist():
-            row, slot = (chosen == number).nonzero(as_tuple=True)
+        for number in experts.unique().tolist():
+            row, slot = (experts == number).nonzero(as_tuple=True)
             part = self.experts[number](x[row]) * weight[row, slot, None].to(x.dtype)
             out.index_add_(0, row, part.to(out.dtype))
         return out.view_as(hidden_states)
@@ -141,7 +141,7 @@ class LLaDAMoE(Family):
             "num_key_value_heads": heads,
             "rms_norm_eps": 1e-5,
             **settings,
-            "rope_parameters": rotary(public, known=("default",), theta=None),
+            "rope_parameters": rotary(public, rotations=("default",), theta=None),
             "model_type": ExpertsConfig.model_type,
             "head_dim": whole(public, "hidden_size") // heads,
             "intermediate_size": whole(public, dense),
@@ -156,4 +156,4 @@ def _dense_layers(public: Public) -> list[int]:
         raise CheckpointError(
             f"config.json says moe_layer_freq = {frequency!r}; it is a list with one number a layer"
         )
-    return [number for number, each in enumerate(frequency) if not each]
+    return [number for number, routed in enumerate(frequency) if not routed]

@@ -91,9 +91,9 @@ class BertChat(Family):
 
     def end_id(self, public: Public, tokenizer: PreTrainedTokenizerBase) -> int:
         """The padding, where the tokenizer has no end token: with it training filled the rows."""
-        for given in (tokenizer.eos_token_id, tokenizer.pad_token_id):
-            if given is not None:
-                return int(given)
+        for token in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+            if token is not None:
+                return int(token)
         return super().end_id(public, tokenizer)
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> str:

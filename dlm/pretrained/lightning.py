@@ -106,7 +106,7 @@ def unpacked(file: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with alone(folder, f"reading {file}"):
         sources = [file, *(beside for name in _TOKENIZER if (beside := file.parent / name).is_file())]
-        made_of = {each.name: [each.stat().st_size, each.stat().st_mtime_ns] for each in sources}
+        made_of = {source.name: [source.stat().st_size, source.stat().st_mtime_ns] for source in sources}
         if manifest(folder).get("made_of") != made_of or not is_complete(folder):
             public, tensors = read(file)
             with scratch_folder(folder) as scratch:
@@ -127,8 +127,8 @@ def _write(
 
     (folder / "config.json").write_text(json.dumps(dict(public), indent=1), encoding="utf-8")
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    for each in tokenizer:
-        shutil.copy(each, folder / each.name)
+    for item in tokenizer:
+        shutil.copy(item, folder / item.name)
 
 
 def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -145,10 +145,10 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise CheckpointError(
             f"{file}: not a checkpoint of MDLM's transformer (no backbone.vocab_embed in it)"
         )
-    for name, known in (("backbone", ("dit",)), ("parameterization", ("subs",))):
-        given = _value(_item(config, name))
-        if given is not None and given not in known:
-            raise CheckpointError(f"{file}: {name} {given!r} is not supported, only {known[0]!r}")
+    for name, supported in (("backbone", ("dit",)), ("parameterization", ("subs",))):
+        setting = _value(_item(config, name))
+        if setting is not None and setting not in supported:
+            raise CheckpointError(f"{file}: {name} {setting!r} is not supported, only {supported[0]!r}")
     names = [
         name for name in state if name.startswith("backbone.") and not name.endswith("rotary_emb.inv_freq")
     ]
@@ -180,8 +180,8 @@ def _averaged(file: Path, tensors: dict[str, Any], average: Any) -> dict[str, An
     Raises:
         CheckpointError: when it has other shapes.
     """
-    shapes = [tuple(each.shape) for each in average]
-    if shapes != [tuple(each.shape) for each in tensors.values()]:
+    shapes = [tuple(tensor.shape) for tensor in average]
+    if shapes != [tuple(tensor.shape) for tensor in tensors.values()]:
         raise CheckpointError(f"{file}: its moving average (ema) does not belong to its weights")
     return dict(zip(tensors, average, strict=True))
 
@@ -200,8 +200,8 @@ def _public(config: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
         "model_length": 1024,
         "time_conditioning": bool(_value(_item(config, "time_conditioning"))),
     }
-    given = {ours: _value(_item(_item(config, "model"), name)) for name, ours in _SIZES.items()}
-    return public | {name: value for name, value in given.items() if isinstance(value, int)}
+    sizes = {ours: _value(_item(_item(config, "model"), name)) for name, ours in _SIZES.items()}
+    return public | {name: value for name, value in sizes.items() if isinstance(value, int)}
 
 
 def _item(node: Any, name: str) -> Any:

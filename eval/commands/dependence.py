@@ -70,10 +70,10 @@ def run(config: DependenceConfig) -> int:
     from dlm.lock import alone_in
 
     with alone_in(config.output):
-        found = {path: measured(path, config) for path in config.models}
-        shown = table(found)
+        gains_by_model = {path: measured(path, config) for path in config.models}
+        shown = table(gains_by_model)
         Console(width=None if Console().is_terminal else 120, markup=False, emoji=False).print(shown.rich())
-        print(*write(Path(config.output), found, shown), sep="\n")
+        print(*write(Path(config.output), gains_by_model, shown), sep="\n")
     return 0
 
 
@@ -94,13 +94,13 @@ def measured(path: str, config: DependenceConfig) -> list[Gain]:
     return list(bar)
 
 
-def table(found: dict[str, list[Gain]]) -> Table:
+def table(gains_by_model: dict[str, list[Gain]]) -> Table:
     """Nats by distance, for each model: all pairs, and those at the edge of the text."""
     from eval.dependence import by_distance
     from eval.report.tables import Table
 
     columns: list[tuple[str, dict[int, Any]]] = []
-    for path, gained in found.items():
+    for path, gained in gains_by_model.items():
         columns += [(path, by_distance(gained)), (f"{path}, at the text", by_distance(gained, reach=0))]
     distances = sorted({distance for _, column in columns for distance in column})
     rows = [[str(d), *(_cell(column.get(d)) for _, column in columns)] for d in distances]
@@ -115,7 +115,7 @@ def _cell(value: Any) -> str:
     return f"{value.mean:+.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
 
 
-def write(folder: Path, found: dict[str, list[Gain]], shown: Table) -> list[Path]:
+def write(folder: Path, gains_by_model: dict[str, list[Gain]], shown: Table) -> list[Path]:
     """Figures, table and plot."""
     import json
     from dataclasses import asdict
@@ -126,15 +126,15 @@ def write(folder: Path, found: dict[str, list[Gain]], shown: Table) -> list[Path
     figures, words, picture = (folder / f"dependence.{end}" for end in ("json", "md", "svg"))
     estimates = {
         path: {str(d): asdict(value) for d, value in by_distance(gained).items()}
-        for path, gained in found.items()
+        for path, gained in gains_by_model.items()
     }
     write_whole(figures, json.dumps(estimates, indent=1))
     write_whole(words, f"## {shown.title}\n\n{shown.markdown()}\n")
-    draw(found).savefig(picture)
+    draw(gains_by_model).savefig(picture)
     return [figures, words, picture]
 
 
-def draw(found: dict[str, list[Gain]]) -> Any:
+def draw(gains_by_model: dict[str, list[Gain]]) -> Any:
     """Nats over distance as a matplotlib figure, a line for each model, its interval shaded."""
     from matplotlib.figure import Figure
 
@@ -144,7 +144,7 @@ def draw(found: dict[str, list[Gain]]) -> Any:
 
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
-    for i, (path, gained) in enumerate(found.items()):
+    for i, (path, gained) in enumerate(gains_by_model.items()):
         colour, marker, line = LOOKS[i % len(LOOKS)]
         values = by_distance(gained)
         x = list(values)

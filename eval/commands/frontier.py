@@ -202,8 +202,8 @@ def answered(config: FrontierConfig, reader: str) -> Iterator[list[Results]]:
     """
     from eval.evaluate import evaluated
 
-    for each in config.runs():
-        results, lacks = evaluated(replace(each, reader=reader))
+    for run_config in config.runs():
+        results, lacks = evaluated(replace(run_config, reader=reader))
         if lacks:
             raise DataError(f"answers are missing: {'; '.join(lacks)}")
         yield results

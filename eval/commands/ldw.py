@@ -121,8 +121,8 @@ def check_comparable(models: dict[str, Any]) -> None:
     Raises:
         ConfigError: naming the two.
     """
-    (path, (_, tokenizer)), *rest = models.items()
-    for second_path, (_, second) in rest:
+    (path, (_, tokenizer)), *others_loaded = models.items()
+    for second_path, (_, second) in others_loaded:
         if second.get_vocab() != tokenizer.get_vocab():
             raise ConfigError(f"{path} and {second_path} have different tokenizers and cannot be compared")
 
@@ -204,8 +204,8 @@ def counts(rows: Any) -> str:
     numbers = rows.tolist()
     ends = [i for i, n in enumerate(numbers) if i + 1 == len(numbers) or numbers[i + 1] != n]
     listed = [f"{numbers[i]} up to {i}" for i in ends[:8]]
-    rest = f", … {numbers[-1]} up to {ends[-1]}" if len(ends) > 8 else ""
-    return f"prompts by distance: {', '.join(listed)}{rest}; table and curves end at {ends[0]}"
+    tail = f", … {numbers[-1]} up to {ends[-1]}" if len(ends) > 8 else ""
+    return f"prompts by distance: {', '.join(listed)}{tail}; table and curves end at {ends[0]}"
 
 
 COMMAND = Command(

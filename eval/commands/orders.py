@@ -229,8 +229,8 @@ def _margins(table: OrderTable) -> Table:
 
     rows = []
     for axis, name in enumerate(("phase", "confidence", "position")):
-        other = [i for i in range(3) if i != axis]
-        counts, sums = table.counts.sum(other), table.log_sums.logsumexp(other)
+        axes = [i for i in range(3) if i != axis]
+        counts, sums = table.counts.sum(axes), table.log_sums.logsumexp(axes)
         for i, (n, log_sum) in enumerate(zip(counts.tolist(), sums.tolist(), strict=True)):
             value = f"{(log_sum - math.log(n)) / table.beta:+.3f}" if n else ""
             rows.append([name, f"{i / len(counts):.3g}", str(n), value])

@@ -116,8 +116,8 @@ def _defaults(runs: Sequence[Results]) -> str:
             systems.setdefault(run.card.stands_for, set()).add(run.card.system)
     if not systems:
         return ""
-    each = "; ".join(f"{decoder} ({', '.join(sorted(names))})" for decoder, names in systems.items())
-    sentence = f' "default" is the checkpoint\'s own decoder: {each}.'
+    listed = "; ".join(f"{decoder} ({', '.join(sorted(names))})" for decoder, names in systems.items())
+    sentence = f' "default" is the checkpoint\'s own decoder: {listed}.'
     if len(systems) > 1:
         sentence += " They differ, and so do these systems by more than their weights."
     return sentence
@@ -150,12 +150,12 @@ def _check_names(runs: Sequence[Results]) -> None:
 
 def _check_questions(runs: Sequence[Results]) -> None:
     """Refuse runs of one task that answered other questions under the same ids."""
-    asked: dict[tuple[str, str, int], tuple[str, Results]] = {}
+    openings: dict[tuple[str, str, int], tuple[str, Results]] = {}
     for run in runs:
         for (question, turn), answer in run.answers.items():
             if not answer.asked:
                 continue
-            mark, first = asked.setdefault((run.card.task, question, turn), (answer.asked, run))
+            mark, first = openings.setdefault((run.card.task, question, turn), (answer.asked, run))
             if turn == 0 and mark != answer.asked:
                 raise DataError(
                     f"{first.folder} and {run.folder} answered different questions under one id "

@@ -144,16 +144,16 @@ def under_parallelism(runs: Sequence[Results]) -> Table | None:
         right, rate = run.means.get("right"), _tokens_per_call(run)
         if right is not None and rate is not None:
             free = {"rate", "steps", "seconds", "seed"}
-            kept = tuple(sorted((k, repr(v)) for k, v in run.card.settings.items() if k not in free))
+            setting = tuple(sorted((k, repr(v)) for k, v in run.card.settings.items() if k not in free))
             model = run.card.system, run.card.fingerprint
-            seeds = lines.setdefault((*model, run.card.decoder, kept), {})
+            seeds = lines.setdefault((*model, run.card.decoder, setting), {})
             point = Point(rate, 100 * right.mean)
             seeds.setdefault(run.card.settings.get("seed"), []).append((run, point))
-    several = [seeds for seeds in lines.values() if all(len(line) > 1 for line in seeds.values())]
-    points = [point for seeds in several for line in seeds.values() for _, point in line]
+    lines_of_paces = [seeds for seeds in lines.values() if all(len(line) > 1 for line in seeds.values())]
+    points = [point for seeds in lines_of_paces for line in seeds.values() for _, point in line]
     best = max((point.accuracy for point in points), default=0.0)
     head = ["slowest run of each decoder", "AUP", "right, at tokens per call"]
-    rows = [_area(seeds, best) for seeds in several]
+    rows = [_area(seeds, best) for seeds in lines_of_paces]
     return Table("Accuracy under parallelism", head, rows) if rows else None
 
 
@@ -194,9 +194,15 @@ def paired(runs: Sequence[Results], name: str, against: Sequence[str] = ()) -> T
     measure, rows = MEASURES[name], []
     for i, run in enumerate(runs):
         for first in _partners(run, runs[:i], runs, against):
-            before, after = (by_question(r.measured, name) for r in (first, run))
-            keys = [key for key in before if not math.isnan(before[key] + after.get(key, math.nan))]
-            difference, p = paired_test([before[key] for key in keys], [after[key] for key in keys])
+            first_values, second_values = (by_question(r.measured, name) for r in (first, run))
+            keys = [
+                key
+                for key in first_values
+                if not math.isnan(first_values[key] + second_values.get(key, math.nan))
+            ]
+            difference, p = paired_test(
+                [first_values[key] for key in keys], [second_values[key] for key in keys]
+            )
             shown = measure.show(difference)
             shown = shown if shown.startswith(("-", "–")) else f"+{shown}"
             p_text = "< 0.001" if p < 0.001 else f"{p:.3f}"
@@ -206,7 +212,7 @@ def paired(runs: Sequence[Results], name: str, against: Sequence[str] = ()) -> T
 
 
 def _partners(
-    run: Results, before: Sequence[Results], runs: Sequence[Results], against: Sequence[str]
+    run: Results, earlier: Sequence[Results], runs: Sequence[Results], against: Sequence[str]
 ) -> list[Results]:
     """The runs that a run is compared with."""
 
@@ -218,7 +224,7 @@ def _partners(
 
     if not against:
         partners = [
-            next((candidate for candidate in before if matches(candidate)), None)
+            next((candidate for candidate in earlier if matches(candidate)), None)
             for matches in (decoders, systems)
         ]
         return [candidate for candidate in partners if candidate is not None]
