@@ -77,7 +77,7 @@ class Cut:
 
 
 @dataclass
-class Reader:
+class Detokenizer:
     """Makes text of tokens, without control tokens; remembers the prefix that it has read."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -121,7 +121,7 @@ def written_prefix(canvas: Canvas, plan: Plan) -> list[int]:
     return list(itertools.takewhile(lambda token: token != plan.mask_id, until_end(answer_ids(canvas), plan)))
 
 
-def find_stop(canvas: Canvas, plan: Plan, reader: Reader) -> Cut | None:
+def find_stop(canvas: Canvas, plan: Plan, detokenizer: Detokenizer) -> Cut | None:
     """The first stop text in what is written without a gap; None if there is none.
 
     A stop text that lies wholly in what the answer was given to begin with does not count.
@@ -129,18 +129,18 @@ def find_stop(canvas: Canvas, plan: Plan, reader: Reader) -> Cut | None:
     if not plan.stop:
         return None
     ids = written_prefix(canvas, plan)
-    text = reader.prefix(ids)
+    text = detokenizer.prefix(ids)
     begins_with = int((~canvas.initial[0, int(canvas.answer_start[0]) :]).int().cumprod(0).sum())
-    prefix_size = len(reader.text(ids[:begins_with])) if begins_with else 0
+    prefix_size = len(detokenizer.text(ids[:begins_with])) if begins_with else 0
     places = [(text.find(stop, max(0, prefix_size - len(stop) + 1)), stop) for stop in plan.stop]
     places = [(place, stop) for place, stop in places if place >= 0]
     if not places:
         return None
     place, stop = min(places)
-    return replace(_aligned_cut(reader, ids, text[:place]), stop=stop)
+    return replace(_aligned_cut(detokenizer, ids, text[:place]), stop=stop)
 
 
-def _aligned_cut(reader: Reader, ids: list[int], text: str) -> Cut:
+def _aligned_cut(detokenizer: Detokenizer, ids: list[int], text: str) -> Cut:
     """A beginning of the text of `ids`, with the number of tokens that lie in it whole.
 
     A text grows with its tokens, except that a character whose bytes are not all there may be shown as
@@ -148,27 +148,27 @@ def _aligned_cut(reader: Reader, ids: list[int], text: str) -> Cut:
     """
 
     def fits(size: int) -> bool:
-        return len(reader.text(ids[:size])) <= len(text)
+        return len(detokenizer.text(ids[:size])) <= len(text)
 
     size = bisect.bisect_left(range(1, len(ids) + 1), True, key=lambda n: not fits(n))
     last = min(size + BYTES - 1, len(ids))
     return Cut(next((n for n in range(last, size, -1) if fits(n)), size), text)
 
 
-def confirmed(canvas: Canvas, plan: Plan, reader: Reader) -> str:
+def confirmed(canvas: Canvas, plan: Plan, detokenizer: Detokenizer) -> str:
     """Text that can no longer change: later texts of the row begin with it.
 
     It ends before the first mask, at a whole character, and before anything that may yet turn out to be the
     beginning of a stop text. Under a rule that revises tokens nothing is confirmed before the row is done.
     """
     if bool(canvas.done[0]) and int(canvas.failed[0]) < 0:
-        return output(canvas, plan, reader).text
+        return output(canvas, plan, detokenizer).text
     if not plan.keeps_tokens:
         return ""
-    cut = find_stop(canvas, plan, reader)
+    cut = find_stop(canvas, plan, detokenizer)
     if cut is not None:
         return cut.text
-    text = reader.prefix(written_prefix(canvas, plan)).rstrip(HALF_CHARACTER)
+    text = detokenizer.prefix(written_prefix(canvas, plan)).rstrip(HALF_CHARACTER)
     longest = max(map(len, plan.stop), default=1) - 1
     for size in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-size:]) for stop in plan.stop):
@@ -176,30 +176,30 @@ def confirmed(canvas: Canvas, plan: Plan, reader: Reader) -> str:
     return text
 
 
-def partial(canvas: Canvas, plan: Plan, reader: Reader) -> Output:
+def partial(canvas: Canvas, plan: Plan, detokenizer: Detokenizer) -> Output:
     """The confirmed part of an answer, token by token; its finish reason is empty before the row is done."""
     if bool(canvas.done[0]) and int(canvas.failed[0]) < 0:
-        return output(canvas, plan, reader)
-    text = confirmed(canvas, plan, reader)
+        return output(canvas, plan, detokenizer)
+    text = confirmed(canvas, plan, detokenizer)
     ids = written_prefix(canvas, plan) if plan.keeps_tokens else []
-    return _output(canvas, plan, _aligned_cut(reader, ids, text), "")
+    return _output(canvas, plan, _aligned_cut(detokenizer, ids, text), "")
 
 
-def output(canvas: Canvas, plan: Plan, reader: Reader) -> Output:
+def output(canvas: Canvas, plan: Plan, detokenizer: Detokenizer) -> Output:
     """The answer of a row that is done, or that a stop text has ended."""
     ids = canvas.ids[0, int(canvas.answer_start[0]) : int(canvas.end[0])].tolist()
     answer = until_end(ids, plan)
-    cut = find_stop(canvas, plan, reader)
+    cut = find_stop(canvas, plan, detokenizer)
     reason = "length" if cut is None and len(answer) == len(ids) else "stop"
-    return _output(canvas, plan, cut or Cut(len(answer), reader.text(answer)), reason)
+    return _output(canvas, plan, cut or Cut(len(answer), detokenizer.text(answer)), reason)
 
 
-def completed(canvas: Canvas, ids: torch.Tensor, plan: Plan, reader: Reader) -> Output:
+def completed(canvas: Canvas, ids: torch.Tensor, plan: Plan, detokenizer: Detokenizer) -> Output:
     """The answer of a row, were its first tokens `ids` [W] and everything beyond the canvas an end token."""
     filled = canvas.ids.clone()
     filled[0, : len(ids)] = ids
     filled = torch.where(canvas.valid, filled, plan.ending.eos_id)
-    return output(replace(canvas, ids=filled, masked=torch.zeros_like(canvas.masked)), plan, reader)
+    return output(replace(canvas, ids=filled, masked=torch.zeros_like(canvas.masked)), plan, detokenizer)
 
 
 def _output(canvas: Canvas, plan: Plan, part: Cut, finish_reason: str) -> Output:
@@ -226,18 +226,18 @@ def _output(canvas: Canvas, plan: Plan, part: Cut, finish_reason: str) -> Output
     )
 
 
-def event(canvas: Canvas, plan: Plan, reader: Reader) -> Event:
+def event(canvas: Canvas, plan: Plan, detokenizer: Detokenizer) -> Event:
     """The row as it is now."""
     ids, finished = answer_ids(canvas), bool(canvas.done[0])
-    cut = find_stop(canvas, plan, reader) if plan.keeps_tokens or finished else None
+    cut = find_stop(canvas, plan, detokenizer) if plan.keeps_tokens or finished else None
     step = int(canvas.step[0]) - 1
     if cut is not None:
         return Event(step, ids[: cut.tokens], cut.text)
-    text = output(canvas, plan, reader).text if finished else show(ids, plan, reader)
+    text = output(canvas, plan, detokenizer).text if finished else show(ids, plan, detokenizer)
     return Event(step, ids, text)
 
 
-def show(ids: list[int], plan: Plan, reader: Reader) -> str:
+def show(ids: list[int], plan: Plan, detokenizer: Detokenizer) -> str:
     """Text of a partly written answer up to its end, `BLANK` for each mask.
 
     Bytes beside a mask that are not yet a whole character are shown as blanks too.
@@ -246,5 +246,5 @@ def show(ids: list[int], plan: Plan, reader: Reader) -> str:
     while ids and ids[-1] == plan.mask_id:
         ids = ids[:-1]
     runs = itertools.groupby(ids, key=lambda token: token == plan.mask_id)
-    parts = [BLANK * len(list(run)) if blank else reader.text(list(run)) for blank, run in runs]
+    parts = [BLANK * len(list(run)) if blank else detokenizer.text(list(run)) for blank, run in runs]
     return "".join(parts).replace(HALF_CHARACTER, BLANK)

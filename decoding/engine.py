@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from decoding import answer
-from decoding.answer import Event, Output, Reader
+from decoding.answer import Detokenizer, Event, Output
 from decoding.canvas import Canvas, Row, make_canvas
 from decoding.denoiser import Denoiser, check_capable
 from decoding.request import Plan
@@ -43,7 +43,7 @@ class Update:
     """Set when this row has failed; it is finished then, and has no output. A `DLMError` says in which step
     the model returned NaN; other errors are those of the row's rules."""
     plan: Plan = field(repr=False)
-    reader: Reader = field(repr=False)
+    detokenizer: Detokenizer = field(repr=False)
     _canvas: Callable[[], Canvas] = field(repr=False)
 
     @property
@@ -54,17 +54,17 @@ class Update:
     @property
     def confirmed(self) -> str:
         """Text that can no longer change."""
-        return answer.confirmed(self.canvas, self.plan, self.reader)
+        return answer.confirmed(self.canvas, self.plan, self.detokenizer)
 
     @property
     def partial(self) -> Output:
         """The part of the answer that can no longer change, token by token."""
-        return answer.partial(self.canvas, self.plan, self.reader)
+        return answer.partial(self.canvas, self.plan, self.detokenizer)
 
     @property
     def event(self) -> Event:
         """The row as it is now, masks included."""
-        return answer.event(self.canvas, self.plan, self.reader)
+        return answer.event(self.canvas, self.plan, self.detokenizer)
 
     def raise_error(self, place: str) -> None:
         """Raise the error, if there is one, naming the row's place among others."""
@@ -79,7 +79,7 @@ class Update:
         """The answer, when the row is finished."""
         if not self.finished or self.error is not None:
             return None
-        return answer.output(self.canvas, self.plan, self.reader)
+        return answer.output(self.canvas, self.plan, self.detokenizer)
 
 
 @dataclass
@@ -95,7 +95,7 @@ class _EngineRow:
     """A row that the engine has taken up."""
 
     plan: Plan
-    reader: Reader
+    detokenizer: Detokenizer
     size: int
     """Positions of the row at its longest."""
 
@@ -193,7 +193,7 @@ class Engine:
                 f"a row of {size} positions is longer than the engine's limit of {self.max_positions}"
             )
         ticket = next(self._tickets)
-        self._waiting[ticket] = _EngineRow(plan, Reader(self.tokenizer), size), canvas
+        self._waiting[ticket] = _EngineRow(plan, Detokenizer(self.tokenizer), size), canvas
         return ticket
 
     def lengths(self) -> dict[int, int]:
@@ -308,7 +308,7 @@ class Engine:
                 group.batch.fork(rows, keys[copied])
                 group.tickets += [copies[i] for i in copied]
         for ticket, copy in zip(tickets, copies, strict=True):
-            self._running[copy] = replace(self._running[ticket], reader=Reader(self.tokenizer))
+            self._running[copy] = replace(self._running[ticket], detokenizer=Detokenizer(self.tokenizer))
         return copies
 
     @torch.inference_mode()
@@ -348,7 +348,7 @@ class Engine:
         """The answer of a row of a batch, were its tokens these [W]."""
         entry = self._running[group.tickets[row]]
         canvas = group.batch.canvas.take(torch.tensor([row]))
-        return answer.completed(canvas, ids, entry.plan, Reader(self.tokenizer)).text
+        return answer.completed(canvas, ids, entry.plan, Detokenizer(self.tokenizer)).text
 
     def _check_ticket(self, ticket: int) -> None:
         if ticket not in self._waiting and ticket not in self._running:
@@ -410,11 +410,11 @@ class Engine:
     def _update(self, ticket: int, canvas: Canvas, index: int, done: bool, failed: int) -> Update:
         """The update of a row, number `index` of its batch, that is done, or failed in a step (-1 for no)."""
         entry = self._running[ticket]
-        plan, reader = entry.plan, entry.reader
+        plan, detokenizer = entry.plan, entry.detokenizer
         if plan.stop and plan.keeps_tokens and not done:
-            done = answer.find_stop(canvas.take(slice(index, index + 1)), plan, reader) is not None
+            done = answer.find_stop(canvas.take(slice(index, index + 1)), plan, detokenizer) is not None
         if not done:
-            return Update(ticket, False, None, plan, reader, lambda: self.canvas(ticket))
+            return Update(ticket, False, None, plan, detokenizer, lambda: self.canvas(ticket))
         row = canvas.take(torch.tensor([index]))
         row.done |= done
         error = DLMError(f"the model returned NaN in step {failed}") if failed >= 0 else None
@@ -423,7 +423,7 @@ class Engine:
     def _last_update(self, ticket: int, row: Canvas, error: Exception | None) -> Update:
         """The update of a row that leaves the engine, a canvas of its own."""
         entry = self._running[ticket]
-        return Update(ticket, True, error, entry.plan, entry.reader, lambda: row)
+        return Update(ticket, True, error, entry.plan, entry.detokenizer, lambda: row)
 
     def _drop(self, tickets: set[int]) -> None:
         """Forget rows at work; batches that are empty go too."""

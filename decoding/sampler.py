@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 from transformers import PreTrainedTokenizerBase
 
-from decoding.answer import Event, Output, Reader, show
+from decoding.answer import Detokenizer, Event, Output, show
 from decoding.canvas import Canvas, Row
 from decoding.course import Trace
 from decoding.engine import Engine, Update
@@ -119,7 +119,7 @@ class Sampler:
         if tilt is not None:
             return steer(Engine(self.model, self.tokenizer), plan, tilt, rows, batch_size)
         finished = self._finished(((row, plan, seed) for row, _, seed in rows), batch_size)
-        return (_output(update) for update in finished)
+        return (_answer_of(update) for update in finished)
 
     def iter_traced(
         self,
@@ -138,7 +138,7 @@ class Sampler:
         )
         check_whole("batch_size", batch_size)
         finished = self._finished(rows, batch_size)
-        return ((_output(update), Trace.of(update.canvas, plan)) for update in finished)
+        return ((_answer_of(update), Trace.of(update.canvas, plan)) for update in finished)
 
     @overload
     def stream(
@@ -384,7 +384,7 @@ class Sampler:
 
     def show(self, ids: list[int]) -> str:
         """Text of a partly written answer, up to its end, with a blank for each mask."""
-        return show(ids, self.plan(), Reader(self.tokenizer))
+        return show(ids, self.plan(), Detokenizer(self.tokenizer))
 
     def _stream(
         self, prompts: Iterable[Prompt], plan: Plan, seed: int | Sequence[int]
@@ -454,7 +454,7 @@ class Sampler:
             yield likeliest(canvases, scores, self.tokenizer)[1]
 
 
-def _output(update: Update) -> Output:
+def _answer_of(update: Update) -> Output:
     """The answer of a finished row."""
     output = update.output
     assert output is not None

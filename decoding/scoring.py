@@ -85,7 +85,7 @@ class Scorer:
     # ---- what a rule asks for ------------------------------------------------------------------------
 
     def asked(self, view: StepView) -> Evidence:
-        """What the rule asks for; nothing where its score is the same whatever the logits."""
+        """The evidence that the rule asks for; none where its score is the same whatever the logits."""
         if self.constant is not None:
             return Evidence(torch.zeros_like(view.masked))
         evidence = self.rule.evidence(view)

@@ -21,7 +21,7 @@ from dlm.pretrained.names import located
 from dlm.quantization import quantize
 from dlm.spec import ModelSpec
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in places.DTYPES}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in places.DTYPE_NAMES}
 
 
 def load_model(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Module = TypeVar("Module", bound="torch.nn.Module")
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
 """Types of weights, by torch's names."""
 
 QUANTIZED = ("int8", "nf4")
@@ -40,8 +40,8 @@ def check_place(device: str, dtype: str) -> None:
             )
     if not _DEVICE.fullmatch(device):
         raise ConfigError(f"unknown device {device!r}; choices: auto, cpu, cuda, cuda:1 (or another number)")
-    if dtype not in ("auto", "fastest", *DTYPES, *QUANTIZED):
-        raise unknown_name("dtype", dtype, ("auto", "fastest", *DTYPES, *QUANTIZED))
+    if dtype not in ("auto", "fastest", *DTYPE_NAMES, *QUANTIZED):
+        raise unknown_name("dtype", dtype, ("auto", "fastest", *DTYPE_NAMES, *QUANTIZED))
     check_quantized(dtype, device)
 
 

@@ -29,7 +29,7 @@ def bucket(rows: int, length: int, positions: int) -> tuple[int, int]:
 
 
 @dataclass
-class Recorded:
+class RecordedCall:
     """A call of one shape [b, l]: its inputs and its output lie where they lay when it was recorded."""
 
     ids: torch.Tensor
@@ -55,7 +55,7 @@ class BucketedModel:
 
     def __init__(self, model: Any, graphs: bool = True) -> None:
         self.model, self.graphs, self.positions = model, graphs, ModelSpec.of(model).positions
-        self.recorded: dict[tuple[int, int], Recorded] = {}
+        self.recorded: dict[tuple[int, int], RecordedCall] = {}
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -87,14 +87,14 @@ class BucketedModel:
         call.replay()
         return call.states[:rows, :length].clone()
 
-    def _record(self, rows: int, length: int) -> Recorded:
+    def _record(self, rows: int, length: int) -> RecordedCall:
         """Make the call once to warm up, and record it."""
         device = self.model.device
         ids = torch.zeros(rows, length, dtype=torch.int64, device=device)
         mask = torch.ones(rows, 1, 1, length, dtype=torch.bool, device=device)
         if not self.graphs or device.type != "cuda":
             states = self.model.hidden(ids, mask)
-            return Recorded(ids, mask, states, lambda: _again(self.model, ids, mask, states))
+            return RecordedCall(ids, mask, states, lambda: _again(self.model, ids, mask, states))
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
@@ -103,7 +103,7 @@ class BucketedModel:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device), torch.cuda.graph(graph):
             states = self.model.hidden(ids, mask)
-        return Recorded(ids, mask, states, graph.replay)
+        return RecordedCall(ids, mask, states, graph.replay)
 
 
 def _again(model: Any, ids: torch.Tensor, mask: torch.Tensor, states: torch.Tensor) -> None:

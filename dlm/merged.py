@@ -23,7 +23,7 @@ from dlm.pretrained.names import base_path, located
 from dlm.pretrained.store import (
     cache,
     digest,
-    is_complete,
+    is_stored,
     manifest,
     put_in_place,
     scratch_folder,
@@ -49,7 +49,7 @@ def find(path: str, dtype: str) -> Path | None:
         dtype: type of the weights, by name.
     """
     folder = _place(path, dtype)
-    return folder if manifest(folder).get("key") == _key(path) and is_complete(folder) else None
+    return folder if manifest(folder).get("key") == _key(path) and is_stored(folder) else None
 
 
 def keep(path: str, dtype: str, save: Callable[[Path], Any]) -> None:

@@ -22,7 +22,7 @@ from dlm.prior import TokenPrior
 from dlm.spec import ModelSpec
 from dlm.tokenizer import as_messages, encode_prompt, encode_text
 
-Kind = Literal["prompt", "frequent", "end", "other"]
+TokenKind = Literal["prompt", "frequent", "end", "other"]
 """Kinds of candidate: a token of the prompt, one of the frequent ones, the end token, or neither."""
 
 
@@ -57,7 +57,7 @@ class Candidate:
 
     text: str
     probability: float
-    kind: Kind
+    kind: TokenKind
 
 
 def decoding_window(
@@ -119,7 +119,7 @@ def candidates(
     chance = _fresh(model, tokenizer, prompt, window)[:positions].softmax(1)
     probability, ids = chance.topk(min(k, chance.shape[1]), dim=1)
 
-    def kind(token: int) -> Kind:
+    def kind(token: int) -> TokenKind:
         if token in ends:
             return "end"
         return "prompt" if token in prompt_tokens else "frequent" if token in frequent else "other"

@@ -137,14 +137,14 @@ def comparable(runs: Sequence[Results]) -> list[Results]:
     return [_rejudged(run, longest) if "inlier" in run.means else run for run in runs]
 
 
-Kind = tuple[str, str, str]
+VerdictKind = tuple[str, str, str]
 """Method, judge, and what is compared with."""
 
 
-def _prevailing(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Kind]:
+def _prevailing(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, VerdictKind]:
     """By measure, the kind that most runs have verdicts of; of several the one with most answers."""
-    runs: dict[str, Counter[Kind]] = {}
-    answers: Counter[tuple[str, Kind]] = Counter()
+    runs: dict[str, Counter[VerdictKind]] = {}
+    answers: Counter[tuple[str, VerdictKind]] = Counter()
     for verdict in itertools.chain(*verdicts):
         runs.setdefault(verdict.measure, Counter())[verdict.kind] += 1
         answers[verdict.measure, verdict.kind] += len(verdict.by_answer)
@@ -155,7 +155,7 @@ def _prevailing(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Kind]:
 
 
 def _with_verdicts(
-    measured: Mapping[str, dict[str, float]], verdicts: Sequence[Verdict], kinds: Mapping[str, Kind]
+    measured: Mapping[str, dict[str, float]], verdicts: Sequence[Verdict], kinds: Mapping[str, VerdictKind]
 ) -> dict[str, dict[str, float]]:
     """Measures of answers, with the verdicts of these kinds and no others."""
     out = {key: {n: v for n, v in row.items() if n not in kinds} for key, row in measured.items()}
@@ -227,7 +227,7 @@ class Verdict:
     figures: dict[str, Any]
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> VerdictKind:
         """The settings that compared verdicts have in common."""
         return self.method, self.judge, self.against
 

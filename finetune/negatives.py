@@ -245,7 +245,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """What rules need to know of the vocabulary; fields as the arguments of `make_negative`."""
+    """Tokens that rules need; fields as the arguments of `make_negative`."""
 
     mask_id: int
     eos_id: int

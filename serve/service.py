@@ -153,7 +153,8 @@ class Service:
             if self.config.max_prompt and sample.row.answer_start > self.config.max_prompt:
                 raise APIError(
                     400,
-                    f"the prompt has {sample.row.answer_start} tokens; this server takes {self.config.max_prompt}",
+                    f"the prompt has {sample.row.answer_start} tokens; "
+                    f"this server takes {self.config.max_prompt}",
                     code="context_length_exceeded",
                 )
             if sample.positions > self.config.max_positions:

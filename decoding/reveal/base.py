@@ -92,7 +92,7 @@ OPTIONS = {"attention": "conflict", "shadows": "verify"}
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a rule asks the model for in a step; `StepView` holds the answers."""
+    """The questions of a rule to the model in a step; `StepView` holds the answers."""
 
     scored: torch.Tensor
     """[b, W] bool, positions whose score can change the decision: for `score`, `token`, `confidence`."""

@@ -24,7 +24,7 @@ from dlm.pretrained.store import (
     alone,
     cache,
     digest,
-    is_complete,
+    is_stored,
     put_in_place,
     scratch_folder,
     write_manifest,
@@ -59,7 +59,7 @@ def base_folder(file: Path | None = None) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with alone(path, f"fetching {BASE_NAME}"):
-            if not is_complete(path):  # nor has another process fetched it meanwhile
+            if not is_stored(path):  # nor has another process fetched it meanwhile
                 _fetch(path, file)
     except CheckpointError:  # an OSError too, which says by itself what is wrong
         raise
@@ -74,7 +74,7 @@ def base_folder(file: Path | None = None) -> Path:
 def is_there() -> bool:
     """True when the base need not be fetched: its folder is complete, or the user's own."""
     path = cache() / BASE_NAME
-    return is_complete(path) or (path.is_dir() and not (path / MANIFEST).exists())
+    return is_stored(path) or (path.is_dir() and not (path / MANIFEST).exists())
 
 
 def _fetch(path: Path, file: Path | None) -> None:

@@ -23,7 +23,7 @@ from dlm.errors import CheckpointError, first_line
 from dlm.pretrained.store import (
     alone,
     cache,
-    is_complete,
+    is_stored,
     manifest,
     put_in_place,
     scratch_folder,
@@ -107,7 +107,7 @@ def unpacked(file: Path) -> Path:
     with alone(folder, f"reading {file}"):
         sources = [file, *(beside for name in _TOKENIZER if (beside := file.parent / name).is_file())]
         made_of = {source.name: [source.stat().st_size, source.stat().st_mtime_ns] for source in sources}
-        if manifest(folder).get("made_of") != made_of or not is_complete(folder):
+        if manifest(folder).get("made_of") != made_of or not is_stored(folder):
             public, tensors = read(file)
             with scratch_folder(folder) as scratch:
                 draft = scratch / folder.name

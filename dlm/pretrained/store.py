@@ -43,7 +43,7 @@ def manifest(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def is_complete(folder: Path) -> bool:
+def is_stored(folder: Path) -> bool:
     """True for a folder that holds everything its manifest lists, as it was when it was made.
 
     A file's digest is looked at when its time is another one than at the last look.

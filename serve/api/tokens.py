@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from decoding.answer import HALF_CHARACTER, Output, Reader
+from decoding.answer import HALF_CHARACTER, Detokenizer, Output
 
 LEAST = -9999.0
 """Log-probability that stands for one too small to be a number."""
@@ -53,8 +53,8 @@ class TokenTexts:
             first: index of the first token that is asked for.
             controls: control tokens have a text; in an answer they have none.
         """
-        reader = Reader(_WithControls(self._tokenizer) if controls else self._tokenizer)
-        return [len(reader.prefix(tokens[:i]).rstrip(HALF_CHARACTER)) for i in range(first, len(tokens))]
+        detokenizer = Detokenizer(_WithControls(self._tokenizer) if controls else self._tokenizer)
+        return [len(detokenizer.prefix(tokens[:i]).rstrip(HALF_CHARACTER)) for i in range(first, len(tokens))]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from decoding import Decoder, Request, Sampler
 from decoding.answer import (
     BLANK,
     HALF_CHARACTER,
-    Reader,
+    Detokenizer,
     _aligned_cut,
     confirmed,
     event,
@@ -51,11 +51,11 @@ def row(answer, done=False, **plan_fields):
 
 def test_text_is_what_the_tokens_say_white_space_included():
     canvas, plan = row([1, 2, 1, 0, 0], done=True)
-    out = output(canvas, plan, Reader(Bytes()))
+    out = output(canvas, plan, Detokenizer(Bytes()))
     assert out.text == " a "
     assert (out.token_ids, out.finish_reason) == ([1, 2, 1], "stop")
     canvas, plan = row([1, 2, 1], done=True)
-    assert output(canvas, plan, Reader(Bytes())).finish_reason == "length"
+    assert output(canvas, plan, Detokenizer(Bytes())).finish_reason == "length"
 
 
 def test_confirmed_text_ends_at_whole_characters_before_the_first_mask():
@@ -63,7 +63,7 @@ def test_confirmed_text_ends_at_whole_characters_before_the_first_mask():
     texts = []
     for n in range(len(every) + 1):
         canvas, plan = row([*every[:n], *[None] * (len(every) - n + 1)])
-        texts.append(confirmed(canvas, plan, Reader(Bytes())))
+        texts.append(confirmed(canvas, plan, Detokenizer(Bytes())))
     whole = Bytes.text.decode()
     assert all(whole.startswith(text) for text in texts)
     assert [len(text) for text in texts] == [0, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5, 6]
@@ -81,9 +81,9 @@ def test_confirmed_text_waits_where_a_stop_text_may_begin():
     ):
         canvas, plan = row(answer)
         plan = plan_with(plan, stop=("efg",))
-        assert confirmed(canvas, plan, Reader(tokenizer)) == expected
+        assert confirmed(canvas, plan, Detokenizer(tokenizer)) == expected
     canvas, plan = row([2, 3, 4, 5, 6, None])
-    cut = find_stop(canvas, plan_with(plan, stop=("efg", "g")), Reader(tokenizer))
+    cut = find_stop(canvas, plan_with(plan, stop=("efg", "g")), Detokenizer(tokenizer))
     assert (cut.tokens, cut.text) == (2, "cd")
 
 
@@ -95,16 +95,16 @@ def plan_with(plan, **fields):
 
 def test_nothing_is_confirmed_while_tokens_may_be_revised():
     canvas, _ = row([2, 3, None])
-    assert confirmed(canvas, plan_of(Decoder.named("editing")), Reader(FakeTokenizer())) == ""
+    assert confirmed(canvas, plan_of(Decoder.named("editing")), Detokenizer(FakeTokenizer())) == ""
 
 
 def test_half_characters_beside_masks_are_blanks_and_a_finished_row_says_its_text():
     canvas, plan = row([1, 3, None, 2, None])
-    assert show(canvas.ids[0, 2:].tolist(), plan, Reader(Bytes())) == f" {BLANK}{BLANK}a"
+    assert show(canvas.ids[0, 2:].tolist(), plan, Detokenizer(Bytes())) == f" {BLANK}{BLANK}a"
     canvas, plan = row([1, 3, 2, 0], done=True)
     assert (
-        event(canvas, plan, Reader(Bytes())).text
-        == output(canvas, plan, Reader(Bytes())).text
+        event(canvas, plan, Detokenizer(Bytes())).text
+        == output(canvas, plan, Detokenizer(Bytes())).text
         == f" {HALF_CHARACTER}a"
     )
 
@@ -198,15 +198,17 @@ def test_the_likeliest_tokens_are_those_of_the_call_that_wrote_the_token():
 def test_a_part_of_an_answer_holds_the_tokens_whose_text_is_confirmed():
     canvas, plan = row([2, 3, 4, None, 5])
     plan = plan_with(plan, stop=("eg",))
-    part = partial(canvas, plan, Reader(FakeTokenizer()))
+    part = partial(canvas, plan, Detokenizer(FakeTokenizer()))
     assert (part.text, part.token_ids, part.finish_reason) == (
         "cd",
         [2, 3],
         "",
     )  # "e" may begin the stop text
-    assert part.text == confirmed(canvas, plan, Reader(FakeTokenizer()))
+    assert part.text == confirmed(canvas, plan, Detokenizer(FakeTokenizer()))
     canvas, plan = row([2, 3, 0, 0], done=True)
-    assert partial(canvas, plan, Reader(FakeTokenizer())) == output(canvas, plan, Reader(FakeTokenizer()))
+    assert partial(canvas, plan, Detokenizer(FakeTokenizer())) == output(
+        canvas, plan, Detokenizer(FakeTokenizer())
+    )
 
 
 def test_token_ids_are_a_prompt_as_they_are():
@@ -233,7 +235,7 @@ class Sized(FakeTokenizer):
 def test_a_prefix_that_grows_is_read_as_if_all_of_it_were_decoded(pieces, sizes):
     """Also over half-written characters, bytes that are none, and a token that writes nothing."""
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: bytes(ids).decode(errors="replace"))
-    growing, size = Reader(tokenizer), 0
+    growing, size = Detokenizer(tokenizer), 0
     for step in sizes:
         size = min(size + step, len(pieces))
         assert growing.prefix(pieces[:size]) == growing.text(pieces[:size])
@@ -245,18 +247,18 @@ def test_a_prefix_that_grows_decodes_what_is_new_alone():
     tokenizer = SimpleNamespace(
         decode=lambda ids, skip_special_tokens: (decoded.append(len(ids)), "x" * len(ids))[1]
     )
-    reader = Reader(tokenizer)
+    detokenizer = Detokenizer(tokenizer)
     for size in range(1, 100):
-        assert reader.prefix([7] * size) == "x" * size
+        assert detokenizer.prefix([7] * size) == "x" * size
     assert max(decoded) == 2
 
 
 def test_a_prefix_that_grows_is_exact_with_a_real_tokenizer(tokenizer):
     text = "Ünïcode – 100 %: “naïve” 😀 漢字\n\n  two  spaces ."
     ids = tokenizer(text)["input_ids"]
-    reader = Reader(tokenizer)
+    detokenizer = Detokenizer(tokenizer)
     for size in range(len(ids) + 1):
-        assert reader.prefix(ids[:size]) == reader.text(ids[:size])
+        assert detokenizer.prefix(ids[:size]) == detokenizer.text(ids[:size])
 
 
 def with_byte_fallback(ids, skip_special_tokens):
@@ -277,18 +279,18 @@ def with_byte_fallback(ids, skip_special_tokens):
     "decode", [with_byte_fallback, lambda ids, skip_special_tokens: bytes(ids).decode(errors="replace")]
 )
 def test_the_tokens_before_a_cut_are_found_as_one_by_one(decode, pieces, share):
-    reader = Reader(SimpleNamespace(decode=decode))
-    text = reader.text(pieces)[: round(share * len(pieces))]
+    detokenizer = Detokenizer(SimpleNamespace(decode=decode))
+    text = detokenizer.text(pieces)[: round(share * len(pieces))]
     size = len(pieces)
-    while size and len(reader.text(pieces[:size])) > len(text):
+    while size and len(detokenizer.text(pieces[:size])) > len(text):
         size -= 1
-    assert _aligned_cut(reader, pieces, text).tokens == size
+    assert _aligned_cut(detokenizer, pieces, text).tokens == size
 
 
 def test_a_cut_reads_a_long_answer_few_times():
     decoded = []
-    reader = Reader(
+    detokenizer = Detokenizer(
         SimpleNamespace(decode=lambda ids, skip_special_tokens: (decoded.append(len(ids)), "x" * len(ids))[1])
     )
-    assert _aligned_cut(reader, [7] * 4000, "x" * 10).tokens == 10
+    assert _aligned_cut(detokenizer, [7] * 4000, "x" * 10).tokens == 10
     assert len(decoded) < 20

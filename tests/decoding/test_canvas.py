@@ -22,7 +22,11 @@ def test_rows_of_different_lengths_are_padded_and_padding_is_pinned():
     assert canvas.valid.tolist() == [[True] * 3 + [False] * 2, [True] * 5]
     assert canvas.masked.tolist() == [[False, False, True, False, False], [False] + [True] * 4]
     assert torch.equal(canvas.pinned, ~canvas.masked)
-    assert (canvas.start.tolist(), canvas.end.tolist(), canvas.answer_start.tolist()) == ([2, 1], [3, 5], [1, 1])
+    assert (canvas.start.tolist(), canvas.end.tolist(), canvas.answer_start.tolist()) == (
+        [2, 1],
+        [3, 5],
+        [1, 1],
+    )
     assert torch.equal(canvas.initial, canvas.masked)
     assert canvas.reveal_step.eq(-1).all()
     assert canvas.confidence.isnan().all()

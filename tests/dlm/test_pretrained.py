@@ -101,7 +101,7 @@ def test_a_damaged_copy_is_made_anew(shop, damage, caplog):
     assert located(BASE_NAME) == str(folder)
     assert "is incomplete, and is made anew" in caplog.text
     assert (folder / "model.safetensors").read_bytes() == weights
-    assert base.is_complete(folder)
+    assert base.is_stored(folder)
 
 
 def test_a_file_that_was_overwritten_is_noticed(shop, caplog):
@@ -301,7 +301,7 @@ class TestAdapters:
 
 
 @pytest.mark.skipif(
-    not base.is_complete(base.cache() / BASE_NAME),
+    not base.is_stored(base.cache() / BASE_NAME),
     reason="the base of the default model has not been fetched",
 )
 def test_the_default_model_answers():

@@ -377,59 +377,62 @@ def test_the_negatives_of_a_row_in_blocks_depend_on_its_key_alone():
         assert torch.equal(getattr(whole, field.name)[5:9], getattr(part, field.name)), field.name
 
 
+def put_in(clean, true):
+    """Where a repetition begins in a row of other tokens than the true ones, and its length."""
+    slip = next(p for p in range(64) if clean[p] != true[p])
+    size = clean.index(EOS) - 25
+    assert clean[:slip] + clean[slip + size :] == true[: 64 - size]
+    return slip, size
+
+
+def going_on(clean, slip, size, upto):
+    """Every way in which up to four tokens before the slip, over and over, give what was put in."""
+    ways = []
+    for unit in range(1, 5):
+        for phase in range(unit):
+            tokens = [clean[slip - unit + (k + phase) % unit] for k in range(upto - slip)]
+            if tokens[:size] == clean[slip : slip + size]:
+                ways.append(tokens[size:])
+    return ways
+
+
 @pytest.mark.parametrize("blocks", [None, Blocks(8), Blocks(8, lead=True)])
 def test_a_repetition_that_has_begun_is_context_and_never_true(blocks):
-    """Prompt of 6, answer of 20, window of 64; the row is read back without what was put into it."""
-    rules = NegativeConfig(
-        **{**OFF, "left": 1.0, "unit_max": 4, "recover": 1.0, "span_min": 5, "span_max": 9}
-    )
+    """Prompt of 6, answer of 20 tokens that differ, window of 64."""
+    only = {"left": 1.0, "unit_max": 4, "recover": 1.0, "span_min": 5, "span_max": 9}
     ids, start, length = rows(400, 6, 20, 64)
     keys = fold(key_of("recover"), torch.arange(400))
-    options = {"mask_id": MASK, "eos_id": EOS, "frequent": FREQUENT, "rules": rules, "blocks": blocks}
-    made = make_negative(ids, start, length, keys, **options)
+    made = make_negative(
+        ids, start, length, keys, mask_id=MASK, eos_id=EOS, frequent=FREQUENT,
+        rules=NegativeConfig(**{**OFF, **only}), blocks=blocks,
+    )  # fmt: skip
     sizes = set()
     for i in range(400):
-        clean = made.clean_ids[i].tolist()
-        size = clean.index(EOS) - 25
+        clean, noisy, targets, rejected = (
+            x[i].tolist() for x in (made.clean_ids, made.noisy_ids, made.targets, made.rejected)
+        )
+        slip, size = put_in(clean, ids[i].tolist())
         sizes.add(size)
-        true = ids[i].tolist()
-        slips = [
-            s for s in range(6, 26) if clean[:s] == true[:s] and clean[s + size :] == true[s : 64 - size]
-        ]
-        assert slips  # several, where the repetition begins as the answer goes on
-        ways = []
-        for slip in slips:
-            units = range(1, min(4, slip) + 1)
-            phases = [(unit, phase) for unit in units for phase in range(unit)]
-            ways += [
-                (slip, unit, phase)
-                for unit, phase in phases
-                if clean[slip : slip + size] == [true[slip - unit + (k + phase) % unit] for k in range(size)]
-            ]
-        assert ways
-        written = made.targets[i] != IGNORE
-        assert (made.targets[i][written] == made.clean_ids[i][written]).all()
-        assert any(not written[slip : slip + size].any() for slip, _, _ in ways)
-        ways = [way for way in ways if not written[way[0] : way[0] + size].any()]
-        back = {slip + size for slip, _, _ in ways}
-        masked = made.noisy_ids[i] == MASK
-        starts = {
-            p for p in range(64) if masked[p] and (p == 0 or not masked[p - 1] or (blocks and p % 8 == 0))
-        }
-        assert starts & back, "the cut lies where the answer goes on"
-        alone = blocks is not None and blocks.lead
-        for slip, unit, phase in ways:
-            place = slip + size
-            if place not in starts or (alone and place % 8 == 0):
+        back, end = slip + size, 26 + size  # where the answer goes on, and where it has ended
+        true = [p for p in range(6, end) if not slip <= p < back]
+        pieces = [range(64)] if blocks is None else [range(p, p + 8) for p in range(0, 64, 8)]
+        for piece in pieces:
+            masks = [p for p in piece if noisy[p] == MASK]
+            allowed = [p for p in true if p in piece]
+            if not allowed:
+                assert not masks
                 continue
-            end = min(place + 5, place // 8 * 8 + 8) if blocks else place + 5
-            going_on = [true[slip - unit + (p - slip + phase) % unit] for p in range(place, end)]
-            if [
-                w if w != c else IGNORE for w, c in zip(going_on, clean[place:end], strict=True)
-            ] == made.rejected[i, place:end].tolist():
-                break
-        else:
-            assert alone or blocks
+            cut = masks[0]
+            assert masks == list(range(cut, piece[-1] + 1))
+            assert cut == back if back in piece else cut in allowed
+            alone = blocks is not None and blocks.lead and cut == piece[0]
+            written = [p for p in allowed if p >= cut][: 1 if alone else None]
+            assert [p for p in piece if targets[p] != IGNORE] == written
+            assert all(targets[p] == clean[p] for p in written)
+            if back in piece:
+                covered = range(back, min(back + (1 if alone else 5), piece[-1] + 1))
+                wrong = [clean[p] if rejected[p] == IGNORE else rejected[p] for p in covered]
+                assert wrong in [way[: len(covered)] for way in going_on(clean, slip, size, back + 5)]
     assert sizes == set(range(1, 10))
 
 
