@@ -201,7 +201,8 @@ class Request(DecoderRequest):
         stop: a text that ends an answer, which is cut before it; several as '["one", "two"]'.
         eos_fill: once an end token is written, everything to its right becomes the end token; on by default.
         canvas: "growing" with a window and steps shows the model no more than can open soon (approximate);
-            "full" with max_tokens is a fixed canvas too, that many masks behind the prompt.
+            "full" with max_tokens is a fixed canvas too, that many masks behind the prompt; so it is with
+            steps and max_tokens.
         margin: masks that a growing canvas holds beyond those that can open; 16 by default.
         begin: text that the answer begins with.
         ending: text that the answer ends with, at the last positions of the window or of max_tokens.
@@ -228,6 +229,8 @@ class Request(DecoderRequest):
         super().__post_init__()
         if self.forced is not None:
             object.__setattr__(self, "forced", dict(self.forced))  # the caller's may change
+        if self.max_tokens is not None and self.steps is not None and self.canvas is None:
+            object.__setattr__(self, "canvas", "full")  # steps need a canvas of fixed length
         fixed = self.window is not None or (self.steps is not None and self.canvas != "full")
         if self.max_tokens is not None and fixed:
             raise ConfigError("max_tokens is a limit for a canvas that grows; it has no window and no steps")

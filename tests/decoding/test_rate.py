@@ -230,7 +230,7 @@ def test_the_models_positions_limit_a_growing_canvas():
     ("how", "message"),
     [
         ({"max_tokens": 9, "window": 30}, "it has no window and no steps"),
-        ({"max_tokens": 9, "steps": 3}, "it has no window and no steps"),
+        ({"max_tokens": 9, "steps": 3, "canvas": "growing"}, "it has no window and no steps"),
         ({"rate": 2.0, "steps": 3}, "either steps or a rate"),
         ({"max_tokens": 0}, "max_tokens must be a whole number of at least 1"),
         ({"max_tokens": 9, "rate": 0}, "rate must be at least 1 token per model call, got 0"),
@@ -255,7 +255,11 @@ def test_the_command_line_takes_a_limit_and_a_rate(model, tokenizer, tmp_path, c
     words = ["generate", "--model", str(tmp_path), "--json", "Count from 2 to 5."]
     assert main([*words, "--max-tokens", "20", "--rate", "3"]) == 0
     assert '"reveal_step"' in capsys.readouterr().out
-    assert main([*words, "--max-tokens", "20", "--steps", "3"]) == 2
+    assert main([*words, "--max-tokens", "20", "--steps", "3"]) == 0
+    fixed = capsys.readouterr().out
+    assert main([*words, "--max-tokens", "20", "--steps", "3", "--canvas", "full"]) == 0
+    assert capsys.readouterr().out == fixed
+    assert main([*words, "--max-tokens", "20", "--steps", "3", "--canvas", "growing"]) == 2
     assert "no window and no steps" in capsys.readouterr().err
 
 
