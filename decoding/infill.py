@@ -59,7 +59,7 @@ def plan_infilling(request: Request, spec: ModelSpec, tokenizer: PreTrainedToken
             raise ConfigError(f"{name} means nothing here: a text with gaps has the length it has")
     decoder = request.decoder_for(spec).fitted(OPEN_LENGTH, spec)
     decoder = decoder.without(*spec.end_token_ids, *getattr(tokenizer, "all_special_ids", ()))
-    steps = int(spec.generation.get("steps", OPEN_LENGTH // 4)) if decoder.timed else None
+    steps = (spec.defaults.steps or OPEN_LENGTH // 4) if decoder.timed else None
     return Plan(
         decoder=decoder,
         pace=request.pace_for(decoder, spec, steps, rate=1.0),

@@ -27,6 +27,9 @@ DEFAULT_RATE = 2.0
 DEFAULT_MAX_TOKENS = 256
 """Longest answer, when neither it nor a window is given."""
 
+DEFAULT_WINDOW = 256
+"""Positions of a fixed canvas, when neither the caller nor the checkpoint gives a window."""
+
 MOST_RATE = 1_000_000
 """Most tokens per model call; no row has as many."""
 
@@ -287,22 +290,20 @@ class Request(DecoderRequest):
         They set out a number of masks behind the prompt, or a window, and a number of steps; for another
         `max_tokens` the steps are in proportion. Their stop texts hold for any decoder.
         """
-        published = spec.generation
-        if not published:
-            return self
-        stop = list(published["stop"]) if self.stop is None and "stop" in published else self.stop
+        published = spec.defaults
+        stop = list(published.stop) if self.stop is None and published.stop is not None else self.stop
         name = self.decoder if self.decoder is None or isinstance(self.decoder, str) else self.decoder.preset
-        if name not in (None, published.get("decoder")):
+        if name not in (None, published.decoder):
             return replace(self, stop=stop)
-        fill = published.get("eos_fill") if self.eos_fill is None else self.eos_fill
+        fill = published.eos_fill if self.eos_fill is None else self.eos_fill
         request = replace(self, stop=stop, eos_fill=fill)
-        if published.get("canvas") != "full" or self.window is not None or self.canvas == "growing":
+        if published.canvas != "full" or self.window is not None or self.canvas == "growing":
             return request
-        published_length = int(published["max_tokens"] if "max_tokens" in published else published["window"])
+        published_length = published.max_tokens or published.window or DEFAULT_MAX_TOKENS
         length, steps = self.max_tokens or published_length, self.steps
-        if steps is None and self.rate is None and "steps" in published:
-            steps = -(-int(published["steps"]) * length // published_length)
-        if self.max_tokens is None and "max_tokens" not in published:
+        if steps is None and self.rate is None and published.steps is not None:
+            steps = -(-published.steps * length // published_length)
+        if self.max_tokens is None and published.max_tokens is None:
             return replace(request, window=length, steps=steps)
         return replace(request, canvas="full", max_tokens=length, steps=steps)
 
@@ -311,11 +312,11 @@ class Request(DecoderRequest):
         from decoding.pace import Ending
         from decoding.window import MARGIN
 
-        decoder, defaults = self.decoder_for(spec), spec.generation
+        decoder, defaults = self.decoder_for(spec), spec.defaults
         window, masks = self._window(decoder, spec), self.max_tokens if self.canvas == "full" else None
         decoder = decoder.fitted(window or masks or OPEN_LENGTH, spec)
-        steps = None if window is None else int(defaults.get("steps", max(1, window // 4)))
-        pace = self.pace_for(decoder, spec, steps, float(defaults.get("rate", DEFAULT_RATE)))
+        steps = None if window is None else defaults.steps or max(1, window // 4)
+        pace = self.pace_for(decoder, spec, steps, defaults.rate or DEFAULT_RATE)
         pace, ends = pace.within(window or masks or spec.positions), not self.ending
         fill = self.eos_fill is not False and ends
         closes = fill or not pace.bounded
@@ -330,7 +331,7 @@ class Request(DecoderRequest):
             margin=None if complete else MARGIN if self.margin is None else self.margin,
             reuse=self.reuse_settings(),
             positions=window or spec.positions,
-            tokens=window or int(self.max_tokens or defaults.get("max_tokens", DEFAULT_MAX_TOKENS)),
+            tokens=window or self.max_tokens or defaults.max_tokens or DEFAULT_MAX_TOKENS,
             stop=self.stop_texts,
             begin=self.begin or "",
             ending_text=self.ending or "",
@@ -343,7 +344,7 @@ class Request(DecoderRequest):
         fixed = self.window is not None or self.steps is not None or (decoder.timed and self.rate is None)
         if self.max_tokens is not None or not fixed:
             return None
-        window = self.window or min(int(spec.generation.get("window", 256)), spec.positions)
+        window = self.window or min(spec.defaults.window or DEFAULT_WINDOW, spec.positions)
         if not 1 <= window <= spec.positions:
             raise ConfigError(
                 f"window must lie between 1 and the model's {spec.positions} positions, got {window}"
@@ -385,8 +386,8 @@ class Request(DecoderRequest):
             if self.options:
                 raise ConfigError("options are for a decoder that is named; this one has been built already")
             return self.decoder
-        default_name = str(spec.generation.get("decoder", "conv"))
-        defaults = spec.generation.get("options", {}) if self.decoder in (None, default_name) else {}
+        default_name = spec.defaults.decoder
+        defaults = spec.defaults.options if self.decoder in (None, default_name) else {}
         decoder = Decoder.named(self.decoder or default_name, **{**defaults, **(self.options or {})})
         if self.decoder is not None or (self.rate is None and self.steps is None):
             return decoder

@@ -16,7 +16,7 @@ from decoding.engine import Engine, Update
 from decoding.gaps import Gap, Piece, pieces_of, without_span
 from decoding.infill import Infilled, gap_scores, likeliest, plan_infilling, rows_with_gaps
 from decoding.presets import Decoder
-from decoding.request import Plan, Request
+from decoding.request import DEFAULT_WINDOW, Plan, Request
 from decoding.rows import Prompt, RowMaker, TooLongError, as_list, cut_text, with_seeds
 from decoding.tilted.particles import steer
 from decoding.tilted.tilt import TILT_FIELDS, Tilt
@@ -361,7 +361,7 @@ class Sampler:
     @property
     def window(self) -> int:
         """The window of the checkpoint."""
-        return int(self.spec.generation.get("window", 256))
+        return self.spec.defaults.window or DEFAULT_WINDOW
 
     def prompt_length(self, prompt: Prompt) -> int:
         """Tokens of a prompt, template included; a window must be longer."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
 from dlm.errors import ConfigError, unknown_name
@@ -11,8 +11,45 @@ from dlm.schedule import LogLinear, NoiseSchedule, schedule_named
 
 _UNLIMITED = 2**31
 
-DEFAULTS = ("decoder", "options", "window", "steps", "rate", "max_tokens", "canvas", "eos_fill", "stop")
-"""Fields of a `Request` for which a checkpoint can have defaults."""
+
+@dataclass(frozen=True)
+class DecodingDefaults:
+    """Fields of a `Request` as a checkpoint has them, for those that ask for nothing else.
+
+    A field that is None, or empty, is left to the decoder or to `Request`.
+    """
+
+    decoder: str = "conv"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of that decoder."""
+    window: int | None = None
+    steps: int | None = None
+    rate: float | None = None
+    max_tokens: int | None = None
+    canvas: str | None = None
+    eos_fill: bool | None = None
+    stop: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> DecodingDefaults:
+        """The defaults that a configuration holds by name.
+
+        Raises:
+            ConfigError: for a default of another name.
+        """
+        names = [each.name for each in fields(cls)]
+        for name in stored:
+            if name not in names:
+                raise unknown_name("default of decoding:", name, names)
+        values = {name: value for name, value in stored.items() if value is not None}
+        return cls(**{name: _TYPES[name](value) for name, value in values.items()})
+
+
+_TYPES: dict[str, Callable[[Any], Any]] = {
+    "decoder": str, "options": dict, "window": int, "steps": int, "rate": float, "max_tokens": int,
+    "canvas": str, "eos_fill": bool, "stop": tuple,
+}  # fmt: skip
+"""Types of the defaults."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +102,7 @@ class ModelSpec:
         shift: True when the state at i-1 predicts token i, so that a row cannot begin with a mask.
         visibility: which positions a position attends to.
         schedule: noise schedule that the model was trained with.
-        generation: the checkpoint's defaults of decoding, by the names in `DEFAULTS`.
-
-    Raises:
-        ConfigError: for a default of another name.
+        defaults: the checkpoint's defaults of decoding.
     """
 
     mask_token_id: int
@@ -79,13 +113,10 @@ class ModelSpec:
     shift: bool = False
     visibility: Visibility = Visibility()
     schedule: NoiseSchedule = field(default_factory=LogLinear)
-    generation: Mapping[str, Any] = field(default_factory=dict)
+    defaults: DecodingDefaults = field(default_factory=DecodingDefaults)
 
     def __post_init__(self) -> None:
-        """Count the end token among those that end an answer, and check the names of the defaults."""
-        for name in self.generation:
-            if name not in DEFAULTS:
-                raise unknown_name("default of decoding:", name, DEFAULTS)
+        """Count the end token among those that end an answer."""
         object.__setattr__(self, "end_token_ids", frozenset({*self.end_token_ids, self.eos_token_id}))
 
     @property
@@ -114,7 +145,7 @@ class ModelSpec:
                 bool(given("causal_context", False)),
             ),
             schedule=schedule_named(**given("schedule", {})),
-            generation=dict(given("generation", {})),
+            defaults=DecodingDefaults.of(given("generation", {})),
         )
 
     @classmethod

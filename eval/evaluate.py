@@ -305,5 +305,5 @@ def _checkpoint_decoder(model: str, request: Request) -> str:
     spec = stored_spec(model)
     if spec is None:
         return ""
-    decoder, options = request.decoder_for(spec), spec.generation.get("options") or {}
+    decoder, options = request.decoder_for(spec), spec.defaults.options
     return decoder.name + (f"({','.join(f'{k}={v}' for k, v in options.items())})" if options else "")

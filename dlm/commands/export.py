@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dlm.cli import Command, commands
-from dlm.errors import ConfigError, unknown_name
+from dlm.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,10 @@ class ExportConfig:
 
     def _check_generation(self) -> None:
         """Refuse defaults that `dlm generate`, which is to follow them, would refuse."""
-        from dlm.spec import DEFAULTS
+        from dlm.spec import DecodingDefaults
 
         wish = commands()["generate"].load().config  # decoding is not for this package to import
-        for name in self.generation:
-            if name not in DEFAULTS:
-                raise unknown_name("default of decoding:", name, DEFAULTS)
+        DecodingDefaults.of(self.generation)
         settings = dict(self.generation)
         pair = ("decoder", "options")
         together: dict[str, Any] = {name: settings.pop(name) for name in pair if name in settings}

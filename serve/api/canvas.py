@@ -354,7 +354,7 @@ class _Handlers:
     async def decoders(self) -> Any:
         """List the decoders and their options."""
         self.service.check_loaded()
-        generation = self.service.spec.generation
+        defaults = self.service.spec.defaults
         listed = [
             {
                 "name": name,
@@ -366,8 +366,7 @@ class _Handlers:
             }
             for name, preset in presets().items()
         ]
-        default_name = str(generation.get("decoder", "conv"))
-        return {"default": default_name, "default_options": generation.get("options", {}), "data": listed}
+        return {"default": defaults.decoder, "default_options": defaults.options, "data": listed}
 
 
 def router(service: Service) -> APIRouter:

@@ -293,7 +293,7 @@ class _Handlers:
                 "general.architecture": "dlm",
                 "general.parameter_count": self._parameters("numel"),
                 "dlm.context_length": spec.positions,
-                "dlm.decoder": str(spec.generation.get("decoder", "conv")),
+                "dlm.decoder": spec.defaults.decoder,
             },
             "capabilities": ["completion"],
             "modified_at": self._created,

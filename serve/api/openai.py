@@ -400,7 +400,7 @@ class _Handlers:
             "created": service.created,
             "owned_by": "dlm",
             "max_model_len": spec.positions,
-            "decoder": str(spec.generation.get("decoder", "conv")),
+            "decoder": spec.defaults.decoder,
         }
 
     async def models(self) -> Any:

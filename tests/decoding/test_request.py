@@ -9,7 +9,7 @@ from decoding.pace import OwnPace, Rate, Steps
 from decoding.request import OPEN_LENGTH, Reuse
 from decoding.window import MARGIN
 from dlm.errors import ConfigError
-from dlm.spec import ModelSpec
+from dlm.spec import DecodingDefaults, ModelSpec
 from tests.fakes import FakeDenoiser, FakeTokenizer
 
 
@@ -142,7 +142,7 @@ def test_every_field_changes_the_plan_or_the_row():
 def test_what_a_model_is_comes_from_its_spec_or_else_its_configuration():
     model = FakeDenoiser()
     assert ModelSpec.of(model).end_token_ids == {0}
-    model.spec = ModelSpec(22, 0, frozenset({3}), positions=50, generation={"decoder": "llada"})
+    model.spec = ModelSpec(22, 0, frozenset({3}), positions=50, defaults=DecodingDefaults("llada"))
     plan = Request(reuse="prefix").resolve(model)
     assert plan.ending.end_ids == (0, 3)
     assert (plan.decoder.name, plan.positions, plan.reuse) == ("llada", 50, Reuse("prefix"))
@@ -152,4 +152,4 @@ def test_defaults_of_a_checkpoint_have_names():
     with pytest.raises(
         ConfigError, match="unknown default of decoding: 'max_token'. Did you mean 'max_tokens'"
     ):
-        ModelSpec(mask_token_id=22, eos_token_id=0, generation={"decoder": "conv", "max_token": 9})
+        DecodingDefaults.of({"decoder": "conv", "max_token": 9})

@@ -3,7 +3,7 @@ import pytest
 from decoding.pace import Steps
 from decoding.request import Request, Reuse
 from dlm.errors import ConfigError, DataError
-from dlm.spec import ModelSpec
+from dlm.spec import DecodingDefaults, ModelSpec
 from eval.commands.frontier import FrontierConfig
 from eval.commands.orders import LearnConfig
 from eval.commands.path import PathConfig
@@ -162,7 +162,7 @@ def test_a_decoder_that_is_named_is_what_generate_makes_of_the_name():
         "decoder": "llada", "options": {"block_size": 8}, "canvas": "full", "max_tokens": 64, "steps": 32,
         "eos_fill": False,
     }  # fmt: skip
-    spec = ModelSpec(mask_token_id=5, eos_token_id=0, positions=300, generation=published)
+    spec = ModelSpec(mask_token_id=5, eos_token_id=0, positions=300, defaults=DecodingDefaults.of(published))
     (own,), (named,), (other,) = (variants(text) for text in ("", "llada", "llada(block_size=16)"))
     assert named.request().resolve(spec) == own.request().resolve(spec)
     assert named.request().resolve(spec) == Request(decoder="llada").resolve(spec)
