@@ -357,6 +357,8 @@ def _explain(message: str, config: type) -> str:
             f"{stray[1]!r}: words that are no options stand together, before or behind all options; "
             'what begins with "-" stands behind "--"'
         )
+    if mistyped := _mistyped(message):
+        return mistyped
     wrong = re.search(r"[Uu]nrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
     wrong = wrong or re.search(r"Option '([\w.]+)' is not accepted", message)
     wrong = wrong or re.search(r"[Kk]ey '?\"?([\w.]+)'?\"? is not expected", message)
@@ -372,6 +374,24 @@ def _explain(message: str, config: type) -> str:
     )
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"unknown option {full}.{hint} See --help."
+
+
+_KINDS = {
+    "int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "list": "a list",
+    "dict": "names with values",
+}  # fmt: skip
+"""Types of settings, in words."""
+
+
+def _mistyped(message: str) -> str:
+    """The parser's words about a value of the wrong type, in ours; empty for other messages."""
+    if config := re.fullmatch(r"Unexpected config:(.*)", message):
+        return f"a file of settings holds lines such as `seed: 3`, got {config[1].strip()!r}"
+    found = re.search(r'Parser key "([\w.]+)":? (.*?)(?:Got value:|Given value:) (.*)$', message)
+    kinds = [_KINDS[kind] for kind in re.findall(r"Expected an? <class '(\w+)'>", message) if kind in _KINDS]
+    if not found or not kinds:
+        return ""
+    return f"{found[1]} must be {' or '.join(dict.fromkeys(kinds))}, got {found[3]!r}"
 
 
 def _fail(message: str, status: int = 1, prog: str = "dlm") -> int:

@@ -155,6 +155,26 @@ def test_generate_steers_by_a_reward(checkpoint, tmp_path, capsys, monkeypatch):
         assert (status, message in streams.err) == (2, True), streams.err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seed", "x"], "seed must be a whole number, got 'x'"),
+        (["--rate", "x"], "rate must be a number, got 'x'"),
+        (["--max_tokens", "2.5"], "max_tokens must be a whole number, got '2.5'"),
+        (["--options", "3"], "options must be names with values, got '3'"),
+        (["--config", "empty.yaml"], "a file of settings holds lines such as `seed: 3`, got ''"),
+        (["--config", "number.yaml"], "a file of settings holds lines such as `seed: 3`, got '5'"),
+        (["--file", "."], ".: a folder, not a file"),
+    ],
+)
+def test_values_of_the_wrong_type_are_refused_in_plain_words(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "number.yaml").write_text("5\n")
+    assert main(["generate", *words]) == 2
+    assert f"error: {said}" in capsys.readouterr().err
+
+
 def test_likely_tokens_are_for_json_alone(checkpoint, capsys):
     assert main(["generate", "--model", checkpoint, "--top_logprobs", "2", "x"]) == 2
     assert "top_logprobs are shown in JSON alone; give --json true too" in capsys.readouterr().err

@@ -85,7 +85,8 @@ class GenerateConfig(Request, LoadConfig):
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for file in (self.file, self.prompt_file):
             if file not in ("", "-") and not Path(file).is_file():
-                raise DataError(f"{file}: no such file")
+                wrong = "a folder, not a file" if Path(file).is_dir() else "no such file"
+                raise DataError(f"{file}: {wrong}")
         if self.top_logprobs and not (self.json or self.list_decoders):
             raise ConfigError("top_logprobs are shown in JSON alone; give --json true too")
         if self.limit < 0:
