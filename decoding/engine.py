@@ -210,7 +210,8 @@ class Engine:
         """Take the next step of every row; rows that are finished leave the engine.
 
         Args:
-            tickets: of the rows at work that take the step, all by default; texts do not depend on it.
+            tickets: of the rows that take the step, all by default; texts do not depend on it. Rows that wait
+                take none.
 
         Returns:
             One update for each row that took a step, and for each that has failed. A row for which the model
@@ -325,11 +326,13 @@ class Engine:
             By ticket, so many texts.
 
         Raises:
-            KeyError: for a ticket that is not there.
+            KeyError: for a ticket that is not at work.
         """
         check_whole("draws", draws)
+        self._admit()
         for ticket in tickets:
-            self._check_ticket(ticket)
+            if ticket not in self._running:
+                raise KeyError(f"no row at work has the ticket {ticket}")
         work, predicted = [], []
         for group in self._groups.values():
             rows = [i for i, ticket in enumerate(group.tickets) if ticket in tickets]
@@ -391,12 +394,15 @@ class Engine:
             yield self._update(group.tickets[index], canvas, index, done[index], failed[index])
 
     def _failures(self, group: _Group, rows: list[int] | None, error: Exception) -> Iterator[Update]:
-        """The updates of rows that have failed: of a batch with an `error`, those that fail alone, else all.
+        """The updates of a batch with an `error`: the rows that fail alone, else all but those that are done.
 
         The others have taken no step.
         """
         canvas = group.batch.canvas
         places = list(range(len(group.tickets))) if rows is None else rows
+        done = [place for place in places if bool(canvas.done[place])]
+        yield from self._updates(group, done)
+        places = [place for place in places if place not in done]
         alone = {place: self._error_alone(canvas.take(torch.tensor([place])), group) for place in places}
         for place in places:
             failure = alone[place] if any(alone.values()) else error

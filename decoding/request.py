@@ -232,9 +232,7 @@ class Request(DecoderRequest):
         super().__post_init__()
         if self.forced is not None:
             object.__setattr__(self, "forced", dict(self.forced))  # the caller's may change
-        if self.max_tokens is not None and self.steps is not None and self.canvas is None:
-            object.__setattr__(self, "canvas", "full")  # steps need a canvas of fixed length
-        fixed = self.window is not None or (self.steps is not None and self.canvas != "full")
+        fixed = self.window is not None or (self.steps is not None and not self.full)
         if self.max_tokens is not None and fixed:
             raise ConfigError("max_tokens is a limit for a canvas that grows; it has no window and no steps")
         if self.canvas not in (None, "full", "growing"):
@@ -245,6 +243,15 @@ class Request(DecoderRequest):
             raise ConfigError("an ending stands behind the end of the answer; give no eos_fill")
         if self.ending and (self.canvas == "growing" or self.margin is not None):
             raise ConfigError("an ending stands at the end of the canvas, which therefore cannot grow")
+
+    @property
+    def full(self) -> bool:
+        """True for a canvas of `max_tokens` masks, or of a window, that is there from the start.
+
+        Steps need a canvas of fixed length, so that they make it one.
+        """
+        by_steps = self.canvas is None and self.max_tokens is not None and self.steps is not None
+        return self.canvas == "full" or by_steps
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -313,7 +320,7 @@ class Request(DecoderRequest):
         from decoding.window import MARGIN
 
         decoder, defaults = self.decoder_for(spec), spec.defaults
-        window, masks = self._window(decoder, spec), self.max_tokens if self.canvas == "full" else None
+        window, masks = self._window(decoder, spec), self.max_tokens if self.full else None
         decoder = decoder.fitted(window or masks or OPEN_LENGTH, spec)
         steps = None if window is None else defaults.steps or max(1, window // 4)
         pace = self.pace_for(decoder, spec, steps, defaults.rate or DEFAULT_RATE)
@@ -368,10 +375,10 @@ class Request(DecoderRequest):
     def _check_canvas(self, window: int | None, pace: Pace) -> None:
         """Refuse what does not go with a canvas that grows, or with one that does not."""
         if window is None:
-            if self.canvas == "full" and self.max_tokens is None:
+            if self.full and self.max_tokens is None:
                 raise ConfigError('canvas "full" needs a window, or max_tokens')
-            if self.margin is not None and self.canvas == "full":
-                raise ConfigError('a margin is for a canvas that grows: give canvas="growing" with it')
+            if self.margin is not None and self.full:
+                raise ConfigError("a margin is for a canvas that grows: with max_tokens, one at a rate")
             return
         if self.canvas == "growing" and not pace.bounded:
             raise ConfigError('canvas "growing" with a rate is what max_tokens gives; give it, or steps')

@@ -171,15 +171,23 @@ def as_list(prompts: Any) -> tuple[bool, Any]:
 
 
 def with_seeds(prompts: Iterable[PromptT], seed: int | Sequence[int]) -> Iterator[tuple[PromptT, int]]:
-    """Each prompt with its seed: one for all, or as many seeds as there are prompts."""
+    """Each prompt with its seed: one for all, or as many seeds as there are prompts.
+
+    Raises:
+        ConfigError: for seeds that are none, or not as many as a list of prompts has.
+    """
     if type(seed) is int:
-        yield from zip(prompts, itertools.repeat(seed), strict=False)
-        return
+        return zip(prompts, itertools.repeat(seed), strict=False)
     if not isinstance(seed, Sequence) or not all(type(each) is int for each in seed):
         raise ConfigError(f"seed must be a whole number, or one for each prompt, got {seed!r}")
     if isinstance(prompts, Sized) and len(prompts) != len(seed):
         wrong = "more" if len(prompts) > len(seed) else "fewer"
         raise ConfigError(f"seed lists {len(seed)} seeds, but there are {wrong} prompts")
+    return _paired(prompts, seed)
+
+
+def _paired(prompts: Iterable[PromptT], seed: Sequence[int]) -> Iterator[tuple[PromptT, int]]:
+    """Each prompt with its own seed."""
     seeds = iter(seed)
     for prompt in prompts:
         each = next(seeds, None)

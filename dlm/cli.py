@@ -388,6 +388,8 @@ def _mistyped(message: str) -> str:
     if config := re.fullmatch(r"Unexpected config:(.*)", message):
         return f"a file of settings holds lines such as `seed: 3`, got {config[1].strip()!r}"
     found = re.search(r'Parser key "([\w.]+)":? (.*?)(?:Got value:|Given value:) (.*)$', message)
+    if found and (choices := re.search(r"typing\.Literal\[(.*?)\]", message)):
+        return f"{found[1]} must be one of {choices[1]}, got {found[3]!r}"
     kinds = [_KINDS[kind] for kind in re.findall(r"Expected an? <class '(\w+)'>", message) if kind in _KINDS]
     if not found or not kinds:
         return ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
@@ -35,21 +35,27 @@ class DecodingDefaults:
         """The defaults that a configuration holds by name.
 
         Raises:
-            ConfigError: for a default of another name.
+            ConfigError: for a default of another name or type.
         """
         names = [each.name for each in fields(cls)]
         for name in stored:
             if name not in names:
                 raise unknown_name("default of decoding:", name, names)
         values = {name: value for name, value in stored.items() if value is not None}
-        return cls(**{name: _TYPES[name](value) for name, value in values.items()})
+        for name, value in values.items():
+            if type(value) not in _TYPES[name]:
+                wish = " or ".join(kind.__name__ for kind in _TYPES[name])
+                raise ConfigError(f"default of decoding {name} must be of type {wish}, got {value!r}")
+        if "stop" in values:
+            values["stop"] = (values["stop"],) if isinstance(values["stop"], str) else tuple(values["stop"])
+        return cls(**values)
 
 
-_TYPES: dict[str, Callable[[Any], Any]] = {
-    "decoder": str, "options": dict, "window": int, "steps": int, "rate": float, "max_tokens": int,
-    "canvas": str, "eos_fill": bool, "stop": tuple,
+_TYPES: dict[str, tuple[type, ...]] = {
+    "decoder": (str,), "options": (dict,), "window": (int,), "steps": (int,), "rate": (float, int),
+    "max_tokens": (int,), "canvas": (str,), "eos_fill": (bool,), "stop": (str, list, tuple),
 }  # fmt: skip
-"""Types of the defaults."""
+"""Types of the defaults, as JSON has them."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from decoding.canvas import Canvas, Row, make_canvas
 from decoding.denoiser import Denoiser
 from decoding.request import Plan
 from decoding.scoring import Scorer
-from decoding.step import Batch, run_work
+from decoding.step import Batch, raise_first, run_work
 from decoding.tokens import TokenRule
 from dlm.device import to_device
 from dlm.errors import ConfigError
@@ -107,7 +107,7 @@ def _batch(
     scorer = _TrueScorer(truth, model, canvas, plan)
     batch = Batch(model, canvas, plan, scorer)
     while not bool(canvas.done.all()):
-        run_work(model, [batch.step()])
+        raise_first(run_work(model, [batch.step()]))
     for row, (prompt, answer) in enumerate(rows):
         nats = scorer.nats[row, len(prompt) : len(prompt) + len(answer)]
         yield PathCost(nats.tolist(), int(canvas.model_calls[row]))

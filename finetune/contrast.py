@@ -84,10 +84,7 @@ class ContrastTrainer(DiffusionTrainer):
         return torch.tensor(len(batch["row"]), device=batch["row"].device)
 
     def contrast(self, batch: TensorBatch, key: torch.Tensor, blocks: Blocks | None = None) -> Contrast:
-        """The contrast of a batch with its negatives by rule, under noise keys [B].
-
-        With `blocks`, each of them has one.
-        """
+        """The contrast of a batch with its negatives by rule, under noise keys [B]."""
         device = batch["input_ids"].device
         return make_negative(
             batch["input_ids"],

@@ -25,8 +25,6 @@ class NegativeConfig:
         eos_p: probability that an early EOS is put into the negative (a repeated unit may bring one too).
         frequent: how many tokens count as high-prior: the most frequent ones of the training answers.
         in_span: for text without a prompt, the share of rows masked inside a span; the rest outside it.
-        recover: share of rows with a prompt in whose context the repetition has begun already: the true
-            continuation is the way back, the negative goes on repeating.
     """
 
     left: float = 0.5
@@ -40,7 +38,6 @@ class NegativeConfig:
     eos_p: float = 0.1
     frequent: int = 100
     in_span: float = 0.5
-    recover: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -55,7 +52,7 @@ class NegativeConfig:
             )
         if not 1 <= self.span_min <= self.span_max:
             raise ConfigError(f"need 1 <= span_min <= span_max, got {self.span_min} and {self.span_max}")
-        for name in ("eos_p", "in_span", "recover"):
+        for name in ("eos_p", "in_span"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
 

@@ -150,7 +150,7 @@ class PreferenceTrainer(ContrastTrainer):
     def ruled(self, batch: TensorBatch, key: torch.Tensor) -> TensorBatch:
         """Rows whose good and bad answers are the true and the wrong tokens of one masked stretch."""
         contrast = self.contrast(batch, key)
-        ids, span = contrast.clean_ids, contrast.span
+        ids, span = batch["input_ids"], contrast.span
         true = span & (contrast.targets != IGNORE)
         masked = contrast.noisy_ids == self.mask_id
         differing = contrast.rejected != IGNORE

@@ -126,28 +126,21 @@ class R2FTTrainer(ContrastTrainer):
         super().__init__(model, objective=objective, referred=objective.reference, **kwargs)
 
     def contrasted(self, batch: TensorBatch, key: torch.Tensor) -> TensorBatch:
-        """See `ContrastTrainer`; masked rows, both candidates of each mask, and the weights of cuts."""
+        """See `ContrastTrainer`; the rows with masks, and both candidates for each of them."""
         contrast = self.contrast(batch, key, self.blocks)
         candidates = torch.stack([contrast.targets, contrast.rejected], dim=-1)
-        return {
-            **batch,
-            "input_ids": contrast.clean_ids,
-            "noisy_ids": contrast.noisy_ids,
-            "candidates": candidates,
-            "share": contrast.share,
-        }
+        return {**batch, "noisy_ids": contrast.noisy_ids, "candidates": candidates}
 
     def rows(self, model: torch.nn.Module, inputs: TensorBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `ContrastTrainer`; the mean over the row's cuts, which are many in a block-causal model."""
-        share = inputs["share"]  # [B, N]
-        cells = self._by_cut(inputs["candidates"] != IGNORE)  # [B·N, cells of a cut, 2]
-        logp = self._by_cut(self._logp(model, inputs))
+        """See `ContrastTrainer`."""
+        cells = inputs["candidates"] != IGNORE  # [B, L, 2]
+        logp = self._logp(model, inputs, cells)
         weight = self._weights(logp.detach(), cells)
-        total, n = (logp * weight).sum(1), cells.sum(1)  # [B·N, 2]
+        total, n = (logp * weight).sum(1), cells.sum(1)  # [B, 2]
         reference: dict[str, torch.Tensor] = {}
         if self.objective.reference:
             with torch.no_grad(), self.as_reference(model) as frozen:
-                held = (self._by_cut(self._logp(frozen, inputs)) * weight).sum(1)
+                held = (self._logp(frozen, inputs, cells) * weight).sum(1)
             reference = {"reference_w": held[:, 0], "reference_l": held[:, 1]}
         objective = self.objective
         loss = r2ft_row_loss(
@@ -155,21 +148,17 @@ class R2FTTrainer(ContrastTrainer):
             beta_w=objective.beta_w, beta_l=objective.beta_l, gamma=objective.gamma,
             beta_a=objective.beta_a, **reference,
         )  # fmt: skip
-        figures = contrast_figures(logp.detach().sum(1), n)
-        return (loss.view_as(share) * share).sum(1), mean_figures(figures.view(*share.shape, -1), share)
+        return loss, contrast_figures(logp.detach().sum(1), n)
 
-    def _by_cut(self, values: torch.Tensor) -> torch.Tensor:
-        """[B, L, 2] -> [B·N, cells of a cut, 2]: the whole row, or each of its blocks."""
-        if not self.blocks:
-            return values
-        padded = F.pad(values, (0, 0, 0, -values.shape[1] % self.blocks.size))
-        return padded.reshape(-1, self.blocks.size, 2)
-
-    def _logp(self, model: torch.nn.Module, inputs: TensorBatch) -> torch.Tensor:
+    def _logp(self, model: torch.nn.Module, inputs: TensorBatch, cells: torch.Tensor) -> torch.Tensor:
         """[B, L, 2] log-probability of both candidates, 0 where there is none; one forward pass."""
-        candidates = inputs["candidates"]
-        full = torch.zeros(candidates.shape, device=candidates.device)
-        full[(candidates != IGNORE).any(-1)] = self.token_logp(model, {**inputs, "targets": candidates})
+        out = model(
+            input_ids=inputs["noisy_ids"],
+            attention_mask=inputs["attention_mask"],
+            targets=inputs["candidates"],
+        )
+        full = torch.zeros(cells.shape, device=cells.device)
+        full[cells.any(-1)] = out.token_logp
         return full
 
     def _weights(self, logp: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
@@ -189,12 +178,6 @@ def contrast_figures(total: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
     figures = torch.stack([true, wrong, true - wrong, (true > wrong).float()], dim=1)
     lacking = torch.cat([torch.zeros_like(n[:, :1]), (n[:, 1:] == 0).expand(-1, 3)], dim=1).bool()
     return figures.masked_fill(lacking, torch.nan)
-
-
-def mean_figures(figures: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """[B, F] figures of rows, from those of their cuts [B, N, F] and their shares [B, N]; NaN as there."""
-    weight = share[..., None] * ~figures.isnan()
-    return (figures.nan_to_num() * weight).sum(1) / weight.sum(1)
 
 
 TRAINERS: dict[str, type[ContrastTrainer]] = {

@@ -325,8 +325,11 @@ class Worker:
                 notices.append(Notice(index, value))
             return
         del self._jobs[update.ticket], job.tickets[index]
-        if update.error is not None:
+        if type(update.error) is DLMError:  # of the model, on this row
             raise update.error
+        if (cause := update.error) is not None:
+            logger.error("a rule failed", exc_info=cause)
+            raise DLMError(f"the model failed: {type(cause).__name__}: {cause}") from cause
         output = update.output
         assert output is not None
         notices.append(Notice(index, output if job.finish is None else job.finish(update), finished=True))

@@ -70,7 +70,10 @@ def test_help_names_every_command_and_every_option_with_its_default(capsys):
             ["train", "--output_dir", "x", "--data.windw", "3"],
             "unknown option data.windw. Did you mean data.window?",
         ),
-        (["train", "--output_dir", "x", "--data.windows", "groupd"], "Literal['fixed', 'grouped']"),
+        (
+            ["train", "--output_dir", "x", "--data.windows", "groupd"],
+            "data.windows must be one of 'fixed', 'grouped', got 'groupd'",
+        ),
         (["train", "--output_dir", "x", "--max_steps", "-3"], "max_steps must not be negative, got -3"),
         (["generate", "--modle", "x"], "Did you mean model?"),
         (
@@ -173,6 +176,11 @@ def test_values_of_the_wrong_type_are_refused_in_plain_words(words, said, tmp_pa
     (tmp_path / "number.yaml").write_text("5\n")
     assert main(["generate", *words]) == 2
     assert f"error: {said}" in capsys.readouterr().err
+
+
+def test_a_choice_that_is_none_is_refused_with_the_choices(capsys):
+    assert main(["export", "--dtype", "float", "--model", "x", "--output", "y"]) == 2
+    assert "error: dtype must be one of 'float32', " in capsys.readouterr().err
 
 
 def test_likely_tokens_are_for_json_alone(checkpoint, capsys):

@@ -69,8 +69,7 @@ def run(config: NegativesConfig) -> int:
     )
     console = Console(highlight=False, markup=False, emoji=False)
     for i in range(len(contrast.rule)):
-        cuts = [list(RULES)[rule] for rule in contrast.rule[i].tolist() if rule >= 0]
-        console.print(f"\n{i + 1}. rule: {', '.join(cuts)}", style="bold")
+        console.print(f"\n{i + 1}. rule: {list(RULES)[int(contrast.rule[i])]}", style="bold")
         console.print("true     ", _coloured_row(tokenizer, batch, contrast, i, wrong=False))
         console.print("negative ", _coloured_row(tokenizer, batch, contrast, i, wrong=True))
     console.print("\n", _colour_legend())
@@ -78,7 +77,7 @@ def run(config: NegativesConfig) -> int:
 
 
 def _blocks(model: str) -> Any:
-    """Blocks of the model, whose rows are cut in each of them; None for full visibility."""
+    """Blocks of the model; None for full visibility."""
     from dlm.checkpoint import stored_spec
     from dlm.noising import Blocks
 
@@ -118,7 +117,7 @@ def _coloured_row(tokenizer: Any, batch: Any, contrast: Any, i: int, *, wrong: b
     from dlm.model import IGNORE
 
     text = Text()
-    ids = contrast.clean_ids[i].tolist()
+    ids = batch["input_ids"][i].tolist()
     noisy, true, rejected = (x[i].tolist() for x in (contrast.noisy_ids, contrast.targets, contrast.rejected))
     eos = tokenizer.eos_token_id
     for place, token in enumerate(ids):

@@ -16,6 +16,7 @@ from serve.api.openai import ERRORS, PLAIN_ERRORS, confirmed_part, raw_ids
 from serve.api.parameters import Body, Generation, Sampling
 from serve.api.sse import Events, sse_event, stream
 from serve.api.tokens import LEAST, TokenTexts, logprob
+from serve.errors import APIError
 from serve.job import Sample
 from serve.service import Service
 
@@ -104,6 +105,9 @@ class _TGIAnswer:
     def prepare(self) -> None:
         """Encode the prompt; on the thread for that."""
         p = self.parameters
+        if p.do_sample is not None and "temperature" in (p.options or {}):
+            message = "do_sample and options.temperature say the same thing: give one of them"
+            raise APIError(400, message, param="do_sample", code="invalid_value")
         if p.do_sample is False and p.temperature is None:
             p = p.model_copy(update={"temperature": 0.0})
         ids = raw_ids(self.service, self.inputs, cut=bool(p.truncate))

@@ -288,6 +288,7 @@ def test_what_is_wrong_with_all_prompts_is_said_before_the_first_is_read(verb):
         ({"rate": math.inf}, "rate must be at most"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"no_such": 1}, "no_such"),
+        ({"seed": "x"}, "seed must be a whole number"),
     ):
         with pytest.raises(ConfigError, match=said):
             getattr(sampler, verb)(unread(), *span, **wrong)

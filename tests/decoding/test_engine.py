@@ -476,11 +476,42 @@ def test_tickets_and_numbers_that_are_none_are_refused():
     engine = engine_of(model)
     ticket = engine.submit("ab", Request(decoder="conv", max_tokens=8).resolve(model))
     engine.step()
-    for call in (engine.step, engine.predictions):
-        with pytest.raises(KeyError, match="no row has the ticket 99"):
-            call([ticket, 99])
+    with pytest.raises(KeyError, match="no row has the ticket 99"):
+        engine.step([ticket, 99])
+    with pytest.raises(KeyError, match="no row at work has the ticket 99"):
+        engine.predictions([ticket, 99])
     with pytest.raises(ConfigError, match="draws must be"):
         engine.predictions([ticket], draws=0)
     with pytest.raises(ConfigError, match=r"2 copies need as many keys, got \[1\]"):
         engine.fork([ticket, ticket], torch.tensor([5]))
     assert len(engine) == 1
+
+
+def test_a_row_that_waits_takes_no_step_and_has_no_prediction_yet():
+    model = FakeDenoiser(eos_bias=-50.0)
+    plan = Request(decoder="conv", max_tokens=8).resolve(model)
+    engine = engine_of(model, max_rows=1)
+    working, waiting = (engine.submit(text, plan) for text in ("ab", "cd"))
+    assert list(engine.predictions([working])) == [working]  # it is taken up for that
+    with pytest.raises(KeyError, match=f"no row at work has the ticket {waiting}"):
+        engine.predictions([waiting])
+    assert engine.step([waiting]) == []
+
+
+def test_a_row_that_is_done_outlives_an_error_of_those_beside_it():
+    @dataclass(frozen=True)
+    class Together(Threshold):
+        def decide(self, view):
+            if len(view.ids) > 1:
+                raise KeyError("several")
+            return super().decide(view)
+
+    model = FakeDenoiser(eos_bias=-50.0)
+    plan = Request(decoder=Decoder(reveal=Together()), max_tokens=8).resolve(model)
+    engine = engine_of(model)
+    whole = engine.submit(Row([1, 2, 3], 1), plan)
+    masked = [engine.submit(Row([1, 2, *[MASK] * 6], 2), plan) for _ in range(2)]
+    updates = {update.ticket: update for update in engine.step()}
+    assert updates[whole].error is None
+    assert all(isinstance(updates[ticket].error, KeyError) for ticket in masked)
+    assert len(engine) == 0

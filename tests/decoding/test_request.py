@@ -1,6 +1,6 @@
 """One request for the command line, Python and the server; resolved, it is complete."""
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
@@ -153,3 +153,23 @@ def test_defaults_of_a_checkpoint_have_names():
         ConfigError, match="unknown default of decoding: 'max_token'. Did you mean 'max_tokens'"
     ):
         DecodingDefaults.of({"decoder": "conv", "max_token": 9})
+    for name, wrong in (
+        ("window", "abc"), ("window", 8.5), ("steps", True), ("options", 3), ("stop", 5),
+        ("eos_fill", "false"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"default of decoding {name} must be of type"):
+            DecodingDefaults.of({name: wrong})
+    assert DecodingDefaults.of({"stop": "###", "rate": 2, "steps": None}) == DecodingDefaults(
+        stop=("###",), rate=2
+    )
+    assert DecodingDefaults.of({"stop": ["a", "b"]}).stop == ("a", "b")
+
+
+def test_steps_and_max_tokens_are_a_canvas_of_so_many_masks():
+    request = Request(max_tokens=24, steps=8)
+    assert resolve(max_tokens=24, steps=8) == resolve(max_tokens=24, steps=8, canvas="full")
+    assert replace(request, steps=None, rate=2.0) == Request(max_tokens=24, rate=2.0)  # one that grows
+    with pytest.raises(
+        ConfigError, match="a margin is for a canvas that grows: with max_tokens, one at a rate"
+    ):
+        resolve(max_tokens=24, steps=8, margin=4)

@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch
 from decoding import Decoder
 from decoding.presets import PRESETS
 from decoding.request import Request
+from decoding.reveal.threshold import Threshold
 from dlm.errors import ConfigError
 from eval.path import path_costs
 from tests.fakes import FakeDenoiser
@@ -47,6 +49,18 @@ def test_the_costs_of_all_answers_are_a_distribution(name):
     plan = planned(model, decoder, window=6, **pace(decoder, 2))
     costs = list(path_costs(model, rows, plan))
     assert sum(math.exp(-cost.total) for cost in costs) == pytest.approx(1, rel=1e-5)
+
+
+def test_a_rule_that_fails_ends_the_measurement():
+    @dataclass(frozen=True)
+    class Broken(Threshold):
+        def decide(self, view):
+            raise KeyError("broken")
+
+    model = FakeDenoiser()
+    plan = planned(model, replace(Decoder.named("threshold"), reveal=Broken()), window=12, rate=None)
+    with pytest.raises(KeyError, match="broken"):
+        list(path_costs(model, [(PROMPT, [3, 1, 0])], plan))
 
 
 ENDING = [[*text, 0] for n in range(3) for text in itertools.product(range(1, 4), repeat=n)]

@@ -18,7 +18,7 @@ from decoding.reveal import Decision, RevealRule
 from decoding.reveal.base import ranked
 from decoding.tokens import TokenRule
 from decoding.window import Full
-from dlm.errors import DLMError
+from dlm.errors import ConfigError, DLMError
 from serve.errors import APIError
 from serve.job import DrainingError, ExpiredError, Job, Sample, StoppedError
 from serve.metrics import Metrics
@@ -557,16 +557,21 @@ def test_the_metrics_count_each_prompt_and_only_the_length_that_is_taken(tiny, t
 class Broken(RevealRule):
     """A rule that writes one token a step, and fails at its third."""
 
+    error: Exception
     paced = False
 
     def decide(self, view):
         if int(view.step.max()) >= 2:
-            raise OverflowError("int too big to convert")
+            raise self.error
         return Decision(view.open & (ranked(view.score, view.weight, view.masked) == 0))
 
 
-def test_a_step_that_fails_takes_the_request_that_is_to_blame_alone(tiny, tokenizer, monkeypatch):
-    monkeypatch.setitem(PRESETS, "broken", Preset("fails", "a test", lambda: (Full(), Broken()), TokenRule()))
+@pytest.mark.parametrize("error", [OverflowError("int too big"), ConfigError("the rule is to blame")])
+def test_a_step_that_fails_takes_the_request_that_is_to_blame_alone(
+    tiny, tokenizer, monkeypatch, caplog, error
+):
+    rule = Broken(error)
+    monkeypatch.setitem(PRESETS, "broken", Preset("fails", "a test", lambda: (Full(), rule), TokenRule()))
     model, body = Slow(tiny), {**CHAT, "max_tokens": 40, "seed": 5, "rate": 1}
     with running(model, tokenizer) as server, ThreadPoolExecutor(3) as pool:
         alone = server.post("/v1/chat/completions", **body).json()["choices"]
@@ -575,7 +580,9 @@ def test_a_step_that_fails_takes_the_request_that_is_to_blame_alone(tiny, tokeni
         bad = pool.submit(server.post, "/v1/chat/completions", **CHAT, decoder="broken", max_tokens=9)
         wait_for(lambda: server.rows >= 3)
         model.gate.set()
-        assert (bad.result().status_code, "OverflowError" in bad.result().text) == (500, True)
+        assert bad.result().status_code == 500, "the client is not to blame"
+        assert bad.result().json()["error"]["message"] == f"the model failed: {type(error).__name__}: {error}"
+        assert [r.message for r in caplog.records if r.levelname == "ERROR"] == ["a rule failed"]
         assert [x.result().status_code for x in good] == [200, 200]
         for response in good:
             assert response.result().json()["choices"][0] == alone[0]
