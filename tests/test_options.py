@@ -544,7 +544,7 @@ HARNESS = {
 
 def test_a_parameter_of_the_harness_changes_what_it_does_or_is_refused(place, model, monkeypatch):
     lm_harness = pytest.importorskip("eval.lm_harness")
-    names = set(inspect.signature(lm_harness.DLM.__init__).parameters) - {"self", "rest"}
+    names = set(inspect.signature(lm_harness.DLM.__init__).parameters) - {"self", "unknown"}
     assert names == set(HARNESS)
     with torch.no_grad():
         model.lm_head.weight.add_(0.1)
