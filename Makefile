@@ -9,9 +9,8 @@ ANY     = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 # Type checkers follow a path, and not the import hook that is the default.
 EDITABLE = --config-settings editable_mode=compat --editable
 
-# Processes that share the tests; each takes one thread and about a gigabyte. One more than there are cores: a
-# fifth of the time a test waits for a program that it has started.
-WORKERS ?= $(shell n=`getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2`; n=$$((n + 1)); [ $$n -gt 8 ] && n=8; echo $$n)
+# Processes that share the tests; each takes one thread and about a gigabyte.
+WORKERS ?= $(shell n=`getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2`; [ $$n -gt 8 ] && n=8; echo $$n)
 
 STAMP_DOCS = $(VENV)/.installed-docs
 STAMP_RAY  = $(VENV)/.installed-ray
