@@ -246,9 +246,9 @@ class Request(DecoderRequest):
 
     @property
     def full(self) -> bool:
-        """True for a canvas of `max_tokens` masks, or of a window, that is there from the start.
+        """True where all masks are there from the start: "full", or steps for `max_tokens`.
 
-        Steps need a canvas of fixed length, so that they make it one.
+        Steps need a canvas of fixed length. (A window is one too, whatever this says.)
         """
         by_steps = self.canvas is None and self.max_tokens is not None and self.steps is not None
         return self.canvas == "full" or by_steps

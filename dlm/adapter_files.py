@@ -10,6 +10,8 @@ from dlm.model_names import NAMES
 
 CONFIG = "adapter_config.json"
 
+WEIGHTS = "adapter_model.safetensors"
+
 BASE = "base.json"
 """In an adapter's folder: what its base was, see `dlm.adapter.sketch`."""
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from dlm.adapter_files import BASE, base_of, is_adapter, saved_by_peft
+from dlm.adapter_files import BASE, WEIGHTS, base_of, is_adapter, saved_by_peft
 from dlm.atomic import filling
 from dlm.checkpoint import DTYPES, load_model
 from dlm.errors import CheckpointError, ConfigError, first_line
@@ -26,8 +26,6 @@ from dlm.pretrained.names import located
 from dlm.prior import COUNTS_FILE
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 def export(

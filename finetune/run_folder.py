@@ -16,6 +16,7 @@ from typing import Any
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from dlm.adapter_files import WEIGHTS as ADAPTER_WEIGHTS
 from dlm.atomic import write_whole
 from dlm.checkpointing import DROP_CHECKPOINT, discard_incomplete, last_checkpoint, log_state
 from dlm.config import flat
@@ -104,7 +105,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """True when the run came to its end and its model is there."""
-        weights = (SINGLE, INDEX, "adapter_model.safetensors")
+        weights = (SINGLE, INDEX, ADAPTER_WEIGHTS)
         return bool(self._stored.get("finished")) and any((self.path / name).is_file() for name in weights)
 
     @property

@@ -154,12 +154,12 @@ def _adapter(path: str) -> dict[str, str]:
 
 def _weights(path: str) -> dict[str, Any]:
     """Number and types of the parameters of a local checkpoint, from the headers of its safetensors files."""
-    from dlm.adapter_files import is_adapter
+    from dlm.adapter_files import WEIGHTS, is_adapter
     from dlm.weights import header, tensors
 
     if not Path(path).is_dir():
         return {}
-    adapter = Path(path) / "adapter_model.safetensors"
+    adapter = Path(path) / WEIGHTS
     if is_adapter(path) and not adapter.is_file():
         raise CheckpointError(f"{path}: {adapter.name} is missing")
     held = header(adapter) if is_adapter(path) else tensors(path)
