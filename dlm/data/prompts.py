@@ -17,22 +17,29 @@ def read_prompts(file: str) -> Iterator[Any]:
     """Prompts of a file (or of stdin when the name is empty or "-"), one at a time.
 
     Raises:
-        DataError: naming the row that holds no prompt, or the file that holds none.
+        DataError: naming the row that holds no prompt, or the file (or stdin) that holds none.
     """
-    if file in ("", "-"):
-        yield from _filled_lines(_stdin_lines())
-        return
-    path, empty = Path(file), True
-    if file.endswith(RECORD_SUFFIXES):
-        records = enumerate(read_records(path))
-        prompts: Iterable[Any] = (asked_and_answer(record, f"{file}, row {i}")[0] for i, record in records)
-    else:
-        prompts = _filled_lines(io.StringIO(read_text(path), newline=None))
-    for prompt in prompts:
+    empty = True
+    for prompt in _prompts(file):
         empty = False
         yield prompt
     if empty:
-        raise DataError(f"{file}: holds no prompts")
+        raise DataError(f"{_name(file)}: holds no prompts")
+
+
+def _prompts(file: str) -> Iterable[Any]:
+    """Prompts of a file, or of stdin, however few."""
+    if file in ("", "-"):
+        return _filled_lines(_stdin_lines())
+    if file.endswith(RECORD_SUFFIXES):
+        records = enumerate(read_records(Path(file)))
+        return (asked_and_answer(record, f"{file}, row {i}")[0] for i, record in records)
+    return _filled_lines(io.StringIO(read_text(Path(file)), newline=None))
+
+
+def _name(file: str) -> str:
+    """How errors call a file."""
+    return "stdin" if file in ("", "-") else file
 
 
 def read_whole(file: str) -> str:
@@ -43,7 +50,7 @@ def read_whole(file: str) -> str:
     """
     text = ("".join(_stdin_lines()) if file == "-" else read_text(Path(file))).rstrip()
     if not text:
-        raise DataError(f"{'stdin' if file == '-' else file}: empty, so there is no prompt")
+        raise DataError(f"{_name(file)}: empty, so there is no prompt")
     return text
 
 

@@ -109,6 +109,13 @@ def test_stdin_is_utf_8_whatever_marks_it_begins_with(monkeypatch):
             read()
 
 
+@pytest.mark.parametrize("name", ["", "-"])
+def test_a_stdin_without_prompts_is_named(monkeypatch, name):
+    monkeypatch.setattr("sys.stdin", Bytes(b"\n \n"))
+    with pytest.raises(DataError, match="stdin: holds no prompts"):
+        list(read_prompts(name))
+
+
 def test_lines_end_at_line_feeds_alone(tmp_path):
     """U+2028, form feeds and U+0085 stand in texts that people copy; they end no line of a file."""
     odd = "a\u2028b\x0cc\x85d"
