@@ -131,6 +131,7 @@ def log_state(checkpoint: str | Path) -> dict[str, Any]:
             "watched_since": int(log.get("watched_since", log["since_step"])),
             "parts": None if log.get("parts") is None else int(log["parts"]),
             "rows": None if log.get("rows") is None else int(log["rows"]),
+            "given": None if log.get("given") is None else int(log["given"]),
         }
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise damaged(file, error, hint=DROP_CHECKPOINT) from error

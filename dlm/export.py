@@ -119,4 +119,7 @@ def _cleaned(config: Any, generation: Mapping[str, Any] | None) -> None:
 def _without_folders(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_folders(inner) for key, inner in value.items()}
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    if not isinstance(value, str) or not value:
+        return value
+    path = Path(value)
+    return path.name if path.is_absolute() or path.exists() else value

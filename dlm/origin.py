@@ -16,8 +16,11 @@ from dlm.pretrained.names import located
 NOTICE_FILE = "NOTICE"
 """The file with a model's licence and origin; it goes wherever the weights go."""
 
-_HASHED = ("*.safetensors", "config.json", "adapter_config.json", "tokenizer.json")
-"""Files that a model's texts depend on."""
+_HASHED = (
+    "*.safetensors", "pytorch_model*.bin", "config.json", "generation_config.json",
+    "adapter_config.json", "base.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
+"""Files that a model's texts depend on; base.json tells an adapter's base by its weights."""
 
 
 def fingerprint(path: str) -> str:

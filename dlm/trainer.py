@@ -332,6 +332,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
                 "watched_since": self._watched_since,
                 "parts": self.args.gradient_accumulation_steps * max(1, self.args.world_size),
                 "rows": len(self._sampler),
+                "given": len(self._sampler.lengths),
             }
             (folder / LOG_STATE).write_text(json.dumps(log), encoding="utf-8")
             if self.ema:
@@ -360,7 +361,14 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
                 f"micro-batches, not {parts}; go on with as many processes as it began with"
             )
 
-        rows, earlier = len(self._get_train_sampler()), self._resumed_log.get("rows") or 0
+        sampler = self._get_train_sampler()
+        given, before = len(sampler.lengths), self._resumed_log.get("given") or 0
+        if before and before != given:
+            raise ConfigError(
+                f"{resume_from_checkpoint}: this run had {before} rows, and now {given}; go on with the "
+                "same data"
+            )
+        rows, earlier = len(sampler), self._resumed_log.get("rows") or 0
         if earlier and earlier != rows and self.args.max_steps * self._global_rows() > min(rows, earlier):
             raise ConfigError(
                 f"{resume_from_checkpoint}: an epoch of this run has {earlier} rows, and now {rows}; go on "

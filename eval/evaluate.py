@@ -185,6 +185,7 @@ class _Loaded:
             path = autoregressive_origin(self.config.model)
         if path:
             out.reader = Reader(path, *self.place)
+            out.marks |= dict.fromkeys(("nll", "inlier"), fingerprint(path))
             out.band = self._band(out.reader, questions)
         elif self.config.reader:
             logger.warning(
@@ -196,6 +197,7 @@ class _Loaded:
             from eval.relevance import Encoder
 
             out.encoder = Encoder(self.config.encoder, self.place[0])
+            out.marks["relevance"] = fingerprint(self.config.encoder)
         return out
 
     def _band(self, reader: Any, questions: list[Question]) -> Any:

@@ -18,7 +18,7 @@ def model_outputs(questions: Sequence[Question], answers: ByTurn, generator: str
     """AlpacaEval's `model_outputs.json`: the first turns that have an answer."""
     return [
         {
-            "instruction": q.turns[0],
+            "instruction": q.instruction,
             "output": answers[q.id, 0].text,
             "generator": generator,
             "dataset": q.category,
@@ -31,7 +31,12 @@ def model_outputs(questions: Sequence[Question], answers: ByTurn, generator: str
 def reference_outputs(questions: Sequence[Question]) -> list[dict[str, Any]]:
     """The reference outputs of questions that have one, in the same format."""
     return [
-        {"instruction": q.turns[0], "output": q.reference[0], "generator": q.generator, "dataset": q.category}
+        {
+            "instruction": q.instruction,
+            "output": q.reference[0],
+            "generator": q.generator,
+            "dataset": q.category,
+        }
         for q in questions
         if q.reference
     ]

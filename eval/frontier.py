@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from eval.statistics import MIN_VALUES, Estimate
+from eval.statistics import MIN_VALUES, Estimate, jackknife
 
 Array = np.ndarray
 
@@ -171,13 +171,26 @@ def resamples(questions: int, count: int, seed: int = 0) -> Array:
     return np.concatenate([np.ones((1, questions), dtype=drawn.dtype), drawn])
 
 
-def interval(values: Array, questions: int, level: float = 0.95) -> Estimate:
-    """Value of the answers (row 0) and the bootstrap's percentile interval from the resamples.
+def left_out(questions: int) -> Array:
+    """[1 + questions, questions] weights without one question each; row 0 is all of them once.
 
-    NaN ends where there are fewer than `MIN_VALUES` questions, or fewer than `REACHED` of the resamples have
-    a value: near the end of a curve an interval of those that reach so far would be too narrow.
+    The entropy of pooled texts falls where a question is drawn twice, so that a bootstrap's interval may miss
+    the value itself; the jackknife's does not.
+    """
+    return np.concatenate([np.ones((1, questions), dtype=int), 1 - np.eye(questions, dtype=int)])
+
+
+def interval(values: Array, questions: int, level: float = 0.95, *, jackknifed: bool = False) -> Estimate:
+    """Value of the answers (row 0) and its interval from the other rows.
+
+    They are resamples, whose percentiles count; or with `jackknifed` those of `left_out`. NaN ends where
+    there are fewer than `MIN_VALUES` questions, or fewer than `REACHED` of the resamples (all that are left
+    out) have a value: near the end of a curve an interval of those that reach so far would be too narrow.
     """
     value, drawn = float(values[0]), values[1:]
+    if jackknifed:
+        half = jackknife(drawn.tolist(), level)
+        return Estimate(value, value - half, value + half, questions)
     finite = drawn[np.isfinite(drawn)]
     if math.isnan(value) or questions < MIN_VALUES or len(finite) < max(REACHED * len(drawn), 1):
         return Estimate(value, math.nan, math.nan, questions)
@@ -213,7 +226,7 @@ class Comparison:
 
 
 def at_levels(
-    curves: Mapping[str, Curve], entropies: Sequence[float], questions: int
+    curves: Mapping[str, Curve], entropies: Sequence[float], questions: int, *, jackknifed: bool = False
 ) -> dict[str, list[Comparison]]:
     """Each decoder at each entropy, and against the first decoder.
 
@@ -221,6 +234,7 @@ def at_levels(
         curves: by name, of the same resamples.
         entropies: where.
         questions: how many there are.
+        jackknifed: whether the curves are of `left_out` questions.
     """
     first = next(iter(curves))
     base = {level: curves[first].at(level)[0] for level in entropies}
@@ -230,8 +244,8 @@ def at_levels(
         out[name] = [
             Comparison(
                 level,
-                interval(nats, questions),
-                None if name == first else interval(nats - base[level], questions),
+                interval(nats, questions, jackknifed=jackknifed),
+                None if name == first else interval(nats - base[level], questions, jackknifed=jackknifed),
             )
             for level, nats in interpolated
         ]

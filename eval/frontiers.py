@@ -16,7 +16,7 @@ from dlm.tokenizer import encode_text
 from eval.commands.frontier import FrontierConfig, heat
 from eval.divergence import Distance, distance
 from eval.formats import without_nan, write_json
-from eval.frontier import Comparison, Curve, Sample, at_levels, levels, resamples, unigram_entropy
+from eval.frontier import Comparison, Curve, Sample, at_levels, left_out, levels, resamples, unigram_entropy
 from eval.report.tables import Table
 from eval.run import Results
 from eval.statistics import Estimate
@@ -118,7 +118,8 @@ class Frontiers:
     ) -> Frontiers:
         """From the runs of each model and seed, as `eval.commands.frontier.answered` gives them."""
         texts = Texts(config, reader, encoder, results)
-        weights = resamples(len(texts.questions), config.resamples)
+        count = len(texts.questions)
+        weights = left_out(count) if config.entropy == "corpus" else resamples(count, config.resamples)
         lines = []
         for model in config.models:
             for variant in config.variants():
@@ -145,7 +146,8 @@ class Frontiers:
         for pace, lines in self.groups():
             curves = {line.name: line.curve for line in lines}
             entropies = self.config.levels or levels(list(curves.values()))
-            out[pace] = at_levels(curves, entropies, self.questions)
+            jackknifed = self.config.entropy == "corpus"
+            out[pace] = at_levels(curves, entropies, self.questions, jackknifed=jackknifed)
         return out
 
     def tables(self) -> list[Table]:

@@ -86,7 +86,8 @@ def _timed_answers(
 ) -> Iterator[Answer]:
     begun = time.perf_counter()
     replies = system.replies([conversation(question, turn, answers) for question in due]) if due else iter(())
-    for question, reply in zip(due, replies, strict=True):
+    for number, reply in replies:
+        question = due[number]
         time_now = time.perf_counter()
         yield Answer(
             question.id, turn, reply.text, reply.tokens, reply.finish_reason, reply.model_calls, reply.steps,

@@ -40,6 +40,12 @@ Write the score alone, one digit.
 Score:"""
 
 
+_SCALE = re.compile(r"\(\s*1\s*[-–]\s*5\s*\)|(?:/|\bout of)\s*5\b")
+"""The scale, which a judge may repeat."""
+
+_DIGIT = re.compile(r"\s*[1-5]\s*")
+
+
 @dataclass(frozen=True)
 class Score:
     """Scores of one aspect.
@@ -67,7 +73,7 @@ def score(
     options = {"temperature": 0.0, "max_tokens": 4, "logprobs": True, "top_logprobs": 20}
     requests = []
     for question in answered:
-        texts = {"instruction": question.turns[0], "answer": answers[question.id, 0].text}
+        texts = {"instruction": question.instruction, "answer": answers[question.id, 0].text}
         text = PROMPT.format(aspect=aspect, meaning=ASPECTS[aspect], **texts)
         requests.append(JudgeRequest([{"role": "user", "content": text}], options))
     choices = judge.ask(requests, f"G-Eval, {aspect}")
@@ -81,14 +87,21 @@ def score(
 
 
 def expected_score(choice: dict[str, Any]) -> float | None:
-    """Σ p(s) s / Σ p(s) over the scores s = 1 … 5 at the first token; without probabilities, the digit."""
-    places = (choice.get("logprobs") or {}).get("content") or []
+    """Σ p(s) s / Σ p(s) over the scores s = 1 … 5 where the score was written; else what was written.
+
+    None for a reply that does not hold one number from 1 to 5: what a judge might have said is no score.
+    """
+    text = _SCALE.sub("", conclusion(choice["message"]["content"]))
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", text)
+    if len(numbers) != 1 or not 1 <= float(numbers[0]) <= 5:
+        return None
     mass: dict[int, float] = {}
-    for candidate in places[0].get("top_logprobs", []) if places else []:
-        if re.fullmatch(r"\s*[1-5]\s*", candidate["token"]):
-            digit = int(candidate["token"])
-            mass[digit] = mass.get(digit, 0.0) + math.exp(candidate["logprob"])
-    if sum(mass.values()) > 0:  # a judge may rule all of them out
-        return sum(digit * p for digit, p in mass.items()) / sum(mass.values())
-    match = re.search(r"\b([1-5])\b", conclusion(choice["message"]["content"]))
-    return float(match[1]) if match else None
+    for place in (choice.get("logprobs") or {}).get("content") or []:
+        if place["token"].strip() == numbers[0]:
+            for candidate in place.get("top_logprobs") or []:
+                if _DIGIT.fullmatch(candidate["token"]):
+                    digit = int(candidate["token"])
+                    mass[digit] = mass.get(digit, 0.0) + math.exp(candidate["logprob"])
+            break
+    total = sum(mass.values())
+    return sum(digit * p for digit, p in mass.items()) / total if total > 0 else float(numbers[0])

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dlm.repetition import repetition, stutter
@@ -121,6 +121,7 @@ class Instruments:
         encoder: see `eval.relevance.Encoder`.
         log_prior: a text -> mean log prior of its tokens.
         nelbo: questions -> NELBO of their references in nats per token, by id.
+        marks: fingerprint of the model that takes a measure, by measure.
     """
 
     reader: Any = None
@@ -128,6 +129,7 @@ class Instruments:
     encoder: Any = None
     log_prior: Callable[[str], float] | None = None
     nelbo: Mapping[str, float] | None = None
+    marks: dict[str, str] = field(default_factory=dict)
 
 
 def measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,8 @@ from eval.path import PathCost
 from eval.report.plots import LOOKS
 from eval.report.tables import Table
 from eval.statistics import Estimate, estimate, paired_test
+
+logger = logging.getLogger(__name__)
 
 LEVEL = 0.1
 """Runs whose model calls differ by less than this part have as many calls."""
@@ -178,7 +181,7 @@ class PathFolder:
 
     Args:
         folder: of the three.
-        settings: what all runs have in common; what was measured under others is not taken up.
+        settings: what all runs have in common; a folder with runs under others is refused.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
@@ -190,18 +193,34 @@ class PathFolder:
         """Earlier runs under the same settings.
 
         Raises:
+            ConfigError: when it holds runs under other settings.
             DataError: when the file is not one of ours.
         """
+        if not self.file.is_file():
+            return {}
         try:
-            stored = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
-            if stored.get("settings") != self.settings:
-                return {}
+            stored = json.loads(self.file.read_text(encoding="utf-8"))
+            settings = dict(stored["settings"])
             runs = [
                 PathRun(**{**run, "costs": [PathCost(**c) for c in run["costs"]]}) for run in stored["runs"]
             ]
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(f"{self.file}: not what `dlm eval path` writes ({error!r})") from error
+        if settings != self.settings:
+            raise ConfigError(
+                f"{self.file} holds paths under {settings}, not {self.settings}; give another --output, or "
+                "remove it"
+            )
         return {run.key: run for run in runs}
+
+    def forget(self, model: str, mark: str) -> None:
+        """Drop the runs of a model whose fingerprints do not begin so: its weights or rows were others."""
+        runs = [run for run in self.runs.values() if run.model == model]
+        stale = [run for run in runs if not run.fingerprint.startswith(mark)]
+        for run in stale:
+            del self.runs[run.key]
+        if stale:
+            logger.warning("%s: %d runs of other weights or rows are dropped", self.file, len(stale))
 
     def save(self, run: PathRun) -> None:
         """Write the figures of a run, beside those that are there."""

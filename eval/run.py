@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,8 @@ from eval.metrics import Instruments, distinct, distinct_around, measure, summar
 from eval.statistics import Estimate
 from eval.systems import System
 from eval.tasks import Question
+
+logger = logging.getLogger(__name__)
 
 BAND = ("usual_mean", "usual_deviation")
 """Figures of a run that say which perplexities are usual, see `eval.fluency.Band`."""
@@ -91,6 +94,8 @@ class Results:
     whole: dict[str, float]
     """Figures of the run as a whole: distinct-n (and half of its interval), wall time, usual perplexity."""
     verdicts: list[Verdict] = field(default_factory=list)
+    marks: dict[str, str] = field(default_factory=dict)
+    """Fingerprint of the model that took a measure; empty in runs of earlier versions."""
 
     @classmethod
     def load(cls, folder: Path) -> Results:
@@ -105,6 +110,7 @@ class Results:
             metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             measured = {key: _nan_for_none(row) for key, row in metrics["answers"].items()}
             overall = _nan_for_none(metrics["whole"])
+            marks = dict(metrics.get("marks", {}))
             overall["seconds"] = float(overall["seconds"])
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(f"{folder}: not a finished run of `dlm eval` ({error!r})") from error
@@ -117,18 +123,30 @@ class Results:
                 f"{folder}: answers.jsonl has {len(answers)} of the {len(measured)} answers in metrics.json; "
                 "give the command of the run again"
             )
-        return cls(folder.resolve(), card, answers, measured, summary(measured), overall, verdicts)
+        return cls(folder.resolve(), card, answers, measured, summary(measured), overall, verdicts, marks)
+
+    def without(self, names: Sequence[str]) -> Results:
+        """The run without some measures."""
+        if not names:
+            return self
+        measured = {
+            key: {name: value for name, value in row.items() if name not in names}
+            for key, row in self.measured.items()
+        }
+        means = {name: value for name, value in self.means.items() if name not in names}
+        return replace(self, measured=measured, means=means)
 
 
 def comparable(runs: Sequence[Results]) -> list[Results]:
-    """The runs with figures that mean the same.
+    """The runs of one task with figures that mean the same.
 
     Verdicts of a measure are those of one judge, by one method, against one thing: of the most frequent kind
-    among the runs. Inlier rates go by the usual perplexities of the run with most answers: a run takes them
-    from the references of its own questions, unless `--usual` names rows; so runs of fewer questions had
-    others. Where no run has recorded them, rates that may differ in meaning are left out.
+    among the runs. So are likelihoods those under one reader, and relevance that of one encoder. Inlier rates
+    go by the usual perplexities of the run with most answers: a run takes them from the references of its own
+    questions, unless `--usual` names rows; so runs of fewer questions had others. Where no run has recorded
+    them, rates that may differ in meaning are left out.
     """
-    runs = _of_equal_kinds(runs)
+    runs = _of_equal_marks(_of_equal_kinds(runs))
     judged = [run for run in runs if "inlier" in run.means]
     if len({_band(run) for run in judged}) < 2:
         return list(runs)
@@ -137,8 +155,8 @@ def comparable(runs: Sequence[Results]) -> list[Results]:
     return [_rejudged(run, longest) if "inlier" in run.means else run for run in runs]
 
 
-VerdictKind = tuple[str, str, str]
-"""Method, judge, and what is compared with."""
+VerdictKind = tuple[str, str, str, str]
+"""Method, judge, what is compared with, and the setting."""
 
 
 def _prevailing(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, VerdictKind]:
@@ -181,6 +199,25 @@ def _of_equal_kinds(runs: Sequence[Results]) -> list[Results]:
     return out
 
 
+def _of_equal_marks(runs: Sequence[Results]) -> list[Results]:
+    """The runs without measures that another model took than in most of them."""
+    takers: dict[str, Counter[str]] = {}
+    for run in runs:
+        for name, mark in run.marks.items():
+            takers.setdefault(name, Counter())[mark] += 1
+    usual = {name: max(counts, key=lambda mark: (counts[mark], mark)) for name, counts in takers.items()}
+    out = []
+    for run in runs:
+        others = [name for name, mark in run.marks.items() if mark != usual[name] and name in run.means]
+        if others:
+            logger.warning(
+                "%s: %s left out, since another model measured there than in most runs",
+                run.card.name, " and ".join(others),
+            )  # fmt: skip
+        out.append(run.without(others))
+    return out
+
+
 def _band(run: Results) -> tuple[float | int, ...]:
     """Mean and deviation of the usual perplexity; of runs that did not record them, how many answers."""
     band = tuple(run.whole[name] for name in BAND if name in run.whole)
@@ -189,17 +226,18 @@ def _band(run: Results) -> tuple[float | int, ...]:
 
 def _rejudged(run: Results, longest: Results | None) -> Results:
     """A run with the usual perplexities of another; without inlier rates if there is none."""
-    measured = {key: {k: v for k, v in row.items() if k != "inlier"} for key, row in run.measured.items()}
-    means = {name: value for name, value in run.means.items() if name != "inlier"}
+    run = run.without(["inlier"])
     if longest is None:
-        return replace(run, measured=measured, means=means)
+        return run
     from eval.fluency import Band
 
     limits = {name: longest.whole[name] for name in BAND}
     band = Band(*limits.values())
-    rates = {key: {"inlier": float(band.holds(row["nll"]))} for key, row in measured.items() if "nll" in row}
-    measured = {key: {**row, **rates.get(key, {})} for key, row in measured.items()}
-    return replace(run, measured=measured, means={**means, **summary(rates)}, whole={**run.whole, **limits})
+    read = {key: row["nll"] for key, row in run.measured.items() if "nll" in row}
+    rates = {key: {"inlier": float(band.holds(nats))} for key, nats in read.items()}
+    measured = {key: {**row, **rates.get(key, {})} for key, row in run.measured.items()}
+    means, whole = {**run.means, **summary(rates)}, {**run.whole, **limits}
+    return replace(run, measured=measured, means=means, whole=whole)
 
 
 def _nan_for_none(row: Mapping[str, float | None]) -> dict[str, float]:
@@ -217,6 +255,7 @@ class Verdict:
         measure: name of the figure in `eval.metrics.MEASURES`.
         by_answer: the figure of each answer, by "id/turn".
         figures: of the run as a whole.
+        setting: a digest of where the judge was, and of the prompts and references it was given.
     """
 
     method: str
@@ -225,15 +264,17 @@ class Verdict:
     measure: str
     by_answer: dict[str, float]
     figures: dict[str, Any]
+    setting: str = ""
 
     @property
     def kind(self) -> VerdictKind:
         """The settings that compared verdicts have in common."""
-        return self.method, self.judge, self.against
+        return self.method, self.judge, self.against, self.setting
 
     def save(self, folder: Path) -> None:
         """Write it into a run's folder, beside those of other judges."""
-        name = "-".join(x for x in (self.method, self.measure, self.judge, self.against) if x)
+        parts = (self.method, self.measure, self.judge, self.against, self.setting)
+        name = "-".join(part for part in parts if part)
         plain = re.sub(r"[^A-Za-z0-9.=,-]+", "_", name)
         if len(plain) > MOST_LETTERS:
             plain = f"{plain[:MOST_LETTERS]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
@@ -350,4 +391,5 @@ def finish(
         overall[f"distinct_{n}_around"] = distinct_around(texts, n)
     if instruments.band is not None:
         overall |= dict(zip(BAND, (instruments.band.mean, instruments.band.deviation), strict=True))
-    write_json(folder / "metrics.json", without_nan({"whole": overall, "answers": measured}))
+    figures = {"whole": overall, "answers": measured, "marks": instruments.marks}
+    write_json(folder / "metrics.json", without_nan(figures))

@@ -9,7 +9,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -37,12 +37,15 @@ class Reply:
 TOO_LONG = Reply("", finish_reason="length")
 """In place of an answer, where the conversation leaves no room for one in the model."""
 
+REFUSED = Reply("", finish_reason="refused")
+"""In place of an answer that an endpoint refuses for good, as its filter or its length do."""
+
 
 class System(Protocol):
     """Answers conversations."""
 
-    def replies(self, conversations: Sequence[list[Message]]) -> Iterator[Reply]:
-        """One reply to each conversation, in order, as they are finished."""
+    def replies(self, conversations: Sequence[list[Message]]) -> Iterator[tuple[int, Reply]]:
+        """One reply to each conversation, behind its number, as they are finished."""
         ...
 
 
@@ -63,7 +66,7 @@ class Local:
         self.sampler, self.batch_size, self.request, self.seed = sampler, batch_size, request, seed
         self.trace = trace
 
-    def replies(self, conversations: Sequence[list[Message]]) -> Iterator[Reply]:
+    def replies(self, conversations: Sequence[list[Message]]) -> Iterator[tuple[int, Reply]]:
         """See `System`; a conversation's noise depends on the seed and its own text alone."""
         settings = {"request": self.request, "seed": self.seed, "batch_size": self.batch_size}
         positions = self.sampler.plan(self.request).positions
@@ -73,19 +76,22 @@ class Local:
             outs = self.sampler.iter_traced(fitting, **settings)
         else:
             outs = ((out, None) for out in self.sampler.iter_generate(fitting, **settings))
-        for fit in fits:
+        for number, fit in enumerate(fits):
             if not fit:
-                yield TOO_LONG
+                yield number, TOO_LONG
                 continue
             out, trace = next(outs)
-            yield Reply(
-                out.text,
-                len(out.token_ids),
-                out.finish_reason,
-                out.model_calls,
-                out.steps,
-                tuple(out.reveal_step),
-                None if trace is None else asdict(trace),
+            yield (
+                number,
+                Reply(
+                    out.text,
+                    len(out.token_ids),
+                    out.finish_reason,
+                    out.model_calls,
+                    out.steps,
+                    tuple(out.reveal_step),
+                    None if trace is None else asdict(trace),
+                ),
             )
 
 
@@ -119,19 +125,19 @@ class Autoregressive:
         """Longest row of the model, in tokens."""
         return int(getattr(self.model.config, "max_position_embeddings", None) or 2**31)
 
-    def replies(self, conversations: Sequence[list[Message]]) -> Iterator[Reply]:
+    def replies(self, conversations: Sequence[list[Message]]) -> Iterator[tuple[int, Reply]]:
         """See `System`; one at a time, so that a text does not depend on its batch-mates."""
         import torch
 
         from dlm.noise import key_of
 
-        for talk in conversations:
+        for number, talk in enumerate(conversations):
             ids = self.tokenizer.apply_chat_template(
                 talk, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )["input_ids"].to(self.model.device)
             room = self.positions - ids.shape[1]
             if room < 1:
-                yield TOO_LONG
+                yield number, TOO_LONG
                 continue
             torch.manual_seed(int(key_of(self.seed, json.dumps(talk))) % 2**63)
             with torch.inference_mode():
@@ -141,7 +147,8 @@ class Autoregressive:
             new = generated[0, ids.shape[1] :].tolist()
             ended = bool(new) and new[-1] in self.ends
             text = self.tokenizer.decode(new, skip_special_tokens=True)
-            yield Reply(text, len(new) - ended, "stop" if ended else "length", len(new), len(new))
+            reason = "stop" if ended else "length"
+            yield number, Reply(text, len(new) - ended, reason, len(new), len(new))
 
 
 class Endpoint:
@@ -168,23 +175,56 @@ class Endpoint:
         self.client, self.model, self.concurrency = client(url), model, concurrency
         self.body: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed, "extra_body": extra or None}
 
-    def replies(self, conversations: Sequence[list[Message]]) -> Iterator[Reply]:
-        """See `System`."""
+    def replies(self, conversations: Sequence[list[Message]]) -> Iterator[tuple[int, Reply]]:
+        """See `System`; a conversation that is refused where others are answered has an empty reply.
+
+        Raises:
+            DLMError: when the endpoint fails, or refuses all of them; replies that were there come first.
+        """
+        refused: dict[int, RefusedError] = {}
+        failure: DLMError | None = None
+        answered = False
         with ThreadPoolExecutor(self.concurrency) as pool:
+            numbers = {pool.submit(self._reply, talk): n for n, talk in enumerate(conversations)}
             try:
-                yield from pool.map(self._reply, conversations)
+                for future in as_completed(numbers):
+                    if future.cancelled():
+                        continue
+                    try:
+                        reply = future.result()
+                    except RefusedError as error:
+                        refused[numbers[future]] = error
+                    except DLMError as failed:
+                        failure = failure or failed
+                        pool.shutdown(wait=False, cancel_futures=True)  # those under way are still kept
+                    else:
+                        answered = True
+                        yield numbers[future], reply
             finally:
                 pool.shutdown(cancel_futures=True)
+        if failure is not None:
+            raise failure
+        for number, refusal in refused.items():
+            if not answered:
+                raise refusal
+            logger.warning("conversation %d has an empty answer: %s", number, refusal)
+            yield number, REFUSED
 
     def _reply(self, talk: list[Message]) -> Reply:
         done = self.client.ask(model=self.model, messages=talk, **self.body)
-        choice = done.choices[0]
-        tokens = done.usage.completion_tokens if done.usage else 0
-        return Reply(choice.message.content or "", tokens, choice.finish_reason or "stop")
+        choice, content = done.choices[0], done.choices[0].message.content
+        if isinstance(content, list):  # parts, as some endpoints give
+            content = "".join(str(dict(part).get("text") or "") for part in content)
+        tokens = getattr(done.usage, "completion_tokens", None)
+        return Reply(content or "", tokens if isinstance(tokens, int) else 0, choice.finish_reason or "stop")
 
 
 class UnreachableError(DLMError):
     """An endpoint that nothing can be sent to: no network, no such host, nobody who listens."""
+
+
+class RefusedError(DLMError):
+    """A request that an endpoint refuses, and would again."""
 
 
 _PASSING = (408, 409, 429)
@@ -233,10 +273,14 @@ class Connection:
                 except openai.BadRequestError as error:
                     if not self._learn(str(error), sent):
                         raise
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            raise RefusedError(f"{self.client.base_url}: {type(error).__name__}: {error}") from error
         except (openai.OpenAIError, json.JSONDecodeError) as error:
             raise DLMError(f"{self.client.base_url}: {type(error).__name__}: {error}") from error
         if not getattr(done, "choices", None):
             raise DLMError(f"{self.client.base_url}: the reply holds no choices")
+        if getattr(done.choices[0], "message", None) is None:
+            raise DLMError(f"{self.client.base_url}: the reply's choice holds no message")
         return done
 
     def _sent(self, request: dict[str, Any]) -> Any:

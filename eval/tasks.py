@@ -42,6 +42,13 @@ class Question:
         earlier: list[Message] = [{"role": role, "content": content} for role, content in self.history]
         return [*earlier, {"role": "user", "content": self.turns[0]}]
 
+    @property
+    def instruction(self) -> str:
+        """The first turn as a judge is shown it: behind the messages before it, where there are any."""
+        if not self.history:
+            return self.turns[0]
+        return "\n\n".join(f"{message['role']}: {message['content']}" for message in self.opening)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -93,7 +100,8 @@ def _gsm8k(row: dict[str, Any], index: int) -> Question:
 
 def _mt_bench(row: dict[str, Any], index: int) -> Question:
     del index
-    reference = tuple(row.get("reference") or ())
+    given = row.get("reference") or ()
+    reference = (given,) if isinstance(given, str) else tuple(given)
     return Question(str(row["question_id"]), tuple(row["turns"]), reference, row.get("category", ""))
 
 
@@ -229,7 +237,7 @@ def with_references(questions: Iterable[Question], rows: Iterable[Any], where: s
     """The questions, with the reference answers of rows in MT-Bench's format where there are any.
 
     Raises:
-        DataError: for a row without answers.
+        DataError: for a row without answers, and for rows none of which is about one of the questions.
     """
     answers: dict[str, tuple[str, ...]] = {}
     for index, row in enumerate(rows):
@@ -237,6 +245,9 @@ def with_references(questions: Iterable[Question], rows: Iterable[Any], where: s
             answers[str(row["question_id"])] = tuple(row["choices"][0]["turns"])
         except (KeyError, TypeError, IndexError) as error:
             raise DataError(f"{where}, row {index}: no answers in MT-Bench's format") from error
+    questions = list(questions)
+    if not answers.keys() & {question.id for question in questions}:
+        raise DataError(f"{where}: none of its question_id belongs to one of the questions")
     return [
         replace(question, reference=answers.get(question.id, question.reference)) for question in questions
     ]

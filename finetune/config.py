@@ -106,8 +106,10 @@ class ModelConfig(StartConfig):
         visibility: "full", every position sees its whole row, or "block", its own block and the earlier ones
             (BD3LM); by default the checkpoint's, or full.
         block_size: positions per block, for visibility "block".
-        block_lead: with a shift, write the first position of each block before the others of its block.
-        causal_context: positions of finished blocks see nothing behind themselves, as in the causal LM.
+        block_lead: with a shift, write the first position of each block before the others of its block; by
+            default as in a checkpoint with blocks, or true.
+        causal_context: positions of finished blocks see nothing behind themselves, as in the causal LM; by
+            default as in a checkpoint with blocks, or false.
         hidden_size: width of a random model.
         num_hidden_layers: layers of a random model.
         num_attention_heads: heads of a random model.
@@ -120,8 +122,8 @@ class ModelConfig(StartConfig):
     schedule: str = ""
     visibility: Literal["", "full", "block"] = ""
     block_size: int = 0
-    block_lead: bool = True
-    causal_context: bool = False
+    block_lead: bool | None = None
+    causal_context: bool | None = None
     hidden_size: int = 512
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
@@ -150,7 +152,7 @@ class ModelConfig(StartConfig):
         if self.visibility != "block":
             blocks = ("block_size", "block_lead", "causal_context")
             refuse_ignored(self, blocks, "model.", 'model.visibility "block"')
-        elif not self.block_lead and not self.shift:
+        elif self.block_lead is not None and not (self.shift and self.init):
             raise ConfigError("model.block_lead is for models with a shift: without one no position leads")
         elif self.block_size < 1:
             raise ConfigError(
@@ -165,6 +167,8 @@ TAKEN = {
     "load_best_model_at_end": _ENDS, "metric_for_best_model": _ENDS,
     "save_only_model": _CONTINUES, "ignore_data_skip": _CONTINUES,
     "save_total_limit": "keep_checkpoints says how many", "data_seed": "seed is that of the rows too",
+    "train_sampling_strategy": "data.windows says how rows are ordered",
+    "resume_from_checkpoint": "a run goes on from its own last checkpoint (resume)",
     "label_smoothing_factor": _UNUSED, "remove_unused_columns": _UNUSED,
     "dataloader_drop_last": "every row is trained on and measured",
 }  # fmt: skip
@@ -388,6 +392,8 @@ class R2FTConfig(RunConfig):
             )
         if self.eval_steps == 0 or self.data.validation_rows == 0:
             raise ConfigError("R2FT stops by validation: eval_steps and data.validation_rows must not be 0")
+        if self.trainer.get("eval_delay"):
+            raise ConfigError("trainer.eval_delay is not free: R2FT chooses among validated states")
         if self.save_steps != self.eval_steps:
             raise ConfigError(
                 f"every validated state is saved, so that the best one can be kept: save_steps must equal "

@@ -43,9 +43,12 @@ def first_model(config: TrainConfig, rows: Dataset, resume_from: Path | None = N
     if config.model.visibility:
         if model.config.block_size != (config.model.block_size or None):
             model.config.generation = None  # was for rows without blocks, or with others
+        blocks = model.config.block_size is not None and config.model.visibility == "block"
+        for name, usual in (("block_lead", True), ("causal_context", False)):
+            given = getattr(config.model, name)
+            kept = getattr(model.config, name) if blocks else usual
+            setattr(model.config, name, kept if given is None else given)
         model.config.block_size = config.model.block_size or None
-        model.config.block_lead = config.model.block_lead
-        model.config.causal_context = config.model.causal_context
     return model, tokenizer
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from dlm.data.encode import REFUSED, EncodingReport, encode_row, encode_with, fill_length
-from dlm.data.rows import Form, OddRowError, Row, dialogue, instruction_text, load_rows, text_field
+from dlm.data.rows import Form, OddRowError, Row, dialogue, instruction_text, label_of, load_rows, text_field
 from dlm.data.windows import TensorBatch, WindowCollator
 from dlm.errors import ConfigError, DataError
 
@@ -120,17 +120,13 @@ def _prompt(row: Row, key: str, where: str) -> Messages:
     return [{"role": "user", "content": instruction_text(row, "prompt", where)}]
 
 
-_LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
-"""Labels by what files make of them: JSON a boolean or 1 and 0, CSV a text."""
-
-
 def _label(value: Any, where: str) -> bool:
     if value is None:
         raise OddRowError(f"{where}: 'label' is null")
-    name = value.lower() if isinstance(value, str) else value
-    if not isinstance(name, bool | int | str) or name not in _LABELS:
+    good = label_of(value)
+    if good is None:
         raise DataError(f"{where}: 'label' must be true (a good answer) or false, got {value!r:.80}")
-    return _LABELS[name]
+    return good
 
 
 # ---- encoding ----------------------------------------------------------------------------------------

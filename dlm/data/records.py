@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -110,22 +111,33 @@ def _read_lines(path: Path) -> Iterator[Any]:
 
 
 def _read_csv(path: Path) -> Iterator[Any]:
-    """Rows by the names in the first line; the mark between fields is the most frequent one there."""
+    """Rows by the names in the first line.
+
+    The mark between fields is a tab in a .tsv file, else the most frequent one in that line.
+    """
     csv.field_size_limit(_LONGEST_FIELD)
     lines = list(io.StringIO(read_text(path), newline=""))  # which ends lines at \n and \r alone
     if not lines:
         raise DataError(f"{path}: the file is empty")
-    mark = max(",;\t", key=lines[0].count)
+    mark = "\t" if path.name.endswith(".tsv") else max(",;\t", key=lines[0].count)
     rows: Iterable[dict[Any, Any]] = csv.DictReader(lines, delimiter=mark, strict=True)
     if mark == "\t" and not _is_quoted(lines):
         rows = csv.DictReader(lines, delimiter=mark, quoting=csv.QUOTE_NONE)
     try:
+        _refuse_repeated(path, next(csv.reader(lines[:1], delimiter=mark), []))
         for number, row in enumerate(rows):
             if None in row or None in row.values():
                 raise DataError(f"{path}, row {number}: has not as many fields as the first line names")
             yield row
     except csv.Error as error:
         raise DataError(f"{path}: not valid CSV ({error})") from error
+
+
+def _refuse_repeated(path: Path, names: list[str]) -> None:
+    """Refuse columns of one name, of which one would count."""
+    repeated = [name for name, count in Counter(names).items() if name and count > 1]
+    if repeated:
+        raise DataError(f"{path}: has several columns called {repeated[0]!r}")
 
 
 def _is_quoted(lines: list[str]) -> bool:
@@ -144,6 +156,7 @@ def _read_parquet(path: Path) -> Iterator[Any]:
 
     try:
         with ParquetFile(path) as file:
+            _refuse_repeated(path, file.schema_arrow.names)
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
     except (OSError, ArrowException) as error:

@@ -64,6 +64,10 @@ FOR_PREFERENCES = "good and bad answers are for dlm r2ft --rejected data --objec
 """Advice for rows that hold answers to be avoided."""
 
 
+READING = 1
+"""Raised with every change of what is read from a file, so that what is cached is read again."""
+
+
 class OddRowError(DataError):
     """A row that does not end with an answer: a chat row of another shape, or a null in place of a text."""
 
@@ -157,7 +161,10 @@ def _load_file(path: Path, form: Form) -> Dataset:
     from datasets import Dataset
 
     stat = path.stat()
-    identity = {"path": str(path.resolve()), "size": stat.st_size, "modified": stat.st_mtime_ns, "form": form}
+    identity = {
+        "path": str(path.resolve()), "size": stat.st_size, "modified": stat.st_mtime_ns,
+        "version": READING, "form": form,
+    }  # fmt: skip
     try:
         return Dataset.from_generator(_generate, features=form.columns(), gen_kwargs=identity)
     except Exception as error:
@@ -168,9 +175,9 @@ def _load_file(path: Path, form: Form) -> Dataset:
         raise DataError(f"{path}: cannot be read ({reason})") from error
 
 
-def _generate(path: str, size: int, modified: int, form: Form) -> Iterator[Row]:
-    """Rows of a file; `size` and `modified` only serve as the cache's key."""
-    del size, modified
+def _generate(path: str, size: int, modified: int, version: int, form: Form) -> Iterator[Row]:
+    """Rows of a file; `size`, `modified` and `version` only serve as the cache's key."""
+    del size, modified, version
     index = -1
     for index, row in enumerate(read_records(Path(path))):
         yield form.checked(row, path, index)
@@ -212,8 +219,11 @@ def _pair_of(row: Row) -> tuple[str, str] | None:
 
 def _parse_pair(row: Row, question_key: str, answer_key: str, where: str) -> Row:
     """A row with an instruction and its answer; both may be lists of messages."""
-    if answer_key == "completion" and str(row.get("label")).lower() == "false":
-        raise DataError(f"{where}: 'label' is false, so its completion is a bad answer; {FOR_PREFERENCES}")
+    if answer_key == "completion" and label_of(row.get("label")) is False:
+        label = row["label"]
+        raise DataError(
+            f"{where}: 'label' is {label!r}, so its completion is a bad answer; {FOR_PREFERENCES}"
+        )
     question, answer = row[question_key], row[answer_key]
     if isinstance(question, list) and (
         isinstance(answer, list) or all(isinstance(x, dict) for x in question)
@@ -221,6 +231,16 @@ def _parse_pair(row: Row, question_key: str, answer_key: str, where: str) -> Row
         return _parse_chat([*question, *_turns(answer)], where)
     content = instruction_text(row, question_key, where)
     return {"prompt": [{"role": "user", "content": content}], "answer": text_field(row, answer_key, where)}
+
+
+def label_of(value: Any) -> bool | None:
+    """Whether a label calls its answer a good one; None for what is no such label."""
+    name = value.lower() if isinstance(value, str) else value
+    return _LABELS.get(name) if isinstance(name, bool | int | str) else None
+
+
+_LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+"""Labels by what files make of them: JSON a boolean or 1 and 0, CSV a text."""
 
 
 def _turns(answer: Any) -> list[Any]:
@@ -277,6 +297,8 @@ def _parse_chat(turns: Any, where: str) -> Row:
     messages = dialogue(turns, where)
     if messages[-1]["role"] != "assistant":
         raise OddRowError(f"{where}: the last turn must be the assistant's, got {messages[-1]['role']!r}")
+    if len(messages) == 1:
+        raise OddRowError(f"{where}: only the assistant speaks, so that there is nothing to answer")
     return {"prompt": messages[:-1], "answer": messages[-1]["content"]}
 
 

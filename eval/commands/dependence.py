@@ -121,6 +121,7 @@ def write(folder: Path, gains_by_model: dict[str, list[Gain]], shown: Table) -> 
     from dataclasses import asdict
 
     from eval.dependence import by_distance
+    from eval.formats import without_nan
 
     folder.mkdir(parents=True, exist_ok=True)
     figures, words, picture = (folder / f"dependence.{end}" for end in ("json", "md", "svg"))
@@ -128,7 +129,7 @@ def write(folder: Path, gains_by_model: dict[str, list[Gain]], shown: Table) -> 
         path: {str(d): asdict(value) for d, value in by_distance(gained).items()}
         for path, gained in gains_by_model.items()
     }
-    write_whole(figures, json.dumps(estimates, indent=1))
+    write_whole(figures, json.dumps(without_nan(estimates), indent=1))
     write_whole(words, f"## {shown.title}\n\n{shown.markdown()}\n")
     draw(gains_by_model).savefig(picture)
     return [figures, words, picture]

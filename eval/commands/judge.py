@@ -113,14 +113,9 @@ def _judged(config: JudgeCommandConfig, judge: Judge, result: Results, first: Re
 
         result_scores = score(questions, result.answers, judge, config.aspect)
         by_answer = {f"{question}/0": value for question, value in result_scores.scores.items()}
-        return Verdict(
-            "geval",
-            judge.config.model,
-            config.aspect,
-            "score",
-            by_answer,
-            _shown_figures(result_scores, "scores"),
-        )
+        figures = _shown_figures(result_scores, "scores")
+        setting = _digest(judge.config.url)
+        return Verdict("geval", judge.config.model, config.aspect, "score", by_answer, figures, setting)
     return _mt_bench_verdict(config, judge, result, first, questions)
 
 
@@ -145,17 +140,20 @@ def _mt_bench_verdict(
 
     prompts, model = load_prompts(config.prompts), judge.config.model
     questions = load_references(questions, config.references)
+    setting = _digest(judge.config.url, prompts, {question.id: question.reference for question in questions})
     if config.method == "mt_bench":
         grades = grade(questions, result.answers, judge, prompts)
-        return Verdict("mt_bench", model, "", "grade", grades.grades, _shown_figures(grades, "grades"))
+        figures = _shown_figures(grades, "grades")
+        return Verdict("mt_bench", model, "", "grade", grades.grades, figures, setting)
     pairs = compare(questions, result.answers, first.answers, judge, prompts)
     against = f"{first.card.name} [{_digest(f'{first.card.model} {first.card.fingerprint}')}]"
     figures = _shown_figures(pairs, "by_answer")
-    return Verdict("mt_bench_pairs", model, against, "win", pairs.by_answer, figures)
+    return Verdict("mt_bench_pairs", model, against, "win", pairs.by_answer, figures, setting)
 
 
-def _digest(text: str) -> str:
-    """Six letters by which two opponents of one name differ."""
+def _digest(*parts: Any) -> str:
+    """Six letters by which two opponents, or two settings, of one name differ."""
+    text = parts[0] if len(parts) == 1 else json.dumps(parts, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
 
 
@@ -166,18 +164,21 @@ def _alpaca(config: JudgeCommandConfig, judge: Judge, result: Results, questions
     from eval.formats import model_outputs, reference_outputs
     from eval.run import Verdict
 
+    asked = [question for question in questions if (question.id, 0) in result.answers]
     if config.references:
         path = Path(config.references)
         references = list(read_records(path / "model_outputs.json" if path.is_dir() else path))
         against = f"{path.name} [{_digest(json.dumps(references, sort_keys=True, default=str))}]"
     else:
-        references, against = reference_outputs(questions), "references"
-    outputs = model_outputs(questions, result.answers, result.card.name)
+        asked = [question for question in asked if question.reference]  # one for each, in the same order
+        references, against = reference_outputs(asked), "references"
+    outputs = model_outputs(asked, result.answers, result.card.name)
     rate, rows = win_rate(outputs, references, judge, config.annotator, result.card.name)
-    ids = [question.id for question in questions if (question.id, 0) in result.answers]
+    ids = [question.id for question in asked]
     won = {f"{ids[row['number']]}/0": row["preference"] - 1 for row in rows if row["preference"] is not None}
     against = f"{against}, {config.annotator}"
-    return Verdict("alpaca_eval", judge.config.model, against, "win", won, asdict(rate))
+    setting = _digest(judge.config.url, references)
+    return Verdict("alpaca_eval", judge.config.model, against, "win", won, asdict(rate), setting)
 
 
 def _shown_figures(tally: Any, omitted: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dlm.cli import Command
 from dlm.device import check_place
@@ -116,11 +116,10 @@ def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
         plans = [sampler.plan(variant.request()) for variant in choices]
         room, tokens = min(plan.positions for plan in plans), min(plan.tokens for plan in plans)
         rows = held_out(config.data, config.last, config.limit, sampler.tokenizer, room, tokens)
-        model = fingerprint(path)
+        common = f"{fingerprint(path)} {_digest([rows, config.dtype])}"
+        folder.forget(path, common)
         for variant, plan in zip(choices, plans, strict=True):
-            facts = json.dumps([rows, config.dtype, variant.recorded], default=str)
-            digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
-            mark = f"{model} {digest}"  # costs under another one are measured again
+            mark = f"{common} {_digest(variant.recorded)}"  # costs under another one are measured again
             line, words = variant.split(plan.decoder.name)
             run = folder.runs.get((path, line, words))
             if run is None or (run.fingerprint, len(run.costs)) != (mark, len(rows)):
@@ -132,6 +131,11 @@ def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
                 folder.save(run)
             runs.append(run)
     return runs
+
+
+def _digest(facts: Any) -> str:
+    """Sixteen letters that tell settings apart."""
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
 
 COMMAND = Command(

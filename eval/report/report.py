@@ -83,9 +83,8 @@ def write(
     _check_baselines(against, runs)
     _check_names(runs)
     _check_questions(runs)
-    runs = comparable(runs)
     tasks = sorted({run.card.task for run in runs})
-    by_task = [(task, [run for run in runs if run.card.task == task]) for task in tasks]
+    by_task = [(task, comparable([run for run in runs if run.card.task == task])) for task in tasks]
     parts = [part for task, task_runs in by_task for part in _task(task, task_runs, against)]
     if ldw:
         curves = _curves(Path(ldw))
@@ -156,7 +155,7 @@ def _check_questions(runs: Sequence[Results]) -> None:
             if not answer.asked:
                 continue
             mark, first = openings.setdefault((run.card.task, question, turn), (answer.asked, run))
-            if turn == 0 and mark != answer.asked:
+            if mark != answer.asked:
                 raise DataError(
                     f"{first.folder} and {run.folder} answered different questions under one id "
                     f"({question}); a report is about one file of questions"
@@ -256,7 +255,7 @@ def _questions(run: Results) -> dict[tuple[str, int], str]:
 def _markdown(title: str, lead: str, parts: Sequence[Part], side: Sequence[Any]) -> str:
     lines = [f"# {title}", "", lead, ""]
     for part in parts:
-        lines += [f"## {part.title}", ""]
+        lines += [f"## {part.title}", "", *([part.note, ""] if part.note else [])]
         for plot in part.plots:
             lines += [f"![{plot.caption}]({plot.name}.svg)", "", plot.caption, ""]
         for table in part.tables:

@@ -136,8 +136,9 @@ def speed(runs: Sequence[Results]) -> Table:
 def under_parallelism(runs: Sequence[Results]) -> Table | None:
     """Accuracy under parallelism of each decoder that was run at several paces; None where none was.
 
-    See `eval.parallel.accuracy_under_parallelism`; y_max is the best accuracy of all runs. Over several seeds
-    the area is their mean ± standard deviation, and accuracies are means.
+    See `eval.parallel.accuracy_under_parallelism`; y_max is the best accuracy of all runs. A seed at one pace
+    has no area; over several seeds that have one it is their mean ± standard deviation, and accuracies are
+    means.
     """
     lines: dict[tuple[Any, ...], dict[Any, list[tuple[Results, Point]]]] = {}
     for run in runs:
@@ -149,9 +150,10 @@ def under_parallelism(runs: Sequence[Results]) -> Table | None:
             seeds = lines.setdefault((*model, run.card.decoder, setting), {})
             point = Point(rate, 100 * right.mean)
             seeds.setdefault(run.card.settings.get("seed"), []).append((run, point))
-    lines_of_paces = [seeds for seeds in lines.values() if all(len(line) > 1 for line in seeds.values())]
-    points = [point for seeds in lines_of_paces for line in seeds.values() for _, point in line]
+    points = [point for seeds in lines.values() for line in seeds.values() for _, point in line]
     best = max((point.accuracy for point in points), default=0.0)
+    swept = [{seed: line for seed, line in seeds.items() if len(line) > 1} for seeds in lines.values()]
+    lines_of_paces = [seeds for seeds in swept if seeds]
     head = ["slowest run of each decoder", "AUP", "right, at tokens per call"]
     rows = [_area(seeds, best) for seeds in lines_of_paces]
     return Table("Accuracy under parallelism", head, rows) if rows else None

@@ -13,7 +13,7 @@ from dlm.adapter import add_adapter, base_of
 from dlm.backbone import from_scratch
 from dlm.cli import main
 from dlm.errors import CheckpointError, ConfigError
-from dlm.export import export
+from dlm.export import _without_folders, export
 from dlm.origin import notice_of
 from dlm.pretrained.names import ADAPTERS, located
 from dlm.prior import TokenPrior
@@ -94,6 +94,21 @@ def test_the_base_gets_another_name_and_records_lose_their_folders(trained, tmp_
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "somebody/base"
     training = json.loads((out / "config.json").read_text())["training"]
     assert training == {"init": "somebody/base", "data": {"source": "rows.json", "window": 64}}
+
+
+def test_folders_beside_the_process_are_folders_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "private" / "me").mkdir(parents=True)
+    (tmp_path / "private" / "me" / "rows.jsonl").touch()
+    records = {
+        "data": {"source": "private/me/rows.jsonl"},
+        "init": "private/me",
+        "hub": "some/model",
+        "x": "",
+    }
+    assert _without_folders(records) == {
+        "data": {"source": "rows.jsonl"}, "init": "me", "hub": "some/model", "x": "",
+    }  # fmt: skip
 
 
 def test_merged_it_stands_alone(trained, tmp_path):

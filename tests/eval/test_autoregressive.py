@@ -19,7 +19,7 @@ def causal(tokenizer):
 
 
 def texts(causal, **rule):
-    return [reply.text for reply in Autoregressive(*causal, 12, **rule).replies(TALKS)]
+    return [reply.text for _, reply in Autoregressive(*causal, 12, **rule).replies(TALKS)]
 
 
 def test_without_a_nucleus_it_writes_the_likeliest_token(causal):
@@ -40,7 +40,7 @@ def test_a_nucleus_draws_the_same_for_the_same_seed_whatever_came_before(causal)
     torch.rand(5)
     assert texts(causal, seed=3) == first
     assert texts(causal, seed=4) != first
-    assert first[1] == next(iter(Autoregressive(*causal, 12, seed=3).replies(TALKS[1:]))).text
+    assert first[1] == next(iter(Autoregressive(*causal, 12, seed=3).replies(TALKS[1:])))[1].text
 
 
 def test_a_nucleus_is_for_autoregressive_models():
@@ -66,7 +66,7 @@ def test_any_of_several_end_tokens_ends_an_answer(causal):
     model, tokenizer = causal
     first = tokenizer(texts(causal, top_p=0)[0])["input_ids"][0]
     model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, first])
-    reply = next(iter(Autoregressive(*causal, 12, top_p=0).replies(TALKS[:1])))
+    _, reply = next(iter(Autoregressive(*causal, 12, top_p=0).replies(TALKS[:1])))
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
     assert (reply.finish_reason, reply.tokens) == ("stop", 0)
 
@@ -74,8 +74,8 @@ def test_any_of_several_end_tokens_ends_an_answer(causal):
 def test_a_conversation_longer_than_the_model_has_an_empty_answer(causal):
     model, _ = causal
     long = [{"role": "user", "content": "word " * model.config.max_position_embeddings}]
-    replies = list(Autoregressive(*causal, 4, top_p=0).replies([TALKS[0], long, TALKS[1]]))
+    replies = [reply for _, reply in Autoregressive(*causal, 4, top_p=0).replies([TALKS[0], long, TALKS[1]])]
     assert [(reply.text == "", reply.finish_reason) for reply in replies][1] == (True, "length")
     assert [replies[0].text, replies[2].text] == [
-        reply.text for reply in Autoregressive(*causal, 4, top_p=0).replies(TALKS)
+        reply.text for _, reply in Autoregressive(*causal, 4, top_p=0).replies(TALKS)
     ]

@@ -11,7 +11,17 @@ from dlm.tokenizer import encode_text
 from eval.commands.frontier import FrontierConfig, run
 from eval.config import EvalConfig
 from eval.evaluate import evaluate
-from eval.frontier import Curve, Sample, at_levels, entropy, interval, levels, resamples, unigram_entropy
+from eval.frontier import (
+    Curve,
+    Sample,
+    at_levels,
+    entropy,
+    interval,
+    left_out,
+    levels,
+    resamples,
+    unigram_entropy,
+)
 from eval.systems import Local
 
 
@@ -128,6 +138,38 @@ def test_intervals_are_those_of_the_normal_law_for_a_mean():
     means[1:400] = math.nan  # a tenth of the resamples do not reach so far
     assert math.isnan(interval(means, 400).low)
     assert interval(means, 400).mean == found.mean
+
+
+def test_intervals_at_an_entropy_of_all_texts_hold_what_they_estimate():
+    """Drawing questions again lowers that entropy: a bootstrap's interval may miss even its own estimate."""
+    words, questions = 8000, 60
+    law = 1 / np.arange(1, words + 1)
+
+    def curve(rng, heats, length, weights):
+        samples = []
+        for heat in heats:
+            p = law ** (1 / heat)
+            counts = rng.multinomial(length, p / p.sum(), size=questions).astype(float)
+            nats = 2 + 2 * heat + rng.normal(0, 0.3, questions)
+            samples.append(Sample(heat, np.arange(questions), nats, np.ones(questions), counts))
+        return Curve.of(samples, weights)
+
+    def estimates(jackknifed):
+        weights = left_out(questions) if jackknifed else resamples(questions, 100)
+        for seed in range(12):
+            rng = np.random.default_rng(seed)
+            curves = {"long": curve(rng, (0.7, 1, 1.2), 40, weights)}
+            curves["short"] = curve(rng, (0.7, 1, 1.2, 1.6), 15, weights)
+            found = at_levels(curves, [5.3], questions, jackknifed=jackknifed)
+            yield found["short"][0].difference
+
+    held = {}
+    for jackknifed in (True, False):
+        differences = list(estimates(jackknifed))
+        true = np.mean([each.mean for each in differences])
+        held[jackknifed] = sum(each.low < true < each.high for each in differences)
+    assert held[True] >= 11
+    assert held[False] <= 8
 
 
 @pytest.fixture

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -41,11 +43,11 @@ class Parrot:
         self.seen, self.most = [], most
 
     def replies(self, conversations):
-        for talk in conversations:
+        for number, talk in enumerate(conversations):
             if len(self.seen) == self.most:
                 raise KeyboardInterrupt
             self.seen.append(talk)
-            yield Reply(f"{len(talk)}: {talk[-1]['content']}", tokens=2, model_calls=3, steps=4)
+            yield number, Reply(f"{len(talk)}: {talk[-1]['content']}", tokens=2, model_calls=3, steps=4)
 
 
 def test_later_turns_see_the_earlier_answers(tmp_path):
@@ -199,13 +201,67 @@ def test_an_endpoint_is_evaluated_graded_and_compared_by_command(tmp_path, monke
 
 def test_an_endpoints_text_is_kept_as_it_is(tmp_path):
     with serving(lambda body: "    return 1\n") as endpoint:
-        (reply,) = Endpoint(endpoint.url, "m", 8).replies([[{"role": "user", "content": "x"}]])
+        ((_, reply),) = Endpoint(endpoint.url, "m", 8).replies([[{"role": "user", "content": "x"}]])
     assert reply.text == "    return 1\n"
+
+
+def test_replies_of_an_endpoint_are_kept_as_they_come_and_a_refusal_costs_one_answer(tmp_path, caplog):
+    """A slow first reply holds no other back; what is refused for good is an empty answer."""
+    slow = threading.Event()
+
+    def reply(body):
+        text = body["messages"][0]["content"]
+        if text == "0?":
+            slow.wait(20)
+        return (400, "filtered") if text == "2?" else text
+
+    talks = [[{"role": "user", "content": f"{i}?"}] for i in (5, 0, 1, 2, 3)]  # the first one goes alone
+    with serving(reply) as endpoint:
+        replies, found = Endpoint(endpoint.url, "m", 8, concurrency=4).replies(talks), {}
+        for number, one in replies:
+            found[number] = one
+            if len(found) == 3:
+                assert sorted(found) == [0, 2, 4]
+                slow.set()
+    assert [found[i].text for i in range(5)] == ["5?", "0?", "1?", "", "3?"]
+    assert found[3].finish_reason == "refused"
+    assert "filtered" in caplog.text
+    with serving(lambda body: (400, "filtered")) as endpoint, pytest.raises(DLMError, match="filtered"):
+        list(Endpoint(endpoint.url, "m", 8).replies(talks))
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": [{"type": "text", "text": "It"}, {"type": "text", "text": " is."}]}, "It is."),
+        ({"content": None}, ""),
+        (None, None),
+    ],
+)  # fmt: skip
+def test_a_reply_is_a_text_with_a_number_of_tokens(message, text, tmp_path):
+    file = AnswerFile(tmp_path / "a.jsonl")
+    with serving(lambda body: {"message": message}) as endpoint:
+        system = Endpoint(endpoint.url, "m", 8)
+        if text is None:
+            with pytest.raises(DLMError, match="holds no message"):
+                generate(QUESTIONS[:1], system, file, quiet=True)
+            return
+        generate(QUESTIONS[:1], system, file, quiet=True)
+    assert {answer.text for answer in file.read().values()} == {text}
 
 
 def test_a_model_by_name_is_told_by_its_files():
     assert fingerprint("default") == fingerprint(located("default")) != fingerprint("default-sft")
     assert fingerprint("someone/something").startswith("name:")
+
+
+def test_another_chat_template_is_another_model(checkpoint, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    assert fingerprint(str(copy)) == fingerprint(str(checkpoint))
+    template = copy / "chat_template.jinja"
+    template.write_text("Be rude. " + template.read_text())
+    assert fingerprint(str(copy)) != fingerprint(str(checkpoint))
 
 
 def test_answers_stay_with_their_questions(checkpoint, questions_file, tmp_path):
@@ -320,7 +376,7 @@ def test_instruments_are_found_missing_before_anything_is_answered(checkpoint, q
 def test_whatever_an_endpoint_says_can_be_read_again(text, tmp_path):
     class Odd:
         def replies(self, conversations):
-            yield from (Reply(text) for _ in conversations)
+            yield from ((number, Reply(text)) for number in range(len(conversations)))
 
     file = AnswerFile(tmp_path / "a.jsonl")
     generate(QUESTIONS, Odd(), file, quiet=True)
@@ -433,10 +489,10 @@ def test_each_endpoint_is_asked_itself(tmp_path, monkeypatch):
 def test_a_conversation_without_room_has_an_empty_answer(model, tokenizer):
     talks = [[{"role": "user", "content": text}] for text in ("Say it.", "word " * 60, "Say it again.")]
     request = Request(window=48, steps=4)
-    replies = list(Local(Sampler(model, tokenizer), 2, request, seed=3).replies(talks))
+    replies = [reply for _, reply in Local(Sampler(model, tokenizer), 2, request, seed=3).replies(talks)]
     assert [(reply.text == "", reply.finish_reason) for reply in replies][1] == (True, "length")
     alone = Local(Sampler(model, tokenizer), 2, request, seed=3).replies(talks[::2])
-    assert [reply.text for reply in replies[::2]] == [reply.text for reply in alone]
+    assert [reply.text for reply in replies[::2]] == [reply.text for _, reply in alone]
 
 
 def test_references_longer_than_the_model_have_no_bound(checkpoint, tmp_path, caplog):

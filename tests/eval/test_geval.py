@@ -57,3 +57,32 @@ def test_a_judge_that_rules_all_digits_out_is_read_by_its_words():
     ruled_out = choice("3", t3=0.5)
     ruled_out["logprobs"]["content"][0]["top_logprobs"][0]["logprob"] = -9999.0
     assert expected_score(ruled_out) == 3.0
+
+
+def test_only_a_score_that_was_written_is_one():
+    """What a judge might have said instead is no verdict."""
+    assert expected_score(choice("I'm sorry", t5=2e-6)) is None
+    for text in ("-3", "1 or 2", "0", "6", "3 of 4"):
+        assert expected_score(choice(text)) is None
+    for text in ("Score (1-5): 4", "4/5", "4 out of 5", "**4**", "4.0"):
+        assert expected_score(choice(text)) == 4.0
+    assert expected_score(choice("4.5")) == 4.5
+    places = [
+        {"token": "Score", "top_logprobs": [{"token": "1", "logprob": -16.0}]},
+        {"token": ": ", "top_logprobs": None},
+        {"token": "5", "top_logprobs": [{"token": t, "logprob": math.log(0.5)} for t in ("5", "4")]},
+    ]
+    said = {"message": {"content": "Score: 5"}, "logprobs": {"content": places}}
+    assert expected_score(said) == pytest.approx(4.5)
+    places[2]["top_logprobs"] = None
+    assert expected_score(said) == 5.0
+
+
+def test_a_judge_sees_what_was_said_before_the_question(tmp_path):
+    history = (("system", "Speak of trees."), ("user", "In summer?"), ("assistant", "Green."))
+    question = Question("0", ("And in winter?",), history=history)
+    with serving(lambda body: choice("4")) as endpoint:
+        judge = Judge(JudgeConfig(endpoint.url, "judge", cache=str(tmp_path)))
+        score([question], {("0", 0): Answer("0", 0, "Bare.")}, judge, "fluency")
+        asked = endpoint.seen[0]["messages"][0]["content"]
+    assert all(text in asked for text in ("Speak of trees.", "In summer?", "Green.", "And in winter?"))

@@ -2,7 +2,9 @@ import json
 import math
 
 import pytest
+import torch
 
+from dlm.checkpoint import load_model
 from dlm.cli import main
 from dlm.errors import ConfigError, DataError
 from eval import path
@@ -110,10 +112,8 @@ def test_a_run_that_was_killed_goes_on(checkpoint, file, tmp_path, monkeypatch):
     weights.write_text(weights.read_text() + "\n")
     assert main([*words, "--decoders", "conv"]) == 0
     assert len(counted) == 3  # another model under the same name
-    assert main([*words, "--decoders", "llada,conv", "--seed", "1"]) == 0
-    assert len(counted) == 5  # other settings: all again
-    kept = json.loads((tmp_path / "o" / "paths.json").read_text())
-    assert (kept["settings"]["seed"], len(kept["runs"])) == (1, 2)
+    assert main([*words, "--decoders", "llada,conv", "--seed", "1"]) == 2
+    assert len(counted) == 3  # other settings go into another folder
 
 
 def test_what_cannot_be_measured_is_refused(capsys):
@@ -154,3 +154,24 @@ def test_an_order_table_that_has_changed_is_measured_again(checkpoint, file, tmp
         (run,) = json.loads((tmp_path / "o" / "paths.json").read_text())["runs"]
         marks.append(run["fingerprint"])
     assert marks[0] == marks[1] != marks[2]
+
+
+def test_figures_of_other_weights_or_settings_are_not_mixed(checkpoint, file, tmp_path, caplog, capsys):
+    words = [str(checkpoint), "--data", str(file), "--window", "48", "--device", "cpu", "--steps", "48"]
+    words = ["eval", "path", *words, "--output", str(tmp_path / "o")]
+    assert main([*words, "--limit", "3", "--decoders", "llada,conv(kernel_size=9)"]) == 0
+    model, tokenizer = load_model(checkpoint, device="cpu")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    model.save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    assert main([*words, "--limit", "3", "--decoders", "llada"]) == 0
+    assert [run["line"] for run in json.loads((tmp_path / "o" / "paths.json").read_text())["runs"]] == [
+        "llada"
+    ]
+    assert "2 runs of other weights or rows are dropped" in caplog.text
+    capsys.readouterr()
+    assert main([*words, "--limit", "2", "--decoders", "llada"]) == 2
+    assert "holds paths under" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "o" / "paths.json").read_text())["runs"][0]["costs"]) == 3

@@ -396,3 +396,52 @@ def test_verdicts_on_two_opponents_are_two_files(tmp_path):
     for against in (f"{long} [1]", f"{long} [2]"):
         Verdict("mt_bench_pairs", "judge", against, "win", {"0/0": 1.0}, {}).save(tmp_path)
     assert len(list((tmp_path / "verdicts").iterdir())) == 2
+
+
+def test_each_task_has_a_yardstick_of_its_own(tmp_path, runs):
+    """A band and a judge of one task say nothing about another."""
+    other = [replace(each, card=replace(each.card, task="wiki")) for each in runs[3:]]
+
+    def judged(each, mean):
+        rows = {key: row | {"nll": math.log(2 + i)} for i, (key, row) in enumerate(each.measured.items())}
+        band = {"usual_mean": mean, "usual_deviation": 1.0}
+        return replace(each, measured=rows, means=summary(rows), whole=each.whole | band)
+
+    first = [judged(each, 5.0) for each in runs[:1]]
+    second = [judged(each, 50.0) for each in other[:1]]
+    inlier = {key: row | {"inlier": 1.0} for key, row in second[0].measured.items()}
+    second = [replace(second[0], measured=inlier, means=summary(inlier))]
+    inlier = {key: row | {"inlier": 0.0} for key, row in first[0].measured.items()}
+    first = [replace(first[0], measured=inlier, means=summary(inlier))]
+    write([*first, *second], tmp_path / "report", "title")
+    text = (tmp_path / "report" / "report.md").read_text()
+    wiki = text[text.index("## wiki: quality") :]
+    assert "50.0" in wiki[: wiki.index("##", 5)]
+    assert "100.0" in wiki[: wiki.index("##", 5)]
+
+
+def test_figures_of_two_readers_are_not_compared(runs, caplog):
+    def read(each, mark):
+        rows = {key: row | {"nll": 1.0, "relevance": 0.5} for key, row in each.measured.items()}
+        marks = {"nll": mark, "relevance": "encoder"}
+        return replace(each, measured=rows, means=summary(rows), marks=marks)
+
+    found = comparable([read(runs[0], "a"), read(runs[1], "a"), read(runs[2], "b")])
+    assert ["nll" in each.means for each in found] == [True, True, False]
+    assert not any("nll" in row for row in found[2].measured.values())
+    assert all("relevance" in each.means for each in found)
+    assert "nll left out" in caplog.text
+
+
+def test_a_seed_at_one_pace_hides_no_other(runs, tmp_path):
+    """Its decoder keeps the area of the seed that has one; its accuracy counts for the best of all."""
+    one = run(tmp_path / "again", "conv", 8, 9, right=12)
+    one = replace(one, card=replace(one.card, settings=one.card.settings | {"seed": 1}))
+    table = tables.under_parallelism([*runs, one])
+    assert [row[0] for row in table.rows] == [row[0] for row in tables.under_parallelism(runs).rows]
+
+
+def test_judges_at_two_places_are_two(runs):
+    for setting in ("a", "b"):
+        Verdict("geval", "j", "x", "score", {"0/0": 1.0}, {}, setting).save(runs[0].folder)
+    assert [v.setting for v in Results.load(runs[0].folder).verdicts] == ["a", "b"]

@@ -559,6 +559,8 @@ def test_a_model_that_was_never_fine_tuned_is_refused(tokenizer, tmp_path):
         stage(tmp_path / "c", folder, save_steps=3)
     with pytest.raises(ConfigError, match="must not be 0"):
         stage(tmp_path / "c", folder, eval_steps=0)
+    with pytest.raises(ConfigError, match=r"trainer\.eval_delay is not free"):
+        stage(tmp_path / "c", folder, trainer={"eval_delay": 3})
     with pytest.raises(ConfigError, match="R2FT with those that its guard chooses"):
         stage(tmp_path / "c", folder, trainer={"load_best_model_at_end": True})
     with pytest.raises(CheckpointError, match="no such folder"):

@@ -74,7 +74,12 @@ def test_a_folder_that_holds_another_model_is_not_written_to(tmp_path):
 
 
 def test_what_would_make_a_run_another_one_is_not_free():
-    for name in ("load_best_model_at_end", "save_only_model", "label_smoothing_factor"):
+    for name in (
+        "load_best_model_at_end",
+        "save_only_model",
+        "label_smoothing_factor",
+        "resume_from_checkpoint",
+    ):
         with pytest.raises(ConfigError, match=f"trainer.{name} is not free"):
             TrainConfig("x", trainer={name: True})
     for name in ("learning_rate", "num_train_epochs", "weight_decay"):

@@ -565,6 +565,34 @@ def test_a_run_in_small_blocks_has_a_step_for_each_in_its_samples_and_its_model(
     assert json.loads((tmp_path / "config.json").read_text())["generation"]["steps"] == 48 // 4
 
 
+def test_a_run_goes_on_with_the_rows_it_began_with(tmp_path):
+    """Also within its first epoch: more rows have another order."""
+    rows = [json.dumps({"instruction": f"Say {i}.", "output": f"{i}"}) for i in range(90)]
+    file, folder = tmp_path / "rows.jsonl", tmp_path / "run"
+    file.write_text("\n".join(rows[:48]))
+    given = {"data": DataConfig(source=str(file), window=48, validation_rows=8), "max_steps": 4}
+    train(settings(folder, per_device_train_batch_size=4, save_steps=2, **given))
+    shutil.rmtree(folder / "checkpoint-4")
+    unfinish(folder)
+    file.write_text("\n".join(rows))
+    with pytest.raises(ConfigError, match="this run had 40 rows, and now 82"):
+        train(settings(folder, per_device_train_batch_size=4, save_steps=2, **given))
+
+
+def test_other_sizes_of_blocks_keep_what_else_a_checkpoint_says_of_them(tmp_path):
+    model = replace(TINY, visibility="block", block_size=4, causal_context=True)
+    train(settings(tmp_path / "a", model=model, max_steps=1, eval_steps=0))
+    again = ModelConfig(init=str(tmp_path / "a"), visibility="block", block_size=8)
+    train(settings(tmp_path / "b", model=again, max_steps=1, eval_steps=0))
+    visibility = load_model(tmp_path / "b", device="cpu")[0].spec.visibility
+    assert (visibility.block_size, visibility.causal_context) == (8, True)
+    again = replace(again, causal_context=False)
+    train(settings(tmp_path / "c", model=again, max_steps=1, eval_steps=0))
+    assert not load_model(tmp_path / "c", device="cpu")[0].spec.visibility.causal_context
+    with pytest.raises(ConfigError, match="without one no position leads"):
+        replace(TINY, visibility="block", block_size=4, block_lead=False)
+
+
 def test_a_run_keeps_the_decoding_defaults_of_the_model_that_it_starts_from(tmp_path, whole):
     begun, tokenizer = load_model(whole, device="cpu", dtype="float32")
     new = {"decoder": "conv", "window": 48, "steps": 32}

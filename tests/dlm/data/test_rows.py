@@ -2,6 +2,8 @@ import gzip
 import json
 import re
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
@@ -268,6 +270,53 @@ def test_quotation_marks_between_tabs_may_be_text(tmp_path):
     path.write_text('instruction\toutput\n"a\ttab"\t"quoted"\n')
     (row,) = listed(load_rows(str(path)))
     assert (row["prompt"][0]["content"], row["answer"]) == ("a\ttab", "quoted")
+
+
+def test_tabs_divide_a_tsv_whatever_else_its_first_line_holds(tmp_path):
+    path = tmp_path / "rows.tsv"
+    path.write_text("question\tanswer\nWhat, when, where?\tHere; now\n")
+    (row,) = listed(load_rows(str(path)))
+    assert (row["prompt"][0]["content"], row["answer"]) == ("What, when, where?", "Here; now")
+    path.write_text("text\nHello, world\n")
+    assert [row["answer"] for row in listed(load_rows(str(path)))] == ["Hello, world"]
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_two_columns_of_one_name_are_refused(tmp_path, ending):
+    path = tmp_path / f"rows.{ending}"
+    if ending == "csv":
+        path.write_text("instruction,output,output\na,b,c\n")
+    else:
+        columns = [pyarrow.array(["a"])] * 3
+        pyarrow.parquet.write_table(pyarrow.table(columns, names=["instruction", "output", "output"]), path)
+    with pytest.raises(DataError, match="several columns called 'output'"):
+        load_rows(str(path))
+
+
+@pytest.mark.parametrize("label", [False, "false", 0, "0"])
+def test_a_bad_answer_is_none_to_learn(tmp_path, label):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "q", "completion": "bad", "label": label}))
+    with pytest.raises(DataError, match="so its completion is a bad answer"):
+        load_rows(str(path))
+
+
+def test_a_conversation_of_the_assistant_alone_is_left_out(tmp_path, caplog):
+    path = tmp_path / "rows.jsonl"
+    alone = {"messages": [{"role": "assistant", "content": "only me"}]}
+    talk = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path.write_text("\n".join(json.dumps(row) for row in (talk, talk, alone)))
+    assert [row["answer"] for row in listed(load_rows(str(path)))] == ["a", "a"]
+    assert "only the assistant speaks" in caplog.text
+
+
+def test_another_way_of_reading_reads_again(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"instruction": "q", "output": "a"}))
+    assert listed(load_rows(str(path)))[0]["answer"] == "a"
+    monkeypatch.setattr("dlm.data.rows.READING", -1)
+    monkeypatch.setattr("dlm.data.rows.text_field", lambda row, key, where: "another")
+    assert listed(load_rows(str(path)))[0]["answer"] == "another"
 
 
 USER = {"role": "user", "content": "q"}
