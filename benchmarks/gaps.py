@@ -1,6 +1,6 @@
 """Open lengths in infilling: how often the model finds the length of a gap, on sentences it has not seen.
 
-    python -m benchmarks.gaps --data alpaca_data.json --model default --limit 200
+    python -m benchmarks.gaps --data alpaca_data.json --model full --limit 200
 
 From each held-out answer one sentence is taken, one to five tokens that are whole words are cut out, and
 `<mask:1-5>` is filled, with the row's prompt and without.
@@ -84,7 +84,7 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--data", default="tatsu-lab/alpaca")
-    parser.add_argument("--model", default="default")
+    parser.add_argument("--model", default="full")
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--last", type=int, default=1000, help="held-out rows, from the end")
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """Likelihoods of choices in lm-evaluation-harness: how often an estimate has the winner of the exact bound.
 
-    python -m benchmarks.likelihood [--model default] [--questions 50] [--seed 0]
+    python -m benchmarks.likelihood [--model full] [--questions 50] [--seed 0]
 
 Sums and differences of one digit, each with four digits to choose from: as one token ("7") and as two ("7.").
 The NELBO is exact where no more maskings exist than draws: one for one token, three for two. Printed for each
@@ -62,7 +62,7 @@ def winners(model: DLM, asked: list[Choice], ending: str) -> list[int]:
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--model", default="default")
+    parser.add_argument("--model", default="full")
     parser.add_argument("--questions", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

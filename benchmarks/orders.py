@@ -6,7 +6,7 @@ reward that the table learnt from, and what it was not told of: closeness to the
 length. Differences from the order of confidence, and of an order with a table from the same order without
 it (`CONTROLS`), are paired by question.
 
-    python -m benchmarks.orders --minutes 120 --demo demo/r2ft --model default --alpaca alpaca_data.json
+    python -m benchmarks.orders --minutes 120 --demo demo/r2ft --model full --alpaca alpaca_data.json
 
 Settings: `rules` (--demo, the small model of `make demo`; right answers told by a program), `parallel`
 (--parallel, a model that can do the tasks of `dlm eval parallel`), and `alpaca` and `alpaca-conv` (--model
@@ -357,7 +357,7 @@ def main() -> None:
     )
     parser.add_argument("--demo", default="", help="a model of make demo")
     parser.add_argument("--parallel", default="", help="a model that was trained on tasks of eval.parallel")
-    parser.add_argument("--model", default="", help="a masked diffusion model, such as default")
+    parser.add_argument("--model", default="", help="a masked diffusion model, such as full")
     parser.add_argument("--alpaca", default="", help="file of instructions")
     parser.add_argument("--reader", default="", help="autoregressive model; the base of the model if empty")
     parser.add_argument("--only", nargs="*", default=[], help="names of settings")

@@ -205,7 +205,7 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     out = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     out.add_argument("--output", type=Path, default=Path("runs/preferences"))
-    out.add_argument("--base", default="default-sft", help="the fine-tuned model to start from")
+    out.add_argument("--base", default="full-sft", help="the fine-tuned model to start from")
     out.add_argument("--rows", help="rows to train on, whose last ones are held out")
     out.add_argument("--questions", type=Path, help="with reference answers, in Alpaca's fields")
     out.add_argument("--limit", type=int, default=24, help="of the questions")

@@ -1,8 +1,8 @@
 """What weights in 8 and 4 bits save and cost: bytes, held-out likelihood, and time of a forward pass.
 
-    python -m benchmarks.quantized --data alpaca_data.json [--model default] [--rows 40] [--draws 4]
+    python -m benchmarks.quantized --data alpaca_data.json [--model full] [--rows 40] [--draws 4]
 
-Rows are the last of the file, which the default model was not trained on. All types see the same noise, so
+Rows are the last of the file, which the models that come along were not trained on. All types see the same noise, so
 that differences of the NELBO (nats per token, with its 95 % interval over rows) are those of the weights.
 """
 
@@ -42,7 +42,7 @@ class Measured:
 def main() -> None:
     """Print a table, one line for each type."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="default")
+    parser.add_argument("--model", default="full")
     parser.add_argument("--data", default="tatsu-lab/alpaca")
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--draws", type=int, default=4)

@@ -1,7 +1,7 @@
 """What R2FT costs where it had nothing to reject: answers of two systems to the same questions, paired.
 
-    dlm eval alpaca_eval --model default-sft --output runs/price …   # before; after: --model default
-    python -m benchmarks.r2ft_price runs/price/alpaca_eval/default-sft_… runs/price/alpaca_eval/default_…
+    dlm eval alpaca_eval --model full-sft --output runs/price …   # before; after: --model full
+    python -m benchmarks.r2ft_price runs/price/alpaca_eval/full-sft_… runs/price/alpaca_eval/full_…
 
 Answers that repeat no 4-gram and end by themselves have nothing to reject. Questions are told apart by their
 answers before; that choice alone makes the answers after look worse, for chance has its part in it. The

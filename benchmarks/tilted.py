@@ -1,6 +1,6 @@
 """Reward against model calls: particles beside best-of-n and soft best-of-n with as many rows.
 
-    python -m benchmarks.tilted --model default-sft --data alpaca_data.json --sizes 1 4 --minutes 40
+    python -m benchmarks.tilted --model full-sft --data alpaca_data.json --sizes 1 4 --minutes 40
     python -m benchmarks.tilted --demo demo/sft --minutes 20
 
 Every line answers the same prompts under the same seeds, in one thread. "drawn" is the expected reward of a

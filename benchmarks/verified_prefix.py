@@ -18,7 +18,7 @@ table: the base alone with its cache, both rules, and the default decoder, also 
 one prompt at a time, all ways in turn on each. Relevance is the cosine of answer and reference in a sentence
 encoder. Nats per token are those of the base, which favour what the base wrote.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.verified_prefix --model default-sft --data alpaca_eval.json
+    OMP_NUM_THREADS=1 python -m benchmarks.verified_prefix --model full-sft --data alpaca_eval.json
 """
 
 from __future__ import annotations
@@ -399,7 +399,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="default-sft")
+    parser.add_argument("--model", default="full-sft")
     parser.add_argument("--data", default="", help="questions of AlpacaEval; by default the original")
     parser.add_argument("--limit", type=int, default=20)
     parser.add_argument("--max-tokens", type=int, default=64)

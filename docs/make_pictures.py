@@ -170,7 +170,7 @@ def main() -> None:
     """Draw all pictures into a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", default="docs/pictures", type=Path)
-    parser.add_argument("--model", default="default")
+    parser.add_argument("--model", default="full")
     arguments = parser.parse_args()
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "dlm", "font.family": "sans-serif"})
     arguments.folder.mkdir(parents=True, exist_ok=True)

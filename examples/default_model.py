@@ -1,4 +1,4 @@
-"""The default model answers instructions, before and after R2FT, by blocks and by convolution.
+"""The models that come along answer instructions: by blocks, by convolution, and the default model by itself.
 
 python -m examples.default_model
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -30,7 +31,8 @@ INSTRUCTIONS = (
     "Write a short story about a lost dog.",
     "Rewrite this sentence in the passive voice: The cat chased the mouse.",
 )
-MODELS = {"SFT": "default-sft", "SFT+R2FT": "default"}
+MODELS = {"SFT": "full-sft", "SFT+R2FT": "full"}
+"""Models whose positions see the whole row, so that decoders differ most."""
 DECODERS = {
     "blocks (semi-AR), llada": Decoder.named("llada", block_size=16),
     "convolution, llada-conv": Decoder.named("llada-conv", kernel_size=9),
@@ -41,17 +43,23 @@ to the end of the one in which the answer ends, so they may take a few calls mor
 LEGEND = legend(("first", "", "", "", "", "last"))
 
 
-def ask(samplers: dict[str, Sampler], instruction: str, console: Console) -> None:
-    """Print one instruction and its four answers."""
+def ask(samplers: dict[str, Sampler], own: Sampler, instruction: str, console: Console) -> None:
+    """Print one instruction and its five answers, the default model's last."""
     console.print(f"\n[bold]{instruction}[/bold]", highlight=False)
     for name, decoder in DECODERS.items():
         for model, sampler in samplers.items():
-            begun = time.perf_counter()
-            (output,) = sampler.generate([instruction], decoder=decoder, max_tokens=96, rate=1.0)
-            size = len(output.token_ids)
-            pace = size / (time.perf_counter() - begun)
-            facts = f"{name}, {model}: {size} tokens, {output.model_calls} model calls, {pace:.0f} tokens/s"
-            console.print(f"[dim]{facts}[/dim]", coloured(output, sampler), sep="\n", highlight=False)
+            answer(sampler, instruction, f"{name}, {model}", console, decoder=decoder, rate=1.0)
+    answer(own, instruction, "the default model as it comes", console)
+
+
+def answer(sampler: Sampler, instruction: str, name: str, console: Console, **request: Any) -> None:
+    """Print one answer, with what it took."""
+    begun = time.perf_counter()
+    output = sampler.generate(instruction, max_tokens=96, **request)
+    size = len(output.token_ids)
+    pace = size / (time.perf_counter() - begun)
+    facts = f"{name}: {size} tokens, {output.model_calls} model calls, {pace:.0f} tokens/s"
+    console.print(f"[dim]{facts}[/dim]", coloured(output, sampler), sep="\n", highlight=False)
 
 
 def fetch(console: Console) -> int:
@@ -81,19 +89,19 @@ def main() -> int:
             highlight=False,
         )
         return 0
-    title = "\n[bold]The default model[/bold]: SmolLM2-135M, trained on Alpaca"
-    console.print(
-        title, "Blocks of 16 against a kernel of 9, one token in a call for both.", LEGEND, sep="\n"
-    )
+    title = "\n[bold]The models that come along[/bold]: SmolLM2-135M, trained on Alpaca"
+    words = "Blocks of 16 against a kernel of 9, one token in a call for both; then the default model."
+    console.print(title, words, LEGEND, sep="\n")
     try:
         samplers = {model: Sampler(*load_model(name)) for model, name in MODELS.items()}
+        own = Sampler(*load_model("default"))
     except CheckpointError as error:
         console.print("[red]The default model cannot answer:[/red]", escape(str(error)), highlight=False)
         return 1
     for instruction in options.instructions:
-        ask(samplers, instruction, console)
+        ask(samplers, own, instruction, console)
     console.print(
-        "\nBy default it takes as many tokens a call as their entropies allow (entropy-bound, kernel 9).\n"
+        "\nThe default model was trained in blocks, and writes them one after the other.\n"
         "Talk to it:  .venv/bin/dlm chat\n"
         "Serve it:    .venv/bin/dlm serve   (then open http://127.0.0.1:8000)\n"
         'Ask it:      .venv/bin/dlm generate "Give three tips for staying healthy."',

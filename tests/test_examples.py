@@ -144,7 +144,7 @@ class TestTheDefaultModel:
         monkeypatch.setattr(sys, "argv", ["demo", "What is two plus two?"])
         assert default_model.main() == 0
         said = screen.getvalue()
-        assert asked == ["default-sft", "default"]
+        assert asked == ["full-sft", "full", "default"]
         line = r"(llada(?:-conv)?), (SFT(?:\+R2FT)?): (\d+) tokens, (\d+) model calls"
         facts = re.findall(line, said)
         assert [(decoder, model) for decoder, model, *_ in facts] == [

@@ -35,7 +35,7 @@ LINES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def run(context: Context) -> None:
     """Every decoder at every rate, the middle rates first, by every model that is there."""
-    models = {"default-sft": "default-sft", "default": "default"}
+    models = {"full-sft": "full-sft", "full": "full"}
     if context.tiny:
         models = {"sft": str(train.folder_of(context))}
     models |= {

@@ -28,7 +28,7 @@ def run(context: Context) -> None:
     config = train.stored(folder, R2FTConfig) or built(R2FTConfig, settings(context))
     r2ft(config)
     context.report.add("r2ft", "recipe", **train.summary(folder, config), **kept(folder, config))
-    train.give(context, folder, "r2ft", "default-sft")
+    train.give(context, folder, "r2ft", "full-sft")
 
 
 def settings(context: Context) -> dict[str, Any]:

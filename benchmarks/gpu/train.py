@@ -155,7 +155,7 @@ def give(context: Context, folder: Path, name: str, base: str) -> None:
     export(folder, target, base="" if context.tiny else base, generation=GENERATION)
     if not context.tiny:  # the package's own, whatever this version of transformers made of it
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copyfile(Path(located("default-sft")) / file, target / file)
+            shutil.copyfile(Path(located("full-sft")) / file, target / file)
     for file in ("history.json", "run.json", *pictures(folder)):
         shutil.copyfile(folder / file, target / file)
     context.hand_over(f"{name}.tar.gz", target, "*")

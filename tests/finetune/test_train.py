@@ -557,8 +557,7 @@ def test_the_trainers_nelbo_is_that_of_the_enumeration(tokenizer, tmp_path):
 
 
 def test_a_run_in_small_blocks_has_a_step_for_each_in_its_samples_and_its_model(tmp_path):
-    model = replace(TINY, visibility="block", block_size=4, block_lead=True)
-    model = replace(model, causal_context=True)
+    model = replace(TINY, visibility="block", block_size=4, causal_context=True)
     train(settings(tmp_path, model=model, max_steps=1, eval_steps=1, sample_steps=2, samples=["Count."]))
     assert "## Step 1" in (tmp_path / "samples.md").read_text()
     assert load_model(tmp_path, device="cpu")[0].spec.visibility.causal_context
