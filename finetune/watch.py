@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -112,11 +112,17 @@ UNITS = {"r2ft": ("log-probability", "nats per token")}
 
 
 def draw_r2ft(history: History, tolerance: float, objective: str = "r2ft") -> Any:
-    """Six panels over steps, as a matplotlib figure; a grey line marks the step whose weights are kept."""
+    """Panels over steps, as a matplotlib figure; a grey line marks the step whose weights are kept.
+
+    Four, and two of samples where any were drawn.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    (sides, margin, loss), (nelbo, prior, repeated) = figure.subplots(2, 3, sharex=True)
+    watched = bool(series(history, "sample_repetition")[0])
+    figure = Figure(figsize=(13, 7) if watched else (9, 7), layout="constrained")
+    panels = figure.subplots(2, 3 if watched else 2, sharex=True)
+    sides, margin, *others = panels.flat
+    loss, nelbo, *sampled = others
     title, unit = UNITS.get(objective, ("log p / p of the start", "nats per answer"))
     for key, colour, name in SIDES[objective]:
         _draw_curve(sides, history, key, colour, f"{name}, training")
@@ -137,6 +143,19 @@ def draw_r2ft(history: History, tolerance: float, objective: str = "r2ft") -> An
             value * (1 + tolerance), color=RED, linestyle=":", label=f"start + {100 * tolerance:g} %"
         )
     nelbo.set(title="language", ylabel="nats per answer token")
+    if watched:
+        _draw_samples(sampled, history)
+    _mark_best(panels.flat, kept_step(history, tolerance, objective))
+    for axes in panels.flat:
+        _shared_legend(axes, share if axes is margin else None)
+    for axes in panels[1]:
+        axes.set(xlabel="optimiser step")
+    return figure
+
+
+def _draw_samples(panels: Sequence[Any], history: History) -> None:
+    """What the model wrote in the run: how frequent its tokens are, and how often they repeat."""
+    prior, repeated = panels
     _points(prior, history, "sample_log_prior", BLUE, "top-k samples, mean")
     for value in series(history, "corpus_log_prior")[1][-1:]:
         prior.axhline(value, color=RED, linestyle=":", label="training answers, median")
@@ -145,12 +164,6 @@ def draw_r2ft(history: History, tolerance: float, objective: str = "r2ft") -> An
     _points(repeated, history, "sample_stutter", GREEN, "words equal to the last", "^:")
     repeated.set(title="repetition in top-k samples", ylabel="share")
     repeated.set_ylim(bottom=0)
-    _mark_best((sides, margin, loss, nelbo, prior, repeated), kept_step(history, tolerance, objective))
-    for axes in (sides, margin, loss, nelbo, prior, repeated):
-        _shared_legend(axes, share if axes is margin else None)
-    for axes in (nelbo, prior, repeated):
-        axes.set(xlabel="optimiser step")
-    return figure
 
 
 def _mark_best(panels: Iterable[Any], best: float | None) -> None:

@@ -468,8 +468,10 @@ def test_the_plot_marks_the_step_that_is_kept():
     assert kept_step(records, 0.5) == 15
     assert kept_step(records[:1], 0.02) is None
     figure = draw_r2ft(records, 0.02)
-    assert len(figure.axes) == 7
+    assert len(figure.axes) == 5, "none of samples where none were drawn; one panel has two scales"
     assert any(list(line.get_xdata()) == [10, 10] for line in figure.axes[0].lines)
+    records[1] |= {"sample_repetition": 0.1, "sample_stutter": 0.0, "sample_log_prior": -7.0}
+    assert len(draw_r2ft(records, 0.02).axes) == 7
 
 
 def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(sft, tmp_path):
