@@ -2,8 +2,9 @@
 
     python -m benchmarks.quantized --data alpaca_data.json [--model full] [--rows 40] [--draws 4]
 
-Rows are the last of the file, which the models that come along were not trained on. All types see the same noise, so
-that differences of the NELBO (nats per token, with its 95 % interval over rows) are those of the weights.
+Rows are the last of the file, on which the models that come along were not trained. All types see the same
+noise, so that differences of the NELBO (nats per token, with its 95 % interval over rows) are those of the
+weights.
 """
 
 from __future__ import annotations

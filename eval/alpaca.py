@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dlm.errors import ConfigError, DLMError, unknown_name
+from dlm.errors import ConfigError, DataError, DLMError, unknown_name
 from eval.judge import Judge, JudgeRequest, conclusion
 
 logger = logging.getLogger(__name__)
@@ -82,9 +82,17 @@ def win_rate(
 
     Raises:
         ConfigError: when the package is missing, or there is no such annotator.
+        DataError: for a reference without its texts.
         DLMError: when outputs and references have no instruction in common, and when no verdict can be read.
     """
     package = _package()
+    for number, row in enumerate(references):
+        if not isinstance(row, dict) or not all(
+            isinstance(row.get(n), str) for n in ("instruction", "output")
+        ):
+            raise DataError(
+                f"reference {number}: needs the texts 'instruction' and 'output', got {row!r:.80}"
+            )
     pairs = _pairs(outputs, references)
     if not pairs:
         raise DLMError("outputs and references have no instruction in common; give --references of this task")

@@ -210,6 +210,8 @@ class _Loaded:
             rows = load_rows(self.config.usual)
             rows = rows.select(range(max(len(rows) - self.config.usual_rows, 0), len(rows)))
             talks, texts = list(rows["prompt"]), list(rows["answer"])
+            if not all(talks):
+                raise ConfigError(f"usual: the rows of {self.config.usual} must be questions with answers")
         else:
             referenced = [q for q in questions if q.reference]
             talks = [q.opening for q in referenced]

@@ -250,6 +250,8 @@ def compare(
     total = wins + losses + ties
     share = {"win": 1.0, "loss": 0.0, "tie": 0.5, "inconsistent": 0.5}
     by_answer = {key: share[result] for key, result in zip(keys, results, strict=True) if result}
+    if keys and not total:
+        raise DLMError("the judge gave no pair of verdicts that can be read")
     rate = (wins + ties / 2) / total if total else float("nan")
     return Pairs(wins, losses, ties, inconsistent, rate, by_answer, asdict(tally))
 

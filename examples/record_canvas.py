@@ -127,7 +127,7 @@ def drawn(recording: Recording, seconds_per_step: float = 0.25) -> str:
 def main() -> None:
     """Record a run and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="default")
+    parser.add_argument("--model", default="full")
     parser.add_argument("--prompt", default="Give three tips for staying healthy.")
     parser.add_argument("--output", default="docs/canvas.svg", type=Path)
     parser.add_argument("--rate", type=float, default=None)

@@ -61,6 +61,8 @@ class LDWConfig:
         if self.output and not Path(self.output).absolute().parent.is_dir():
             raise ConfigError(f"output: no such folder as {Path(self.output).absolute().parent}")
         check_sizes(window=self.window)
+        if self.limit < 0:
+            raise ConfigError(f"limit must not be negative, got {self.limit}")
         for name in ("top", "positions", "candidates"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

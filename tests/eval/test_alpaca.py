@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dlm.errors import ConfigError, DLMError
+from dlm.errors import ConfigError, DataError, DLMError
 from eval.alpaca import length_only, win_rate
 from eval.config import JudgeConfig
 from eval.judge import Judge
@@ -128,6 +128,8 @@ def test_instructions_are_matched_and_names_checked(tmp_path):
                 outputs(3, []),
                 [{"instruction": "other", "output": "x", "generator": "t"}],
             )
+        with pytest.raises(DataError, match="reference 0: needs the texts 'instruction' and 'output'"):
+            ask(endpoint, tmp_path, outputs(3, []), ["a text"])
         with pytest.raises(ConfigError, match="Did you mean 'chatgpt'"):
             ask(endpoint, tmp_path, outputs(3, []), outputs(3, [], "t"), annotator="chatgp")
 

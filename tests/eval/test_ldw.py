@@ -139,6 +139,7 @@ def test_what_cannot_be_measured_is_said_before_anything_is_loaded(checkpoint, t
     assert "give --prompt or --file" in fails()
     assert "must end in .png or .pdf" in fails("--prompt", "x", "--output", "x.json")
     assert "no such folder" in fails("--prompt", "x", "--output", str(tmp_path / "none" / "x.png"))
+    assert "limit must not be negative" in fails("--prompt", "x", "--limit", "-1")
     assert "/nowhere.txt" in fails("--file", "/nowhere.txt")
     TokenPrior(torch.arange(400), (0, 1, 2)).save(checkpoint)
     assert "longer than the model's" in fails("--prompt", "x", "--window", "9999", "--output", "")

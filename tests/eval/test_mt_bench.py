@@ -175,6 +175,8 @@ def test_prompts_know_two_turns(tmp_path):
 def test_no_verdict_at_all_is_an_error(tmp_path):
     with serving(lambda body: "hm") as endpoint, pytest.raises(DLMError, match="5 malformed"):
         grade(QUESTIONS, OURS, judge(endpoint, tmp_path), PROMPTS)
+    with serving(lambda body: "hm") as endpoint, pytest.raises(DLMError, match="no pair of verdicts"):
+        compare(QUESTIONS, OURS, OURS, judge(endpoint, tmp_path), PROMPTS)
 
 
 def test_maths_need_references(tmp_path):
