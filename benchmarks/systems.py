@@ -68,7 +68,7 @@ def draw(points: Sequence[Point]) -> Any:
     """Relevance over calls, an interval for each; a matplotlib figure."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
     axes = figure.subplots()
     for i, point in enumerate(points):
         colour, marker, _ = LOOKS[i % len(LOOKS)]
@@ -79,8 +79,9 @@ def draw(points: Sequence[Point]) -> Any:
         )  # fmt: skip
     axes.set(xlabel="model calls of an answer", ylabel="closeness to the reference")
     axes.set_xlim(left=0)
-    axes.legend(fontsize=8, loc="lower right")
     without_frame(axes)
+    axes.get_legend().remove()  # it would lie on the intervals
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     return figure
 
 

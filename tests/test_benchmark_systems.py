@@ -46,6 +46,6 @@ def test_a_point_has_the_figures_of_its_run(folder):
 def test_earlier_figures_stand_beside_and_all_are_drawn(folder):
     earlier = Point.earlier("the base=0.723,0.026,63.7,8.8")
     assert earlier.row == "| the base | 0.723 ± 0.026 | 8.8 % | 64 |  |  |  |"
-    (axes,) = draw([Point.of(f"mine={folder}"), earlier]).axes
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    (legend,) = draw([Point.of(f"mine={folder}"), earlier]).legends
+    labels = [text.get_text() for text in legend.get_texts()]
     assert labels == ["mine (2.1 % repeated)", "the base (8.8 % repeated)"]
