@@ -80,7 +80,8 @@ def draw(points: Sequence[Point]) -> Any:
     axes.set(xlabel="model calls of an answer", ylabel="closeness to the reference")
     axes.set_xlim(left=0)
     without_frame(axes)
-    axes.get_legend().remove()  # it would lie on the intervals
+    if legend := axes.get_legend():
+        legend.remove()  # it would lie on the intervals
     figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     return figure
 
