@@ -119,6 +119,8 @@ class Frontiers:
         """From the runs of each model and seed, as `eval.commands.frontier.answered` gives them."""
         texts = Texts(config, reader, encoder, results)
         count = len(texts.questions)
+        if encoder is not None and count < 10:
+            raise ConfigError(f"encoder: a distance needs ten questions, and {count} fit in the window")
         weights = left_out(count) if config.entropy == "corpus" else resamples(count, config.resamples)
         lines = []
         for model in config.models:

@@ -39,7 +39,15 @@ BAND = ("usual_mean", "usual_deviation")
 
 
 MOST_LETTERS = 180
-"""Of a verdict's name in that of its file."""
+"""Of a name in that of its file or folder."""
+
+
+def _shortened(plain: str, name: str) -> str:
+    """A file's name, ended by a digest of the whole name where it is too long."""
+    if len(plain.encode()) <= MOST_LETTERS:
+        return plain
+    short = plain.encode()[:MOST_LETTERS].decode(errors="ignore")
+    return f"{short}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Card:
     def folder(self, output: str | Path) -> Path:
         """Folder of the run: in `output`, whatever its name."""
         name = re.sub(r"[^\w.=,-]+|^\.+", "_", self.name.replace(", ", "+"))
-        return Path(output) / self.task / (name or "_")
+        return Path(output) / self.task / (_shortened(name, self.name) or "_")
 
 
 @dataclass(frozen=True)
@@ -276,9 +284,7 @@ class Verdict:
         parts = (self.method, self.measure, self.judge, self.against, self.setting)
         name = "-".join(part for part in parts if part)
         plain = re.sub(r"[^A-Za-z0-9.=,-]+", "_", name)
-        if len(plain) > MOST_LETTERS:
-            plain = f"{plain[:MOST_LETTERS]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
-        file = folder / "verdicts" / f"{plain}.json"
+        file = folder / "verdicts" / f"{_shortened(plain, name)}.json"
         write_json(file, without_nan(asdict(self)))
 
 
@@ -382,7 +388,8 @@ def finish(
     """Measure the answers, and write them in the formats of the official tools."""
     write_json(folder / "model_outputs.json", model_outputs(questions, answers, card.name))
     name = re.sub(r"[^\w.=,-]+", "_", card.name)
-    write_lines(folder / "model_answer" / f"{name}.jsonl", model_answers(questions, answers, name))
+    file = folder / "model_answer" / f"{_shortened(name, card.name)}.jsonl"
+    write_lines(file, model_answers(questions, answers, name))
     measured = measure(card.task, questions, dict(answers), instruments, card.name)
     texts = [answer.text for answer in answers.values()]
     overall = {"seconds": sum(answer.seconds for answer in answers.values())}

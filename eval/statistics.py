@@ -63,7 +63,8 @@ def estimate(
     if share:
         alike = bool(np.isin(sums / counts, (0, 1)).all()) and len(set(counts)) == 1  # n times yes or no
         factor = NormalDist().inv_cdf((1 + level) / 2) if alike else student(n - 1, level)
-        size = mean * (1 - mean) / variance if variance > 0 else float(n)
+        spread = variance > 1e-20  # what is below is rounding of equal values
+        size = mean * (1 - mean) / variance if spread else float(n)
         return Estimate(mean, *_wilson(mean, size, factor), n)
     half = student(n - 1, level) * math.sqrt(variance * n / (n - 1))
     return Estimate(mean, mean - half, mean + half, n)

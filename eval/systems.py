@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from decoding.request import Request
-from dlm.errors import ConfigError, DLMError
+from dlm.errors import CheckpointError, ConfigError, DLMError
 from dlm.tokenizer import Message
 from eval.config import NUCLEUS
 
@@ -104,6 +104,9 @@ class Autoregressive:
         max_tokens: longest answer.
         top_p: nucleus (arXiv 1904.09751); 0 for the likeliest token.
         seed: of the run; each conversation has a generator of its own.
+
+    Raises:
+        CheckpointError: for a tokenizer without a chat template.
     """
 
     def __init__(
@@ -111,6 +114,8 @@ class Autoregressive:
     ) -> None:
         from transformers import GenerationConfig
 
+        if not tokenizer.chat_template:
+            raise CheckpointError(f"{tokenizer.name_or_path}: has no chat template, so it cannot be asked")
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
         self.seed = seed
         ends = model.generation_config.eos_token_id

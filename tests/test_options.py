@@ -346,7 +346,7 @@ def train(run, place):
     path = ["--masks.path", 0.5, "--masks.kernel_size", 5]
     run("train", "--output_dir", "d", *RUN.split(), *TINY.split(), *path)
     blocks = ["--model.visibility", "block", "--model.block_size", 8, "--sample_steps", 12]
-    run("train", "--output_dir", "e", *RUN.split(), *TINY.split(), *blocks, "--model.block_lead=true")
+    run("train", "--output_dir", "e", *RUN.split(), *TINY.split(), *blocks)
     with suppress(DataError):  # there is no hub here
         run("train", "--output_dir", "c", "--data.source", "some/rows", *TINY.split())
 

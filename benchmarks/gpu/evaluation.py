@@ -34,6 +34,7 @@ class Variant:
 SEPARATED = "llada-conv(kernel_size=9,gap=3),conv(kernel_size=9,gap=3)"
 
 VARIANTS = (
+    Variant("entropy-bound(kernel_size=3,frequency_penalty=0.6)"),
     Variant("entropy-bound(kernel_size=9),entropy-bound(kernel_size=3)"),
     Variant("entropy-bound(kernel_size=3,gamma=0.5),entropy-bound(kernel_size=9,gamma=0.5)"),
     Variant(SEPARATED, {"rate": "4"}),

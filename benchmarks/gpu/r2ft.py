@@ -28,7 +28,7 @@ def run(context: Context) -> None:
     config = train.stored(folder, R2FTConfig) or built(R2FTConfig, settings(context))
     r2ft(config)
     context.report.add("r2ft", "recipe", **train.summary(folder, config), **kept(folder, config))
-    train.give(context, folder, "r2ft", "full-sft")
+    train.give(context, folder, "r2ft", "default-sft")
 
 
 def settings(context: Context) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def settings(context: Context) -> dict[str, Any]:
     if context.tiny:
         small = train.tiny_changes() | {"trainer": {"disable_tqdm": True}, "eval_steps": 2, "save_steps": 2}
         changes |= small | {"max_steps": 4, "learning_rate": 1e-6, "model.lora.r": 2}
-    return recipe("r2ft-smollm2-135m-lora", changes)
+    return recipe("r2ft-smollm2-135m-blocks", changes)
 
 
 def kept(folder: Path, config: R2FTConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from dlm.errors import ConfigError
+from dlm.errors import CheckpointError, ConfigError
 from eval.config import EvalConfig
 from eval.systems import Autoregressive
 
@@ -79,3 +79,13 @@ def test_a_conversation_longer_than_the_model_has_an_empty_answer(causal):
     assert [replies[0].text, replies[2].text] == [
         reply.text for _, reply in Autoregressive(*causal, 4, top_p=0).replies(TALKS)
     ]
+
+
+def test_a_model_without_a_chat_template_is_refused(causal):
+    model, tokenizer = causal
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        with pytest.raises(CheckpointError, match="has no chat template"):
+            Autoregressive(model, tokenizer, 4)
+    finally:
+        tokenizer.chat_template = template

@@ -445,3 +445,13 @@ def test_judges_at_two_places_are_two(runs):
     for setting in ("a", "b"):
         Verdict("geval", "j", "x", "score", {"0/0": 1.0}, {}, setting).save(runs[0].folder)
     assert [v.setting for v in Results.load(runs[0].folder).verdicts] == ["a", "b"]
+
+
+def test_a_long_name_is_cut_and_keeps_apart(tmp_path):
+    card = Card("alpaca_eval", "q.json", "tiny", "m", "abc", f"conv,stop={'x' * 400}", "conv", {})
+    other = replace(card, label=f"conv,stop={'x' * 401}")
+    for each in (card, other):
+        open_run(each.folder(tmp_path), each)
+        said = {("0", 0): Answer("0", 0, "It is.", 4, "stop", 4, 4)}
+        finish(each.folder(tmp_path), each, QUESTIONS[:1], said, Instruments())
+    assert len(list((tmp_path / "alpaca_eval").iterdir())) == 2

@@ -132,3 +132,10 @@ def test_no_difference_and_no_pairs():
     assert all(math.isnan(x) for x in paired_test([math.nan], [1.0]))
     with pytest.raises(ValueError, match="equal lengths"):
         paired_test([1.0], [1.0, 2.0])
+
+
+def test_equal_shares_have_one_interval_however_they_are_rounded():
+    """Seven times 0.1 do not add up to 0.7 in floating point, ten times to 1."""
+    for count in (7, 10):
+        found = estimate([0.1] * count, share=True)
+        assert found.high - found.low > 0.3
