@@ -122,4 +122,8 @@ def _without_folders(value: Any) -> Any:
     if not isinstance(value, str) or not value:
         return value
     path = Path(value)
-    return path.name if path.is_absolute() or path.exists() else value
+    try:
+        local = path.is_absolute() or path.exists()
+    except OSError:  # too long for a path
+        return value
+    return path.name if local else value

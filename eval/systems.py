@@ -201,7 +201,8 @@ class Endpoint:
                         refused[numbers[future]] = error
                     except DLMError as failed:
                         failure = failure or failed
-                        pool.shutdown(wait=False, cancel_futures=True)  # those under way are still kept
+                        for other in numbers:  # those under way go on, and are kept
+                            other.cancel()
                     else:
                         answered = True
                         yield numbers[future], reply

@@ -107,7 +107,7 @@ def test_folders_beside_the_process_are_folders_too(tmp_path, monkeypatch):
         "x": "",
     }
     assert _without_folders(records) == {
-        "data": {"source": "rows.jsonl"}, "init": "me", "hub": "some/model", "x": "",
+        "data": {"source": "rows.jsonl"}, "init": "me", "hub": "some/model", "x": "y" * 5000,
     }  # fmt: skip
 
 

@@ -230,6 +230,20 @@ def test_replies_of_an_endpoint_are_kept_as_they_come_and_a_refusal_costs_one_an
         list(Endpoint(endpoint.url, "m", 8).replies(talks))
 
 
+def test_a_failure_ends_the_replies_behind_those_under_way():
+    def reply(body):
+        text = body["messages"][0]["content"]
+        return (401, "no entry") if text == "3?" else text
+
+    found = []
+    with serving(reply) as endpoint:
+        talks = [[{"role": "user", "content": f"{i}?"}] for i in range(40)]
+        replies = Endpoint(endpoint.url, "m", 8, concurrency=2).replies(talks)
+        with pytest.raises(DLMError, match="no entry"):
+            found.extend(replies)
+        assert len(endpoint.seen) < 40
+
+
 @pytest.mark.parametrize(
     ("message", "text"),
     [
