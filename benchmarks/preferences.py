@@ -58,9 +58,9 @@ VARIANTS = (
 
 
 def settings(variant: Variant, options: argparse.Namespace) -> R2FTConfig:
-    """The run of a variant: the recipe of the default model's R2FT, without its guard.
+    """The run of a variant: the recipe of the R2FT of `full`, without its guard.
 
-    The held-out rows are the last 1000, as in the fine-tuning of the default model: it has never seen them.
+    The held-out rows are the last 1000, as in the fine-tuning of `full-sft`: it has never seen them.
     """
     values: dict[str, Any] = {
         "output_dir": str(options.output / variant.name.replace(" ", "-").replace(",", "")),

@@ -39,7 +39,8 @@ class LoadConfig:
     """The model, its device, and the way its calls are made.
 
     Args:
-        model: folder or hub id of a checkpoint; "default" or "default-sft" (before R2FT) come along.
+        model: folder or hub id of a checkpoint; "default", "full" and, before R2FT, "default-sft", "full-sft"
+            come along.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
         dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it; or
             "int8", "nf4" for linear layers in 8 or 4 bits.

@@ -53,7 +53,8 @@ def evaluated(config: EvalConfig) -> tuple[list[Results], list[str]]:
     state = PartialState(cpu=config.device == "cpu")
     questions = load_questions(config.task, config.data, config.limit)
     if config.references:
-        questions = with_references(questions, read_records(Path(config.references)), config.references)
+        rows = read_records(Path(config.references))
+        questions = with_references(questions, rows, config.references, needed=True)
     _check_variants(config)
     loaded = _Loaded(config)
     questions = _fitting(questions, loaded) if config.model and config.window else questions

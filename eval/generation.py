@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -11,8 +12,10 @@ from tqdm import tqdm
 from dlm.errors import DataError
 from dlm.tokenizer import Message
 from eval.answers import Answer, AnswerFile
-from eval.systems import System
+from eval.systems import REFUSED, RefusedError, Reply, System
 from eval.tasks import Question
+
+logger = logging.getLogger(__name__)
 
 
 def conversation(question: Question, turn: int, answers: dict[tuple[str, int], Answer]) -> list[Message]:
@@ -86,7 +89,7 @@ def _timed_answers(
 ) -> Iterator[Answer]:
     begun = time.perf_counter()
     replies = system.replies([conversation(question, turn, answers) for question in due]) if due else iter(())
-    for number, reply in replies:
+    for number, reply in _with_refusals(replies, bool(answers)):
         question = due[number]
         time_now = time.perf_counter()
         yield Answer(
@@ -94,3 +97,14 @@ def _timed_answers(
             round(time_now - begun, 4), list(reply.reveal_step), mark(question, turn), reply.trace,
         )  # fmt: skip
         begun = time_now
+
+
+def _with_refusals(replies: Iterator[tuple[int, Reply]], answered: bool) -> Iterator[tuple[int, Reply]]:
+    """The replies; empty ones where all that was still due is refused, and others were answered before."""
+    try:
+        yield from replies
+    except RefusedError as error:
+        if not (answered and error.numbers):
+            raise
+        logger.warning("%d conversations have an empty answer: %s", len(error.numbers), error)
+        yield from ((number, REFUSED) for number in error.numbers)

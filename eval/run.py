@@ -200,6 +200,9 @@ def _of_equal_kinds(runs: Sequence[Results]) -> list[Results]:
         if all(kinds[verdict.measure] == verdict.kind for verdict in run.verdicts):
             out.append(run)
             continue
+        logger.warning(
+            "%s: verdicts of another judge or setting than in most runs are left out", run.card.name
+        )
         measured = _with_verdicts(run.measured, run.verdicts, kinds)
         other_means = {name: value for name, value in run.means.items() if name not in kinds}
         equal_rows = {key: {n: v for n, v in row.items() if n in kinds} for key, row in measured.items()}

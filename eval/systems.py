@@ -184,7 +184,8 @@ class Endpoint:
         """See `System`; a conversation that is refused where others are answered has an empty reply.
 
         Raises:
-            DLMError: when the endpoint fails, or refuses all of them; replies that were there come first.
+            RefusedError: when the endpoint refuses all of them.
+            DLMError: when it fails; replies that were there come first.
         """
         refused: dict[int, RefusedError] = {}
         failure: DLMError | None = None
@@ -208,13 +209,15 @@ class Endpoint:
                         yield numbers[future], reply
             finally:
                 pool.shutdown(cancel_futures=True)
-        if failure is not None:
-            raise failure
-        for number, refusal in refused.items():
-            if not answered:
-                raise refusal
+        for number, refusal in refused.items() if answered else ():
             logger.warning("conversation %d has an empty answer: %s", number, refusal)
             yield number, REFUSED
+        if failure is not None:
+            raise failure
+        if refused and not answered:
+            first = next(iter(refused.values()))
+            first.numbers = tuple(refused)
+            raise first
 
     def _reply(self, talk: list[Message]) -> Reply:
         done = self.client.ask(model=self.model, messages=talk, **self.body)
@@ -230,7 +233,13 @@ class UnreachableError(DLMError):
 
 
 class RefusedError(DLMError):
-    """A request that an endpoint refuses, and would again."""
+    """Requests that an endpoint refuses, and would again.
+
+    Attributes:
+        numbers: of the conversations, where several were asked.
+    """
+
+    numbers: tuple[int, ...] = ()
 
 
 _PASSING = (408, 409, 429)

@@ -233,11 +233,13 @@ def _rows(task: Task, name: str, data: str) -> Iterator[Any]:
         raise DataError(f"the questions of {name!r} could not be fetched ({error}); give --data") from error
 
 
-def with_references(questions: Iterable[Question], rows: Iterable[Any], where: str) -> list[Question]:
+def with_references(
+    questions: Iterable[Question], rows: Iterable[Any], where: str, *, needed: bool = False
+) -> list[Question]:
     """The questions, with the reference answers of rows in MT-Bench's format where there are any.
 
     Raises:
-        DataError: for a row without answers, and for rows none of which is about one of the questions.
+        DataError: for a row without answers; where they are `needed`, for rows about none of the questions.
     """
     answers: dict[str, tuple[str, ...]] = {}
     for index, row in enumerate(rows):
@@ -246,7 +248,7 @@ def with_references(questions: Iterable[Question], rows: Iterable[Any], where: s
         except (KeyError, TypeError, IndexError) as error:
             raise DataError(f"{where}, row {index}: no answers in MT-Bench's format") from error
     questions = list(questions)
-    if not answers.keys() & {question.id for question in questions}:
+    if needed and not answers.keys() & {question.id for question in questions}:
         raise DataError(f"{where}: none of its question_id belongs to one of the questions")
     return [
         replace(question, reference=answers.get(question.id, question.reference)) for question in questions

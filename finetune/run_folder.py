@@ -92,6 +92,9 @@ class RunFolder:
         new, old = flat(new), {**defaults, **flat(old)}
         if old["num_train_epochs"] == EPOCHS and not new["num_train_epochs"]:
             old["num_train_epochs"] = 0.0  # as it was written where none were given
+        for name, written in (("model.block_lead", True), ("model.causal_context", False)):
+            if new.get(name) is None and old.get(name) is written:
+                old[name] = None  # likewise
         for name in {**old, **new}:
             group = name.split(".")[0]
             if group in self.config.FREE or (name not in new and group != "trainer"):

@@ -30,8 +30,8 @@ class ChatConfig(Request, LoadConfig):
     """Settings of `dlm chat`.
 
     Args:
-        model: folder or hub id of a checkpoint; "default" or "default-sft" (before R2FT) come along. With
-            --endpoint, the name of the model there.
+        model: folder or hub id of a checkpoint; "default", "full" and, before R2FT, "default-sft", "full-sft"
+            come along. With --endpoint, the name of the model there.
         system: system message, if any.
         endpoint: base URL of an OpenAI-compatible server to talk to, such as http://127.0.0.1:8000/v1 (the
             key, if it needs one, is OPENAI_API_KEY in the environment).

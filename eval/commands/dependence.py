@@ -26,7 +26,7 @@ class DependenceConfig:
     apart the tokens of a call should be (the option `gap` of every decoder).
 
     Args:
-        models: folders or hub ids of masked diffusion models, "default", "default-sft" (the words that are no
+        models: folders or hub ids of masked diffusion models, "default", "full-sft" (the words that are no
             options).
         data: rows whose answers are looked at, a file or hub id.
         last: only the last so many of them: those that training held out.
@@ -56,7 +56,7 @@ class DependenceConfig:
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
         if not self.models:
-            raise ConfigError("name one or more checkpoints: dlm eval dependence default-sft default")
+            raise ConfigError("name one or more checkpoints: dlm eval dependence full-sft full")
         for name, least in (("last", 1), ("limit", 0), ("max_tokens", 1), ("furthest", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")

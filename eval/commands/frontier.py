@@ -28,7 +28,7 @@ class FrontierConfig:
     of its texts, and decoders are compared at equal entropy (arXiv 2604.02718).
 
     Args:
-        models: folders or hub ids of masked diffusion models, "default", "default-sft" (the words that are no
+        models: folders or hub ids of masked diffusion models, "default", "full-sft" (the words that are no
             options).
         task: task of `dlm eval` whose questions are asked.
         data: local copy of the questions (.json, .jsonl); by default the original is downloaded.
@@ -84,7 +84,7 @@ class FrontierConfig:
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
         if not self.models:
-            raise ConfigError("name one or more checkpoints: dlm eval frontier default-sft default")
+            raise ConfigError("name one or more checkpoints: dlm eval frontier full-sft full")
         names = [Path(model).name for model in self.models]
         if len(set(names)) < len(names):
             raise ConfigError(f"models need different names, got {', '.join(self.models)}")

@@ -177,7 +177,8 @@ def _alpaca(config: JudgeCommandConfig, judge: Judge, result: Results, questions
     ids = [question.id for question in asked]
     won = {f"{ids[row['number']]}/0": row["preference"] - 1 for row in rows if row["preference"] is not None}
     against = f"{against}, {config.annotator}"
-    setting = _digest(judge.config.url, references)
+    given = references if config.references else reference_outputs(questions)  # however many were answered
+    setting = _digest(judge.config.url, given)
     return Verdict("alpaca_eval", judge.config.model, against, "win", won, asdict(rate), setting)
 
 

@@ -25,7 +25,7 @@ class PathConfig:
     of the model at temperature 1, with nothing cut: the order and the pace are what is compared.
 
     Args:
-        models: folders or hub ids of masked diffusion models, "default", "default-sft" (the words that are no
+        models: folders or hub ids of masked diffusion models, "default", "full-sft" (the words that are no
             options).
         data: rows whose answers are written, a file or hub id.
         last: only the last so many of them: those that training held out.
@@ -64,7 +64,7 @@ class PathConfig:
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
         if not self.models:
-            raise ConfigError("name one or more checkpoints: dlm eval path default-sft default")
+            raise ConfigError("name one or more checkpoints: dlm eval path full-sft full")
         for name, least in (("last", 1), ("limit", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -230,6 +230,19 @@ def test_replies_of_an_endpoint_are_kept_as_they_come_and_a_refusal_costs_one_an
         list(Endpoint(endpoint.url, "m", 8).replies(talks))
 
 
+def test_what_is_refused_in_the_end_ends_a_run_that_has_answers(tmp_path):
+    """All that is still due may be what is refused; without any answer it is an error."""
+    file = AnswerFile(tmp_path / "a.jsonl")
+    with serving(lambda body: "Yes.") as endpoint:
+        generate(QUESTIONS[:1], Endpoint(endpoint.url, "m", 8), file, quiet=True)
+    with serving(lambda body: (400, "filtered")) as endpoint:
+        found = generate(QUESTIONS[:2], Endpoint(endpoint.url, "m", 8), file, quiet=True)
+        assert [answer.finish_reason for answer in found.values()] == ["stop", "stop", "refused"]
+        other = AnswerFile(tmp_path / "b.jsonl")
+        with pytest.raises(DLMError, match="filtered"):
+            generate(QUESTIONS[:2], Endpoint(endpoint.url, "m", 8), other, quiet=True)
+
+
 def test_a_failure_ends_the_replies_behind_those_under_way():
     def reply(body):
         text = body["messages"][0]["content"]

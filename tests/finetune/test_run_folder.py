@@ -55,6 +55,15 @@ def test_settings_of_transformers_are_compared_where_only_one_run_has_them(folde
         RunFolder(TrainConfig(path, max_steps=5))
 
 
+def test_blocks_had_values_of_their_own_where_none_were_given(folder):
+    path, rewrite = folder
+    rewrite(lambda config: config["model"].update(block_lead=True, causal_context=False))
+    RunFolder(TrainConfig(path, max_steps=5))
+    rewrite(lambda config: config["model"].update(causal_context=True))
+    with pytest.raises(ConfigError, match=r"model.causal_context = True, not None"):
+        RunFolder(TrainConfig(path, max_steps=5))
+
+
 def test_three_epochs_were_written_where_none_were_given(folder):
     path, rewrite = folder
     rewrite(lambda config: config.update(num_train_epochs=3.0))
