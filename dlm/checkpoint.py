@@ -37,8 +37,8 @@ def load_model(
     Args:
         path: "default" or "full", models that come with the package, or "default-sft" or "full-sft", the same
             before R2FT; folder or hub id of a checkpoint of this toolkit or of a published family
-            (`dlm.families`), or folder of an adapter; also a causal LM (folder, hub id or `.gguf` file), which
-            is made bidirectional and has then still to be trained.
+            (`dlm.families`), or folder of an adapter; also a causal LM (folder, hub id or `.gguf` file),
+            which is made bidirectional and has then still to be trained.
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
         dtype: "float32", "bfloat16", "float16"; or "auto": bfloat16 on a GPU, and on a CPU that computes in
             it, else float32. Commands have the same default. Or "int8" or "nf4": linear layers in 8 or 4 bits
