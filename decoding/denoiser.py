@@ -7,14 +7,14 @@ exception, see `Reuse`.)
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from decoding.canvas import Canvas, Rows, resized
+from decoding.drafts import DraftedRow, Drafts, Guess
 from decoding.request import Plan, Reuse
 from decoding.reveal.base import OPTIONS
 from dlm.attention_weights import AttentionWeights
@@ -166,6 +166,7 @@ class StateCache:
         self.computed_ids = torch.full_like(canvas.ids, -1)  # [B, L] ids that keys and values were made of
         self.refreshed_at = torch.full_like(canvas.start, -1)  # [B] revision of the last full computation
         self.key_values: Any = None
+        self.drafted: dict[int, list[DraftedRow]] = {}  # by row, of its last call
 
     def follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
         """Go on with another canvas; the rows stay in order."""
@@ -177,6 +178,9 @@ class StateCache:
                 None if self.states is None else self.states[rows.to(self.states.device, non_blocking=True)]
             )
             self.key_values = None if self.key_values is None else self.key_values.take(rows)
+            self.drafted = {
+                i: self.drafted[row] for i, row in enumerate(rows.tolist()) if row in self.drafted
+            }
         size, width = canvas.ids.shape
         self.computed_ids = resized(self.computed_ids, size, width, -1)
         self.refreshed_at = resized(self.refreshed_at[:, None], size, 1, -1)[:, 0]
@@ -194,17 +198,35 @@ class StateCache:
         self.states[target] = self.states[source]
         self.entries.copy(rows, places)
 
-    def shown_ids(self, rows: torch.Tensor) -> torch.Tensor:
-        """[b, L] the ids that the model is shown."""
-        ids = self.canvas.ids[rows]
+    def shown_ids(self, rows: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """[b, L] what the model is shown of the rows [b], or of other `ids` [b, L] of theirs."""
+        ids = self.canvas.ids[rows] if ids is None else ids
         if not self.unconditional:
             return ids
         position = torch.arange(ids.shape[1])
         prompt = (position < self.canvas.answer_start[rows, None]) & self.canvas.valid[rows]
         return torch.where(prompt, self.mask_id, ids)
 
-    def put(self, rows: torch.Tensor, where: torch.Tensor, states: torch.Tensor) -> None:
-        """Keep the states [N, D] of the positions `where` [b, W] of the rows [b]."""
+    def put(
+        self, rows: torch.Tensor, where: torch.Tensor, states: torch.Tensor, drafts: Drafted | None = None
+    ) -> None:
+        """Keep the states [N, D] of positions of the rows [b], and those of drafts of them.
+
+        Args:
+            rows: that a call has computed.
+            where: [b, W] bool, positions that it computed of each.
+            states: of these, in row-major order.
+            drafts: what it computed of drafts; drafts of earlier calls are dropped.
+        """
+        self._keep(rows, where, states)
+        self.canvas.model_calls[rows] += 1
+        for row in rows.tolist() if self.drafted else ():
+            self.drafted.pop(row, None)
+        for row, draft in drafts or ():
+            self.drafted.setdefault(row, []).append(draft)
+
+    def _keep(self, rows: torch.Tensor, where: torch.Tensor, states: torch.Tensor) -> None:
+        """See `put`."""
         row, position = where.nonzero().unbind(1)
         width = -(-(int(position.max()) + 1) // 64) * 64  # in steps, so that a growing canvas seldom copies
         size = len(self.canvas.ids)
@@ -214,7 +236,21 @@ class StateCache:
             self.states = resized(self.states, size, width)
         self.states.flatten(0, 1)[self._cells(rows[row], position)] = states
         self.entries.add(rows, where)
-        self.canvas.model_calls[rows] += 1
+
+    def recall(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        """Take the states at `where` [b, W] from drafts that rows have become; [b] bool, which rows have."""
+        found = torch.zeros(len(rows), dtype=torch.bool)
+        if not self.drafted:
+            return found
+        for i, (row, needed) in enumerate(zip(rows.tolist(), where, strict=True)):
+            place = rows[i : i + 1]
+            shown = self.shown_ids(place)[0, self.canvas.valid[row]]
+            for draft in self.drafted.get(row, ()):
+                if draft.answers(shown, needed):
+                    self._keep(place, draft.where[None], draft.states)
+                    found[i] = True
+                    break
+        return found
 
     def at(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """[N, D] the states of the positions `where` [b, W] of the rows [b], in row-major order."""
@@ -260,34 +296,77 @@ class StateCache:
         where: torch.Tensor,
         size: int,
         record: AttentionWeights | None = None,
+        drafts: Drafts | None = None,
     ) -> None:
         """Compute the rows [b] again from the first block of `size` that changed or is needed, exactly.
 
         In a block-causal model nothing before it depends on what has changed, and nothing that is needed at
-        `where` [b, W] on the blocks behind. `record` is filled, if there is one.
+        `where` [b, W] on the blocks behind. `record` is filled, if there is one. Drafts of the rows are
+        computed as far as the rows, counted in blocks from the first mask.
         """
         ids, valid = self.shown_ids(rows), self.canvas.valid[rows]
         needed = torch.zeros_like(valid)
         needed[:, : where.shape[1]] = where
-        changed = (ids != self.computed_ids[rows]) & valid
         block = torch.arange(ids.shape[1]) // size
         last = torch.where(needed, block, -1).amax(1, keepdim=True)
-        from_block = torch.where(changed | needed, block, ids.shape[1]).amin(1, keepdim=True)
-        active = valid & (block >= from_block) & (block <= last)
+        changed = (ids != self.computed_ids[rows]) & valid
+        own = active = _blocks(changed | needed, last, block) & valid
+        computed_ids = torch.where(active, ids, self.computed_ids[rows])
+        computed_ids = torch.where(changed & (block > last), -1, computed_ids)
+        call_rows, extras = rows, _given(attention=record and [record])
+        if drafts is not None:
+            place, source = torch.searchsorted(rows, drafts.rows), drafts.rows
+            draft_ids, first = self.shown_ids(source, drafts.ids), _first(drafts.masked, block)
+            beyond = last[place] - _first(self.canvas.masked[source], block)
+            wanted = (draft_ids != computed_ids[place]) | (block == first)
+            computed = _blocks(wanted & drafts.valid, first + beyond, block) & drafts.valid
+            ids, active, valid, call_rows = (
+                torch.cat(both)
+                for both in ((ids, draft_ids), (active, computed), (valid, drafts.valid), (rows, source))
+            )
+            extras = _given(guests=len(source))
         width = int(active.any(0).nonzero()[-1]) + 1
         if self.key_values is None:
             self.key_values = model.new_memory()
+        memory = self.key_values
         states = model.partial_hidden(
-            ids[:, :width],
-            active[:, :width],
-            valid[:, :width],
-            self.key_values,
-            rows,
-            **({} if record is None else {"attention": [record]}),
+            ids[:, :width], active[:, :width], valid[:, :width], memory, call_rows, **extras
         )
-        stale = changed & (block > last)
-        self.computed_ids[rows] = torch.where(stale, -1, torch.where(active, ids, self.computed_ids[rows]))
-        self.put(rows, active, states)
+        self.computed_ids[rows] = computed_ids
+        if drafts is None:
+            self.put(rows, own, states)
+        else:
+            states, *others = states.split([int(own.sum()), *computed.sum(1).tolist()])
+            self.put(rows, own, states, _drafted(drafts, draft_ids, computed, others))
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """Keyword arguments that are not None; a model need not know the others."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+Drafted = Iterable[tuple[int, DraftedRow]]
+"""Drafts whose states are known, with the rows that they are of."""
+
+
+def _drafted(
+    drafts: Drafts, ids: torch.Tensor, where: torch.Tensor, states: Iterable[torch.Tensor]
+) -> Drafted:
+    """The drafts with their states [N, D] at `where` [m, L]; the model was shown `ids` [m, L]."""
+    for row, shown, valid, known, values in zip(
+        drafts.rows.tolist(), ids, drafts.valid, where, states, strict=True
+    ):
+        yield row, DraftedRow(shown[valid], known[valid], values.clone())
+
+
+def _first(masked: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """[b, 1] number of the block [L] of the first mask of rows [b, L]."""
+    return torch.where(masked, block, len(block)).amin(1, keepdim=True)
+
+
+def _blocks(wanted: torch.Tensor, last: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """[b, L] bool, the blocks [L] from the first that holds a `wanted` [b, L] to number `last` [b, 1]."""
+    return (block >= _first(wanted, block)) & (block <= last)
 
 
 @dataclass(frozen=True)
@@ -303,6 +382,41 @@ class StateQuery:
     where: torch.Tensor
     record: AttentionWeights | None = None
     shadows: Shadows | None = None
+    guess: Guess | None = None
+    """Gives drafts of those rows that need a call; their states are computed in it."""
+
+
+@dataclass(frozen=True)
+class _WholeRows:
+    """Rows of a cache, and drafts of them behind, that are computed whole in a call with those of others."""
+
+    cache: StateCache
+    rows: torch.Tensor
+    """[b] int64."""
+    drafts: Drafts | None
+    ids: torch.Tensor
+    """[N] int64, what the model is shown, the rows and drafts end to end."""
+    lengths: list[int]
+    """Of the rows and the drafts."""
+
+    @classmethod
+    def of(cls, cache: StateCache, rows: torch.Tensor, drafts: Drafts | None) -> _WholeRows:
+        """The rows [b] of a cache, as they are."""
+        valid = cache.canvas.valid[rows]
+        ids, lengths = cache.shown_ids(rows)[valid], valid.sum(1).tolist()
+        if drafts is not None:
+            ids = torch.cat([ids, cache.shown_ids(drafts.rows, drafts.ids)[drafts.valid]])
+            lengths += drafts.valid.sum(1).tolist()
+        return cls(cache, rows, drafts, ids, lengths)
+
+    def put(self, states: torch.Tensor) -> None:
+        """Keep the states [N, D]."""
+        cache, drafts, valid = self.cache, self.drafts, self.cache.canvas.valid[self.rows]
+        if drafts is None:
+            return cache.put(self.rows, valid, states)
+        states, *others = states.split([int(valid.sum()), *drafts.valid.sum(1).tolist()])
+        shown = cache.shown_ids(drafts.rows, drafts.ids)
+        return cache.put(self.rows, valid, states, _drafted(drafts, shown, drafts.valid, others))
 
 
 def compute_states(model: Denoiser, queries: Sequence[StateQuery]) -> list[torch.Tensor]:
@@ -311,7 +425,7 @@ def compute_states(model: Denoiser, queries: Sequence[StateQuery]) -> list[torch
     Rows whose states are there already cost nothing. The others share one model call, except for batches that
     reuse keys and values, which have one each; those of a block-causal model always do, since they are exact.
     """
-    due: list[tuple[StateCache, torch.Tensor, torch.Tensor]] = []
+    due: list[_WholeRows] = []
     records: list[AttentionWeights] = []
     shades: list[Shadows] = []
     for query in queries:
@@ -322,28 +436,29 @@ def compute_states(model: Denoiser, queries: Sequence[StateQuery]) -> list[torch
             stale = torch.ones_like(stale)
         if shadows is not None:
             stale[shadows.rows] = True
+        if bool(stale.any()) and query.guess is not None:
+            stale[stale.clone()] = ~cache.recall(rows[stale], where[stale])
         if not bool(stale.any()):
             continue
         rows = rows[stale]
+        drafts = None if query.guess is None else query.guess(rows)
         if cache.block_size is not None and shadows is None:
-            cache.compute_blocks(model, rows, where[stale], cache.block_size, record)
+            cache.compute_blocks(model, rows, where[stale], cache.block_size, record, drafts)
         elif cache.reuse is not None:
             cache.compute_partly(model, rows, where[stale])
         else:
-            offset = sum(len(others) for _, others, _ in due)
+            offset = sum(len(whole.lengths) for whole in due)
             if record is not None:
                 record.rows = record.rows + offset
                 records.append(record)
             if shadows is not None:
                 shadows.rows = (stale.cumsum(0) - 1)[shadows.rows] + offset
                 shades.append(shadows)
-            due.append((cache, rows, cache.canvas.valid[rows]))
+            due.append(_WholeRows.of(cache, rows, drafts))
     if due:
-        ids = torch.cat([cache.shown_ids(rows)[valid] for cache, rows, valid in due])
-        lengths = torch.cat([valid.sum(1) for _, _, valid in due]).tolist()
-        row_lengths = iter(lengths)
-        sizes = [sum(itertools.islice(row_lengths, len(rows))) for _, rows, _ in due]
-        computed = hidden_of_rows(model, ids, lengths, records, shades).split(sizes)
-        for (cache, rows, valid), states in zip(due, computed, strict=True):
-            cache.put(rows, valid, states)
+        ids = torch.cat([whole.ids for whole in due])
+        lengths = [length for whole in due for length in whole.lengths]
+        computed = hidden_of_rows(model, ids, lengths, records, shades)
+        for whole, states in zip(due, computed.split([len(whole.ids) for whole in due]), strict=True):
+            whole.put(states)
     return [query.cache.at(query.rows, query.where) for query in queries]

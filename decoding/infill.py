@@ -66,6 +66,7 @@ def plan_infilling(request: Request, spec: ModelSpec, tokenizer: PreTrainedToken
         ending=Ending.of(spec, fill=False, early_exit=False),
         mask_id=spec.mask_token_id,
         reuse=request.reuse_settings(),
+        drafts=request.drafts or 0,
         positions=spec.positions,
         tokens=spec.positions,
     )

@@ -36,6 +36,9 @@ MOST_RATE = 1_000_000
 MOST_LOGPROBS = 100
 """Most likeliest tokens noted beside a token."""
 
+MOST_DRAFTS = 16
+"""Most drafts of a row in one model call; of more hardly one comes true."""
+
 OPEN_LENGTH = 256
 """Length for which kernels and blocks of open size are chosen where the canvas has no length of its own."""
 
@@ -81,7 +84,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "be a whole number of at least 1",
     ),
     (
-        ("margin", "top_logprobs"),
+        ("margin", "top_logprobs", "drafts"),
         lambda value: is_whole(value) and value >= 0,
         "be a whole number, not negative",
     ),
@@ -91,6 +94,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         f"be at most {MOST_WHOLE}",
     ),
     (("top_logprobs",), lambda value: value <= MOST_LOGPROBS, f"be at most {MOST_LOGPROBS}"),
+    (("drafts",), lambda value: value <= MOST_DRAFTS, f"be at most {MOST_DRAFTS}"),
     (
         ("rate",),
         lambda value: isinstance(value, int | float) and not isinstance(value, bool) and value >= 1,
@@ -144,6 +148,8 @@ class DecoderRequest:
             checkpoint, or a quarter of the window. At most 16 for each position are taken.
         reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate).
         refresh: with reuse, everything is computed at every so many changes of the row; 8 by default.
+        drafts: so many guesses of what rows will be next are computed in each model call: fewer calls, the
+            same text. None by default.
     """
 
     decoder: DecoderLike | None = None
@@ -152,6 +158,7 @@ class DecoderRequest:
     steps: int | None = None
     reuse: str | None = None
     refresh: int | None = None
+    drafts: int | None = None
 
     def __post_init__(self) -> None:
         """Check each field by itself, and what does not go together for any model."""
@@ -344,6 +351,7 @@ class Request(DecoderRequest):
             ending_text=self.ending or "",
             forced=tuple(sorted((int(place), text) for place, text in (self.forced or {}).items())),
             top_logprobs=self.top_logprobs or 0,
+            drafts=self.drafts or 0,
         )
 
     def _window(self, decoder: Decoder, spec: ModelSpec) -> int | None:
@@ -435,6 +443,7 @@ class Plan:
         stop: texts that end an answer.
         begin, ending_text, forced: given parts of the answer.
         top_logprobs: number of likeliest tokens noted beside each token that is written.
+        drafts: guesses of what a row will be that a model call computes too.
         ahead: masks that a growing canvas begins with; None where the canvas is whole.
         batch_key: what rows must have in common to share the arithmetic of a step.
     """
@@ -452,6 +461,7 @@ class Plan:
     ending_text: str = ""
     forced: tuple[tuple[int, str], ...] = ()
     top_logprobs: int = 0
+    drafts: int = 0
     ahead: int | None = field(init=False, repr=False)
     batch_key: tuple[Any, ...] = field(init=False, repr=False, compare=False)
 
@@ -461,10 +471,12 @@ class Plan:
             raise ConfigError(f"decoder {self.decoder.name!r} goes by time: it needs steps, not a rate")
         if self.reuse is not None and self.decoder.reveal.requires:
             raise ConfigError("conflict and verify look at whole rows; give no reuse")
+        if self.drafts and (self.reuse is not None or self.decoder.reveal.requires):
+            raise ConfigError("drafts do not go with reuse, conflict and verify")
         ahead = None if self.margin is None else max(1, self.decoder.window.ahead + self.margin)
-        key = self.decoder, self.pace, self.ending, ahead, self.reuse, self.mask_id, self.top_logprobs
+        exact = self.decoder, self.pace, self.ending, ahead, self.mask_id, self.top_logprobs
         object.__setattr__(self, "ahead", ahead)
-        object.__setattr__(self, "batch_key", key)
+        object.__setattr__(self, "batch_key", (*exact, self.reuse, self.drafts))
 
     def within(self, masks: int) -> Plan:
         """This plan, for a row of so many masks: with no more steps than they can use (`Steps.within`)."""

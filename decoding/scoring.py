@@ -11,10 +11,12 @@ from collections.abc import Generator
 from dataclasses import replace
 
 import torch
+from torch.nn.functional import max_pool1d
 
 from decoding.canvas import Canvas, Rows, resized
 from decoding.conflicts import ConflictCache
 from decoding.denoiser import Denoiser, Entries, StateCache, StateQuery, can
+from decoding.drafts import Guess
 from decoding.request import Plan
 from decoding.reveal.base import TOKEN_NOISE, Evidence, StepView
 from dlm.errors import ConfigError
@@ -24,6 +26,12 @@ from dlm.spec import ModelSpec
 
 _LOGIT_ROWS = 1024
 """Positions whose logits [cells, V] are held at once."""
+
+MOST_RANKS = 4
+"""Likeliest tokens of a position that drafts are made of, at most."""
+
+FARTHEST = 3
+"""Masks beside those that a rule asks for whose scores are found too, for drafts, at most."""
 
 Work = Generator[list[StateQuery], list[torch.Tensor], None]
 """Work that stops where it needs hidden states, and goes on with them: [N, D] for each of its queries."""
@@ -57,6 +65,9 @@ class Scorer:
         self.score = torch.zeros(*canvas.ids.shape, self.rule.score_width)  # [B, L, C]
         self.alternatives = torch.zeros_like(canvas.alternatives)  # [B, L, k, 2]
         self.leave_one_out = torch.zeros(canvas.ids.shape)  # [B, L] where `verified`
+        self.ranks = min(plan.drafts, MOST_RANKS)
+        self.likeliest = canvas.alternatives.new_zeros(*canvas.ids.shape, self.ranks, 2)
+        """[B, L, ranks, 2] the likeliest tokens and their log-probabilities, for drafts."""
         self.conflicts = ConflictCache(canvas) if "attention" in self.rule.requires else None
         blocks = ModelSpec.of(model).visibility.block_size if can(model, "partial") else None
         self.states = [
@@ -72,10 +83,15 @@ class Scorer:
         for cache in (self.entries, self.verified, self.conflicts, *self.states):
             if cache is not None:
                 cache.follow(canvas, rows)
-        for name in ("token", "probability", "score", "alternatives", "leave_one_out"):
+        for name in ("token", "probability", "score", "alternatives", "leave_one_out", "likeliest"):
             values = getattr(self, name)
             values = values if rows is None else values[rows]
             setattr(self, name, resized(values, *canvas.ids.shape))
+
+    @property
+    def _noted(self) -> int:
+        """Likeliest tokens that are noted of a position."""
+        return max(self.plan.top_logprobs, self.ranks)
 
     def copy(self, rows: torch.Tensor, copies: torch.Tensor) -> None:
         """Keep the hidden states of the rows [b] for their copies [b] too; the scores are of other noise."""
@@ -96,11 +112,12 @@ class Scorer:
             verified &= ~self.plan.ending.is_end(view.ids)
         return replace(evidence, verified=verified)
 
-    def compute(self, rows: torch.Tensor, asked: Evidence) -> Work:
+    def compute(self, rows: torch.Tensor, asked: Evidence, guess: Guess | None = None) -> Work:
         """Find what has not been found yet of the rows [b], in one call of the model.
 
         Conflicts are found for all of a row at once. The results come back from the model's device in one
-        piece: the one time in a step that the host waits for it.
+        piece: the one time in a step that the host waits for it. With a `guess` also what the next drafts
+        are made of is found: the scores of masks beside those that are asked for.
         """
         where, verified, dependence = asked.scored, asked.verified, asked.dependence
         width = where.shape[1]
@@ -115,13 +132,17 @@ class Scorer:
         if not bool(incomplete.all()):
             rows, where = rows[incomplete], where[incomplete]
             verified = None if verified is None else verified[incomplete]
+        if guess is not None:
+            where = where | self._beside(rows, where)
         record = shadows = None
         if dependence is not None:
             record = dependence.record(where & self.canvas.masked[rows, :width])
         if verified is not None and bool(verified.any()):
             shadows = Shadows(*verified.nonzero().unbind(1))
         extras = {False: (record, shadows), True: (None, None)}  # by whether the prompt is left out
-        states = yield [StateQuery(cache, rows, where, *extras[cache.unconditional]) for cache in self.states]
+        states = yield [
+            StateQuery(cache, rows, where, *extras[cache.unconditional], guess) for cache in self.states
+        ]
         results = [self._scored(rows, where, states)]
         if dependence is not None and record is not None:
             results.append(dependence.conflicts(record))
@@ -135,6 +156,17 @@ class Scorer:
             row, position = verified.nonzero().unbind(1)
             self.leave_one_out[rows[row], position] = more[-1].float()
             self.verified.add(rows, verified)
+
+    def _beside(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        """[b, W] bool, masks of the rows [b] near `where` [b, W], in blocks that are computed anyway."""
+        reach = min(self.plan.drafts, FARTHEST)
+        near = max_pool1d(where[:, None].float(), 2 * reach + 1, stride=1, padding=reach)[:, 0] > 0
+        near &= self.canvas.masked[rows, : where.shape[1]]
+        size = self.states[0].block_size
+        if size is not None:
+            block = torch.arange(where.shape[1]) // size
+            near &= block <= torch.where(where, block, -1).amax(1, keepdim=True)
+        return near
 
     def answered(self, rows: Rows, view: StepView, asked: Evidence) -> StepView:
         """The view of the rows [b], with what was asked for."""
@@ -199,7 +231,7 @@ class Scorer:
         if bool(bad.any()):  # these rows fail, the others go on
             broken = rows[where.nonzero()[bad, 0]]
             self.canvas.failed[broken] = self.canvas.step[broken]
-        size = columns.shape[1] - 2 * self.plan.top_logprobs  # behind it, log-probabilities may be -inf
+        size = columns.shape[1] - 2 * self._noted  # behind it, log-probabilities may be -inf
         token, probability, score = columns[:, :size].nan_to_num().tensor_split([1, 2], dim=1)
         if self.score.shape[2] != score.shape[1]:
             raise ConfigError(
@@ -209,8 +241,9 @@ class Scorer:
         cells = rows[row], position
         self.token[cells], self.probability[cells] = token[:, 0].long(), probability[:, 0].float()
         self.score[cells] = score.float()
-        if self.plan.top_logprobs:
-            self.alternatives[cells] = columns[:, size:].view(len(row), -1, 2)
+        noted = columns[:, size:].view(len(row), -1, 2)
+        self.alternatives[cells] = noted[:, : self.plan.top_logprobs]
+        self.likeliest[cells] = noted[:, : self.ranks]
         self.entries.add(rows, where)
 
     def _columns(
@@ -233,8 +266,8 @@ class Scorer:
         score = self.rule.score(logits, choice, state, self.tokens).double()
         columns = [choice.token.double()[:, None], choice.probability.double()[:, None]]
         columns.append(score[:, None] if score.dim() == 1 else score)
-        if self.plan.top_logprobs:
-            columns.append(self.tokens.likeliest(logits, self.plan.top_logprobs).flatten(1))
+        if self._noted:
+            columns.append(self.tokens.likeliest(logits, self._noted).flatten(1))
         return torch.cat(columns, dim=1)
 
     def _logits(

@@ -23,7 +23,9 @@ import torch
 from decoding.canvas import Canvas, Rows
 from decoding.course import course
 from decoding.denoiser import Denoiser, StateQuery, check_capable, compute_states
+from decoding.drafts import Drafts, likeliest_drafts
 from decoding.pace import Clock
+from decoding.recall import Recalling
 from decoding.request import Plan
 from decoding.reveal.base import PREDICTION_NOISE, Decision, Evidence, StepView
 from decoding.scoring import Scorer, Work
@@ -182,14 +184,15 @@ class Batch:
         asked = self.scorer.asked(view)
         if ends and self.scorer.constant is None:
             asked = replace(asked, scored=torch.where(late[:, None], masked, asked.scored))
-        yield from self.scorer.compute(rows, asked)
+        guess = self._drafts if self.plan.drafts else None
+        yield from self.scorer.compute(rows, asked, guess)
         view = self.scorer.answered(live, view, asked)
         decision = self.rule.decide(view)
         if ends:
             decision = decision.filled(late[:, None], masked)
         written = decision.reveal if decision.replace is None else decision.reveal | decision.replace
         if bool((written & ~asked.scored).any()):
-            yield from self.scorer.compute(rows, Evidence(written))
+            yield from self.scorer.compute(rows, Evidence(written), guess)
         self._write(live, decision, written)
         if ends:
             canvas.done[rows[late]] = True
@@ -223,6 +226,18 @@ class Batch:
             conflicts=None if conflicts is None else partial(conflicts.at, rows, width=self.width),
             state={name: x[cells] if x.dim() > 1 else x[rows] for name, x in canvas.rule_state.items()},
         )
+
+    def _drafts(self, rows: torch.Tensor) -> Drafts | None:
+        """Drafts of the rows [b], from what the model said of them last."""
+
+        def take_step(canvas: Canvas, source: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+            recalling = Recalling(self.scorer, canvas, rows[source], rank)
+            for _ in Batch(recalling.model, canvas, self.plan, recalling).step():
+                pass
+            return recalling.known
+
+        drafts = likeliest_drafts(self.canvas.take(rows), self.plan.drafts, self.scorer.ranks, take_step)
+        return None if drafts is None else replace(drafts, rows=rows[drafts.rows])
 
     def _beyond(self, rows: Rows) -> torch.Tensor:
         """[b] masks of a fixed window that the canvas does not hold yet."""

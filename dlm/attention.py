@@ -483,6 +483,8 @@ class Partial(Movable):
         room: rows and positions that the memory needs.
         sight: of the model.
         finished: [b, A] bool, positions that see nothing behind themselves; None for none.
+        guests: how many rows, the last ones, are guests: they see what their row of the memory has kept, but
+            for their own positions, and leave nothing there.
     """
 
     memory: KeyValues
@@ -492,6 +494,8 @@ class Partial(Movable):
     room: tuple[int, int]
     sight: Sight = ALL
     finished: torch.Tensor | None = None
+    guests: int = 0
+    _masks: dict[Sight, torch.Tensor | None] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(
@@ -503,6 +507,7 @@ class Partial(Movable):
         device: torch.device,
         sight: Sight = ALL,
         finished: torch.Tensor | None = None,
+        guests: int = 0,
     ) -> Partial:
         """The layout on a device, from tensors that are best on the host.
 
@@ -511,9 +516,8 @@ class Partial(Movable):
         mask = None if bool(valid.all()) else to_device(valid[:, None, None], device)
         room = int(rows.max()) + 1, valid.shape[1]
         finished_here = None if finished is None else to_device(finished.gather(1, positions), device)
-        return cls(
-            memory, to_device(rows, device), to_device(positions, device), mask, room, sight, finished_here
-        )
+        rows, positions = (to_device(x, device) for x in (rows, positions))
+        return cls(memory, rows, positions, mask, room, sight, finished_here, guests)
 
     def attend(
         self,
@@ -525,20 +529,36 @@ class Partial(Movable):
         sight: Sight | None = None,
     ) -> torch.Tensor:
         """See `Layout`."""
+        keys, values = self._kept(layer, key.transpose(1, 2), value.transpose(1, 2))
+        return _sdpa(query, keys, values, self._visible(sight or self.sight), scale).transpose(1, 2)
+
+    def _visible(self, sight: Sight) -> torch.Tensor | None:
+        """[b, 1, A, W] bool, True where one attends to the other, once for all layers of this sight."""
+        if sight not in self._masks:
+            place = torch.arange(self.room[1], device=self.positions.device)
+            mask = sight.mask(self.positions, place, self.finished)
+            if mask is None or self.mask is None:
+                self._masks[sight] = self.mask if mask is None else mask[:, None]
+            else:
+                self._masks[sight] = mask[:, None] & self.mask
+        return self._masks[sight]
+
+    def _kept(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write those [b, A, G, D] of this pass; gives all that the rows see, [b, G, W, D].
+
+        Guests see what their row has kept, with their own at their positions.
+        """
+        own, width = len(self.rows) - self.guests, self.room[1]
         buffers = self.memory.update(
-            layer, self.rows, self.positions, key.transpose(1, 2), value.transpose(1, 2), self.room
+            layer, self.rows[:own], self.positions[:own], key[:own], value[:own], self.room
         )
-        width = self.room[1]
-        keys, values = (
-            (x[:, :width] if len(self.rows) == len(x) else x[self.rows, :width]).transpose(1, 2)
-            for x in buffers
-        )
-        place = torch.arange(width, device=query.device)
-        mask = (sight or self.sight).mask(self.positions, place, self.finished)
-        mask = (
-            self.mask if mask is None else mask[:, None] if self.mask is None else mask[:, None] & self.mask
-        )
-        return _sdpa(query, keys, values, mask, scale).transpose(1, 2)
+        everything = own == len(buffers[0]) and not self.guests
+        kept = [x[:, :width] if everything else x[self.rows, :width] for x in buffers]
+        if self.guests:
+            guest = torch.arange(own, len(self.rows), device=key.device)[:, None]
+            for x, new in zip(kept, (key, value), strict=True):
+                x[guest, self.positions[own:]] = new[own:]
+        return kept[0].transpose(1, 2), kept[1].transpose(1, 2)
 
     def row_keys(self, layer: int, query: torch.Tensor, key: torch.Tensor) -> RowKeys:
         """Queries of this pass, and all keys that are kept."""

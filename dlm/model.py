@@ -358,6 +358,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         memory: KeyValues,
         rows: torch.Tensor,
         attention: Sequence[AttentionWeights] = (),
+        guests: int = 0,
     ) -> torch.Tensor:
         """States of some positions, which attend to kept keys and values at all others.
 
@@ -368,6 +369,9 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             memory: keys and values of earlier calls, written to.
             rows: [B] int64, the rows' numbers in the memory.
             attention: see `hidden`; the chosen positions are active ones.
+            guests: how many rows, the last ones, are other versions of a row of the memory: they attend to
+                what is kept of it, this call's included, but for their own active positions, and nothing of
+                theirs is kept.
 
         Returns:
             [N, D] of the active positions in row-major order. With all positions active, `hidden`; otherwise
@@ -383,7 +387,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         place = torch.arange(order.shape[1], device=order.device)
         positions = torch.where(place < count, order, last)
         finished = self._finished(input_ids, valid)
-        layout = Partial.of(memory, rows, positions, valid, self.device, self.sight, finished)
+        layout = Partial.of(memory, rows, positions, valid, self.device, self.sight, finished, guests)
         computed = self.backbone(
             inputs_embeds=self._embed(input_ids.gather(1, positions)),
             position_ids=layout.positions,

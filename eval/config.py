@@ -13,7 +13,7 @@ from eval.variants import Variant, check_sizes, variants
 NUCLEUS = 0.95
 """Top-p of autoregressive baselines, by default."""
 
-REQUESTED = ("stop", "canvas", "margin", "reuse", "refresh")
+REQUESTED = ("stop", "canvas", "margin", "reuse", "refresh", "drafts")
 """Fields of a `Request` that all variants have in common; their labels show them."""
 
 
@@ -49,6 +49,8 @@ class EvalConfig:
         margin: masks that a growing canvas holds beyond those that can open.
         reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate).
         refresh: with reuse, everything is computed at every so many changes of the row.
+        drafts: so many guesses of what rows will be next are computed in each model call: fewer calls, the
+            same texts. A batch shares them.
         trace: record when, how surely and where each token was written, for `dlm orders learn`.
         batch_size: rows per model call, or requests at a time.
         reader: autoregressive model (hub id, folder, .gguf) that says how likely answers are; "base" for the
@@ -90,6 +92,7 @@ class EvalConfig:
     margin: int | None = None
     reuse: str | None = None
     refresh: int | None = None
+    drafts: int | None = None
     trace: bool = False
     batch_size: int = 8
     reader: str = "base"

@@ -46,6 +46,7 @@ GENERATE = {
     "margin": ["0"],
     "reuse": ["dual"],
     "refresh": ["3"],
+    "drafts": ["2"],
     "begin": ["Anna"],
     "ending": [" over."],
     "forced": ['{"3": "cat"}'],
@@ -69,7 +70,7 @@ GENERATE = {
 }
 """By option of `dlm generate`, the word behind it."""
 
-ONLY_FASTER = {"batch_size", "accelerate", "eos_fill"}
+ONLY_FASTER = {"batch_size", "accelerate", "eos_fill", "drafts"}
 """These change how many rows share a call, the shapes of calls, and when a row is complete; no text here."""
 
 
@@ -136,6 +137,7 @@ INFILL = {
     "rate": ["4"],
     "reuse": ["dual"],
     "refresh": ["3"],
+    "drafts": ["2"],
     "seed": ["7"],
     "batch_size": ["1"],
     "json": ["false"],

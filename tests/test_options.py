@@ -58,6 +58,7 @@ VALUES = {
     "margin": [5],
     "reuse": ["prefix"],
     "refresh": [3],
+    "drafts": [2],
     "begin": ["A"],
     "ending": [" over."],
     "forced": [{3: "a"}],

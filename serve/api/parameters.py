@@ -82,6 +82,7 @@ class Diffusion(Body):
         None, description="Keys and values that are reused (approximate)."
     )
     refresh: int | None = Field(None, ge=1, description="With reuse, changes until all is computed again.")
+    drafts: int | None = Field(None, ge=0, le=16, description="Guesses of the row that a call computes too.")
     kernel_size: int | None = Field(None, description="Width of the convolution, for decoders with one.")
     eos_fill: bool | None = Field(None, description="After an end token, everything is the end token.")
     begin: str | None = Field(None, description="Text that the answer begins with.")

@@ -42,6 +42,7 @@ def plan_of(
     early_exit=True,
     margin=MARGIN,
     reuse=None,
+    drafts=0,
     pace=None,
 ):
     """A plan from its parts; `fit` is the length for which open sizes are chosen."""
@@ -62,7 +63,7 @@ def plan_of(
         early_exit=early_exit and not decoder.reveal.revises,
         closes=eos_fill or steps is None,
     )
-    return Plan(chosen, pace, ending, mask, margin=margin if grow else None, reuse=reuse)
+    return Plan(chosen, pace, ending, mask, margin=margin if grow else None, reuse=reuse, drafts=drafts)
 
 
 def canvas_of(ids, plan, seeds=None, answer=None):

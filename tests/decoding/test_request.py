@@ -130,7 +130,7 @@ def test_every_field_changes_the_plan_or_the_row():
     changed = {
         "decoder": "llada", "options": {"top_k": 3}, "max_tokens": 7, "rate": 3.0, "window": 50, "steps": 5,
         "stop": "x", "eos_fill": False, "canvas": "growing", "margin": 3, "reuse": "dual", "refresh": 3,
-        "begin": "a", "ending": "b", "forced": {3: "c"}, "top_logprobs": 2,
+        "begin": "a", "ending": "b", "forced": {3: "c"}, "top_logprobs": 2, "drafts": 2,
     }  # fmt: skip
     beside = {"refresh": {"reuse": "dual"}, "canvas": {"window": 50, "steps": 5}}
     assert set(changed) == {field.name for field in fields(Request)}

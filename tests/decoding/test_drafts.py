@@ -1,0 +1,317 @@
+"""Drafts: the same texts in fewer calls, and the states of rows that are not there yet."""
+
+import itertools
+
+import pytest
+import torch
+
+from decoding import Decoder, Request, Sampler
+from decoding.canvas import Canvas
+from decoding.drafts import LEAST_CHANCE, DraftedRow, likeliest_drafts
+from decoding.engine import Engine
+from decoding.presets import PRESETS
+from decoding.request import Reuse
+from decoding.step import denoise
+from dlm.errors import ConfigError
+from tests.decoding.rig import LEARNT, canvas_of, decode, decode_in_fresh_engines, plan_of, rows
+from tests.dlm.test_attention import MASK as TINY_MASK
+from tests.dlm.test_attention import tiny
+from tests.fakes import FakeDenoiser, FakeTokenizer
+
+SMALL = {"semi-ar": {"block_size": 8}, "dilated": {"block_size": 8}, "dprm": LEARNT}
+WITHOUT = [name for name in sorted(PRESETS) if not Decoder.named(name, **SMALL.get(name, {})).reveal.requires]
+RECORDS = ("ids", "reveal_step", "confidence", "step", "revision", "alternatives")
+
+
+class Sure(FakeDenoiser):
+    """Says of a position the same whatever the row is, and is certain of it."""
+
+    def __init__(self, **given):
+        super().__init__(context=False, **given)
+
+    def logits(self, hidden):
+        return super().logits(hidden) * 20
+
+
+class Unsure(FakeDenoiser):
+    """As `Sure`, but the token is another one where the token before it is even: half of the drafts fail."""
+
+    def hidden(self, input_ids, attention_mask=None):
+        states = super().hidden(torch.zeros_like(input_ids), attention_mask)
+        before = torch.cat([input_ids[:, :1], input_ids[:, :-1]], 1)
+        return states + ((before % 2 == 0) & (before != self.mask_id))[..., None]
+
+    def packed_hidden(self, ids, lengths):
+        return torch.cat([self.hidden(row[None])[0] for row in ids.split(lengths)])
+
+    def logits(self, hidden):
+        return super().logits(hidden) * 4
+
+
+def sharp(shift=False):
+    """A small model whose tokens look much alike: often sure, and not always for long."""
+    model = tiny(shift=shift)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 4)
+    embeddings = model.get_input_embeddings().weight.data
+    embeddings += 2 * embeddings[:1].clone()
+    return model
+
+
+def blocks(shift, causal):
+    model = sharp(shift)
+    model.config.block_size, model.config.causal_context = 4, causal
+    return model
+
+
+MODELS = {
+    "all in sight": sharp,
+    "all in sight, shift": lambda: sharp(True),
+    "blocks": lambda: blocks(False, False),
+    "blocks, shift, causal context": lambda: blocks(True, True),
+}
+
+
+def prompts(mask, lengths=(5, 2, 9), size=33):
+    ids = torch.full((len(lengths), size), mask)
+    for i, n in enumerate(lengths):
+        ids[i, :n] = torch.arange(n) * (i + 2) % 50 + 3
+    return ids
+
+
+def same(one, other):
+    for name in RECORDS:
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), equal_nan=True)
+
+
+@pytest.mark.parametrize("place", sorted(MODELS))
+@pytest.mark.parametrize("name", WITHOUT)
+def test_texts_are_the_same_with_and_without(name, place):
+    model, ids = MODELS[place](), prompts(TINY_MASK)
+    decoder = Decoder.named(name, **SMALL.get(name, {}))
+    paces = [{"steps": 12}] if decoder.timed else [{"steps": 12}, {"rate": 2.0, "grow": True}]
+    for pace in paces if decoder.reveal.paced else [{"grow": True}]:
+        without, guessed = (
+            decode(model, ids, plan_of(decoder, mask=TINY_MASK, fit=33, drafts=n, **pace)) for n in (0, 3)
+        )
+        same(without, guessed)
+        assert (guessed.model_calls <= without.model_calls).all()
+
+
+@pytest.mark.parametrize("place", sorted(MODELS))
+def test_drafts_that_come_true_save_calls_in_every_kind_of_model(place):
+    model, ids = MODELS[place](), prompts(TINY_MASK, (5,))
+    calls = []
+    for count in (0, 1, 3, 8):
+        plan = plan_of("llada", rate=1.0, grow=True, mask=TINY_MASK, drafts=count)
+        calls.append(int(decode(model, ids, plan).model_calls[0]))
+    assert calls[0] > calls[1] >= calls[2] >= calls[3]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_where_every_draft_comes_true_a_call_writes_one_token_more_for_each(count):
+    model = Sure(eos_bias=-99.0)
+    plan = plan_of("llada", rate=1.0, drafts=count)
+    canvas = decode(model, rows(model, [3], 30), plan)
+    left = 27 - 1  # nothing has been said before the first call
+    assert int(canvas.model_calls[0]) == model.calls == 1 + -(-left // (count + 1))
+    same(canvas, decode(model, rows(model, [3], 30), plan_of("llada", rate=1.0)))
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"guidance": 1.0}, {"frequency_penalty": 0.7}])
+def test_drafts_that_fail_leave_no_trace(options):
+    ids = rows(Unsure(), [3, 7, 1], 40)
+    found = []
+    for count in (0, 4):
+        model = Unsure(eos_bias=-9.0)
+        plan = plan_of(
+            Decoder.named("llada-conv", kernel_size=3, **options), rate=1.0, grow=True, drafts=count
+        )
+        canvas = decode(model, ids, plan)
+        found.append((canvas, model))
+    same(found[0][0], found[1][0])
+    calls = [int(canvas.model_calls.sum()) for canvas, _ in found]
+    assert 0.4 * calls[0] < calls[1] < 0.95 * calls[0], "some came true, and some did not"
+
+
+def test_a_row_goes_on_elsewhere_and_beside_others_as_alone():
+    model = Unsure(eos_bias=-1.0)
+    plan = plan_of("llada-conv", rate=1.0, grow=True, drafts=3)
+    ids = rows(model, [3, 7, 1, 12, 5, 9], 40)
+    together = decode(model, ids, plan, range(6))
+    for i in range(6):
+        moved = decode_in_fresh_engines(model, ids[i], plan, i)
+        assert torch.equal(moved.ids[0], together.ids[i])
+        assert int(moved.model_calls[0]) >= int(together.model_calls[i])
+    engine = Engine(model, FakeTokenizer())
+    waiting = {i: canvas_of(ids[i : i + 1], plan, [i]) for i in range(6)}
+    tickets, finished = {}, {}
+    for turn in itertools.count():
+        if turn % 3 == 0 and waiting:  # they come one after the other, and leave when they are done
+            i, canvas = waiting.popitem()
+            tickets[engine.add(canvas, plan)] = i
+        if not len(engine):
+            break
+        finished |= {tickets[x.ticket]: x.canvas for x in engine.step() if x.finished}
+    for i, canvas in finished.items():
+        assert torch.equal(canvas.ids[0], together.ids[i])
+        assert int(canvas.model_calls[0]) < int(canvas.step[0])
+
+
+def test_a_call_computes_no_more_drafts_than_were_asked_for_whatever_the_rows():
+    model = Sure(eos_bias=-99.0)
+    plan = plan_of("llada", rate=1.0, drafts=3)
+    canvas = canvas_of(rows(model, [3, 5, 2, 8], 30), plan)
+    sizes, before = [], 0
+    for _ in denoise(model, canvas, plan):
+        sizes.append(model.rows - before)
+        before = model.rows
+    assert max(sizes) == 4 + 3
+    assert sizes[0] == 4, "nothing has been said before the first call"
+
+
+# ---- the tree ---------------------------------------------------------------------------------------------
+
+
+def tree(likely, count, ranks):
+    """Drafts of rows that are written from left to right, the tokens and chances being given: the reference.
+
+    likely: [b, L, ranks] chances of tokens 0 … ranks - 1 at each position, whatever the row.
+    """
+    everything = []
+    for row, chances in enumerate(likely.tolist()):
+        trunk = 1.0
+        for depth in range(count):
+            for rank in range(ranks):
+                everything.append((trunk * chances[depth][rank], row, [0] * depth + [rank]))
+            trunk *= chances[depth][0]
+    everything.sort(key=lambda draft: -draft[0])
+    chosen = [draft for draft in everything[:count] if draft[0] >= LEAST_CHANCE]
+    return sorted((row, tokens) for _, row, tokens in chosen)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+def test_the_drafts_are_the_likeliest_of_the_tree(count, seed):
+    generator, ranks, size, length = torch.Generator().manual_seed(seed), min(count, 4), 3, 12
+    likely = (
+        (torch.randn(size, length, 6, generator=generator) * 2).softmax(2).sort(2, descending=True).values
+    )
+    plan = plan_of("llada", rate=1.0)
+    canvas = canvas_of(torch.full((size, length), plan.mask_id), plan)
+
+    def take_step(canvas: Canvas, source, rank):
+        """Writes the token `rank` at the first mask, with its chance."""
+        row, place = torch.arange(len(canvas)), canvas.masked.int().argmax(1)
+        canvas.ids[row, place], canvas.masked[row, place] = rank, False
+        canvas.reveal_step[row, place] = canvas.step
+        canvas.confidence[row, place] = likely[source, place, rank].float()
+        canvas.step += 1
+        canvas.revision += 1
+        return torch.ones(len(canvas), dtype=torch.bool)
+
+    drafts = likeliest_drafts(canvas, count, ranks, take_step)
+    got = [
+        (row, ids[~masked].tolist())
+        for row, ids, masked in zip(drafts.rows.tolist(), drafts.ids, drafts.masked, strict=True)
+    ]
+    assert sorted(got) == tree(likely, count, ranks)
+    assert drafts.rows.tolist() == sorted(drafts.rows.tolist())
+
+
+def test_there_is_no_draft_of_what_is_not_known_or_done_or_unlikely():
+    plan = plan_of("llada", rate=1.0)
+    canvas = canvas_of(torch.full((1, 4), plan.mask_id), plan)
+
+    def step(chance=1.0, known=True, done=False, changes=True):
+        def take_step(canvas, source, rank):
+            canvas.reveal_step[:, 0], canvas.confidence[:, 0] = canvas.step, chance
+            canvas.done[:] = done
+            canvas.revision += changes
+            return torch.full((len(canvas),), known)
+
+        return take_step
+
+    assert likeliest_drafts(canvas, 1, 1, step()) is not None
+    assert likeliest_drafts(canvas, 1, 1, step(changes=False)) is None
+    assert likeliest_drafts(canvas, 1, 1, step(known=False)) is None
+    assert likeliest_drafts(canvas, 1, 1, step(done=True)) is None
+    assert likeliest_drafts(canvas, 1, 1, step(LEAST_CHANCE / 2)) is None
+    assert int(canvas.revision[0]) == 0, "the row itself stays as it is"
+
+
+def test_a_drafted_row_answers_for_its_own_ids_and_positions_alone():
+    draft = DraftedRow(torch.tensor([4, 5, 6]), torch.tensor([False, True, True]), torch.zeros(2, 1))
+    assert draft.answers(torch.tensor([4, 5, 6]), torch.tensor([False, True, False, False]))
+    assert draft.answers(torch.tensor([4, 5, 6]), torch.tensor([False, True]))
+    assert not draft.answers(torch.tensor([4, 5, 6]), torch.tensor([True, False, False]))
+    assert not draft.answers(torch.tensor([4, 5, 7]), torch.tensor([False, True, False]))
+    assert not draft.answers(torch.tensor([4, 5]), torch.tensor([False, True]))
+
+
+# ---- guests of a memory -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@torch.no_grad()
+def test_guests_have_their_own_states_and_leave_nothing(shift, causal):
+    """Three versions of one row in one call, and then the row alone: all as if each were a row of its own."""
+    model = blocks(shift, causal)
+    ids = torch.randint(1, 50, (2, 18), generator=torch.Generator().manual_seed(2))
+    ids[:, 9:] = TINY_MASK
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    memory, plain = model.new_memory(), model.new_memory()
+    numbers = torch.arange(2)
+    for each in (memory, plain):
+        model.partial_hidden(ids, valid, valid, each, numbers)
+    ids[:, 9] = torch.tensor([7, 8])
+    guests = ids[[1, 0, 1]].clone()
+    guests[:, 10] = torch.tensor([3, 4, 5])
+    guests[2, 11] = 6  # its block is finished, and the next one is needed
+    active = torch.arange(18) // 4 == 2
+    active = active.expand(5, -1).clone()
+    active[4] |= torch.arange(18) // 4 == 3
+    every = torch.cat([ids, guests])
+    together = model.partial_hidden(
+        every, active, valid[[0] * 5], memory, torch.tensor([0, 1, 1, 0, 1]), guests=3
+    )
+    torch.testing.assert_close(together, model.hidden(every)[active])
+    alone = model.partial_hidden(ids, active[:2], valid, plain, numbers)
+    torch.testing.assert_close(together[: len(alone)], alone)
+    for layer in plain.keys:
+        torch.testing.assert_close(memory.keys[layer], plain.keys[layer])
+        torch.testing.assert_close(memory.values[layer], plain.values[layer])
+
+
+# ---- from outside -----------------------------------------------------------------------------------------
+
+
+def test_samplers_take_them_for_answers_streams_and_gaps():
+    model, tokenizer = Unsure(eos_bias=-1.0), FakeTokenizer()
+    sampler = Sampler(model, tokenizer)
+    plain = sampler.generate(["one", "another"], decoder="llada", rate=1.0, max_tokens=20, top_logprobs=2)
+    guessed = sampler.generate(
+        ["one", "another"], decoder="llada", rate=1.0, max_tokens=20, top_logprobs=2, drafts=4
+    )
+    assert [x.token_ids for x in guessed] == [x.token_ids for x in plain]
+    assert [x.top_logprobs for x in guessed] == [x.top_logprobs for x in plain]
+    assert sum(x.model_calls for x in guessed) < sum(x.model_calls for x in plain)
+    streams = [
+        list(sampler.stream("one", decoder="llada", rate=1.0, max_tokens=20, drafts=n)) for n in (0, 4)
+    ]
+    assert [x.token_ids for x in streams[0]] == [x.token_ids for x in streams[1]]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"drafts": -1}, "drafts must be a whole number, not negative, got -1"),
+        ({"drafts": 17}, "drafts must be at most 16, got 17"),
+        ({"drafts": 2, "reuse": "dual"}, "drafts do not go with reuse"),
+        ({"drafts": 2, "options": {"verify": 0.5}}, "drafts do not go with .* verify"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        Request.of(**given).resolve(tiny())
+    plan_of("conv", steps=3, reuse=Reuse(), drafts=0)
