@@ -106,11 +106,11 @@ class LoadConfig:
         return None if spec is None else request.resolve(spec)
 
     def load(self) -> tuple[Any, Any]:
-        """The model and its tokenizer."""
+        """The model and its tokenizer, for computing alone."""
         from dlm.checkpoint import load_model
         from dlm.graphs import BucketedModel
 
-        model, tokenizer = load_model(self.model, self.device, self.dtype)
+        model, tokenizer = load_model(self.model, self.device, self.dtype, packed=not self.accelerate)
         if not self.accelerate:
             return model, tokenizer
         if self.accelerate == "compile":

@@ -17,6 +17,7 @@ from dlm.config import MaskedDiffusionConfig
 from dlm.errors import ConfigError
 from dlm.formats import DeviceMap, format_of, stored_config
 from dlm.model import MaskedDiffusionModel
+from dlm.packing import pack
 from dlm.pretrained.names import located
 from dlm.quantization import quantize
 from dlm.spec import ModelSpec
@@ -31,6 +32,7 @@ def load_model(
     *,
     attn_implementation: str | None = None,
     device_map: DeviceMap = None,
+    packed: bool = False,
 ) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
     """Load a masked diffusion model for inference or further training.
 
@@ -47,6 +49,8 @@ def load_model(
             is installed and applies, else SDPA.
         device_map: which device each part of the model goes to, or "auto" to spread it over what there is
             (accelerate's); in place of `device`.
+        packed: for computing alone: on a CPU the weights are packed (`dlm.packing`), which makes small
+            batches a quarter faster. Such a model can be neither trained nor saved nor moved.
 
     Returns:
         The model in evaluation mode on `device`, and its tokenizer.
@@ -70,7 +74,8 @@ def load_model(
         model, tokenizer = layout.read(path, torch_dtype, device_map)
     model.set_attn_implementation(attn_implementation or _attention_for(device, torch_dtype))
     model = model if device_map else model.to(device)
-    return (quantize(model, quantized) if quantized else model).eval(), tokenizer
+    model = (quantize(model, quantized) if quantized else model).eval()
+    return (pack(model) if packed else model), tokenizer
 
 
 def place(device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype]:

@@ -156,7 +156,8 @@ class _Loaded:
             from decoding.sampler import Sampler
             from dlm.checkpoint import load_model
 
-            self._sampler = Sampler(*load_model(self.config.model, self.config.device, self.config.dtype))
+            config = self.config
+            self._sampler = Sampler(*load_model(config.model, config.device, config.dtype, packed=True))
         return self._sampler
 
     @property
