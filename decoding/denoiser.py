@@ -43,9 +43,9 @@ class Capable(Protocol):
     """A model that declares what it can do beyond `Denoiser`.
 
     "packed" stands for `packed_hidden`; "partial" for `partial_hidden` and `new_memory`, with which keys and
-    values can be reused; "attention" for the argument `attention` of these calls, which records attention
-    weights; "shadows" for the argument `shadows` of `packed_hidden`, with which tokens are verified. See
-    `dlm.model`.
+    values can be reused, guests (for drafts) included; "attention" for the argument `attention` of these
+    calls, which records attention weights; "shadows" for the argument `shadows` of `packed_hidden`, with
+    which tokens are verified. See `dlm.model`.
     """
 
     @property
@@ -197,6 +197,8 @@ class StateCache:
         source, target = (x.to(self.states.device, non_blocking=True) for x in (rows, places))
         self.states[target] = self.states[source]
         self.entries.copy(rows, places)
+        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+            self.drafted[place] = self.drafted.get(row, [])
 
     def shown_ids(self, rows: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
         """[b, L] what the model is shown of the rows [b], or of other `ids` [b, L] of theirs."""
@@ -223,7 +225,7 @@ class StateCache:
         for row in rows.tolist() if self.drafted else ():
             self.drafted.pop(row, None)
         for row, draft in drafts or ():
-            self.drafted.setdefault(row, []).append(draft)
+            self.drafted[row] = [*self.drafted.get(row, ()), draft]
 
     def _keep(self, rows: torch.Tensor, where: torch.Tensor, states: torch.Tensor) -> None:
         """See `put`."""
@@ -242,11 +244,13 @@ class StateCache:
         found = torch.zeros(len(rows), dtype=torch.bool)
         if not self.drafted:
             return found
-        for i, (row, needed) in enumerate(zip(rows.tolist(), where, strict=True)):
-            place = rows[i : i + 1]
+        for i, row in enumerate(rows.tolist()):
+            place, drafts = rows[i : i + 1], self.drafted.get(row)
+            if not drafts:
+                continue
             shown = self.shown_ids(place)[0, self.canvas.valid[row]]
-            for draft in self.drafted.get(row, ()):
-                if draft.answers(shown, needed):
+            for draft in drafts:
+                if draft.answers(shown, where[i]):
                     self._keep(place, draft.where[None], draft.states)
                     found[i] = True
                     break
@@ -310,34 +314,55 @@ class StateCache:
         block = torch.arange(ids.shape[1]) // size
         last = torch.where(needed, block, -1).amax(1, keepdim=True)
         changed = (ids != self.computed_ids[rows]) & valid
-        own = active = _blocks(changed | needed, last, block) & valid
+        active = _blocks(changed | needed, last, block) & valid
         computed_ids = torch.where(active, ids, self.computed_ids[rows])
         computed_ids = torch.where(changed & (block > last), -1, computed_ids)
-        call_rows, extras = rows, _given(attention=record and [record])
+        call_rows, guests = rows, None
         if drafts is not None:
-            place, source = torch.searchsorted(rows, drafts.rows), drafts.rows
-            draft_ids, first = self.shown_ids(source, drafts.ids), _first(drafts.masked, block)
-            beyond = last[place] - _first(self.canvas.masked[source], block)
-            wanted = (draft_ids != computed_ids[place]) | (block == first)
-            computed = _blocks(wanted & drafts.valid, first + beyond, block) & drafts.valid
-            ids, active, valid, call_rows = (
-                torch.cat(both)
-                for both in ((ids, draft_ids), (active, computed), (valid, drafts.valid), (rows, source))
-            )
-            extras = _given(guests=len(source))
+            shown, computed = self._draft_blocks(drafts, rows, last, computed_ids, block)
+            ids, active = torch.cat([ids, shown]), torch.cat([active, computed])
+            valid, call_rows = torch.cat([valid, drafts.valid]), torch.cat([rows, drafts.rows])
+            guests = len(drafts.rows)
         width = int(active.any(0).nonzero()[-1]) + 1
         if self.key_values is None:
             self.key_values = model.new_memory()
-        memory = self.key_values
         states = model.partial_hidden(
-            ids[:, :width], active[:, :width], valid[:, :width], memory, call_rows, **extras
+            ids[:, :width],
+            active[:, :width],
+            valid[:, :width],
+            self.key_values,
+            call_rows,
+            **_given(attention=record and [record], guests=guests),
         )
         self.computed_ids[rows] = computed_ids
         if drafts is None:
-            self.put(rows, own, states)
+            self.put(rows, active, states)
         else:
-            states, *others = states.split([int(own.sum()), *computed.sum(1).tolist()])
-            self.put(rows, own, states, _drafted(drafts, draft_ids, computed, others))
+            states, *others = states.split([int(active[: len(rows)].sum()), *computed.sum(1).tolist()])
+            self.put(rows, active[: len(rows)], states, _drafted(drafts, shown, computed, others))
+
+    def _draft_blocks(
+        self,
+        drafts: Drafts,
+        rows: torch.Tensor,
+        last: torch.Tensor,
+        computed_ids: torch.Tensor,
+        block: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the model is shown of drafts [m, L], and which positions it must compute [m, L].
+
+        Args:
+            drafts: of some of the rows.
+            rows: [b] int64, those of the call.
+            last: [b, 1] number of the last block that each needs.
+            computed_ids: [b, L] ids of the rows' keys and values behind the call.
+            block: [L] number of each position's block.
+        """
+        place, first = torch.searchsorted(rows, drafts.rows), _first(drafts.masked, block)
+        further = (last[place] - _first(self.canvas.masked[drafts.rows], block)).clamp(min=0)
+        shown = self.shown_ids(drafts.rows, drafts.ids)
+        wanted = ((shown != computed_ids[place]) | (block == first)) & drafts.valid
+        return shown, _blocks(wanted, first + further, block) & drafts.valid
 
 
 def _given(**values: Any) -> dict[str, Any]:
@@ -410,13 +435,16 @@ class _WholeRows:
         return cls(cache, rows, drafts, ids, lengths)
 
     def put(self, states: torch.Tensor) -> None:
-        """Keep the states [N, D]."""
-        cache, drafts, valid = self.cache, self.drafts, self.cache.canvas.valid[self.rows]
+        """Keep the states [N, D]; of drafts those behind the prompt."""
+        cache, rows, drafts = self.cache, self.rows, self.drafts
+        own, *others = states.split([sum(self.lengths[: len(rows)]), *self.lengths[len(rows) :]])
         if drafts is None:
-            return cache.put(self.rows, valid, states)
-        states, *others = states.split([int(valid.sum()), *drafts.valid.sum(1).tolist()])
+            return cache.put(rows, cache.canvas.valid[rows], own)
+        start = cache.canvas.start[drafts.rows]
+        where = drafts.valid & (torch.arange(drafts.valid.shape[1]) >= start[:, None])
+        behind = [x[first:] for x, first in zip(others, start.tolist(), strict=True)]
         shown = cache.shown_ids(drafts.rows, drafts.ids)
-        return cache.put(self.rows, valid, states, _drafted(drafts, shown, drafts.valid, others))
+        return cache.put(rows, cache.canvas.valid[rows], own, _drafted(drafts, shown, where, behind))
 
 
 def compute_states(model: Denoiser, queries: Sequence[StateQuery]) -> list[torch.Tensor]:
@@ -436,8 +464,9 @@ def compute_states(model: Denoiser, queries: Sequence[StateQuery]) -> list[torch
             stale = torch.ones_like(stale)
         if shadows is not None:
             stale[shadows.rows] = True
-        if bool(stale.any()) and query.guess is not None:
-            stale[stale.clone()] = ~cache.recall(rows[stale], where[stale])
+        if cache.drafted and record is None and shadows is None:
+            again = stale.nonzero()[:, 0]
+            stale[again] = ~cache.recall(rows[again], where[again])
         if not bool(stale.any()):
             continue
         rows = rows[stale]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from decoding.canvas import Canvas
@@ -21,7 +23,7 @@ class Recalling(Scorer):
     """
 
     def __init__(self, scorer: Scorer, canvas: Canvas, source: torch.Tensor, rank: torch.Tensor) -> None:
-        super().__init__(scorer.model, canvas, scorer.plan)
+        super().__init__(scorer.model, canvas, replace(scorer.plan, drafts=0, top_logprobs=0))
         tokens, logp = scorer.likeliest[source, :, rank].unbind(-1)
         self.token, self.probability, self.score = tokens.long(), logp.exp().float(), scorer.score[source]
         self.found = scorer.entries.cached[source]

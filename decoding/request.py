@@ -37,7 +37,7 @@ MOST_LOGPROBS = 100
 """Most likeliest tokens noted beside a token."""
 
 MOST_DRAFTS = 16
-"""Most drafts of a row in one model call; of more hardly one comes true."""
+"""Most drafts in one model call; of more hardly one comes true."""
 
 OPEN_LENGTH = 256
 """Length for which kernels and blocks of open size are chosen where the canvas has no length of its own."""
@@ -148,8 +148,9 @@ class DecoderRequest:
             checkpoint, or a quarter of the window. At most 16 for each position are taken.
         reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate).
         refresh: with reuse, everything is computed at every so many changes of the row; 8 by default.
-        drafts: so many guesses of what rows will be next are computed in each model call: fewer calls, the
-            same text. None by default.
+        drafts: so many guesses of what the row will be next are computed in each model call, at most 16:
+            fewer calls, the same text. For a row or a few: those of a batch share them, and more rows than
+            drafts have none. 0 by default.
     """
 
     decoder: DecoderLike | None = None
@@ -443,7 +444,7 @@ class Plan:
         stop: texts that end an answer.
         begin, ending_text, forced: given parts of the answer.
         top_logprobs: number of likeliest tokens noted beside each token that is written.
-        drafts: guesses of what a row will be that a model call computes too.
+        drafts: guesses of what rows will be that a model call computes too.
         ahead: masks that a growing canvas begins with; None where the canvas is whole.
         batch_key: what rows must have in common to share the arithmetic of a step.
     """

@@ -1,7 +1,7 @@
 """Scores of positions, the tokens drawn there, and whatever else a reveal rule asks the model for in a step.
 
 What was found of a row is kept until the row changes, so that it is computed once. The LM head sees only the
-positions that a rule asks for.
+positions that a rule asks for, and with drafts a few beside them.
 """
 
 from __future__ import annotations
@@ -88,11 +88,6 @@ class Scorer:
             values = values if rows is None else values[rows]
             setattr(self, name, resized(values, *canvas.ids.shape))
 
-    @property
-    def _noted(self) -> int:
-        """Likeliest tokens that are noted of a position."""
-        return max(self.plan.top_logprobs, self.ranks)
-
     def copy(self, rows: torch.Tensor, copies: torch.Tensor) -> None:
         """Keep the hidden states of the rows [b] for their copies [b] too; the scores are of other noise."""
         for cache in self.states:
@@ -132,7 +127,8 @@ class Scorer:
         if not bool(incomplete.all()):
             rows, where = rows[incomplete], where[incomplete]
             verified = None if verified is None else verified[incomplete]
-        if guess is not None:
+        needed = where
+        if guess is not None and len(rows) <= self.plan.drafts:
             where = where | self._beside(rows, where)
         record = shadows = None
         if dependence is not None:
@@ -149,7 +145,7 @@ class Scorer:
         if shadows is not None:
             results.append(self._likelihood(shadows.states, self.canvas.ids[rows, :width][verified]))
         columns, *more = _on_host(results)
-        self._store(rows, where, columns)
+        self._store(rows, where, needed, columns)
         if record is not None and self.conflicts is not None:
             self.conflicts.put(rows, record.positions, more[0] > 0)
         if verified is not None and shadows is not None:
@@ -165,7 +161,9 @@ class Scorer:
         size = self.states[0].block_size
         if size is not None:
             block = torch.arange(where.shape[1]) // size
-            near &= block <= torch.where(where, block, -1).amax(1, keepdim=True)
+            first = torch.where(where, block, len(block)).amin(1, keepdim=True)
+            last = torch.where(where, block, -1).amax(1, keepdim=True)
+            near &= (block >= first) & (block <= last)
         return near
 
     def answered(self, rows: Rows, view: StepView, asked: Evidence) -> StepView:
@@ -225,13 +223,22 @@ class Scorer:
             logp.append(likely.gather(1, tokens)[:, 0])
         return torch.cat(logp).exp()
 
-    def _store(self, rows: torch.Tensor, where: torch.Tensor, columns: torch.Tensor) -> None:
-        """Keep what was computed at `where` [b, W]; rows for which the model returned NaN fail."""
+    def _store(
+        self, rows: torch.Tensor, where: torch.Tensor, needed: torch.Tensor, columns: torch.Tensor
+    ) -> None:
+        """Keep what was computed at `where` [b, W]; rows for which the model returned NaN fail.
+
+        That is, where it was `needed` [b, W]; elsewhere it counts as not found.
+        """
         bad = columns[:, :2].isnan().any(1) | columns[:, 2].isnan()
         if bool(bad.any()):  # these rows fail, the others go on
-            broken = rows[where.nonzero()[bad, 0]]
-            self.canvas.failed[broken] = self.canvas.step[broken]
-        size = columns.shape[1] - 2 * self._noted  # behind it, log-probabilities may be -inf
+            broken = torch.zeros_like(where)
+            broken[where] = bad
+            failed = rows[(broken & needed).any(1)]
+            self.canvas.failed[failed] = self.canvas.step[failed]
+            columns, where = columns[~bad | needed[where]], where & ~(broken & ~needed)
+        shown, ranks = self.plan.top_logprobs, self.ranks
+        size = columns.shape[1] - 2 * (shown + ranks)  # behind it, log-probabilities may be -inf
         token, probability, score = columns[:, :size].nan_to_num().tensor_split([1, 2], dim=1)
         if self.score.shape[2] != score.shape[1]:
             raise ConfigError(
@@ -242,8 +249,7 @@ class Scorer:
         self.token[cells], self.probability[cells] = token[:, 0].long(), probability[:, 0].float()
         self.score[cells] = score.float()
         noted = columns[:, size:].view(len(row), -1, 2)
-        self.alternatives[cells] = noted[:, : self.plan.top_logprobs]
-        self.likeliest[cells] = noted[:, : self.ranks]
+        self.alternatives[cells], self.likeliest[cells] = noted[:, :shown], noted[:, shown:]
         self.entries.add(rows, where)
 
     def _columns(
@@ -258,7 +264,8 @@ class Scorer:
             noise: [N] uniform numbers.
 
         Returns:
-            [N, 2 + C + 2k] float64, at the end the k likeliest tokens (see `TokenRule.likeliest`).
+            [N, 2 + C + 2k] float64, at the end the likeliest tokens (see `TokenRule.likeliest`): those that
+            are noted, and those that drafts are made of.
         """
         choice = self.tokens.choose(logits, noise.to(logits.device, non_blocking=True))
         tensors = {name: x for name, x in self.canvas.rule_state.items() if x.dim() > 1}
@@ -266,8 +273,10 @@ class Scorer:
         score = self.rule.score(logits, choice, state, self.tokens).double()
         columns = [choice.token.double()[:, None], choice.probability.double()[:, None]]
         columns.append(score[:, None] if score.dim() == 1 else score)
-        if self._noted:
-            columns.append(self.tokens.likeliest(logits, self._noted).flatten(1))
+        noted = [
+            self.tokens.likeliest(logits, k).flatten(1) for k in (self.plan.top_logprobs, self.ranks) if k
+        ]
+        columns += noted  # apart, since equal logits are ordered anew for every k
         return torch.cat(columns, dim=1)
 
     def _logits(

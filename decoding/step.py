@@ -2,9 +2,9 @@
 
 A `Batch` holds rows of one plan. Every row has its own step, time, normaliser, noise stream and stopping
 point; rows share nothing but the model call. Savings taken here never change the result: the LM head sees
-only positions whose score can matter, what it found is kept until the row changes, a row that did not change
-is not computed again, and a finished row leaves the batch. (What `Reuse` and a growing canvas with steps save
-does change it.)
+only positions whose score can matter (with drafts, soon), what it found is kept until the row changes, a row
+that did not change is not computed again, and a finished row leaves the batch. (What `Reuse` and a growing
+canvas with steps save does change it.)
 
 The canvas, and all arithmetic on it, lie on the host, whichever device the model is on: they are small, and
 what happens next depends on them. Ids go to the device, and a few numbers for each position looked at come
@@ -23,7 +23,7 @@ import torch
 from decoding.canvas import Canvas, Rows
 from decoding.course import course
 from decoding.denoiser import Denoiser, StateQuery, check_capable, compute_states
-from decoding.drafts import Drafts, likeliest_drafts
+from decoding.drafts import Drafts, Guess, likeliest_drafts
 from decoding.pace import Clock
 from decoding.recall import Recalling
 from decoding.request import Plan
@@ -184,7 +184,7 @@ class Batch:
         asked = self.scorer.asked(view)
         if ends and self.scorer.constant is None:
             asked = replace(asked, scored=torch.where(late[:, None], masked, asked.scored))
-        guess = self._drafts if self.plan.drafts else None
+        guess = self._guess()
         yield from self.scorer.compute(rows, asked, guess)
         view = self.scorer.answered(live, view, asked)
         decision = self.rule.decide(view)
@@ -227,16 +227,40 @@ class Batch:
             state={name: x[cells] if x.dim() > 1 else x[rows] for name, x in canvas.rule_state.items()},
         )
 
+    def _guess(self) -> Guess | None:
+        """Gives the drafts of this step, the same to each cache of states; None without drafts."""
+        if not self.plan.drafts:
+            return None
+        made: dict[tuple[int, ...], Drafts | None] = {}
+
+        def guess(rows: torch.Tensor) -> Drafts | None:
+            key = tuple(rows.tolist())
+            if key not in made:
+                made[key] = self._drafts(rows)
+            return made[key]
+
+        return guess
+
     def _drafts(self, rows: torch.Tensor) -> Drafts | None:
-        """Drafts of the rows [b], from what the model said of them last."""
+        """Drafts of the rows [b], from what the model said of them last; None for more rows than drafts.
+
+        A call is saved where *all* rows that need it have become a draft, which many rows hardly do at once.
+        """
+        if len(rows) > self.plan.drafts:
+            return None
 
         def take_step(canvas: Canvas, source: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
             recalling = Recalling(self.scorer, canvas, rows[source], rank)
-            for _ in Batch(recalling.model, canvas, self.plan, recalling).step():
+            for _ in Batch(recalling.model, canvas, recalling.plan, recalling).step():
                 pass
             return recalling.known
 
-        drafts = likeliest_drafts(self.canvas.take(rows), self.plan.drafts, self.scorer.ranks, take_step)
+        canvas = self.canvas.take(rows)
+        canvas.alternatives = canvas.alternatives[:, :, :0]  # nobody reads those of drafts
+        try:
+            drafts = likeliest_drafts(canvas, self.plan.drafts, self.scorer.ranks, take_step)
+        except Exception:  # a rule fails on such a row; if the row becomes it, the error is that of its step
+            return None
         return None if drafts is None else replace(drafts, rows=rows[drafts.rows])
 
     def _beyond(self, rows: Rows) -> torch.Tensor:
@@ -274,7 +298,8 @@ class Batch:
         where = canvas.masked[cells]
         states: list[torch.Tensor] = []
         if bool(where.any()):
-            states = yield [StateQuery(cache, rows, where) for cache in self.scorer.states]
+            guess = self._guess()
+            states = yield [StateQuery(cache, rows, where, guess=guess) for cache in self.scorer.states]
         streams = range(PREDICTION_NOISE, PREDICTION_NOISE + draws)
         key, revision = canvas.key[rows], canvas.revision[rows]
         noise = [cell_noise(key, revision, self.width, stream)[where] for stream in streams]

@@ -50,7 +50,7 @@ class EvalConfig:
         reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate).
         refresh: with reuse, everything is computed at every so many changes of the row.
         drafts: so many guesses of what rows will be next are computed in each model call: fewer calls, the
-            same texts. A batch shares them.
+            same texts. With a batch_size of 1 or a few: more rows than drafts have none.
         trace: record when, how surely and where each token was written, for `dlm orders learn`.
         batch_size: rows per model call, or requests at a time.
         reader: autoregressive model (hub id, folder, .gguf) that says how likely answers are; "base" for the

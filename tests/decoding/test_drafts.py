@@ -1,6 +1,7 @@
 """Drafts: the same texts in fewer calls, and the states of rows that are not there yet."""
 
 import itertools
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from decoding.canvas import Canvas
 from decoding.drafts import LEAST_CHANCE, DraftedRow, likeliest_drafts
 from decoding.engine import Engine
 from decoding.presets import PRESETS
-from decoding.request import Reuse
-from decoding.step import denoise
+from decoding.reveal import Quota
+from decoding.step import Batch, denoise, raise_first, run_work
+from decoding.window import Full
 from dlm.errors import ConfigError
-from tests.decoding.rig import LEARNT, canvas_of, decode, decode_in_fresh_engines, plan_of, rows
+from tests.decoding.rig import LEARNT, canvas_of, decode, plan_of, rows
 from tests.dlm.test_attention import MASK as TINY_MASK
 from tests.dlm.test_attention import tiny
 from tests.fakes import FakeDenoiser, FakeTokenizer
@@ -90,9 +92,8 @@ def test_texts_are_the_same_with_and_without(name, place):
     decoder = Decoder.named(name, **SMALL.get(name, {}))
     paces = [{"steps": 12}] if decoder.timed else [{"steps": 12}, {"rate": 2.0, "grow": True}]
     for pace in paces if decoder.reveal.paced else [{"grow": True}]:
-        without, guessed = (
-            decode(model, ids, plan_of(decoder, mask=TINY_MASK, fit=33, drafts=n, **pace)) for n in (0, 3)
-        )
+        plan = replace(plan_of(decoder, mask=TINY_MASK, fit=33, **pace), top_logprobs=2)
+        without, guessed = (decode(model, ids, replace(plan, drafts=n)) for n in (0, 3))
         same(without, guessed)
         assert (guessed.model_calls <= without.model_calls).all()
 
@@ -133,40 +134,113 @@ def test_drafts_that_fail_leave_no_trace(options):
     assert 0.4 * calls[0] < calls[1] < 0.95 * calls[0], "some came true, and some did not"
 
 
+class Coarse(Sure):
+    """Many tokens are equally likely."""
+
+    def logits(self, hidden):
+        return super().logits(hidden).div(20).round() * 20
+
+
+@pytest.mark.parametrize("shown", [1, 3, 6])
+def test_of_equally_likely_tokens_the_same_are_noted(shown):
+    model = Coarse(vocab=3000, mask_id=2999)
+    plan = replace(plan_of("llada", rate=1.0, mask=2999), top_logprobs=shown)
+    ids = rows(model, [3], 30)
+    same(*(decode(model, ids, replace(plan, drafts=count)) for count in (0, 4)))
+
+
 def test_a_row_goes_on_elsewhere_and_beside_others_as_alone():
     model = Unsure(eos_bias=-1.0)
-    plan = plan_of("llada-conv", rate=1.0, grow=True, drafts=3)
     ids = rows(model, [3, 7, 1, 12, 5, 9], 40)
-    together = decode(model, ids, plan, range(6))
-    for i in range(6):
-        moved = decode_in_fresh_engines(model, ids[i], plan, i)
-        assert torch.equal(moved.ids[0], together.ids[i])
-        assert int(moved.model_calls[0]) >= int(together.model_calls[i])
-    engine = Engine(model, FakeTokenizer())
+    alone = decode(model, ids, plan_of("llada-conv", rate=1.0, grow=True), range(6))
+    plan = plan_of("llada-conv", rate=1.0, grow=True, drafts=6)
+    same(decode(model, ids, plan, range(6)), alone)
+    engines = [Engine(model, FakeTokenizer()) for _ in range(2)]
     waiting = {i: canvas_of(ids[i : i + 1], plan, [i]) for i in range(6)}
-    tickets, finished = {}, {}
+    tickets, finished = [{}, {}], {}
     for turn in itertools.count():
-        if turn % 3 == 0 and waiting:  # they come one after the other, and leave when they are done
+        engine, there, here = engines[turn % 2], tickets[turn // 3 % 2], tickets[turn % 2]
+        if turn % 3 == 0 and waiting:  # they come one after the other, move, and leave when they are done
             i, canvas = waiting.popitem()
-            tickets[engine.add(canvas, plan)] = i
-        if not len(engine):
+            here[engine.add(canvas, plan)] = i
+        if turn % 5 == 0 and here and there is not here:
+            ticket = next(iter(here))
+            there[engines[turn // 3 % 2].add(engine.remove(ticket), plan)] = here.pop(ticket)
+        if not any(map(len, engines)) and not waiting:
             break
-        finished |= {tickets[x.ticket]: x.canvas for x in engine.step() if x.finished}
+        for update in engine.step():
+            if update.finished:
+                finished[here.pop(update.ticket)] = update.canvas
+    assert sorted(finished) == list(range(6))
     for i, canvas in finished.items():
-        assert torch.equal(canvas.ids[0], together.ids[i])
-        assert int(canvas.model_calls[0]) < int(canvas.step[0])
+        assert torch.equal(canvas.ids[0], alone.ids[i])
+    assert sum(int(canvas.model_calls[0]) for canvas in finished.values()) < int(alone.model_calls.sum())
 
 
-def test_a_call_computes_no_more_drafts_than_were_asked_for_whatever_the_rows():
+@pytest.mark.parametrize(("count", "most"), [(3, 4), (4, 8), (6, 10)])
+def test_a_call_computes_no_more_drafts_than_were_asked_for_and_none_for_more_rows(count, most):
     model = Sure(eos_bias=-99.0)
-    plan = plan_of("llada", rate=1.0, drafts=3)
-    canvas = canvas_of(rows(model, [3, 5, 2, 8], 30), plan)
+    canvas = canvas_of(rows(model, [4, 4, 4, 4], 30), plan_of("llada", rate=1.0, drafts=count))
     sizes, before = [], 0
-    for _ in denoise(model, canvas, plan):
+    for _ in denoise(model, canvas, plan_of("llada", rate=1.0, drafts=count)):
         sizes.append(model.rows - before)
         before = model.rows
-    assert max(sizes) == 4 + 3
+    assert max(sizes) == most
     assert sizes[0] == 4, "nothing has been said before the first call"
+
+
+@dataclass(frozen=True)
+class Failing(Quota):
+    """Fails on a row of which more than so many positions are written."""
+
+    most: int = 10
+
+    def decide(self, view):
+        if bool((view.written.sum(1) > self.most).any()):
+            raise ValueError("as it does without drafts")
+        return super().decide(view)
+
+
+def test_a_rule_that_fails_on_a_draft_fails_when_the_row_is_there_and_alone():
+    model = Sure(eos_bias=-99.0)
+    ids = rows(model, [3, 4], 30)
+    found = []
+    for count in (0, 3):
+        engine = Engine(model, FakeTokenizer())
+        sound = engine.add(canvas_of(ids[:1], plan := plan_of("llada", rate=1.0, drafts=count)), plan)
+        failing = plan_of(Decoder(Full(), Failing()), rate=1.0, drafts=count)
+        ticket = engine.add(canvas_of(ids[1:], failing), failing)
+        ends = {}
+        for step in range(40):
+            ends |= {
+                x.ticket: (step, str(x.error), x.canvas.ids.tolist()) for x in engine.step() if x.finished
+            }
+        assert ends[ticket][1] == "as it does without drafts"
+        found.append((ends[sound], ends[ticket]))
+    assert found[0] == found[1]
+
+
+class Broken(Sure):
+    """Says nothing sensible of one position."""
+
+    def logits(self, hidden):
+        broken = hidden[:, 0] == self.hidden(torch.zeros(1, 30, dtype=torch.int64))[0, 14, 0]
+        return super().logits(hidden).masked_fill(broken[:, None], torch.nan)
+
+
+@pytest.mark.parametrize("name", ["llada-conv", "conv"])
+def test_a_row_fails_in_the_step_that_needs_what_the_model_cannot_tell(name):
+    decoder = Decoder.named(name, kernel_size=3)
+    found = []
+    for count in (0, 3):
+        model = Broken(eos_bias=-99.0)
+        engine = Engine(model, FakeTokenizer())
+        plan = plan_of(decoder, rate=1.0, drafts=count)
+        engine.add(canvas_of(rows(model, [3], 30), plan), plan)
+        updates = [update for _ in range(40) for update in engine.step()]
+        found.append((len(updates), str(updates[-1].error)))
+    assert found[0] == found[1]
+    assert "NaN" in found[0][1]
 
 
 # ---- the tree ---------------------------------------------------------------------------------------------
@@ -286,7 +360,33 @@ def test_guests_have_their_own_states_and_leave_nothing(shift, causal):
 # ---- from outside -----------------------------------------------------------------------------------------
 
 
-def test_samplers_take_them_for_answers_streams_and_gaps():
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_forks_and_predictions_are_what_they_are_without(guidance):
+    """Also with guidance in a block-causal model, whose second cache is shown other ids."""
+    model, ids = blocks(True, True), prompts(TINY_MASK, (5, 9))
+    decoder = Decoder.named("llada-conv", kernel_size=5, temperature=0.3, guidance=guidance)
+    found = []
+    for count in (0, 6):
+        plan = plan_of(decoder, rate=1.0, grow=True, mask=TINY_MASK, drafts=count)
+        batch = Batch(model, canvas_of(ids, plan), plan)
+        predicted: list[torch.Tensor] = []
+        for step in range(12):
+            works = [batch.predict(torch.tensor([1]), 2, predicted)] if step == 5 else [batch.step()]
+            if step == 3:
+                batch.fork(torch.tensor([0, 1]), torch.tensor([7, 8]))
+            with torch.no_grad():
+                raise_first(run_work(model, works))
+        found.append((batch.canvas, predicted))
+    same(found[0][0], found[1][0])
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_samplers_take_them_for_answers_streams_and_gaps(model, tokenizer):
+    full, text = Sampler(model, tokenizer), "The cat <mask:4> and a dog <mask:3> here."
+    filled = [full.infill(text, decoder="llada", drafts=count) for count in (0, 4)]
+    assert filled[0].token_ids == filled[1].token_ids
+    assert filled[0].reveal_step == filled[1].reveal_step
     model, tokenizer = Unsure(eos_bias=-1.0), FakeTokenizer()
     sampler = Sampler(model, tokenizer)
     plain = sampler.generate(["one", "another"], decoder="llada", rate=1.0, max_tokens=20, top_logprobs=2)
@@ -314,4 +414,3 @@ def test_samplers_take_them_for_answers_streams_and_gaps():
 def test_what_does_not_go_together_is_refused(given, message):
     with pytest.raises(ConfigError, match=message):
         Request.of(**given).resolve(tiny())
-    plan_of("conv", steps=3, reuse=Reuse(), drafts=0)
