@@ -3,7 +3,7 @@
     python -m benchmarks.chat default full [--rounds 3]
 
 Three questions, one at a time, at most 128 tokens; an answer's end token does not count. A colon and words
-behind a name say how: "default:plain" leaves the weights as they are (`dlm.packing`), "default:drafts=1"
+behind a name say how: "default:plain" leaves the weights as they are (`dlm.prepacking`), "default:drafts=1"
 computes a draft in each call (`Request.drafts`), and "default:plain,drafts=1" both.
 """
 
@@ -43,7 +43,7 @@ class System:
                 plain = True
             else:
                 raise SystemExit(f"{name}: the words are plain and drafts=NUMBER, got {word!r}")
-        return cls(Sampler(*load_model(model, device, packed=not plain)), drafts)
+        return cls(Sampler(*load_model(model, device, prepacked=not plain)), drafts)
 
 
 def speed(system: System, longest: int = 128) -> float:

@@ -110,7 +110,7 @@ class LoadConfig:
         from dlm.checkpoint import load_model
         from dlm.graphs import BucketedModel
 
-        model, tokenizer = load_model(self.model, self.device, self.dtype, packed=not self.accelerate)
+        model, tokenizer = load_model(self.model, self.device, self.dtype, prepacked=not self.accelerate)
         if not self.accelerate:
             return model, tokenizer
         if self.accelerate == "compile":

@@ -17,7 +17,7 @@ from dlm.config import MaskedDiffusionConfig
 from dlm.errors import ConfigError
 from dlm.formats import DeviceMap, format_of, stored_config
 from dlm.model import MaskedDiffusionModel
-from dlm.packing import pack
+from dlm.prepacking import prepack
 from dlm.pretrained.names import located
 from dlm.quantization import quantize
 from dlm.spec import ModelSpec
@@ -32,7 +32,7 @@ def load_model(
     *,
     attn_implementation: str | None = None,
     device_map: DeviceMap = None,
-    packed: bool = False,
+    prepacked: bool = False,
 ) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase]:
     """Load a masked diffusion model for inference or further training.
 
@@ -49,7 +49,7 @@ def load_model(
             is installed and applies, else SDPA.
         device_map: which device each part of the model goes to, or "auto" to spread it over what there is
             (accelerate's); in place of `device`.
-        packed: for computing alone: on a CPU the weights are packed (`dlm.packing`), which makes small
+        prepacked: for computing alone: on a CPU the weights are packed (`dlm.prepacking`), which makes small
             batches a quarter faster. Such a model can be neither trained nor saved nor moved.
 
     Returns:
@@ -75,7 +75,7 @@ def load_model(
     model.set_attn_implementation(attn_implementation or _attention_for(device, torch_dtype))
     model = model if device_map else model.to(device)
     model = (quantize(model, quantized) if quantized else model).eval()
-    return (pack(model) if packed else model), tokenizer
+    return (prepack(model) if prepacked else model), tokenizer
 
 
 def place(device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype]:

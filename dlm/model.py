@@ -33,7 +33,7 @@ from dlm.device import to_device
 from dlm.errors import ConfigError
 from dlm.modes import share
 from dlm.objective import token_log_probabilities
-from dlm.packing import is_packed
+from dlm.prepacking import is_prepacked
 from dlm.quantization import is_quantized
 from dlm.shadows import Shadowed, Shadows
 from dlm.spec import ModelSpec
@@ -161,10 +161,10 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         """Write configuration and weights, readable by whoever the umask allows.
 
         Raises:
-            ConfigError: for weights in 8 or 4 bits, and for packed ones.
+            ConfigError: for weights in 8 or 4 bits, and for prepacked ones.
         """
-        if is_packed(self):
-            raise ConfigError("packed weights are for computing alone: save the model that load_model gives")
+        if is_prepacked(self):
+            raise ConfigError("prepacked weights only compute: save a model that was loaded without prepacked")
         if is_quantized(self):
             raise ConfigError("weights in 8 or 4 bits are not written: load the model in float32 or bfloat16")
         self._ignore_tied_head()  # an adapter may have untied it

@@ -157,7 +157,7 @@ class _Loaded:
             from dlm.checkpoint import load_model
 
             config = self.config
-            self._sampler = Sampler(*load_model(config.model, config.device, config.dtype, packed=True))
+            self._sampler = Sampler(*load_model(config.model, config.device, config.dtype, prepacked=True))
         return self._sampler
 
     @property

@@ -101,7 +101,7 @@ class DLM(LM):  # type: ignore[misc]
         _check_arguments(pretrained, likelihood, draws, unknown)
         if device and device.startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"  # the harness asks for cuda:0 unless it is told otherwise
-        self.model, self.tokenizer = load_model(pretrained, device or "auto", dtype, packed=True)
+        self.model, self.tokenizer = load_model(pretrained, device or "auto", dtype, prepacked=True)
         self.sampler = Sampler(self.model, self.tokenizer)
         self.maker = RowMaker(self.tokenizer, self.sampler.spec)  # of texts of any length, which are cut here
         name, options = parse_decoders(str(decoder).replace(";", ","))[0]

@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     samplers = {
-        Path(m).name: Sampler(*load_model(m, dtype=options.dtype, packed=True)) for m in options.models
+        Path(m).name: Sampler(*load_model(m, dtype=options.dtype, prepacked=True)) for m in options.models
     }
     first = next(iter(samplers.values()))
     fits = (p for p in read_prompts(options.file) if first.prompt_length(p) < options.window // 2)

@@ -93,8 +93,8 @@ def main() -> int:
     words = "Blocks of 16 against a kernel of 9, one token in a call for both; then the default model."
     console.print(title, words, LEGEND, sep="\n")
     try:
-        samplers = {model: Sampler(*load_model(name, packed=True)) for model, name in MODELS.items()}
-        own = Sampler(*load_model("default", packed=True))
+        samplers = {model: Sampler(*load_model(name, prepacked=True)) for model, name in MODELS.items()}
+        own = Sampler(*load_model("default", prepacked=True))
     except CheckpointError as error:
         console.print("[red]The default model cannot answer:[/red]", escape(str(error)), highlight=False)
         return 1

@@ -5,7 +5,7 @@ import sys
 from decoding import Engine, Request
 from dlm import load_model
 
-model, tokenizer = load_model(sys.argv[1] if len(sys.argv) > 1 else "default", packed=True)
+model, tokenizer = load_model(sys.argv[1] if len(sys.argv) > 1 else "default", prepacked=True)
 engine = Engine(model, tokenizer, max_rows=8)
 
 tips = Request(max_tokens=40, stop=["\n\n"]).resolve(model)

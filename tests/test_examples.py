@@ -136,7 +136,7 @@ class TestTheDefaultModel:
         torch.manual_seed(0)
         asked = []
 
-        def load(name, packed):
+        def load(name, prepacked):
             asked.append(name)
             return from_scratch(TINY, tokenizer), tokenizer
 

@@ -86,7 +86,7 @@ def measured(path: str, config: DependenceConfig) -> list[Gain]:
     from eval.dependence import gains
     from eval.paths import held_out
 
-    model, tokenizer = load_model(path, config.device, config.dtype, packed=True)
+    model, tokenizer = load_model(path, config.device, config.dtype, prepacked=True)
     room = ModelSpec.of(model).positions
     rows = held_out(config.data, config.last, config.limit, tokenizer, room, config.max_tokens)
     going = gains(model, rows, furthest=config.furthest, seed=config.seed, batch_size=config.batch_size)

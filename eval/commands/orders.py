@@ -187,7 +187,7 @@ def _online(config: LearnConfig, table: OrderTable) -> Iterator[Progress]:
 
     questions = load_questions(config.task, config.data, config.limit)
     reward = task_reward(config.reward, config.task)
-    sampler = Sampler(*load_model(config.model, config.device, config.dtype, packed=True))
+    sampler = Sampler(*load_model(config.model, config.device, config.dtype, prepacked=True))
     going = learn_online(
         sampler, questions, reward, table, config.request(),
         options={"kernel_size": config.kernel_size, "draws": config.draws},

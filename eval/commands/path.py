@@ -112,7 +112,7 @@ def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
         for variant in choices if spec is not None else ():
             variant.request().resolve(spec)
     for path in config.models:
-        sampler = Sampler(*load_model(path, config.device, config.dtype, packed=True))
+        sampler = Sampler(*load_model(path, config.device, config.dtype, prepacked=True))
         plans = [sampler.plan(variant.request()) for variant in choices]
         room, tokens = min(plan.positions for plan in plans), min(plan.tokens for plan in plans)
         rows = held_out(config.data, config.last, config.limit, sampler.tokenizer, room, tokens)

@@ -13,6 +13,7 @@ from dlm.commands.inspect import describe
 from dlm.convert import convert
 from dlm.errors import CheckpointError, ConfigError
 from dlm.families import PUBLIC, family_named
+from dlm.prepacking import prepack
 from tests.dlm.families import plain
 from tests.dlm.families.layouts import LAYERS, LAYOUTS
 
@@ -70,6 +71,10 @@ def test_logits_are_those_of_the_published_model(case):
         for ours in (model(row[None]).logits[0], logits[i, valid[i]], packed[i], whole[i]):
             assert difference(model, ours, alone) < 1e-4
         assert difference(model, again[i], alone[some[i, : len(row)]]) < 1e-4
+    quicker = prepack(model)
+    torch.testing.assert_close(
+        quicker.logits(quicker.hidden(padded, valid))[valid], logits[valid], rtol=1e-4, atol=1e-4
+    )
 
 
 def written(model, tokenizer, **fields):
