@@ -412,12 +412,11 @@ def _sdpa(
     scale: float | None,
 ) -> torch.Tensor:
     """[B, H, A, D] with keys and values [B, G, W, D]; the mask is True where one attends to the other."""
-    if mask is not None:  # masked attention has fast kernels only without groups
+    grouped = mask is None or query.device.type == "cpu"
+    if not grouped:  # on CUDA, masked attention has fast kernels only without groups
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scale, enable_gqa=mask is None
-    )
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 @dataclass
