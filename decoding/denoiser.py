@@ -239,21 +239,34 @@ class StateCache:
         self.states.flatten(0, 1)[self._cells(rows[row], position)] = states
         self.entries.add(rows, where)
 
+    def knows(self, rows: torch.Tensor) -> torch.Tensor:
+        """[b] bool, rows whose states are there: they are as they were computed, or have become a draft."""
+        current = (self.entries.version[rows] == self.canvas.version[rows]).tolist()
+        return torch.tensor(
+            [
+                known or self._draft_of(row) is not None
+                for row, known in zip(rows.tolist(), current, strict=True)
+            ]
+        )
+
+    def _draft_of(self, row: int) -> DraftedRow | None:
+        """The draft that a row has become, if there is one."""
+        drafts = self.drafted.get(row)
+        if not drafts:
+            return None
+        shown = self.shown_ids(torch.tensor([row]))[0, self.canvas.valid[row]]
+        return next((draft for draft in drafts if draft.is_of(shown)), None)
+
     def recall(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """Take the states at `where` [b, W] from drafts that rows have become; [b] bool, which rows have."""
         found = torch.zeros(len(rows), dtype=torch.bool)
         if not self.drafted:
             return found
         for i, row in enumerate(rows.tolist()):
-            place, drafts = rows[i : i + 1], self.drafted.get(row)
-            if not drafts:
-                continue
-            shown = self.shown_ids(place)[0, self.canvas.valid[row]]
-            for draft in drafts:
-                if draft.answers(shown, where[i]):
-                    self._keep(place, draft.where[None], draft.states)
-                    found[i] = True
-                    break
+            draft = self._draft_of(row)
+            if draft is not None and draft.covers(where[i]):
+                self._keep(rows[i : i + 1], draft.where[None], draft.states)
+                found[i] = True
         return found
 
     def at(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

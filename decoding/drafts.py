@@ -49,11 +49,13 @@ class DraftedRow:
     states: torch.Tensor
     """[N, D] of these."""
 
-    def answers(self, ids: torch.Tensor, where: torch.Tensor) -> bool:
-        """True for the row [n] if it has the states of the positions `where` [w], w ≤ n or padding behind."""
+    def is_of(self, ids: torch.Tensor) -> bool:
+        """True for the ids [n] of a row that is this one."""
+        return torch.equal(ids, self.ids)
+
+    def covers(self, where: torch.Tensor) -> bool:
+        """True where there are states of all positions `where` [w], of some of the row or padded."""
         size = len(self.ids)
-        if len(ids) != size or not torch.equal(ids, self.ids):
-            return False
         return not bool((where[:size] & ~self.where[: len(where)]).any())
 
 

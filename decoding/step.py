@@ -199,6 +199,14 @@ class Batch:
         if self.plan.ahead is not None:
             self._grow(rows[~late] if ends else rows, self.plan.ahead)
 
+    def ahead_of_calls(self) -> list[int]:
+        """The rows whose coming step needs no call of the model, since a draft of them has come true."""
+        if not self.plan.drafts:
+            return []
+        rows = (~self.canvas.done).nonzero()[:, 0]
+        known = [cache.knows(rows) for cache in self.scorer.states]
+        return rows[torch.stack(known).all(0)].tolist() if len(rows) else []
+
     def _view(self, rows: Rows) -> StepView:
         """View of the rows [b] before any score."""
         canvas, plan, cells = self.canvas, self.plan, (rows, slice(self.width))

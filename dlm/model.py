@@ -164,7 +164,7 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
             ConfigError: for weights in 8 or 4 bits, and for prepacked ones.
         """
         if is_prepacked(self):
-            raise ConfigError("prepacked weights only compute: save a model that was loaded without prepacked")
+            raise ConfigError("prepacked weights only compute: save a model that was loaded without")
         if is_quantized(self):
             raise ConfigError("weights in 8 or 4 bits are not written: load the model in float32 or bfloat16")
         self._ignore_tied_head()  # an adapter may have untied it

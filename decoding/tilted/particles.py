@@ -211,7 +211,7 @@ class Steering:
             DLMError: when the model fails, naming the prompt; and for a reward that is no number.
         """
         populations = self.populations
-        self._weigh(self.engine.step())
+        self._weigh(self.engine.step(self.engine.lengths()))  # all rows at once
         for population in populations:
             weights = shares(population.log_weights)
             population.ess.append(effective_number(weights))
