@@ -168,7 +168,7 @@ def _dispatch(words: list[str]) -> int:
 
 def _run(prog: str, command: Command, words: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "openai", "datasets", "filelock", "matplotlib"):
+    for noisy in ("httpx", "httpx2", "openai", "datasets", "filelock", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names kernels that it would like to fetch
     try:

@@ -22,7 +22,7 @@ from serve.api.parameters import Sampling
 from serve.config import ServeConfig
 from serve.errors import APIError, body_for
 from serve.metrics import Metrics
-from serve.middleware import BodyLimit, Keys, RequestLog
+from serve.middleware import BodyLimit, Failures, Keys, OllamaBodies, RequestLog
 from serve.service import Service, as_api_error
 from serve.worker import Worker
 
@@ -50,6 +50,8 @@ def create_app(worker: Worker, config: ServeConfig, metrics: Metrics) -> FastAPI
         app.include_router(module.router(service))
     _add_errors(app, metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.add_middleware(OllamaBodies)
+    app.add_middleware(Failures)
     app.add_middleware(BodyLimit, limit=config.max_body, metrics=metrics)
     app.add_middleware(Keys, keys=config.keys(), metrics=metrics)
     if config.cors:
@@ -86,12 +88,6 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
         body = body_for(request.url.path, api_error)
         return JSONResponse(body, error.status_code, error.headers)
 
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        logger.exception("a request failed", exc_info=error)
-        failure = APIError(500, "the server failed", code="internal_error")
-        return JSONResponse(body_for(request.url.path, failure), 500)
-
 
 def explain(errors: Sequence[Any]) -> APIError:  # noqa: PLR0911
     """A 400 for a body that does not fit its schema: the first fault, by the name of its parameter."""
@@ -113,7 +109,7 @@ def explain(errors: Sequence[Any]) -> APIError:  # noqa: PLR0911
     if kind == "json_invalid":
         return APIError(400, "the body is no JSON", code="invalid_json")
     if not place:
-        return APIError(400, "the body must be a JSON object", code="invalid_json")
+        return APIError(400, "the body must be a JSON object, sent as application/json", code="invalid_json")
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(place[-1], [n for n in _names() if n != place[-1]], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -39,6 +39,54 @@ ID = re.compile(r"[\w.:-]{1,128}")
 """Ids that a client may give to its request."""
 
 
+class Failures:
+    """Answers what nobody expected to fail with a 500; the error is in the log.
+
+    It is a middleware, and no handler of the application, whose answers would have neither an id nor CORS.
+
+    Args:
+        app: what comes behind.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer as an ASGI application."""
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sending)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            logger.exception("a request failed", exc_info=error)
+            failure = APIError(500, "the server failed", code="internal_error")
+            await JSONResponse(body_for(scope["path"], failure), 500)(scope, receive, send)
+
+
+class OllamaBodies:
+    """Takes bodies of Ollama's paths as JSON, whatever they call themselves: curl says nothing of it.
+
+    Args:
+        app: what comes behind.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer as an ASGI application."""
+        if scope["type"] == "http" and scope["path"].startswith("/api/"):
+            MutableHeaders(scope=scope)["content-type"] = "application/json"
+        await self.app(scope, receive, send)
+
+
 class RequestLog:
     """Gives each request an id (`x-request-id`) and writes a line about it; never its body.
 

@@ -72,7 +72,7 @@ class Service:
             raise self._refused(503, "the server is shutting down", "draining")
         if not self.worker.ready:
             raise self._refused(503, "the model is not there", "dead")
-        requests = self.worker.waiting + self._preparing
+        requests = self.worker.beyond_free + self._preparing
         if requests >= self.config.max_waiting:
             seconds = math.ceil(self.worker.row_seconds * requests / self.config.max_rows)
             waiting = self.config.max_waiting

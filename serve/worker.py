@@ -105,6 +105,12 @@ class Worker:
         return self._waiting + self._inbox.qsize()
 
     @property
+    def beyond_free(self) -> int:
+        """Requests that wait for a row: those that cannot begin, and the inbox but for rows that are free."""
+        free = 0 if self._waiting or self._engine is None else max(0, self.max_rows - self._engine.running)
+        return self._waiting + self._inbox.qsize() - free
+
+    @property
     def idle(self) -> bool:
         """True when no request is at work or waiting."""
         return not self._open and not self._holds and self._inbox.empty()

@@ -15,7 +15,8 @@ from decoding.config import LoadConfig, decoder_option
 from decoding.conversation import Conversation, Source
 from decoding.request import Request
 from dlm.cli import Command
-from dlm.errors import ConfigError, DataError, DLMError, did_you_mean
+from dlm.data.prompts import stdin_lines
+from dlm.errors import ConfigError, DLMError, did_you_mean
 from dlm.lock import check_writable
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class Chat:
             "/retry": ("ask the last question again, under another seed", self._retry),
             "/system": ("TEXT: set the system message; without a text, show it; - for none", self._system),
             "/decoder": (
-                "NAME OPTION=NUMBER …: decode in another way; without a name, show it; - for the model's own",
+                "NAME OPTION=VALUE …: decode in another way; without a name, show it; - for the model's own",
                 self._decoder,
             ),
             "/save": ("FILE.jsonl: write the conversation, as dlm train reads it", self._save),
@@ -219,15 +220,26 @@ class Chat:
 
 
 def _parse_options(words: list[str]) -> dict[str, Any]:
-    """Options of a decoder: "kernel_size=9" and the like."""
-    options = {}
+    """Options of a decoder: "kernel_size=9", "verify_all=true", "table=sorted"."""
+    options: dict[str, Any] = {}
     for word in words:
         name, _, value = word.partition("=")
-        try:
-            options[name] = float(value) if "." in value or "e" in value else int(value)
-        except ValueError:
-            raise ConfigError(f"{word!r} is not OPTION=NUMBER, such as temperature=0.7") from None
+        if not name or not value:
+            raise ConfigError(f"{word!r} is not OPTION=VALUE, such as temperature=0.7")
+        options[name] = _value(value)
     return options
+
+
+def _value(text: str) -> bool | int | float | str:
+    """A value of an option: true, false, a number, or else a word."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _number(count: int, unit: str) -> str:
@@ -235,17 +247,22 @@ def _number(count: int, unit: str) -> str:
 
 
 def piped_lines(console: Console) -> Iterator[str]:
-    """Lines of a stdin that is no terminal."""
+    """Lines of a stdin that is no terminal, in UTF-8.
+
+    Raises:
+        DataError: for a line that is not; those before it have been given.
+    """
+    lines = stdin_lines()
     while True:
+        console.print("you> ", end="", markup=False, highlight=False)
         try:
-            yield console.input("you> ", markup=False)
-        except (EOFError, KeyboardInterrupt):
+            line = next(lines, None)
+        except KeyboardInterrupt:
+            line = None
+        if line is None:
             console.print()
             return
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"stdin: not in {error.encoding}; set PYTHONIOENCODING to what it is in"
-            ) from error
+        yield line.rstrip("\r\n")
 
 
 def typed_lines(**streams: Any) -> Iterator[str]:

@@ -30,7 +30,7 @@ def read_prompts(file: str) -> Iterator[Any]:
 def _prompts(file: str) -> Iterable[Any]:
     """Prompts of a file, or of stdin, however few."""
     if file in ("", "-"):
-        return _filled_lines(_stdin_lines())
+        return _filled_lines(stdin_lines())
     if file.endswith(RECORD_SUFFIXES):
         records = enumerate(read_records(Path(file)))
         return (asked_and_answer(record, f"{file}, row {i}")[0] for i, record in records)
@@ -48,13 +48,13 @@ def read_whole(file: str) -> str:
     Raises:
         DataError: for a file that cannot be read, or holds nothing.
     """
-    text = ("".join(_stdin_lines()) if file == "-" else read_text(Path(file))).rstrip()
+    text = ("".join(stdin_lines()) if file == "-" else read_text(Path(file))).rstrip()
     if not text:
         raise DataError(f"{_name(file)}: empty, so there is no prompt")
     return text
 
 
-def _stdin_lines() -> Iterator[str]:
+def stdin_lines() -> Iterator[str]:
     """Lines of stdin as UTF-8, whatever the terminal's encoding, without a byte order mark.
 
     Raises:

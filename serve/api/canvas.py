@@ -158,7 +158,7 @@ def _answer_sample(service: Service, body: CanvasRequest) -> Sample:
 
 def _canvas_filling(service: Service, body: CanvasRequest) -> Filling:
     """The rows of a text with gaps."""
-    if body.stop is not None:
+    if body.stop:
         raise APIError(400, "stop means nothing for a text with gaps", param="stop")
     text, prompt = body.text or "", _canvas_prompt(body)
 

@@ -24,8 +24,10 @@ REGION = re.compile(r"<\|code_to_edit\|>(.*?)<\|/code_to_edit\|>", re.DOTALL)
 WHOLE_FILE = re.compile(r"<\|current_file_content\|>(.*?)<\|/current_file_content\|>", re.DOTALL)
 """The file that they stand in."""
 
-MARK = re.compile(r"<\|/?[a-z_]+\|>[^\n]*\n?|^current_file_path:[^\n]*\n", re.MULTILINE)
-"""Other marks, and lines about the file."""
+MARK = re.compile(
+    r"^<\|/?[a-z_]+\|>[ \t]*(?:\n|\Z)|<\|/?[a-z_]+\|>|^current_file_path:[^\n]*\n", re.MULTILINE
+)
+"""Other marks, with their line where they fill it, and lines about the file."""
 
 
 class FimRequest(schema.CompletionRequest):
@@ -90,6 +92,8 @@ def _pieces(service: Service, body: EditRequest) -> list[Piece]:
         text = body.text
         where = body.span if isinstance(body.span, str) else (body.span[0], body.span[1])
     gap = None
+    if body.min_tokens is not None and body.max_tokens is None:
+        raise APIError(400, "min_tokens needs max_tokens", param="min_tokens", code="invalid_value")
     if body.max_tokens is not None:
         gap = Gap(body.min_tokens or 1, body.max_tokens, coarse=True)
     return without_span(text, where, gap, lambda words: len(service.rows.text(words)))

@@ -178,22 +178,24 @@ def chat_prompt(service: Service, body: schema.ChatRequest) -> list[int]:
         raise APIError(400, fault.message, param="messages", code=fault.code) from error
 
 
-def raw_prompts(service: Service, prompt: Any) -> list[list[int]]:
-    """Token ids of prompts as they are, without a template; control tokens in them are control tokens."""
-    prompts = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
-    return [raw_ids(service, each) for each in prompts]
+def each_prompt(prompt: Any) -> list[Any]:
+    """The prompts, texts or token ids, of which there may be one alone."""
+    return prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
 
 
-def raw_ids(service: Service, prompt: str | list[int], cut: bool = False) -> list[int]:
-    """Token ids of a text as it is; token ids are checked by the maker of rows.
+def raw_ids(service: Service, prompt: str | list[int], cut: bool = False, param: str = "prompt") -> list[int]:
+    """Token ids of a text as it is, without a template; token ids are checked by the maker of rows.
+
+    Control tokens in a text are control tokens.
 
     Args:
         service: has the tokenizer.
         prompt: the text, or its token ids.
         cut: the caller keeps the end of it alone, so that no text is too long.
+        param: what the request calls it.
     """
     rows = service.rows
-    with faults_named():
+    with faults_named(param):
         if isinstance(prompt, str):
             if not cut:
                 rows.check_length(prompt)
@@ -383,8 +385,9 @@ class _Handlers:
 
         def prepare() -> tuple[list[Sample], int, list[list[int]]]:
             generation = completion_generation(body)
-            prompts = raw_prompts(service, body.prompt)
-            echoes = [ids if body.echo else [] for ids in prompts]
+            given = each_prompt(body.prompt)
+            prompts = [raw_ids(service, each) for each in given]
+            echoes = [ids if body.echo and each else [] for ids, each in zip(prompts, given, strict=True)]
             samples = generation.samples(service, prompts)
             return samples, sum(map(len, prompts)), [ids for ids in echoes for _ in range(generation.n)]
 

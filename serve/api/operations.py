@@ -52,6 +52,13 @@ def router(service: Service) -> APIRouter:
     if service.config.page:
         page_files = [file for file in PAGE.iterdir() if file.suffix in KINDS and file.stem != "docs"]
         _add_files(api, "/", "/page/", PAGE / "index.html", page_files, POLICY)
+        return api
+
+    @api.get("/", include_in_schema=False)
+    async def alive() -> Response:
+        """For clients that look whether there is a server, as Ollama's do."""
+        return Response("dlm is running", media_type="text/plain")
+
     return api
 
 

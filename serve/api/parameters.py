@@ -62,12 +62,17 @@ class Body(BaseModel):
 
 
 def _has_half_character(value: Any) -> bool:
-    """True for texts that no encoding can write, which JSON may hold."""
-    if isinstance(value, dict):
-        return any(map(_has_half_character, (*value, *value.values())))
-    if isinstance(value, list):
-        return any(map(_has_half_character, value))
-    return isinstance(value, str) and whole_characters(value) is not value
+    """True for texts that no encoding can write, which JSON may hold, however deep."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str) and whole_characters(value) is not value:
+            return True
+    return False
 
 
 class Diffusion(Body):
@@ -265,8 +270,11 @@ def with_limits(service: Service, ids: list[int], max_tokens: int | None) -> Non
 
 
 @contextmanager
-def faults_named() -> Iterator[None]:
+def faults_named(param: str | None = None) -> Iterator[None]:
     """Settings that do not fit become a 400 that names the parameter.
+
+    Args:
+        param: the parameter, where the message names none.
 
     Raises:
         APIError: 400.
@@ -274,7 +282,9 @@ def faults_named() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise refused(error, PARAMETERS) from error
+        fault = refused(error, PARAMETERS)
+        fault.param = fault.param or param
+        raise fault from error
 
 
 def first_seed(seed: int | None) -> int:

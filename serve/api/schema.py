@@ -51,6 +51,8 @@ class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"include_obfuscation": (False,)}
+
 
 class Answering(Sampling):
     """Parameters of both kinds of completion."""

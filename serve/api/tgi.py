@@ -110,7 +110,7 @@ class _TGIAnswer:
             raise APIError(400, message, param="do_sample", code="invalid_value")
         if p.do_sample is False and p.temperature is None:
             p = p.model_copy(update={"temperature": 0.0})
-        ids = raw_ids(self.service, self.inputs, cut=bool(p.truncate))
+        ids = raw_ids(self.service, self.inputs, cut=bool(p.truncate), param="inputs")
         ids = ids[-p.truncate :] if p.truncate else ids
         longest = (
             None if p.window is not None and p.max_new_tokens is None else p.max_new_tokens or NEW_TOKENS
@@ -160,6 +160,10 @@ class _TGIAnswer:
         text = self.texts.text(token)
         return {"id": token, "text": text, "logprob": LEAST if value is None else value, "special": False}
 
+    def _no_token(self) -> dict[str, Any]:
+        """The token of the event of an answer without one: the end, which has no text."""
+        return self._token(self.service.spec.eos_token_id, None) | {"text": "", "special": True}
+
     def details(self, output: Output) -> dict[str, Any]:
         """TGI's details."""
         p = self.parameters
@@ -184,7 +188,7 @@ class _TGIAnswer:
     async def events(self) -> Events:
         """One event a token, the last with the whole text."""
         notices = self.service.notices([self.sample], watch=confirmed_part, timeout=self.parameters.timeout)
-        sent, held = 0, None
+        sent, said, held = 0, 0, None
         async with aclosing(notices):
             async for notice in notices:
                 output: Output = notice.value
@@ -192,10 +196,12 @@ class _TGIAnswer:
                     if held is not None:
                         yield sse_event(held)
                     held = fields
+                    said += len(fields["token"]["text"])
                 sent = len(output.token_ids)
                 if notice.finished:
                     end = {k: v for k, v in self.details(output).items() if k in END}
-                    held = held or {"index": 0, "token": self._token(self.service.spec.eos_token_id, None)}
+                    held = held or {"index": 0, "token": self._no_token()}
+                    held["token"]["text"] += output.text[said:]  # of a token that a stop text has cut
                     yield sse_event({**held, "generated_text": self.text(output), "details": end})
 
 

@@ -71,7 +71,7 @@ export class Panel {
         if (name === "done") this.#finish(data, (performance.now() - begun) / 1000);
         else this.#add(data);
       }
-      if (!this.answer) throw new ServerError("The answer broke off.");
+      if (this.answer === null) throw new ServerError("The answer broke off.");
     } catch (error) {
       this.#fail(error);
       throw error;

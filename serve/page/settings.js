@@ -33,7 +33,7 @@ class Side {
   parameters() {
     const body = {};
     if (this.preset.name !== this.catalogue.default) body.decoder = this.preset.name;
-    const inputs = [...this.element.querySelectorAll(".options input")].filter((input) => input.value.trim());
+    const inputs = [...this.element.querySelectorAll(".options input")].filter(isGiven);
     const options = inputs.map((input) => [input.name, valueOf(input)]);
     if (options.length) body.options = Object.fromEntries(options);
     if (this.pace.value && this.value.value) body[this.pace.value] = Number(this.value.value);
@@ -57,12 +57,24 @@ class Side {
 /** An input for an option, whose default is its placeholder; none for lists. */
 function optionInput(name, value) {
   if (Array.isArray(value)) return null;
-  const kind = typeof value === "string" ? { type: "text" } : { type: "number", step: "any", inputmode: "decimal" };
+  if (typeof value === "boolean") {
+    const box = make("input", { type: "checkbox", name });
+    box.checked = box.defaultChecked = value;
+    return make("label", { text: `${name.replaceAll("_", " ")} ` }, box);
+  }
+  const isText = typeof value === "string" || name === "table";
+  const kind = isText ? { type: "text" } : { type: "number", step: "any", inputmode: "decimal" };
   const input = make("input", { ...kind, name, placeholder: value ?? "automatic" });
   return make("label", { text: `${name.replaceAll("_", " ")} ` }, input);
 }
 
-const valueOf = (input) => (input.type === "number" ? Number(input.value) : input.value.trim());
+const isGiven = (input) =>
+  input.type === "checkbox" ? input.checked !== input.defaultChecked : Boolean(input.value.trim());
+
+const valueOf = (input) => {
+  if (input.type === "checkbox") return input.checked;
+  return input.type === "number" ? Number(input.value) : input.value.trim();
+};
 
 /** All settings of the page. */
 export class Settings {

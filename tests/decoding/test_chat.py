@@ -1,16 +1,20 @@
 """`dlm chat`: what is typed is text or a command, and no error of one line ends the conversation."""
 
+import contextlib
 import io
 import json
+import logging
 import sys
 import threading
 
 import pytest
 
-from decoding.commands.chat import Chat, typed_lines
+from decoding.commands.chat import COMMAND as CHAT
+from decoding.commands.chat import Chat, piped_lines, typed_lines
 from decoding.commands.display import plain_console, watch
 from decoding.conversation import Conversation
 from dlm.cli import main
+from dlm.errors import DataError
 from tests.decoding.test_conversation import Scripted, contents
 from tests.eval.endpoint import serving
 
@@ -78,7 +82,7 @@ def test_commands_do_what_help_says(chat, tmp_path):
         ("/foo bar", "/foo is not a command."),
         ("/retry", "nothing has been asked yet"),
         ("/decoder cnov", "Did you mean 'conv'?"),
-        ("/decoder conv kernel_size", "'kernel_size' is not OPTION=NUMBER"),
+        ("/decoder conv kernel_size", "'kernel_size' is not OPTION=VALUE"),
         ("/decoder conv tau=1", "unknown option of decoder 'conv': 'tau'"),
         ("/save", "name the file"),
         ("/save /nowhere/at/all.txt", "there is no folder /nowhere/at"),
@@ -153,3 +157,32 @@ def test_a_terminal_sees_every_text_and_the_last_one_stays():
     console = plain_console(file=out, force_terminal=True, width=60)
     assert watch(console, iter(["[/a]", "[/a] b"])) == "[/a] b"
     assert "[/a] b" in out.getvalue()
+
+
+def test_lines_before_one_that_is_no_utf_8_are_answered(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\n\xff\xfe\nho\n")))
+    lines = piped_lines(plain_console(file=io.StringIO()))
+    assert next(lines) == "hi"
+    with pytest.raises(DataError, match="stdin, line 2"):
+        next(lines)
+
+
+def test_options_of_a_decoder_are_numbers_words_and_yes_or_no(chat):
+    chat.take("/decoder conv verify=0.1 verify_all=true kernel_size=9 temperature=1e-1")
+    options = {"verify": 0.1, "verify_all": True, "kernel_size": 9, "temperature": 0.1}
+    assert chat.conversation.request.options == options
+    chat.take("/decoder conv kernel_size=wide")
+    assert "kernel_size" in chat.said()
+
+
+def test_clients_of_endpoints_say_nothing_of_their_requests(monkeypatch):
+    """openai and huggingface_hub log each one, the former under another name since its version 3."""
+    from dlm.cli import _run
+
+    noisy = [logging.getLogger(name) for name in ("httpx", "httpx2", "openai")]
+    for logger in noisy:
+        monkeypatch.setattr(logger, "level", logging.NOTSET)
+        logger.setLevel(logging.NOTSET)
+    with contextlib.suppress(SystemExit):
+        _run("dlm chat", CHAT, ["--print_config"])
+    assert not [logger.name for logger in noisy if logger.isEnabledFor(logging.INFO)]

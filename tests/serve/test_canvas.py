@@ -11,6 +11,7 @@ from decoding import Request, Sampler
 from decoding.cells import cells, open_positions
 from decoding.engine import Engine
 from decoding.order_table import OrderTable
+from serve.api.mercury import marked
 from tests.decoding.rig import canvas_of, order_table, plan_of
 from tests.fakes import FakeDenoiser, FakeTokenizer
 from tests.serve.rig import events, stream_of
@@ -248,6 +249,21 @@ def test_mercury_fills_between_prompt_and_suffix(server):
     assert got["choices"] == server.post("/v1/completions", **body).json()["choices"]
     chunks = stream_of(server, "/v1/fim/completions", **body)
     assert "".join(c["choices"][0]["text"] for c in chunks[:-1]) == got["choices"][0]["text"]
+
+
+def test_marks_of_mercury_go_and_what_stands_beside_them_stays():
+    message = (
+        "<|current_file_content|>\ncurrent_file_path: a.py\nold <|cursor|>tail\n<|code_to_edit|>\n"
+        "hello <|cursor|>world\n<|/code_to_edit|>\nend\n<|/current_file_content|>"
+    )
+    text, (begin, end) = marked(message)
+    assert text == "\nold tail\nhello world\nend\n"
+    assert text[begin:end] == "hello world"
+
+
+def test_a_shortest_replacement_needs_a_longest(server):
+    response = server.post("/v1/edit/completions", text="The cat sat", span="cat", min_tokens=9)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "min_tokens")
 
 
 def test_mercury_writes_a_marked_region_again(server, tiny, tokenizer):

@@ -11,7 +11,7 @@ import sys
 import pytest
 from huggingface_hub import InferenceClient
 
-from tests.serve.rig import Running, events
+from tests.serve.rig import Running, events, running
 
 PROMPT = "Sort the words:"
 
@@ -44,6 +44,22 @@ def test_text_generation_of_huggingface_hub(server, plain):
     assert all(part.details is None for part in parts[:-1])
     assert "".join(part.token.text for part in parts) == plain
     assert parts[-1].details.finish_reason == detailed.details.finish_reason
+
+
+def test_tokens_of_a_tgi_stream_join_to_the_answer_also_where_a_stop_text_cuts_one(server):
+    """A stop text of one letter, of a text at 24 tokens, so that most lie within a token."""
+    ends = set()
+    for seed, stop in itertools.product(range(6), "eaoi"):
+        body = {"inputs": PROMPT, "parameters": {"seed": seed, "temperature": 1.0, "max_new_tokens": 24}}
+        free = server.post("/generate", **body).json()["generated_text"]
+        body["parameters"]["stop"] = [free[:1] if seed == 0 and free else stop]
+        whole = server.post("/generate", **body).json()["generated_text"]
+        with server.client.stream("POST", "/generate_stream", json=body) as response:
+            parts = [data for _, data in events(response)]
+        assert "".join(part["token"]["text"] for part in parts) == whole
+        assert parts[-1]["generated_text"] == whole
+        ends.add((parts[-1]["token"]["special"], bool(whole)))
+    assert ends == {(True, False), (False, True)}, "an empty answer, and others"
 
 
 def test_chat_completion_of_huggingface_hub(server):
@@ -119,6 +135,21 @@ def test_the_paths_of_ollama(server):
     refused = server.post("/api/generate", model="tiny", prompt="a", format="json")
     assert refused.json()["param"] == "format"
     assert "format" in refused.json()["error"]
+
+
+def test_ollama_takes_a_body_that_calls_itself_a_form(server):
+    """As curl sends it, and as Ollama's documentation has it."""
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    body = b'{"model": "tiny", "prompt": "hi", "stream": false}'
+    assert server.client.post("/api/generate", content=body, headers=form).status_code == 200
+    response = server.client.post("/v1/completions", content=body, headers=form)
+    assert response.status_code == 400
+    assert "sent as application/json" in response.text
+
+
+def test_there_is_somebody_at_the_root_without_a_page(tiny, tokenizer):
+    with running(tiny, tokenizer, page=False) as server:
+        assert (server.client.get("/").status_code, server.client.head("/").status_code) == (200, 200)
 
 
 def test_the_client_of_ollama(server, tiny, tokenizer):

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from decoding import Sampler
-from tests.serve.rig import events, stream_of
+from tests.serve.rig import events, running, stream_of
 
 CHAT = {"messages": [{"role": "user", "content": "Sort the words: b a c"}], "max_tokens": 24}
 TEXT = {"prompt": "Sort the words:", "max_tokens": 24}
@@ -384,6 +384,13 @@ def test_values_that_ask_for_nothing_are_taken(server):
     assert got.status_code == 200, got.text
     plain = server.post("/v1/chat/completions", **CHAT, seed=1).json()
     assert got.json()["choices"] == plain["choices"]
+    with server.client.stream(
+        "POST",
+        "/v1/chat/completions",
+        json={**CHAT, "stream": True, "stream_options": {"include_obfuscation": False}},
+    ) as response:
+        assert response.status_code == 200
+    assert server.post("/v1/canvas", text="The <mask:1> sat", stop=[]).status_code == 200
     parts = [{"type": "text", "text": "Sort the words:"}, {"type": "text", "text": " b a c"}]
     body = {**CHAT, "messages": [{"role": "user", "content": parts}]}
     assert server.post("/v1/chat/completions", **body, seed=1).json()["choices"] == plain["choices"]
@@ -399,6 +406,39 @@ def test_bodies_that_are_no_requests_are_400(server, path, body):
     response = server.client.post(path, content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400, response.text
     assert response.json()["error"]
+
+
+@pytest.mark.parametrize("depth", [300, 500, 600, 900])
+def test_what_is_nested_deep_is_no_failure_of_the_server(server, depth):
+    body = b'{"prompt": "a", "metadata": {"a": ' + b"[" * depth + b"]" * depth + b"}}"
+    response = server.client.post("/v1/completions", content=body)
+    assert response.status_code == 400, response.text
+
+
+def test_what_nobody_expected_to_fail_has_an_id_and_cors(tiny, tokenizer, monkeypatch):
+    def fails(*_):
+        raise ZeroDivisionError
+
+    with running(tiny, tokenizer, cors=["https://example.org"]) as server:
+        monkeypatch.setattr("serve.api.openai.completion_generation", fails)
+        response = server.client.post("/v1/completions", json=TEXT, headers={"origin": "https://example.org"})
+        assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+        assert response.headers["x-request-id"]
+        assert response.headers["access-control-allow-origin"] == "https://example.org"
+
+
+def test_an_echo_of_nothing_is_nothing(server):
+    body = {"max_tokens": 6, "seed": 3}
+    for prompt, places in (("", [0]), (["", "a"], [0])):
+        plain = server.post("/v1/completions", prompt=prompt, **body).json()["choices"]
+        echoed = server.post("/v1/completions", prompt=prompt, echo=True, **body).json()["choices"]
+        assert all(echoed[i]["text"] == plain[i]["text"] for i in places)
+    assert echoed[1]["text"] == "a" + plain[1]["text"]
+
+
+@pytest.mark.parametrize("prompt", [[-1], [10**6], "a" * 10**5])
+def test_a_prompt_at_fault_is_named(server, prompt):
+    assert server.post("/v1/completions", prompt=prompt).json()["error"]["param"] == "prompt"
 
 
 def test_a_prompt_too_long_names_both_lengths(server, tiny):

@@ -74,16 +74,31 @@ def test_a_client_that_goes_away_while_its_prompt_waits_is_dropped(tiny, tokeniz
 
 
 def test_prompts_that_are_being_encoded_count_among_those_that_wait(tiny, tokenizer, gate):
-    with running(tiny, tokenizer, max_waiting=1) as server:
+    """But for as many as there are free rows, which wait for nothing."""
+    with running(tiny, tokenizer, max_rows=1, max_waiting=1) as server:
         statuses = []
-        first = threading.Thread(target=_ask, args=(server, statuses, LONG))
-        first.start()
-        wait_for(lambda: gate.begun == 1)
+        threads = [threading.Thread(target=_ask, args=(server, statuses, LONG)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: gate.begun == 1 and server.app.state.service._preparing == 2)
         response = server.post("/v1/completions", **SHORT)
         assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
         gate.opened.set()
-        first.join()
+        for thread in threads:
+            thread.join()
         assert server.post("/v1/completions", **SHORT).status_code == 200
+
+
+@pytest.mark.parametrize("waiting", [0, 2])
+def test_as_many_requests_as_there_are_rows_wait_for_nothing(tiny, tokenizer, waiting):
+    with running(tiny, tokenizer, max_rows=6, max_waiting=waiting) as server:
+        statuses = []
+        threads = [threading.Thread(target=_ask, args=(server, statuses, SHORT)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert statuses == [200] * 6
 
 
 @pytest.mark.parametrize(
