@@ -228,6 +228,23 @@ def test_options_are_sent_and_a_refusal_is_shown(page, served, expected):
     page.wait_for_selector(".problem:has-text('temperature')")
 
 
+def test_yes_and_no_are_boxes_and_tables_have_names(page, served, expected):
+    expected.append("status of 400")
+    page.select_option(".decoder >> nth=0", "categorical")
+    page.click(".side summary >> nth=0")
+    assert page.get_attribute("input[name=verify_all] >> nth=0", "type") == "checkbox"
+    page.fill("input[name=verify] >> nth=0", "0.4")
+    page.check("input[name=verify_all] >> nth=0")
+    ask(page, "sum: 3 4")
+    finish(page)
+    body = {"messages": user("sum: 3 4"), "seed": 7, "max_tokens": 24, "decoder": "categorical"}
+    assert shown(page) == texts_of(served.canvas(**body, options={"verify": 0.4, "verify_all": True}))
+    page.select_option(".decoder >> nth=0", "dprm")
+    page.fill("input[name=table] >> nth=0", "nowhere")
+    ask(page, "sum: 3 4")
+    page.wait_for_selector(".problem:has-text('nowhere')")
+
+
 # ---- gaps --------------------------------------------------------------------------------------------
 
 
