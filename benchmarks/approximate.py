@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from collections.abc import Sequence
 from statistics import mean
 from typing import Any
@@ -28,7 +29,7 @@ from dlm.checkpoint import load_model
 from dlm.data.prompts import read_prompts
 from dlm.data.rules import is_right, make_examples
 from dlm.repetition import repetition, stutter
-from eval.bench import as_causal, now
+from eval.bench import as_causal
 from examples.demo import PROMPT_SEED, STEPS, WINDOW
 
 Modes = dict[str, dict[str, Any]]
@@ -83,9 +84,9 @@ class Judge:
 
 def write(sampler: Sampler, prompts: Sequence[Any], how: dict[str, Any]) -> tuple[list[Output], float]:
     """Answers one by one, and the seconds they took."""
-    begun = now(sampler.model.device)
+    begun = time.perf_counter()
     outs = sampler.generate(prompts, batch_size=1, seed=0, **how)
-    return outs, now(sampler.model.device) - begun
+    return outs, time.perf_counter() - begun
 
 
 def compare(sampler: Sampler, judge: Judge, prompts: Sequence[Any], chosen: Modes) -> None:
@@ -128,9 +129,9 @@ def tasks(sampler: Sampler, size: int, chosen: Modes) -> None:
     examples = make_examples(size, seed=PROMPT_SEED, split="test")
     print("| mode | right | calls | answers/s |\n|---|---|---|---|")
     for name, how in chosen.items():
-        begun = now(sampler.model.device)
+        begun = time.perf_counter()
         outs = sampler.generate([e.instruction for e in examples], batch_size=32, seed=0, **how)
-        seconds = now(sampler.model.device) - begun
+        seconds = time.perf_counter() - begun
         right = mean(is_right(e, out.text) for e, out in zip(examples, outs, strict=True))
         calls = mean(out.model_calls for out in outs)
         print(f"| {name} | {100 * right:.1f} % | {calls:.1f} | {size / seconds:.1f} |", flush=True)

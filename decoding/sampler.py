@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from decoding.answer import Detokenizer, Event, Output, show
 from decoding.canvas import Canvas, Row
 from decoding.course import Trace
+from decoding.denoiser import Denoiser
 from decoding.engine import Engine, Update
 from decoding.gaps import Gap, Piece, pieces_of, without_span
 from decoding.infill import Infilled, gap_scores, likeliest, plan_infilling, rows_with_gaps
@@ -37,7 +38,7 @@ class Sampler:
         tokenizer: its tokenizer.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: Denoiser, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.spec = ModelSpec.of(model)
