@@ -84,6 +84,19 @@ def test_a_text_does_not_depend_on_its_batch_mates(gpu, tokenizer):
     assert [out.token_ids for out in together] == [out.token_ids for out in alone]
 
 
+@pytest.mark.parametrize("block_size", [None, 4])
+@pytest.mark.parametrize("name", ["llada", "entropy-bound", "conv"])
+def test_drafts_change_no_text(gpu, tokenizer, name, block_size):
+    """Rows that come true are computed beside others: in packed rows, or as guests of kept keys and values."""
+    gpu.double()
+    gpu.config.block_size, gpu.config.causal_context = block_size, block_size is not None
+    sampler, answers = Sampler(gpu, tokenizer), []
+    for count in (0, 4):
+        outs = sampler.generate(PROMPTS, decoder=name, max_tokens=24, seed=[1, 2, 3, 4], drafts=count)
+        answers.append([(out.token_ids, out.reveal_step) for out in outs])
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_rows_have_the_states_of_padded_ones(gpu, record_property, dtype):
     ids, mask = ids_and_mask()
