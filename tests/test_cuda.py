@@ -87,7 +87,7 @@ def test_a_text_does_not_depend_on_its_batch_mates(gpu, tokenizer):
 @pytest.mark.parametrize("block_size", [None, 4])
 @pytest.mark.parametrize("name", ["llada", "entropy-bound", "conv"])
 def test_drafts_change_no_text(gpu, tokenizer, name, block_size):
-    """Rows that come true are computed beside others: in packed rows, or as guests of kept keys and values."""
+    """Drafts are computed beside the rows: packed with them, or as guests of their keys and values."""
     gpu.double()
     gpu.config.block_size, gpu.config.causal_context = block_size, block_size is not None
     sampler, answers = Sampler(gpu, tokenizer), []
