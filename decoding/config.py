@@ -105,12 +105,14 @@ class LoadConfig:
         spec = stored_spec(self.model)
         return None if spec is None else request.resolve(spec)
 
-    def load(self) -> tuple[Any, Any]:
-        """The model and its tokenizer, for computing alone."""
+    def load(self, prepacked: bool = True) -> tuple[Any, Any]:
+        """The model and its tokenizer; with `prepacked` weights for computing alone (see `load_model`)."""
         from dlm.checkpoint import load_model
         from dlm.graphs import BucketedModel
 
-        model, tokenizer = load_model(self.model, self.device, self.dtype, prepacked=not self.accelerate)
+        model, tokenizer = load_model(
+            self.model, self.device, self.dtype, prepacked=prepacked and not self.accelerate
+        )
         if not self.accelerate:
             return model, tokenizer
         if self.accelerate == "compile":

@@ -198,7 +198,8 @@ class StateCache:
         self.states[target] = self.states[source]
         self.entries.copy(rows, places)
         for row, place in zip(rows.tolist(), places.tolist(), strict=True):
-            self.drafted[place] = self.drafted.get(row, [])
+            if row in self.drafted:
+                self.drafted[place] = self.drafted[row]
 
     def shown_ids(self, rows: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
         """[b, L] what the model is shown of the rows [b], or of other `ids` [b, L] of theirs."""
@@ -239,15 +240,9 @@ class StateCache:
         self.states.flatten(0, 1)[self._cells(rows[row], position)] = states
         self.entries.add(rows, where)
 
-    def knows(self, rows: torch.Tensor) -> torch.Tensor:
-        """[b] bool, rows whose states are there: they are as they were computed, or have become a draft."""
-        current = (self.entries.version[rows] == self.canvas.version[rows]).tolist()
-        return torch.tensor(
-            [
-                known or self._draft_of(row) is not None
-                for row, known in zip(rows.tolist(), current, strict=True)
-            ]
-        )
+    def foretold(self, rows: torch.Tensor) -> torch.Tensor:
+        """[b] bool, rows that have become a draft since their last call."""
+        return torch.tensor([self._draft_of(row) is not None for row in rows.tolist()])
 
     def _draft_of(self, row: int) -> DraftedRow | None:
         """The draft that a row has become, if there is one."""
@@ -345,7 +340,7 @@ class StateCache:
             valid[:, :width],
             self.key_values,
             call_rows,
-            **_given(attention=record and [record], guests=guests),
+            **_given(attention=None if record is None else [record], guests=guests),
         )
         self.computed_ids[rows] = computed_ids
         if drafts is None:

@@ -209,8 +209,8 @@ class Engine:
     def step(self, tickets: Collection[int] | None = None) -> list[Update]:
         """Take the next step of every row; rows that are finished leave the engine.
 
-        Rows that need no model call, since a draft of them has come true (`Request.drafts`), take theirs
-        first and alone.
+        Where drafts of some rows have come true (`Request.drafts`), these rows alone take it: they need no
+        model call, and the others wait for them.
 
         Args:
             tickets: of the rows that take the step, all by default; texts do not depend on it. Rows that wait
@@ -232,9 +232,7 @@ class Engine:
             for group in self._groups.values()
         ]
         stepping = [(group, rows) for group, rows in stepping if rows != []]
-        if (
-            tickets is None
-        ):  # so that a call is made when all rows need one, and not for each that has fallen behind
+        if tickets is None:  # so that a call is made when all rows need one
             ahead = [(group, group.batch.ahead_of_calls()) for group, _ in stepping]
             stepping = [(group, rows) for group, rows in ahead if rows] or stepping
         errors = run_work(

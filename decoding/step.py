@@ -204,7 +204,7 @@ class Batch:
         if not self.plan.drafts:
             return []
         rows = (~self.canvas.done).nonzero()[:, 0]
-        known = [cache.knows(rows) for cache in self.scorer.states]
+        known = [cache.foretold(rows) for cache in self.scorer.states]
         return rows[torch.stack(known).all(0)].tolist() if len(rows) else []
 
     def _view(self, rows: Rows) -> StepView:

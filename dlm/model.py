@@ -33,7 +33,7 @@ from dlm.device import to_device
 from dlm.errors import ConfigError
 from dlm.modes import share
 from dlm.objective import token_log_probabilities
-from dlm.prepacking import is_prepacked
+from dlm.prepacking import ONLY_COMPUTES, prepacked_layers
 from dlm.quantization import is_quantized
 from dlm.shadows import Shadowed, Shadows
 from dlm.spec import ModelSpec
@@ -163,8 +163,8 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
         Raises:
             ConfigError: for weights in 8 or 4 bits, and for prepacked ones.
         """
-        if is_prepacked(self):
-            raise ConfigError("prepacked weights only compute: save a model that was loaded without")
+        if prepacked_layers(self):
+            raise ConfigError(ONLY_COMPUTES)
         if is_quantized(self):
             raise ConfigError("weights in 8 or 4 bits are not written: load the model in float32 or bfloat16")
         self._ignore_tied_head()  # an adapter may have untied it

@@ -8,12 +8,18 @@ memory is the same.
 from __future__ import annotations
 
 import platform
-from typing import TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from dlm.errors import ConfigError
+
 Model = TypeVar("Model", bound=nn.Module)
+
+ONLY_COMPUTES = "prepacked weights only compute: save, move or copy a model that was loaded without"
+"""Error of everything else that is done with them."""
 
 
 class PrepackedLinear(nn.Module):
@@ -28,11 +34,21 @@ class PrepackedLinear(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
         self.bias = None if layer.bias is None else layer.bias.detach()
+        self.numel = layer.weight.numel()
+        self.nbytes = layer.weight.nbytes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out], as `nn.Linear`."""
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return y
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Refuse to be moved, or brought into another type: PyTorch would leave the packed weights behind."""
+        raise ConfigError(ONLY_COMPUTES)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be copied or pickled: packed weights have no storage that can be read."""
+        raise ConfigError(ONLY_COMPUTES)
 
     def extra_repr(self) -> str:
         """Say the sizes, as `nn.Linear` does."""
@@ -60,12 +76,15 @@ def prepack(model: Model) -> Model:
     float32 and bfloat16, and in 8 or 4 bits.
     """
     layers: nn.Module = model.layers  # type: ignore[assignment]
-    for name, layer in list(layers.named_modules()):
-        if type(layer) is nn.Linear and layer.weight.is_cpu and can_prepack(layer.weight.dtype):
-            layers.set_submodule(name, PrepackedLinear(layer))
+    names = [name for name, layer in layers.named_modules() if type(layer) is nn.Linear]
+    for name in names:  # one after the other, so that there are never two copies of more than one
+        layer = layers.get_submodule(name)
+        if layer.weight.is_cpu and can_prepack(layer.weight.dtype):  # type: ignore[arg-type]
+            layers.set_submodule(name, PrepackedLinear(layer))  # type: ignore[arg-type]
     return model
 
 
-def is_prepacked(model: nn.Module) -> bool:
-    """True for a model with a packed layer."""
-    return any(isinstance(module, PrepackedLinear) for module in model.modules())
+def prepacked_layers(model: Any) -> list[PrepackedLinear]:
+    """The packed layers of a model, whose weights are not among its parameters."""
+    modules: Iterable[nn.Module] = getattr(model, "modules", list)()
+    return [module for module in modules if isinstance(module, PrepackedLinear)]

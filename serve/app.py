@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,8 +24,6 @@ from serve.metrics import Metrics
 from serve.middleware import BodyLimit, Failures, Keys, OllamaBodies, RequestLog
 from serve.service import Service, as_api_error
 from serve.worker import Worker
-
-logger = logging.getLogger("serve")
 
 DESCRIPTION = """Masked diffusion language models with convolutional decoding.
 

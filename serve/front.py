@@ -29,7 +29,7 @@ from dlm.version import __version__
 from serve.config import ServeConfig
 from serve.errors import TGI_PATHS, APIError, body_for
 from serve.metrics import CONTENT_TYPE, Metrics
-from serve.middleware import BodyLimit, Keys, RequestLog
+from serve.middleware import BodyLimit, Failures, Keys, RequestLog
 
 logger = logging.getLogger("serve")
 
@@ -90,6 +90,7 @@ class Front:
                 Mount("", app=self._forward),
             ]
         )
+        app.add_middleware(Failures)
         app.add_middleware(BodyLimit, limit=config.max_body, metrics=self._counts)
         app.add_middleware(Keys, keys=config.keys(), metrics=self._counts)
         app.add_middleware(RequestLog, json_lines=config.log_format == "json", bodies=config.log_prompts)

@@ -32,8 +32,8 @@ class Sample:
 
     @property
     def positions(self) -> int:
-        """Positions of the row at its longest."""
-        return len(self.row.ids)
+        """Positions of the row at its longest, and of its drafts, which are as long."""
+        return len(self.row.ids) * (1 + self.plan.drafts)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from serve.errors import APIError, body_for
 from serve.metrics import Metrics
 
 logger = logging.getLogger("serve.access")
+failures = logging.getLogger("serve")
 
 BODY_SECONDS = 60.0
 """Seconds that a client may take for its whole body."""
@@ -65,7 +66,7 @@ class Failures:
         except Exception as error:
             if begun or scope["type"] != "http":
                 raise
-            logger.exception("a request failed", exc_info=error)
+            failures.exception("a request failed", exc_info=error)
             failure = APIError(500, "the server failed", code="internal_error")
             await JSONResponse(body_for(scope["path"], failure), 500)(scope, receive, send)
 

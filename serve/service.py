@@ -158,9 +158,11 @@ class Service:
                     code="context_length_exceeded",
                 )
             if sample.positions > self.config.max_positions:
+                drafts = sample.plan.drafts
+                with_drafts = f", and as many for each of {drafts} drafts" if drafts else ""
                 raise APIError(
                     400,
-                    f"prompt and answer have {sample.positions} tokens; this server holds "
+                    f"prompt and answer have {len(sample.row.ids)} tokens{with_drafts}; this server holds "
                     f"{self.config.max_positions}",
                     code="context_length_exceeded",
                 )

@@ -106,9 +106,12 @@ class Worker:
 
     @property
     def beyond_free(self) -> int:
-        """Requests that wait for a row: those that cannot begin, and the inbox but for rows that are free."""
+        """Requests that wait for a row: those that cannot begin, and the inbox less the rows that are free.
+
+        Below 0 where there are more free rows.
+        """
         free = 0 if self._waiting or self._engine is None else max(0, self.max_rows - self._engine.running)
-        return self._waiting + self._inbox.qsize() - free
+        return self.waiting - free
 
     @property
     def idle(self) -> bool:
@@ -321,7 +324,8 @@ class Worker:
             return None
         rows: dict[int, dict[int, int]] = {}  # by number of the job, so that none is held in memory
         for ticket, length in self.engine.lengths().items():
-            rows.setdefault(self._jobs[ticket][0].number, {})[ticket] = length
+            job, index = self._jobs[ticket]
+            rows.setdefault(job.number, {})[ticket] = length * (1 + job.samples[index].plan.drafts)
         return set(self._shares.choose(rows))
 
     def _follow(self, job: Job, index: int, update: Update, notices: list[Notice]) -> None:

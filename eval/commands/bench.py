@@ -43,6 +43,7 @@ def run(config: BenchConfig) -> int:
 
     from decoding.rows import RowMaker
     from dlm.checkpoint import stored_positions
+    from dlm.prepacking import prepack
     from eval.bench import Problem, as_causal, standard_ways, table, time_ways
 
     positions = stored_positions(config.model)
@@ -50,7 +51,10 @@ def run(config: BenchConfig) -> int:
         size = getattr(config, name)
         if positions is not None and size > positions:
             raise ConfigError(f"{name} {size} is longer than the model's {positions} positions")
-    model, tokenizer = config.load()
+    model, tokenizer = config.load(prepacked=False)
+    causal = as_causal(model)  # of weights that are not packed yet
+    for each in (model, causal.model) if not config.accelerate else ():
+        prepack(each)
     spec = model.spec
     ids = RowMaker(tokenizer, spec, spec.positions).prompt(config.prompt)
     if len(ids) + config.max_tokens > spec.positions or len(ids) >= config.window:
@@ -59,7 +63,7 @@ def run(config: BenchConfig) -> int:
     sizes = config.window, config.steps, config.max_tokens
     problem = Problem(model, prompts, spec.mask_token_id, spec.eos_token_id, *sizes)
     tokens = min(config.max_tokens, 64)
-    ways = standard_ways(problem, as_causal(model), tokens)
+    ways = standard_ways(problem, causal, tokens)
     runs = time_ways(ways, config.rounds, model.device)
     print(
         f"{config.rows} answers behind {len(ids)} tokens, {model.dtype}, {model.device}, "

@@ -25,9 +25,10 @@ WHOLE_FILE = re.compile(r"<\|current_file_content\|>(.*?)<\|/current_file_conten
 """The file that they stand in."""
 
 MARK = re.compile(
-    r"^<\|/?[a-z_]+\|>[ \t]*(?:\n|\Z)|<\|/?[a-z_]+\|>|^current_file_path:[^\n]*\n", re.MULTILINE
+    r"<\|cursor\|>|^<\|/?[a-z_]+\|>[ \t\r]*(?:\n|\Z)|<\|/?[a-z_]+\|>|^current_file_path:[^\n]*\n",
+    re.MULTILINE,
 )
-"""Other marks, with their line where they fill it, and lines about the file."""
+"""The cursor; other marks, with their line where they fill it; and lines about the file."""
 
 
 class FimRequest(schema.CompletionRequest):
@@ -75,7 +76,7 @@ def marked(message: str) -> tuple[str, tuple[int, int]]:
             code="invalid_value",
         )
     prefix, suffix = (MARK.sub("", part) for part in (text[: region.start()], text[region.end() :]))
-    words = region[1].strip("\n")
+    words = region[1].strip("\r\n")
     words = MARK.sub("", words)
     return prefix + words + suffix, (len(prefix), len(prefix) + len(words))
 

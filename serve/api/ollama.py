@@ -17,6 +17,7 @@ from pydantic import Field
 
 from decoding.answer import Output
 from dlm.device import QUANTIZED
+from dlm.prepacking import prepacked_layers
 from dlm.tokenizer import Message
 from dlm.version import __version__
 from serve.api import schema
@@ -251,11 +252,12 @@ class _Handlers:
         if not self.service.worker.loaded.done():
             return 0
         model = self.service.worker.engine.model
+        packed: int = sum(getattr(layer, measure) for layer in prepacked_layers(model))
         if measure == "numel" and hasattr(model, "num_parameters"):
-            return int(model.num_parameters())  # two in a byte, where weights have 4 bits
+            return packed + int(model.num_parameters())  # two in a byte, where weights have 4 bits
         parameters: Iterable[Any] = getattr(model, "parameters", list)()
         values = (getattr(parameter, measure) for parameter in parameters)
-        return sum(int(value() if callable(value) else value) for value in values)
+        return packed + sum(int(value() if callable(value) else value) for value in values)
 
     @property
     def _created(self) -> str:

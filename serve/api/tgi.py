@@ -160,9 +160,9 @@ class _TGIAnswer:
         text = self.texts.text(token)
         return {"id": token, "text": text, "logprob": LEAST if value is None else value, "special": False}
 
-    def _no_token(self) -> dict[str, Any]:
-        """The token of the event of an answer without one: the end, which has no text."""
-        return self._token(self.service.spec.eos_token_id, None) | {"text": "", "special": True}
+    def _no_token(self, special: bool) -> dict[str, Any]:
+        """The token of the event of an answer without a whole one: the end, as yet without text."""
+        return self._token(self.service.spec.eos_token_id, None) | {"text": "", "special": special}
 
     def details(self, output: Output) -> dict[str, Any]:
         """TGI's details."""
@@ -200,7 +200,7 @@ class _TGIAnswer:
                 sent = len(output.token_ids)
                 if notice.finished:
                     end = {k: v for k, v in self.details(output).items() if k in END}
-                    held = held or {"index": 0, "token": self._no_token()}
+                    held = held or {"index": 0, "token": self._no_token(special=not output.text)}
                     held["token"]["text"] += output.text[said:]  # of a token that a stop text has cut
                     yield sse_event({**held, "generated_text": self.text(output), "details": end})
 

@@ -208,6 +208,26 @@ def test_rows_of_an_engine_wait_for_each_other_so_that_a_call_is_for_all():
 
 
 @dataclass(frozen=True)
+class Waiting(Quota):
+    """Writes nothing for a while."""
+
+    def decide(self, view):
+        decision = super().decide(view)
+        return replace(decision, reveal=decision.reveal & (view.step >= 9)[:, None])
+
+
+def test_a_row_that_writes_nothing_keeps_nobody_waiting():
+    model = Sure(eos_bias=-99.0)
+    ids, engine = rows(model, [3, 4], 30), Engine(model, FakeTokenizer())
+    plans = [plan_of(x, rate=1.0, drafts=2) for x in (Decoder(Full(), Waiting()), "llada")]
+    tickets = [engine.add(canvas_of(ids[i : i + 1], plan), plan) for i, plan in enumerate(plans)]
+    for _ in range(8):
+        engine.step()
+    steps = [int(engine.canvas(ticket).step[0]) for ticket in tickets]
+    assert min(steps) >= 3, "a step of all comes at the latest behind as many as there are drafts"
+
+
+@dataclass(frozen=True)
 class Failing(Quota):
     """Fails on a row of which more than so many positions are written."""
 

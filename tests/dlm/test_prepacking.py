@@ -1,6 +1,7 @@
 """Packed weights: the same products, for computing alone."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from decoding.config import LoadConfig
 from dlm import load_model, prepacking
 from dlm.errors import ConfigError
-from dlm.prepacking import PrepackedLinear, can_prepack, is_prepacked, prepack
+from dlm.prepacking import PrepackedLinear, can_prepack, prepack, prepacked_layers
 from tests.dlm.test_attention import tiny
 
 needs_kernels = pytest.mark.skipif(not can_prepack(torch.float32), reason="PyTorch has no oneDNN here")
@@ -51,20 +52,26 @@ def test_a_packed_model_gives_the_states_of_the_model():
 
 
 def test_other_types_and_machines_without_the_kernels_keep_their_layers(monkeypatch):
-    assert not is_prepacked(prepack(tiny(dtype=torch.float64)))
+    assert not prepacked_layers(prepack(tiny(dtype=torch.float64)))
     monkeypatch.setattr(prepacking, "can_prepack", lambda dtype: False)
     model = tiny(dtype=torch.float32)
     assert prepack(model) is model
-    assert not is_prepacked(model)
+    assert not prepacked_layers(model)
 
 
 @needs_kernels
 def test_commands_pack_and_python_does_when_it_is_asked(model, tokenizer, tmp_path):
     for each in (model, tokenizer):
         each.save_pretrained(tmp_path)
-    assert not is_prepacked(load_model(tmp_path, "cpu")[0])
-    assert is_prepacked(LoadConfig(model=str(tmp_path), device="cpu").load()[0])
+    assert not prepacked_layers(load_model(tmp_path, "cpu")[0])
+    assert prepacked_layers(LoadConfig(model=str(tmp_path), device="cpu").load()[0])
     model, _ = load_model(tmp_path, "cpu", prepacked=True)
-    assert is_prepacked(model)
-    with pytest.raises(ConfigError, match="prepacked weights only compute"):
-        model.save_pretrained(tmp_path / "out")
+    assert prepacked_layers(model)
+    for misuse in (
+        lambda: model.save_pretrained(tmp_path / "out"),
+        lambda: model.to(torch.bfloat16),
+        lambda: copy.deepcopy(model),
+        lambda: pickle.dumps(model),
+    ):
+        with pytest.raises(ConfigError, match="prepacked weights only compute"):
+            misuse()

@@ -259,6 +259,9 @@ def test_marks_of_mercury_go_and_what_stands_beside_them_stays():
     text, (begin, end) = marked(message)
     assert text == "\nold tail\nhello world\nend\n"
     assert text[begin:end] == "hello world"
+    message = "a\r\n<|cursor|>\r\n<|code_to_edit|>\r\nb\r\n<|/code_to_edit|>\r\n<|end|>\r\nc"
+    text, (begin, end) = marked(message)
+    assert (text, text[begin:end]) == ("a\r\n\r\nb\r\nc", "b")
 
 
 def test_a_shortest_replacement_needs_a_longest(server):

@@ -9,8 +9,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from huggingface_hub import InferenceClient
 
+from dlm.backbone import from_scratch
+from dlm.prepacking import prepack
+from tests.serve.conftest import SIZES
 from tests.serve.rig import Running, events, running
 
 PROMPT = "Sort the words:"
@@ -145,6 +149,26 @@ def test_ollama_takes_a_body_that_calls_itself_a_form(server):
     response = server.client.post("/v1/completions", content=body, headers=form)
     assert response.status_code == 400
     assert "sent as application/json" in response.text
+
+
+def test_ollama_is_told_the_size_of_a_model_with_prepacked_weights(tokenizer):
+    sizes = []
+    for prepared in (lambda model: model, prepack):
+        torch.manual_seed(1)
+        with running(prepared(from_scratch(SIZES, tokenizer).eval()), tokenizer) as server:
+            shown = server.post("/api/show", model="tiny").json()["model_info"]["general.parameter_count"]
+            sizes.append((shown, server.client.get("/api/tags").json()["models"][0]["size"]))
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize(("drafts", "status"), [(0, 200), (3, 400)])
+def test_drafts_count_among_the_positions_of_a_server(tiny, tokenizer, drafts, status):
+    with running(tiny, tokenizer, max_positions=100) as server:
+        body = {"prompt": [5] * 20, "max_tokens": 20, "drafts": drafts}
+        response = server.post("/v1/completions", **body)
+        assert response.status_code == status
+        if drafts:
+            assert "40 tokens, and as many for each of 3 drafts" in response.json()["error"]["message"]
 
 
 def test_there_is_somebody_at_the_root_without_a_page(tiny, tokenizer):
