@@ -320,9 +320,9 @@ class StateCache:
         needed = torch.zeros_like(valid)
         needed[:, : where.shape[1]] = where
         block = torch.arange(ids.shape[1]) // size
-        last = torch.where(needed, block, -1).amax(1, keepdim=True)
+        last = last_block(needed, block)
         changed = (ids != self.computed_ids[rows]) & valid
-        active = _blocks(changed | needed, last, block) & valid
+        active = blocks_up_to(last, changed | needed, block) & valid
         computed_ids = torch.where(active, ids, self.computed_ids[rows])
         computed_ids = torch.where(changed & (block > last), -1, computed_ids)
         call_rows, guests = rows, None
@@ -366,11 +366,11 @@ class StateCache:
             computed_ids: [b, L] ids of the rows' keys and values behind the call.
             block: [L] number of each position's block.
         """
-        place, first = torch.searchsorted(rows, drafts.rows), _first(drafts.masked, block)
-        further = (last[place] - _first(self.canvas.masked[drafts.rows], block)).clamp(min=0)
+        place, first = torch.searchsorted(rows, drafts.rows), first_block(drafts.masked, block)
+        further = (last[place] - first_block(self.canvas.masked[drafts.rows], block)).clamp(min=0)
         shown = self.shown_ids(drafts.rows, drafts.ids)
         wanted = ((shown != computed_ids[place]) | (block == first)) & drafts.valid
-        return shown, _blocks(wanted, first + further, block) & drafts.valid
+        return shown, blocks_up_to(first + further, wanted, block) & drafts.valid
 
 
 def _given(**values: Any) -> dict[str, Any]:
@@ -392,14 +392,19 @@ def _drafted(
         yield row, DraftedRow(shown[valid], known[valid], values.clone())
 
 
-def _first(masked: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """[b, 1] number of the block [L] of the first mask of rows [b, L]."""
-    return torch.where(masked, block, len(block)).amin(1, keepdim=True)
+def first_block(where: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """[b, 1] number of the first of the blocks [L] in which rows [b, L] have a place; L for none."""
+    return torch.where(where, block, len(block)).amin(1, keepdim=True)
 
 
-def _blocks(wanted: torch.Tensor, last: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """[b, L] bool, the blocks [L] from the first that holds a `wanted` [b, L] to number `last` [b, 1]."""
-    return (block >= _first(wanted, block)) & (block <= last)
+def last_block(where: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """[b, 1] number of the last of the blocks [L] in which rows [b, L] have a place; -1 for none."""
+    return torch.where(where, block, -1).amax(1, keepdim=True)
+
+
+def blocks_up_to(last: torch.Tensor, where: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """[b, L] bool, blocks [L] from the first in which rows [b, L] have a place to number `last` [b, 1]."""
+    return (block >= first_block(where, block)) & (block <= last)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,15 @@ from torch.nn.functional import max_pool1d
 
 from decoding.canvas import Canvas, Rows, resized
 from decoding.conflicts import ConflictCache
-from decoding.denoiser import Denoiser, Entries, StateCache, StateQuery, can
+from decoding.denoiser import (
+    Denoiser,
+    Entries,
+    StateCache,
+    StateQuery,
+    blocks_up_to,
+    can,
+    last_block,
+)
 from decoding.drafts import Guess
 from decoding.request import Plan
 from decoding.reveal.base import TOKEN_NOISE, Evidence, StepView
@@ -161,9 +169,7 @@ class Scorer:
         size = self.states[0].block_size
         if size is not None:
             block = torch.arange(where.shape[1]) // size
-            first = torch.where(where, block, len(block)).amin(1, keepdim=True)
-            last = torch.where(where, block, -1).amax(1, keepdim=True)
-            near &= (block >= first) & (block <= last)
+            near &= blocks_up_to(last_block(where, block), where, block)
         return near
 
     def answered(self, rows: Rows, view: StepView, asked: Evidence) -> StepView:

@@ -259,16 +259,14 @@ class Batch:
 
         def take_step(canvas: Canvas, source: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
             recalling = Recalling(self.scorer, canvas, rows[source], rank)
-            for _ in Batch(recalling.model, canvas, recalling.plan, recalling).step():
-                pass
-            return recalling.known
+            step = Batch(recalling.model, canvas, recalling.plan, recalling).step()
+            (failed,) = run_work(recalling.model, [step])
+            # A rule that fails on what a row is not: if it becomes that, the error is the one of its step.
+            return recalling.known if failed is None else torch.zeros_like(recalling.known)
 
         canvas = self.canvas.take(rows)
         canvas.alternatives = canvas.alternatives[:, :, :0]  # nobody reads those of drafts
-        try:
-            drafts = likeliest_drafts(canvas, self.plan.drafts, self.scorer.ranks, take_step)
-        except Exception:  # a rule fails on such a row; if the row becomes it, the error is that of its step
-            return None
+        drafts = likeliest_drafts(canvas, self.plan.drafts, self.scorer.ranks, take_step)
         return None if drafts is None else replace(drafts, rows=rows[drafts.rows])
 
     def _beyond(self, rows: Rows) -> torch.Tensor:

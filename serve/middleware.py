@@ -40,6 +40,17 @@ ID = re.compile(r"[\w.:-]{1,128}")
 """Ids that a client may give to its request."""
 
 
+class _Sending:
+    """Sends messages on, and notes that the response has begun."""
+
+    def __init__(self, send: Send) -> None:
+        self.send, self.begun = send, False
+
+    async def __call__(self, message: Message) -> None:
+        self.begun = True
+        await self.send(message)
+
+
 class Failures:
     """Answers what nobody expected to fail with a 500; the error is in the log.
 
@@ -54,17 +65,11 @@ class Failures:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer as an ASGI application."""
-        begun = False
-
-        async def sending(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
+        sending = _Sending(send)
         try:
             await self.app(scope, receive, sending)
         except Exception as error:
-            if begun or scope["type"] != "http":
+            if sending.begun or scope["type"] != "http":
                 raise
             failures.exception("a request failed", exc_info=error)
             failure = APIError(500, "the server failed", code="internal_error")
@@ -177,7 +182,7 @@ class BodyLimit:
                 await _drain(receive)
             await self._refuse(self._too_long(), scope, receive, send)
             return
-        read, started, complete = 0, False, False
+        read, complete = 0, False
         deadline = time.monotonic() + BODY_SECONDS
 
         async def receiving() -> Message:
@@ -195,15 +200,11 @@ class BodyLimit:
                 raise _Refused(self._too_long())
             return message
 
-        async def sending(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
+        sending = _Sending(send)
         try:
             await self.app(scope, receiving, sending)
         except _Refused as refused:
-            if not started:
+            if not sending.begun:
                 await self._refuse(refused.error, scope, receive, send)
 
     def _too_long(self) -> APIError:
