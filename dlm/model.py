@@ -73,12 +73,16 @@ class DenoisingHead(nn.Linear):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., V]."""
-        closed = torch.zeros(self.out_features, dtype=hidden.dtype, device=hidden.device)
+        return F.linear(hidden, self.weight, self.offsets(hidden))
+
+    def offsets(self, like: torch.Tensor) -> torch.Tensor:
+        """[V] what is added to the products, in the type and on the device of a tensor."""
+        closed = torch.zeros(self.out_features, dtype=like.dtype, device=like.device)
         closed[self.num_tokens :] = float("-inf")
         for token in (self.mask_token_id, *self.closed):
             # A slice is filled; a single element would be copied, which waits.
             closed[token : token + 1] = float("-inf")
-        return F.linear(hidden, self.weight, closed if self.bias is None else closed + self.bias)
+        return closed if self.bias is None else closed + self.bias
 
 
 class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]

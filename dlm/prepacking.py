@@ -1,18 +1,21 @@
-"""Linear layers on a CPU with their weights in the order in which oneDNN's kernels read them.
+"""Models on a CPU, for computing alone: packed weights, and fewer and larger operations.
 
-PyTorch brings weights into that order anew in every call, which costs a small batch half as much as the
-product itself. Here it is done once (`python -m benchmarks.chat default default:plain` measures it); the
-memory is the same.
+PyTorch brings the weights of a linear layer anew in every call into the order in which oneDNN's kernels read
+them, which costs a small batch half as much as the product itself. Here it is done once. Products of the same
+input become one, and an RMSNorm one operation: a call for one row spends much of its time between small ones.
+What is computed is the same up to rounding (`python -m benchmarks.chat default default:plain` measures it).
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dlm.errors import ConfigError
 
@@ -23,19 +26,24 @@ ONLY_COMPUTES = "prepacked weights only compute: save, move or copy a model that
 
 
 class PrepackedLinear(nn.Module):
-    """A linear layer whose weights are packed; it can be computed, and neither trained, moved nor saved.
+    """Linear layers of one input, as one whose weights are packed: their outputs stand side by side.
+
+    It can be computed, and neither trained, moved nor saved.
 
     Args:
-        layer: on a CPU, in float32 or bfloat16.
+        layers: on a CPU, in float32 or bfloat16; all of them with a bias, or none.
+        bias: in place of theirs.
     """
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, *layers: nn.Linear, bias: torch.Tensor | None = None) -> None:
         super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-        self.bias = None if layer.bias is None else layer.bias.detach()
-        self.numel = layer.weight.numel()
-        self.nbytes = layer.weight.nbytes
+        self.in_features = layers[0].in_features
+        self.out_features = sum(layer.out_features for layer in layers)
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        self.bias = torch.cat(biases) if biases and bias is None else bias
+        self.numel, self.nbytes = weight.numel(), weight.nbytes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out], as `nn.Linear`."""
@@ -55,6 +63,67 @@ class PrepackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+class PrepackedMLP(nn.Module):
+    """The feed-forward part of a Llama and its kin: gate and up are one product.
+
+    Args:
+        mlp: of transformers.
+    """
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.gate_up = PrepackedLinear(mlp.gate_proj, mlp.up_proj)
+        self.down = PrepackedLinear(mlp.down_proj)
+        self.activation = mlp.act_fn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(self.activation(gate).mul_(up))  # type: ignore[no-any-return]
+
+
+class PrepackedAttention(nn.Module):
+    """The attention of a Llama: queries, keys and values are one product, and are turned in one operation.
+
+    Args:
+        attention: of transformers; its projections are taken from it.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.projection = PrepackedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = PrepackedLinear(attention.o_proj)
+        self.width = attention.head_dim
+        self.heads, self.groups = (x.out_features // self.width for x in (attention.q_proj, attention.k_proj))
+        del attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+        self.attention = attention
+        """What attention functions ask about the layer."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, Any]:
+        """[B, A, D] -> [B, A, D], and the attention weights if the attention function gives them."""
+        shape = hidden_states.shape[:-1]
+        states = self.projection(hidden_states).view(*shape, -1, self.width).transpose(1, 2)
+        plain, value = states.split([self.heads + self.groups, self.groups], dim=1)
+        cos, sin = (x.unsqueeze(1) for x in position_embeddings)
+        first, second = plain.chunk(2, dim=-1)
+        turned = torch.addcmul(plain * cos, torch.cat((-second, first), dim=-1), sin)
+        query, key = turned.split([self.heads, self.groups], dim=1)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.attention.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS[self.attention.config._attn_implementation]
+        mixed, weights = attend(
+            self.attention, query, key, value, attention_mask, scaling=self.attention.scaling, **kwargs
+        )
+        return self.output(mixed.reshape(*shape, -1)), weights
+
+
 def can_prepack(dtype: torch.dtype) -> bool:
     """True where PyTorch has oneDNN's kernels for a type, on an x86 processor; others have not been tried."""
     names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
@@ -68,20 +137,64 @@ def can_prepack(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or bool(half)
 
 
+RELATED = ("Llama", "Mistral", "Qwen2", "Qwen3")
+"""Families of transformers whose norms and feed-forward parts are computed alike."""
+
+
 @torch.no_grad()
 def prepack(model: Model) -> Model:
-    """The model with the linear layers of its repeated `layers` packed, in place.
+    """The model with its repeated layers and its head packed, in place.
 
-    Layers stay as they are where PyTorch lacks the kernels, and elsewhere than on a CPU, in other types than
-    float32 and bfloat16, and in 8 or 4 bits.
+    What stays as it is: modules elsewhere than on a CPU, in other types than float32 and bfloat16, in 8 or
+    4 bits, and all where PyTorch lacks the kernels. A head that shares the embedding's weights has a copy.
+
+    Args:
+        model: a masked diffusion model, or a causal language model of transformers.
     """
-    layers: nn.Module = model.layers  # type: ignore[assignment]
-    names = [name for name, layer in layers.named_modules() if type(layer) is nn.Linear]
-    for name in names:  # one after the other, so that there are never two copies of more than one
-        layer = layers.get_submodule(name)
-        if layer.weight.is_cpu and can_prepack(layer.weight.dtype):  # type: ignore[arg-type]
-            layers.set_submodule(name, PrepackedLinear(layer))  # type: ignore[arg-type]
+    layers: nn.Module = model.layers if hasattr(model, "layers") else model.base_model.layers  # type: ignore
+    for name, module in list(layers.named_modules()):  # one by one: never two copies of more than one
+        packed = _packed(type(module).__name__)
+        if packed is not None and _can_pack(module):
+            layers.set_submodule(name, packed(module))
+    for name, module in list(layers.named_modules()):
+        if type(module) is nn.Linear and _can_pack(module):
+            layers.set_submodule(name, PrepackedLinear(module))
+    head: Any = model.lm_head
+    if _can_pack(head):
+        offsets = head.offsets(head.weight) if hasattr(head, "offsets") else None
+        packed_head = PrepackedLinear(head, bias=offsets)
+        if head.weight is model.get_input_embeddings().weight:  # type: ignore[operator]
+            packed_head.numel = packed_head.nbytes = 0  # its numbers are counted as the embedding's
+        model.lm_head = packed_head
     return model
+
+
+RELATED = ("Llama", "Mistral", "Qwen2", "Qwen3")
+"""Families of transformers whose norms and feed-forward parts are computed alike."""
+
+
+def _packed(kind: str) -> Callable[[Any], nn.Module] | None:
+    """What makes the module that takes the place of one of a class; None where its parts are packed alone."""
+    if kind == "LlamaAttention":
+        return PrepackedAttention
+    if kind in [f"{family}MLP" for family in RELATED]:
+        return PrepackedMLP
+    return _norm if kind in [f"{family}RMSNorm" for family in RELATED] else None
+
+
+def _norm(written_out: Any) -> nn.RMSNorm:
+    """PyTorch's own, in place of one that is written out in single operations."""
+    norm = nn.RMSNorm(written_out.weight.shape, written_out.variance_epsilon)
+    norm.weight = written_out.weight
+    return norm
+
+
+def _can_pack(module: nn.Module) -> bool:
+    """True for a module on a CPU, in a type with kernels, whose parts with weights are linear layers."""
+    parts = [part for part in module.children() if any(True for _ in part.parameters())]
+    return all(type(part) is nn.Linear for part in parts) and all(
+        weight.is_cpu and can_prepack(weight.dtype) for weight in module.parameters()
+    )
 
 
 def prepacked_layers(model: Any) -> list[PrepackedLinear]:

@@ -53,7 +53,7 @@ def run(config: BenchConfig) -> int:
             raise ConfigError(f"{name} {size} is longer than the model's {positions} positions")
     model, tokenizer = config.load(prepacked=False)
     causal = as_causal(model)  # of weights that are not packed yet
-    for each in (model, causal.model) if not config.accelerate else ():
+    for each in (model, causal) if not config.accelerate else ():
         prepack(each)
     spec = model.spec
     ids = RowMaker(tokenizer, spec, spec.positions).prompt(config.prompt)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoding.config import LoadConfig
 from dlm import load_model, prepacking
@@ -38,17 +39,70 @@ def test_a_packed_layer_is_the_layer(shape, bias, dtype):
 
 
 @needs_kernels
-def test_a_packed_model_gives_the_states_of_the_model():
-    model = tiny(shift=True, dtype=torch.float32)
-    packed = prepack(copy.deepcopy(model))
-    linear = [x for x in model.backbone.modules() if type(x) is nn.Linear]
-    assert len(linear) == sum(isinstance(x, PrepackedLinear) for x in packed.modules()) == 3 * 7
-    ids = torch.randint(0, 59, (3, 20), generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_of_one_input_become_one_with_their_outputs_side_by_side(bias):
+    torch.manual_seed(0)
+    layers = [nn.Linear(24, size, bias=bias) for size in (16, 8, 40)]
+    x = torch.randn(2, 5, 24)
+    joined = PrepackedLinear(*layers)
     with torch.inference_mode():
-        torch.testing.assert_close(packed.hidden(ids), model.hidden(ids), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(
-            packed.logits(packed.hidden(ids)), model.logits(model.hidden(ids)), rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(joined(x), torch.cat([layer(x) for layer in layers], dim=-1))
+    assert joined.out_features == 64
+    assert joined.numel == 24 * 64
+    assert joined.nbytes == 4 * 24 * 64
+
+
+@needs_kernels
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_model_gives_the_states_of_the_model(dtype, groups):
+    if not can_prepack(dtype):
+        pytest.skip(f"oneDNN has no {dtype} here")
+    exact = tiny(shift=True, groups=groups, dtype=torch.float64)
+    model = copy.deepcopy(exact).to(dtype)
+    exact = copy.deepcopy(model).double()
+    packed = prepack(copy.deepcopy(model))
+    kinds = [type(module).__name__ for module in packed.modules()]
+    assert kinds.count("PrepackedLinear") == 3 * 4 + 1
+    assert kinds.count("PrepackedAttention") == kinds.count("PrepackedMLP") == 3
+    assert kinds.count("RMSNorm") == 2 * 3
+    assert "Linear" not in kinds
+    ids = torch.randint(0, 59, (3, 20), generator=torch.Generator().manual_seed(1))
+    valid = torch.arange(20) < torch.tensor([[20], [13], [7]])
+    with torch.inference_mode():
+        wanted = exact.logits(exact.hidden(ids, valid))[valid]
+        got = packed.logits(packed.hidden(ids, valid))[valid]
+        plain = model.logits(model.hidden(ids, valid))[valid]
+    assert (got.isneginf() == wanted.isneginf()).all()
+    assert wanted.isneginf().any()
+    open_ = ~wanted.isneginf()
+    error = (got.double() - wanted)[open_].abs().max()
+    assert error <= 1.5 * (plain.double() - wanted)[open_].abs().max()
+
+
+@needs_kernels
+def test_a_packed_causal_model_generates_as_before():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    model = LlamaForCausalLM(LlamaConfig(**shape, **heads, attention_bias=True, mlp_bias=True)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    ids = torch.randint(0, 50, (2, 6))
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    wanted = model.generate(ids, **settings)
+    packed = prepack(model)
+    assert len(prepacked_layers(packed)) == 2 * 4 + 1
+    assert torch.equal(packed.generate(ids, **settings), wanted)
+    assert len(set(wanted.flatten().tolist())) > 6
+
+
+@needs_kernels
+def test_the_copy_of_a_shared_head_is_not_counted_twice(model):
+    count = model.num_parameters()
+    packed = prepack(copy.deepcopy(model))
+    assert sum(layer.numel for layer in prepacked_layers(packed)) + packed.num_parameters() == count
 
 
 def test_other_types_and_machines_without_the_kernels_keep_their_layers(monkeypatch):
