@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from decoding.request import is_whole
@@ -24,6 +24,11 @@ class Gap:
     most: int
     coarse: bool = False
     """Try few of the lengths, each a fifth longer than the last, in place of all."""
+
+    @property
+    def count(self) -> int:
+        """How many `lengths` there are."""
+        return len(self.lengths) if self.coarse else self.most - self.least + 1
 
     @property
     def lengths(self) -> list[int]:
@@ -56,6 +61,17 @@ class Gap:
 
 
 Piece = str | Gap
+
+MANY = 10**9
+"""As far as combinations of lengths are counted."""
+
+
+def combinations(pieces: Sequence[Piece]) -> int:
+    """Ways to choose the lengths of the gaps, counted up to `MANY`; none of them is made."""
+    total = 1
+    for piece in pieces:
+        total = min(MANY, total * (piece.count if isinstance(piece, Gap) else 1))
+    return total
 
 
 def pieces_of(text: str, open_until: int = 0) -> list[Piece]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from decoding.canvas import Canvas, Row
 from decoding.denoiser import hidden_of_rows
-from decoding.gaps import Gap, Piece
+from decoding.gaps import MANY, Gap, Piece, combinations
 from decoding.pace import STEPS_PER_POSITION, Ending
 from decoding.request import OPEN_LENGTH, DecoderRequest, Plan, Request
 from decoding.rows import Prompt, RowMaker, TooLongError
@@ -22,6 +22,9 @@ from dlm.spec import ModelSpec
 
 MOST_LENGTHS = 256
 """Greatest number of combinations of lengths of the gaps of one text."""
+
+LEAST_PROBABILITY = 2.0**-149
+"""Least float32 above 0. A token that was less likely counts as this, so that a score is a number."""
 
 NEIGHBOURS = 4
 """Given tokens on each side of a gap whose likelihood counts when its length is open."""
@@ -83,14 +86,11 @@ def rows_with_gaps(
     Raises:
         ConfigError: for a text that is too long, and for too many combinations.
     """
+    count = combinations(pieces)
+    if count > MOST_LENGTHS:
+        known = f"{count}" if count < MANY else f"{MANY} or more"
+        raise ConfigError(f"{name}: its gaps have {known} combinations of lengths; at most {MOST_LENGTHS}")
     lengths = [piece.lengths for piece in pieces if isinstance(piece, Gap)]
-    combinations = 1
-    for sizes_of_gap in lengths:
-        combinations *= len(sizes_of_gap)
-    if combinations > MOST_LENGTHS:
-        raise ConfigError(
-            f"{name}: its gaps have {combinations} combinations of lengths; at most {MOST_LENGTHS}"
-        )
     try:
         prompt_ids = rows.prompt(prompt) if prompt is not None else []
         piece_ids = [
@@ -120,14 +120,15 @@ def _row(
     name: str,
 ) -> Row:
     """The row of one combination of lengths; `piece_ids` holds the tokens of each piece, None for gaps."""
+    first = next(iter(piece_ids), [])
+    if not prompt_ids and rows.spec.shift and (first is None or not first):
+        prompt_ids = [rows.spec.eos_token_id]  # the state before the first token has to come from somewhere
     ids: list[int] = []
     remaining = iter(sizes)
     for tokens in piece_ids:
         ids += [plan.mask_id] * min(next(remaining), plan.positions + 1) if tokens is None else tokens
         if len(prompt_ids) + len(ids) > plan.positions:
             raise ConfigError(f"{name} is longer than the model's {plan.positions} positions")
-    if not prompt_ids and ids[0] == plan.mask_id and rows.spec.shift:
-        prompt_ids = [rows.spec.eos_token_id]  # the state before the first token has to come from somewhere
     return Row(prompt_ids + ids, len(prompt_ids), name)
 
 
@@ -148,8 +149,9 @@ def gap_scores(model: Any, tries: Sequence[Canvas], plan: Plan, batch_size: int)
 
 
 def _written(canvas: Canvas) -> torch.Tensor:
-    """Log-probabilities of the tokens in the gaps, each when it was written."""
-    return canvas.confidence[0][canvas.initial[0]].double().log()
+    """Log-probabilities of the tokens in the gaps, each when it was written (see `LEAST_PROBABILITY`)."""
+    probability = canvas.confidence[0][canvas.initial[0]]
+    return probability.clamp(min=LEAST_PROBABILITY).double().log()
 
 
 @torch.inference_mode()

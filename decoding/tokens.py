@@ -218,11 +218,11 @@ class TokenRule:
         else:
             among = total if heat == 1 else log_normaliser(logits.float() / heat)
         probability, share = (values.float() - total).exp(), (heated - among).exp()
-        return Candidates(probability, ids, share, self._within(probability, share))
+        return Candidates(probability, ids, share, self._within(values, probability, share))
 
-    def _within(self, probability: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-        """[N, k] bool, where min-p admits the probability and top-p the share, both in falling order."""
-        inside = probability > 0
+    def _within(self, values: torch.Tensor, probability: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        """[N, k] bool, where min-p admits the probability and top-p the share, in falling order of logits."""
+        inside = values > -torch.inf
         if self.min_p:
             inside = inside & (probability >= self.min_p * probability[:, :1])
         return inside & (share.cumsum(1) - share < self.top_p) if self.top_p < 1 else inside

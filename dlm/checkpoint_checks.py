@@ -32,6 +32,9 @@ def check_config(stored: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"config.json says mask_token_id = {stored['mask_token_id']}; it is less than vocab_size = {rows}"
         )
+    for name in ("schedule", "generation"):
+        if not isinstance(stored.get(name) or {}, Mapping):
+            raise CheckpointError(f"config.json says {name} = {stored[name]!r}; it is a dictionary")
     if stored.get("block_size") is not None:
         whole(stored, "block_size")
     backbone = _dictionary(stored, "backbone")

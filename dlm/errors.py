@@ -27,6 +27,10 @@ class CheckpointError(DLMError, OSError):
     """A checkpoint is missing, truncated, or of an unsupported family."""
 
 
+class DivergedError(DLMError):
+    """Training came to numbers that are none: its weights are of no use any more."""
+
+
 def unknown_name(kind: str, name: str, choices: Iterable[str]) -> ConfigError:
     """A `ConfigError` for an unknown `name`: the nearest right one first, then all the choices."""
     names = sorted(choices)

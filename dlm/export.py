@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 from dlm.adapter_files import BASE, WEIGHTS, base_of, is_adapter, saved_by_peft
 from dlm.atomic import filling
 from dlm.checkpoint import DTYPES, load_model
+from dlm.data.records import RECORD_SUFFIXES
 from dlm.errors import CheckpointError, ConfigError, first_line
 from dlm.formats import DiffusionFormat
 from dlm.lock import check_writable
@@ -119,11 +120,13 @@ def _cleaned(config: Any, generation: Mapping[str, Any] | None) -> None:
 def _without_folders(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
     if not isinstance(value, str) or not value:
         return value
     path = Path(value)
     try:
-        local = path.is_absolute() or path.exists()
+        local = path.is_absolute() or path.exists() or value.startswith(".") or path.suffix in RECORD_SUFFIXES
     except OSError:  # too long for a path
         return value
     return path.name if local else value

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from dlm.checkpointing import LOG_STATE, keep_last, log_state, mark_complete, reading
+from dlm.checkpointing import LOG_STATE, keep_last, last_checkpoint, log_state, mark_complete, reading
 from dlm.data.windows import EpochSampler, TensorBatch, WindowCollator
 from dlm.ema import EMA
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, DivergedError
 from dlm.model import IGNORE
 from dlm.noising import Blocks, add_eval_noise, add_noise
 from dlm.objective import weighted_loss
@@ -236,6 +236,33 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
             for name, total in self._watched.items()
         }
 
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Log, evaluate and save as transformers does, but nothing of a run that has diverged."""
+        control, last = self.control, self.state.global_step >= self.state.max_steps
+        if control.should_log or control.should_evaluate or control.should_save or last:
+            loss = float(self.accelerator.reduce(tr_loss.detach().clone(), reduction="mean"))
+            self.check_finite("loss", loss)
+            if grad_norm is not None and not self.args.fp16:  # there a step with inf is left out
+                self.check_finite("gradient norm", float(grad_norm))
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def check_finite(self, name: str, value: float) -> None:
+        """Refuse a figure that is no number.
+
+        Raises:
+            DivergedError: naming it, the step, and the checkpoint before it.
+        """
+        if math.isfinite(value):
+            return
+        last = last_checkpoint(self.args.output_dir)
+        raise DivergedError(
+            f"training has diverged: at step {self.state.global_step} the {name} is {value}. Try a lower "
+            f"--learning_rate (now {self.args.learning_rate:g}) in another --output_dir; "
+            + (f"the checkpoint before it is {last}" if last else "there is no checkpoint before it")
+        )
+
     def floating_point_ops(self, inputs: TensorBatch) -> int:
         """6 × parameters × positions: the usual estimate for one training step."""
         return int(6 * inputs["input_ids"].numel() * self._parameters)
@@ -417,8 +444,17 @@ class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A checkpoint brings those that the run had; they may change.
+        state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
+        state.eval_steps = args.eval_steps or state.eval_steps
         self.trainer.continue_log()
         self.trainer.start_clock()
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        for name in {"eval_nelbo", "eval_loss"} & (metrics or {}).keys():
+            self.trainer.check_finite(f"validation {name.removeprefix('eval_')}", (metrics or {})[name])
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.set_epoch(int(state.epoch or 0))

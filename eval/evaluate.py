@@ -18,8 +18,8 @@ from dlm.origin import autoregressive_origin, fingerprint
 from eval.config import NUCLEUS, EvalConfig
 from eval.metrics import Instruments
 from eval.run import Card, Results, answer_all, finish, merge, open_run
-from eval.systems import Autoregressive, Endpoint, Local, System
-from eval.tasks import Question, load_questions, with_references
+from eval.systems import Autoregressive, Endpoint, Local, System, check_traced
+from eval.tasks import Question, fitting, load_questions, with_references
 from eval.variants import Variant
 
 logger = logging.getLogger(__name__)
@@ -51,13 +51,14 @@ def evaluated(config: EvalConfig) -> tuple[list[Results], list[str]]:
 
     check_writable(config.output)
     state = PartialState(cpu=config.device == "cpu")
-    questions = load_questions(config.task, config.data, config.limit)
-    if config.references:
+    questions = load_questions(config.task, config.data, 0 if config.references else config.limit)
+    if config.references:  # of any question, also one beyond the limit
         rows = read_records(Path(config.references))
-        questions = with_references(questions, rows, config.references, needed=True)
+        questions = with_references(questions, rows, config.references, needed=True)[: config.limit or None]
     _check_variants(config)
     loaded = _Loaded(config)
-    questions = _fitting(questions, loaded) if config.model and config.window else questions
+    if config.model and config.window:
+        questions = fitting(questions, loaded.sampler.fits, config.window)
     contestants = list(_contestants(config, loaded))
     instruments = loaded.instruments(questions) if state.is_main_process else Instruments()
     folders = [contestant.card.folder(config.output) for contestant in contestants]
@@ -118,25 +119,13 @@ def _check_variants(config: EvalConfig) -> None:
     variants = config.variants()
     for variant in variants:
         try:
-            variant.request(eos_fill=config.eos_fill).resolve(spec)
+            plan = variant.request(eos_fill=config.eos_fill).resolve(spec)
+            if config.trace:
+                check_traced(plan)
         except ConfigError as error:
             failures.append(error)
     if len(failures) == len(variants):
         raise failures[0]
-
-
-def _fitting(questions: list[Question], loaded: _Loaded) -> list[Question]:
-    """The questions that leave room for an answer in the window: the same for all decoders."""
-    window, fits = loaded.config.window, loaded.sampler.fits
-    fitting = [question for question in questions if fits(question.opening, window)]
-    if not fitting:
-        raise ConfigError(f"none of the {len(questions)} questions fits in a window of {window} tokens")
-    if len(fitting) < len(questions):
-        logger.warning(
-            "%d of %d questions fill the window of %d tokens and are left out",
-            *(len(questions) - len(fitting), len(questions), window),
-        )
-    return fitting
 
 
 class _Loaded:

@@ -199,14 +199,16 @@ def interval(values: Array, questions: int, level: float = 0.95, *, jackknifed: 
 
 
 def shared_range(curves: Sequence[Curve]) -> tuple[float, float] | None:
-    """Entropies that every curve reaches; None where there are none."""
-    low, high = max(curve.range[0] for curve in curves), min(curve.range[1] for curve in curves)
+    """Entropies that every curve reaches, but for those without any; None where there are none."""
+    ranges = [curve.range for curve in curves if not math.isnan(curve.range[0])]
+    low, high = max((r[0] for r in ranges), default=math.nan), min((r[1] for r in ranges), default=math.nan)
     return (low, high) if low <= high else None
 
 
 def levels(curves: Sequence[Curve]) -> list[float]:
     """Three entropies to compare at: quarters of the range that all share, else of the first curve's."""
-    low, high = shared_range(curves) or curves[0].range
+    reached = [curve.range for curve in curves if not math.isnan(curve.range[0])]
+    low, high = shared_range(curves) or (*reached, curves[0].range)[0]
     return [low + share * (high - low) for share in (0.25, 0.5, 0.75)]
 
 

@@ -300,7 +300,7 @@ def _equal(pace: str, lines: Mapping[str, Line], comparisons: Mapping[str, list[
         for point in row:
             if math.isnan(point.nats.mean):
                 low, high = lines[name].curve.range
-                outside = f"outside {low:.2f} to {high:.2f}"
+                outside = "no answers" if math.isnan(low) else f"outside {low:.2f} to {high:.2f}"
                 rows.append([name, f"{point.entropy:.2f}", outside, *["–"] * (len(head) - 3)])
                 continue
             beside = lines[name].at(point.entropy)

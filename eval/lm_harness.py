@@ -54,6 +54,14 @@ def _check_arguments(
         raise ConfigError("draws are for likelihood=nelbo; a path takes one call for each token")
 
 
+def _whole(value: int | str, name: str, least: int = 0) -> int:
+    """A whole number of at least `least`, as the harness gives it: a number or a text."""
+    read = number(str(value), name)
+    if not isinstance(read, int) or read < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value}")
+    return read
+
+
 @register_model("dlm")
 class DLM(LM):  # type: ignore[misc]
     """A masked diffusion model.
@@ -105,12 +113,13 @@ class DLM(LM):  # type: ignore[misc]
         self.sampler = Sampler(self.model, self.tokenizer)
         self.maker = RowMaker(self.tokenizer, self.sampler.spec)  # of texts of any length, which are cut here
         name, options = parse_decoders(str(decoder).replace(";", ","))[0]
-        self.limit, self.likelihood = int(max_tokens), likelihood
-        self.draws = DRAWS if draws is None else int(draws)
+        self.limit, self.likelihood = _whole(max_tokens, "max_tokens"), likelihood
+        self.draws = DRAWS if draws is None else _whole(draws, "draws", 1)
         self.seed = int(number(str(seed), "seed"))
         self.rows = int(batch_size) if str(batch_size).isdecimal() else 8
-        self.steps, self.window = int(steps), int(window)
-        pace = {"rate": float(rate)} if float(rate) else {}
+        self.steps, self.window = _whole(steps, "steps"), _whole(window, "window")
+        tokens_per_call = float(number(str(rate), "rate"))
+        pace = {"rate": tokens_per_call} if tokens_per_call else {}
         self.variant = Variant(name, options, pace)
         self.fixed = self._fixed_canvas()
         self.sampler.plan(self.variant.request(**self.fixed))  # before the questions are read

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from decoding.request import Request
+from decoding.request import Plan, Request
 from dlm.errors import CheckpointError, ConfigError, DLMError
 from dlm.tokenizer import Message
 from eval.config import NUCLEUS
@@ -49,6 +49,16 @@ class System(Protocol):
         ...
 
 
+def check_traced(plan: Plan) -> None:
+    """Refuse traces of decoders that write tokens again.
+
+    Raises:
+        ConfigError: for a plan whose tokens do not stay.
+    """
+    if not plan.keeps_tokens:
+        raise ConfigError(f"a trace is of tokens that stay; decoder {plan.decoder.name!r} writes some again")
+
+
 class Local:
     """A masked diffusion model.
 
@@ -65,6 +75,8 @@ class Local:
     ) -> None:
         self.sampler, self.batch_size, self.request, self.seed = sampler, batch_size, request, seed
         self.trace = trace
+        if trace:
+            check_traced(sampler.plan(request))
 
     def replies(self, conversations: Sequence[list[Message]]) -> Iterator[tuple[int, Reply]]:
         """See `System`; a conversation's noise depends on the seed and its own text alone."""

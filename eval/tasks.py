@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from dlm.data.records import RECORD_SUFFIXES, read_records
 from dlm.data.rows import asked_and_answer, instruction_text
 from dlm.errors import ConfigError, DataError, unknown_name
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from dlm.tokenizer import Message
@@ -231,6 +234,28 @@ def _rows(task: Task, name: str, data: str) -> Iterator[Any]:
         if isinstance(error, ConfigError):
             raise
         raise DataError(f"the questions of {name!r} could not be fetched ({error}); give --data") from error
+
+
+def fitting(questions: Sequence[Question], fits: Callable[[Any, int], bool], window: int) -> list[Question]:
+    """The questions that leave room for an answer in a window, with a warning where others are left out.
+
+    Args:
+        questions: of a task.
+        fits: True for a prompt that leaves room (`Sampler.fits`).
+        window: tokens of prompt and answer together.
+
+    Raises:
+        ConfigError: where none does.
+    """
+    kept = [question for question in questions if fits(question.opening, window)]
+    if not kept:
+        raise ConfigError(f"none of the {len(questions)} questions fits in a window of {window} tokens")
+    if len(kept) < len(questions):
+        logger.warning(
+            "%d of %d questions fill the window of %d tokens and are left out",
+            len(questions) - len(kept), len(questions), window,
+        )  # fmt: skip
+    return kept
 
 
 def with_references(

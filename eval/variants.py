@@ -65,7 +65,9 @@ def short(value: Any) -> str:
     """A value in a label: a number, a word, or the name of a file."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:g}"
-    return Path(value).stem if isinstance(value, str | Path) else str(value).lower()
+    if isinstance(value, str | Path):
+        return Path(value).stem if str(value).endswith((".json", ".safetensors")) else str(value)
+    return str(value).lower()
 
 
 def parse_decoders(text: str) -> list[tuple[str, dict[str, Any]]]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from dlm.data.config import DataConfig
 from dlm.device import QUANTIZED, check_quantized
-from dlm.errors import ConfigError, refuse_ignored, unknown_name
+from dlm.errors import ConfigError, check_whole, refuse_ignored, unknown_name
 from finetune.contrast_config import NegativeConfig, ObjectiveConfig
 
 
@@ -138,8 +138,15 @@ class ModelConfig(StartConfig):
         if self.schedule not in ("", *SCHEDULES):
             raise unknown_name("schedule", self.schedule, SCHEDULES)
         self._check_visibility()
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        for name in sizes:
+            check_whole(f"model.{name}", getattr(self, name))
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ConfigError(
+                f"model.hidden_size {self.hidden_size} must be a multiple of 2 x model.num_attention_heads "
+                f"{self.num_attention_heads}: each head has an even width"
+            )
         if self.init:
-            sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
             refuse_ignored(
                 self, (*sizes, "vocab_size"), "model.", "random weights; model.init brings its own"
             )
@@ -221,6 +228,9 @@ class RunConfig:
     )
     """Settings that may change between a run and its continuation: they do not touch the final weights."""
 
+    MAY_SKIP_VALIDATION: ClassVar[bool] = True
+    """True where a run may go without validation."""
+
     output_dir: str
     data: DataConfig = field(default_factory=DataConfig)
     max_steps: int = 0
@@ -277,6 +287,7 @@ class RunConfig:
         for name in self.trainer:
             if name in TAKEN:
                 raise ConfigError(f"trainer.{name} is not free: {TAKEN[name]}")
+        check_whole("seed", self.seed, 0, 2**32 - 1)
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if self.max_minutes and self.lr_scheduler_type != "cosine":
@@ -367,6 +378,8 @@ class R2FTConfig(RunConfig):
         "save_steps",
     } | {"watch"}
     """Validation decides which weights are kept here, so its settings are not free."""
+
+    MAY_SKIP_VALIDATION: ClassVar[bool] = False
 
     model: StartConfig = field(default_factory=StartConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

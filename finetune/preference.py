@@ -119,11 +119,13 @@ class PreferenceTrainer(ContrastTrainer):
         """Share of the training rows that have a good answer: 1 unless answers are unpaired."""
         if self._unpaired:
             self.good_share = share_of_good(self.train_dataset)
-            if self.eval_dataset is not None and not any(self.eval_dataset["good"]):
-                raise DataError(
-                    f"none of the {len(self.eval_dataset)} validation rows is a good answer, so there is no "
-                    "NELBO to watch; shuffle the rows, or raise --data.validation_rows"
-                )
+            held_out = [] if self.eval_dataset is None else list(self.eval_dataset["good"])
+            for good, lost in ((True, "NELBO to watch"), (False, "gain of bad answers to watch")):
+                if held_out and good not in held_out:
+                    raise DataError(
+                        f"none of the {len(held_out)} validation rows is a {'good' if good else 'bad'} "
+                        f"answer, so there is no {lost}; shuffle the rows, or raise --data.validation_rows"
+                    )
 
     @property
     def _unpaired(self) -> bool:

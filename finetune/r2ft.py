@@ -6,6 +6,7 @@ row, so one forward pass gives the log-probabilities of both.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from functools import partial
@@ -21,7 +22,7 @@ from dlm.data.encode import EncodingReport, encode_rows
 from dlm.data.preferences import PreferenceCollator, are_pairs, encode_preferences, load_preferences
 from dlm.data.rows import load_rows
 from dlm.data.windows import TensorBatch, WindowCollator
-from dlm.errors import ConfigError, DataError, DLMError
+from dlm.errors import ConfigError, DataError, DivergedError, DLMError
 from dlm.model import IGNORE, MaskedDiffusionModel
 from dlm.prior import TokenPrior
 from dlm.trainer import DiffusionTrainer
@@ -37,6 +38,8 @@ from finetune.watch import BestWithinTolerance, WatchCallback, draw_r2ft
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 
 def r2ft_loss(
@@ -266,6 +269,12 @@ class R2FT(Stage[R2FTConfig]):
         """See `Stage`; an autoregressive model is refused before the data are read."""
         super().check()
         refuse_causal_lm(self.config.model.init)
+
+    def diverged(self, trainer: DiffusionTrainer, run: RunFolder, error: DivergedError) -> None:
+        """End the run as its guard does: of the states before, the best is kept."""
+        logger.warning("%s", error)
+        if trainer.accelerator.is_main_process:
+            run.stop()
 
     def settle(self, trainer: DiffusionTrainer, run: RunFolder) -> None:
         """Take the weights of the best validated state.

@@ -29,7 +29,7 @@ from dlm.data.encoded import ENCODED_SUFFIX, EncodedRows
 from dlm.data.rows import load_rows
 from dlm.data.rules import rule_rows
 from dlm.data.windows import WindowCollator
-from dlm.errors import ConfigError, DataError, unknown_name
+from dlm.errors import ConfigError, DataError, DivergedError, unknown_name
 from dlm.lock import alone_in
 from dlm.model import MaskedDiffusionModel
 from dlm.origin import carry_notice
@@ -113,6 +113,11 @@ class Stage(Generic[Config]):
     def settle(self, trainer: DiffusionTrainer, run: RunFolder) -> None:
         """Take the weights that the run is to end with; the last ones, if nothing is done."""
 
+    def diverged(self, trainer: DiffusionTrainer, run: RunFolder, error: DivergedError) -> None:
+        """End a run whose weights are of no use any more; what stands in its checkpoints stays."""
+        del trainer, run
+        raise error
+
     def record(self) -> dict[str, Any]:
         """Fields for the model's configuration beside the data and the optimiser."""
         return {"objective": self.objective, "init": self.start.init or "random weights"}
@@ -177,7 +182,10 @@ def _execute(stage: Stage[Any], run: RunFolder) -> Path:
     if run.resume_from and run.trained:  # killed between the last checkpoint and the final model
         trainer.load_checkpoint(run.resume_from)
     else:
-        trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
+        except DivergedError as error:
+            stage.diverged(trainer, run, error)
     trainer.accelerator.wait_for_everyone()
     stage.settle(trainer, run)
     if trainer.ema:
@@ -194,9 +202,13 @@ def split_rows(data: DataConfig, seed: int, load: Load = load_rows) -> tuple[Dat
     Those of a source are read by `load`. Of a file of encoded rows they are `EncodedRows`.
     """
     if data.source == "rules":  # made by rule, with splits of their own
+        if data.split != DataConfig.split:
+            raise ConfigError("rules makes its own rows: give no --data.split")
         held_out = rule_rows(max(1, data.validation_rows), seed, "validation")
         return rule_rows(data.limit or 20_000, seed), held_out.select(range(data.validation_rows))
     encoded = data.source.endswith(ENCODED_SUFFIX)
+    if encoded and data.split != DataConfig.split:
+        raise ConfigError(f"{data.source}: encoded rows have no splits; give no --data.split")
     rows: Any = EncodedRows.load(data.source) if encoded else load(data.source, data.split)
     rows = rows.select(range(min(data.limit, len(rows)))) if data.limit else rows
     if data.validation_rows >= len(rows):
@@ -227,8 +239,9 @@ def validation_set(
     except DataError as error:
         problem = f"{config.data.source}: of the validation rows (the last {len(held_out)}), {error}"
         if config.eval_steps:
+            without = ", or --eval_steps 0" if config.MAY_SKIP_VALIDATION else ""
             raise DataError(
-                f"{problem}; choose a longer --data.window, other --data.validation_rows, or --eval_steps 0"
+                f"{problem}; choose a longer --data.window, or other --data.validation_rows{without}"
             ) from error
         logger.warning("%s; the run goes on without them", problem)
         return None
@@ -392,6 +405,7 @@ def training_arguments(config: RunConfig, evaluate: bool, max_steps: int) -> Tra
         "num_train_epochs": config.num_train_epochs,
         "eval_strategy": "steps" if evaluate and config.eval_steps else "no",
         "eval_steps": config.eval_steps or None,
+        "logging_nan_inf_filter": False,  # it would log 0 for a loss that is none
         "save_strategy": "steps",
         **_precision(config.precision),
     }

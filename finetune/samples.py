@@ -72,7 +72,7 @@ def answers(
                 decoder=decoder,
                 window=config.data.window,
                 steps=sample_steps(config, ModelSpec.of(model)),
-                seed=config.seed,
+                seed=range(config.seed, config.seed + len(prompts)),  # equal prompts have other answers
             )
     finally:
         model.train(training)

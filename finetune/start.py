@@ -166,6 +166,10 @@ def _from_nothing(config: TrainConfig, rows: Dataset, resume_from: Path | None) 
     else:
         tokenizer = train_tokenizer(_training_texts(rows), config.model.vocab_size)
         prompted = any(prompt for prompt in rows["prompt"])
+        if not prompted and config.model.template not in ("plain", ModelConfig.template):
+            raise ConfigError(
+                f"model.template {config.model.template!r} is for rows with a prompt, and none has one"
+            )
         set_template(tokenizer, config.model.template if prompted else "plain")
     shape = {
         f.name: getattr(config.model, f.name) for f in fields(ScratchConfig) if hasattr(config.model, f.name)

@@ -349,6 +349,19 @@ def test_inspect_negatives_shows_true_and_wrong_tokens(checkpoint, capsys):
     assert text.count("rule: left") == 3
     assert text.count("negative  ") >= 3
     assert "⏎" in text
+    narrow = [
+        "inspect",
+        "negatives",
+        "--data.source",
+        "rules",
+        "--data.window",
+        "24",
+        checkpoint,
+        "--rows",
+        "2",
+    ]
+    assert main(narrow) == 0
+    assert capsys.readouterr().out.count("rule: ") == 2  # also where the first rows are all too long
     assert main([*words[:-1], "/nowhere"]) == 1
     assert "no such folder" in capsys.readouterr().err
 

@@ -17,8 +17,8 @@ from dlm.errors import check_whole
 class Dilated(RevealRule):
     """Dilated unmasking (DUS, arXiv 2506.19037): every n-th position of a block, then those between them.
 
-    A block of B positions takes ⌈log_b B⌉ calls: in call j the positions whose place in the block is a
-    multiple of ⌊B / b^j⌋ are written, the tokens of one call being as far apart as they can be.
+    A block of B positions takes at most ⌈log_b B⌉ calls: in call j the positions whose place in the block
+    is a multiple of ⌊B / b^j⌋ are written, the tokens of one call being as far apart as they can be.
 
     Attributes:
         base: b, at least 2.

@@ -165,12 +165,18 @@ def learn(config: LearnConfig) -> int:
         raise ConfigError(f"{output} is there already; remove it, or give another --output")
     check_writable(output.parent)
     rewards: list[float] = []
+    counted: list[float] = []
     for progress in _offline(config, table) if config.runs else _online(config, table):
         table = progress.table
         rewards += progress.rewards
-    table.save(output)
-    counted = [reward for reward in rewards if not math.isnan(reward)]
-    mean = sum(counted) / len(counted) if counted else math.nan
+        counted += [reward for reward in progress.rewards if not math.isnan(reward)]
+        if counted:
+            table.save(output)  # after each batch: what was learnt so far is there, whatever comes
+    if not counted:
+        raise ConfigError(
+            f"none of the {len(rewards)} answers has a reward {config.reward!r}: there is nothing to learn"
+        )
+    mean = sum(counted) / len(counted)
     print(f"{len(counted)} of {len(rewards)} answers with a reward, mean {mean:.4g}; {_used(table)} cells")
     print(output)
     return 0
@@ -183,11 +189,13 @@ def _online(config: LearnConfig, table: OrderTable) -> Iterator[Progress]:
     from dlm.checkpoint import load_model
     from eval.orders import learn_online
     from eval.task_rewards import task_reward
-    from eval.tasks import load_questions
+    from eval.tasks import fitting, load_questions
 
     questions = load_questions(config.task, config.data, config.limit)
     reward = task_reward(config.reward, config.task)
     sampler = Sampler(*load_model(config.model, config.device, config.dtype, prepacked=True))
+    plan = sampler.plan(config.request())
+    questions = fitting(questions, sampler.fits, plan.positions)
     going = learn_online(
         sampler, questions, reward, table, config.request(),
         options={"kernel_size": config.kernel_size, "draws": config.draws},

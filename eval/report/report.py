@@ -201,9 +201,9 @@ def _task(task: str, runs: list[Results], against: Sequence[str] = ()) -> list[P
     if len(runs) < 2:
         return [first, second]
     measures = ("win", "grade", "score", "right", "nll", "inlier", "relevance", "repetition_4")
-    names = [name for name in measures if name in runs[0].means]
-    third = Part(f"{task}: differences", tables=[tables.paired(runs, name, against) for name in names])
-    return [first, second, third]
+    differences = [tables.paired(runs, name, against) for name in measures]
+    third = Part(f"{task}: differences", tables=[table for table in differences if table.rows])
+    return [first, second, third] if third.tables else [first, second]
 
 
 def _usual(runs: Sequence[Results]) -> str:

@@ -202,6 +202,8 @@ def paired(runs: Sequence[Results], name: str, against: Sequence[str] = ()) -> T
                 for key in first_values
                 if not math.isnan(first_values[key] + second_values.get(key, math.nan))
             ]
+            if not keys:
+                continue
             difference, p = paired_test(
                 [first_values[key] for key in keys], [second_values[key] for key in keys]
             )
@@ -285,7 +287,10 @@ def _figures(verdict: Verdict) -> list[tuple[str, str]]:
             rates.append((f"LC win rate ({figures['lc_kind']})", f"{value} %"))
         return rates
     if verdict.method == "mt_bench":
-        turns = [(f"grade, turn {i}", f"{grade:.2f}") for i, grade in enumerate(figures["by_turn"], start=1)]
+        turns = [
+            (f"grade, turn {i}", "–" if grade is None or math.isnan(grade) else f"{grade:.2f}")
+            for i, grade in enumerate(figures["by_turn"], start=1)
+        ]
         return [*turns, ("grade", _interval(figures["overall"]))]
     if verdict.method == "mt_bench_pairs":
         return [("win rate, ties as halves", _rate(verdict))]

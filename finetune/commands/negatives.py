@@ -90,7 +90,7 @@ def _material(config: NegativesConfig) -> tuple[Any, Any, Any]:
     from dlm.checkpoint import is_causal_lm, load_tokenizer
     from dlm.data.encode import encode_rows
     from dlm.data.encoded import ENCODED_SUFFIX
-    from dlm.errors import CheckpointError
+    from dlm.errors import CheckpointError, DataError
     from dlm.prior import TokenPrior
     from finetune.run import collator, split_rows
 
@@ -104,8 +104,18 @@ def _material(config: NegativesConfig) -> tuple[Any, Any, Any]:
     if prior is None:  # then all rows have to be counted
         everything, _ = encode_rows(rows, tokenizer, config.data.window)
         prior = TokenPrior.of(everything, len(tokenizer), tuple(tokenizer.all_special_ids))
-    subset = rows.shuffle(seed=config.seed).select(range(min(4 * config.rows, len(rows))))
-    shown = list(encode_rows(subset, tokenizer, config.data.window)[0])[: config.rows]
+    shown: list[Any] = []
+    shuffled, size = rows.shuffle(seed=config.seed), 4 * config.rows
+    for begin in range(0, len(rows), size):  # until there are enough that can be used
+        try:
+            part = shuffled.select(range(begin, min(begin + size, len(rows))))
+            shown += encode_rows(part, tokenizer, config.data.window)[0]
+        except DataError:
+            if begin + size >= len(rows) and not shown:
+                raise
+        if len(shown) >= config.rows:
+            break
+    shown = shown[: config.rows]
     numbered = [{**row, "row": i} for i, row in enumerate(shown)]
     return tokenizer, collator(config.data, tokenizer, config.seed)(numbered), prior
 

@@ -11,9 +11,9 @@ def run(config: TrainConfig) -> int:
     from finetune.sft import train
 
     folder = train(config)
-    print(
-        f"{folder}: model, tokenizer, curve.png, samples.md. Try: dlm generate --model {folder} 'Your prompt'"
-    )
+    written = [name for name in ("curve.png", "samples.md") if (folder / name).is_file()]
+    there = ", ".join(["model", "tokenizer", *written])
+    print(f"{folder}: {there}. Try: dlm generate --model {folder} 'Your prompt'")
     return 0
 
 

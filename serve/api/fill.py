@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from decoding.canvas import Canvas
 from decoding.engine import Update
-from decoding.gaps import Gap, Piece
+from decoding.gaps import Gap, Piece, combinations
 from decoding.infill import Infilled, gap_scores, likeliest, plan_infilling, rows_with_gaps
 from decoding.request import Plan
 from decoding.rows import Prompt
@@ -85,8 +84,7 @@ def prepare_filling(
     """
     if n > service.config.max_n:
         raise APIError(400, f"n must be at most {service.config.max_n}, got {n}", param="n")
-    combinations = math.prod(len(piece.lengths) for piece in pieces if isinstance(piece, Gap))
-    check_rows(service.config, combinations * n, "n" if n > 1 else None)
+    check_rows(service.config, combinations(pieces) * n, "n" if n > 1 else None)
     with faults_named():
         return _rows_of_lengths(service, pieces, prompt, sampling, n)
 

@@ -1,12 +1,13 @@
 """Given tokens, texts that end an answer, gaps of open length, and spans that are written again."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from decoding import Decoder, Sampler
-from decoding.gaps import Gap, pieces_of, without_span
+from decoding.gaps import Gap, combinations, pieces_of, without_span
 from decoding.infill import MOST_LENGTHS
 from decoding.presets import PRESETS
 from dlm.errors import ConfigError
@@ -200,6 +201,7 @@ def test_gaps_are_read_from_the_text():
         ("<mask:4-2>", "4 to 2 tokens has no length"),
         ("<mask:x>", "there is no gap"),
         ("<mask:3-7>" * 4, f"625 combinations of lengths; at most {MOST_LENGTHS}"),
+        ("a<mask:1-9999999>" * 90, "1000000000 or more combinations of lengths"),  # at once, none is made
     ):
         with pytest.raises(ConfigError, match=message):
             sampler().infill(text)
@@ -299,3 +301,12 @@ def test_forbidden_texts_never_come_out():
     assert letter not in said(shut)
     with pytest.raises(ConfigError, match="'ab' is 2 tokens"):
         own.without(["ab"])
+
+
+def test_combinations_of_lengths_are_counted_as_far_as_a_thousand_million():
+    for text in ("a", "<mask:2>b<mask:3>", "<mask:1-4>b<mask:2-3>", "<mask:1-3>" * 5):
+        pieces = pieces_of(text) if "<" in text else [text]
+        lists = [piece.lengths for piece in pieces if isinstance(piece, Gap)]
+        assert combinations(pieces) == len(list(itertools.product(*lists)))
+    assert combinations([Gap(1, 40, coarse=True)]) == len(Gap(1, 40, coarse=True).lengths) < 20
+    assert combinations([Gap(1, 9_999_999)] * 50_000) == 10**9

@@ -147,3 +147,20 @@ def test_blocks_without_a_gap_take_no_steps_from_those_with_one(text):
         for steps in (40, 500):
             got = sampler().infill(text, decoder=decoder, options=options, steps=steps)
             assert sum(step >= 0 for step in got.reveal_step) == text.count("<mask")
+
+
+def test_the_token_before_a_first_gap_counts_among_the_positions(model, tokenizer):
+    model.config.shift, model.config.backbone = True, {**model.config.backbone, "max_position_embeddings": 16}
+    own = Sampler(model, tokenizer)
+    assert own.spec.positions == 16
+    assert len(own.infill("<mask:15>").token_ids) == 15
+    with pytest.raises(ConfigError, match="longer than the model's 16 positions"):
+        own.infill("<mask:16>")
+
+
+def test_a_score_is_a_number_however_unlikely_the_tokens_are(model, tokenizer):
+    with torch.no_grad():
+        model.backbone.norm.weight.mul_(400)
+    for text in ("a <mask:3> b", "a <mask:1-2> b"):
+        out = Sampler(model, tokenizer).infill(text, decoder="categorical", options={"temperature": 1e5})
+        assert -104 * 3 - 1e4 < out.score < -90, "as unlikely as float32 can say, token by token"

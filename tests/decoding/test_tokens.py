@@ -227,3 +227,18 @@ def test_a_nucleus_is_found_without_sorting_what_lies_outside(rule, monkeypatch)
                 kept.add(i)
             total += float(shares[i])
         assert float(drawn.mass[row]) == pytest.approx(sum(float(p[i]) for i in kept), abs=0.004)
+
+
+@pytest.mark.parametrize(
+    "cut", [{"top_k": 4}, {"top_k": 9}, {"top_p": 1 - 1e-9}, {"top_k": 4, "top_p": 0.9999999}]
+)
+def test_a_cut_that_cuts_nothing_changes_no_hot_law(cut):
+    """Probabilities that float32 cannot hold are probabilities all the same once they are heated."""
+    logits = torch.tensor([[0.0, -120.0, -120.0, -120.0, -torch.inf]]).expand(20_000, 5)
+    plain = TokenRule(temperature=100.0).choose(logits, noise(20_000)).token
+    token = TokenRule(temperature=100.0, **cut).choose(logits, noise(20_000)).token
+    shares = torch.bincount(token, minlength=5) / 20_000
+    exact = torch.tensor([0.0, -1.2, -1.2, -1.2]).softmax(0)
+    assert ((shares[:4] - exact).abs() < 4 * (exact * (1 - exact) / 20_000).sqrt()).all()
+    assert shares[4] == 0
+    assert (torch.bincount(plain, minlength=5) / 20_000 - shares).abs().max() < 0.02

@@ -106,8 +106,16 @@ def test_folders_beside_the_process_are_folders_too(tmp_path, monkeypatch):
         "init": "private/me",
         "hub": "some/model",
         "x": long,
+        "elsewhere": ["private/other/rows.csv", "./runs/sft", "../sft"],
     }
-    short = {"data": {"source": "rows.jsonl"}, "init": "me", "hub": "some/model", "x": long}
+    elsewhere = ["rows.csv", "sft", "sft"]
+    short = {
+        "data": {"source": "rows.jsonl"},
+        "init": "me",
+        "hub": "some/model",
+        "x": long,
+        "elsewhere": elsewhere,
+    }
     assert _without_folders(records) == short
 
 

@@ -1,5 +1,6 @@
 """The frontier: entropies in closed form, curves at equal entropy, intervals, and the command as a whole."""
 
+import itertools
 import json
 import math
 
@@ -104,6 +105,19 @@ def test_levels_are_quarters_of_what_all_curves_reach():
     wide, narrow, far = line([1, 5], [1, 2]), line([2, 4], [1, 2]), line([7, 9], [1, 2])
     assert levels([wide, narrow]) == pytest.approx([2.5, 3.0, 3.5])
     assert levels([wide, far]) == pytest.approx([2.0, 3.0, 4.0])
+
+
+def test_a_decoder_without_answers_takes_no_level_from_the_others():
+    nothing, first, second = (
+        line([np.nan, np.nan], [np.nan, np.nan]),
+        line([1, 3], [2, 4]),
+        line([2, 5], [1, 2]),
+    )
+    for curves in itertools.permutations([nothing, first, second]):
+        assert levels(curves) == levels([first, second]) == [2.25, 2.5, 2.75]
+    apart = line([7, 9], [1, 2])
+    assert levels([nothing, first, apart]) == levels([first, apart]) == [1.5, 2.0, 2.5]
+    assert all(math.isnan(level) for level in levels([nothing]))
 
 
 def test_a_decoder_that_is_worse_by_a_constant_is_so_on_every_resample():

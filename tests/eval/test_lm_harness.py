@@ -212,6 +212,10 @@ def test_a_window_is_a_fixed_canvas_with_or_without_steps(checkpoint):
         ({"window": 40, "max_tokens": 20}, "max_tokens is for a canvas that grows"),
         ({"steps": 4, "rate": 2}, "either steps or a rate"),
         ({"likelihood": "path", "draws": 8}, "draws are for likelihood=nelbo"),
+        ({"draws": 0}, "draws must be a whole number of at least 1, got 0"),
+        ({"draws": "x"}, "draws: 'x' is not a number"),
+        ({"max_tokens": "1.5"}, "max_tokens must be a whole number"),
+        ({"rate": "x"}, "rate: 'x' is not a number"),
         ({"decoder": "threshold", "rate": 2}, "give no rate"),
     ],
 )

@@ -1,5 +1,6 @@
 """Order tables that learn: on a toy with one right order, from recorded answers, and by the commands."""
 
+import itertools
 import json
 import math
 from dataclasses import asdict
@@ -9,7 +10,7 @@ import torch
 
 from decoding import Request, Sampler
 from decoding.order_table import OrderTable
-from dlm.cli import parse, script
+from dlm.cli import main, parse, script
 from dlm.errors import ConfigError, DataError
 from eval.answers import Answer
 from eval.commands.orders import COMMAND, LEARN
@@ -179,6 +180,11 @@ def test_samples_have_seeds_of_their_own_and_stay_together(sampler):
 # ---- the commands ------------------------------------------------------------------------------------
 
 
+def none(prompts, completions):
+    """A reward of no answer."""
+    return [math.nan for _ in completions]
+
+
 def length(prompts, completions):
     """A reward."""
     return [len(text) / 100 for text in completions]
@@ -315,3 +321,37 @@ def test_an_output_or_a_reward_that_cannot_be_is_refused_before_the_model_is_rea
     assert "Loading" not in error
     with pytest.raises(ConfigError, match="none has a name yet"):
         OrderTable.named("mine")
+
+
+def test_a_question_that_is_too_long_is_left_out_and_a_kill_loses_nothing(place, capsys, caplog, monkeypatch):
+    rows = json.loads((place / "rows.json").read_text())
+    rows.insert(2, {"instruction": "Count. " * 400, "output": "One."})
+    (place / "rows.json").write_text(json.dumps(rows))
+    window = [word for word in ASK if word not in ("--max_tokens", "12")]
+    assert (
+        learn(*window, "--window", "60", "--steps", "6", "--batch_size", "2", "--output", "short.json") == 0
+    )
+    assert "4 of 4 answers with a reward" in capsys.readouterr().out
+    assert "1 of 5 questions fill the window of 60 tokens" in caplog.text
+
+    def killed(*words, **fields):
+        yield from itertools.islice(learn_online(*words, **fields), 1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eval.orders.learn_online", killed)
+    assert learn(*window, "--window", "60", "--steps", "6", "--batch_size", "2", "--output", "some.json") != 0
+    assert 0 < OrderTable.load("some.json").tokens < OrderTable.load("short.json").tokens
+
+
+def test_answers_without_any_reward_make_no_table(place, capsys):
+    words = [word for word in ASK if word not in OWN]
+    assert learn(*words, "--reward", "tests.eval.test_orders:none", "--output", "empty.json") == 2
+    assert "none of the 4 answers has a reward 'tests.eval.test_orders:none'" in capsys.readouterr().err
+    assert not (place / "empty.json").exists()
+
+
+def test_decoders_that_write_tokens_again_have_no_trace(place, capsys):
+    words = ["eval", "file", "--model", "model", "--data", "rows.json", "--window", "60", "--steps", "6",
+             "--decoders", "remdm", "--trace", "true", "--reader", ""]  # fmt: skip
+    assert main(words) == 2
+    assert "a trace is of tokens that stay; decoder 'remdm' writes some again" in capsys.readouterr().err

@@ -455,3 +455,22 @@ def test_a_long_name_is_cut_and_keeps_apart(tmp_path):
         said = {("0", 0): Answer("0", 0, "It is.", 4, "stop", 4, 4)}
         finish(each.folder(tmp_path), each, QUESTIONS[:1], said, Instruments())
     assert len(list((tmp_path / "alpaca_eval").iterdir())) == 2
+
+
+def test_a_turn_without_a_readable_grade_is_a_dash(runs):
+    figures = {"by_turn": [None, 7.0], "overall": {"mean": 7.0, "low": None, "high": None, "count": 1}}
+    one = replace(runs[0], verdicts=[Verdict("mt_bench", "m", "", "grade", {"0/1": 7.0}, figures)])
+    rows = {row[4]: row[5] for row in tables.judged([one]).rows}
+    assert rows["grade, turn 1"] == "–"
+    assert rows["grade, turn 2"] == "7.00"
+
+
+def test_differences_are_of_the_runs_that_have_a_measure(runs):
+    for measured in runs[2].measured.values():
+        measured["win"] = 1.0
+    for measured in runs[4].measured.values():
+        measured["win"] = 0.25
+    assert tables.paired(runs, "win", ["conv"]).rows == [
+        ["tiny, top-k,S=16", "tiny, conv,K=17,S=16", "12", "-75.0 %", "< 0.001"]
+    ]
+    assert tables.paired(runs, "grade").rows == []

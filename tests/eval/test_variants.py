@@ -8,7 +8,7 @@ from eval.commands.frontier import FrontierConfig
 from eval.commands.orders import LearnConfig
 from eval.commands.path import PathConfig
 from eval.config import EvalConfig
-from eval.variants import Variant, parse_decoders, variants
+from eval.variants import Variant, parse_decoders, short, variants
 from tests.decoding.rig import order_table
 
 
@@ -170,3 +170,11 @@ def test_a_decoder_that_is_named_is_what_generate_makes_of_the_name():
     assert other.request().resolve(spec).pace == Steps(32)
     with pytest.raises(ConfigError, match="kernel_sise"):
         variants("conv(kernel_sise=9)")[0].request()
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [(".", "."), ("a/b", "a/b"), ("x/b", "x/b"), ("tables/mine.json", "mine"), (0.5, "0.5"), (True, "true")],
+)
+def test_only_files_are_shortened_in_labels(value, label):
+    assert short(value) == label

@@ -429,6 +429,9 @@ def test_what_an_objective_cannot_learn_from_is_refused(sft, tmp_path, files):
     late.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(DataError, match="none of the 20 validation rows is a good answer"):
         r2ft(config_of(tmp_path / "d", sft, "ddro", late))
+    late.write_text("\n".join(json.dumps({**row, "label": not row["label"]}) for row in rows))
+    with pytest.raises(DataError, match="none of the 20 validation rows is a bad answer"):
+        r2ft(config_of(tmp_path / "e", sft, "ddro", late))
     for message, changes in (
         ("r2ft sets a negative made by rule", {"name": "r2ft", "file": files / "pairs.jsonl"}),
         ("needs data.source with rejected answers", {"file": "rules"}),

@@ -371,6 +371,23 @@ def test_a_validation_that_is_not_a_number_ends_the_run(sft, tmp_path, monkeypat
     assert all(torch.equal(value, final[name]) for name, value in best.items())
 
 
+def test_a_run_that_diverges_keeps_its_best_state(sft, tmp_path, monkeypatch, caplog):
+    plain = R2FT.trainer
+
+    def trainer(self, *words, **fields):
+        made = plain(self, *words, **fields)
+        loss = made.loss
+        made.loss = lambda *a: loss(*a) * (math.nan if made.state.global_step == 6 else 1.0)
+        return made
+
+    monkeypatch.setattr(R2FT, "trainer", trainer)
+    folder = r2ft(stage(tmp_path / "run", sft, max_steps=16, nelbo_tolerance=9.0))
+    assert "training has diverged: at step 7 the loss is nan" in caplog.text
+    final = load_file(folder / "model.safetensors")
+    best = load_file(folder / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(value, final[name]) for name, value in best.items())
+
+
 def test_settings_that_choose_the_kept_weights_cannot_change_on_the_way(sft, tmp_path):
     r2ft(stage(tmp_path / "run", sft, max_steps=4))
     with pytest.raises(ConfigError, match="holds a run with eval_draws = 4, not 8"):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from dlm.checkpointing import (
     mark_complete,
 )
 from dlm.data.config import DataConfig
-from dlm.errors import CheckpointError, ConfigError, DataError
+from dlm.errors import CheckpointError, ConfigError, DataError, DivergedError
 from dlm.quantization import is_quantized
 from finetune.config import LoraConfig, ModelConfig, TrainConfig
 from finetune.sft import SFT, train
@@ -687,3 +688,79 @@ def test_links_among_checkpoints_are_not_followed_when_something_is_deleted(tmp_
     assert discard_incomplete(run) == ["checkpoint-1", "checkpoint-2"]
     assert (elsewhere / "weights").read_text() == "mine"
     assert [path.name for path in run.iterdir()] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("eval_steps", [0, 2])
+def test_a_run_that_diverges_ends_with_an_error_and_keeps_no_broken_checkpoint(tmp_path, eval_steps):
+    """Weights of 1e20 are finite, and nothing that is computed with them is."""
+    config = settings(tmp_path, learning_rate=1e20, eval_steps=eval_steps, save_steps=1, keep_checkpoints=9)
+    for _ in range(2):  # asking again changes nothing
+        with pytest.raises(
+            DivergedError, match=r"at step \d+ the .* is (nan|inf).*lower --learning_rate \(now 1e\+20\)"
+        ):
+            train(config)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert all(math.isfinite(loss) and loss for loss in losses(tmp_path).values())
+    for folder in complete_checkpoints(tmp_path):
+        assert all(value.isfinite().all() for value in weights(folder).values())
+
+
+def test_a_loss_that_is_no_number_names_the_checkpoint_before_it(tmp_path, monkeypatch):
+    plain = SFT.trainer
+
+    def trainer(self, *words, **fields):
+        made = plain(self, *words, **fields)
+        loss = made.loss
+        made.loss = lambda *a: loss(*a) * (math.nan if made.state.global_step == 6 else 1.0)
+        return made
+
+    monkeypatch.setattr(SFT, "trainer", trainer)
+    with pytest.raises(DivergedError, match="at step 7 the loss is nan.*before it is .*checkpoint-4"):
+        train(settings(tmp_path))
+
+
+def test_a_run_that_goes_on_takes_the_steps_that_it_is_given_now(tmp_path):
+    train(settings(tmp_path, max_steps=16, logging_steps=8, save_steps=8, eval_steps=8, keep_checkpoints=9))
+    for late in complete_checkpoints(tmp_path)[1:]:  # as if killed just after step 8
+        (late / MARKER).unlink()
+    unfinish(tmp_path)
+    train(settings(tmp_path, max_steps=16, logging_steps=3, save_steps=2, eval_steps=5, keep_checkpoints=9))
+    assert [int(path.name.split("-")[1]) for path in complete_checkpoints(tmp_path)] == [8, 10, 12, 14, 16]
+    records = json.loads((tmp_path / "history.json").read_text())
+    assert [r["step"] for r in records if "loss" in r] == [8, 9, 12, 15]
+    assert [r["step"] for r in records if "eval_nelbo" in r] == [8, 10, 15, 16]
+
+
+def test_equal_prompts_have_samples_of_their_own(tmp_path):
+    prompt = "Count to 5."
+    train(settings(tmp_path, samples=[prompt] * 3, max_steps=2, eval_steps=2))
+    texts = re.findall(r"^  (.*) \(\w+\)$", (tmp_path / "samples.md").read_text(), re.MULTILINE)
+    assert len(texts) == len(set(texts)) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 0}, "model.num_hidden_layers must be a whole number of at least 1, got 0"),
+        ({"intermediate_size": 0}, "model.intermediate_size must be"),
+        ({"hidden_size": 0}, "model.hidden_size must be"),
+        ({"num_attention_heads": 0}, "model.num_attention_heads must be"),
+        ({"hidden_size": 33, "num_attention_heads": 3}, "each head has an even width"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_before_the_data_are_read(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(TINY, **changes)
+
+
+def test_what_would_be_ignored_is_refused(tmp_path):
+    rules = DataConfig(source="rules", split="test", window=48)
+    with pytest.raises(ConfigError, match="rules makes its own rows: give no --data.split"):
+        train(settings(tmp_path / "a", data=rules))
+    file = tmp_path / "text.jsonl"
+    file.write_text("\n".join(json.dumps({"text": f"One and {i}."}) for i in range(40)))
+    data = DataConfig(source=str(file), window=48, validation_rows=4)
+    with pytest.raises(ConfigError, match="model.template 'instruct' is for rows with a prompt"):
+        train(settings(tmp_path / "b", data=data, model=replace(TINY, template="instruct")))
+    with pytest.raises(ConfigError, match="seed must be a whole number that is not negative, got -1"):
+        settings(tmp_path / "c", seed=-1)
