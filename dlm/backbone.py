@@ -13,7 +13,7 @@ from dlm.adapter_files import base_of, is_adapter
 from dlm.causal import read_causal_lm, read_tokenizer
 from dlm.config import MaskedDiffusionConfig
 from dlm.device import cast_weights
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, check_whole
 from dlm.model import MaskedDiffusionModel
 from dlm.pretrained.names import located
 from dlm.tokenizer import prepare_tokenizer
@@ -42,11 +42,13 @@ class ScratchConfig:
     initializer_range: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check that the heads divide the width."""
-        if self.hidden_size % self.num_attention_heads:
+        """Check the sizes: the heads divide the width, and each has an even one, for its rotary positions."""
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            check_whole(name, getattr(self, name))
+        if self.hidden_size % (2 * self.num_attention_heads):
             raise ConfigError(
-                f"hidden_size {self.hidden_size} is not a multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
+                f"hidden_size {self.hidden_size} must be a multiple of 2 x num_attention_heads "
+                f"{self.num_attention_heads}: each head has an even width"
             )
 
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 from dlm.adapter_files import BASE, WEIGHTS, base_of, is_adapter, saved_by_peft
 from dlm.atomic import filling
 from dlm.checkpoint import DTYPES, load_model
+from dlm.data.encoded import ENCODED_SUFFIX
 from dlm.data.records import RECORD_SUFFIXES
 from dlm.errors import CheckpointError, ConfigError, first_line
 from dlm.formats import DiffusionFormat
@@ -110,6 +111,10 @@ def _export_adapter(
         shutil.copyfile(source / BASE, target / BASE)
 
 
+DATA_FILES = (*RECORD_SUFFIXES, ENCODED_SUFFIX)
+"""Endings of files of rows, which are no hub ids."""
+
+
 def _cleaned(config: Any, generation: Mapping[str, Any] | None) -> None:
     """Of folders in the records of the training, leave the last part; set defaults of decoding."""
     config.generation = {**(config.generation or {}), **(generation or {})}
@@ -126,7 +131,8 @@ def _without_folders(value: Any) -> Any:
         return value
     path = Path(value)
     try:
-        local = path.is_absolute() or path.exists() or value.startswith(".") or path.suffix in RECORD_SUFFIXES
+        local = path.is_absolute() or path.exists()
     except OSError:  # too long for a path
         return value
-    return path.name if local else value
+    elsewhere = value.startswith(("./", "../", "~")) or value.endswith(DATA_FILES)
+    return path.name or value if local or elsewhere else value

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from dlm.errors import ConfigError
 
@@ -43,7 +44,8 @@ class PrepackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.bias = torch.cat(biases) if biases and bias is None else bias
-        self.numel, self.nbytes = weight.numel(), weight.nbytes
+        self.numel = weight.numel() + sum(value.numel() for value in biases)
+        self.nbytes = weight.nbytes + sum(value.nbytes for value in biases)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out], as `nn.Linear`."""
@@ -117,7 +119,8 @@ class PrepackedAttention(nn.Module):
         query, key = turned.split([self.heads, self.groups], dim=1)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.attention.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS[self.attention.config._attn_implementation]
+        name = self.attention.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         mixed, weights = attend(
             self.attention, query, key, value, attention_mask, scaling=self.attention.scaling, **kwargs
         )
@@ -137,19 +140,16 @@ def can_prepack(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or bool(half)
 
 
-RELATED = ("Llama", "Mistral", "Qwen2", "Qwen3")
-"""Families of transformers whose norms and feed-forward parts are computed alike."""
-
-
 @torch.no_grad()
 def prepack(model: Model) -> Model:
     """The model with its repeated layers and its head packed, in place.
 
     What stays as it is: modules elsewhere than on a CPU, in other types than float32 and bfloat16, in 8 or
     4 bits, and all where PyTorch lacks the kernels. A head that shares the embedding's weights has a copy.
+    Transformers' `output_attentions` gives nothing of layers that were packed.
 
     Args:
-        model: a masked diffusion model, or a causal language model of transformers.
+        model: a masked diffusion model, or a causal language model of transformers with `layers` (Llama's).
     """
     layers: nn.Module = model.layers if hasattr(model, "layers") else model.base_model.layers  # type: ignore
     for name, module in list(layers.named_modules()):  # one by one: never two copies of more than one
@@ -164,7 +164,8 @@ def prepack(model: Model) -> Model:
         offsets = head.offsets(head.weight) if hasattr(head, "offsets") else None
         packed_head = PrepackedLinear(head, bias=offsets)
         if head.weight is model.get_input_embeddings().weight:  # type: ignore[operator]
-            packed_head.numel = packed_head.nbytes = 0  # its numbers are counted as the embedding's
+            packed_head.numel -= head.weight.numel()  # they are counted as the embedding's
+            packed_head.nbytes -= head.weight.nbytes
         model.lm_head = packed_head
     return model
 

@@ -256,6 +256,11 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         """
         if math.isfinite(value):
             return
+        if self.state.global_step == 0:
+            raise DivergedError(
+                f"before the first step the {name} is {value}: the model that the run starts from is "
+                "damaged, or overflows at this --precision"
+            )
         last = last_checkpoint(self.args.output_dir)
         raise DivergedError(
             f"training has diverged: at step {self.state.global_step} the {name} is {value}. Try a lower "
@@ -453,8 +458,7 @@ class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
-        for name in {"eval_nelbo", "eval_loss"} & (metrics or {}).keys():
-            self.trainer.check_finite(f"validation {name.removeprefix('eval_')}", (metrics or {})[name])
+        self.trainer.check_finite("validation NELBO", (metrics or {}).get("eval_nelbo", 0.0))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.set_epoch(int(state.epoch or 0))

@@ -138,15 +138,8 @@ class ModelConfig(StartConfig):
         if self.schedule not in ("", *SCHEDULES):
             raise unknown_name("schedule", self.schedule, SCHEDULES)
         self._check_visibility()
-        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        for name in sizes:
-            check_whole(f"model.{name}", getattr(self, name))
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise ConfigError(
-                f"model.hidden_size {self.hidden_size} must be a multiple of 2 x model.num_attention_heads "
-                f"{self.num_attention_heads}: each head has an even width"
-            )
         if self.init:
+            sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
             refuse_ignored(
                 self, (*sizes, "vocab_size"), "model.", "random weights; model.init brings its own"
             )

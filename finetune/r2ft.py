@@ -271,7 +271,9 @@ class R2FT(Stage[R2FTConfig]):
         refuse_causal_lm(self.config.model.init)
 
     def diverged(self, trainer: DiffusionTrainer, run: RunFolder, error: DivergedError) -> None:
-        """End the run as its guard does: of the states before, the best is kept."""
+        """End the run as its guard does: of the states before, the best is kept, if there is one."""
+        if run.best is None:
+            raise error
         logger.warning("%s", error)
         if trainer.accelerator.is_main_process:
             run.stop()

@@ -152,7 +152,8 @@ class RunFolder:
         for name in discard_incomplete(self.path) if self._stored else []:
             logger.warning("%s was only half written and has been removed", self.path / name)
         settings = {"config": _as_json(asdict(self.config)), "rows": report.as_dict(), "finished": False}
-        self._stored = self._stored | settings
+        anew = {} if self.resume_from else {"stopped": False}
+        self._stored = self._stored | settings | anew
         self._write()
 
     def finish(self) -> None:

@@ -25,7 +25,7 @@ from finetune.masks import complementary_noise, path_noise
 from finetune.run import Stage, execute
 from finetune.run_folder import RunFolder
 from finetune.samples import SampleCallback
-from finetune.start import first_model
+from finetune.start import first_model, random_shape
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,6 +87,12 @@ class SFTTrainer(DiffusionTrainer):
 
 class SFT(Stage[TrainConfig]):
     """Fine-tuning on true answers."""
+
+    def check(self) -> None:
+        """See `Stage`; and refuse a shape that no model has."""
+        super().check()
+        if not self.start.init:
+            random_shape(self.config)
 
     objective = "masked diffusion NELBO (SUBS)"
 

@@ -171,11 +171,18 @@ def _from_nothing(config: TrainConfig, rows: Dataset, resume_from: Path | None) 
                 f"model.template {config.model.template!r} is for rows with a prompt, and none has one"
             )
         set_template(tokenizer, config.model.template if prompted else "plain")
-    shape = {
-        f.name: getattr(config.model, f.name) for f in fields(ScratchConfig) if hasattr(config.model, f.name)
-    }
-    shape["max_position_embeddings"] = max(2048, config.data.window)
-    return from_scratch(ScratchConfig(**shape), tokenizer, config.seed), tokenizer
+    return from_scratch(random_shape(config), tokenizer, config.seed), tokenizer
+
+
+def random_shape(config: TrainConfig) -> ScratchConfig:
+    """The shape of a model that starts from random weights.
+
+    Raises:
+        ConfigError: for sizes that no model has.
+    """
+    given = config.model
+    shape = {f.name: getattr(given, f.name) for f in fields(ScratchConfig) if hasattr(given, f.name)}
+    return ScratchConfig(**shape | {"max_position_embeddings": max(2048, config.data.window)})
 
 
 def _from_checkpoint(config: ModelConfig) -> ModelAndTokenizer:

@@ -349,21 +349,20 @@ def test_inspect_negatives_shows_true_and_wrong_tokens(checkpoint, capsys):
     assert text.count("rule: left") == 3
     assert text.count("negative  ") >= 3
     assert "⏎" in text
-    narrow = [
-        "inspect",
-        "negatives",
-        "--data.source",
-        "rules",
-        "--data.window",
-        "24",
-        checkpoint,
-        "--rows",
-        "2",
-    ]
-    assert main(narrow) == 0
-    assert capsys.readouterr().out.count("rule: ") == 2  # also where the first rows are all too long
     assert main([*words[:-1], "/nowhere"]) == 1
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_inspect_negatives_goes_on_until_there_are_rows_enough(checkpoint, tmp_path, capsys):
+    """Four times the rows are looked at first; here one row in forty is short enough."""
+    rows = [{"instruction": "Say.", "output": "One. " * (2 if i % 40 == 7 else 60)} for i in range(120)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = ["inspect", "negatives", checkpoint, "--data.source", str(tmp_path / "rows.json")]
+    words += ["--data.validation_rows", "0", "--rows", "2", "--data.window"]
+    assert main([*words, "40"]) == 0
+    assert capsys.readouterr().out.count("rule: ") == 2
+    assert main([*words, "8"]) == 1
+    assert "none of the 120 rows can be used with a window of 8 tokens" in capsys.readouterr().err
 
 
 def test_given_tokens_stop_texts_and_edits_on_the_command_line(model, tokenizer, tmp_path, capsys):

@@ -110,11 +110,13 @@ def _material(config: NegativesConfig) -> tuple[Any, Any, Any]:
         try:
             part = shuffled.select(range(begin, min(begin + size, len(rows))))
             shown += encode_rows(part, tokenizer, config.data.window)[0]
-        except DataError:
-            if begin + size >= len(rows) and not shown:
-                raise
+        except DataError:  # none of this part
+            continue
         if len(shown) >= config.rows:
             break
+    if not shown:
+        window = config.data.window
+        raise DataError(f"none of the {len(rows)} rows can be used with a window of {window} tokens")
     shown = shown[: config.rows]
     numbered = [{**row, "row": i} for i, row in enumerate(shown)]
     return tokenizer, collator(config.data, tokenizer, config.seed)(numbered), prior

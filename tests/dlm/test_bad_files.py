@@ -208,8 +208,8 @@ OURS = {
     "a mask of text": ({"mask_token_id": "x"}, "says mask_token_id = 'x'; it is a whole number from 0"),
     "a mask beyond": ({"mask_token_id": 448}, "says mask_token_id = 448; it is less than vocab_size = 448"),
     "a list": ({"public": [3]}, r"config.json says public = \[3\]; it is a dictionary"),
-    "a schedule of text": ({"schedule": "cosine"}, "config.json says schedule = 'cosine'; it is a dictionary"),
-    "a default of text": ({"generation": "conv"}, "config.json says generation = 'conv'; it is a dictionary"),
+    "a schedule of text": ({"schedule": "cosine"}, "says schedule = 'cosine'; it is a dictionary"),
+    "a default of text": ({"generation": "conv"}, "says generation = 'conv'; it is a dictionary"),
     "an origin": (
         {"public": {"family": "lada"}},
         "unknown family of public checkpoints 'lada'",

@@ -106,9 +106,9 @@ def test_folders_beside_the_process_are_folders_too(tmp_path, monkeypatch):
         "init": "private/me",
         "hub": "some/model",
         "x": long,
-        "elsewhere": ["private/other/rows.csv", "./runs/sft", "../sft"],
+        "elsewhere": ["private/other/rows.csv", "x/rows.jsonl.gz", "x/y.npz", "./runs/sft", "../sft", "."],
     }
-    elsewhere = ["rows.csv", "sft", "sft"]
+    elsewhere = ["rows.csv", "rows.jsonl.gz", "y.npz", "sft", "sft", "."]
     short = {
         "data": {"source": "rows.jsonl"},
         "init": "me",

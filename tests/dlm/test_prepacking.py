@@ -48,8 +48,8 @@ def test_layers_of_one_input_become_one_with_their_outputs_side_by_side(bias):
     with torch.inference_mode():
         torch.testing.assert_close(joined(x), torch.cat([layer(x) for layer in layers], dim=-1))
     assert joined.out_features == 64
-    assert joined.numel == 24 * 64
-    assert joined.nbytes == 4 * 24 * 64
+    assert joined.numel == (24 + bias) * 64
+    assert joined.nbytes == 4 * joined.numel
 
 
 @needs_kernels
@@ -81,28 +81,35 @@ def test_a_packed_model_gives_the_states_of_the_model(dtype, groups):
 
 
 @needs_kernels
-def test_a_packed_causal_model_generates_as_before():
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_packed_causal_model_generates_as_before(attention):
     torch.manual_seed(0)
     shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
-    model = LlamaForCausalLM(LlamaConfig(**shape, **heads, attention_bias=True, mlp_bias=True)).eval()
+    biases = {"attention_bias": True, "mlp_bias": True, "attn_implementation": attention}
+    model = LlamaForCausalLM(LlamaConfig(**shape, **heads, **biases)).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter)
-    ids = torch.randint(0, 50, (2, 6))
+    ids, count = torch.randint(0, 50, (2, 6)), model.num_parameters()
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     wanted = model.generate(ids, **settings)
     packed = prepack(model)
     assert len(prepacked_layers(packed)) == 2 * 4 + 1
+    assert numbers(packed) == count
     assert torch.equal(packed.generate(ids, **settings), wanted)
     assert len(set(wanted.flatten().tolist())) > 6
+
+
+def numbers(packed):
+    """Numbers in the weights of a packed model."""
+    return sum(layer.numel for layer in prepacked_layers(packed)) + packed.num_parameters()
 
 
 @needs_kernels
 def test_the_copy_of_a_shared_head_is_not_counted_twice(model):
     count = model.num_parameters()
-    packed = prepack(copy.deepcopy(model))
-    assert sum(layer.numel for layer in prepacked_layers(packed)) + packed.num_parameters() == count
+    assert numbers(prepack(copy.deepcopy(model))) == count
 
 
 def test_other_types_and_machines_without_the_kernels_keep_their_layers(monkeypatch):

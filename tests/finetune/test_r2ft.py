@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from decoding import Sampler
 from dlm import load_model
 from dlm.data.config import DataConfig
-from dlm.errors import CheckpointError, ConfigError, DLMError
+from dlm.errors import CheckpointError, ConfigError, DivergedError, DLMError
 from dlm.model import IGNORE
 from dlm.prior import TokenPrior
 from finetune.commands.negatives import NegativesConfig, run
@@ -386,6 +386,43 @@ def test_a_run_that_diverges_keeps_its_best_state(sft, tmp_path, monkeypatch, ca
     final = load_file(folder / "model.safetensors")
     best = load_file(folder / "checkpoint-4" / "model.safetensors")
     assert all(torch.equal(value, final[name]) for name, value in best.items())
+
+
+def test_a_run_that_diverged_without_a_state_to_keep_begins_anew(sft, tmp_path, monkeypatch):
+    """What it had written down about its end is not true of the run that follows."""
+    plain, at = R2FT.trainer, 2
+
+    def trainer(self, *words, **fields):
+        made = plain(self, *words, **fields)
+        loss = made.loss
+
+        def faulty(*arguments):
+            if at == 5 and made.state.global_step == 5:
+                raise KeyboardInterrupt
+            return loss(*arguments) * (math.nan if made.state.global_step == at else 1.0)
+
+        made.loss = faulty
+        return made
+
+    monkeypatch.setattr(R2FT, "trainer", trainer)
+    config = stage(tmp_path / "run", sft, max_steps=8, watch=0, nelbo_tolerance=9.0)
+    with pytest.raises(DivergedError, match="at step 3 the loss is nan.*there is no checkpoint before it"):
+        r2ft(config)
+    at = 5  # the fault is gone, and the run is killed behind its first checkpoint
+    with pytest.raises(KeyboardInterrupt):
+        r2ft(config)
+    at = -1
+    r2ft(config)
+    assert max(r["step"] for r in history(tmp_path / "run") if "loss" in r) == 8
+
+
+def test_a_start_that_is_broken_is_named_as_such(sft, tmp_path, monkeypatch):
+    from finetune.r2ft import R2FTTrainer
+
+    plain = R2FTTrainer.metrics
+    monkeypatch.setattr(R2FTTrainer, "metrics", lambda *a: plain(*a) | {"nelbo": math.nan})
+    with pytest.raises(DivergedError, match="before the first step the validation NELBO is nan: the model"):
+        r2ft(stage(tmp_path / "run", sft, watch=0))
 
 
 def test_settings_that_choose_the_kept_weights_cannot_change_on_the_way(sft, tmp_path):

@@ -741,16 +741,17 @@ def test_equal_prompts_have_samples_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 0}, "model.num_hidden_layers must be a whole number of at least 1, got 0"),
-        ({"intermediate_size": 0}, "model.intermediate_size must be"),
-        ({"hidden_size": 0}, "model.hidden_size must be"),
-        ({"num_attention_heads": 0}, "model.num_attention_heads must be"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number of at least 1, got 0"),
+        ({"intermediate_size": 0}, "intermediate_size must be"),
+        ({"hidden_size": 0}, "hidden_size must be"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be"),
         ({"hidden_size": 33, "num_attention_heads": 3}, "each head has an even width"),
     ],
 )
-def test_sizes_that_no_model_has_are_refused_before_the_data_are_read(changes, message):
+def test_sizes_that_no_model_has_are_refused_before_the_data_are_read(changes, message, tmp_path):
+    nowhere = DataConfig(source=str(tmp_path / "nowhere.json"))
     with pytest.raises(ConfigError, match=message):
-        replace(TINY, **changes)
+        train(settings(tmp_path / "run", data=nowhere, model=replace(TINY, **changes)))
 
 
 def test_what_would_be_ignored_is_refused(tmp_path):
