@@ -209,7 +209,8 @@ class Request(DecoderRequest):
     Args:
         max_tokens: longest answer, on a canvas that grows as it is written; 256 by default.
         window: tokens of prompt and answer together, on a fixed canvas.
-        stop: a text that ends an answer, which is cut before it; several as '["one", "two"]'.
+        stop: a text that ends an answer, which is cut before it; several as '["one", "two"]', or by giving
+            it again.
         eos_fill: once an end token is written, everything to its right becomes the end token; on by default.
         canvas: "growing" with a window and steps shows the model no more than can open soon (approximate);
             "full" with max_tokens is a fixed canvas too, that many masks behind the prompt; so it is with

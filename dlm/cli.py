@@ -285,6 +285,7 @@ def _normalise(words: Sequence[str], options: dict[str, Any], texts: Collection[
             nothing and "[END]" a list. `_decoded` makes texts of them again.
     """
     out: list[str] = []
+    given: set[str] = set()  # options that take several texts
     remaining = list(words)
     while remaining:
         word = remaining.pop(0)
@@ -302,6 +303,8 @@ def _normalise(words: Sequence[str], options: dict[str, Any], texts: Collection[
         elif owner in texts and (dot or str in get_args(options[owner])):
             if not equals and remaining and not _OPTION.match(remaining[0]):
                 equals, value = "=", remaining.pop(0)
+            plus = "+" if name in given else plus  # what is given again is one more
+            given |= {name} if any(get_origin(kind) is list for kind in get_args(options[owner])) else set()
             value = _encoded(value, options[owner]) if equals else value
         out.append(f"--{name}{plus}{equals}{value}")
     return out

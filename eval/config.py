@@ -44,7 +44,7 @@ class EvalConfig:
         seed: of the noise; equal for all decoders.
         eos_fill: once the end is written, everything to its right becomes the end token; by default as the
             checkpoint's authors have it, else true.
-        stop: a text that ends an answer; several as '["one", "two"]'.
+        stop: a text that ends an answer; several as '["one", "two"]', or by giving it again.
         canvas: with a window and steps, "growing" shows the model no more than can open soon (approximate).
         margin: masks that a growing canvas holds beyond those that can open.
         reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate).

@@ -582,6 +582,12 @@ def test_a_text_on_the_command_line_is_that_text(text, tmp_path):
     for option in ("begin", "ending", *(["stop", "reward"] if text else [])):
         for words in ([f"--{option}", text], [f"--{option}={text}"]):
             assert getattr(parsed(*words), option) == text
+    for words in (
+        ["--stop", "a", "--stop", text],
+        ["--stop=a", f"--stop={text}"],
+        ["--stop", '["a"]', "--stop", text],
+    ):
+        assert not text or parsed(*words).stop == ["a", text]
     config = parsed("--forced.3", text, f"--forced.-7={text}", "--stop", '["a", "- b"]')
     assert (config.forced, config.stop, config.prompts) == ({"3": text, "-7": text}, ["a", "- b"], ["hi"])
     file = tmp_path / "settings.yaml"
