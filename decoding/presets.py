@@ -132,6 +132,8 @@ class Decoder:
                 raise unknown_name(f"option of decoder {name!r}:", option, preset.options)
         for option, value in options.items():
             _check_kind(name, option, value, preset)
+            if isinstance(preset.options[option], float) and type(value) is int:
+                options[option] = float(value)  # larger ones are too big for a tensor's whole numbers
         common = {option: options.pop(option, default) for option, default in preset.common.items()}
         guidance = common.pop("guidance")
         apart = {name: common.pop(name) for name in ("gap", "conflict", "conflict_layers")}

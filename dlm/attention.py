@@ -494,7 +494,9 @@ class Partial(Movable):
     sight: Sight = ALL
     finished: torch.Tensor | None = None
     guests: int = 0
-    _masks: dict[Sight, torch.Tensor | None] = field(default_factory=dict, init=False, repr=False)
+    _masks: dict[Sight, tuple[torch.Tensor | None, list[tuple[int, int]] | None]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @classmethod
     def of(
@@ -529,17 +531,40 @@ class Partial(Movable):
     ) -> torch.Tensor:
         """See `Layout`."""
         keys, values = self._kept(layer, key.transpose(1, 2), value.transpose(1, 2))
-        return _sdpa(query, keys, values, self._visible(sight or self.sight), scale).transpose(1, 2)
+        mask, sizes = self._visible(sight or self.sight)
+        if mask is None or sizes is None:
+            return _sdpa(query, keys, values, mask, scale).transpose(1, 2)
+        mixed = torch.empty_like(query)
+        for i, (a, n) in enumerate(sizes):
+            row = slice(i, i + 1)
+            own = query[row, :, :a], keys[row, :, :n], values[row, :, :n], mask[row, :, :a, :n]
+            mixed[row, :, :a] = _sdpa(*own, scale)
+            mixed[row, :, a:] = mixed[row, :, a - 1 : a]  # the last one again
+        return mixed.transpose(1, 2)
 
-    def _visible(self, sight: Sight) -> torch.Tensor | None:
-        """[b, 1, A, W] bool, True where one attends to the other, once for all layers of this sight."""
+    def _visible(self, sight: Sight) -> tuple[torch.Tensor | None, list[tuple[int, int]] | None]:
+        """What attends to what, once for all layers of this sight.
+
+        Returns:
+            [b, 1, A, W] bool, True where one attends to the other; None for all. And how many queries and
+            keys each row has by itself, where every row is a call of its own: a CPU rounds sums differently
+            in larger calls, also where nothing is added, and a row must not depend on those beside it.
+        """
         if sight not in self._masks:
             place = torch.arange(self.room[1], device=self.positions.device)
             mask = sight.mask(self.positions, place, self.finished)
             if mask is None or self.mask is None:
-                self._masks[sight] = self.mask if mask is None else mask[:, None]
+                mask = self.mask if mask is None else mask[:, None]
             else:
-                self._masks[sight] = mask[:, None] & self.mask
+                mask = mask[:, None] & self.mask
+            sizes = None
+            if mask is not None and mask.device.type == "cpu":
+                mask = mask.expand(*self.positions.shape[:1], -1, self.positions.shape[1], -1)
+                queries = 1 + (self.positions[:, 1:] != self.positions[:, :-1]).sum(1)
+                seen = (mask.any(2)[:, 0] * (place + 1)).amax(1)
+                sizes = list(zip(queries.tolist(), seen.tolist(), strict=True))
+            whole = (self.positions.shape[1], self.room[1])
+            self._masks[sight] = mask, None if sizes is None or set(sizes) == {whole} else sizes
         return self._masks[sight]
 
     def _kept(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

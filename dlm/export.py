@@ -115,9 +115,16 @@ DATA_FILES = (*RECORD_SUFFIXES, ENCODED_SUFFIX)
 """Endings of files of rows, which are no hub ids."""
 
 
+def merged_defaults(stored: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of decoding with new ones; options stay with their own decoder."""
+    another = "decoder" in new and new["decoder"] != stored.get("decoder")
+    kept = {name: value for name, value in stored.items() if not (another and name == "options")}
+    return {**kept, **new}
+
+
 def _cleaned(config: Any, generation: Mapping[str, Any] | None) -> None:
     """Of folders in the records of the training, leave the last part; set defaults of decoding."""
-    config.generation = {**(config.generation or {}), **(generation or {})}
+    config.generation = merged_defaults(config.generation or {}, generation or {})
     if config.training:
         config.training = _without_folders(config.training)
 

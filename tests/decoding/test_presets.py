@@ -8,6 +8,7 @@ from decoding import Decoder, Sampler, list_decoders
 from decoding.presets import PRESETS, presets
 from dlm.cli import main
 from dlm.errors import ConfigError
+from tests.fakes import FakeDenoiser, FakeTokenizer
 
 MODULE = """
 from decoding.presets import Preset
@@ -100,3 +101,15 @@ def test_no_number_of_a_decoder_is_larger_than_what_a_step_can_compute_with(name
 def test_no_weight_is_beyond_what_logits_hold(options):
     with pytest.raises(ConfigError):
         Decoder.named("conv", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "axis"),
+    [("conv", "scale", "window"), ("entropy-bound", "gamma", "reveal"), ("stability", "epsilon", "reveal")],
+)
+def test_whole_numbers_that_a_tensor_cannot_hold_are_numbers_all_the_same(name, option, axis):
+    decoder = Decoder.named(name, **{option: 10**20})
+    assert decoder == Decoder.named(name, **{option: 1e20})
+    assert type(getattr(getattr(decoder, axis), option)) is float
+    sampler = Sampler(FakeDenoiser(), FakeTokenizer())
+    assert sampler.generate("abc", decoder=decoder, max_tokens=5).token_ids

@@ -13,7 +13,7 @@ from dlm.adapter import add_adapter, base_of
 from dlm.backbone import from_scratch
 from dlm.cli import main
 from dlm.errors import CheckpointError, ConfigError
-from dlm.export import _without_folders, export
+from dlm.export import _without_folders, export, merged_defaults
 from dlm.origin import notice_of
 from dlm.pretrained.names import ADAPTERS, located
 from dlm.prior import TokenPrior
@@ -117,6 +117,16 @@ def test_folders_beside_the_process_are_folders_too(tmp_path, monkeypatch):
         "elsewhere": elsewhere,
     }
     assert _without_folders(records) == short
+
+
+def test_options_stay_with_their_decoder():
+    stored = {"decoder": "entropy-bound", "options": {"kernel_size": 3}, "max_tokens": 9}
+    assert merged_defaults(stored, {"decoder": "llada"}) == {"decoder": "llada", "max_tokens": 9}
+    assert merged_defaults(stored, {"decoder": "entropy-bound", "max_tokens": 7}) == stored | {
+        "max_tokens": 7
+    }
+    options = {"decoder": "conv", "options": {"kernel_size": 5}}
+    assert merged_defaults(stored, options) == {**options, "max_tokens": 9}
 
 
 def test_merged_it_stands_alone(trained, tmp_path):
