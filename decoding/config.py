@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from dlm.errors import ConfigError, unknown_name
 if TYPE_CHECKING:
     from decoding.request import Plan, Request
     from decoding.sampler import Sampler
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -117,6 +120,8 @@ class LoadConfig:
             return model, tokenizer
         if self.accelerate == "compile":
             model.backbone.compile(dynamic=False)
+        elif model.device.type != "cuda":
+            logger.warning("accelerate graphs records CUDA graphs: nothing is recorded on %s", model.device)
         return BucketedModel(model, graphs=self.accelerate == "graphs"), tokenizer
 
 

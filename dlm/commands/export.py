@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dlm.cli import Command, commands
@@ -50,10 +50,29 @@ class ExportConfig:
             wish(**part).check_decoder()
 
 
+def check_defaults(config: ExportConfig) -> None:
+    """Refuse new defaults with which the model, keeping the others, would answer nothing.
+
+    Raises:
+        ConfigError: see `Request.resolve`.
+    """
+    from dlm.checkpoint import stored_spec
+    from dlm.export import merged_defaults
+    from dlm.spec import DecodingDefaults
+
+    spec = stored_spec(config.model)
+    if spec is None or not config.generation:
+        return
+    stored = {name: value for name, value in vars(spec.defaults).items() if value is not None}
+    merged = DecodingDefaults.of(merged_defaults(stored, config.generation))
+    commands()["generate"].load().config().resolve(replace(spec, defaults=merged))
+
+
 def run(config: ExportConfig) -> int:
     """Write it, and say how large it is."""
     from dlm.export import export
 
+    check_defaults(config)
     folder = export(
         config.model,
         config.output,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dlm.attention import KeyValues
+from dlm.checkpoint import computes_bfloat16
 from dlm.config import MaskedDiffusionConfig
 from dlm.model import MaskedDiffusionModel
 
@@ -47,6 +48,7 @@ def test_with_everything_active_partial_states_are_the_states(shift):
         torch.testing.assert_close(got, model.hidden(again, valid[1:2])[valid[1:2]])
 
 
+@pytest.mark.skipif(not computes_bfloat16(), reason="this processor does not compute in bfloat16")
 @pytest.mark.parametrize("shift", [False, True])
 def test_in_blocks_a_row_has_the_same_bits_alone_and_beside_others(shift):
     """Half precision rounds so coarsely that another order of a sum is another text."""

@@ -210,6 +210,13 @@ def test_defaults_that_decoding_would_refuse_are_refused_at_once(words, message,
     assert not (tmp_path / "out").exists()
 
 
+def test_options_that_the_decoder_that_stays_does_not_have_are_refused(trained, tmp_path, capsys):
+    words = ["export", "--model", str(trained[1]), "--output", str(tmp_path / "out")]
+    assert main([*words, "--generation.options", '{"tau": 0.5}']) == 2
+    assert "unknown option of decoder 'conv': 'tau'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("merge", [True, False])
 def test_an_export_that_fails_leaves_nothing_and_can_be_repeated(trained, tmp_path, monkeypatch, merge):
     out = tmp_path / "out"
