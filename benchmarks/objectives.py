@@ -111,7 +111,7 @@ def settings(objective: Objective, options: argparse.Namespace) -> TrainConfig:
         "report_to": "none",
         "seed": options.seed,
         "data.window": options.window,
-        "trainer": {"disable_tqdm": True, "logging_nan_inf_filter": False},
+        "trainer": {"disable_tqdm": True},
         **objective.changes,
     }
     if options.tiny:

@@ -91,7 +91,6 @@ def settings(context: Context, minutes: float, compiled: bool | None = None) -> 
             "disable_tqdm": True,
             "eval_on_start": True,
             "dataloader_num_workers": 4,
-            "logging_nan_inf_filter": False,
         },
     }
     if context.tiny:
