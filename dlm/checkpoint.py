@@ -50,7 +50,7 @@ def load_model(
         device_map: which device each part of the model goes to, or "auto" to spread it over what there is
             (accelerate's); in place of `device`.
         prepacked: for computing alone: on a CPU the weights are packed (`dlm.prepacking`), which makes small
-            batches faster (by 1.4 to 1.6 times with a row). A head that shares the embedding's weights has a
+            batches faster (by 1.3 to 1.5 times with a row). A head that shares the embedding's weights has a
             copy of them. Such a model can be neither trained nor saved nor moved.
 
     Returns:
