@@ -26,7 +26,7 @@ from finetune.contrast_config import NegativeConfig, ObjectiveConfig
 from finetune.r2ft import R2FT, r2ft, r2ft_loss
 from finetune.run import build_trainer, split_rows
 from finetune.sft import train
-from tests.finetune.test_train import on_two_processes, settings, unfinish
+from tests.finetune.test_train import on_two_processes, settings, unfinish, with_faulty_loss
 
 # ---- the pure loss -----------------------------------------------------------------------------------
 
@@ -372,15 +372,7 @@ def test_a_validation_that_is_not_a_number_ends_the_run(sft, tmp_path, monkeypat
 
 
 def test_a_run_that_diverges_keeps_its_best_state(sft, tmp_path, monkeypatch, caplog):
-    plain = R2FT.trainer
-
-    def trainer(self, *words, **fields):
-        made = plain(self, *words, **fields)
-        loss = made.loss
-        made.loss = lambda *a: loss(*a) * (math.nan if made.state.global_step == 6 else 1.0)
-        return made
-
-    monkeypatch.setattr(R2FT, "trainer", trainer)
+    with_faulty_loss(monkeypatch, R2FT, lambda step: math.nan if step == 6 else 1.0)
     folder = r2ft(stage(tmp_path / "run", sft, max_steps=16, nelbo_tolerance=9.0))
     assert "training has diverged: at step 7 the loss is nan" in caplog.text
     final = load_file(folder / "model.safetensors")
@@ -390,21 +382,14 @@ def test_a_run_that_diverges_keeps_its_best_state(sft, tmp_path, monkeypatch, ca
 
 def test_a_run_that_diverged_without_a_state_to_keep_begins_anew(sft, tmp_path, monkeypatch):
     """What it had written down about its end is not true of the run that follows."""
-    plain, at = R2FT.trainer, 2
+    at = 2
 
-    def trainer(self, *words, **fields):
-        made = plain(self, *words, **fields)
-        loss = made.loss
+    def fault(step):
+        if step == at == 5:
+            raise KeyboardInterrupt
+        return math.nan if step == at else 1.0
 
-        def faulty(*arguments):
-            if at == 5 and made.state.global_step == 5:
-                raise KeyboardInterrupt
-            return loss(*arguments) * (math.nan if made.state.global_step == at else 1.0)
-
-        made.loss = faulty
-        return made
-
-    monkeypatch.setattr(R2FT, "trainer", trainer)
+    with_faulty_loss(monkeypatch, R2FT, fault)
     config = stage(tmp_path / "run", sft, max_steps=8, watch=0, nelbo_tolerance=9.0)
     with pytest.raises(DivergedError, match="at step 3 the loss is nan.*there is no checkpoint before it"):
         r2ft(config)

@@ -48,6 +48,19 @@ def settings(folder, **kwargs):
     return TrainConfig(output_dir=str(folder), **{**base, **kwargs})
 
 
+def with_faulty_loss(monkeypatch, stage, fault):
+    """Have the loss of a stage's runs multiplied by what `fault` makes of the number of steps taken."""
+    plain = stage.trainer
+
+    def trainer(self, *words, **fields):
+        made = plain(self, *words, **fields)
+        loss = made.loss
+        made.loss = lambda *arguments: loss(*arguments) * fault(made.state.global_step)
+        return made
+
+    monkeypatch.setattr(stage, "trainer", trainer)
+
+
 def losses(folder):
     return {
         r["step"]: r["loss"] for r in json.loads((Path(folder) / "history.json").read_text()) if "loss" in r
@@ -706,15 +719,7 @@ def test_a_run_that_diverges_ends_with_an_error_and_keeps_no_broken_checkpoint(t
 
 
 def test_a_loss_that_is_no_number_names_the_checkpoint_before_it(tmp_path, monkeypatch):
-    plain = SFT.trainer
-
-    def trainer(self, *words, **fields):
-        made = plain(self, *words, **fields)
-        loss = made.loss
-        made.loss = lambda *a: loss(*a) * (math.nan if made.state.global_step == 6 else 1.0)
-        return made
-
-    monkeypatch.setattr(SFT, "trainer", trainer)
+    with_faulty_loss(monkeypatch, SFT, lambda step: math.nan if step == 6 else 1.0)
     with pytest.raises(DivergedError, match="at step 7 the loss is nan.*before it is .*checkpoint-4"):
         train(settings(tmp_path))
 
