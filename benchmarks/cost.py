@@ -116,7 +116,7 @@ def outside(name: str, model: MaskedDiffusionModel, limit: int) -> tuple[float, 
     """Seconds per step, and the share of them outside the model, over the first `limit` steps."""
     timed = Timed(model)
     plan = Request(decoder=Decoder.named(name), window=512, steps=64).resolve(model)
-    plan = replace(plan, ending=replace(plan.ending, fill=False, early_exit=False))
+    plan = replace(plan, end_tokens=replace(plan.end_tokens, fill=False, early_exit=False))
     row = Row([*range(100, 100 + PROMPT), *[plan.mask_id] * (512 - PROMPT)], PROMPT)
     canvas = make_canvas([row], [1], plan)
     taken, begun = 0, now(model.device)

@@ -113,7 +113,7 @@ def answer_ids(canvas: Canvas) -> list[int]:
 
 def until_end(ids: list[int], plan: Plan) -> list[int]:
     """Tokens before the first end token."""
-    return list(itertools.takewhile(lambda token: token not in plan.ending.end_ids, ids))
+    return list(itertools.takewhile(lambda token: token not in plan.end_tokens.end_ids, ids))
 
 
 def written_prefix(canvas: Canvas, plan: Plan) -> list[int]:
@@ -198,7 +198,7 @@ def completed(canvas: Canvas, ids: torch.Tensor, plan: Plan, detokenizer: Detoke
     """The answer of a row, were its first tokens `ids` [W] and everything beyond the canvas an end token."""
     filled = canvas.ids.clone()
     filled[0, : len(ids)] = ids
-    filled = torch.where(canvas.valid, filled, plan.ending.eos_id)
+    filled = torch.where(canvas.valid, filled, plan.end_tokens.eos_id)
     return output(replace(canvas, ids=filled, masked=torch.zeros_like(canvas.masked)), plan, detokenizer)
 
 
@@ -214,7 +214,7 @@ def _output(canvas: Canvas, plan: Plan, part: Cut, finish_reason: str) -> Output
         finish_reason=finish_reason,
         model_calls=int(canvas.model_calls[0]),
         reveal_step=canvas.reveal_step[0, where].tolist(),
-        steps=plan.pace.steps or int(canvas.step[0]),
+        steps=plan.pace.total(int(canvas.step[0])),
         confidence=[None if math.isnan(p) else p for p in confidence],
         top_logprobs=[
             None

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from decoding.request import Plan
-from dlm.errors import ConfigError
 from dlm.noise import key_of
 
 Rows = torch.Tensor | slice
@@ -41,10 +40,7 @@ class Row:
         """
         masks = [i for i, token in enumerate(self.ids) if token == plan.mask_id] or [0]
         stages = plan.decoder.window.stages(torch.tensor([masks[0]]), torch.tensor([masks[-1] + 1]))
-        if plan.pace.steps is not None and plan.pace.steps < int(stages):
-            raise ConfigError(
-                f"{plan.pace.steps} steps are too few for {int(stages)} blocks; each block needs at least one"
-            )
+        plan.pace.check_stages(int(stages))
         return stages
 
     def key(self, seed: int, mask_id: int) -> torch.Tensor:

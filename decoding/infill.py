@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from decoding.canvas import Canvas, Row
 from decoding.denoiser import hidden_of_rows
 from decoding.gaps import MANY, Gap, Piece, combinations
-from decoding.pace import STEPS_PER_POSITION, Ending
-from decoding.request import OPEN_LENGTH, DecoderRequest, Plan, Request
+from decoding.pace import STEPS_PER_POSITION
+from decoding.request import Plan
 from decoding.rows import Prompt, RowMaker, TooLongError
 from dlm.device import to_device
 from dlm.errors import ConfigError
-from dlm.spec import ModelSpec
 
 MOST_LENGTHS = 256
 """Greatest number of combinations of lengths of the gaps of one text."""
@@ -46,33 +45,6 @@ class Infilled:
     score: float
     """Log-likelihood, in nats, of the tokens in the gaps (each when it was written) and, if lengths had to be
     compared, of the given tokens beside them."""
-
-
-def plan_infilling(request: Request, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Plan:
-    """The plan for texts that have the length they have: nothing grows, and nothing ends them early.
-
-    Without steps and rate, one token is written per call (or at the decoder's own pace).
-
-    Raises:
-        ConfigError: for fields that mean nothing here.
-    """
-    meaningful = {field.name for field in fields(DecoderRequest)}
-    for name in (field.name for field in fields(Request)):
-        if name not in meaningful and getattr(request, name) is not None:
-            raise ConfigError(f"{name} means nothing here: a text with gaps has the length it has")
-    decoder = request.decoder_for(spec).fitted(OPEN_LENGTH, spec)
-    decoder = decoder.without(*spec.end_token_ids, *getattr(tokenizer, "all_special_ids", ()))
-    steps = (spec.defaults.steps or OPEN_LENGTH // 4) if decoder.timed else None
-    return Plan(
-        decoder=decoder,
-        pace=request.pace_for(decoder, spec, steps, rate=1.0),
-        ending=Ending.of(spec, fill=False, early_exit=False),
-        mask_id=spec.mask_token_id,
-        reuse=request.reuse_settings(),
-        drafts=request.drafts or 0,
-        positions=spec.positions,
-        tokens=spec.positions,
-    )
 
 
 def rows_with_gaps(

@@ -40,19 +40,19 @@ class Clock:
 class Pace(Protocol):
     """The interface of paces."""
 
-    @property
-    def steps(self) -> int | None:
-        """Denoising steps, where their number is fixed."""
+    bounded: ClassVar[bool]
+    """True where the number of steps is fixed: every row ends, whatever its rule decides."""
+
+    def check_stages(self, stages: int) -> None:
+        """Refuse a row of so many stages, where they are more than there are steps.
+
+        Raises:
+            ConfigError: naming both numbers.
+        """
         ...
 
-    @property
-    def rate(self) -> float | None:
-        """Expected tokens per step, where that is fixed."""
-        ...
-
-    @property
-    def bounded(self) -> bool:
-        """True where the number of steps is fixed: every row ends, whatever its rule decides."""
+    def total(self, taken: int) -> int:
+        """Steps of a row that has ended after so many."""
         ...
 
     def within(self, positions: int) -> Pace:
@@ -118,13 +118,24 @@ class Steps:
 
     steps: int
     schedule: NoiseSchedule = field(default_factory=LogLinear)
-    rate: None = field(default=None, init=False, repr=False)
     bounded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the number."""
         if self.steps < 1:
             raise ConfigError(f"steps must be at least 1, got {self.steps}")
+
+    def check_stages(self, stages: int) -> None:
+        """See `Pace`."""
+        if self.steps < stages:
+            raise ConfigError(
+                f"{self.steps} steps are too few for {stages} blocks; each block needs at least one"
+            )
+
+    def total(self, taken: int) -> int:
+        """All steps, also of a row that needed fewer; see `Pace`."""
+        del taken
+        return self.steps
 
     def clock(
         self,
@@ -187,8 +198,14 @@ def _note_unused(steps: int, limit: int, positions: int) -> None:
 class _Untimed:
     """A pace without times: a stage lasts until nothing of it is masked."""
 
-    steps: None = None
     bounded: ClassVar[bool] = False
+
+    def check_stages(self, stages: int) -> None:
+        """Any number will do; see `Pace`."""
+
+    def total(self, taken: int) -> int:
+        """Those that were taken; see `Pace`."""
+        return taken
 
     def within(self, positions: int) -> Self:
         """This pace: it has no steps to leave out."""
@@ -255,8 +272,6 @@ class Rate(_Untimed):
 class OwnPace(_Untimed):
     """The pace of a reveal rule that says itself how many tokens a step writes (threshold, entropy bound)."""
 
-    rate: None = field(default=None, init=False, repr=False)
-
     def quota(self, step: torch.Tensor) -> torch.Tensor:
         """One; such a rule does not look at it."""
         return torch.ones_like(step)
@@ -275,7 +290,7 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Ending:
+class EndTokens:
     """The effect of end tokens.
 
     Attributes:
@@ -294,7 +309,7 @@ class Ending:
     closes: bool = True
 
     @classmethod
-    def of(cls, spec: ModelSpec, **effects: bool) -> Ending:
+    def of(cls, spec: ModelSpec, **effects: bool) -> EndTokens:
         """The effects of a model's end tokens."""
         return cls(spec.eos_token_id, tuple(sorted(spec.end_token_ids)), **effects)
 

@@ -6,16 +6,16 @@ Importable without torch: commands fill requests before a model is loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dlm.errors import MOST_WHOLE, ConfigError, unknown_name
 
 if TYPE_CHECKING:
-    from decoding.pace import Ending, Pace
+    from decoding.pace import EndTokens, Pace
     from decoding.presets import Decoder
-    from dlm.spec import ModelSpec
+    from dlm.spec import DecodingDefaults, ModelSpec
 
     DecoderLike = str | Decoder
 else:
@@ -295,9 +295,7 @@ class Request(DecoderRequest):
         Raises:
             ConfigError: for settings that are out of range for the model or do not go together.
         """
-        from dlm.spec import ModelSpec
-
-        spec = model if isinstance(model, ModelSpec) else ModelSpec.of(model)
+        spec = _spec_of(model)
         return self.as_published(spec)._resolved(spec)
 
     def as_published(self, spec: ModelSpec) -> Request:
@@ -306,67 +304,100 @@ class Request(DecoderRequest):
         They set out a number of masks behind the prompt, or a window, and a number of steps; for another
         `max_tokens` the steps are in proportion. Their stop texts hold for any decoder.
         """
-        published = spec.defaults
-        stop = list(published.stop) if self.stop is None and published.stop is not None else self.stop
+        published, given = spec.defaults, dict[str, Any]()
+        if self.stop is None and published.stop is not None:
+            given["stop"] = list(published.stop)
         name = self.decoder if self.decoder is None or isinstance(self.decoder, str) else self.decoder.preset
-        if name not in (None, published.decoder):
-            return replace(self, stop=stop)
-        fill = published.eos_fill if self.eos_fill is None else self.eos_fill
-        request = replace(self, stop=stop, eos_fill=fill)
-        if published.canvas != "full" or self.window is not None or self.canvas == "growing":
-            return request
+        if name in (None, published.decoder):
+            if self.eos_fill is None and published.eos_fill is not None:
+                given["eos_fill"] = published.eos_fill
+            if published.canvas == "full" and self.window is None and self.canvas != "growing":
+                given |= self._published_canvas(published)
+        return replace(self, **given) if given else self
+
+    def _published_canvas(self, published: DecodingDefaults) -> dict[str, Any]:
+        """Fields of the canvas of the checkpoint's authors, at the length of this request."""
         published_length = published.max_tokens or published.window or DEFAULT_MAX_TOKENS
         length, steps = self.max_tokens or published_length, self.steps
         if steps is None and self.rate is None and published.steps is not None:
             steps = -(-published.steps * length // published_length)
         if self.max_tokens is None and published.max_tokens is None:
-            return replace(request, window=length, steps=steps)
-        return replace(request, canvas="full", max_tokens=length, steps=steps)
+            return {"window": length, "steps": steps}
+        return {"canvas": "full", "max_tokens": length, "steps": steps}
 
     def _resolved(self, spec: ModelSpec) -> Plan:
         """See `resolve`."""
-        from decoding.pace import Ending
+        decoder = self.decoder_for(spec)
+        extent = self._extent(decoder, spec)
+        decoder = decoder.fitted(extent.length or OPEN_LENGTH, spec)
+        pace = self.pace_for(decoder, spec, extent.steps, spec.defaults.rate or DEFAULT_RATE)
+        pace = pace.within(extent.length or spec.positions)
+        self._check_canvas(extent, pace)
+        ends = not self.ending
+        fill = ends and self.eos_fill is not False
+        effects = {"fill": fill, "early_exit": ends and not decoder.reveal.revises}
+        return self._plan(spec, decoder, pace, extent, **effects, closes=fill or not pace.bounded)
+
+    def resolve_gaps(self, model: Any, forbidden: Iterable[int] = ()) -> Plan:
+        """Fill in what was left open, for texts that have the length they have: nothing grows or ends early.
+
+        Without steps and rate, one token is written per call (or at the decoder's own pace).
+
+        Args:
+            model: as in `resolve`.
+            forbidden: tokens that cannot come out, besides those that end an answer.
+
+        Raises:
+            ConfigError: for fields that mean nothing here, beyond what `resolve` refuses.
+        """
+        meaningful = {each.name for each in fields(DecoderRequest)}
+        for name in (each.name for each in fields(self)):
+            if name not in meaningful and getattr(self, name) is not None:
+                raise ConfigError(f"{name} means nothing here: a text with gaps has the length it has")
+        spec = _spec_of(model)
+        decoder = self.decoder_for(spec).fitted(OPEN_LENGTH, spec).without(*spec.end_token_ids, *forbidden)
+        steps = (spec.defaults.steps or OPEN_LENGTH // 4) if decoder.timed else None
+        extent = _Extent(spec.positions, spec.positions, None, steps, grows=False)
+        pace = self.pace_for(decoder, spec, steps, rate=1.0)
+        return self._plan(spec, decoder, pace, extent, fill=False, early_exit=False, closes=True)
+
+    def _plan(self, spec: ModelSpec, decoder: Decoder, pace: Pace, extent: _Extent, **effects: bool) -> Plan:
+        """The plan of what has been chosen, and of the fields that are taken as they are."""
+        from decoding.pace import EndTokens
         from decoding.window import MARGIN
 
-        decoder, defaults = self.decoder_for(spec), spec.defaults
-        window, masks = self._window(decoder, spec), self.max_tokens if self.full else None
-        decoder = decoder.fitted(window or masks or OPEN_LENGTH, spec)
-        steps = None if window is None else defaults.steps or max(1, window // 4)
-        pace = self.pace_for(decoder, spec, steps, defaults.rate or DEFAULT_RATE)
-        pace, ends = pace.within(window or masks or spec.positions), not self.ending
-        fill = self.eos_fill is not False and ends
-        closes = fill or not pace.bounded
-        ending = Ending.of(spec, fill=fill, early_exit=ends and not decoder.reveal.revises, closes=closes)
-        self._check_canvas(window, pace)
-        complete = not ends or masks is not None or (window is not None and self.canvas != "growing")
         return Plan(
             decoder=decoder,
             pace=pace,
-            ending=ending,
+            end_tokens=EndTokens.of(spec, **effects),
             mask_id=spec.mask_token_id,
-            margin=None if complete else MARGIN if self.margin is None else self.margin,
+            margin=None if not extent.grows else MARGIN if self.margin is None else self.margin,
             reuse=self.reuse_settings(),
-            positions=window or spec.positions,
-            tokens=window or self.max_tokens or defaults.max_tokens or DEFAULT_MAX_TOKENS,
+            positions=extent.positions,
+            tokens=extent.tokens,
             stop=self.stop_texts,
             begin=self.begin or "",
-            ending_text=self.ending or "",
+            ending=self.ending or "",
             forced=tuple(sorted((int(place), text) for place, text in (self.forced or {}).items())),
             top_logprobs=self.top_logprobs or 0,
             drafts=self.drafts or 0,
         )
 
-    def _window(self, decoder: Decoder, spec: ModelSpec) -> int | None:
-        """Positions of a fixed canvas; None for one that grows."""
+    def _extent(self, decoder: Decoder, spec: ModelSpec) -> _Extent:
+        """The size of the canvas."""
+        defaults = spec.defaults
         fixed = self.window is not None or self.steps is not None or (decoder.timed and self.rate is None)
         if self.max_tokens is not None or not fixed:
-            return None
-        window = self.window or min(spec.defaults.window or DEFAULT_WINDOW, spec.positions)
+            tokens = self.max_tokens or defaults.max_tokens or DEFAULT_MAX_TOKENS
+            masks = self.max_tokens if self.full else None
+            return _Extent(spec.positions, tokens, masks, None, grows=masks is None and not self.ending)
+        window = self.window or min(defaults.window or DEFAULT_WINDOW, spec.positions)
         if not 1 <= window <= spec.positions:
             raise ConfigError(
                 f"window must lie between 1 and the model's {spec.positions} positions, got {window}"
             )
-        return window
+        steps = defaults.steps or max(1, window // 4)
+        return _Extent(window, window, window, steps, grows=self.canvas == "growing")
 
     def pace_for(self, decoder: Decoder, spec: ModelSpec, steps: int | None, rate: float) -> Pace:
         """Steps or a rate where they are given, the decoder's own pace, or else `steps` or `rate`."""
@@ -382,9 +413,9 @@ class Request(DecoderRequest):
             return Steps(steps, spec.schedule)
         return Rate(float(rate if self.rate is None else self.rate))
 
-    def _check_canvas(self, window: int | None, pace: Pace) -> None:
+    def _check_canvas(self, extent: _Extent, pace: Pace) -> None:
         """Refuse what does not go with a canvas that grows, or with one that does not."""
-        if window is None:
+        if extent.steps is None:  # it has no window
             if self.full and self.max_tokens is None:
                 raise ConfigError('canvas "full" needs a window, or max_tokens')
             if self.margin is not None and self.full:
@@ -420,6 +451,13 @@ class Request(DecoderRequest):
         return decoder.with_given_pace()
 
 
+def _spec_of(model: Any) -> ModelSpec:
+    """The specification that a model carries, or the one that is given."""
+    from dlm.spec import ModelSpec
+
+    return ModelSpec.of(model)
+
+
 def _unknown_field(name: str, names: list[str]) -> ConfigError:
     """An error for a keyword that is no field, which says where an option of a decoder belongs."""
     from decoding.presets import option_names
@@ -430,20 +468,36 @@ def _unknown_field(name: str, names: list[str]) -> ConfigError:
 
 
 @dataclass(frozen=True)
+class _Extent:
+    """The size of a canvas, before the rows are known."""
+
+    positions: int
+    """Longest row, prompt included."""
+    tokens: int
+    """Longest answer."""
+    length: int | None
+    """Positions for which sizes and steps are chosen; None where it is open."""
+    steps: int | None
+    """Steps of a window for which none are given; None where there is no window."""
+    grows: bool
+    """True where masks are added as the row is written."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """A request with everything filled in; nobody changes it.
 
     Attributes:
         decoder: the three choices, with all sizes chosen.
         pace: how time passes.
-        ending: what end tokens do.
+        end_tokens: what they do.
         mask_id: id of the mask token.
         margin: masks that a growing canvas holds beyond those that can open; None where the canvas is whole.
         reuse: which keys and values are reused; None for exact decoding.
         positions: longest row, prompt included.
         tokens: longest answer.
         stop: texts that end an answer.
-        begin, ending_text, forced: given parts of the answer.
+        begin, ending, forced: given parts of the answer.
         top_logprobs: number of likeliest tokens noted beside each token that is written.
         drafts: guesses of what rows will be that a model call computes too.
         ahead: masks that a growing canvas begins with; None where the canvas is whole.
@@ -452,7 +506,7 @@ class Plan:
 
     decoder: Decoder
     pace: Pace
-    ending: Ending
+    end_tokens: EndTokens
     mask_id: int
     margin: int | None = None
     reuse: Reuse | None = None
@@ -460,7 +514,7 @@ class Plan:
     tokens: int = 2**31
     stop: tuple[str, ...] = ()
     begin: str = ""
-    ending_text: str = ""
+    ending: str = ""
     forced: tuple[tuple[int, str], ...] = ()
     top_logprobs: int = 0
     drafts: int = 0
@@ -476,7 +530,7 @@ class Plan:
         if self.drafts and (self.reuse is not None or self.decoder.reveal.requires):
             raise ConfigError("drafts do not go with reuse, conflict and verify")
         ahead = None if self.margin is None else max(1, self.decoder.window.ahead + self.margin)
-        exact = self.decoder, self.pace, self.ending, ahead, self.mask_id, self.top_logprobs
+        exact = self.decoder, self.pace, self.end_tokens, ahead, self.mask_id, self.top_logprobs
         object.__setattr__(self, "ahead", ahead)
         object.__setattr__(self, "batch_key", (*exact, self.reuse, self.drafts))
 

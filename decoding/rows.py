@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from decoding.canvas import Row
 from decoding.gaps import Piece
-from decoding.request import Plan
+from decoding.request import Plan, Request
 from dlm.errors import ConfigError
 from dlm.spec import ModelSpec
 from dlm.tokenizer import Message, encode_prompt, encode_text, longest_token
@@ -99,6 +99,10 @@ class RowMaker:
         self.check_length(text)
         return encode_text(self.tokenizer, text)
 
+    def plan_gaps(self, request: Request) -> Plan:
+        """The plan for texts with gaps, in which no control token can come out (`Request.resolve_gaps`)."""
+        return request.resolve_gaps(self.spec, getattr(self.tokenizer, "all_special_ids", ()))
+
     def answer_row(self, prompt: Prompt | list[int], plan: Plan, name: str = "the prompt") -> Row:
         """A prompt, and masks for its answer, in which the plan's given texts stand.
 
@@ -114,9 +118,9 @@ class RowMaker:
                 f"{name}: the prompt has {len(prompt_ids)} tokens and {self._room(len(prompt_ids), plan)}"
             )
         answer = [plan.mask_id] * min(plan.tokens, plan.positions - len(prompt_ids))
-        if not (plan.begin or plan.forced or plan.ending_text):
+        if not (plan.begin or plan.forced or plan.ending):
             return Row(prompt_ids + answer, len(prompt_ids), name)
-        last = [*self.text(plan.ending_text), self.spec.eos_token_id] if plan.ending_text else []
+        last = [*self.text(plan.ending), self.spec.eos_token_id] if plan.ending else []
         if plan.begin and 0 in dict(plan.forced):
             raise ConfigError("begin and forced both name place 0")
         begin, *forced = [(place, self.text(text)) for place, text in ((0, plan.begin), *plan.forced)]

@@ -15,7 +15,7 @@ from decoding.course import Trace
 from decoding.denoiser import Denoiser
 from decoding.engine import Engine, Update
 from decoding.gaps import Gap, Piece, pieces_of, without_span
-from decoding.infill import Infilled, gap_scores, likeliest, plan_infilling, rows_with_gaps
+from decoding.infill import Infilled, gap_scores, likeliest, rows_with_gaps
 from decoding.presets import Decoder
 from decoding.request import DEFAULT_WINDOW, Plan, Request
 from decoding.rows import Prompt, RowMaker, TooLongError, as_list, cut_text, with_seeds
@@ -237,7 +237,7 @@ class Sampler:
         Raises:
             ConfigError: for a text without a gap, an empty gap, or a text that is too long for the model.
         """
-        plan = plan_infilling(_request(request, fields), self.spec, self.tokenizer)
+        plan = self.rows.plan_gaps(_request(request, fields))
         check_whole("batch_size", batch_size)
         seeded = ((f"text {i}", *pair) for i, pair in enumerate(with_seeds(texts, seed)))
         pieces = (
@@ -310,7 +310,7 @@ class Sampler:
         Raises:
             ConfigError: for a span that is not in a text or not clear.
         """
-        plan = plan_infilling(_request(request, fields), self.spec, self.tokenizer)
+        plan = self.rows.plan_gaps(_request(request, fields))
         gap = None if length is None else Gap.of(length)
         check_whole("batch_size", batch_size)
         seeded = ((f"text {i}", *pair) for i, pair in enumerate(with_seeds(texts, seed)))

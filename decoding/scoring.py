@@ -14,7 +14,6 @@ import torch
 from torch.nn.functional import max_pool1d
 
 from decoding.canvas import Canvas, Rows, resized
-from decoding.conflicts import ConflictCache
 from decoding.denoiser import (
     Denoiser,
     Entries,
@@ -111,8 +110,8 @@ class Scorer:
         if evidence.verified is None:
             return evidence
         verified = evidence.verified & evidence.scored.any(1, keepdim=True)  # in a call that is made anyway
-        if self.plan.ending.fill:  # ends that have filled what is behind them stay
-            verified &= ~self.plan.ending.is_end(view.ids)
+        if self.plan.end_tokens.fill:  # ends that have filled what is behind them stay
+            verified &= ~self.plan.end_tokens.is_end(view.ids)
         return replace(evidence, verified=verified)
 
     def compute(self, rows: torch.Tensor, asked: Evidence, guess: Guess | None = None) -> Work:
@@ -299,7 +298,7 @@ class Scorer:
         logits = self.model.logits(states)
         if bool(self.canvas.ends_from.any()):
             shut = position < self.canvas.ends_from[row]  # too early for an end token
-            for end_id in self.plan.ending.end_ids:
+            for end_id in self.plan.end_tokens.end_ids:
                 logits[:, end_id].masked_fill_(shut.to(logits.device, non_blocking=True), -math.inf)
         return self._changed(logits, row, *unconditional_states)
 
@@ -328,9 +327,72 @@ class Scorer:
         counts = torch.zeros(2, len(rows), logits.shape[1], device=logits.device)
         for count, where in zip(counts, (held, held & canvas.initial[rows]), strict=True):
             count.scatter_add_(1, ids, where.float().to(logits.device, non_blocking=True))
-        for end_id in self.plan.ending.end_ids:
+        for end_id in self.plan.end_tokens.end_ids:
             counts[:, :, end_id] = 0
         return counts[0] > 0, counts[1]
+
+
+class DraftScorer(Scorer):
+    """Answers for drafts: from what another scorer has found of the rows, whatever they are now.
+
+    That is what the next steps would do if the model said again what it said last; it is not asked.
+
+    Args:
+        scorer: the other one.
+        canvas: copies [c] of its rows.
+        source: [c] int64, the rows that they are of.
+        rank: [c] int64, which of the likeliest tokens of its positions a row is given: 0 the likeliest.
+    """
+
+    def __init__(self, scorer: Scorer, canvas: Canvas, source: torch.Tensor, rank: torch.Tensor) -> None:
+        super().__init__(scorer.model, canvas, replace(scorer.plan, drafts=0, top_logprobs=0))
+        tokens, logp = scorer.likeliest[source, :, rank].unbind(-1)
+        self.token, self.probability, self.score = tokens.long(), logp.exp().float(), scorer.score[source]
+        self.has_score = scorer.entries.cached[source]
+        self.sufficient = torch.ones(len(source), dtype=torch.bool)
+        """[c] bool, False for rows that were asked for more than there is."""
+
+    def compute(self, rows: torch.Tensor, asked: Evidence, guess: Guess | None = None) -> Work:
+        """Note which rows [b] are asked for more than there is; never waits for the model."""
+        del guess
+        self.sufficient[rows] &= ~(asked.scored & ~self.has_score[rows, : asked.scored.shape[1]]).any(1)
+        yield from ()
+
+
+class ConflictCache:
+    """Conflicts of the rows of a canvas; what is stored of a row counts while its scores do."""
+
+    def __init__(self, canvas: Canvas) -> None:
+        self.place = torch.full_like(canvas.ids, -1)  # [B, L] number among the row's positions; -1 for none
+        self.conflicts = torch.zeros(len(canvas.ids), 0, 0, dtype=torch.bool)  # [B, K, K] by those numbers
+
+    def put(self, rows: torch.Tensor, positions: torch.Tensor, conflicts: torch.Tensor) -> None:
+        """Store conflicts [b, K, K] between positions [b, K] of the rows [b]; positions of -1 are none."""
+        size, old = positions.shape[1], self.conflicts
+        if old.shape[1] < size:
+            self.conflicts = old.new_zeros(len(old), size, size)
+            self.conflicts[:, : old.shape[1], : old.shape[1]] = old
+        self.conflicts[rows, :size, :size] = conflicts
+        row, number = (positions >= 0).nonzero().unbind(1)
+        self.place[rows] = -1
+        self.place[rows[row], positions[row, number]] = number
+
+    def at(self, rows: Rows, position: torch.Tensor, width: int) -> torch.Tensor:
+        """[b, width] bool, positions in conflict with the one at `position` [b, 1] of the rows [b]."""
+        place, conflicts = self.place[rows, :width], self.conflicts[rows]
+        if not conflicts.shape[1]:
+            return torch.zeros_like(place, dtype=torch.bool)
+        one = place.gather(1, position)
+        row = conflicts.gather(1, one.clamp(min=0)[..., None].expand(-1, -1, conflicts.shape[2]))[:, 0]
+        return row.gather(1, place.clamp(min=0)) & (place >= 0) & (one >= 0)
+
+    def follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
+        """Go on with another canvas: `rows` of the old one, or the old one with more rows behind it."""
+        if rows is not None:
+            self.place, self.conflicts = self.place[rows], self.conflicts[rows]
+        size, width = canvas.ids.shape
+        self.place = resized(self.place, size, width, -1)
+        self.conflicts = resized(self.conflicts, size, self.conflicts.shape[1])
 
 
 def _on_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -25,10 +25,9 @@ from decoding.course import course
 from decoding.denoiser import Denoiser, StateQuery, check_capable, compute_states
 from decoding.drafts import Drafts, Guess, likeliest_drafts
 from decoding.pace import Clock
-from decoding.recall import Recalling
 from decoding.request import Plan
 from decoding.reveal.base import PREDICTION_NOISE, Decision, Evidence, StepView
-from decoding.scoring import Scorer, Work
+from decoding.scoring import DraftScorer, Scorer, Work
 from dlm.errors import ConfigError, DLMError
 from dlm.noise import cell_noise
 
@@ -230,7 +229,7 @@ class Batch:
             step=step,
             course=partial(course, canvas, plan, rows, self.width),
             beyond=self._beyond(rows) if plan.ahead is not None and plan.pace.bounded else None,
-            rate=plan.pace.rate,
+            pace=plan.pace,
             conflicts=None if conflicts is None else partial(conflicts.at, rows, width=self.width),
             state={name: x[cells] if x.dim() > 1 else x[rows] for name, x in canvas.rule_state.items()},
         )
@@ -258,11 +257,10 @@ class Batch:
             return None
 
         def take_step(canvas: Canvas, source: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
-            recalling = Recalling(self.scorer, canvas, rows[source], rank)
-            step = Batch(recalling.model, canvas, recalling.plan, recalling).step()
-            (failed,) = run_work(recalling.model, [step])
+            scorer = DraftScorer(self.scorer, canvas, rows[source], rank)
+            (failed,) = run_work(scorer.model, [Batch(scorer.model, canvas, scorer.plan, scorer).step()])
             # A rule that fails on what a row is not: if it becomes that, the error is the one of its step.
-            return recalling.known if failed is None else torch.zeros_like(recalling.known)
+            return scorer.sufficient if failed is None else torch.zeros_like(scorer.sufficient)
 
         canvas = self.canvas.take(rows)
         canvas.alternatives = canvas.alternatives[:, :, :0]  # nobody reads those of drafts
@@ -272,19 +270,19 @@ class Batch:
     def _beyond(self, rows: Rows) -> torch.Tensor:
         """[b] masks of a fixed window that the canvas does not hold yet."""
         canvas = self.canvas
-        closed = self._has_end(rows) & self.plan.ending.fill
+        closed = self._has_end(rows) & self.plan.end_tokens.fill
         return torch.where(closed, 0, canvas.end[rows] - canvas.valid[rows].sum(1))
 
     def _has_end(self, rows: Rows) -> torch.Tensor:
         """[b] bool, rows in which an end token has been written."""
         canvas = self.canvas
         given_or_masked = canvas.masked[rows] | canvas.pinned[rows]
-        return (self.plan.ending.is_end(canvas.ids[rows]) & ~given_or_masked).any(1)
+        return (self.plan.end_tokens.is_end(canvas.ids[rows]) & ~given_or_masked).any(1)
 
     def _grow(self, rows: torch.Tensor, ahead: int) -> None:
         """Give the rows [b] masks on the right; none where an end token has closed them."""
         canvas = self.canvas
-        closed = self.plan.ending.closed(self._has_end(rows), canvas.done[rows])
+        closed = self.plan.end_tokens.closed(self._has_end(rows), canvas.done[rows])
         canvas.grow(rows, ahead, closed | (canvas.failed[rows] >= 0))
 
     def predict(self, rows: torch.Tensor, draws: int, predicted: list[torch.Tensor]) -> Work:
@@ -328,7 +326,7 @@ class Batch:
         if decision.remask is not None:
             remask = decision.remask & sound[:, None]
             new_ids, new_masked = torch.where(remask, self.plan.mask_id, new_ids), new_masked | remask
-        ended = self.plan.ending.apply(new_ids, new_masked, ~canvas.pinned[cells])
+        ended = self.plan.end_tokens.apply(new_ids, new_masked, ~canvas.pinned[cells])
         appeared = (masked | written) & ~ended.masked
         probability = torch.where(written, self.scorer.probability[cells], torch.nan)
         for record, new, none in (

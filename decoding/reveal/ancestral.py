@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from decoding.pace import Rate, Steps
 from decoding.reveal.base import REVEAL_NOISE, Decision, RevealRule, StepView
 from decoding.tokens import Choice, TokenRule
 
@@ -121,11 +122,11 @@ class MassRule(RevealRule):
         """
         speed = torch.where(view.masked, view.weight.double() * view.score.double(), 0.0)
         noise = view.noise(REVEAL_NOISE).double()
-        return -(torch.log1p(-noise) if view.rate is None else noise.log()) / speed
+        return -(torch.log1p(-noise) if isinstance(view.pace, Steps) else noise.log()) / speed
 
     def recovers_shortfall(self, view: StepView) -> bool:
         """True over steps, where more masks make every reveal likelier; see `RevealRule`."""
-        return view.rate is None
+        return isinstance(view.pace, Steps)
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,8 @@ class Ancestral(MassRule):
 
     def decide(self, view: StepView) -> Decision:
         """Flip independent coins, or at a rate take the next arrivals."""
-        if view.rate is not None:
+        if isinstance(view.pace, Rate):
             noise = view.noise(REVEAL_NOISE)
-            return Decision(first_arrivals(view.score, view.weight, view.masked, noise, view.rate))
+            return Decision(first_arrivals(view.score, view.weight, view.masked, noise, view.pace.rate))
         chance = reveal_probability(view.score, view.weight, view.masked, view.t, view.s, view.beyond)
         return Decision(view.masked & (view.noise(REVEAL_NOISE) < chance))

@@ -13,6 +13,7 @@ from typing import ClassVar, Self
 
 import torch
 
+from decoding.pace import Pace, Steps
 from decoding.reveal.dependence import Dependence
 from decoding.tokens import Choice, TokenRule
 
@@ -70,8 +71,8 @@ class StepView:
     """Gives how far the rows are."""
     beyond: torch.Tensor | None = None
     """[b] masks of the process that are not on the canvas yet and count in |M| all the same; None for 0."""
-    rate: float | None = None
-    """Expected tokens of this step, where the pace is a rate; `t` and `s` mean nothing then."""
+    pace: Pace = field(default_factory=lambda: Steps(1))
+    """How the rows go; `t` and `s` are times where that is by `Steps`, and mean nothing else."""
     leave_one_out: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[b, W] the model's probability of the token that is written, had it not seen it (see `Shadows`); inf
     where the rule did not ask."""

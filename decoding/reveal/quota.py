@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
+from decoding.pace import Steps
 from decoding.reveal.base import Decision, Evidence, RevealRule, StepView, needed_for, ranked
 from decoding.tokens import Choice, TokenRule
 from dlm.errors import check_whole, unknown_name
@@ -78,7 +79,7 @@ class Quota(RevealRule):
         """[b] int64, tokens of this step."""
         if self.per_step is not None:
             return torch.full_like(view.quota, self.per_step)
-        if self.spread == "even" or view.rate is not None:
+        if self.spread == "even" or not isinstance(view.pace, Steps):
             return view.quota
         t, s = (_EPS + (1 - _EPS) * x.float() for x in (view.t, view.s))
         left = view.masked.sum(1)

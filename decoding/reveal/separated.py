@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from decoding.pace import Steps
 from decoding.reveal.base import Decision, Evidence, StepView, WrappedRule, state_with
 from decoding.reveal.dependence import Dependence
 from decoding.tokens import TokenRule
@@ -75,7 +76,7 @@ class Separated(WrappedRule):
         if decision.replace is not None:
             return self._with_replaced(view, decision, order)
         picked = choose_apart(order, eligible, number, lambda first: self._near(view, first))
-        if self.paced and view.rate is None:
+        if self.paced and isinstance(view.pace, Steps):
             last = (view.s if view.s.dim() == 1 else view.s.amax(1)) <= 0
             picked = torch.where(last[:, None], choose_apart(order, eligible, number), picked)
         if not self.paced:

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from decoding.canvas import Canvas
 from decoding.engine import Update
 from decoding.gaps import Gap, Piece, combinations
-from decoding.infill import Infilled, gap_scores, likeliest, plan_infilling, rows_with_gaps
+from decoding.infill import Infilled, gap_scores, likeliest, rows_with_gaps
 from decoding.request import Plan
 from decoding.rows import Prompt
 from serve.api import schema
@@ -95,7 +95,7 @@ def _rows_of_lengths(
     request = sampling.request()
     request.check_decoder()
     check_bias(service, sampling)
-    plan = plan_infilling(request, service.spec, service.tokenizer)
+    plan = service.rows.plan_gaps(request)
     rows = rows_with_gaps(service.rows, pieces, prompt, plan, "the text")
     for row, clamped in rows:
         row.stages(clamped)  # refused here, before a stream begins

@@ -6,7 +6,7 @@ from decoding import Decoder
 from decoding.canvas import Row, make_canvas
 from decoding.engine import Engine
 from decoding.order_table import OrderTable
-from decoding.pace import Ending, OwnPace, Rate, Steps
+from decoding.pace import EndTokens, OwnPace, Rate, Steps
 from decoding.request import OPEN_LENGTH, Plan, Reuse
 from decoding.step import denoise
 from decoding.window import MARGIN
@@ -56,7 +56,7 @@ def plan_of(
         decoder.name,
         decoder.guidance,
     )
-    ending = Ending(
+    ending = EndTokens(
         eos,
         tuple(sorted({eos, *end_ids})),
         fill=eos_fill,

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decoding.pace import Ending
+from decoding.pace import EndTokens
 from decoding.presets import Decoder
 from tests.decoding.rig import decode, plan_of, rows
 from tests.fakes import FakeDenoiser
@@ -35,7 +35,7 @@ def test_ends_have_the_effect_of_the_definition(row, fill, early, ends):
     masked = [m for _, m, _ in row]
     ids = [MASK if m else token for token, m, _ in row]
     free = [f or m for _, m, f in row]
-    ending = Ending(0, ends, fill=fill, early_exit=early)
+    ending = EndTokens(0, ends, fill=fill, early_exit=early)
     got = ending.apply(torch.tensor([ids]), torch.tensor([masked]), torch.tensor([free]))
     expected = slowly(ending, ids, masked, free)
     assert (got.ids[0].tolist(), got.masked[0].tolist(), bool(got.complete)) == expected
@@ -43,9 +43,9 @@ def test_ends_have_the_effect_of_the_definition(row, fill, early, ends):
 
 def test_a_canvas_closes_at_an_end_or_when_the_row_is_done():
     ended, done = torch.tensor([True, True, False]), torch.tensor([False, True, False])
-    assert Ending(0, (0,)).closed(ended, done).tolist() == [True, True, False]
-    assert Ending(0, (0,), closes=False).closed(ended, done).tolist() == [False, True, False]
-    assert not Ending(0, (0,), closes=False, early_exit=False).closed(ended, done).any()
+    assert EndTokens(0, (0,)).closed(ended, done).tolist() == [True, True, False]
+    assert EndTokens(0, (0,), closes=False).closed(ended, done).tolist() == [False, True, False]
+    assert not EndTokens(0, (0,), closes=False, early_exit=False).closed(ended, done).any()
 
 
 def test_any_of_several_end_tokens_ends_an_answer():

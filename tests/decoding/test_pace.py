@@ -57,8 +57,13 @@ def test_a_late_step_has_the_times_of_the_last_one():
     assert (late.stage, late.t, late.s, late.quota) == (last.stage, last.t, last.s, last.quota)
 
 
-def test_only_steps_are_limited_and_only_a_rate_has_one():
-    assert (Steps(4).rate, Rate(2.0).steps, OwnPace().steps, OwnPace().rate) == (None, None, None, None)
+def test_only_steps_are_limited_and_counted_when_nothing_happens():
+    for pace in (Rate(2.0), OwnPace()):
+        pace.check_stages(5)
+        assert pace.total(3) == 3
+    assert Steps(4).total(3) == 4
+    with pytest.raises(ConfigError, match="4 steps are too few for 5 blocks"):
+        Steps(4).check_stages(5)
 
 
 @pytest.mark.parametrize(

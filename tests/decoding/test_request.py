@@ -23,9 +23,9 @@ def test_nothing_given_is_a_canvas_that_grows_at_two_tokens_a_call():
     plan = resolve()
     assert plan.decoder == Decoder.named("conv", kernel_size=OPEN_LENGTH // 4 + 1)
     assert (plan.pace, plan.margin, plan.tokens, plan.positions) == (Rate(2.0), MARGIN, 256, 4096)
-    assert plan.ending.fill
-    assert plan.ending.early_exit
-    assert plan.ending.closes
+    assert plan.end_tokens.fill
+    assert plan.end_tokens.early_exit
+    assert plan.end_tokens.closes
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_pace_and_canvas_follow_from_what_is_given(given, pace, margin, position
 
 
 def test_a_rule_with_a_pace_of_its_own_carries_no_rate():
-    assert resolve(decoder="threshold").pace.rate is None
+    assert resolve(decoder="threshold").pace == OwnPace()
     assert resolve({"decoder": "entropy-bound", "rate": 3.0}).pace == OwnPace()
 
 
@@ -144,7 +144,7 @@ def test_what_a_model_is_comes_from_its_spec_or_else_its_configuration():
     assert ModelSpec.of(model).end_token_ids == {0}
     model.spec = ModelSpec(22, 0, frozenset({3}), positions=50, defaults=DecodingDefaults("llada"))
     plan = Request(reuse="prefix").resolve(model)
-    assert plan.ending.end_ids == (0, 3)
+    assert plan.end_tokens.end_ids == (0, 3)
     assert (plan.decoder.name, plan.positions, plan.reuse) == ("llada", 50, Reuse("prefix"))
 
 

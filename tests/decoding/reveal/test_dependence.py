@@ -8,13 +8,13 @@ import torch
 
 from decoding import Decoder, Request, Sampler
 from decoding.canvas import Row
-from decoding.conflicts import ConflictCache
 from decoding.engine import Engine
 from decoding.presets import PRESETS
 from decoding.request import Reuse
 from decoding.reveal import Quota, Separated
 from decoding.reveal.dependence import EVEN_SHARES, Dependence
 from decoding.reveal.separated import choose_apart
+from decoding.scoring import ConflictCache
 from dlm.attention_weights import AttentionWeights
 from dlm.errors import ConfigError
 from dlm.graphs import BucketedModel

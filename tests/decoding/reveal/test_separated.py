@@ -9,7 +9,7 @@ import torch
 
 from decoding import Decoder, Request, Sampler, list_decoders
 from decoding.canvas import Row, make_canvas
-from decoding.pace import OwnPace
+from decoding.pace import OwnPace, Rate, Steps
 from decoding.reveal import Decision, EntropyBound, Quota, RevealRule, Separated, StepView, Threshold
 from decoding.reveal.separated import choose_apart
 from decoding.step import denoise
@@ -54,7 +54,7 @@ def view_of(masked, quota, *, owed=0, rate=None, s=0.5, weight=None):
         written=~masked,
         noise=lambda stream: uniform(torch.tensor(stream), place).expand(masked.shape),
         score=torch.linspace(0.9, 0.1, len(place)).expand(masked.shape),
-        rate=rate,
+        pace=Steps(8) if rate is None else Rate(rate),
         state={"owed": torch.full((rows,), owed)},
     )
 
@@ -119,7 +119,7 @@ def test_every_decoder_takes_a_gap(model, tokenizer, name):
     assert tokenizer.mask_token_id not in output.token_ids
     if plan.decoder.reveal.revises or plan.decoder.window.stages(torch.tensor([0]), torch.tensor([48])) > 1:
         return  # steps are those of the last change, or each block has a last step
-    for step in range(15 if plan.pace.steps else max(output.reveal_step) + 1):
+    for step in range(15 if isinstance(plan.pace, Steps) else max(output.reveal_step) + 1):
         written = [i for i, at in enumerate(output.reveal_step) if at == step]
         assert all(b - a >= 4 for a, b in itertools.pairwise(written)), (step, written)
 

@@ -43,7 +43,7 @@ def case(request, tmp_path, base):
 def test_defaults_are_the_authors(case):
     layout, _, model, _ = case
     plan = Request().resolve(model)
-    assert not plan.ending.fill
+    assert not plan.end_tokens.fill
     if layout.family in BLOCKS:
         decoder, pace, size, lead = BLOCKS[layout.family]
         window = plan.decoder.window
@@ -69,7 +69,7 @@ def test_the_evaluation_decodes_as_the_authors_do_too(case):
     (variant,) = config.variants()
     assert variant.request(eos_fill=config.eos_fill).resolve(model) == Request(max_tokens=64).resolve(model)
     filled = EvalConfig(task="rules", model=str(folder), eos_fill=True)
-    assert filled.variants()[0].request(eos_fill=True).resolve(model).ending.fill
+    assert filled.variants()[0].request(eos_fill=True).resolve(model).end_tokens.fill
 
 
 @pytest.mark.parametrize(
@@ -100,8 +100,8 @@ def test_diffucoder_has_its_authors_settings(tmp_path, base, name, remembered, t
 def test_other_decoders_have_their_own_canvas(case):
     _, _, model, tokenizer = case
     plan = Request(decoder="conv").resolve(model)
-    assert plan.margin is not None or plan.pace.steps is not None
-    assert plan.ending.fill
+    assert plan.margin is not None or plan.pace.bounded
+    assert plan.end_tokens.fill
     out = Sampler(model, tokenizer).generate("Two fruits", decoder="conv", max_tokens=12, rate=3.0)
     assert len(out.token_ids) <= 12
     gap = Sampler(model, tokenizer).infill("one <mask:2> three", decoder="conv")
