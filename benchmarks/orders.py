@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from decoding.order_table import OrderTable
+from decoding.reveal.order_table import OrderTable
 from decoding.presets import Decoder
 from decoding.request import Request
 from decoding.sampler import Sampler

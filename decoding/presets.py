@@ -6,13 +6,12 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from decoding.order_table import OrderTable
 from decoding.reveal import (
     Ancestral,
     Dilated,
@@ -26,7 +25,7 @@ from decoding.reveal import (
     Stability,
     Threshold,
 )
-from decoding.reveal.dependence import Dependence
+from decoding.reveal.order_table import OrderTable
 from decoding.reveal.process_reward import Control
 from decoding.reveal.quota import Order
 from decoding.reveal.verified import Verified, WideIn
@@ -134,14 +133,15 @@ class Decoder:
             _check_kind(name, option, value, preset)
             if isinstance(preset.options[option], float) and type(value) is int:
                 options[option] = float(value)  # larger ones are too big for a tensor's whole numbers
-        common = {option: options.pop(option, default) for option, default in preset.common.items()}
-        guidance = common.pop("guidance")
-        apart = {name: common.pop(name) for name in ("gap", "conflict", "conflict_layers")}
-        verify, verify_all = common.pop("verify"), common.pop("verify_all")
+        values = {**preset.options, **options}
+        changed = {option for option, value in values.items() if value != preset.options[option]}
         try:
-            window, reveal = preset.build(**options)
-            reveal = _verified(_separated(reveal, **apart), verify, verify_all, preset)
-            return cls(window, reveal, replace(preset.tokens, **common), name, guidance)
+            window, reveal = preset.build(**{option: values[option] for option in _options(preset.build)})
+            for wrapper in WRAPPERS:
+                wrapped = {option: values[option] for option in _options(wrapper)}
+                reveal = wrapper(reveal, changed, **wrapped)
+            tokens = replace(preset.tokens, **{option: values[option] for option in TOKENS})
+            return cls(window, reveal, tokens, name, values["guidance"])
         except TypeError as error:
             raise ConfigError(f"decoder {name!r}: {error}") from error
 
@@ -166,6 +166,17 @@ TOKENS = (
 )
 """Options of the token rule, which every preset has."""
 
+WRAPPERS: tuple[Callable[..., RevealRule], ...] = (Separated.around, Verified.around)
+"""Rules around a preset's rule, the inner one first. Each has options, its keywords, which every preset has
+too. It is given the rule and the names of the options that are not as in the preset, and returns the rule
+itself where they ask for nothing."""
+
+
+def _options(build: Callable[..., Any]) -> dict[str, Any]:
+    """Options of a function, the parameters that have a default, with these."""
+    parameters = inspect.signature(build).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -178,8 +189,7 @@ class Preset:
         tokens: the token rule, whose `TOKENS` are options as well.
         exact: True when texts follow the model's own distribution as steps become finer; others change the
             order in which positions are written, or cut what tokens may come out, on purpose.
-        verify: default of the option `verify`, 0 for off.
-        verify_all: default of `verify_all`.
+        wrapped: defaults of options of `WRAPPERS`, where they are others.
     """
 
     summary: str
@@ -187,41 +197,14 @@ class Preset:
     build: Callable[..., Axes]
     tokens: TokenRule = field(default_factory=TokenRule)
     exact: bool = False
-    verify: float = 0.0
-    verify_all: bool = False
+    wrapped: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def common(self) -> dict[str, Any]:
-        """Options that every preset has, and their defaults here."""
-        return {option: getattr(self.tokens, option) for option in TOKENS} | {
-            "guidance": 0.0,
-            "gap": 1,
-            "conflict": 0.0,
-            "conflict_layers": Dependence.layers,
-            "verify": self.verify,
-            "verify_all": self.verify_all,
-        }
-
-    @property
-    def options(self) -> dict[str, Any]:
+    @cached_property
+    def options(self) -> Mapping[str, Any]:
         """Option names and their defaults."""
-        parameters = {name: p.default for name, p in inspect.signature(self.build).parameters.items()}
-        return parameters | self.common
-
-
-def _separated(reveal: RevealRule, gap: int, conflict: float, conflict_layers: int) -> RevealRule:
-    """The rule, with tokens of one call kept apart where that is asked for."""
-    if not conflict and conflict_layers != Dependence.layers:
-        raise ConfigError("conflict_layers says which layers show a conflict; give conflict, such as 0.07")
-    dependence = Dependence(conflict, conflict_layers) if conflict else None
-    return reveal if gap == 1 and dependence is None else Separated(reveal, gap, dependence)
-
-
-def _verified(reveal: RevealRule, verify: float, verify_all: bool, preset: Preset) -> RevealRule:
-    """The rule, with its tokens verified where that is asked for."""
-    if not verify and verify_all != preset.verify_all:
-        raise ConfigError("verify_all says which tokens are verified; give verify, such as 0.5")
-    return Verified(reveal, verify, verify_all) if verify else reveal
+        around = {name: value for wrapper in WRAPPERS for name, value in _options(wrapper).items()}
+        tokens = {name: getattr(self.tokens, name) for name in TOKENS}
+        return _options(self.build) | tokens | {"guidance": 0.0} | around | dict(self.wrapped)
 
 
 def _check_kind(name: str, option: str, value: Any, preset: Preset) -> None:
@@ -369,8 +352,7 @@ PRESETS: dict[str, Preset] = {
         "WINO, 2507.18578",
         _wino,
         _GREEDY,
-        verify=0.9,
-        verify_all=True,
+        wrapped={"verify": 0.9, "verify_all": True},
     ),
     "entropy-bound": Preset(
         "as many tokens as their entropies allow, at least one a step",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from decoding.order_table import LARGEST_REWARD, OrderTable
+from decoding.reveal.order_table import LARGEST_REWARD, OrderTable
 from decoding.presets import Decoder
 from decoding.request import Request
 from dlm.errors import DataError

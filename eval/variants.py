@@ -36,7 +36,7 @@ class Variant:
         """The options as a run records them: of an order table its contents, whatever its name."""
         if "table" not in self.options:
             return self.options
-        from decoding.order_table import OrderTable
+        from decoding.reveal.order_table import OrderTable
 
         return {**self.options, "table": OrderTable.named(self.options["table"]).digest}
 

@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoding.engine import Engine
-from decoding.order_table import OrderTable
+from decoding.reveal.order_table import OrderTable
 from decoding.request import Request
 from decoding.sampler import Sampler
 from decoding.tilted.tilt import Tilt

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from decoding.chat.conversation import Conversation, Source
 from decoding.commands.display import plain_console, watch
 from decoding.config import LoadConfig, decoder_option
-from decoding.conversation import Conversation, Source
 from decoding.request import Request
 from dlm.cli import Command
 from dlm.data.prompts import stdin_lines
@@ -62,7 +62,7 @@ class ChatConfig(Request, LoadConfig):
 
     def source(self) -> Source:
         """The source of the answers: an endpoint, or a model here."""
-        from decoding.sources import EndpointSource, SamplerSource
+        from decoding.chat.sources import EndpointSource, SamplerSource
 
         if self.endpoint:
             return EndpointSource(self.endpoint, self.model)

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
-from decoding.order_table import OrderTable
 from decoding.reveal.base import REVEAL_NOISE, Decision, Evidence, RevealRule, StepView, needed_for
+from decoding.reveal.order_table import OrderTable
 from dlm.errors import ConfigError, check_whole, unknown_name
 from dlm.noise import key_of, uniform
 

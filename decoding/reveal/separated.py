@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
 
 from decoding.pace import Steps
-from decoding.reveal.base import Decision, Evidence, StepView, WrappedRule, state_with
+from decoding.reveal.base import Decision, Evidence, RevealRule, StepView, WrappedRule, state_with
 from decoding.reveal.dependence import Dependence
 from decoding.tokens import TokenRule
 from dlm.errors import ConfigError, check_whole
@@ -41,6 +41,24 @@ class Separated(WrappedRule):
             raise ConfigError(
                 "tokens are kept apart before they are verified: Verified(Separated(rule, gap), …)"
             )
+
+    @classmethod
+    def around(
+        cls,
+        rule: RevealRule,
+        changed: Collection[str],
+        *,
+        gap: int = 1,
+        conflict: float = 0.0,
+        conflict_layers: int = Dependence.layers,
+    ) -> RevealRule:
+        """The rule, with tokens of one call kept apart where that is asked for; see `presets.WRAPPERS`."""
+        if not conflict and "conflict_layers" in changed:
+            raise ConfigError(
+                "conflict_layers says which layers show a conflict; give conflict, such as 0.07"
+            )
+        dependence = Dependence(conflict, conflict_layers) if conflict else None
+        return rule if gap == 1 and dependence is None else cls(rule, gap, dependence)
 
     @property
     def requires(self) -> frozenset[str]:  # type: ignore[override]

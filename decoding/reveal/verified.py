@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
-from decoding.reveal.base import Decision, Evidence, StepView, WrappedRule, ranked, state_with
+from decoding.reveal.base import Decision, Evidence, RevealRule, StepView, WrappedRule, ranked, state_with
 from decoding.reveal.threshold import Threshold
 from decoding.tokens import TokenRule
 from dlm.errors import ConfigError
@@ -50,6 +51,15 @@ class Verified(WrappedRule):
     threshold: float
     every: bool = False
     revises: ClassVar[bool] = True
+
+    @classmethod
+    def around(
+        cls, rule: RevealRule, changed: Collection[str], *, verify: float = 0.0, verify_all: bool = False
+    ) -> RevealRule:
+        """The rule, with its tokens verified where that is asked for; see `presets.WRAPPERS`."""
+        if not verify and "verify_all" in changed:
+            raise ConfigError("verify_all says which tokens are verified; give verify, such as 0.5")
+        return cls(rule, verify, verify_all) if verify else rule
 
     @property
     def requires(self) -> frozenset[str]:  # type: ignore[override]

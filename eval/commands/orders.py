@@ -12,7 +12,7 @@ from dlm.device import check_place
 from dlm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from decoding.order_table import OrderTable
+    from decoding.reveal.order_table import OrderTable
     from eval.orders import Progress
     from eval.report.tables import Table
 
@@ -142,7 +142,7 @@ class LearnConfig:
 
 def show_tables(config: ShowConfig) -> int:
     """Print a line for each table, and below it how its reward depends on each of the three."""
-    from decoding.order_table import OrderTable, names, table_file, tables_folder
+    from decoding.reveal.order_table import OrderTable, names, table_file, tables_folder
 
     for source in config.tables or names():
         table = OrderTable.load(table_file(source))
@@ -155,7 +155,7 @@ def show_tables(config: ShowConfig) -> int:
 
 def learn(config: LearnConfig) -> int:
     """Learn a table, and write it."""
-    from decoding.order_table import SHAPE, OrderTable, target
+    from decoding.reveal.order_table import SHAPE, OrderTable, target
     from dlm.lock import check_writable
 
     output = target(config.output)

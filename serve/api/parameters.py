@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from decoding.canvas import Row
-from decoding.order_table import is_name
+from decoding.reveal.order_table import is_name
 from decoding.request import Plan, Request
 from dlm.characters import whole_characters
 from dlm.errors import ConfigError

@@ -5,7 +5,7 @@ import torch
 from decoding import Decoder
 from decoding.canvas import Row, make_canvas
 from decoding.engine import Engine
-from decoding.order_table import OrderTable
+from decoding.reveal.order_table import OrderTable
 from decoding.pace import EndTokens, OwnPace, Rate, Steps
 from decoding.request import OPEN_LENGTH, Plan, Reuse
 from decoding.step import denoise

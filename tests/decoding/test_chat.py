@@ -12,7 +12,7 @@ import pytest
 from decoding.commands.chat import COMMAND as CHAT
 from decoding.commands.chat import Chat, piped_lines, typed_lines
 from decoding.commands.display import plain_console, watch
-from decoding.conversation import Conversation
+from decoding.chat.conversation import Conversation
 from dlm.cli import main
 from dlm.errors import DataError
 from tests.decoding.test_conversation import Scripted, contents

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from decoding import Request, Sampler
-from decoding.order_table import OrderTable
+from decoding.reveal.order_table import OrderTable
 from dlm.cli import main, parse, script
 from dlm.errors import ConfigError, DataError
 from eval.answers import Answer

@@ -10,7 +10,7 @@ import torch
 from decoding import Request, Sampler
 from decoding.cells import cells, open_positions
 from decoding.engine import Engine
-from decoding.order_table import OrderTable
+from decoding.reveal.order_table import OrderTable
 from serve.api.mercury import marked
 from tests.decoding.rig import canvas_of, order_table, plan_of
 from tests.fakes import FakeDenoiser, FakeTokenizer

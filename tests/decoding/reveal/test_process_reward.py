@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from decoding import Decoder, Request
-from decoding.order_table import OrderTable
+from decoding.reveal.order_table import OrderTable
 from decoding.reveal import ProcessReward, Quota, StepView
 from decoding.reveal.base import Course
 from decoding.reveal.process_reward import shortlist

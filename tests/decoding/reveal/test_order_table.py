@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decoding.order_table import LARGEST_REWARD, OrderTable, is_name, names, tables_folder
+from decoding.reveal.order_table import LARGEST_REWARD, OrderTable, is_name, names, tables_folder
 from dlm.errors import ConfigError, DataError
 from tests.decoding.rig import order_table
 

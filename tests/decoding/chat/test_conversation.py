@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from decoding.conversation import Conversation
+from decoding.chat.conversation import Conversation
 from decoding.request import Request
 from dlm.errors import ConfigError
 

@@ -22,7 +22,7 @@ STANDARD_OPTIONS = ("temperature", "top_p", "presence_penalty", "frequency_penal
 
 
 class SamplerSource:
-    """Answers of a model on this machine: a `decoding.conversation.Source` whose texts show the canvas.
+    """Answers of a model on this machine: a `decoding.chat.conversation.Source` whose texts show the canvas.
 
     Args:
         sampler: of the model.
@@ -57,7 +57,7 @@ class SamplerSource:
 
 
 class EndpointSource:
-    """Answers of an OpenAI-compatible endpoint (`/v1/chat/completions`). A `decoding.conversation.Source`.
+    """Answers of an OpenAI-compatible endpoint (`/v1/chat/completions`), as a `Source` of a conversation.
 
     Fields of a request that the API does not have are sent under their own names, which servers may refuse.
 

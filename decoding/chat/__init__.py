@@ -1,0 +1,1 @@
+"""Conversations apart from the terminal: what is said, and who answers."""
