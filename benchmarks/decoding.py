@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.models import EOS, MASK, VOCAB, Ending, smollm2
 from dlm.checkpoint import DTYPES
-from eval.bench import Problem, as_causal, standard_ways, table, time_ways
+from eval.bench import Problem, as_causal, bench_table, standard_ways, time_ways
 
 PROMPT = 40
 
@@ -45,7 +45,7 @@ def main() -> None:
         f"{', the end token everywhere behind' if options.padding else ''}\n"
     )
     first = next(iter(runs))
-    print(table(runs, [first, "autoregressive, cache"]))
+    print(bench_table(runs, [first, "autoregressive, cache"]))
 
 
 if __name__ == "__main__":

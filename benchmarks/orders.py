@@ -32,9 +32,9 @@ from typing import Any
 
 import torch
 
-from decoding.reveal.order_table import OrderTable
 from decoding.presets import Decoder
 from decoding.request import Request
+from decoding.reveal.order_table import OrderTable
 from decoding.sampler import Sampler
 from dlm.checkpoint import load_model
 from dlm.data.rows import load_rows

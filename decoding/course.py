@@ -35,7 +35,7 @@ def course(canvas: Canvas, plan: Plan, rows: Rows, width: int) -> Course:
 
 @dataclass(frozen=True)
 class Trace:
-    """When, how surely and where the tokens of one row were written, each a share in [0, 1].
+    """Time, certainty and place of the tokens of one row when they were written, each a share in [0, 1].
 
     Tokens that were written behind the end count too; those that only fill up do not.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeGuard, overload, runtime_checkable
 
 import torch
 
@@ -38,14 +38,50 @@ class Denoiser(Protocol):
         ...
 
 
+class PackedDenoiser(Denoiser, Protocol):
+    """A model that computes rows end to end ("packed"), and shadows of written tokens beside ("shadows")."""
+
+    def packed_hidden(
+        self,
+        input_ids: torch.Tensor,
+        lengths: Sequence[int],
+        *,
+        attention: Sequence[AttentionWeights] = ...,
+        shadows: Sequence[Shadows] = ...,
+    ) -> torch.Tensor:
+        """[N] of rows of these lengths -> [N, D]; see `MaskedDiffusionModel.packed_hidden`."""
+        ...
+
+
+class PartialDenoiser(Denoiser, Protocol):
+    """A model that computes some positions of rows, and keeps keys and values of the others ("partial")."""
+
+    def new_memory(self) -> Any:
+        """Room for keys and values."""
+        ...
+
+    def partial_hidden(
+        self,
+        input_ids: torch.Tensor,
+        active: torch.Tensor,
+        valid: torch.Tensor,
+        memory: Any,
+        rows: torch.Tensor,
+        *,
+        attention: Sequence[AttentionWeights] = ...,
+        guests: int = ...,
+    ) -> torch.Tensor:
+        """[N, D] of the active positions; see `MaskedDiffusionModel.partial_hidden`."""
+        ...
+
+
 @runtime_checkable
 class Capable(Protocol):
     """A model that declares what it can do beyond `Denoiser`.
 
-    "packed" stands for `packed_hidden`; "partial" for `partial_hidden` and `new_memory`, with which keys and
-    values can be reused, guests (for drafts) included; "attention" for the argument `attention` of these
-    calls, which records attention weights; "shadows" for the argument `shadows` of `packed_hidden`, with
-    which tokens are verified. See `dlm.model`.
+    "packed" and "shadows" stand for `PackedDenoiser`, "partial" for `PartialDenoiser`, with which keys and
+    values can be reused, guests (for drafts) included; "attention" for the argument `attention` of all these
+    calls, `hidden` included, which records attention weights.
     """
 
     @property
@@ -54,12 +90,24 @@ class Capable(Protocol):
         ...
 
 
-def can(model: Any, capability: str) -> bool:
+@overload
+def can(model: object, capability: Literal["packed", "shadows"]) -> TypeGuard[PackedDenoiser]: ...
+
+
+@overload
+def can(model: object, capability: Literal["partial"]) -> TypeGuard[PartialDenoiser]: ...
+
+
+@overload
+def can(model: object, capability: str) -> bool: ...
+
+
+def can(model: object, capability: str) -> bool:
     """True when the model declares a capability."""
     return isinstance(model, Capable) and capability in model.capabilities
 
 
-def check_capable(model: Any, plan: Plan) -> None:
+def check_capable(model: Denoiser, plan: Plan) -> None:
     """Refuse a plan that needs more than the model can.
 
     Raises:
@@ -71,7 +119,7 @@ def check_capable(model: Any, plan: Plan) -> None:
 
 
 def hidden_of_rows(
-    model: Any,
+    model: Denoiser,
     ids: torch.Tensor,
     lengths: Sequence[int],
     attention: Sequence[AttentionWeights] = (),
@@ -90,22 +138,22 @@ def hidden_of_rows(
         [N, D].
     """
     records: dict[str, Any] = {"attention": attention} if attention else {}
-    if shadows:
-        return model.packed_hidden(ids, lengths, shadows=shadows, **records)  # type: ignore[no-any-return]
+    if shadows and can(model, "shadows"):
+        return model.packed_hidden(ids, lengths, shadows=shadows, **records)
     if len(set(lengths)) == 1:
-        return model.hidden(ids.view(len(lengths), -1), **records).flatten(0, 1)  # type: ignore[no-any-return]
+        return model.hidden(ids.view(len(lengths), -1), **records).flatten(0, 1)
     if can(model, "packed"):
-        return model.packed_hidden(ids, lengths, **records)  # type: ignore[no-any-return]
+        return model.packed_hidden(ids, lengths, **records)
     size = torch.tensor(lengths)
     valid = torch.arange(int(max(lengths))) < size[:, None]
     padded = ids.new_zeros(valid.shape)
     padded[valid] = ids
     states = model.hidden(padded, valid, **records)
     row, position = (x.to(states.device, non_blocking=True) for x in valid.nonzero().unbind(1))
-    return states[row, position]  # type: ignore[no-any-return]
+    return states[row, position]
 
 
-class Entries:
+class CachedPositions:
     """Positions of a canvas for which a cache holds an entry, of the version of the row that it is of."""
 
     def __init__(self, canvas: Canvas) -> None:
@@ -161,7 +209,7 @@ class StateCache:
     ) -> None:
         self.canvas, self.mask_id, self.block_size = canvas, mask_id, block_size
         self.unconditional, self.reuse = unconditional, reuse
-        self.entries = Entries(canvas)
+        self.entries = CachedPositions(canvas)
         self.states: torch.Tensor | None = None  # [B, ≤ L, D]
         self.computed_ids = torch.full_like(canvas.ids, -1)  # [B, L] ids that keys and values were made of
         self.refreshed_at = torch.full_like(canvas.start, -1)  # [B] revision of the last full computation
@@ -240,7 +288,7 @@ class StateCache:
         self.states.flatten(0, 1)[self._cells(rows[row], position)] = states
         self.entries.add(rows, where)
 
-    def foretold(self, rows: torch.Tensor) -> torch.Tensor:
+    def became_drafts(self, rows: torch.Tensor) -> torch.Tensor:
         """[b] bool, rows that have become a draft since their last call."""
         return torch.tensor([self._draft_of(row) is not None for row in rows.tolist()])
 
@@ -254,15 +302,15 @@ class StateCache:
 
     def recall(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """Take the states at `where` [b, W] from drafts that rows have become; [b] bool, which rows have."""
-        found = torch.zeros(len(rows), dtype=torch.bool)
+        recalled = torch.zeros(len(rows), dtype=torch.bool)
         if not self.drafted:
-            return found
+            return recalled
         for i, row in enumerate(rows.tolist()):
             draft = self._draft_of(row)
             if draft is not None and draft.covers(where[i]):
                 self._keep(rows[i : i + 1], draft.where[None], draft.states)
-                found[i] = True
-        return found
+                recalled[i] = True
+        return recalled
 
     def at(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """[N, D] the states of the positions `where` [b, W] of the rows [b], in row-major order."""
@@ -275,11 +323,9 @@ class StateCache:
         assert self.states is not None
         return (row * self.states.shape[1] + position).to(self.states.device, non_blocking=True)
 
-    def compute_partly(self, model: Any, rows: torch.Tensor, where: torch.Tensor) -> None:
+    def compute_partly(self, model: PartialDenoiser, rows: torch.Tensor, where: torch.Tensor) -> None:
         """Compute the rows [b] again, except what `reuse` keeps; `where` [b, W] is needed."""
         assert self.reuse is not None
-        if not can(model, "partial"):
-            raise ConfigError("this model cannot reuse keys and values: it has no partial_hidden")
         canvas, ids = self.canvas, self.shown_ids(rows)
         masked, valid, revision = canvas.masked[rows], canvas.valid[rows], canvas.revision[rows]
         due = (revision % self.reuse.refresh == 0) & (self.refreshed_at[rows] != revision)
@@ -303,7 +349,7 @@ class StateCache:
 
     def compute_blocks(
         self,
-        model: Any,
+        model: PartialDenoiser,
         rows: torch.Tensor,
         where: torch.Tensor,
         size: int,
@@ -346,8 +392,8 @@ class StateCache:
         if drafts is None:
             self.put(rows, active, states)
         else:
-            states, *others = states.split([int(active[: len(rows)].sum()), *computed.sum(1).tolist()])
-            self.put(rows, active[: len(rows)], states, _drafted(drafts, shown, computed, others))
+            states, *draft_states = states.split([int(active[: len(rows)].sum()), *computed.sum(1).tolist()])
+            self.put(rows, active[: len(rows)], states, _drafted(drafts, shown, computed, draft_states))
 
     def _draft_blocks(
         self,
@@ -357,7 +403,7 @@ class StateCache:
         computed_ids: torch.Tensor,
         block: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the model is shown of drafts [m, L], and which positions it must compute [m, L].
+        """Ids [m, L] that the model is shown of drafts, and the positions [m, L] that it must compute.
 
         Args:
             drafts: of some of the rows.
@@ -386,10 +432,10 @@ def _drafted(
     drafts: Drafts, ids: torch.Tensor, where: torch.Tensor, states: Iterable[torch.Tensor]
 ) -> Drafted:
     """The drafts with their states [N, D] at `where` [m, L]; the model was shown `ids` [m, L]."""
-    for row, shown, valid, known, values in zip(
+    for row, shown, valid, covered, values in zip(
         drafts.rows.tolist(), ids, drafts.valid, where, states, strict=True
     ):
-        yield row, DraftedRow(shown[valid], known[valid], values.clone())
+        yield row, DraftedRow(shown[valid], covered[valid], values.clone())
 
 
 def first_block(where: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
@@ -423,6 +469,19 @@ class StateQuery:
     guess: Guess | None = None
     """Gives drafts of those rows that need a call; their states are computed in it."""
 
+    def rows_to_compute(self) -> torch.Tensor:
+        """[b] bool, rows that need a call of the model: their states are not there, nor in drafts of them."""
+        rows, where, cache = self.rows, self.where, self.cache
+        if self.record is not None:
+            return torch.ones(len(where), dtype=torch.bool)
+        missing = (where & ~cache.entries.at(rows, where.shape[1])).any(1)
+        if self.shadows is not None:
+            missing[self.shadows.rows] = True
+        elif cache.drafted:
+            places = missing.nonzero()[:, 0]
+            missing[places] = ~cache.recall(rows[places], where[places])
+        return missing
+
 
 @dataclass(frozen=True)
 class _WholeRows:
@@ -450,14 +509,16 @@ class _WholeRows:
     def put(self, states: torch.Tensor) -> None:
         """Keep the states [N, D]; of drafts those behind the prompt."""
         cache, rows, drafts = self.cache, self.rows, self.drafts
-        own, *others = states.split([sum(self.lengths[: len(rows)]), *self.lengths[len(rows) :]])
+        row_states, *draft_states = states.split([sum(self.lengths[: len(rows)]), *self.lengths[len(rows) :]])
         if drafts is None:
-            return cache.put(rows, cache.canvas.valid[rows], own)
+            return cache.put(rows, cache.canvas.valid[rows], row_states)
         start = cache.canvas.start[drafts.rows]
         where = drafts.valid & (torch.arange(drafts.valid.shape[1]) >= start[:, None])
-        behind = [x[first:] for x, first in zip(others, start.tolist(), strict=True)]
+        answer_states = [x[first:] for x, first in zip(draft_states, start.tolist(), strict=True)]
         shown = cache.shown_ids(drafts.rows, drafts.ids)
-        return cache.put(rows, cache.canvas.valid[rows], own, _drafted(drafts, shown, where, behind))
+        return cache.put(
+            rows, cache.canvas.valid[rows], row_states, _drafted(drafts, shown, where, answer_states)
+        )
 
 
 def compute_states(model: Denoiser, queries: Sequence[StateQuery]) -> list[torch.Tensor]:
@@ -466,41 +527,35 @@ def compute_states(model: Denoiser, queries: Sequence[StateQuery]) -> list[torch
     Rows whose states are there already cost nothing. The others share one model call, except for batches that
     reuse keys and values, which have one each; those of a block-causal model always do, since they are exact.
     """
-    due: list[_WholeRows] = []
+    whole_rows: list[_WholeRows] = []
     records: list[AttentionWeights] = []
-    shades: list[Shadows] = []
+    all_shadows: list[Shadows] = []
     for query in queries:
-        cache, rows, where = query.cache, query.rows, query.where
-        record, shadows = query.record, query.shadows
-        stale = (where & ~cache.entries.at(rows, where.shape[1])).any(1)
-        if record is not None:
-            stale = torch.ones_like(stale)
-        if shadows is not None:
-            stale[shadows.rows] = True
-        if cache.drafted and record is None and shadows is None:
-            again = stale.nonzero()[:, 0]
-            stale[again] = ~cache.recall(rows[again], where[again])
-        if not bool(stale.any()):
+        cache, record, shadows = query.cache, query.record, query.shadows
+        missing = query.rows_to_compute()
+        if not bool(missing.any()):
             continue
-        rows = rows[stale]
+        rows, where = query.rows[missing], query.where[missing]
         drafts = None if query.guess is None else query.guess(rows)
-        if cache.block_size is not None and shadows is None:
-            cache.compute_blocks(model, rows, where[stale], cache.block_size, record, drafts)
+        if cache.block_size is not None and shadows is None and can(model, "partial"):
+            cache.compute_blocks(model, rows, where, cache.block_size, record, drafts)
         elif cache.reuse is not None:
-            cache.compute_partly(model, rows, where[stale])
+            if not can(model, "partial"):
+                raise ConfigError("this model cannot reuse keys and values: it has no partial_hidden")
+            cache.compute_partly(model, rows, where)
         else:
-            offset = sum(len(whole.lengths) for whole in due)
+            offset = sum(len(item.lengths) for item in whole_rows)
             if record is not None:
                 record.rows = record.rows + offset
                 records.append(record)
             if shadows is not None:
-                shadows.rows = (stale.cumsum(0) - 1)[shadows.rows] + offset
-                shades.append(shadows)
-            due.append(_WholeRows.of(cache, rows, drafts))
-    if due:
-        ids = torch.cat([whole.ids for whole in due])
-        lengths = [length for whole in due for length in whole.lengths]
-        computed = hidden_of_rows(model, ids, lengths, records, shades)
-        for whole, states in zip(due, computed.split([len(whole.ids) for whole in due]), strict=True):
-            whole.put(states)
+                shadows.rows = (missing.cumsum(0) - 1)[shadows.rows] + offset
+                all_shadows.append(shadows)
+            whole_rows.append(_WholeRows.of(cache, rows, drafts))
+    if whole_rows:
+        ids = torch.cat([item.ids for item in whole_rows])
+        lengths = [length for item in whole_rows for length in item.lengths]
+        computed = hidden_of_rows(model, ids, lengths, records, all_shadows)
+        for item, states in zip(whole_rows, computed.split([len(x.ids) for x in whole_rows]), strict=True):
+            item.put(states)
     return [query.cache.at(query.rows, query.where) for query in queries]

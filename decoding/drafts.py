@@ -90,14 +90,14 @@ def likeliest_drafts(canvas: Canvas, count: int, ranks: int, take_step: TakeStep
         steps.append(canvas)
         chances.append(torch.where(changed.view(size, ranks), chance, 0))
         trunk, copied = chance[:, 0], source * ranks
-        every = torch.cat(chances, 1)
-        best = every.flatten().topk(min(count, every.numel()))
+        chances_of_all = torch.cat(chances, 1)
+        best = chances_of_all.flatten().topk(min(count, chances_of_all.numel()))
         if not bool((trunk > best.values[-1].clamp(min=LEAST_CHANCE)).any()):
             break  # what follows is no likelier
-    chosen = best.indices[best.values >= LEAST_CHANCE].sort().values
-    if not len(chosen):
+    likely = best.indices[best.values >= LEAST_CHANCE].sort().values
+    if not len(likely):
         return None
-    row, place = chosen // every.shape[1], chosen % every.shape[1]
+    row, place = likely // chances_of_all.shape[1], likely % chances_of_all.shape[1]
     step, branch = (place // ranks).tolist(), (row * ranks + place % ranks).tolist()
     drafts = Canvas.join([steps[i].take(slice(j, j + 1)) for i, j in zip(step, branch, strict=True)])
     return Drafts(row, drafts.ids, drafts.valid, drafts.masked)
@@ -108,8 +108,8 @@ def _branch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Take a step of the copies [c]; gives their chances [c], 0 for no drafts, and which have changed [c]."""
     step, revision = canvas.step.clone(), canvas.revision.clone()
-    known = take_step(canvas, source, rank)
+    sufficient = take_step(canvas, source, rank)
     fresh = canvas.reveal_step == step[:, None]
     chance = torch.where(fresh, canvas.confidence.double().nan_to_num(1), 1).prod(1)
-    sound = known & ~canvas.done & ((rank == 0) | (fresh.sum(1) == 1))
+    sound = sufficient & ~canvas.done & ((rank == 0) | (fresh.sum(1) == 1))
     return torch.where(sound, chance, 0), canvas.revision > revision

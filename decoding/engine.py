@@ -13,7 +13,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from decoding.answer import Detokenizer, Event, Output
 from decoding.canvas import Canvas, Row, make_canvas
 from decoding.denoiser import Denoiser, check_capable
 from decoding.request import Plan
-from decoding.rows import Prompt, RowMaker
+from decoding.row_maker import Prompt, RowMaker
 from decoding.step import Batch, raise_first, run_work
 from dlm.errors import ConfigError, DLMError, check_whole
 from dlm.spec import ModelSpec
@@ -34,7 +34,8 @@ from dlm.spec import ModelSpec
 class Update:
     """A row that has taken a step.
 
-    `confirmed`, `event` and `canvas` are read when they are asked for: ask before the engine's next step.
+    `canvas`, `confirmed`, `partial` and `event` are read when they are asked for, which must be before the
+    engine's next step (a `DLMError` says so); of a finished row at any time.
     """
 
     ticket: int
@@ -130,6 +131,7 @@ class Engine:
         self._running: dict[int, _EngineRow] = {}
         self._groups: dict[Any, _Group] = {}
         self._tickets = itertools.count()
+        self._steps = 0
 
     @cached_property
     def rows(self) -> RowMaker:
@@ -183,7 +185,8 @@ class Engine:
 
     def _wait(self, canvas: Canvas, plan: Plan) -> int:
         """Put a canvas of one row, which is the engine's from now on, at the end of the queue."""
-        check_capable(self.model, plan)
+        if plan.decoder.reveal.requires:
+            check_capable(self.model, plan)
         bias = plan.decoder.tokens.logit_bias
         if bias and bias[-1][0] >= len(self.tokenizer):
             raise ConfigError(f"logit_bias names token {bias[-1][0]}, and there are {len(self.tokenizer)}")
@@ -227,13 +230,14 @@ class Engine:
         self._admit()
         for ticket in () if tickets is None else tickets:
             self._check_ticket(ticket)
+        self._steps += 1
         stepping = [
             (group, None if tickets is None else [i for i, x in enumerate(group.tickets) if x in tickets])
             for group in self._groups.values()
         ]
         stepping = [(group, rows) for group, rows in stepping if rows != []]
         if tickets is None:  # so that a call is made when all rows need one
-            ahead = [(group, group.batch.ahead_of_calls()) for group, _ in stepping]
+            ahead = [(group, group.batch.rows_without_call()) for group, _ in stepping]
             stepping = [(group, rows) for group, rows in ahead if rows] or stepping
         errors = run_work(
             self.model,
@@ -426,11 +430,19 @@ class Engine:
         if plan.stop and plan.keeps_tokens and not done:
             done = answer.find_stop(canvas.take(slice(index, index + 1)), plan, detokenizer) is not None
         if not done:
-            return Update(ticket, False, None, plan, detokenizer, lambda: self.canvas(ticket))
+            return Update(ticket, False, None, plan, detokenizer, partial(self._row_now, ticket, self._steps))
         row = canvas.take(torch.tensor([index]))
         row.done |= done
         error = DLMError(f"the model returned NaN in step {failed}") if failed >= 0 else None
         return self._last_update(ticket, row, error)
+
+    def _row_now(self, ticket: int, steps: int) -> Canvas:
+        """The row that an update speaks of, as long as the engine has taken no more than so many steps."""
+        if self._steps != steps:
+            raise DLMError(
+                f"row {ticket} has taken a step since this update: read it before the engine goes on"
+            )
+        return self.canvas(ticket)
 
     def _last_update(self, ticket: int, row: Canvas, error: Exception | None) -> Update:
         """The update of a row that leaves the engine, a canvas of its own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from decoding.request import is_whole
 from dlm.errors import ConfigError
@@ -27,7 +28,7 @@ class Gap:
 
     @property
     def count(self) -> int:
-        """How many `lengths` there are."""
+        """The number of `lengths`."""
         return len(self.lengths) if self.coarse else self.most - self.least + 1
 
     @property
@@ -133,3 +134,13 @@ def without_span(
     space = 1 if text[max(begin - 1, 0) : begin] == " " else 0  # the space before a gap belongs to it
     size = count(text[begin - space : end])
     return [text[:begin], gap or Gap(size, size), text[end:]]
+
+
+def cut_text(name: str, text: Any, cut: Callable[[], list[Piece]]) -> list[Piece]:
+    """The pieces of a text, errors beginning with its name."""
+    if not isinstance(text, str):
+        raise ConfigError(f"{name} must be a text, got {text!r}")
+    try:
+        return cut()
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error

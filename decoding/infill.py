@@ -15,7 +15,7 @@ from decoding.denoiser import hidden_of_rows
 from decoding.gaps import MANY, Gap, Piece, combinations
 from decoding.pace import STEPS_PER_POSITION
 from decoding.request import Plan
-from decoding.rows import Prompt, RowMaker, TooLongError
+from decoding.row_maker import Prompt, RowMaker, TooLongError
 from dlm.device import to_device
 from dlm.errors import ConfigError
 
@@ -60,8 +60,8 @@ def rows_with_gaps(
     """
     count = combinations(pieces)
     if count > MOST_LENGTHS:
-        known = f"{count}" if count < MANY else f"{MANY} or more"
-        raise ConfigError(f"{name}: its gaps have {known} combinations of lengths; at most {MOST_LENGTHS}")
+        shown = f"{count}" if count < MANY else f"{MANY} or more"
+        raise ConfigError(f"{name}: its gaps have {shown} combinations of lengths; at most {MOST_LENGTHS}")
     lengths = [piece.lengths for piece in pieces if isinstance(piece, Gap)]
     try:
         prompt_ids = rows.prompt(prompt) if prompt is not None else []

@@ -51,7 +51,7 @@ class Pace(Protocol):
         """
         ...
 
-    def total(self, taken: int) -> int:
+    def total(self, step: int) -> int:
         """Steps of a row that has ended after so many."""
         ...
 
@@ -132,9 +132,9 @@ class Steps:
                 f"{self.steps} steps are too few for {stages} blocks; each block needs at least one"
             )
 
-    def total(self, taken: int) -> int:
+    def total(self, step: int) -> int:
         """All steps, also of a row that needed fewer; see `Pace`."""
-        del taken
+        del step
         return self.steps
 
     def clock(
@@ -154,12 +154,12 @@ class Steps:
         del masked
         stage, index, count = stage_of(step.clamp(max=self.steps - 1), self.steps, stages)
         times = torch.stack([1 - index.double() / count, 1 - (index + 1).double() / count])
-        t, s = self.schedule.mask_share(times)
         scope = window.scope(start, stage, initial.shape[1])
         total = (initial & scope).sum(1)
-        if isinstance(self.schedule, LogLinear):
-            quota = total // count + (index < total % count)
+        if isinstance(self.schedule, LogLinear):  # under which the share of masks is the time
+            (t, s), quota = times, total // count + (index < total % count)
         else:
+            t, s = self.schedule.mask_share(times)
             quota = (total * t).round().long() - (total * s).round().long()
         return Clock(scope, stage, t, s, quota)
 
@@ -203,9 +203,9 @@ class _Untimed:
     def check_stages(self, stages: int) -> None:
         """Any number will do; see `Pace`."""
 
-    def total(self, taken: int) -> int:
+    def total(self, step: int) -> int:
         """Those that were taken; see `Pace`."""
-        return taken
+        return step
 
     def within(self, positions: int) -> Self:
         """This pace: it has no steps to leave out."""
@@ -246,7 +246,7 @@ class _Untimed:
 
 @dataclass(frozen=True)
 class Rate(_Untimed):
-    """So many tokens per model call on average; as many calls as that takes.
+    """A number of tokens per model call on average, with as many calls as that takes.
 
     At rate 1 an ancestral rule writes one token a call, by the law of infinitely fine steps (first-hitting
     sampler, arXiv 2409.02908).

@@ -304,16 +304,16 @@ class Request(DecoderRequest):
         They set out a number of masks behind the prompt, or a window, and a number of steps; for another
         `max_tokens` the steps are in proportion. Their stop texts hold for any decoder.
         """
-        published, given = spec.defaults, dict[str, Any]()
+        published, changes = spec.defaults, dict[str, Any]()
         if self.stop is None and published.stop is not None:
-            given["stop"] = list(published.stop)
+            changes["stop"] = list(published.stop)
         name = self.decoder if self.decoder is None or isinstance(self.decoder, str) else self.decoder.preset
         if name in (None, published.decoder):
             if self.eos_fill is None and published.eos_fill is not None:
-                given["eos_fill"] = published.eos_fill
+                changes["eos_fill"] = published.eos_fill
             if published.canvas == "full" and self.window is None and self.canvas != "growing":
-                given |= self._published_canvas(published)
-        return replace(self, **given) if given else self
+                changes |= self._published_canvas(published)
+        return replace(self, **changes) if changes else self
 
     def _published_canvas(self, published: DecodingDefaults) -> dict[str, Any]:
         """Fields of the canvas of the checkpoint's authors, at the length of this request."""
@@ -350,8 +350,8 @@ class Request(DecoderRequest):
         Raises:
             ConfigError: for fields that mean nothing here, beyond what `resolve` refuses.
         """
-        meaningful = {each.name for each in fields(DecoderRequest)}
-        for name in (each.name for each in fields(self)):
+        meaningful = {entry.name for entry in fields(DecoderRequest)}
+        for name in (entry.name for entry in fields(self)):
             if name not in meaningful and getattr(self, name) is not None:
                 raise ConfigError(f"{name} means nothing here: a text with gaps has the length it has")
         spec = _spec_of(model)
@@ -441,9 +441,9 @@ class Request(DecoderRequest):
             return decoder
         for option in self.options or {}:
             remaining = {k: v for k, v in (self.options or {}).items() if k != option}
-            without = Decoder.named(default_name, **{**defaults, **remaining})
+            reduced = Decoder.named(default_name, **{**defaults, **remaining})
             paced = decoder.with_given_pace()
-            if without != decoder and without.with_given_pace() == paced != decoder:
+            if reduced != decoder and reduced.with_given_pace() == paced != decoder:
                 raise ConfigError(
                     f"option {option} of decoder {default_name!r} sets a pace of its own: "
                     "give no rate and no steps"
@@ -455,7 +455,7 @@ def _spec_of(model: Any) -> ModelSpec:
     """The specification that a model carries, or the one that is given."""
     from dlm.spec import ModelSpec
 
-    return ModelSpec.of(model)
+    return model if isinstance(model, ModelSpec) else ModelSpec.of(model)
 
 
 def _unknown_field(name: str, names: list[str]) -> ConfigError:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,11 +14,11 @@ from decoding.canvas import Canvas, Row
 from decoding.course import Trace
 from decoding.denoiser import Denoiser
 from decoding.engine import Engine, Update
-from decoding.gaps import Gap, Piece, pieces_of, without_span
+from decoding.gaps import Gap, Piece, cut_text, pieces_of, without_span
 from decoding.infill import Infilled, gap_scores, likeliest, rows_with_gaps
 from decoding.presets import Decoder
 from decoding.request import DEFAULT_WINDOW, Plan, Request
-from decoding.rows import Prompt, RowMaker, TooLongError, as_list, cut_text, with_seeds
+from decoding.row_maker import Prompt, RowMaker, TooLongError
 from decoding.tilted.particles import steer
 from decoding.tilted.tilt import TILT_FIELDS, Tilt
 from dlm.errors import ConfigError, check_whole
@@ -26,6 +26,8 @@ from dlm.spec import ModelSpec
 
 Span = str | tuple[int, int]
 """Words of a text, or where they begin and end in characters."""
+
+PromptT = TypeVar("PromptT")
 
 
 class Sampler:
@@ -71,7 +73,7 @@ class Sampler:
         Returns:
             One `Output` for a text or a conversation, a list of them for a list of prompts or an `n` above 1.
         """
-        one, batch = as_list(prompts)
+        one, batch = _as_list(prompts)
         settings: dict[str, Any] = {"request": request, "seed": seed, "batch_size": batch_size, "n": n}
         outputs = self.iter_generate(batch, **settings, **fields)
         return next(outputs) if one and n == 1 else list(outputs)
@@ -111,12 +113,12 @@ class Sampler:
         tilt, fields = Tilt.among(fields) if TILT_FIELDS & fields.keys() else (None, fields)
         plan = self.plan(request, **fields)
         _check_samples(n, plan)
+        check_whole("batch_size", batch_size)
         rows = (
             (self.rows.answer_row(prompt, plan, f"prompt {i}"), prompt, first_seed + number)
-            for i, (prompt, first_seed) in enumerate(with_seeds(prompts, seed))
+            for i, (prompt, first_seed) in enumerate(_with_seeds(prompts, seed))
             for number in range(n)
         )
-        check_whole("batch_size", batch_size)
         if tilt is not None:
             return steer(Engine(self.model, self.tokenizer), plan, tilt, rows, batch_size)
         finished = self._finished(((row, plan, seed) for row, _, seed in rows), batch_size)
@@ -135,7 +137,7 @@ class Sampler:
         plan = self.plan(request, **fields)
         rows = (
             (self.rows.answer_row(prompt, plan, f"prompt {i}"), plan, own_seed)
-            for i, (prompt, own_seed) in enumerate(with_seeds(prompts, seed))
+            for i, (prompt, own_seed) in enumerate(_with_seeds(prompts, seed))
         )
         check_whole("batch_size", batch_size)
         finished = self._finished(rows, batch_size)
@@ -169,7 +171,7 @@ class Sampler:
             An `Event` for a text or a conversation; for a list of prompts a list of events, one for each, in
             which a finished answer stays as it is.
         """
-        one, batch = as_list(prompts)
+        one, batch = _as_list(prompts)
         events = self._stream(batch, self.plan(request, **fields), seed)
         return (event for (event,) in events) if one else events
 
@@ -201,7 +203,7 @@ class Sampler:
             One `Infilled` for a text, a list of them for a list of texts.
         """
         settings: dict[str, Any] = {"prompt": prompt, "request": request, "seed": seed, **fields}
-        one, batch = as_list(texts)
+        one, batch = _as_list(texts)
         filled = self.iter_infill(batch, batch_size=batch_size, **settings)
         return next(filled) if one else list(filled)
 
@@ -239,7 +241,7 @@ class Sampler:
         """
         plan = self.rows.plan_gaps(_request(request, fields))
         check_whole("batch_size", batch_size)
-        seeded = ((f"text {i}", *pair) for i, pair in enumerate(with_seeds(texts, seed)))
+        seeded = ((f"text {i}", *pair) for i, pair in enumerate(_with_seeds(texts, seed)))
         pieces = (
             (name, cut_text(name, text, partial(pieces_of, text)), own_seed)
             for name, text, own_seed in seeded
@@ -278,7 +280,7 @@ class Sampler:
             One `Infilled` for a text, a list of them for a list of texts.
         """
         settings: dict[str, Any] = {"prompt": prompt, "request": request, "seed": seed, **fields}
-        one, batch = as_list(texts)
+        one, batch = _as_list(texts)
         edited = self.iter_edit(batch, span, length=length, batch_size=batch_size, **settings)
         return next(edited) if one else list(edited)
 
@@ -313,7 +315,7 @@ class Sampler:
         plan = self.rows.plan_gaps(_request(request, fields))
         gap = None if length is None else Gap.of(length)
         check_whole("batch_size", batch_size)
-        seeded = ((f"text {i}", *pair) for i, pair in enumerate(with_seeds(texts, seed)))
+        seeded = ((f"text {i}", *pair) for i, pair in enumerate(_with_seeds(texts, seed)))
         pieces = (
             (name, cut_text(name, text, partial(without_span, text, span, gap, self.text_length)), own_seed)
             for name, text, own_seed in seeded
@@ -393,7 +395,7 @@ class Sampler:
         """Events of several prompts after every step, in order."""
         engine = Engine(self.model, self.tokenizer)
         places: dict[int, int] = {}  # of the tickets
-        for i, (prompt, own_seed) in enumerate(with_seeds(prompts, seed)):
+        for i, (prompt, own_seed) in enumerate(_with_seeds(prompts, seed)):
             places[engine.submit(self.rows.answer_row(prompt, plan, f"prompt {i}"), plan, own_seed)] = i
         events: dict[int, Event] = {}
         while len(engine):
@@ -483,3 +485,43 @@ def _check_samples(n: int, plan: Plan) -> None:
             f"decoder {plan.decoder.name!r} draws nothing at random, so {n} answers would be equal; "
             "give it a temperature (options)"
         )
+
+
+def _as_list(prompts: Any) -> tuple[bool, Any]:
+    """True and a list of one for a lone text or a lone conversation; else False and what was given."""
+    if isinstance(prompts, dict):
+        raise ConfigError("prompts must be a text, chat messages, or several of them; got one message alone")
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
+        raise ConfigError(f"prompts must be a text, chat messages, or several of them; got {prompts!r}")
+    one = isinstance(prompts, str) or (
+        isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], dict)
+    )
+    return one, [prompts] if one else prompts
+
+
+def _with_seeds(prompts: Iterable[PromptT], seed: int | Sequence[int]) -> Iterator[tuple[PromptT, int]]:
+    """Each prompt with its seed: one for all, or as many seeds as there are prompts.
+
+    Raises:
+        ConfigError: for seeds that are none, or not as many as a list of prompts has.
+    """
+    if type(seed) is int:
+        return zip(prompts, itertools.repeat(seed), strict=False)
+    if not isinstance(seed, Sequence) or not all(type(number) is int for number in seed):
+        raise ConfigError(f"seed must be a whole number, or one for each prompt, got {seed!r}")
+    if isinstance(prompts, Sized) and len(prompts) != len(seed):
+        wrong = "more" if len(prompts) > len(seed) else "fewer"
+        raise ConfigError(f"seed lists {len(seed)} seeds, but there are {wrong} prompts")
+    return _paired(prompts, seed)
+
+
+def _paired(prompts: Iterable[PromptT], seed: Sequence[int]) -> Iterator[tuple[PromptT, int]]:
+    """Each prompt with its own seed."""
+    seeds = iter(seed)
+    for prompt in prompts:
+        number = next(seeds, None)
+        if number is None:
+            raise ConfigError(f"seed lists {len(seed)} seeds, but there are more prompts")
+        yield prompt, int(number)
+    if next(seeds, None) is not None:
+        raise ConfigError(f"seed lists {len(seed)} seeds, but there are fewer prompts")

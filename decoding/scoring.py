@@ -15,8 +15,8 @@ from torch.nn.functional import max_pool1d
 
 from decoding.canvas import Canvas, Rows, resized
 from decoding.denoiser import (
+    CachedPositions,
     Denoiser,
-    Entries,
     StateCache,
     StateQuery,
     blocks_up_to,
@@ -66,7 +66,7 @@ class Scorer:
     def __init__(self, model: Denoiser, canvas: Canvas, plan: Plan) -> None:
         self.model, self.canvas, self.plan = model, canvas, plan
         self.rule, self.tokens = plan.decoder.reveal, plan.decoder.tokens
-        self.entries, self.verified = Entries(canvas), Entries(canvas)
+        self.entries, self.verified = CachedPositions(canvas), CachedPositions(canvas)
         self.token = torch.zeros_like(canvas.ids)  # [B, L] to be written, where there is an entry
         self.probability = torch.zeros(canvas.ids.shape)  # [B, L] of that token
         self.score = torch.zeros(*canvas.ids.shape, self.rule.score_width)  # [B, L, C]
@@ -102,7 +102,7 @@ class Scorer:
 
     # ---- what a rule asks for ------------------------------------------------------------------------
 
-    def asked(self, view: StepView) -> Evidence:
+    def evidence(self, view: StepView) -> Evidence:
         """The evidence that the rule asks for; none where its score is the same whatever the logits."""
         if self.constant is not None:
             return Evidence(torch.zeros_like(view.masked))
@@ -114,14 +114,14 @@ class Scorer:
             verified &= ~self.plan.end_tokens.is_end(view.ids)
         return replace(evidence, verified=verified)
 
-    def compute(self, rows: torch.Tensor, asked: Evidence, guess: Guess | None = None) -> Work:
+    def compute(self, rows: torch.Tensor, evidence: Evidence, guess: Guess | None = None) -> Work:
         """Find what has not been found yet of the rows [b], in one call of the model.
 
         Conflicts are found for all of a row at once. The results come back from the model's device in one
         piece: the one time in a step that the host waits for it. With a `guess` also what the next drafts
         are made of is found: the scores of masks beside those that are asked for.
         """
-        where, verified, dependence = asked.scored, asked.verified, asked.dependence
+        where, verified, dependence = evidence.scored, evidence.verified, evidence.dependence
         width = where.shape[1]
         missing = where & ~self.entries.at(rows, width)
         incomplete = missing.any(1)
@@ -151,13 +151,13 @@ class Scorer:
             results.append(dependence.conflicts(record))
         if shadows is not None:
             results.append(self._likelihood(shadows.states, self.canvas.ids[rows, :width][verified]))
-        columns, *more = _on_host(results)
+        columns, *further = _on_host(results)
         self._store(rows, where, needed, columns)
         if record is not None and self.conflicts is not None:
-            self.conflicts.put(rows, record.positions, more[0] > 0)
+            self.conflicts.put(rows, record.positions, further[0] > 0)
         if verified is not None and shadows is not None:
             row, position = verified.nonzero().unbind(1)
-            self.leave_one_out[rows[row], position] = more[-1].float()
+            self.leave_one_out[rows[row], position] = further[-1].float()
             self.verified.add(rows, verified)
 
     def _beside(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
@@ -171,9 +171,9 @@ class Scorer:
             near &= blocks_up_to(last_block(where, block), where, block)
         return near
 
-    def answered(self, rows: Rows, view: StepView, asked: Evidence) -> StepView:
+    def with_scores(self, rows: Rows, view: StepView, evidence: Evidence) -> StepView:
         """The view of the rows [b], with what was asked for."""
-        where = asked.scored
+        where = evidence.scored
         cells = (rows, slice(where.shape[1]))
         token = torch.where(where, self.token[cells], self.plan.mask_id)
         confidence = torch.where(where, self.probability[cells], 0)
@@ -352,10 +352,10 @@ class DraftScorer(Scorer):
         self.sufficient = torch.ones(len(source), dtype=torch.bool)
         """[c] bool, False for rows that were asked for more than there is."""
 
-    def compute(self, rows: torch.Tensor, asked: Evidence, guess: Guess | None = None) -> Work:
+    def compute(self, rows: torch.Tensor, evidence: Evidence, guess: Guess | None = None) -> Work:
         """Note which rows [b] are asked for more than there is; never waits for the model."""
         del guess
-        self.sufficient[rows] &= ~(asked.scored & ~self.has_score[rows, : asked.scored.shape[1]]).any(1)
+        self.sufficient[rows] &= ~(evidence.scored & ~self.has_score[rows, : evidence.scored.shape[1]]).any(1)
         yield from ()
 
 

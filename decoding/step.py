@@ -88,7 +88,7 @@ def raise_first(errors: Iterable[Exception | None]) -> None:
 
 
 @dataclass(frozen=True)
-class Opening:
+class OpenWindow:
     """The window of the rows [b] in one step."""
 
     clock: Clock
@@ -102,7 +102,7 @@ class Opening:
     """Time after it."""
 
 
-def open_window(canvas: Canvas, plan: Plan, rows: Rows, width: int) -> Opening:
+def open_window(canvas: Canvas, plan: Plan, rows: Rows, width: int) -> OpenWindow:
     """The window of the rows [b] of a canvas in their coming step, over the first `width` positions."""
     window, cells = plan.decoder.window, (rows, slice(width))
     masked, valid, start = canvas.masked[cells], canvas.valid[cells], canvas.start[rows]
@@ -116,7 +116,7 @@ def open_window(canvas: Canvas, plan: Plan, rows: Rows, width: int) -> Opening:
         active = torch.where(alone.any(1, keepdim=True), alone, active)
     weight = window.weights(~masked & valid, start=start, stage=clock.stage)
     open_somewhere = (active & (weight > 0)).any(1, keepdim=True)  # else all masks are open
-    return Opening(clock, active, torch.where(open_somewhere, weight, 1.0), t, s)
+    return OpenWindow(clock, active, torch.where(open_somewhere, weight, 1.0), t, s)
 
 
 class Batch:
@@ -180,17 +180,17 @@ class Batch:
         self.width = int(canvas.valid[live].sum(1).max())
         view, cells = self._view(live), (live, slice(self.width))
         masked = canvas.masked[cells]
-        asked = self.scorer.asked(view)
+        evidence = self.scorer.evidence(view)
         if ends and self.scorer.constant is None:
-            asked = replace(asked, scored=torch.where(late[:, None], masked, asked.scored))
-        guess = self._guess()
-        yield from self.scorer.compute(rows, asked, guess)
-        view = self.scorer.answered(live, view, asked)
+            evidence = replace(evidence, scored=torch.where(late[:, None], masked, evidence.scored))
+        guess = self._guess() if self.plan.drafts else None
+        yield from self.scorer.compute(rows, evidence, guess)
+        view = self.scorer.with_scores(live, view, evidence)
         decision = self.rule.decide(view)
         if ends:
             decision = decision.filled(late[:, None], masked)
         written = decision.reveal if decision.replace is None else decision.reveal | decision.replace
-        if bool((written & ~asked.scored).any()):
+        if bool((written & ~evidence.scored).any()):
             yield from self.scorer.compute(rows, Evidence(written), guess)
         self._write(live, decision, written)
         if ends:
@@ -198,13 +198,13 @@ class Batch:
         if self.plan.ahead is not None:
             self._grow(rows[~late] if ends else rows, self.plan.ahead)
 
-    def ahead_of_calls(self) -> list[int]:
+    def rows_without_call(self) -> list[int]:
         """The rows whose coming step needs no call of the model, since a draft of them has come true."""
         if not self.plan.drafts:
             return []
         rows = (~self.canvas.done).nonzero()[:, 0]
-        known = [cache.foretold(rows) for cache in self.scorer.states]
-        return rows[torch.stack(known).all(0)].tolist() if len(rows) else []
+        drafted = [cache.became_drafts(rows) for cache in self.scorer.states]
+        return rows[torch.stack(drafted).all(0)].tolist() if len(rows) else []
 
     def _view(self, rows: Rows) -> StepView:
         """View of the rows [b] before any score."""
@@ -234,17 +234,15 @@ class Batch:
             state={name: x[cells] if x.dim() > 1 else x[rows] for name, x in canvas.rule_state.items()},
         )
 
-    def _guess(self) -> Guess | None:
-        """Gives the drafts of this step, the same to each cache of states; None without drafts."""
-        if not self.plan.drafts:
-            return None
-        made: dict[tuple[int, ...], Drafts | None] = {}
+    def _guess(self) -> Guess:
+        """Gives the drafts of this step, the same to each cache of states."""
+        drafts_of_rows: dict[tuple[int, ...], Drafts | None] = {}
 
         def guess(rows: torch.Tensor) -> Drafts | None:
             key = tuple(rows.tolist())
-            if key not in made:
-                made[key] = self._drafts(rows)
-            return made[key]
+            if key not in drafts_of_rows:
+                drafts_of_rows[key] = self._drafts(rows)
+            return drafts_of_rows[key]
 
         return guess
 
@@ -302,7 +300,7 @@ class Batch:
         where = canvas.masked[cells]
         states: list[torch.Tensor] = []
         if bool(where.any()):
-            guess = self._guess()
+            guess = self._guess() if self.plan.drafts else None
             states = yield [StateQuery(cache, rows, where, guess=guess) for cache in self.scorer.states]
         streams = range(PREDICTION_NOISE, PREDICTION_NOISE + draws)
         key, revision = canvas.key[rows], canvas.revision[rows]

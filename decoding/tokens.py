@@ -53,7 +53,7 @@ CACHED = 200_000
 """Logits that a CPU sums at a time: they stay in its cache."""
 
 SORTED_FIRST = 256
-"""So many tokens are sorted first in search of a top-p or min-p set."""
+"""Tokens that are sorted first in search of a top-p or min-p set."""
 
 Certainty = Literal["margin", "entropy"]
 """Ways to say how sure a model is at a position, whatever token is drawn, from its own distribution

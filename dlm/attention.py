@@ -543,7 +543,7 @@ class Partial(Movable):
         return mixed.transpose(1, 2)
 
     def _visible(self, sight: Sight) -> tuple[torch.Tensor | None, list[tuple[int, int]] | None]:
-        """What attends to what, once for all layers of this sight.
+        """The mask of this sight, made once for all layers.
 
         Returns:
             [b, 1, A, W] bool, True where one attends to the other; None for all. And how many queries and

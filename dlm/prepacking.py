@@ -100,7 +100,7 @@ class PrepackedAttention(nn.Module):
         self.heads, self.groups = (x.out_features // self.width for x in (attention.q_proj, attention.k_proj))
         del attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
         self.attention = attention
-        """What attention functions ask about the layer."""
+        """The layer, which attention functions ask for its settings."""
 
     def forward(
         self,
@@ -176,7 +176,7 @@ RELATED = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
 
 def _packed(kind: str) -> Callable[[Any], nn.Module] | None:
-    """What makes the module that takes the place of one of a class; None where its parts are packed alone."""
+    """The class that takes the place of one named `kind`; None where the parts are packed alone."""
     if kind == "LlamaAttention":
         return PrepackedAttention
     return PrepackedMLP if kind in [f"{family}MLP" for family in RELATED] else None

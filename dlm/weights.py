@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 METADATA = "__metadata__"
 """In a safetensors header, what is said about the file."""
-_PIECE = 16 << 20
+_COPY_BYTES = 16 << 20
 """Bytes that are copied at once."""
 
 TORCH_DTYPES = {
@@ -119,7 +119,7 @@ def write_renamed(file: Path, target: Path, renamed: Callable[[str], str]) -> li
     with file.open("rb") as source, target.open("wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         source.seek(begin)
-        shutil.copyfileobj(source, out, _PIECE)
+        shutil.copyfileobj(source, out, _COPY_BYTES)
     return list(tensors)
 
 
@@ -132,7 +132,7 @@ def _check_entries(file: Path, entries: dict[str, Any], start: int, size: int) -
         start: first byte of the values.
         size: bytes from there to the end of the file.
     """
-    places = {name: _place(file, name, entry) for name, entry in entries.items()}
+    places = {name: _place_tensor(file, name, entry) for name, entry in entries.items()}
     end = max((end for _, end in places.values()), default=0)
     if size < end:
         raise CheckpointError(f"{file}: truncated ({start + size:,} bytes of {start + end:,})")
@@ -148,7 +148,7 @@ def _check_entries(file: Path, entries: dict[str, Any], start: int, size: int) -
         raise CheckpointError(f"{file}: damaged ({size - expected:,} bytes behind the last tensor)")
 
 
-def _place(file: Path, name: str, entry: dict[str, Any]) -> tuple[int, int]:
+def _place_tensor(file: Path, name: str, entry: dict[str, Any]) -> tuple[int, int]:
     """Begin and end of a tensor among the values of its file; refuse what is no place."""
     begin, end = entry["data_offsets"]
     if not (_is_count(begin) and _is_count(end) and begin <= end):

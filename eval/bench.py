@@ -271,7 +271,7 @@ def time_ways(ways: Sequence[Way], rounds: int, device: torch.device | str = "cp
     return {name: runs_of_way[1:] for name, runs_of_way in runs.items()}
 
 
-def table(runs: dict[str, list[Run]], baselines: Sequence[str]) -> str:
+def bench_table(runs: dict[str, list[Run]], baselines: Sequence[str]) -> str:
     """Medians and, for each baseline, the median of the ratios of tokens per second, as a Markdown table."""
     heads = ["", "seconds", "tokens", "calls", "tokens/s", *(f"× {name}" for name in baselines)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]

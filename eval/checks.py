@@ -50,7 +50,7 @@ _OPERATOR = re.compile(r"\s*(?:[-+*/^=×÷]|x\b|times\b|plus\b|minus\b|divided\b
 def numbers(text: str) -> list[Decimal]:
     """The numbers in a text, in order; "$1,234.50", "-3", ".5" and "3/4" are one each, units are left out."""
     text = _without_marks(text)
-    return [value for match in _NUMBER.finditer(text) if (value := _value(match, text)) is not None]
+    return [value for match in _NUMBER.finditer(text) if (value := _parsed_value(match, text)) is not None]
 
 
 def _without_marks(text: str) -> str:
@@ -60,7 +60,7 @@ def _without_marks(text: str) -> str:
     return text
 
 
-def _value(match: re.Match[str], text: str) -> Decimal | None:
+def _parsed_value(match: re.Match[str], text: str) -> Decimal | None:
     """Value of a match of `_NUMBER`; "3-4" and "7-year" are no negative numbers."""
     above = re.sub("[^0-9.]", "", match["value"])
     try:
@@ -109,7 +109,7 @@ def _named(text: str) -> list[Decimal]:
     """The numbers of which a text says that they are the answer."""
     text = _without_marks(text)
     named = [match for match in _NUMBER.finditer(text) if _IS_ANSWER.match(text, match.end())]
-    return [value for match in named if (value := _value(match, text)) is not None]
+    return [value for match in named if (value := _parsed_value(match, text)) is not None]
 
 
 def _boxes(text: str) -> list[str]:
@@ -136,7 +136,7 @@ def _worked_out(text: str, otherwise: Decimal) -> Decimal:
     first = _NUMBER.search(text)
     parts = _CLAUSE.split(text)
     if first is not None and re.fullmatch(r"[\W_]*", text[: first.start()]) and "=" not in parts[0]:
-        value = _value(first, text)
+        value = _parsed_value(first, text)
         if value is not None and not _OPERATOR.match(text, first.end()):
             return value
     clauses = [part for part in parts if "=" in part and numbers(part)]

@@ -60,7 +60,7 @@ def unigram_entropy(ids: Sequence[int], span: int = 0) -> float:
 
 
 @dataclass(frozen=True)
-class Sample:
+class FrontierSample:
     """Answers of one decoder at one temperature.
 
     Attributes:
@@ -124,8 +124,8 @@ class Curve:
     nats: Array
 
     @classmethod
-    def of(cls, samples: Sequence[Sample], weights: Array) -> Curve:
-        """Of samples in the order of their temperatures; `weights` as for `Sample.means`."""
+    def of(cls, samples: Sequence[FrontierSample], weights: Array) -> Curve:
+        """Of samples in the order of their temperatures; `weights` as for `FrontierSample.means`."""
         pairs = [sample.means(weights) for sample in samples]
         return cls(np.stack([a for a, _ in pairs], 1), np.stack([b for _, b in pairs], 1))
 

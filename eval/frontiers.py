@@ -16,7 +16,16 @@ from dlm.tokenizer import encode_text
 from eval.commands.frontier import FrontierConfig, heat
 from eval.divergence import Distance, distance
 from eval.formats import without_nan, write_json
-from eval.frontier import Comparison, Curve, Sample, at_levels, left_out, levels, resamples, unigram_entropy
+from eval.frontier import (
+    Comparison,
+    Curve,
+    FrontierSample,
+    at_levels,
+    left_out,
+    levels,
+    resamples,
+    unigram_entropy,
+)
 from eval.report.tables import Table
 from eval.run import Results
 from eval.statistics import Estimate
@@ -81,7 +90,7 @@ class Line:
 
     name: str
     pace: str
-    samples: list[Sample]
+    samples: list[FrontierSample]
     curve: Curve
     distances: list[Distance]
 
@@ -117,7 +126,7 @@ class Frontiers:
         cls, config: FrontierConfig, reader: str, encoder: Any, results: Sequence[Sequence[Results]]
     ) -> Frontiers:
         """From the runs of each model and seed, as `eval.commands.frontier.answered` gives them."""
-        texts = Texts(config, reader, encoder, results)
+        texts = FrontierTexts(config, reader, encoder, results)
         count = len(texts.questions)
         if encoder is not None and count < 10:
             raise ConfigError(f"encoder: a distance needs ten questions, and {count} fit in the window")
@@ -157,7 +166,7 @@ class Frontiers:
         by_name = {line.name: line for line in self.lines}
         return [
             self._points(),
-            *(_equal(pace, by_name, comparisons) for pace, comparisons in self.compared().items()),
+            *(_equal_entropy(pace, by_name, comparisons) for pace, comparisons in self.compared().items()),
         ]
 
     def _points(self) -> Table:
@@ -214,7 +223,7 @@ class Frontiers:
         return {**shown, "points": points, "equal": equal}
 
 
-class Texts:
+class FrontierTexts:
     """Answers of all runs as tokens of the reader, and what is measured of them.
 
     Args:
@@ -247,13 +256,13 @@ class Texts:
         self.encoder = encoder
         self._true = encoder and encoder.encode([self.references[key] for key in self.keys]).numpy()
 
-    def sample(self, temperature: float, runs: Sequence[Results]) -> Sample:
+    def sample(self, temperature: float, runs: Sequence[Results]) -> FrontierSample:
         """The answers of all seeds at one temperature."""
         pairs = [(run, key) for run in runs for key in self.keys]
         ids = [encode_text(self.tokenizer, run.answers[key].text) for run, key in pairs]
         rows = [run.measured[f"{key[0]}/{key[1]}"] for run, key in pairs]
         span = self.config.span if self.config.entropy == "span" else 0
-        return Sample(
+        return FrontierSample(
             temperature,
             np.array([self._numbers[key[0]] for _, key in pairs]),
             np.array([row["nll"] for row in rows]),
@@ -290,7 +299,9 @@ class Texts:
         return float(np.mean([unigram_entropy(answer_ids, span) for answer_ids in ids]))
 
 
-def _equal(pace: str, lines: Mapping[str, Line], comparisons: Mapping[str, list[Comparison]]) -> Table:
+def _equal_entropy(
+    pace: str, lines: Mapping[str, Line], comparisons: Mapping[str, list[Comparison]]
+) -> Table:
     """The decoders of a pace at equal entropy."""
     far = any(line.distances for line in lines.values())
     head = ["", "entropy", "nats/token", "difference", "tokens", "tokens per call"]

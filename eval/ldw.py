@@ -15,7 +15,7 @@ import torch
 from torch.distributions import Categorical
 from transformers import PreTrainedTokenizerBase
 
-from decoding.rows import Prompt
+from decoding.row_maker import Prompt
 from dlm.curves import BLUE, GREEN, ORANGE, PINK, RED, without_frame
 from dlm.errors import ConfigError
 from dlm.prior import TokenPrior

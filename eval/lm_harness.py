@@ -101,7 +101,7 @@ class DLM(LM):  # type: ignore[misc]
         super().__init__()
         import torch
 
-        from decoding.rows import RowMaker
+        from decoding.row_maker import RowMaker
         from decoding.sampler import Sampler
         from dlm.checkpoint import load_model
         from eval.variants import Variant
@@ -200,7 +200,7 @@ class DLM(LM):  # type: ignore[misc]
         """
         del disable_tqdm
         rows = [self._encoded(*request.args) for request in requests]
-        results = self._bounds(rows, [_question(request) for request in requests])
+        results = self._bounds(rows, [_question_of(request) for request in requests])
         return [(-nats, greedy) for nats, greedy in results]
 
     def _bounds(
@@ -333,7 +333,7 @@ class DLM(LM):  # type: ignore[misc]
         return str(self.tokenizer.name_or_path)
 
 
-def _question(request: Instance) -> str:
+def _question_of(request: Instance) -> str:
     """The key that choices of one question share: its document, or without one the context."""
     if not request.doc:
         return str(request.args[0])

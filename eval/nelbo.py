@@ -93,7 +93,7 @@ def bounds(
         return _bounds(
             model, rows, questions or [repr(tuple(prompt)) for prompt, _ in rows], draws, batch_size, seed
         )
-    pieces = [_pieces(prompt, answer, blocks) for prompt, answer in rows]
+    pieces = [_nelbo_pieces(prompt, answer, blocks) for prompt, answer in rows]
     flat = list(itertools.chain(*pieces))
     names = [repr(tuple(prompt)) for prompt, _ in flat]
     if questions is not None:
@@ -104,7 +104,7 @@ def bounds(
     return [_joined(list(itertools.islice(each, len(piece)))) for piece in pieces]
 
 
-def _pieces(prompt: Sequence[int], answer: Sequence[int], blocks: Blocks) -> list[PromptAndAnswer]:
+def _nelbo_pieces(prompt: Sequence[int], answer: Sequence[int], blocks: Blocks) -> list[PromptAndAnswer]:
     """The parts of an answer that are written one after the other, each behind the text before it."""
     ids, start = [*prompt, *answer], len(prompt)
     maskable = (torch.arange(len(ids)) >= start)[None]

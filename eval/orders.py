@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from decoding.reveal.order_table import LARGEST_REWARD, OrderTable
 from decoding.presets import Decoder
 from decoding.request import Request
+from decoding.reveal.order_table import LARGEST_REWARD, OrderTable
 from dlm.errors import DataError
 from eval.answers import Answer
 from eval.run import Results

@@ -119,27 +119,27 @@ def differences(runs: Sequence[PathRun]) -> Table:
                 difference, p = paired_test(first_totals, second_totals)
                 length = sum(len(cost.nats) for cost in run.costs) / len(run.costs)
                 shown = "< 0.001" if p < 0.001 else f"{p:.3f}"
-                rows.append([_name(run), _name(second), f"{difference / length:+.3f}", shown])
+                rows.append([_path_name(run), _path_name(second), f"{difference / length:+.3f}", shown])
     return Table("Differences", ["", "against", "nats per token", "p"], rows)
 
 
-def _name(run: PathRun) -> str:
+def _path_name(run: PathRun) -> str:
     return ", ".join(part for part in (run.model, run.line, run.pace) if part)
 
 
-def table(runs: Sequence[PathRun]) -> Table:
+def path_table(runs: Sequence[PathRun]) -> Table:
     """A line for each run: mean and half of the 95 % interval."""
     rows = []
     for run in runs:
         nats = run.nats
         half = max(nats.high - nats.mean, nats.mean - nats.low)
         around = "" if math.isnan(half) else f" ± {half:.3f}"
-        rows.append([_name(run), str(len(run.costs)), f"{run.calls:.1f}", f"{nats.mean:.3f}{around}"])
+        rows.append([_path_name(run), str(len(run.costs)), f"{run.calls:.1f}", f"{nats.mean:.3f}{around}"])
     title = "What the order and the pace cost: the true answers, tokens at temperature 1"
     return Table(title, ["", "answers", "model calls", "nats per token"], rows)
 
 
-def draw(runs: Sequence[PathRun]) -> Any:
+def draw_paths(runs: Sequence[PathRun]) -> Any:
     """Nats per token over model calls as a matplotlib figure: a panel for each model, a line per decoder."""
     from matplotlib.figure import Figure
 
@@ -233,6 +233,6 @@ class PathFolder:
         models = list(dict.fromkeys(run.model for run in self.runs.values()))
         runs = sorted(self.runs.values(), key=lambda run: (models.index(run.model), run.line))
         words, picture = self.folder / "paths.md", self.folder / "paths.svg"
-        write_whole(words, "\n\n".join(_section(each) for each in (table(runs), differences(runs))))
-        draw(runs).savefig(picture)
+        write_whole(words, "\n\n".join(_section(each) for each in (path_table(runs), differences(runs))))
+        draw_paths(runs).savefig(picture)
         return [self.file, words, picture]

@@ -86,12 +86,12 @@ def parse_decoders(text: str) -> list[tuple[str, dict[str, Any]]]:
             name, equals, value = pair.partition("=")
             if not equals:
                 raise ConfigError(f"decoders: {pair!r} is not option=value")
-            options[name.strip()] = _value(shape[1], name.strip(), value)
+            options[name.strip()] = _option_value(shape[1], name.strip(), value)
         decoders.append((shape[1], options))
     return decoders
 
 
-def _value(decoder: str, option: str, text: str) -> Any:
+def _option_value(decoder: str, option: str, text: str) -> Any:
     """The value of an option: a number, or a word where the decoder takes words there."""
     from decoding.presets import presets
 

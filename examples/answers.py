@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from decoding.answer import Output
 from decoding.presets import Decoder
-from decoding.rows import Prompt
+from decoding.row_maker import Prompt
 from decoding.sampler import Sampler
 from dlm.checkpoint import load_model
 from dlm.data.prompts import read_prompts

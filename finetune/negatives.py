@@ -181,7 +181,7 @@ def make_negative(
     rules = rules or NegativeConfig()
     real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
     draws = _Draws(key)
-    layout = _layout(prompt_length, length, real, draws, rules)
+    layout = _negative_layout(prompt_length, length, real, draws, rules)
     contrasted = layout.masked if blocks is None else layout.masked & writable(layout.masked, blocks)
     layout = replace(layout, span=layout.span & contrasted)
     rule = _choose(draws("rule"), layout, rules)
@@ -214,7 +214,7 @@ def writable(masked: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     return inside & (~alone | (place == first))
 
 
-def _layout(
+def _negative_layout(
     prompt_length: torch.Tensor,
     length: torch.Tensor,
     real: torch.Tensor,

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from decoding.answer import Output
 from decoding.presets import Decoder
-from decoding.rows import Prompt
+from decoding.row_maker import Prompt
 from decoding.sampler import Sampler
 from dlm.atomic import write_whole
 from dlm.data.encoded import EncodedRows

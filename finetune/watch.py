@@ -154,7 +154,7 @@ def draw_r2ft(history: History, tolerance: float, objective: str = "r2ft") -> An
 
 
 def _draw_samples(panels: Sequence[Any], history: History) -> None:
-    """What the model wrote in the run: how frequent its tokens are, and how often they repeat."""
+    """Frequency of the tokens that the model wrote in the run, and how often they repeat."""
     prior, repeated = panels
     _points(prior, history, "sample_log_prior", BLUE, "top-k samples, mean")
     for value in series(history, "corpus_log_prior")[1][-1:]:

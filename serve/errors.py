@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from decoding.rows import TooLongError
+from decoding.row_maker import TooLongError
 from dlm.errors import DLMError
 
 TYPES = {

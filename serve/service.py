@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request as HTTPRequest
 
 from decoding.engine import Update
-from decoding.rows import RowMaker
+from decoding.row_maker import RowMaker
 from dlm.errors import ConfigError, DLMError
 from dlm.spec import ModelSpec
 from serve.config import ServeConfig

@@ -17,8 +17,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoding.engine import Engine
-from decoding.reveal.order_table import OrderTable
 from decoding.request import Request
+from decoding.reveal.order_table import OrderTable
 from decoding.sampler import Sampler
 from decoding.tilted.tilt import Tilt
 from dlm.cli import Command, commands, parse

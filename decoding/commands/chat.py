@@ -168,7 +168,7 @@ class Chat:
             self.note(f"{seconds:.1f} s")
         else:
             self.note(
-                f"{_number(tokens, 'token')}, {_number(texts, 'step')}, {tokens / seconds:.1f} tokens/s"
+                f"{_counted(tokens, 'token')}, {_counted(texts, 'step')}, {tokens / seconds:.1f} tokens/s"
             )
         if self.file:
             self.conversation.save(self.file)
@@ -216,7 +216,7 @@ class Chat:
             check_new(text)
             self.file = text
         count = self.conversation.save(self.file)
-        self.note(f"{self.file}: {_number(count, 'conversation')}, and from now on each answer")
+        self.note(f"{self.file}: {_counted(count, 'conversation')}, and from now on each answer")
 
 
 def _parse_options(words: list[str]) -> dict[str, Any]:
@@ -226,11 +226,11 @@ def _parse_options(words: list[str]) -> dict[str, Any]:
         name, _, value = word.partition("=")
         if not name or not value:
             raise ConfigError(f"{word!r} is not OPTION=VALUE, such as temperature=0.7")
-        options[name] = _value(value)
+        options[name] = _chat_value(value)
     return options
 
 
-def _value(text: str) -> bool | int | float | str:
+def _chat_value(text: str) -> bool | int | float | str:
     """A value of an option: true, false, a number, or else a word."""
     if text in ("true", "false"):
         return text == "true"
@@ -242,7 +242,7 @@ def _value(text: str) -> bool | int | float | str:
     return text
 
 
-def _number(count: int, unit: str) -> str:
+def _counted(count: int, unit: str) -> str:
     return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
 
 

@@ -72,7 +72,7 @@ class StepView:
     beyond: torch.Tensor | None = None
     """[b] masks of the process that are not on the canvas yet and count in |M| all the same; None for 0."""
     pace: Pace = field(default_factory=lambda: Steps(1))
-    """How the rows go; `t` and `s` are times where that is by `Steps`, and mean nothing else."""
+    """Pace of the rows; `t` and `s` are times where it is `Steps`, and mean nothing else."""
     leave_one_out: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[b, W] the model's probability of the token that is written, had it not seen it (see `Shadows`); inf
     where the rule did not ask."""
@@ -100,7 +100,7 @@ class Evidence:
     verified: torch.Tensor | None = None
     """[b, W] bool, written positions: for `leave_one_out`, which requires "shadows"."""
     dependence: Dependence | None = None
-    """What makes two positions conflict: for `conflicts`, which requires "attention"."""
+    """The rule by which two positions conflict: for `conflicts`, which requires "attention"."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class RevealRule:
     revises: ClassVar[bool] = False
     """True for rules under which a written token can become a mask or another token."""
     requires: frozenset[str] = frozenset()
-    """What the model must be capable of beyond `Denoiser` (see `Capable`): the names of `OPTIONS`."""
+    """Capabilities that the model must have beyond `Denoiser` (see `Capable`): the names of `OPTIONS`."""
     by_time: ClassVar[bool] = False
     """True for rules that read `t` and `s` as a row's times, which a window with times of its own has not."""
     score_width: ClassVar[int] = 1

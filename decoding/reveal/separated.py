@@ -71,10 +71,10 @@ class Separated(WrappedRule):
 
     def evidence(self, view: StepView) -> Evidence:
         """See `RevealRule`. Of whatever may be taken, where conflicts must be seen."""
-        asked = self.inner.evidence(view)
+        evidence = self.inner.evidence(view)
         if self.dependence is None:
-            return asked
-        return replace(asked, scored=asked.scored | view.open, dependence=self.dependence)
+            return evidence
+        return replace(evidence, scored=evidence.scored | view.open, dependence=self.dependence)
 
     def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """State of the other rule, and the tokens that are owed."""

@@ -114,7 +114,7 @@ def _number(name: str, argument: str) -> int:
         raise ConfigError(f"{name} needs a whole number, as in {name}=100, got {argument!r}") from None
 
 
-def _pattern(argument: str) -> Matches:
+def _compiled(argument: str) -> Matches:
     if not argument:
         raise ConfigError("regex needs a pattern, as in regex='[0-9]+'")
     return Matches(argument)
@@ -123,7 +123,7 @@ def _pattern(argument: str) -> Matches:
 REWARDS: Mapping[str, Callable[[str], Reward]] = {
     "length": lambda argument: Length(_number("length", argument)),
     "no-repetition": lambda n: NoRepetition(_number("no-repetition", n)) if n else NoRepetition(),
-    "regex": _pattern,
+    "regex": _compiled,
 }
 """Rewards that need nothing else: from the text behind "=" (empty without one) to a reward."""
 

@@ -177,7 +177,7 @@ def _encode_batch(
 
 
 def fill_length(tokenizer: PreTrainedTokenizerBase, window: int) -> int:
-    """So many characters fill a window in any case."""
+    """The number of characters that fill a window in any case."""
     return window * 2 * max(map(len, tokenizer.get_vocab()))
 
 

@@ -20,7 +20,16 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from dlm.data.encode import REFUSED, EncodingReport, encode_row, encode_with, fill_length
-from dlm.data.rows import Form, OddRowError, Row, dialogue, instruction_text, label_of, load_rows, text_field
+from dlm.data.rows import (
+    Form,
+    OddRowError,
+    Record,
+    dialogue,
+    instruction_text,
+    label_of,
+    load_rows,
+    text_field,
+)
 from dlm.data.windows import TensorBatch, WindowCollator
 from dlm.errors import ConfigError, DataError
 
@@ -70,7 +79,7 @@ def are_pairs(rows: Dataset) -> bool:
     return rows[0]["rejected"] is not None
 
 
-def parse_preference(row: Any, source: str, index: int) -> Row:
+def parse_preference(row: Any, source: str, index: int) -> Record:
     """One record in the columns of `preference_features`.
 
     Raises:
@@ -81,13 +90,13 @@ def parse_preference(row: Any, source: str, index: int) -> Row:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, got {type(row).__name__}")
     if "chosen" in row and "rejected" in row:
-        prompt, answer = _answered(row, "chosen", where)
-        rejected_prompt, rejected = _answered(row, "rejected", where)
+        prompt, answer = _answered_turns(row, "chosen", where)
+        rejected_prompt, rejected = _answered_turns(row, "rejected", where)
         if prompt != rejected_prompt:
             raise DataError(f"{where}: 'chosen' and 'rejected' answer different conversations")
         return {"prompt": prompt, "answer": answer, "rejected": rejected, "good": True}
     if "completion" in row and "label" in row:
-        prompt, answer = _answered(row, "completion", where)
+        prompt, answer = _answered_turns(row, "completion", where)
         return {"prompt": prompt, "answer": answer, "rejected": None, "good": _label(row["label"], where)}
     columns = ", ".join(sorted(map(str, row))) or "nothing"
     raise DataError(
@@ -96,7 +105,7 @@ def parse_preference(row: Any, source: str, index: int) -> Row:
     )
 
 
-def _answered(row: Row, key: str, where: str) -> tuple[Messages, str]:
+def _answered_turns(row: Record, key: str, where: str) -> tuple[Messages, str]:
     """The prompt of an answer and its text."""
     if row[key] is None:
         raise OddRowError(f"{where}: '{key}' is null")
@@ -111,7 +120,7 @@ def _answered(row: Row, key: str, where: str) -> tuple[Messages, str]:
     return opening, turns[-1]["content"]
 
 
-def _prompt(row: Row, key: str, where: str) -> Messages:
+def _prompt(row: Record, key: str, where: str) -> Messages:
     """The messages of the field `prompt`."""
     if "prompt" not in row:
         raise DataError(f"{where}: '{key}' is an answer alone and needs a 'prompt'")
@@ -143,11 +152,11 @@ def encode_preferences(
         A data set with `input_ids`, `prompt_length` and `length`, as of `encode_rows` (`length` is that of
         the longer answer); of pairs also `rejected_ids`, of single answers `good`; and the counts.
     """
-    encoded, report = encode_with(_encode_batch, rows, tokenizer, window)
+    encoded, report = encode_with(_encode_pairs, rows, tokenizer, window)
     return encoded.remove_columns("good" if are_pairs(rows) else "rejected_ids"), report
 
 
-def _encode_batch(
+def _encode_pairs(
     batch: dict[str, list[Any]], indices: list[int], tokenizer: PreTrainedTokenizerBase, window: int
 ) -> dict[str, list[Any]]:
     names = ("input_ids", "prompt_length", "length", "rejected_ids", "good", "fate")

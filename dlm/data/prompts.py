@@ -38,7 +38,7 @@ def _prompts(file: str) -> Iterable[Any]:
 
 
 def _name(file: str) -> str:
-    """How errors call a file."""
+    """The name of a file in errors."""
     return "stdin" if file in ("", "-") else file
 
 

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
 @cache
@@ -82,7 +82,7 @@ class Form:
         features: of the columns.
     """
 
-    parse: Callable[[Any, str, int], Row]
+    parse: Callable[[Any, str, int], Record]
     features: Callable[[], Features]
 
     def columns(self) -> Features:
@@ -91,7 +91,7 @@ class Form:
 
         return Features({**self.features(), "row": Value("int64"), "odd": Value("string")})
 
-    def checked(self, row: Any, source: str, index: int) -> Row:
+    def checked(self, row: Any, source: str, index: int) -> Record:
         """The columns of a record; nulls where it is odd."""
         try:
             return {**self.parse(row, source, index), "row": index, "odd": ""}
@@ -175,7 +175,7 @@ def _load_file(path: Path, form: Form) -> Dataset:
         raise DataError(f"{path}: cannot be read ({reason})") from error
 
 
-def _generate(path: str, size: int, modified: int, version: int, form: Form) -> Iterator[Row]:
+def _generate(path: str, size: int, modified: int, version: int, form: Form) -> Iterator[Record]:
     """Rows of a file; `size`, `modified` and `version` only serve as the cache's key."""
     del size, modified, version
     index = -1
@@ -185,7 +185,7 @@ def _generate(path: str, size: int, modified: int, version: int, form: Form) -> 
         raise DataError(f"{path}: holds no rows")
 
 
-def parse_row(row: Any, source: str, index: int) -> Row:
+def parse_row(row: Any, source: str, index: int) -> Record:
     """One record as `{"prompt": messages, "answer": text}`.
 
     Raises:
@@ -211,13 +211,13 @@ def parse_row(row: Any, source: str, index: int) -> Row:
     )
 
 
-def _pair_of(row: Row) -> tuple[str, str] | None:
+def _pair_of(row: Record) -> tuple[str, str] | None:
     """The first of `PAIRS` that a record has, one with an empty question only where there is no other."""
     present = [pair for pair in PAIRS if pair[0] in row and pair[1] in row]
     return next((pair for pair in present if row[pair[0]]), present[0] if present else None)
 
 
-def _parse_pair(row: Row, question_key: str, answer_key: str, where: str) -> Row:
+def _parse_pair(row: Record, question_key: str, answer_key: str, where: str) -> Record:
     """A row with an instruction and its answer; both may be lists of messages."""
     if answer_key == "completion" and label_of(row.get("label")) is False:
         label = row["label"]
@@ -234,7 +234,7 @@ def _parse_pair(row: Row, question_key: str, answer_key: str, where: str) -> Row
 
 
 def label_of(value: Any) -> bool | None:
-    """Whether a label calls its answer a good one; None for what is no such label."""
+    """True for a label of a good answer, False for one of a bad answer; None for what is no such label."""
     name = value.lower() if isinstance(value, str) else value
     return _LABELS.get(name) if isinstance(name, bool | int | str) else None
 
@@ -248,7 +248,7 @@ def _turns(answer: Any) -> list[Any]:
     return answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
 
 
-def instruction_text(row: Row, key: str, where: str) -> str:
+def instruction_text(row: Record, key: str, where: str) -> str:
     """The instruction of a row with its input, if that holds more than spaces: what a user says.
 
     Args:
@@ -267,7 +267,7 @@ def instruction_text(row: Row, key: str, where: str) -> str:
     return content
 
 
-def text_field(row: Row, key: str, where: str) -> str:
+def text_field(row: Record, key: str, where: str) -> str:
     """The text of a field, its broken surrogates replaced.
 
     Raises:
@@ -293,7 +293,7 @@ def dialogue(turns: Any, where: str) -> list[dict[str, str]]:
     return [_parse_turn(turn, f"{where}: turn {number}") for number, turn in enumerate(turns)]
 
 
-def _parse_chat(turns: Any, where: str) -> Row:
+def _parse_chat(turns: Any, where: str) -> Record:
     messages = dialogue(turns, where)
     if messages[-1]["role"] != "assistant":
         raise OddRowError(f"{where}: the last turn must be the assistant's, got {messages[-1]['role']!r}")

@@ -86,7 +86,7 @@ class Qwen3Experts(Qwen3Model):  # type: ignore[misc]
 AutoConfig.register(ExpertsConfig.model_type, ExpertsConfig, exist_ok=True)
 AutoModel.register(ExpertsConfig, Qwen3Experts, exist_ok=True)
 
-_SHAPE = (
+_MOE_SHAPE = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -102,7 +102,7 @@ _SHAPE = (
     "expert_intermediate_size",
 )
 
-_KNOWN: dict[str, tuple[Any, ...]] = {
+_KNOWN_MOE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "qk_layernorm": (True,),
     "clip_qkv": (None,),
@@ -130,8 +130,8 @@ class LLaDAMoE(Family):
 
     def backbone(self, public: Public) -> dict[str, Any]:
         """A Qwen3 with experts, whose probabilities are not brought to a sum of one."""
-        require({"qk_layernorm": None, **public}, _KNOWN)
-        settings = layers_only(public, {name: name for name in _SHAPE})
+        require({"qk_layernorm": None, **public}, _KNOWN_MOE)
+        settings = layers_only(public, {name: name for name in _MOE_SHAPE})
         heads = whole(public, "num_attention_heads")
         dense = (
             "dense_intermediate_size" if public.get("dense_intermediate_size") else "expert_intermediate_size"

@@ -51,7 +51,12 @@ _HARMLESS = {
 }
 """Classes that a file may construct, by module."""
 
-_SIZES = {"hidden_size": "hidden_dim", "cond_dim": "cond_dim", "length": "model_length", "n_heads": "n_heads"}
+_LIGHTNING_SIZES = {
+    "hidden_size": "hidden_dim",
+    "cond_dim": "cond_dim",
+    "length": "model_length",
+    "n_heads": "n_heads",
+}
 """Settings of the trainer's `model` and their names in the published config.json."""
 
 
@@ -112,14 +117,14 @@ def unpacked(file: Path) -> Path:
             with scratch_folder(folder) as scratch:
                 draft = scratch / folder.name
                 draft.mkdir()
-                _write(draft, public, tensors, sources[1:])
+                _write_folder(draft, public, tensors, sources[1:])
                 write_manifest(draft, {"from": str(file), "made_of": made_of})
                 put_in_place(draft, folder)
             logger.info("%s: the model in it is kept in %s", file, folder)
     return folder
 
 
-def _write(
+def _write_folder(
     folder: Path, public: Mapping[str, Any], tensors: Mapping[str, Any], tokenizer: list[Path]
 ) -> None:
     """Write a model in the published layout, with the files of a tokenizer, if there are any."""
@@ -139,14 +144,14 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         CheckpointError: see `unpacked`.
     """
-    stored = _load(file)
+    stored = _load_pickle(file)
     state, config = stored.get("state_dict"), _item(stored.get("hyper_parameters"), "config")
     if not isinstance(state, Mapping) or "backbone.vocab_embed.embedding" not in state:
         raise CheckpointError(
             f"{file}: not a checkpoint of MDLM's transformer (no backbone.vocab_embed in it)"
         )
     for name, supported in (("backbone", ("dit",)), ("parameterization", ("subs",))):
-        setting = _value(_item(config, name))
+        setting = _parsed(_item(config, name))
         if setting is not None and setting not in supported:
             raise CheckpointError(f"{file}: {name} {setting!r} is not supported, only {supported[0]!r}")
     names = [
@@ -159,7 +164,7 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return _public(config, tensors), tensors
 
 
-def _load(file: Path) -> Mapping[str, Any]:
+def _load_pickle(file: Path) -> Mapping[str, Any]:
     """The contents of a file, without what is opaque."""
     import torch
 
@@ -198,9 +203,9 @@ def _public(config: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
         "n_heads": max(1, width // 64),
         "cond_dim": 128 if condition is None else len(condition),
         "model_length": 1024,
-        "time_conditioning": bool(_value(_item(config, "time_conditioning"))),
+        "time_conditioning": bool(_parsed(_item(config, "time_conditioning"))),
     }
-    sizes = {ours: _value(_item(_item(config, "model"), name)) for name, ours in _SIZES.items()}
+    sizes = {ours: _parsed(_item(_item(config, "model"), name)) for name, ours in _LIGHTNING_SIZES.items()}
     return public | {name: value for name, value in sizes.items() if isinstance(value, int)}
 
 
@@ -212,7 +217,7 @@ def _item(node: Any, name: str) -> Any:
     return node.get(name) if isinstance(node, Mapping) else None
 
 
-def _value(node: Any) -> Any:
+def _parsed(node: Any) -> Any:
     """The value of a leaf of a configuration."""
     state = getattr(node, "state", None) if isinstance(node, Opaque) else None
     return state.get("_val") if isinstance(state, Mapping) else None if isinstance(node, Opaque) else node

@@ -41,10 +41,10 @@ def run(config: BenchConfig) -> int:
     """Measure and print."""
     import torch
 
-    from decoding.rows import RowMaker
+    from decoding.row_maker import RowMaker
     from dlm.checkpoint import stored_positions
     from dlm.prepacking import prepack
-    from eval.bench import Problem, as_causal, standard_ways, table, time_ways
+    from eval.bench import Problem, as_causal, bench_table, standard_ways, time_ways
 
     positions = stored_positions(config.model)
     for name in ("window", "max_tokens"):
@@ -70,7 +70,7 @@ def run(config: BenchConfig) -> int:
         f"{torch.get_num_threads()} threads; the autoregressive baseline writes {tokens} tokens, "
         "the others as many as they come to\n"
     )
-    print(table(runs, list(runs)[:2]))
+    print(bench_table(runs, list(runs)[:2]))
     return 0
 
 

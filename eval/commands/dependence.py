@@ -70,14 +70,14 @@ def run(config: DependenceConfig) -> int:
     from dlm.lock import alone_in
 
     with alone_in(config.output):
-        gains_by_model = {path: measured(path, config) for path in config.models}
-        shown = table(gains_by_model)
+        gains_by_model = {path: measured_dependence(path, config) for path in config.models}
+        shown = dependence_table(gains_by_model)
         Console(width=None if Console().is_terminal else 120, markup=False, emoji=False).print(shown.rich())
-        print(*write(Path(config.output), gains_by_model, shown), sep="\n")
+        print(*write_dependence(Path(config.output), gains_by_model, shown), sep="\n")
     return 0
 
 
-def measured(path: str, config: DependenceConfig) -> list[Gain]:
+def measured_dependence(path: str, config: DependenceConfig) -> list[Gain]:
     """The gains of one model."""
     from tqdm import tqdm
 
@@ -94,7 +94,7 @@ def measured(path: str, config: DependenceConfig) -> list[Gain]:
     return list(bar)
 
 
-def table(gains_by_model: dict[str, list[Gain]]) -> Table:
+def dependence_table(gains_by_model: dict[str, list[Gain]]) -> Table:
     """Nats by distance, for each model: all pairs, and those at the edge of the text."""
     from eval.dependence import by_distance
     from eval.report.tables import Table
@@ -103,19 +103,19 @@ def table(gains_by_model: dict[str, list[Gain]]) -> Table:
     for path, gained in gains_by_model.items():
         columns += [(path, by_distance(gained)), (f"{path}, at the text", by_distance(gained, reach=0))]
     distances = sorted({distance for _, column in columns for distance in column})
-    rows = [[str(d), *(_cell(column.get(d)) for _, column in columns)] for d in distances]
+    rows = [[str(d), *(_interval_cell(column.get(d)) for _, column in columns)] for d in distances]
     title = "Dependence: nats that a told token adds to another's log-probability, by distance"
     return Table(title, ["distance", *(name for name, _ in columns)], rows)
 
 
-def _cell(value: Any) -> str:
+def _interval_cell(value: Any) -> str:
     if value is None:
         return ""
     half = value.high - value.mean
     return f"{value.mean:+.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
 
 
-def write(folder: Path, gains_by_model: dict[str, list[Gain]], shown: Table) -> list[Path]:
+def write_dependence(folder: Path, gains_by_model: dict[str, list[Gain]], shown: Table) -> list[Path]:
     """Figures, table and plot."""
     import json
     from dataclasses import asdict
@@ -131,11 +131,11 @@ def write(folder: Path, gains_by_model: dict[str, list[Gain]], shown: Table) -> 
     }
     write_whole(figures, json.dumps(without_nan(estimates), indent=1))
     write_whole(words, f"## {shown.title}\n\n{shown.markdown()}\n")
-    draw(gains_by_model).savefig(picture)
+    draw_dependence(gains_by_model).savefig(picture)
     return [figures, words, picture]
 
 
-def draw(gains_by_model: dict[str, list[Gain]]) -> Any:
+def draw_dependence(gains_by_model: dict[str, list[Gain]]) -> Any:
     """Nats over distance as a matplotlib figure, a line for each model, its interval shaded."""
     from matplotlib.figure import Figure
 

@@ -102,10 +102,10 @@ def run(config: LDWConfig) -> int:
             model, tokenizer, prompts[0], prior,
             window=window, top=config.top, positions=config.positions, k=config.candidates,
         )  # fmt: skip
-        console.print(table(path, zone))
+        console.print(ldw_table(path, zone))
     question = prompts[0] if isinstance(prompts[0], str) else prompts[0][-1]["content"]
     console.print(f"The table shows a fresh canvas behind the prompt {question!r}.", legend(), sep="\n")
-    console.print(summary(measured))
+    console.print(ldw_summary(measured))
     console.print(counts(next(iter(measured.values())).rows))
     if config.output:
         picture = Path(config.output)
@@ -151,7 +151,7 @@ def token_prior(config: LDWConfig, tokenizer: Any) -> Any:
     raise ConfigError(f"none of the checkpoints has its {COUNTS_FILE}; name the training rows with --counts")
 
 
-def table(title: str, zone: list[list[Any]]) -> Any:
+def ldw_table(title: str, zone: list[list[Any]]) -> Any:
     """The candidate zone: a line per position, a coloured cell per candidate."""
     from rich.table import Table
     from rich.text import Text
@@ -183,7 +183,7 @@ def legend() -> Any:
     return text
 
 
-def summary(measured: dict[str, Any]) -> Any:
+def ldw_summary(measured: dict[str, Any]) -> Any:
     """Masses and entropy next to the prompt, where the problem peaks, and far away; over all prompts."""
     from rich.table import Table
 

@@ -83,20 +83,20 @@ def run(config: PathConfig) -> int:
     from rich.console import Console
 
     from dlm.lock import alone_in
-    from eval.paths import PathFolder, table
+    from eval.paths import PathFolder, path_table
 
     common = {name: getattr(config, name) for name in ("data", "last", "limit", "seed")}
     with alone_in(config.output):
         folder = PathFolder(config.output, common)
-        runs = measured(config, folder)
+        runs = measured_path(config, folder)
         Console(width=None if Console().is_terminal else 120, markup=False, emoji=False).print(
-            table(runs).rich()
+            path_table(runs).rich()
         )
         print(*folder.publish(), sep="\n")
     return 0
 
 
-def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
+def measured_path(config: PathConfig, folder: PathFolder) -> list[PathRun]:
     """The runs, model after model; those that the folder holds already are not made again."""
     from tqdm import tqdm
 
@@ -116,10 +116,10 @@ def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
         plans = [sampler.plan(variant.request()) for variant in choices]
         room, tokens = min(plan.positions for plan in plans), min(plan.tokens for plan in plans)
         rows = held_out(config.data, config.last, config.limit, sampler.tokenizer, room, tokens)
-        common = f"{fingerprint(path)} {_digest([rows, config.dtype])}"
+        common = f"{fingerprint(path)} {_rows_digest([rows, config.dtype])}"
         folder.forget(path, common)
         for variant, plan in zip(choices, plans, strict=True):
-            mark = f"{common} {_digest(variant.recorded)}"  # costs under another one are measured again
+            mark = f"{common} {_rows_digest(variant.recorded)}"  # costs under another one are measured again
             line, words = variant.split(plan.decoder.name)
             run = folder.runs.get((path, line, words))
             if run is None or (run.fingerprint, len(run.costs)) != (mark, len(rows)):
@@ -133,7 +133,7 @@ def measured(config: PathConfig, folder: PathFolder) -> list[PathRun]:
     return runs
 
 
-def _digest(facts: Any) -> str:
+def _rows_digest(facts: Any) -> str:
     """Sixteen letters that tell settings apart."""
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 

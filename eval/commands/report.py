@@ -43,13 +43,13 @@ class ReportConfig:
 def run(config: ReportConfig) -> int:
     """Write the report, and say where."""
     from dlm.lock import alone_in, check_writable
-    from eval.report.report import find_runs, write
+    from eval.report.report import find_runs, write_report
 
     check_writable(config.output)
     against = [name.strip() for name in config.against.split(",") if name.strip()]
     runs = find_runs(config.runs)
     with alone_in(config.output):
-        files = write(runs, Path(config.output), config.title, config.texts, config.ldw, against)
+        files = write_report(runs, Path(config.output), config.title, config.texts, config.ldw, against)
     print(*files, sep="\n")
     return 0
 

@@ -55,7 +55,7 @@ def _series(run: Results, omitted: Sequence[str]) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def quality(
+def quality_plot(
     runs: Sequence[Results],
     across: Size = calls,
     label: str = "model calls per answer",

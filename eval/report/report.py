@@ -58,7 +58,7 @@ def _natural(path: Path) -> list[Any]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
-def write(
+def write_report(
     runs: Sequence[Results],
     output: Path,
     title: str,
@@ -81,7 +81,7 @@ def write(
     """
     output.mkdir(parents=True, exist_ok=True)
     _check_baselines(against, runs)
-    _check_names(runs)
+    _check_run_names(runs)
     _check_questions(runs)
     tasks = sorted({run.card.task for run in runs})
     by_task = [(task, comparable([run for run in runs if run.card.task == task])) for task in tasks]
@@ -95,7 +95,7 @@ def write(
         "or its ends stand behind the mean where it is lopsided; it takes five answers or more. "
         "Equal seeds for all decoders. "
         "p by paired permutation tests on the questions both have."
-    ) + _defaults(runs)
+    ) + _default_options(runs)
     side = [(task, *_side_by_side(task_runs, texts)) for task, task_runs in by_task]
     files = [output / "report.md", output / "report.html"]
     write_whole(files[0], _markdown(title, lead, parts, side))
@@ -107,7 +107,7 @@ def write(
     return files
 
 
-def _defaults(runs: Sequence[Results]) -> str:
+def _default_options(runs: Sequence[Results]) -> str:
     """A sentence on what "default" stands for, with a warning where that differs from system to system."""
     systems: dict[str, set[str]] = {}
     for run in runs:
@@ -133,7 +133,7 @@ def _curves(file: Path) -> Any:
     return curves
 
 
-def _check_names(runs: Sequence[Results]) -> None:
+def _check_run_names(runs: Sequence[Results]) -> None:
     """Refuse two models of one name: their runs would count as those of one."""
     named: dict[str, Results] = {}
     for run in runs:
@@ -179,12 +179,12 @@ def _task(task: str, runs: list[Results], against: Sequence[str] = ()) -> list[P
     drawings = (
         (
             "calls",
-            plots.quality(runs),
+            plots.quality_plot(runs),
             "Quality against model calls, a line for each decoder, with 95 % intervals.",
         ),
         (
             "size",
-            plots.quality(
+            plots.quality_plot(
                 plots.swept(runs, plots.size, SIZES), plots.size, "kernel or block size, tokens", SIZES
             ),
             "Quality against the size of the kernel, or of the blocks.",

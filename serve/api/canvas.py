@@ -23,7 +23,7 @@ from decoding.engine import Update
 from decoding.gaps import pieces_of
 from decoding.presets import Decoder, presets
 from decoding.request import Plan
-from decoding.rows import Prompt
+from decoding.row_maker import Prompt
 from dlm.errors import ConfigError
 from serve.api import schema
 from serve.api.fill import Filled, Filling, fill, filling_steps, prepare_filling

@@ -16,7 +16,7 @@ from decoding.engine import Update
 from decoding.gaps import Gap, Piece, combinations
 from decoding.infill import Infilled, gap_scores, likeliest, rows_with_gaps
 from decoding.request import Plan
-from decoding.rows import Prompt
+from decoding.row_maker import Prompt
 from serve.api import schema
 from serve.api.parameters import (
     Sampling,

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from decoding.canvas import Row
-from decoding.reveal.order_table import is_name
 from decoding.request import Plan, Request
+from decoding.reveal.order_table import is_name
 from dlm.characters import whole_characters
 from dlm.errors import ConfigError
 from dlm.version import __version__

@@ -5,9 +5,9 @@ import torch
 from decoding import Decoder
 from decoding.canvas import Row, make_canvas
 from decoding.engine import Engine
-from decoding.reveal.order_table import OrderTable
 from decoding.pace import EndTokens, OwnPace, Rate, Steps
 from decoding.request import OPEN_LENGTH, Plan, Reuse
+from decoding.reveal.order_table import OrderTable
 from decoding.step import denoise
 from decoding.window import MARGIN
 from tests.fakes import FakeTokenizer

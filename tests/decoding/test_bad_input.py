@@ -207,7 +207,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(model, tokenizer
     sampler, text = Sampler(model, tokenizer), "x" * size
     limit = model.config.max_positions * max(map(len, tokenizer.get_vocab()))
     refuse = lambda tokenizer, text, **_: pytest.fail("encoded") if len(text) > limit else [5]  # noqa: E731
-    monkeypatch.setattr("decoding.rows.encode_text", refuse)
+    monkeypatch.setattr("decoding.row_maker.encode_text", refuse)
     monkeypatch.setattr("dlm.tokenizer._encode", refuse)
     calls = {
         "generate": lambda: sampler.generate(text, max_tokens=4),

@@ -9,13 +9,13 @@ import threading
 
 import pytest
 
+from decoding.chat.conversation import Conversation
 from decoding.commands.chat import COMMAND as CHAT
 from decoding.commands.chat import Chat, piped_lines, typed_lines
 from decoding.commands.display import plain_console, watch
-from decoding.chat.conversation import Conversation
 from dlm.cli import main
 from dlm.errors import DataError
-from tests.decoding.test_conversation import Scripted, contents
+from tests.decoding.chat.test_conversation import Scripted, contents
 from tests.eval.endpoint import serving
 
 

@@ -5,7 +5,7 @@ import torch
 
 from decoding import Decoder
 from decoding.canvas import Canvas
-from decoding.denoiser import Entries, hidden_of_rows
+from decoding.denoiser import CachedPositions, hidden_of_rows
 from decoding.request import Reuse
 from decoding.step import denoise
 from decoding.window import MARGIN
@@ -185,7 +185,7 @@ def test_an_answer_that_is_complete_costs_nothing_more_on_a_growing_canvas():
 
 def test_an_entry_is_of_one_version_of_its_row():
     canvas = canvas_of(torch.tensor([[1, MASK, MASK], [1, MASK, MASK]]), plan_of("conv", steps=2))
-    entries, both = Entries(canvas), torch.tensor([0, 1])
+    entries, both = CachedPositions(canvas), torch.tensor([0, 1])
     entries.add(both, torch.tensor([[False, True, False]] * 2))
     assert entries.at(both, 3).tolist() == [[False, True, False]] * 2
     canvas.version[0] += 1

@@ -18,7 +18,7 @@ from decoding.presets import PRESETS
 from decoding.request import Reuse
 from decoding.reveal import RevealRule
 from decoding.reveal.threshold import Threshold
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, DLMError
 from tests.decoding.rig import LEARNT, MASK, canvas_of, decode, plan_of, rows
 from tests.dlm.test_attention import MASK as TINY_MASK
 from tests.dlm.test_attention import tiny
@@ -515,3 +515,24 @@ def test_a_row_that_is_done_outlives_an_error_of_those_beside_it():
     assert updates[whole].error is None
     assert all(isinstance(updates[ticket].error, KeyError) for ticket in masked)
     assert len(engine) == 0
+
+
+def test_an_update_is_read_before_the_next_step_or_refused():
+    """A row at work is looked at where it lies; a finished one is kept."""
+    engine = engine_of(FakeDenoiser())
+    row, plan, seed = request(1)
+    engine.submit(row, plan, seed)
+    (first,) = engine.step()
+    assert first.canvas.step.tolist() == [1]
+    (second,) = engine.step()
+    for read in (lambda: first.canvas, lambda: first.confirmed, lambda: first.event, lambda: first.partial):
+        with pytest.raises(DLMError, match="row 0 has taken a step since this update"):
+            read()
+    assert second.canvas.step.tolist() == [2]
+    last = second
+    while len(engine):
+        (last,) = engine.step()
+    engine.submit(row, plan, seed)
+    engine.step()
+    assert last.output is not None
+    assert bool(last.canvas.done.all())

@@ -260,3 +260,9 @@ def test_tokens_are_kept_apart_before_they_are_verified():
     assert Verified(Separated(Threshold(0.1), 2), 0.9).requires == {"shadows"}
     with pytest.raises(ConfigError, match="apart before they are verified"):
         Separated(Verified(Threshold(0.1), 0.9), 2)
+
+
+def test_a_wrapped_rule_answers_for_everything_that_rules_can_be_asked():
+    """A member that a wrapper forgot would silently be the default of all rules."""
+    members = {name for name in vars(RevealRule) if not name.startswith("_")}
+    assert members - {"decide"} <= vars(WrappedRule).keys()

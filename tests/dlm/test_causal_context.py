@@ -7,7 +7,7 @@ from decoding import Request, Sampler
 from decoding.canvas import Canvas, make_canvas
 from decoding.denoiser import check_capable
 from decoding.engine import Engine
-from decoding.rows import Row
+from decoding.row_maker import Row
 from dlm.attention_weights import AttentionWeights
 from dlm.backbone import from_causal_lm
 from dlm.errors import ConfigError

@@ -3,7 +3,7 @@
 import torch
 
 from decoding import Decoder
-from eval.bench import Problem, Run, as_causal, published_loop, standard_ways, table, time_ways
+from eval.bench import Problem, Run, as_causal, bench_table, published_loop, standard_ways, time_ways
 from tests.decoding import test_law as law
 from tests.dlm.test_attention import MASK, tiny
 
@@ -45,7 +45,7 @@ def test_the_table_gives_medians_and_ratios():
         "base": [Run(2.0, 100, 4), Run(4.0, 100, 6), Run(2.0, 100, 5)],
         "ours": [Run(1.0, 100, 2), Run(1.0, 100, 2), Run(1.0, 100, 3)],
     }
-    lines = table(runs, ["base"]).splitlines()
+    lines = bench_table(runs, ["base"]).splitlines()
     assert lines[2] == "| base | 2.00 | 100 | 5.0 | 50.0 | 1.00 |"
     assert lines[3] == "| ours | 1.00 | 100 | 2.0 | 100.0 | 2.00 |"
 

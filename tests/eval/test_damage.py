@@ -7,7 +7,7 @@ import pytest
 from dlm.errors import DataError, DLMError
 from eval.answers import Answer, AnswerFile
 from eval.metrics import Instruments
-from eval.report.report import find_runs, write
+from eval.report.report import find_runs, write_report
 from eval.run import Card, Results, Verdict, finish, merge, open_run
 from eval.tasks import TASKS, Question, load_questions
 
@@ -46,7 +46,7 @@ def test_a_damaged_run_is_one_error(folder, tmp_path, name, junk):
         lambda: Results.load(folder),
         lambda: open_run(folder, CARD),
         lambda: merge(folder, QUESTIONS),
-        lambda: write(find_runs([str(tmp_path / "runs")]), tmp_path / "report", "t", 2, "", []),
+        lambda: write_report(find_runs([str(tmp_path / "runs")]), tmp_path / "report", "t", 2, "", []),
     ):
         try:
             call()

@@ -14,7 +14,7 @@ from eval.config import EvalConfig
 from eval.evaluate import evaluate
 from eval.frontier import (
     Curve,
-    Sample,
+    FrontierSample,
     at_levels,
     entropy,
     interval,
@@ -53,7 +53,7 @@ def test_a_span_takes_the_length_out():
 
 def sample(entropies, nats, question=None, counts=None):
     numbers = np.arange(len(nats)) if question is None else np.array(question)
-    return Sample(1.0, numbers, np.array(nats, float), np.array(entropies, float), counts)
+    return FrontierSample(1.0, numbers, np.array(nats, float), np.array(entropies, float), counts)
 
 
 def test_means_of_resamples_are_those_of_repeated_answers():
@@ -165,7 +165,7 @@ def test_intervals_at_an_entropy_of_all_texts_hold_what_they_estimate():
             p = law ** (1 / heat)
             counts = rng.multinomial(length, p / p.sum(), size=questions).astype(float)
             nats = 2 + 2 * heat + rng.normal(0, 0.3, questions)
-            samples.append(Sample(heat, np.arange(questions), nats, np.ones(questions), counts))
+            samples.append(FrontierSample(heat, np.arange(questions), nats, np.ones(questions), counts))
         return Curve.of(samples, weights)
 
     def estimates(jackknifed):

@@ -10,7 +10,7 @@ from dlm import load_model
 from dlm.cli import main
 from dlm.errors import ConfigError
 from dlm.prior import TokenPrior
-from eval.commands.ldw import counts, summary
+from eval.commands.ldw import counts, ldw_summary
 from eval.ldw import candidates, decoding_window, draw_decoding_windows
 from eval.report import plots
 from tests.fakes import FakeDenoiser, FakeTokenizer
@@ -91,7 +91,7 @@ def test_lines_and_tables_end_where_the_first_prompt_leaves_the_mean():
     assert len(plots.ldw(curve).axes[0].lines[0].get_ydata()) == 24
     del curve["model"]["rows"]  # as older versions wrote it
     assert len(plots.ldw(curve).axes[0].lines[0].get_ydata()) == 27
-    table = summary({"model": got})
+    table = ldw_summary({"model": got})
     assert list(table.columns[1].cells) == ["0", "5 to 10", "11 to 23"]
     assert list(table.columns[2].cells) == ["3"] * 3
     assert list(table.columns[3].cells)[2] == f"{got.frequent[11:24].mean():.3f}"

@@ -9,7 +9,7 @@ from dlm.cli import main
 from dlm.errors import ConfigError, DataError
 from eval import path
 from eval.path import PathCost
-from eval.paths import PathFolder, PathRun, differences, draw, held_out, table
+from eval.paths import PathFolder, PathRun, differences, draw_paths, held_out, path_table
 from tests.decoding.rig import order_table
 
 original = path.path_costs
@@ -42,12 +42,12 @@ def test_means_go_over_tokens_and_intervals_over_answers():
     run = PathRun("m", "conv", "S=4", "", [PathCost([1, 2, 3], 4), PathCost([5], 2)])
     assert run.nats.mean == pytest.approx(11 / 4)
     assert run.nats.count == 2
-    assert table([run]).rows == [["m, conv, S=4", "2", "3.0", "2.750"]]  # no interval of two answers
+    assert path_table([run]).rows == [["m, conv, S=4", "2", "3.0", "2.750"]]  # no interval of two answers
     several = PathRun("m", "conv", "S=4", "", [PathCost([1, 2, 3], 4), PathCost([5], 2)] * 5)
     residuals = [6 - 3 * 11 / 4, 5 - 11 / 4] * 5  # of the sums, from what their sizes let expect
     half = 2.2622 * (10 / 9 * sum(r**2 for r in residuals)) ** 0.5 / 20
     assert several.nats.high - several.nats.mean == pytest.approx(half, rel=1e-3)
-    assert table([several]).rows == [["m, conv, S=4", "10", "3.0", f"2.750 ± {half:.3f}"]]
+    assert path_table([several]).rows == [["m, conv, S=4", "10", "3.0", f"2.750 ± {half:.3f}"]]
 
 
 def test_runs_that_differ_in_one_thing_are_compared():
@@ -72,7 +72,7 @@ def test_a_panel_for_each_model_and_a_line_for_each_decoder():
         PathRun(model, name, f"S={steps}", "", [PathCost([1.0 + steps], steps)] * 2)
         for model in ("a", "b") for name in ("conv", "top-k") for steps in (8, 4)
     ]  # fmt: skip
-    panels = draw(runs).axes
+    panels = draw_paths(runs).axes
     assert [panel.get_title(loc="left") for panel in panels] == ["a", "b"]
     lines = {line.get_label(): line.lines[0].get_xydata().tolist() for line in panels[0].containers}
     assert lines == {"conv": [[4, 5], [8, 9]], "top-k": [[4, 5], [8, 9]]}

@@ -12,7 +12,7 @@ from dlm.lock import alone_in
 from eval.answers import Answer, AnswerFile
 from eval.metrics import Instruments, summary
 from eval.report import plots, tables
-from eval.report.report import find_runs, write
+from eval.report.report import find_runs, write_report
 from eval.run import Card, Results, Verdict, comparable, finish, open_run, representatives
 from eval.tasks import Question
 from tests.eval.endpoint import serving
@@ -118,7 +118,7 @@ def test_runs_of_different_length_say_how_many_answers_they_have(runs, tmp_path)
 
 
 def test_a_line_goes_over_calls_or_over_sizes(runs):
-    figure = plots.quality(runs)
+    figure = plots.quality_plot(runs)
     (panel,) = [p for p in figure.axes if p.get_title(loc="left").startswith("right")]
     drawn = {line.get_label(): line.lines[0].get_xydata() for line in panel.containers}
     assert set(drawn) == {"conv, K=9", "conv, K=17", "top-k"}
@@ -128,17 +128,19 @@ def test_a_line_goes_over_calls_or_over_sizes(runs):
         "conv,K=9,S=16",
         "conv,K=17,S=16",
     ]
-    assert plots.quality(plots.swept(runs[:2], plots.size, along), plots.size) is None  # nothing was swept
-    sizes = plots.quality(runs, plots.size, "size", along)
+    assert (
+        plots.quality_plot(plots.swept(runs[:2], plots.size, along), plots.size) is None
+    )  # nothing was swept
+    sizes = plots.quality_plot(runs, plots.size, "size", along)
     lines = {line.get_label(): line.lines[0].get_xydata() for line in sizes.axes[0].containers}
     assert lines["conv, S=16"][:, 0].tolist() == [9.0, 17.0]
-    assert plots.quality(runs[:1]) is None
+    assert plots.quality_plot(runs[:1]) is None
 
 
 def test_systems_have_rows_of_their_own_and_single_points_are_levels(runs, tmp_path):
     both = [*runs, *(replace(r, card=replace(r.card, system="other")) for r in runs)]
     alone = replace(runs[0], card=replace(runs[0].card, system="alone", label="ar"))
-    figure = plots.quality([*both, alone])
+    figure = plots.quality_plot([*both, alone])
     assert [panel.get_ylabel() for panel in figure.axes] == ["tiny", "other"]
     assert all(len(panel.containers) == 3 for panel in figure.axes)
     assert [line.get_label() for line in figure.axes[0].get_lines() if line.get_linestyle() == ":"][
@@ -202,7 +204,7 @@ def test_empty_answers_make_a_report_without_warnings(tmp_path, count):
     said = {(q.id, 0): Answer(q.id, 0, "", 0, "stop", 8, 8) for q in QUESTIONS[:count]}
     AnswerFile(place / "answers.jsonl").write(said.values())
     finish(place, card, QUESTIONS[:count], said, Instruments())
-    write(find_runs([str(tmp_path / "runs")]), tmp_path / "report", "t", 4, "", [])
+    write_report(find_runs([str(tmp_path / "runs")]), tmp_path / "report", "t", 4, "", [])
     assert "100.0" in (tmp_path / "report" / "report.md").read_text()
 
 
@@ -212,7 +214,7 @@ def test_a_report_says_what_default_stands_for_and_where_that_differs(runs, tmp_
             replace(each, card=replace(each.card, system=f"m{i}", stands_for=decoder))
             for i, (each, decoder) in enumerate(zip(runs, decoders, strict=False))
         ]
-        write(marked, tmp_path / "report", "t", 0)
+        write_report(marked, tmp_path / "report", "t", 0)
         return (tmp_path / "report" / "report.md").read_text()
 
     assert "checkpoint's own" not in report("", "")
@@ -381,14 +383,14 @@ def test_two_models_of_one_name_and_two_files_under_one_id_are_told_apart(tmp_pa
     first, second = (run(tmp_path / name, "conv", 8) for name in ("a", "b"))
     other = replace(second, card=replace(second.card, fingerprint="another"))
     with pytest.raises(DataError, match="of different models, and both are called 'tiny'"):
-        write([first, other], tmp_path / "report", "title")
+        write_report([first, other], tmp_path / "report", "title")
     marked = [
         replace(each, answers={key: replace(answer, asked=mark) for key, answer in each.answers.items()})
         for each, mark in ((first, "one"), (second, "two"))
     ]
     with pytest.raises(DataError, match="answered different questions under one id"):
-        write(marked, tmp_path / "report", "title")
-    write([first, marked[0]], tmp_path / "report", "title")  # one of them does not know
+        write_report(marked, tmp_path / "report", "title")
+    write_report([first, marked[0]], tmp_path / "report", "title")  # one of them does not know
 
 
 def test_verdicts_on_two_opponents_are_two_files(tmp_path):
@@ -413,7 +415,7 @@ def test_each_task_has_a_yardstick_of_its_own(tmp_path, runs):
     second = [replace(second[0], measured=inlier, means=summary(inlier))]
     inlier = {key: row | {"inlier": 0.0} for key, row in first[0].measured.items()}
     first = [replace(first[0], measured=inlier, means=summary(inlier))]
-    write([*first, *second], tmp_path / "report", "title")
+    write_report([*first, *second], tmp_path / "report", "title")
     text = (tmp_path / "report" / "report.md").read_text()
     wiki = text[text.index("## wiki: quality") :]
     assert "50.0" in wiki[: wiki.index("##", 5)]

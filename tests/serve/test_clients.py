@@ -313,8 +313,8 @@ def test_lm_evaluation_harness_is_told_what_scores_in_place_of_the_server(server
 
 
 def test_dlm_eval_and_dlm_chat_talk_to_the_server(server, tmp_path, capsys):
-    from decoding.request import Request
     from decoding.chat.sources import EndpointSource
+    from decoding.request import Request
     from dlm.cli import main
 
     questions = tmp_path / "q.jsonl"

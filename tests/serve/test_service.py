@@ -5,7 +5,7 @@ import threading
 import httpx2 as httpx
 import pytest
 
-from decoding.rows import RowMaker
+from decoding.row_maker import RowMaker
 from dlm.backbone import from_scratch
 from tests.serve.conftest import SIZES
 from tests.serve.rig import running, wait_for

@@ -1,9 +1,9 @@
 import pytest
 
 from decoding.chat.conversation import Conversation
+from decoding.chat.sources import EndpointSource, SamplerSource
 from decoding.request import Request
 from decoding.sampler import Sampler
-from decoding.chat.sources import EndpointSource, SamplerSource
 from dlm.errors import DLMError
 from tests.eval.endpoint import serving
 

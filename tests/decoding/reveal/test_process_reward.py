@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from decoding import Decoder, Request
-from decoding.reveal.order_table import OrderTable
 from decoding.reveal import ProcessReward, Quota, StepView
 from decoding.reveal.base import Course
+from decoding.reveal.order_table import OrderTable
 from decoding.reveal.process_reward import shortlist
 from dlm.errors import ConfigError
 from dlm.noise import cell_noise, fold, key_of

@@ -5,7 +5,7 @@ import torch
 
 from decoding import Request, Sampler
 from decoding.engine import Engine
-from decoding.rows import Row
+from decoding.row_maker import Row
 from decoding.window import Convolution, Full, Within
 from dlm import load_model
 from dlm.convert import convert

@@ -1,16 +1,13 @@
-"""Rows of texts: a prompt becomes tokens, and masks for its answer; prompts and seeds, one or several."""
+"""Rows of texts: a prompt becomes tokens, and masks for its answer."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from functools import cached_property
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from decoding.canvas import Row
-from decoding.gaps import Piece
 from decoding.request import Plan, Request
 from dlm.errors import ConfigError
 from dlm.spec import ModelSpec
@@ -18,8 +15,6 @@ from dlm.tokenizer import Message, encode_prompt, encode_text, longest_token
 
 Prompt = str | list[Message]
 """A text (one user turn) or chat messages."""
-
-PromptT = TypeVar("PromptT")
 
 
 class TooLongError(ConfigError):
@@ -69,7 +64,11 @@ class RowMaker:
         """
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
             return self._token_ids(prompt)
-        return encode_prompt(self.tokenizer, cast("str | list[Message]", prompt), self.check_length)
+        return encode_prompt(
+            self.tokenizer,
+            cast("str | list[Message]", prompt),
+            self.check_length if self.most_tokens else None,
+        )
 
     def _token_ids(self, ids: list[Any]) -> list[int]:
         size = len(self.tokenizer)
@@ -147,56 +146,3 @@ def _put(answer: list[int], place: int, ids: list[int], mask_id: int, name: str)
     if any(token != mask_id for token in answer[place : place + len(ids)]):
         raise ConfigError(f"{name}: the given tokens at place {place} overlap with others")
     answer[place : place + len(ids)] = ids
-
-
-# ---- several at once ---------------------------------------------------------------------------------
-
-
-def cut_text(name: str, text: Any, cut: Callable[[], list[Piece]]) -> list[Piece]:
-    """The pieces of a text, errors beginning with its name."""
-    if not isinstance(text, str):
-        raise ConfigError(f"{name} must be a text, got {text!r}")
-    try:
-        return cut()
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from error
-
-
-def as_list(prompts: Any) -> tuple[bool, Any]:
-    """True and a list of one for a lone text or a lone conversation; else False and what was given."""
-    if isinstance(prompts, dict):
-        raise ConfigError("prompts must be a text, chat messages, or several of them; got one message alone")
-    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
-        raise ConfigError(f"prompts must be a text, chat messages, or several of them; got {prompts!r}")
-    one = isinstance(prompts, str) or (
-        isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], dict)
-    )
-    return one, [prompts] if one else prompts
-
-
-def with_seeds(prompts: Iterable[PromptT], seed: int | Sequence[int]) -> Iterator[tuple[PromptT, int]]:
-    """Each prompt with its seed: one for all, or as many seeds as there are prompts.
-
-    Raises:
-        ConfigError: for seeds that are none, or not as many as a list of prompts has.
-    """
-    if type(seed) is int:
-        return zip(prompts, itertools.repeat(seed), strict=False)
-    if not isinstance(seed, Sequence) or not all(type(each) is int for each in seed):
-        raise ConfigError(f"seed must be a whole number, or one for each prompt, got {seed!r}")
-    if isinstance(prompts, Sized) and len(prompts) != len(seed):
-        wrong = "more" if len(prompts) > len(seed) else "fewer"
-        raise ConfigError(f"seed lists {len(seed)} seeds, but there are {wrong} prompts")
-    return _paired(prompts, seed)
-
-
-def _paired(prompts: Iterable[PromptT], seed: Sequence[int]) -> Iterator[tuple[PromptT, int]]:
-    """Each prompt with its own seed."""
-    seeds = iter(seed)
-    for prompt in prompts:
-        each = next(seeds, None)
-        if each is None:
-            raise ConfigError(f"seed lists {len(seed)} seeds, but there are more prompts")
-        yield prompt, int(each)
-    if next(seeds, None) is not None:
-        raise ConfigError(f"seed lists {len(seed)} seeds, but there are fewer prompts")
