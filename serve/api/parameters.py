@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from decoding.canvas import Row
-from decoding.request import Plan, Request
+from decoding.request import MOST_DRAFTS, MOST_RATE, Plan, Request
 from decoding.reveal.order_table import is_name
 from dlm.characters import whole_characters
 from dlm.errors import ConfigError
@@ -80,14 +80,18 @@ class Diffusion(Body):
 
     decoder: str | None = Field(None, description="A decoder by name, see /v1/decoders.")
     options: dict[str, Any] | None = Field(None, description="Options of the decoder.")
-    rate: float | None = Field(None, ge=1, le=10**6, description="Tokens written per model call, on average.")
+    rate: float | None = Field(
+        None, ge=1, le=MOST_RATE, description="Tokens written per model call, on average."
+    )
     steps: int | None = Field(None, ge=1, description="Denoising steps, on a canvas of fixed length.")
     window: int | None = Field(None, ge=1, description="Tokens of prompt and answer, on a fixed canvas.")
     reuse: Literal["prompt", "prefix", "dual"] | None = Field(
         None, description="Keys and values that are reused (approximate)."
     )
     refresh: int | None = Field(None, ge=1, description="With reuse, changes until all is computed again.")
-    drafts: int | None = Field(None, ge=0, le=16, description="Guesses of the row that a call computes too.")
+    drafts: int | None = Field(
+        None, ge=0, le=MOST_DRAFTS, description="Guesses of the row that a call computes too."
+    )
     kernel_size: int | None = Field(None, description="Width of the convolution, for decoders with one.")
     eos_fill: bool | None = Field(None, description="After an end token, everything is the end token.")
     begin: str | None = Field(None, description="Text that the answer begins with.")
@@ -197,15 +201,13 @@ class Generation:
                 raise APIError(400, message, param="stop")
 
     def request(self, prompt_tokens: int) -> Request:
-        """The request, for a prompt of this length: steps need a canvas of fixed length."""
+        """The request, for a prompt of this length."""
         s = self.sampling
         if s.window is not None and self.max_tokens is not None:
             raise ConfigError("window is the length of prompt and answer together; give no max_tokens then")
         if s.window is not None and prompt_tokens >= s.window:
             raise ConfigError(f"window {s.window} is too short for a prompt of {prompt_tokens} tokens")
-        fixed = s.window is None and s.steps is not None and not s.ending
         return s.request(
-            canvas=s.canvas or ("full" if fixed else None),
             max_tokens=self.max_tokens,
             stop=list(self.stop) or None,
             top_logprobs=self.logprobs or None,

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from dlm.objective import masked_diffusion_loss
 from dlm.origin import autoregressive_origin
+from dlm.schedule import Cosine, LogLinear
 from eval.answers import Answer
 from eval.fluency import Band, Reader
 from eval.metrics import Instruments, basic, by_question, distinct, distinct_around, measure, summary
@@ -204,6 +206,29 @@ def test_the_nelbo_is_the_mean_over_orders_of_unmasking():
     many = [bounds(model, [(prompt, answer)], 5, 64, seed)[0] for seed in range(600)]
     spread = statistics.stdev(bound.nats for bound in many)
     assert statistics.fmean(bound.nats for bound in many) == pytest.approx(exact, abs=4 * spread / 600**0.5)
+
+
+@pytest.mark.parametrize("schedule", [LogLinear(0.0), Cosine()])
+def test_the_nelbo_is_what_training_estimates_whatever_the_schedule(schedule):
+    """The loss of training, over all times and maskings, is the bound of evaluation, which knows no times."""
+    model = FakeDenoiser(vocab=7, mask_id=6, eos_id=0)
+    prompt, answer = [1, 2], torch.tensor([3, 0, 4])
+    node, share = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(64))
+    t = (node + 1) / 2
+    u, loss = schedule.mask_probability(t), torch.zeros_like(t)
+    for pattern in itertools.product([False, True], repeat=3):
+        masked = torch.tensor(pattern)
+        if not masked.any():
+            continue
+        row = torch.tensor(prompt + torch.where(masked, 6, answer).tolist())
+        logp = model.logits(model.hidden(row[None])[0, 2:]).double().log_softmax(-1)
+        token_logp = logp[masked].gather(1, answer[masked][:, None])[:, 0]
+        chance = u ** int(masked.sum()) * (1 - u) ** int((~masked).sum())
+        each = [float(masked_diffusion_loss(token_logp, x.expand(len(token_logp)), 1, schedule)) for x in t]
+        loss += chance * torch.tensor(each, dtype=torch.float64)
+    assert float((loss * share / 2).sum()) == pytest.approx(
+        nelbo(model, [(prompt, answer.tolist())])[0], rel=1e-5
+    )
 
 
 def test_one_token_is_exact_in_one_call():
