@@ -122,6 +122,8 @@ class LoadConfig:
             model.backbone.compile(dynamic=False)
         elif model.device.type != "cuda":
             logger.warning("accelerate graphs records CUDA graphs: nothing is recorded on %s", model.device)
+        elif model.spec.visibility.block_size is not None:
+            logger.warning("accelerate graphs records whole rows: nothing is recorded of a model in blocks")
         return BucketedModel(model, graphs=self.accelerate == "graphs"), tokenizer
 
 

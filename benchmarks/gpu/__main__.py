@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes of the recipe of stage train"
     )
+    out.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
     out.add_argument("--deliver", type=Path, help="folder that results are copied to as well, few files")
     return out
 
@@ -111,7 +112,8 @@ def run_apart(words: list[str], stages: dict[str, float]) -> list[str]:
     """Run each stage in a process of its own, which cannot hurt or hold up the next. Returns the failed."""
     failed = []
     for name, minutes in stages.items():
-        command = [sys.executable, "-m", "benchmarks.gpu", *words, "--stage", f"{name}={minutes:g}"]
+        stage = ["--stage", f"{name}={minutes:g}", "--part"]
+        command = [sys.executable, "-m", "benchmarks.gpu", *words, *stage]
         try:
             done = subprocess.run(command, timeout=60 * minutes + GRACE, check=False).returncode == 0
         except subprocess.TimeoutExpired:
@@ -141,6 +143,8 @@ def main(words: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"python -m benchmarks.gpu: error: {error}", file=sys.stderr)
         return 2
+    if not options.part and (lacking := missing()):
+        print(f"not installed, and done without: {', '.join(lacking)}", flush=True)
     if len(stages) > 1 and (options.apart or not options.tiny):
         return 1 if run_apart(words, stages) else 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
@@ -152,8 +156,6 @@ def main(words: list[str] | None = None) -> int:
         options.deliver, dict(pair.split("=", 1) for pair in options.set),
     )  # fmt: skip
     context.report.add("machine", "hardware", **hardware(device))
-    if lacking := missing():
-        print(f"not installed, and done without: {', '.join(lacking)}", flush=True)
     ceilings(context)
     failed = run(context, stages)
     print(f"report: {context.report.page}" + (f"; failed: {', '.join(failed)}" if failed else ""))

@@ -121,11 +121,15 @@ def installed(have: Path | None) -> set[str]:
     return names
 
 
+STAGES_NEED = ("pytest", "aiohttp")
+"""Packages of the stages `tests` and `serve`."""
+
+
 def wanted(have: Path | None) -> list[Requirement]:
-    """What the project and its server need and the machine lacks; without a list, what often is lacking."""
+    """Packages that project, server and stages need and the machine lacks; without a list, the usual ones."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]["serve"]
-    needed = [Requirement(line) for line in [*project["dependencies"], *extras]]
+    needed = [Requirement(line) for line in [*project["dependencies"], *extras, *STAGES_NEED]]
     if have is None:
         usual = {
             "gguf",
@@ -135,6 +139,7 @@ def wanted(have: Path | None) -> list[Requirement]:
             "platformdirs",
             "dill",
             "multiprocess",
+            *map(canonical, STAGES_NEED),
         }
         return [requirement for requirement in needed if canonical(requirement.name) in usual]
     return [requirement for requirement in needed if canonical(requirement.name) not in installed(have)]

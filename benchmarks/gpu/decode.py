@@ -68,7 +68,8 @@ class Way:
 
 RATE_4, RATE_1 = {"decoder": "conv", "rate": 4.0}, {"decoder": "conv", "rate": 1.0}
 REUSED = {"decoder": "conv", "rate": 4.0, "reuse": "dual"}
-DEFAULT = {"decoder": "entropy-bound", "options": {"kernel_size": 9}}
+DEFAULT = {"decoder": "entropy-bound", "options": {"kernel_size": 3, "frequency_penalty": 0.6}}
+IN_BLOCKS = {"block_size": 16, "causal_context": True}
 BLOCKS = {"decoder": "llada", "options": {"block_size": 32}, "window": 128, "steps": 32}
 CAUSAL = "autoregressive, static cache, graphs"
 PUBLISHED = "published loop, L=512, S=64"
@@ -80,9 +81,21 @@ def core(rows: int, tokens: int = ANSWER) -> Iterator[Way]:
     yield Way("rate 4, graphs", rows, RATE_4, "graphs", tokens=tokens, timed=True)
 
 
+def block_ways() -> Iterator[Way]:
+    """The default model's way to decode, in blocks with a cache; drafts for few rows."""
+    for rows in (1, 64):
+        yield Way(CAUSAL, rows, baseline="graphs")
+        yield Way("entropy bound", rows, DEFAULT, timed=True)
+    for drafts in (1, 3, 8):
+        yield Way(f"entropy bound, {drafts} drafts", 1, {**DEFAULT, "drafts": drafts})
+    yield Way("rate 4", 1, RATE_4)
+    yield Way("rate 4", 64, RATE_4)
+
+
 def first_ways() -> Iterator[Way]:
     """The most important of a small model."""
     yield from core(1)
+    yield from core(8)
     yield from core(64)
     yield Way("rate 1, graphs", 1, RATE_1, "graphs")
     yield Way("entropy bound, graphs", 1, DEFAULT, "graphs", timed=True)
@@ -124,15 +137,18 @@ def other_ways() -> Iterator[Way]:
 
 
 def run(context: Context) -> None:
-    """What matters most of the small model, then the large one, then the rest of the small one."""
+    """The most of the small model, in blocks too, then the large one, then the rest of the small one."""
     if context.tiny:
         shape = {**MINIATURE, "vocab_size": SMOLLM2["vocab_size"]}
         chosen: dict[str, Way] = {}
         for way in (*first_ways(), *other_ways()):
             chosen.setdefault(way.name, way)  # at one batch each
         measure_all(context, "tiny", shape, list(chosen.values()))
+        in_blocks = {way.name: way for way in block_ways() if way.rows == 1}
+        measure_all(context, "tiny in blocks", {**shape, **IN_BLOCKS}, list(in_blocks.values()))
         return
     measure_all(context, "135M", SMOLLM2, [*first_ways()])
+    measure_all(context, "135M in blocks of 16", {**SMOLLM2, **IN_BLOCKS}, [*block_ways()])
     if context.cuda:
         measure_all(context, "8B", LLADA_8B, [*large_ways()])
     measure_all(context, "135M", SMOLLM2, [*other_ways()])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import material, r2ft, train
-from benchmarks.gpu.context import Context, MaterialError
+from benchmarks.gpu.context import Context, MaterialError, time_limit
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,12 @@ def run(context: Context) -> None:
         for name, path in there.items():
             if not context.skip("eval", f"{name}, {variant.name}", slowest + 10):
                 begun = time.monotonic()
-                _answer(context, name, path, variant)
+                try:
+                    with time_limit(context.left):
+                        _answer(context, name, path, variant)
+                finally:  # answers of a variant that was stopped halfway, too
+                    hand_over(context)
                 slowest = max(slowest, time.monotonic() - begun)
-                hand_over(context)
 
 
 def hand_over(context: Context) -> None:

@@ -53,8 +53,9 @@ def recipe(name: str, changes: dict[str, Any]) -> dict[str, Any]:
 def shaped(device: torch.device, dtype: torch.dtype, **shape: Any) -> MaskedDiffusionModel:
     """A model of a shape with random weights, made on the device."""
     vocab = shape["vocab_size"]
+    blocks = {name: shape.pop(name) for name in ("block_size", "causal_context") if name in shape}
     config = MaskedDiffusionConfig(
-        backbone={"model_type": "llama", "max_position_embeddings": 8192, **shape},
+        **blocks, backbone={"model_type": "llama", "max_position_embeddings": 8192, **shape},
         vocab_size=vocab, num_tokens=vocab, mask_token_id=vocab - 1, eos_token_id=2, shift=True,
         tie_word_embeddings=shape.get("tie_word_embeddings", False),
     )  # fmt: skip

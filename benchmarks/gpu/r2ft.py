@@ -10,6 +10,9 @@ from benchmarks.gpu.context import Context, MaterialError
 from benchmarks.gpu.material import built, recipe
 from finetune.config import R2FTConfig
 
+RESERVE = 15.0
+"""Seconds at the end of the stage for handing the adapter over."""
+
 
 def folder_of(context: Context) -> Path:
     """The run of the recipe."""
@@ -27,17 +30,19 @@ def run(context: Context) -> None:
     folder = folder_of(context)
     config = train.stored(folder, R2FTConfig) or built(R2FTConfig, settings(context))
     r2ft(config)
-    context.report.add("r2ft", "recipe", **train.summary(folder, config), **kept(folder, config))
     train.give(context, folder, "r2ft", "default-sft")
+    context.report.add("r2ft", "recipe", **train.summary(folder, config), **kept(folder, config))
 
 
 def settings(context: Context) -> dict[str, Any]:
-    """The default recipe on the adapter of stage `train`."""
+    """The default recipe on the adapter of stage `train`, stopped before the end of the stage."""
     changes: dict[str, Any] = {
         "output_dir": str(folder_of(context)),
         "model.init": str(train.folder_of(context)),
         "model.lora.fold": True,
         "data.source": str(material.rows(context)),
+        "max_minutes": round(max((context.left - RESERVE) / 60, 0.02), 3),
+        "save_minutes": 0.5,
         "report_to": "none",
         "keep_checkpoints": 4,
         "trainer": {"disable_tqdm": True},

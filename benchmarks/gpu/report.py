@@ -15,7 +15,11 @@ Result = dict[str, Any]
 """`stage`, `name`, `time` (seconds since 1970) and figures."""
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "accelerate", "peft", "safetensors", "numpy")
-OPTIONAL = ("datasets", "jsonargparse", "gguf", "platformdirs", "matplotlib", "flash-attn", "pytest")
+OPTIONAL = (
+    "datasets", "jsonargparse", "gguf", "platformdirs", "matplotlib", "flash-attn", "pytest",
+    "fastapi", "uvicorn", "sse-starlette", "prometheus-client", "aiohttp",
+)  # fmt: skip
+"""Packages that stages do without, or are left out without; the last five are those of `serve`."""
 
 
 class Report:

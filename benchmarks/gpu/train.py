@@ -60,8 +60,8 @@ def train_recipe(context: Context, reserve: float) -> None:
             shutil.rmtree(folder)
             config = built(TrainConfig, settings(context, (context.left - reserve) / 60, compiled=False))
             train(config)
+        give(context, folder, "sft", "smollm2-135m-instruct")  # first: a stage that is done is not done again
         context.report.add("train", "recipe", **summary(folder, config))
-        give(context, folder, "sft", "smollm2-135m-instruct")
 
 
 def settings(context: Context, minutes: float, compiled: bool | None = None) -> dict[str, Any]:

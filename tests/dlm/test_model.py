@@ -24,7 +24,7 @@ from dlm import load_model
 from dlm.backbone import from_causal_lm
 from dlm.checkpoint import place
 from dlm.errors import CheckpointError, ConfigError
-from dlm.model import IGNORE
+from dlm.model import IGNORE, aligned_linear
 from eval.config import EvalConfig
 
 SHAPE = {
@@ -269,3 +269,15 @@ def test_under_causal_attention_it_is_the_autoregressive_base(causal):
     logp = logits.log_softmax(-1)
     expected = [logp[b, i - 1, ids[b, i]] for b, i in (targets != IGNORE).nonzero().tolist()]
     torch.testing.assert_close(got, torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("vocabulary", [64, 97, 130])
+def test_the_aligned_head_is_the_head_and_has_its_gradients(vocabulary):
+    parts = [torch.randn(*shape, requires_grad=True) for shape in ((2, 5, 8), (vocabulary, 8), (vocabulary,))]
+    expected, found = torch.nn.functional.linear(*parts), aligned_linear(*parts)
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn_like(expected)
+    for ours, theirs in zip(
+        *(torch.autograd.grad((x * weight).sum(), parts) for x in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
