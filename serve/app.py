@@ -88,7 +88,7 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
 
 def explain(errors: Sequence[Any]) -> APIError:  # noqa: PLR0911
     """A 400 for a body that does not fit its schema: the first fault, by the name of its parameter."""
-    fault = errors[0]
+    fault = _first_fault(errors)
     kind = str(fault["type"])
     place = [str(part) for part in fault.get("loc", ()) if part != "body"]
     names = [part for part in place if not part[:1].isupper() and "[" not in part and part not in _UNION]
@@ -114,6 +114,15 @@ def explain(errors: Sequence[Any]) -> APIError:  # noqa: PLR0911
     if kind == "missing":
         return APIError(400, f"{param} is missing", param=param, code="missing_parameter")
     return APIError(400, f"{param}: {fault['msg']}", param=param, code="invalid_value")
+
+
+def _first_fault(errors: Sequence[Any]) -> Any:
+    """The first fault; of a value that fits none of several types, a field too many or few in one of them."""
+    place = errors[0].get("loc", ())
+    if not place or str(place[-1]) not in _UNION:
+        return errors[0]
+    of_value = [error for error in errors if error["loc"][: len(place) - 1] == place[:-1]]
+    return next((e for e in of_value if e["type"] in ("extra_forbidden", "missing")), errors[0])
 
 
 def _code_of(error: HTTPException) -> str:

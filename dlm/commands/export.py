@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -65,7 +66,30 @@ def check_defaults(config: ExportConfig) -> None:
         return
     stored = {name: value for name, value in vars(spec.defaults).items() if value is not None}
     merged = DecodingDefaults.of(merged_defaults(stored, config.generation))
-    commands()["generate"].load().config().resolve(replace(spec, defaults=merged))
+    plan = commands()["generate"].load().config().resolve(replace(spec, defaults=merged))
+    check_effect(config.generation, merged.window, spec.positions, getattr(plan.pace, "rate", None))
+
+
+def check_effect(
+    generation: Mapping[str, Any], window: int | None, positions: int, rate: float | None
+) -> None:
+    """Refuse new defaults that change nothing.
+
+    Args:
+        generation: the new ones.
+        window: default window, the new one or that which stays.
+        positions: of the model.
+        rate: tokens per call of the plan that they come to; None where the pace is another.
+
+    Raises:
+        ConfigError: naming the default.
+    """
+    if generation.get("canvas") == "growing":
+        raise ConfigError('canvas "growing" is no default: leave canvas out, or give "full"')
+    if generation.get("rate") is not None and rate is None:
+        raise ConfigError("rate has no effect: the decoder has a pace of its own, or there are steps")
+    if generation.get("window") is not None and window is not None and window > positions:
+        raise ConfigError(f"window must be at most the model's {positions} positions, got {window}")
 
 
 def run(config: ExportConfig) -> int:

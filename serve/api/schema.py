@@ -83,6 +83,14 @@ class CompletionRequest(Answering):
 
     @model_validator(mode="before")
     @classmethod
+    def _allow_all(cls, body: Any) -> Any:
+        """Take `best_of` where all of so many answers are asked for: it asks for nothing then."""
+        if isinstance(body, dict) and body.get("best_of") is not None and body["best_of"] == body.get("n"):
+            return {name: value for name, value in body.items() if name != "best_of"}
+        return body
+
+    @model_validator(mode="before")
+    @classmethod
     def _refuse_scoring(cls, body: Any) -> Any:
         """Refuse to give log-likelihoods of a prompt, which is what others do with these three."""
         echoed = isinstance(body, dict) and body.get("echo") is True and body.get("logprobs") is not None

@@ -217,6 +217,21 @@ def test_options_that_the_decoder_that_stays_does_not_have_are_refused(trained, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["canvas=growing"], 'canvas "growing" is no default'),
+        (["decoder=threshold", "--generation.rate=3.0"], "rate has no effect"),
+        (["window=100000"], "window must be at most the model's"),
+    ],
+)
+def test_defaults_without_an_effect_are_refused(trained, tmp_path, capsys, words, message):
+    given = [f"--generation.{words[0]}", *words[1:]]
+    assert main(["export", "--model", str(trained[1]), "--output", str(tmp_path / "out"), *given]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("merge", [True, False])
 def test_an_export_that_fails_leaves_nothing_and_can_be_repeated(trained, tmp_path, monkeypatch, merge):
     out = tmp_path / "out"

@@ -337,6 +337,19 @@ def test_what_cannot_be_honoured_is_refused_by_name(server, given, param):
             assert error["param"] == param, error
 
 
+def test_as_many_answers_as_the_best_are_chosen_of_are_all_of_them(server):
+    choices = server.post("/v1/completions", **TEXT, n=2, best_of=2).json()["choices"]
+    assert len(choices) == 2
+
+
+def test_a_part_of_a_message_with_a_field_too_many_names_it(server):
+    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+    body = {**CHAT, "messages": [{"role": "user", "content": [part]}]}
+    error = server.post("/v1/chat/completions", **body).json()["error"]
+    assert error["param"] == "messages.0.content.0.cache_control"
+    assert error["code"] == "unknown_parameter"
+
+
 CHAT_ONLY = [
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
