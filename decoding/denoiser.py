@@ -138,7 +138,9 @@ def hidden_of_rows(
         [N, D].
     """
     records: dict[str, Any] = {"attention": attention} if attention else {}
-    if shadows and can(model, "shadows"):
+    if shadows:
+        if not can(model, "shadows"):
+            raise ConfigError(f"this model cannot tell shadows, which the option {OPTIONS['shadows']} needs")
         return model.packed_hidden(ids, lengths, shadows=shadows, **records)
     if len(set(lengths)) == 1:
         return model.hidden(ids.view(len(lengths), -1), **records).flatten(0, 1)
@@ -470,7 +472,7 @@ class StateQuery:
     """Gives drafts of those rows that need a call; their states are computed in it."""
 
     def rows_to_compute(self) -> torch.Tensor:
-        """[b] bool, rows that need a call of the model: their states are not there, nor in drafts of them."""
+        """[b] bool, rows that need a call of the model; keeps the states of drafts that rows have become."""
         rows, where, cache = self.rows, self.where, self.cache
         if self.record is not None:
             return torch.ones(len(where), dtype=torch.bool)

@@ -60,9 +60,9 @@ class DraftedRow:
 
 
 TakeStep = Callable[[Canvas, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Takes a step of copies [c] of rows, in place, by what is known of them. It is also given the number of each
-one's row, and which of the likeliest tokens it writes [c], 0 being the likeliest; it returns [c] bool, True
-where enough was known."""
+"""Takes a step of copies [c] of rows, in place, by the scores that there are of them. It is also given the
+number of each one's row, and which of the likeliest tokens it writes [c], 0 being the likeliest; it returns
+[c] bool, True where the scores were sufficient."""
 
 
 def likeliest_drafts(canvas: Canvas, count: int, ranks: int, take_step: TakeStep) -> Drafts | None:

@@ -185,8 +185,7 @@ class Engine:
 
     def _wait(self, canvas: Canvas, plan: Plan) -> int:
         """Put a canvas of one row, which is the engine's from now on, at the end of the queue."""
-        if plan.decoder.reveal.requires:
-            check_capable(self.model, plan)
+        check_capable(self.model, plan)
         bias = plan.decoder.tokens.logit_bias
         if bias and bias[-1][0] >= len(self.tokenizer):
             raise ConfigError(f"logit_bias names token {bias[-1][0]}, and there are {len(self.tokenizer)}")
@@ -439,9 +438,7 @@ class Engine:
     def _row_now(self, ticket: int, steps: int) -> Canvas:
         """The row that an update speaks of, as long as the engine has taken no more than so many steps."""
         if self._steps != steps:
-            raise DLMError(
-                f"row {ticket} has taken a step since this update: read it before the engine goes on"
-            )
+            raise DLMError(f"the engine has taken a step since this update of row {ticket}: read it before")
         return self.canvas(ticket)
 
     def _last_update(self, ticket: int, row: Canvas, error: Exception | None) -> Update:

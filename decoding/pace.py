@@ -52,7 +52,7 @@ class Pace(Protocol):
         ...
 
     def total(self, step: int) -> int:
-        """Steps of a row that has ended after so many."""
+        """All steps of a row that has taken so many, as far as they are known."""
         ...
 
     def within(self, positions: int) -> Pace:

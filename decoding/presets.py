@@ -185,7 +185,7 @@ class Preset:
     Attributes:
         summary: what it does, in a few words.
         paper: where it comes from.
-        build: options -> window and reveal rule.
+        build: options -> window and reveal rule; each option has a default.
         tokens: the token rule, whose `TOKENS` are options as well.
         exact: True when texts follow the model's own distribution as steps become finer; others change the
             order in which positions are written, or cut what tokens may come out, on purpose.
@@ -197,14 +197,15 @@ class Preset:
     build: Callable[..., Axes]
     tokens: TokenRule = field(default_factory=TokenRule)
     exact: bool = False
-    wrapped: Mapping[str, Any] = field(default_factory=dict)
+    wrapped: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @cached_property
     def options(self) -> Mapping[str, Any]:
         """Option names and their defaults."""
         around = {name: value for wrapper in WRAPPERS for name, value in _options(wrapper).items()}
         tokens = {name: getattr(self.tokens, name) for name in TOKENS}
-        return _options(self.build) | tokens | {"guidance": 0.0} | around | dict(self.wrapped)
+        every = _options(self.build) | tokens | {"guidance": 0.0} | around | dict(self.wrapped)
+        return MappingProxyType(every)
 
 
 def _check_kind(name: str, option: str, value: Any, preset: Preset) -> None:

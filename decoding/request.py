@@ -147,10 +147,11 @@ class DecoderRequest:
         steps: denoising steps, in place of a rate. On a fixed canvas there are by default those of the
             checkpoint, or a quarter of the window. At most 16 for each position are taken.
         reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate).
-        refresh: with reuse, everything is computed at every so many changes of the row; 8 by default.
-        drafts: so many guesses of what the row will be next are computed in each model call, at most 16:
-            fewer calls, the same text. For a row or a few: those of a batch share them, and more rows than
-            drafts have none. 0 by default.
+        refresh: with reuse, the number of changes of the row after which everything is computed again; 8 by
+            default.
+        drafts: guesses of what the row will be next that each model call computes too, at most 16: fewer
+            calls, the same text. They are shared by the rows of a batch; with more rows than drafts there are
+            none. 0 by default.
     """
 
     decoder: DecoderLike | None = None
@@ -212,9 +213,9 @@ class Request(DecoderRequest):
         stop: a text that ends an answer, which is cut before it; several as '["one", "two"]', or by giving
             it again.
         eos_fill: once an end token is written, everything to its right becomes the end token; on by default.
-        canvas: "growing" with a window and steps shows the model no more than can open soon (approximate);
-            "full" with max_tokens is a fixed canvas too, that many masks behind the prompt; so it is with
-            steps and max_tokens.
+        canvas: the masks that the model is shown from the start. "full": all of them, `max_tokens` behind the
+            prompt (with steps that is the default). "growing": in a window with steps, those that can be
+            written soon (approximate).
         margin: masks that a growing canvas holds beyond those that can open; 16 by default.
         begin: text that the answer begins with.
         ending: text that the answer ends with, at the last positions of the window or of max_tokens.
@@ -255,9 +256,9 @@ class Request(DecoderRequest):
 
     @property
     def full(self) -> bool:
-        """True where all masks are there from the start: "full", or steps for `max_tokens`.
+        """True where all `max_tokens` masks are there from the start: canvas "full", or with steps.
 
-        Steps need a canvas of fixed length. (A window is one too, whatever this says.)
+        Steps need a canvas of fixed length. A window has one anyway; of that this says nothing.
         """
         by_steps = self.canvas is None and self.max_tokens is not None and self.steps is not None
         return self.canvas == "full" or by_steps
@@ -351,13 +352,13 @@ class Request(DecoderRequest):
             ConfigError: for fields that mean nothing here, beyond what `resolve` refuses.
         """
         meaningful = {entry.name for entry in fields(DecoderRequest)}
-        for name in (entry.name for entry in fields(self)):
+        for name in (entry.name for entry in fields(Request)):
             if name not in meaningful and getattr(self, name) is not None:
                 raise ConfigError(f"{name} means nothing here: a text with gaps has the length it has")
         spec = _spec_of(model)
         decoder = self.decoder_for(spec).fitted(OPEN_LENGTH, spec).without(*spec.end_token_ids, *forbidden)
         steps = (spec.defaults.steps or OPEN_LENGTH // 4) if decoder.timed else None
-        extent = _Extent(spec.positions, spec.positions, None, steps, grows=False)
+        extent = _Extent(spec.positions, spec.positions, None, None, grows=False)
         pace = self.pace_for(decoder, spec, steps, rate=1.0)
         return self._plan(spec, decoder, pace, extent, fill=False, early_exit=False, closes=True)
 

@@ -67,7 +67,7 @@ class RowMaker:
         return encode_prompt(
             self.tokenizer,
             cast("str | list[Message]", prompt),
-            self.check_length if self.most_tokens else None,
+            self.check_length,
         )
 
     def _token_ids(self, ids: list[Any]) -> list[int]:

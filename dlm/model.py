@@ -46,7 +46,7 @@ _ALIGNED = 64
 """Multiple of the vocabulary for which CUDA's matrix products are fast."""
 
 _MANY_CELLS = 256
-"""Cells from which on the product costs more than to copy the weights."""
+"""Cells from which on the product is assumed to cost more than a copy of the weights."""
 
 
 def aligned_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

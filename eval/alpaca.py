@@ -127,17 +127,17 @@ def _pairs(outputs: Records, references: Records) -> list[tuple[int, dict[str, A
         choices = by_instruction.get(instruction, [])
         if choices:
             reference = choices[min(counts[instruction], len(choices) - 1)]
-            shown = _unquoted(instruction) + NO_WIDTH * counts[instruction]
+            shown = _without_chat_marks(instruction) + NO_WIDTH * counts[instruction]
             counts[instruction] += 1
             ours, baseline = (
-                {**row_of_pair, "instruction": shown, "output": _unquoted(row_of_pair["output"])}
+                {**row_of_pair, "instruction": shown, "output": _without_chat_marks(row_of_pair["output"])}
                 for row_of_pair in (row, reference)
             )
             pairs.append((number, ours, baseline))
     return pairs
 
 
-def _unquoted(text: str) -> str:
+def _without_chat_marks(text: str) -> str:
     """A text whose `<|im_start|>` and `<|im_end|>` are marks no more."""
     return text.replace("<|im_", f"<|{NO_WIDTH}im_")
 

@@ -45,12 +45,13 @@ class EvalConfig:
         eos_fill: once the end is written, everything to its right becomes the end token; by default as the
             checkpoint's authors have it, else true.
         stop: a text that ends an answer; several as '["one", "two"]', or by giving it again.
-        canvas: with a window and steps, "growing" shows the model no more than can open soon (approximate).
+        canvas: with a window and steps, "growing" shows the model only masks that can be written soon
+            (approximate).
         margin: masks that a growing canvas holds beyond those that can open.
         reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate).
-        refresh: with reuse, everything is computed at every so many changes of the row.
-        drafts: so many guesses of what rows will be next are computed in each model call: fewer calls, the
-            same texts. With a batch_size of 1 or a few: more rows than drafts have none.
+        refresh: with reuse, the number of changes of the row after which everything is computed again.
+        drafts: guesses of what rows will be next that each model call computes too: fewer calls, the same
+            texts. For a batch_size of 1 or a few: with more rows than drafts there are none.
         trace: record when, how surely and where each token was written, for `dlm orders learn`.
         batch_size: rows per model call, or requests at a time.
         reader: autoregressive model (hub id, folder, .gguf) that says how likely answers are; "base" for the

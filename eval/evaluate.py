@@ -65,7 +65,7 @@ def evaluated(config: EvalConfig) -> tuple[list[Results], list[str]]:
     with ExitStack() as alone:
         for folder in dict.fromkeys(folders) if state.is_main_process else ():
             alone.enter_context(alone_in(folder))
-        lacks = [_answered_rows(c, questions, config, len(contestants) == 1) for c in contestants]
+        lacks = [_lack_of(c, questions, config, len(contestants) == 1) for c in contestants]
         if not state.is_main_process:
             return [], []
         for folder, contestant, lack in zip(folders, contestants, lacks, strict=True):
@@ -75,7 +75,7 @@ def evaluated(config: EvalConfig) -> tuple[list[Results], list[str]]:
     return results, [lack for lack in lacks if lack]
 
 
-def _answered_rows(contestant: Contestant, questions: list[Question], config: EvalConfig, alone: bool) -> str:
+def _lack_of(contestant: Contestant, questions: list[Question], config: EvalConfig, alone: bool) -> str:
     """Have one contestant answer; returns what is missing in the end, in words.
 
     Args:

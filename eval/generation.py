@@ -12,7 +12,7 @@ from tqdm import tqdm
 from dlm.errors import DataError
 from dlm.tokenizer import Message
 from eval.answers import Answer, AnswerFile
-from eval.systems import REFUSED_STATUS, RefusedError, Reply, System
+from eval.systems import REFUSED_REPLY, RefusedError, Reply, System
 from eval.tasks import Question
 
 logger = logging.getLogger(__name__)
@@ -107,4 +107,4 @@ def _with_refusals(replies: Iterator[tuple[int, Reply]], answered: bool) -> Iter
         if not (answered and error.numbers):
             raise
         logger.warning("%d conversations have an empty answer: %s", len(error.numbers), error)
-        yield from ((number, REFUSED_STATUS) for number in error.numbers)
+        yield from ((number, REFUSED_REPLY) for number in error.numbers)

@@ -37,7 +37,7 @@ class Reply:
 TOO_LONG = Reply("", finish_reason="length")
 """In place of an answer, where the conversation leaves no room for one in the model."""
 
-REFUSED_STATUS = Reply("", finish_reason="refused")
+REFUSED_REPLY = Reply("", finish_reason="refused")
 """In place of an answer that an endpoint refuses for good, as its filter or its length do."""
 
 
@@ -223,7 +223,7 @@ class Endpoint:
                 pool.shutdown(cancel_futures=True)
         for number, refusal in refused.items() if answered else ():
             logger.warning("conversation %d has an empty answer: %s", number, refusal)
-            yield number, REFUSED_STATUS
+            yield number, REFUSED_REPLY
         if failure is not None:
             raise failure
         if refused and not answered:

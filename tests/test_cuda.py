@@ -20,6 +20,7 @@ from dlm.attention import BesideClean, KeyValues, Packed, Partial, Sight, Whole,
 from dlm.diffusion import corrupt
 from dlm.errors import DLMError
 from dlm.graphs import BucketedModel
+from dlm.model import DenoisingHead
 from dlm.noise import fold, key_of, uniform
 from dlm.objective import masked_diffusion_loss
 
@@ -364,6 +365,20 @@ def test_a_row_of_nan_is_named(gpu, tokenizer):
     sampler = Sampler(Broken(gpu, token), tokenizer)
     with pytest.raises(DLMError, match="prompt 1"):
         sampler.generate(PROMPTS, decoder=Decoder.named("conv"), max_tokens=16, rate=2.0)
+
+
+@pytest.mark.parametrize("cells", [255, 256])
+def test_the_head_is_a_linear_layer_for_few_cells_and_many(gpu, record_property, cells):
+    """An odd vocabulary, of which many cells are computed with rows behind it."""
+    head = DenoisingHead(gpu.config.backbone_config().hidden_size, 97, 3, 95).to(gpu.device)
+    hidden = torch.randn(cells, head.in_features, device=gpu.device, requires_grad=True)
+    expected, found = torch.nn.functional.linear(hidden, head.weight, head.offsets(hidden)), head(hidden)
+    seen = expected > -torch.inf
+    assert torch.equal(seen, found > -torch.inf)
+    record_property(f"head_off_{cells}", off(found[seen], expected[seen]))
+    assert off(found[seen], expected[seen]) < 1e-4
+    ours, theirs = (torch.autograd.grad(x[seen].square().sum(), hidden)[0] for x in (found, expected))
+    assert off(ours, theirs) < 1e-4
 
 
 def test_memory_is_flat_over_many_requests(gpu, tokenizer, record_property):

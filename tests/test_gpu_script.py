@@ -16,7 +16,7 @@ from benchmarks.gpu.__main__ import STAGES, timed
 from benchmarks.gpu.__main__ import main as gpu_main
 from benchmarks.gpu.baselines import Graphed, as_causal
 from benchmarks.gpu.context import time_limit
-from benchmarks.gpu.decode import CAUSAL, first_ways, large_ways, other_ways, title
+from benchmarks.gpu.decode import CAUSAL, block_ways, first_ways, large_ways, other_ways, title
 from benchmarks.gpu.material import MINIATURE, shaped
 from benchmarks.gpu.pieces import cut, joined, packed
 from benchmarks.gpu.report import Report
@@ -132,7 +132,7 @@ def test_the_baseline_writes_what_generate_writes():
 
 
 def test_every_batch_has_its_baseline_first():
-    for ways in ([*first_ways(), *other_ways()], [*large_ways()]):
+    for ways in ([*first_ways(), *other_ways()], [*large_ways()], [*block_ways()]):
         titles = [title("m", way) for way in ways]
         assert len(set(titles)) == len(titles)
         for place, way in enumerate(ways):
@@ -252,5 +252,6 @@ def test_stages_apart_fail_alone(tmp_path):
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "[eval] left out: no model to ask" in done.stdout
+    assert "[left out] eval: why no model to ask" in done.stdout
+    assert done.stdout.count("not installed, and done without") <= 1
     assert "[kernels] V=300, N=4: left out" in done.stdout

@@ -93,7 +93,7 @@ def run(context: Context, stages: dict[str, float]) -> list[str]:
         try:
             importlib.import_module(STAGES[name]).run(context)
         except MaterialError as error:
-            print(f"[{name}] left out: {error}", flush=True)
+            context.report.add("left out", name, why=str(error))
         except Exception as error:
             failed.append(name)
             traceback.print_exc()

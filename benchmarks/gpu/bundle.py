@@ -140,6 +140,7 @@ def wanted(have: Path | None) -> list[Requirement]:
             "dill",
             "multiprocess",
             *map(canonical, STAGES_NEED),
+            *(canonical(Requirement(line).name) for line in extras),
         }
         return [requirement for requirement in needed if canonical(requirement.name) in usual]
     return [requirement for requirement in needed if canonical(requirement.name) not in installed(have)]

@@ -55,6 +55,7 @@ def run(context: Context) -> None:
     there = {name: path for name, path in models.items() if (path / "adapter_config.json").is_file()}
     if not there:
         raise MaterialError("no model to ask: stages train and r2ft come first")
+    material.questions(context)  # without any there is nothing to hand over
     slowest = 0.0
     for variant in VARIANTS[:2] if context.tiny else VARIANTS:
         for name, path in there.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.context import Context, once
+from benchmarks.gpu.context import Context, seconds
 
 LISTED = 12
 """Kernels and host operations that are listed."""
@@ -33,8 +33,7 @@ def _measure(context: Context, call: Callable[[], Any], calls: int) -> dict[str,
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    call()
-    usual = once(call, context.device)
+    usual = seconds(call, context.device, limit=0.0)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if context.cuda else [])]
     _wait(context)
     with profiler(activities=activities, acc_events=True) as recorded:

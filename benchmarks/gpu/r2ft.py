@@ -35,7 +35,10 @@ def run(context: Context) -> None:
 
 
 def settings(context: Context) -> dict[str, Any]:
-    """The default recipe on the adapter of stage `train`, stopped before the end of the stage."""
+    """The default recipe on the adapter of stage `train`, within the time of the stage.
+
+    Its learning rate follows the clock where that is faster than the steps.
+    """
     changes: dict[str, Any] = {
         "output_dir": str(folder_of(context)),
         "model.init": str(train.folder_of(context)),

@@ -72,7 +72,7 @@ class StepView:
     beyond: torch.Tensor | None = None
     """[b] masks of the process that are not on the canvas yet and count in |M| all the same; None for 0."""
     pace: Pace = field(default_factory=lambda: Steps(1))
-    """Pace of the rows; `t` and `s` are times where it is `Steps`, and mean nothing else."""
+    """Pace of the rows; `t` and `s` are times where it is `Steps`; otherwise they mean nothing."""
     leave_one_out: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[b, W] the model's probability of the token that is written, had it not seen it (see `Shadows`); inf
     where the rule did not ask."""

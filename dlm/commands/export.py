@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -54,6 +53,8 @@ class ExportConfig:
 def check_defaults(config: ExportConfig) -> None:
     """Refuse new defaults with which the model, keeping the others, would answer nothing.
 
+    Also a canvas and a window that decoding would pass over.
+
     Raises:
         ConfigError: see `Request.resolve`.
     """
@@ -66,30 +67,12 @@ def check_defaults(config: ExportConfig) -> None:
         return
     stored = {name: value for name, value in vars(spec.defaults).items() if value is not None}
     merged = DecodingDefaults.of(merged_defaults(stored, config.generation))
-    plan = commands()["generate"].load().config().resolve(replace(spec, defaults=merged))
-    check_effect(config.generation, merged.window, spec.positions, getattr(plan.pace, "rate", None))
-
-
-def check_effect(
-    generation: Mapping[str, Any], window: int | None, positions: int, rate: float | None
-) -> None:
-    """Refuse new defaults that change nothing.
-
-    Args:
-        generation: the new ones.
-        window: default window, the new one or that which stays.
-        positions: of the model.
-        rate: tokens per call of the plan that they come to; None where the pace is another.
-
-    Raises:
-        ConfigError: naming the default.
-    """
-    if generation.get("canvas") == "growing":
+    if config.generation.get("canvas") == "growing":
         raise ConfigError('canvas "growing" is no default: leave canvas out, or give "full"')
-    if generation.get("rate") is not None and rate is None:
-        raise ConfigError("rate has no effect: the decoder has a pace of its own, or there are steps")
-    if generation.get("window") is not None and window is not None and window > positions:
-        raise ConfigError(f"window must be at most the model's {positions} positions, got {window}")
+    window = config.generation.get("window")
+    if window is not None and window > spec.positions:
+        raise ConfigError(f"window must be at most the model's {spec.positions} positions, got {window}")
+    commands()["generate"].load().config().resolve(replace(spec, defaults=merged))
 
 
 def run(config: ExportConfig) -> int:

@@ -116,10 +116,10 @@ def measured_path(config: PathConfig, folder: PathFolder) -> list[PathRun]:
         plans = [sampler.plan(variant.request()) for variant in choices]
         room, tokens = min(plan.positions for plan in plans), min(plan.tokens for plan in plans)
         rows = held_out(config.data, config.last, config.limit, sampler.tokenizer, room, tokens)
-        common = f"{fingerprint(path)} {_rows_digest([rows, config.dtype])}"
+        common = f"{fingerprint(path)} {_facts_digest([rows, config.dtype])}"
         folder.forget(path, common)
         for variant, plan in zip(choices, plans, strict=True):
-            mark = f"{common} {_rows_digest(variant.recorded)}"  # costs under another one are measured again
+            mark = f"{common} {_facts_digest(variant.recorded)}"  # costs under another one are measured again
             line, words = variant.split(plan.decoder.name)
             run = folder.runs.get((path, line, words))
             if run is None or (run.fingerprint, len(run.costs)) != (mark, len(rows)):
@@ -133,7 +133,7 @@ def measured_path(config: PathConfig, folder: PathFolder) -> list[PathRun]:
     return runs
 
 
-def _rows_digest(facts: Any) -> str:
+def _facts_digest(facts: Any) -> str:
     """Sixteen letters that tell settings apart."""
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 

@@ -95,7 +95,7 @@ def write_report(
         "or its ends stand behind the mean where it is lopsided; it takes five answers or more. "
         "Equal seeds for all decoders. "
         "p by paired permutation tests on the questions both have."
-    ) + _default_options(runs)
+    ) + _sentence_on_default(runs)
     side = [(task, *_side_by_side(task_runs, texts)) for task, task_runs in by_task]
     files = [output / "report.md", output / "report.html"]
     write_whole(files[0], _markdown(title, lead, parts, side))
@@ -107,7 +107,7 @@ def write_report(
     return files
 
 
-def _default_options(runs: Sequence[Results]) -> str:
+def _sentence_on_default(runs: Sequence[Results]) -> str:
     """A sentence on what "default" stands for, with a warning where that differs from system to system."""
     systems: dict[str, set[str]] = {}
     for run in runs:

@@ -526,7 +526,7 @@ def test_an_update_is_read_before_the_next_step_or_refused():
     assert first.canvas.step.tolist() == [1]
     (second,) = engine.step()
     for read in (lambda: first.canvas, lambda: first.confirmed, lambda: first.event, lambda: first.partial):
-        with pytest.raises(DLMError, match="row 0 has taken a step since this update"):
+        with pytest.raises(DLMError, match="the engine has taken a step since this update of row 0"):
             read()
     assert second.canvas.step.tolist() == [2]
     last = second
