@@ -1,4 +1,4 @@
-"""What each way of decoding costs, and what it does to the texts: exact and approximate modes side by side.
+"""Costs of each way of decoding, and its effect on the texts: exact and approximate modes side by side.
 
 Every mode answers the same prompts under the same seeds, one at a time. Speed: model calls and tokens per
 second, and the ratio to the first mode. Texts: negative log-likelihood in nats per token, once under an

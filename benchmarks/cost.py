@@ -1,4 +1,4 @@
-"""What an answer costs, as a function of window, steps, rows and vocabulary; and what a step spends
+"""The cost of an answer, as a function of window, steps, rows and vocabulary; and what a step spends
 elsewhere.
 
 First, seconds per answer of 60 tokens with a backbone of 11 M parameters, one size varied at a time around
@@ -36,7 +36,7 @@ COLOURS = {"plain": ORANGE, "steps, exact": BLUE, "steps, canvas growing": GREEN
 
 @dataclass(frozen=True)
 class Size:
-    """What is varied."""
+    """Sizes that are varied."""
 
     window: int = 256
     steps: int = 32
@@ -155,7 +155,7 @@ def main() -> None:
 
 
 def shares(path: str, device: str, dtype: str, limit: int) -> None:
-    """What a step spends outside the model, for every decoder."""
+    """The time of a step outside the model, for every decoder."""
     weights = path or "random weights"
     print(f"share of a step outside the model, 135M parameters ({weights}), L=512, V={VOCAB}\n")
     model = load_model(path, device, dtype)[0] if path else smollm2(device, DTYPES[dtype])

@@ -154,7 +154,7 @@ def clean(maskable: torch.Tensor, length: int, block_size: int) -> int:
 
 
 def missing(known: dict[str, Any], options: argparse.Namespace) -> list[str]:
-    """What has yet to be done for a variant of which `known` is there: "train", "questions", "speed"."""
+    """Work that is left for a variant of which `known` is there: "train", "questions", "speed"."""
     wanted = {"train": True, "questions": bool(options.questions), "speed": bool(options.speed)}
     sign = {"train": "steps", "questions": "tokens", "speed": "tokens per second"}
     return [part for part, wish in wanted.items() if wish and sign[part] not in known]

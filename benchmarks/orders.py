@@ -81,7 +81,7 @@ COLUMNS = ("reward", "relevance", "repetition", "tokens", "calls")
 
 @dataclass(frozen=True)
 class Setting:
-    """What a table is learnt for.
+    """A setting for which a table is learnt.
 
     Attributes:
         name: of its files.
@@ -162,7 +162,7 @@ def decoder_of(way: str, setting: Setting, table: OrderTable) -> Decoder:
 
 
 class Files:
-    """What has been learnt and answered in one setting.
+    """Tables and answers of one setting.
 
     Args:
         folder: of all settings.
@@ -179,7 +179,7 @@ class Files:
         return OrderTable.load(self.table_file) if self.table_file.exists() else OrderTable.empty()
 
     def lines(self, file: Path) -> list[dict[str, Any]]:
-        """What is in a file of lines."""
+        """The records of a file of lines."""
         text = file.read_text(encoding="utf-8") if file.exists() else ""
         return [json.loads(line) for line in text.split("\n")[:-1]]
 

@@ -101,7 +101,7 @@ class FreeModel:
 
 
 def request(name: str, masks: int) -> Request:
-    """How a row of so many masks is decoded."""
+    """The request for a row of so many masks."""
     name, _, growing = name.partition(", ")
     if not growing:
         return Request(decoder=Decoder.named(name), window=PROMPT + masks, steps=64)

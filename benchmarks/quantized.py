@@ -1,4 +1,4 @@
-"""What weights in 8 and 4 bits save and cost: bytes, held-out likelihood, and time of a forward pass.
+"""Weights in 8 and 4 bits: bytes, held-out likelihood, and time of a forward pass.
 
     python -m benchmarks.quantized --data alpaca_data.json [--model full] [--rows 40] [--draws 4]
 

@@ -1,4 +1,4 @@
-"""What an R2FT step costs: one forward pass for both sides against two, and the making of negatives.
+"""The cost of an R2FT step: one forward pass for both sides against two, and the making of negatives.
 
 The baseline computes the same loss with a forward pass for the true tokens and another for the negative's, as
 the published code does. Both are measured in turn in one run; medians and the ratio are printed.

@@ -1,4 +1,4 @@
-"""What R2FT costs where it had nothing to reject: answers of two systems to the same questions, paired.
+"""The price of R2FT where it had nothing to reject: answers of two systems to the same questions, paired.
 
     dlm eval alpaca_eval --model full-sft --output runs/price …   # before; after: --model full
     python -m benchmarks.r2ft_price runs/price/alpaca_eval/full-sft_… runs/price/alpaca_eval/full_…

@@ -172,7 +172,7 @@ def throughput(bench: Bench) -> Measured:
 
 
 def overhead(bench: Bench) -> Measured:
-    """What the server adds to a step: the time between two, and slower steps."""
+    """Time that the server adds to a step: that between two, and slower steps."""
     bench.offline()
     with StepTimes() as alone:
         bench.offline()

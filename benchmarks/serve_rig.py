@@ -87,7 +87,7 @@ class Standing:
         raise KeyError(name)
 
     def remains(self) -> dict[str, float]:
-        """What is in the engine, the queue and memory; all 0 when no request is at work."""
+        """Sizes of the engine, the queue and memory; all 0 when no request is at work."""
         value = self.metrics.registry.get_sample_value
         labels = {"model_name": self.config.served_name}
         gauges = ("num_rows_running", "num_positions_running", "num_requests_running", "num_requests_waiting")

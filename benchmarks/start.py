@@ -1,4 +1,4 @@
-"""How long a short answer of the default model takes from the start of the program.
+"""The time that a short answer of the default model takes from the start of the program.
 
     python -m benchmarks.start [ROUNDS]
 

@@ -39,7 +39,7 @@ NAMED = {"no-repetition=1": 0.02, "regex=^[^.!?]+[.]$": 0.1, "length=12": 0.1}
 
 @dataclass(frozen=True)
 class Trial:
-    """What is steered, and towards what."""
+    """A model and a reward that it is steered by."""
 
     name: str
     reward: Reward
@@ -126,7 +126,7 @@ def table(results: dict[tuple[int, str], list[Result]]) -> None:
 
 
 def of_demo() -> list[Trial]:
-    """Whether answers to the demo's held-out instructions are right."""
+    """Checks of answers to the demo's held-out instructions."""
     examples = {e.instruction: e for e in make_examples(1000, seed=PROMPT_SEED, split="test")}
 
     def right(*, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:

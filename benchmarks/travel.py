@@ -1,4 +1,4 @@
-"""How far a reader travels: files and functions that one prompt passes through, followed at run time.
+"""The way of a reader: files and functions that one prompt passes through, followed at run time.
 
     python -m benchmarks.travel
 
@@ -76,7 +76,7 @@ def follow(name: str, **request: Any) -> Journey:
 
 
 def figures(journey: Journey) -> dict[str, float]:
-    """What is compared with the goals."""
+    """Figures that are compared with the goals."""
     first, second = journey.model_calls[1:3]
     return {
         "file switches before the first model call": journey.switches(0, journey.model_calls[0]),

@@ -30,7 +30,7 @@ def coloured(output: Output, sampler: Sampler) -> Text:
 
 
 def legend(labels: Sequence[object]) -> Text:
-    """Which colour is which step: labels from the first step to the last."""
+    """Colours of the steps: labels from the first step to the last."""
     text = Text("step: ")
     for i, label in enumerate(labels):
         text.append(f" {label} ", style=style(i, len(labels) - 1))

@@ -93,7 +93,7 @@ def rejecting(folder: Path, start: Path, seed: int, steps: int, beta: float) -> 
 
 @dataclass(frozen=True)
 class Score:
-    """How one model and one decoder did over all prompts under one seed."""
+    """Results of one model and one decoder over all prompts under one seed."""
 
     model: str
     """"SFT" or "SFT+R2FT"."""

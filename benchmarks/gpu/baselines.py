@@ -1,4 +1,4 @@
-"""What decoding is compared with; the one place of this package that knows the insides of `decoding`."""
+"""Baselines of decoding; the one place of this package that knows the insides of `decoding`."""
 
 from __future__ import annotations
 

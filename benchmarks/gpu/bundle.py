@@ -172,7 +172,7 @@ def _downloaded(requirement: Requirement, folder: Path) -> Path:
 
 
 def needs(wheel: Path) -> list[Requirement]:
-    """What a wheel requires on Linux and that Python, without extras."""
+    """Requirements of a wheel on Linux and that Python, without extras."""
     with zipfile.ZipFile(wheel) as parts:
         name = next(name for name in parts.namelist() if name.endswith(".dist-info/METADATA"))
         facts = Parser().parsestr(parts.read(name).decode())

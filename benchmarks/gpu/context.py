@@ -1,4 +1,4 @@
-"""What every stage is given: where it runs, on what, until when, and where results go."""
+"""The surroundings of a stage: device, material, time, and where results go."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.gpu.report import Report
 
 
 class MaterialError(Exception):
-    """What a stage needs is not there."""
+    """Raised where something that a stage needs is not there."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Context:
 
     @property
     def cuda(self) -> bool:
-        """Whether there is a GPU."""
+        """True where there is a GPU."""
         return self.device.type == "cuda"
 
     @property
@@ -58,11 +58,11 @@ class Context:
         return self.until - time.monotonic()
 
     def done(self, stage: str, name: str) -> bool:
-        """Whether a result of that name is there already."""
+        """True where a result of that name is there already."""
         return self.report.find(stage, name) is not None
 
     def skip(self, stage: str, name: str, seconds: float) -> bool:
-        """Whether a measurement is done, or would not end in time."""
+        """True for a measurement that is done, or would not end in time."""
         if self.done(stage, name):
             return True
         if self.left < seconds:

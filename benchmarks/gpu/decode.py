@@ -277,7 +277,7 @@ def accelerated(subject: Subject, way: Way) -> Any:
 
 
 def writer(subject: Subject, way: Way, model: Any) -> Callable[[], int]:
-    """What writes the answers and says how many tokens they have."""
+    """A function that writes the answers and returns their number of tokens."""
     rows = subject.rows(way)
     if way.lengths:
         return mixed(subject, way, model)
@@ -328,7 +328,7 @@ def mixed(subject: Subject, way: Way, model: Any) -> Callable[[], int]:
 
 
 def shares(context: Context, timed: Any, took: float) -> dict[str, Any]:
-    """Which part of the time is not the model's, and which the model would need at the machine's ceilings."""
+    """The share of time outside the model, and that which the model would need at the machine's ceilings."""
     model = timed.model
     weights = sum(p.numel() for p in model.layers.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -343,7 +343,7 @@ def shares(context: Context, timed: Any, took: float) -> dict[str, Any]:
 
 
 def goals(context: Context, label: str) -> None:
-    """What the goals ask for, beside what was measured."""
+    """The goals beside the measurements."""
     found = [context.report.find("decode", f"{label}, batch 1: rate 4{more}") for more in ("", ", graphs")]
     ratios = [r["times_autoregressive"] for r in found if r and r["times_autoregressive"]]
     context.report.add(

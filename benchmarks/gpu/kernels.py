@@ -95,6 +95,6 @@ def in_turn(call: Callable[[torch.Tensor], Any], logits: list[torch.Tensor], con
 
 
 def compare(found: Found, expected: Found) -> dict[str, float]:
-    """How far the kernel's masses and tokens are from PyTorch's, in float32 on the same logits."""
+    """Distance of the kernel's masses and tokens from PyTorch's, in float32 on the same logits."""
     off = (found[2] - expected[2]).abs().div(expected[2]).max()
     return {"mass_off": float(off), "same_tokens": float((found[0] == expected[0]).float().mean())}

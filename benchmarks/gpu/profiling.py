@@ -1,4 +1,4 @@
-"""Where the time of a call goes on a GPU: its kernels, the host's calls, and how long the GPU was idle."""
+"""The time of a call on a GPU: its kernels, the host's calls, and how long the GPU was idle."""
 
 from __future__ import annotations
 

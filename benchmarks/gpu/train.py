@@ -100,7 +100,7 @@ def settings(context: Context, minutes: float, compiled: bool | None = None) -> 
 
 
 def fits(context: Context, compiled: bool) -> bool:
-    """Whether all rows of a step, as long as the window, fit into the memory, by what was measured.
+    """True where all rows of a step, as long as the window, fit into the memory, by what was measured.
 
     In blocks a row passes twice, which the measurement's rows did not.
     """
@@ -113,7 +113,7 @@ def fits(context: Context, compiled: bool) -> bool:
 
 
 def tiny_changes() -> dict[str, Any]:
-    """What makes a recipe small."""
+    """Changes that make a recipe small."""
     return {
         "data.window": material.TINY_WINDOW, "data.validation_rows": 20, "per_device_train_batch_size": 8,
         "eval_rows": 10, "eval_steps": 10**6, "warmup_steps": 2, "logging_steps": 5, "precision": "fp32",
@@ -122,7 +122,7 @@ def tiny_changes() -> dict[str, Any]:
 
 
 def faster_compiled(context: Context) -> bool:
-    """Whether compiled layers were measured, and a tenth faster."""
+    """True where compiled layers were measured, and a tenth faster."""
     compiled, eager = (context.report.find("train", speed.name) or {} for speed in (COMPILED, EAGER))
     return bool(compiled.get("tokens_per_second", 0) > 1.1 * eager.get("tokens_per_second", float("inf")))
 
@@ -134,7 +134,7 @@ def stored(folder: Path, kind: Any) -> Any:
 
 
 def summary(folder: Path, config: Any) -> dict[str, Any]:
-    """What a finished run says of itself."""
+    """Figures of a finished run."""
     history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
     nelbo = [record["eval_nelbo"] for record in history if "eval_nelbo" in record]
     logged = [record for record in history if "loss" in record]
