@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -236,7 +236,8 @@ def parse(prog: str, command: Command, words: Sequence[str]) -> Any:
         namespace = parser.parse_args(_normalise(options, _option_types(command.config), texts))
         for name in texts:
             namespace[name] = _decoded(namespace[name])
-        namespace.pop("config", None)
+        for file in namespace.pop("config", None) or ():
+            _check_empty_groups(file, _option_types(command.config))
         rest = [*(namespace.pop("words", None) or ()), *verbatim[1:]]
         if rest:
             _set_positional(namespace, command, rest)
@@ -245,6 +246,21 @@ def parse(prog: str, command: Command, words: Sequence[str]) -> Any:
     except (_UsageError, ConfigError, TypeError, ValueError) as error:
         message = _explain(str(error), command.config) + _of_encoding(error)
         raise SystemExit(_fail(message, 2, prog)) from None
+
+
+def _check_empty_groups(file: Any, options: Mapping[str, Any]) -> None:
+    """Refuse a wrong name with nothing in it, such as "modle: {}", which the parser passes over."""
+    import yaml
+
+    def check(settings: Any, prefix: str = "") -> None:
+        for name, value in settings.items() if isinstance(settings, dict) else ():
+            full = f"{prefix}{name}"
+            if value == {} and full not in options:
+                raise _UsageError(f"Key '{full}' is not expected")
+            if any(option.startswith(f"{full}.") for option in options):
+                check(value, f"{full}.")
+
+    check(yaml.safe_load(Path(str(file)).read_text(encoding="utf-8")))
 
 
 def _set_positional(namespace: Any, command: Command, words: list[str]) -> None:

@@ -113,6 +113,16 @@ def test_unknown_keys_in_a_config_file_are_named(tmp_path, capsys):
     assert "Did you mean output_dir?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "near"),
+    [("modle: {}\n", "modle", "model"), ("model:\n  lorra: {}\n", "model.lorra", "model.lora")],
+)
+def test_a_wrong_name_with_nothing_in_it_is_refused_too(tmp_path, capsys, text, name, near):
+    (tmp_path / "run.yaml").write_text("output_dir: x\n" + text)
+    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert f"unknown option {name}. Did you mean {near}?" in capsys.readouterr().err
+
+
 def test_generate_steers_by_a_reward(checkpoint, tmp_path, capsys, monkeypatch):
     def generate(*words):
         status = main(["generate", "--model", checkpoint, "--max-tokens", "12", *words, "hello"])
