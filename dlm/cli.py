@@ -237,7 +237,7 @@ def parse(prog: str, command: Command, words: Sequence[str]) -> Any:
         for name in texts:
             namespace[name] = _decoded(namespace[name])
         for file in namespace.pop("config", None) or ():
-            _check_empty_groups(file, _option_types(command.config))
+            _check_file(file, _option_types(command.config))
         rest = [*(namespace.pop("words", None) or ()), *verbatim[1:]]
         if rest:
             _set_positional(namespace, command, rest)
@@ -248,8 +248,11 @@ def parse(prog: str, command: Command, words: Sequence[str]) -> Any:
         raise SystemExit(_fail(message, 2, prog)) from None
 
 
-def _check_empty_groups(file: Any, options: Mapping[str, Any]) -> None:
-    """Refuse a wrong name with nothing in it, such as "modle: {}", which the parser passes over."""
+def _check_file(file: Any, options: Mapping[str, Any]) -> None:
+    """Refuse a wrong name with nothing in it, such as "modle: {}", which the parser passes over.
+
+    And a right one without a value, such as "seed:", where the option must have one.
+    """
     import yaml
 
     def check(settings: Any, prefix: str = "") -> None:
@@ -257,10 +260,20 @@ def _check_empty_groups(file: Any, options: Mapping[str, Any]) -> None:
             full = f"{prefix}{name}"
             if value == {} and full not in options:
                 raise _UsageError(f"Key '{full}' is not expected")
+            if value is None and not _may_be_none(full, options):
+                raise ConfigError(f"{full} has no value: give it one, or leave the line out")
             if any(option.startswith(f"{full}.") for option in options):
                 check(value, f"{full}.")
 
     check(yaml.safe_load(Path(str(file)).read_text(encoding="utf-8")))
+
+
+def _may_be_none(name: str, options: Mapping[str, Any]) -> bool:
+    """True for options that may be None, and groups at the top, which are their defaults then."""
+    kind = options.get(name, type(None))
+    return (
+        kind in (Any, type(None)) or type(None) in get_args(kind) or ("." not in name and is_dataclass(kind))
+    )
 
 
 def _set_positional(namespace: Any, command: Command, words: list[str]) -> None:

@@ -291,7 +291,8 @@ def main() -> None:
     (options.folder / "demo.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     console.print(
         f"\nIn {options.folder}: demo.json (the figures), sft/curve.png, r2ft/r2ft.png, ldw.png "
-        f"(probability by distance). Try:\n  .venv/bin/dlm chat --model {options.folder}/r2ft",
+        f"(probability by distance). This model knows its tasks alone; try:\n"
+        f'  .venv/bin/dlm generate --model {options.folder}/r2ft "Count from 3 to 7."',
         highlight=False,
     )
     return None

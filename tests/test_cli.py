@@ -123,6 +123,23 @@ def test_a_wrong_name_with_nothing_in_it_is_refused_too(tmp_path, capsys, text, 
     assert f"unknown option {name}. Did you mean {near}?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "text", "name"),
+    [
+        ("train", "learning_rate:", "learning_rate"),
+        ("train", "model: {lora: {r: }}", "model.lora.r"),
+        ("train", "model: {lora: }", "model.lora"),
+        ("generate", "samples:", "samples"),
+        ("serve", "port:", "port"),
+    ],
+)
+def test_an_option_without_a_value_in_a_file_is_named(tmp_path, capsys, command, text, name):
+    more = "output_dir: x\n" if command == "train" else "model: default\n"
+    (tmp_path / "run.yaml").write_text(more + text + "\n")
+    assert main([command, "--config", str(tmp_path / "run.yaml")]) == 2
+    assert f"{name} has no value: give it one, or leave the line out" in capsys.readouterr().err
+
+
 def test_generate_steers_by_a_reward(checkpoint, tmp_path, capsys, monkeypatch):
     def generate(*words):
         status = main(["generate", "--model", checkpoint, "--max-tokens", "12", *words, "hello"])
