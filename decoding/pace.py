@@ -156,10 +156,10 @@ class Steps:
         times = torch.stack([1 - index.double() / count, 1 - (index + 1).double() / count])
         scope = window.scope(start, stage, initial.shape[1])
         total = (initial & scope).sum(1)
-        if isinstance(self.schedule, LogLinear):  # under which the share of masks is the time
-            (t, s), quota = times, total // count + (index < total % count)
+        t, s = self.schedule.mask_share(times)
+        if isinstance(self.schedule, LogLinear):
+            quota = total // count + (index < total % count)
         else:
-            t, s = self.schedule.mask_share(times)
             quota = (total * t).round().long() - (total * s).round().long()
         return Clock(scope, stage, t, s, quota)
 

@@ -456,7 +456,7 @@ def _spec_of(model: Any) -> ModelSpec:
     """The specification that a model carries, or the one that is given."""
     from dlm.spec import ModelSpec
 
-    return model if isinstance(model, ModelSpec) else ModelSpec.of(model)
+    return ModelSpec.of(model)
 
 
 def _unknown_field(name: str, names: list[str]) -> ConfigError:

@@ -65,7 +65,11 @@ def _run(context: Context, file: str) -> int:
 
 
 def record(context: Context, file: str, log: Path) -> int:
-    """Write down every test that did not pass, now or before, every figure, and the counts; gives failed."""
+    """Write down every test that did not pass, now or before, every figure, and the counts.
+
+    Returns:
+        The number that failed.
+    """
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     for case in ElementTree.parse(log).getroot().iter("testcase"):
         fate, why = outcome(case)
