@@ -64,11 +64,7 @@ class RowMaker:
         """
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
             return self._token_ids(prompt)
-        return encode_prompt(
-            self.tokenizer,
-            cast("str | list[Message]", prompt),
-            self.check_length,
-        )
+        return encode_prompt(self.tokenizer, cast("str | list[Message]", prompt), self.check_length)
 
     def _token_ids(self, ids: list[Any]) -> list[int]:
         size = len(self.tokenizer)
