@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import difflib
 import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from dlm.device import check_place
@@ -127,8 +128,27 @@ class LoadConfig:
         return BucketedModel(model, graphs=self.accelerate == "graphs"), tokenizer
 
 
-def decoder_option(name: str) -> str:
-    """Say where an unknown option belongs if a decoder has it: `options.temperature` for `temperature`."""
-    from decoding.presets import option_names
+ALIASES = {
+    "n": "samples", "num_return_sequences": "samples",
+    "max_new_tokens": "max_tokens", "max_length": "max_tokens",
+}  # fmt: skip
+"""Options as other programs call them."""
 
-    return f"options.{name}" if name in option_names() else ""
+
+def request_hint(config: type, name: str) -> str:
+    """Say which option was meant by one that a command which answers does not have.
+
+    Those of a decoder are at home below `options`: `options.temperature` for `temperature`.
+
+    Args:
+        config: dataclass of the command's settings.
+        name: of the option.
+    """
+    alias = ALIASES.get(name)
+    if alias is None or alias not in {item.name for item in fields(config)}:
+        from decoding.presets import option_names
+
+        name = name.removeprefix("options.")
+        near = difflib.get_close_matches(name, sorted(option_names()), n=1, cutoff=0.75)
+        alias = f"options.{near[0]}" if near else None
+    return f"Did you mean {alias}?" if alias else ""

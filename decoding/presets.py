@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+import textwrap
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -426,6 +428,26 @@ def list_decoders() -> dict[str, str]:
         law = "exact" if preset.exact else "approximate"
         lines[name] = f"{preset.summary} ({preset.paper}; {law}). Options: {options}"
     return lines
+
+
+def decoders_in_words() -> str:
+    """All decoders with their options, for a terminal; options that all of them have are said once."""
+    every = [preset.options for preset in presets().values()]
+    shared = [name for name in every[0] if all(name in options for options in every)]
+    usual = {name: Counter(options[name] for options in every).most_common(1)[0][0] for name in shared}
+    lines = []
+    for name, preset in presets().items():
+        law = "exact" if preset.exact else "approximate"
+        own = {k: v for k, v in preset.options.items() if k not in usual or v != usual[k]}
+        lines.append(f"{name}: {preset.summary} ({preset.paper}; {law})" + _below(own))
+    rest = "Every decoder has these options too, and these values where no others stand:"
+    return "\n".join([*lines, "", rest + _below(usual)])
+
+
+def _below(options: Mapping[str, Any]) -> str:
+    """Options on lines of their own, indented; "" for none."""
+    words = ", ".join(f"{name}={value}" for name, value in options.items())
+    return "\n" + textwrap.indent(textwrap.fill(words, 100), "    ") if words else ""
 
 
 def option_names() -> set[str]:

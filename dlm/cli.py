@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -36,8 +37,8 @@ class Command:
 
     Attributes:
         help: one line for `dlm --help`.
-        config: frozen dataclass of its settings; the docstring's Args section becomes the help. Its `meant`,
-            if it has one, is told an unknown option and says which one was meant, or nothing.
+        config: frozen dataclass of its settings; the docstring's Args section becomes the help. Its `hint`,
+            if it has one, is told an option that none of its own is near, and says what was meant, or "".
         run: called with an instance; returns the exit status.
         positional: name of the setting that takes the words which are no options.
     """
@@ -170,6 +171,7 @@ def _run(prog: str, command: Command, words: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "httpx2", "openai", "datasets", "filelock", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints what it says itself
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names kernels that it would like to fetch
     try:
         config = parse(prog, command, words)
@@ -244,7 +246,7 @@ def parse(prog: str, command: Command, words: Sequence[str]) -> Any:
         built = parser.instantiate(namespace)
         return command.config(**{k: v for k, v in vars(built).items() if k != "words"})
     except (_UsageError, ConfigError, TypeError, ValueError) as error:
-        message = _explain(str(error), command.config) + _of_encoding(error)
+        message = _explain(str(error), prog, command) + _of_encoding(error)
         raise SystemExit(_fail(message, 2, prog)) from None
 
 
@@ -381,7 +383,7 @@ def _option_types(config: type, prefix: str = "") -> dict[str, Any]:
     return options
 
 
-def _explain(message: str, config: type) -> str:
+def _explain(message: str, prog: str, command: Command) -> str:
     """The parser's message on one line, with the option that was meant when a name was wrong."""
     message = re.sub(r"\s+", " ", message).strip()
     if stray := re.search(r"[Uu]nrecognized arguments: ((?!--).+)", message):
@@ -389,7 +391,8 @@ def _explain(message: str, config: type) -> str:
             f"{stray[1]!r}: words that are no options stand together, before or behind all options; "
             'what begins with "-" stands behind "--"'
         )
-    if mistyped := _mistyped(message):
+    options = _option_types(command.config)
+    if mistyped := _mistyped(message) or _no_settings(message, options):
         return mistyped
     wrong = re.search(r"[Uu]nrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
     wrong = wrong or re.search(r"Option '([\w.]+)' is not accepted", message)
@@ -399,13 +402,39 @@ def _explain(message: str, config: type) -> str:
     name = next(group for group in wrong.groups() if group)
     group = re.search(r"Group '([\w.]+)'", message)
     full = f"{group[1]}.{name}" if group else name
-    near = difflib.get_close_matches(full, _option_types(config), n=1, cutoff=0.75)
-    intended = config.meant(full) if not near and hasattr(config, "meant") else ""
-    near = near or (
-        [intended] if intended else difflib.get_close_matches(full, _option_types(config), n=1, cutoff=0.5)
+    return f"unknown option {full}.{_hint(full, options, prog, command)} See --help."
+
+
+def _hint(name: str, options: Collection[str], prog: str, command: Command) -> str:
+    """A sentence, after a space, on what was meant by the name of no option; "" where nothing is near."""
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
+    other = "" if near or not hasattr(command.config, "hint") else command.config.hint(name)
+    near = near or difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    if not other and near == [command.positional]:
+        other = f'{command.positional.capitalize()} are no option: {prog} "…"'
+    return f" {other}" if other else f" Did you mean {near[0]}?" if near else ""
+
+
+def _no_settings(message: str, options: Mapping[str, Any]) -> str:
+    """The parser's words about a file of settings that is none, in ours; "" for other messages."""
+    if config := re.fullmatch(r"Unexpected config:(.*)", message):
+        text = textwrap.shorten(config[1], 60, placeholder=" …")
+        wrong = f"{text!r} has no value" if text.endswith(":") else f"got {text!r}"
+        return f"a file of settings holds lines such as `seed: 3`, {wrong}"
+    if missing := re.search(r"""Parser key "config": File does not exist: '?(.*?)'?$""", message):
+        return f"--config {missing[1]}: no such file"
+    group = re.search(r"""Parser key "([\w.]+)": Unable to load config ['"](.*?)['"]""", message)
+    if not group:
+        return ""
+    below = [name for name in options if name.startswith(f"{group[1]}.")]
+    return (
+        f"--{group[1]} takes a YAML file of settings, got {group[2]!r}; its options one by one are "
+        f"{', '.join(f'--{name}' for name in below[:_SOME])}{' and others' if len(below) > _SOME else ''}"
     )
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return f"unknown option {full}.{hint} See --help."
+
+
+_SOME = 4
+"""Options of a group that a message names."""
 
 
 _KINDS = {
@@ -417,8 +446,6 @@ _KINDS = {
 
 def _mistyped(message: str) -> str:
     """The parser's words about a value of the wrong type, in ours; empty for other messages."""
-    if config := re.fullmatch(r"Unexpected config:(.*)", message):
-        return f"a file of settings holds lines such as `seed: 3`, got {config[1].strip()!r}"
     found = re.search(r'Parser key "([\w.]+)":? (.*?)(?:Got value:|Given value:) (.*)$', message)
     if found and (choices := re.search(r"typing\.Literal\[(.*?)\]", message)):
         return f"{found[1]} must be one of {choices[1]}, got {found[3]!r}"

@@ -7,7 +7,7 @@ import re
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from dlm.errors import ConfigError, unknown_name
+from dlm.errors import ConfigError, how_to_install, unknown_name
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ def check_place(device: str, dtype: str) -> None:
     if not _DEVICE.fullmatch(device):
         raise ConfigError(f"unknown device {device!r}; choices: auto, cpu, cuda, cuda:1 (or another number)")
     if dtype not in ("auto", "fastest", *DTYPE_NAMES, *QUANTIZED):
-        raise unknown_name("dtype", dtype, ("auto", "fastest", *DTYPE_NAMES, *QUANTIZED))
+        raise unknown_name("dtype", dtype, ("auto", *DTYPE_NAMES, *QUANTIZED))
     check_quantized(dtype, device)
 
 
@@ -77,7 +77,7 @@ def check_quantized(dtype: str, device: str = "cpu") -> None:
     if dtype not in QUANTIZED:
         return
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"dtype {dtype} needs the package bitsandbytes: pip install 'dlm[quantized]'")
+        raise ConfigError(f"dtype {dtype} needs the package bitsandbytes: {how_to_install('quantized')}")
     if device.startswith("mps"):
         raise ConfigError(f"dtype {dtype} is for cpu and cuda, got device {device!r}")
 

@@ -74,6 +74,11 @@ def refuse_ignored(config: Any, names: Iterable[str], prefix: str, wanted: str) 
             raise ConfigError(f"{prefix}{name} is for {wanted}")
 
 
+def how_to_install(extra: str) -> str:
+    """The command that installs an extra of this project."""
+    return f'pip install ".[{extra}]" in the folder of dlm'
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """A question that names the nearest of `choices`, after a space; nothing when none is near."""
     near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)

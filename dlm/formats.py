@@ -389,12 +389,14 @@ def stored_config(path: str) -> dict[str, Any]:
             ) from error
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise CheckpointError(f"{path}: not a checkpoint (no config.json in it)")
+    near, ours = did_you_mean(path, NAMES), ", ".join(NAMES)
+    if near and "/" not in path and not Path(path).exists():  # a slip of the pen: the hub need not be asked
+        raise CheckpointError(f"{path}: no such folder, and none of {ours}.{near}")
     try:
         file = cached_file(path, "config.json")
     except Exception as error:
         raise CheckpointError(
-            f"{path}: no such folder, not a model that the hub could give, and none of {', '.join(NAMES)}."
-            + did_you_mean(path, NAMES)
+            f"{path}: no such folder, not a model that the hub could give, and none of {ours}.{near}"
         ) from error
     return read_object(str(file))
 

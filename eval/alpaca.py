@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dlm.errors import ConfigError, DataError, DLMError, unknown_name
+from dlm.errors import ConfigError, DataError, DLMError, how_to_install, unknown_name
 from eval.judge import Judge, JudgeRequest, conclusion
 
 logger = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def _package() -> Any:
             import alpaca_eval.metrics
     except ImportError as error:
         raise ConfigError(
-            f"AlpacaEval needs its package: pip install 'dlm[eval]' (with setuptools<81) ({error})"
+            f"AlpacaEval needs its package: {how_to_install('eval')}, with setuptools<81 ({error})"
         ) from error
     return alpaca_eval
 

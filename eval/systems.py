@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from decoding.request import Plan, Request
-from dlm.errors import CheckpointError, ConfigError, DLMError
+from dlm.errors import CheckpointError, ConfigError, DLMError, how_to_install
 from dlm.tokenizer import Message
 from eval.config import NUCLEUS
 
@@ -366,7 +366,7 @@ def client(url: str, timeout: float = 120.0, retries: int = 6) -> Connection:
     try:
         import openai
     except ImportError as error:
-        raise ConfigError("endpoints need the openai package: pip install 'dlm[eval]'") from error
+        raise ConfigError(f"endpoints need the package openai: {how_to_install('eval')}") from error
     key = os.environ.get("OPENAI_API_KEY") or ("none" if url else "")
     if not key:
         raise ConfigError("OPENAI_API_KEY is not set, and no URL of another endpoint was given")

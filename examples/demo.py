@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -180,6 +181,12 @@ def _spread(values: list[float]) -> str:
     return f"{100 * mean(values):.1f} ± {100 * deviation:.1f}"
 
 
+LEGEND = (
+    "right: answers that a program finds right, of all and of each task; rep.: repeated 4-grams; "
+    "calls: of the model, for an answer; tok/s: tokens of all answers in a second"
+)
+
+
 def table(scores: list[Score]) -> Table:
     """One line per decoder and model, mean and standard deviation over the seeds."""
     tasks = list(scores[0].right_by_task)
@@ -187,6 +194,8 @@ def table(scores: list[Score]) -> Table:
         title=f"Held-out prompts, window {WINDOW}, {STEPS} steps (mean ± deviation over seeds)",
         box=SIMPLE_HEAD,
         padding=0,
+        caption=LEGEND,
+        caption_justify="left",
     )
     for title in ("decoder", "model", "right, %", *tasks, "rep., %", "calls", "tok/s"):
         left = title in ("decoder", "model")
@@ -250,6 +259,7 @@ def diagnose(samplers: dict[str, Sampler], examples: list[Example], folder: Path
 
 def main() -> None:
     """Train unless the finished model is there, decode, print, and save the figures."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names kernels that it would like to fetch
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--folder", type=Path, default=Path("demo"), help="where the model and the figures go"

@@ -81,7 +81,8 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        api_error = APIError(error.status_code, str(error.detail), code=_code_of(error))
+        message = str(error.detail) + (_near(request) if error.status_code == 404 else "")
+        api_error = APIError(error.status_code, message, code=_code_of(error))
         body = body_for(request.url.path, api_error)
         return JSONResponse(body, error.status_code, error.headers)
 
@@ -123,6 +124,12 @@ def _first_fault(errors: Sequence[Any]) -> Any:
         return errors[0]
     of_value = [error for error in errors if error["loc"][: len(place) - 1] == place[:-1]]
     return next((e for e in of_value if e["type"] in ("extra_forbidden", "missing")), errors[0])
+
+
+def _near(request: Request) -> str:
+    """Say which path is near to that of a request; "" where none is."""
+    near = difflib.get_close_matches(request.url.path, request.app.openapi()["paths"], n=1, cutoff=0.75)
+    return f"; did you mean {near[0]}?" if near else f"; the paths are listed at {request.app.openapi_url}"
 
 
 def _code_of(error: HTTPException) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
 from pathlib import Path
 
 from decoding.config import LoadConfig
+from decoding.request import Request
 from dlm.errors import ConfigError, DataError, unknown_name
 
 
@@ -38,7 +39,7 @@ class ServeConfig(LoadConfig):
         log_format: "plain" or "json", one line a request on stderr.
         log_prompts: write prompts to the log.
         page: serve the page at /.
-        replicas: copies of the model, each in a process of its own, run by Ray (pip install 'dlm[ray]'), and
+        replicas: copies of the model, each in a process of its own, run by Ray (the extra `ray`), and
             each with the limits above to itself; 0 for one model in this process.
         max_replicas: most copies; more than --replicas are started while many requests are at work.
     """
@@ -66,6 +67,13 @@ class ServeConfig(LoadConfig):
     page: bool = True
     replicas: int = 0
     max_replicas: int = 0
+
+    @classmethod
+    def hint(cls, name: str) -> str:
+        """Say where an unknown option belongs that is one of a request."""
+        if name not in {item.name for item in fields(Request)}:
+            return ""
+        return f'Requests bring their own: "{name}" in the body.'
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -86,6 +86,26 @@ def test_help_names_every_command_and_every_option_with_its_default(capsys):
         (["generate", "--model", "x", "--decoder", "cnov", "hi"], "Did you mean 'conv'?"),
         (["generate", "--model", "x", "--decoder", "conv", "--options.kernel_size", "8", "hi"], "use 7 or 9"),
         (["inspect"], "name the folder"),
+        (
+            ["generate", "--temprature", "0.3", "hi"],
+            "unknown option temprature. Did you mean options.temperature?",
+        ),
+        (["generate", "--n", "2", "hi"], "unknown option n. Did you mean samples?"),
+        (["infill", "--max_new_tokens", "2", "hi"], "unknown option max_new_tokens."),
+        (["generate", "--prompt", "hi"], 'unknown option prompt. Prompts are no option: dlm generate "…"'),
+        (
+            ["serve", "--decoder", "conv"],
+            'unknown option decoder. Requests bring their own: "decoder" in the body.',
+        ),
+        (["generate", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (
+            ["train", "--output_dir", "x", "--data", "rows.json"],
+            "--data takes a YAML file of settings, got 'rows.json'; its options one by one are --data.so",
+        ),
+        (
+            ["train", "--output_dir", "x", "--model.lora", "32"],
+            "--model.lora takes a YAML file of settings, got '32'",
+        ),
     ],
 )
 def test_usage_errors_take_one_line_and_exit_status_2(words, message, capsys):
@@ -101,6 +121,24 @@ def test_failures_take_one_line_and_exit_status_1_and_debug_shows_the_traceback(
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     with pytest.raises(OSError, match="/nowhere"):
         main(["generate", "--model", "/nowhere", "hi", "--debug"])
+
+
+def test_a_slip_in_the_name_of_a_model_needs_no_hub(monkeypatch, capsys):
+    monkeypatch.setattr("dlm.formats.cached_file", lambda *_: pytest.fail("asked the hub"))
+    assert main(["generate", "--model", "defualt", "hi"]) == 1
+    assert "defualt: no such folder, and none of default, " in (said := capsys.readouterr().err)
+    assert "Did you mean 'default'?" in said
+
+
+def test_a_file_that_holds_no_settings_is_quoted_in_part(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text("word " * 1000)
+    assert main(["serve", "--config", str(file)]) == 2
+    assert "holds lines such as `seed: 3`, got 'word word " in (said := capsys.readouterr().err)
+    assert len(said) < 200
+    file.write_text("port:\n")
+    assert main(["serve", "--config", str(file)]) == 2
+    assert "'port:' has no value" in capsys.readouterr().err
 
 
 def test_unknown_keys_in_a_config_file_are_named(tmp_path, capsys):

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from decoding.request import Request
-from dlm.errors import ConfigError, DLMError, first_line
+from dlm.errors import ConfigError, DLMError, first_line, how_to_install
 
 if TYPE_CHECKING:
     from decoding.sampler import Sampler
@@ -73,7 +73,7 @@ class EndpointSource:
         try:
             import openai
         except ImportError as error:
-            raise ConfigError("an endpoint needs the package openai: pip install 'dlm[eval]'") from error
+            raise ConfigError(f"an endpoint needs the package openai: {how_to_install('eval')}") from error
         self.model, self.failure = model, openai.OpenAIError
         self.client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none")
 

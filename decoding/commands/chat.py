@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from decoding.chat.conversation import Conversation, Source
 from decoding.commands.display import plain_console, watch
-from decoding.config import LoadConfig, decoder_option
+from decoding.config import LoadConfig, request_hint
 from decoding.request import Request
 from dlm.cli import Command
 from dlm.data.prompts import stdin_lines
@@ -45,7 +45,7 @@ class ChatConfig(Request, LoadConfig):
     save: str = ""
     seed: int = 0
 
-    meant = staticmethod(decoder_option)
+    hint = classmethod(request_hint)
 
     def __post_init__(self) -> None:
         """Check that there is a model, or an address."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from decoding.commands.display import plain_console, watch
-from decoding.config import LoadConfig, decoder_option
+from decoding.config import LoadConfig, request_hint
 from decoding.request import Request
 from decoding.tilted.tilt import Tilt
 from dlm.cli import Command, json_line
@@ -70,7 +70,7 @@ class GenerateConfig(Request, LoadConfig):
     batch_size: int = 8
     list_decoders: bool = False
 
-    meant = staticmethod(decoder_option)
+    hint = classmethod(request_hint)
 
     def __post_init__(self) -> None:
         """Check that the settings fit together."""
@@ -114,11 +114,10 @@ class GenerateConfig(Request, LoadConfig):
 def run(config: GenerateConfig) -> int:
     """Answer the prompts, in order, as they are finished."""
     if config.list_decoders:
-        from decoding.presets import list_decoders
+        from decoding.presets import decoders_in_words
 
         print(LAWS)
-        for name, line in list_decoders().items():
-            print(f"{name}: {line}")
+        print(decoders_in_words())
         return 0
     request = Request.read_from(config)
     tilt = config.tilt(request)
@@ -141,9 +140,10 @@ def run(config: GenerateConfig) -> int:
     )
     questions = itertools.chain.from_iterable(itertools.repeat(x, config.samples) for x in questions)
     outputs = _with_progress(outputs, count and count * config.samples)
+    end = "\n\n" if sys.stdout.isatty() and not config.json else "\n"  # an answer may have several lines
     for output, prompt in zip(outputs, questions, strict=False):  # in this order: outputs raise what is wrong
         row = {"prompt": prompt, **asdict(output)}
-        print(json_line(row) if config.json else output.text, flush=True)
+        print(json_line(row) if config.json else output.text, end=end, flush=True)
     return 0
 
 

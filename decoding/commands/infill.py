@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from decoding.config import LoadConfig, decoder_option
+from decoding.config import LoadConfig, request_hint
 from decoding.gaps import Gap, pieces_of, place_of
 from decoding.request import DecoderRequest, Request
 from dlm.cli import Command, json_line
@@ -40,7 +40,7 @@ class InfillConfig(LoadConfig, DecoderRequest):
     batch_size: int = 8
     json: bool = False
 
-    meant = staticmethod(decoder_option)
+    hint = classmethod(request_hint)
 
     def __post_init__(self) -> None:
         """Check that the settings fit together."""

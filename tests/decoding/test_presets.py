@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from decoding import Decoder, Sampler, list_decoders
-from decoding.presets import PRESETS, presets
+from decoding.presets import PRESETS, decoders_in_words, presets
 from dlm.cli import main
 from dlm.errors import ConfigError
 from tests.fakes import FakeDenoiser, FakeTokenizer
@@ -40,12 +40,22 @@ def offer(tmp_path, monkeypatch):
     return offer
 
 
+def test_the_list_for_a_terminal_leaves_no_option_out():
+    *own, _, shared = decoders_in_words().replace("\n    ", " ").split("\n")
+    assert len(own) == len(presets())
+    _, usual = shared.split(":")
+    for line, preset in zip(own, presets().values(), strict=True):
+        for name, value in preset.options.items():
+            assert f" {name}={value}" in (line if f" {name}=" in line else usual), (line, name)
+
+
 def test_a_decoder_of_another_package_is_one_of_all(offer, model, tokenizer, capsys):
     offer("three = elsewhere_decoders:THREE")
     assert set(presets()) == {*PRESETS, "three"}
     assert list_decoders()["three"].startswith(
         "three at a time (an example; approximate). Options: per_step=3"
     )
+    assert "three at a time (an example; approximate)\n    per_step=3\n" in decoders_in_words()
     assert Decoder.named("three", per_step=2).reveal == Decoder.named("llada", per_step=2).reveal
     sampler = Sampler(model, tokenizer)
     settings = {"window": 40, "steps": 12}

@@ -19,7 +19,7 @@ def browser_path() -> str:
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        missing("playwright is not installed: pip install 'dlm[dev]'")
+        missing("playwright is not installed: pip install '.[dev]'")
     given = os.environ.get("DLM_CHROMIUM")
     if given and not Path(given).is_file():
         raise FileNotFoundError(f"DLM_CHROMIUM={given}: there is no such file")

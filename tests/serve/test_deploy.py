@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-pytest.importorskip("fastapi", reason="the server is not installed: pip install 'dlm[serve]'")
+pytest.importorskip("fastapi", reason="the server is not installed: pip install '.[serve]'")
 
 from prometheus_client.parser import text_string_to_metric_families
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the server is not installed: pip install 'dlm[serve]'")
+pytest.importorskip("fastapi", reason="the server is not installed: pip install '.[serve]'")
 
 from prometheus_client.parser import text_string_to_metric_families
 

@@ -278,6 +278,11 @@ def test_unknown_paths_and_methods_have_openai_errors(server):
     ):
         assert response.status_code == status
         assert response.json()["error"]["message"]
+    near = server.client.get("/v1/chat/completion").json()["error"]["message"]
+    assert near == "Not Found; did you mean /v1/chat/completions?"
+    far = server.client.get("/nothing").json()["error"]["message"]
+    assert far == "Not Found; the paths are listed at /openapi.json"
+    assert "/v1/chat/completions" in server.client.get("/openapi.json").json()["paths"]
 
 
 def test_two_apps_in_one_process_share_nothing():

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the server is not installed: pip install 'dlm[serve]'")
+pytest.importorskip("fastapi", reason="the server is not installed: pip install '.[serve]'")
 
 import psutil
 import requests
@@ -42,7 +42,9 @@ def in_ray(test):
 def test_without_ray_one_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr("serve.commands.serve.find_spec", lambda name: None)
     assert main(["serve", "--replicas", "2"]) == 2
-    assert capsys.readouterr().err == "dlm: error: dlm serve --replicas needs Ray: pip install 'dlm[ray]'\n"
+    assert capsys.readouterr().err == (
+        'dlm: error: dlm serve --replicas needs Ray: pip install ".[ray]" in the folder of dlm\n'
+    )
 
 
 @pytest.mark.parametrize(
