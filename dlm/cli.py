@@ -37,16 +37,18 @@ class Command:
 
     Attributes:
         help: one line for `dlm --help`.
-        config: frozen dataclass of its settings; the docstring's Args section becomes the help. Its `hint`,
-            if it has one, is told an option that none of its own is near, and says what was meant, or "".
+        config: frozen dataclass of its settings; the docstring's Args section becomes the help.
         run: called with an instance; returns the exit status.
         positional: name of the setting that takes the words which are no options.
+        hint: called with `config` and an option that none of its own is near; returns a sentence on what was
+            meant, or "".
     """
 
     help: str
     config: type
     run: Callable[[Any], int]
     positional: str | None = None
+    hint: Callable[[type, str], str] = lambda config, name: ""
 
 
 def commands() -> dict[str, Any]:
@@ -408,9 +410,9 @@ def _explain(message: str, prog: str, command: Command) -> str:
 def _hint(name: str, options: Collection[str], prog: str, command: Command) -> str:
     """A sentence, after a space, on what was meant by the name of no option; "" where nothing is near."""
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
-    other = "" if near or not hasattr(command.config, "hint") else command.config.hint(name)
+    other = "" if near else command.hint(command.config, name)
     near = near or difflib.get_close_matches(name, options, n=1, cutoff=0.6)
-    if not other and near == [command.positional]:
+    if not other and command.positional and near == [command.positional]:
         other = f'{command.positional.capitalize()} are no option: {prog} "…"'
     return f" {other}" if other else f" Did you mean {near[0]}?" if near else ""
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 
 from decoding.config import LoadConfig
-from decoding.request import Request
 from dlm.errors import ConfigError, DataError, unknown_name
 
 
@@ -67,13 +66,6 @@ class ServeConfig(LoadConfig):
     page: bool = True
     replicas: int = 0
     max_replicas: int = 0
-
-    @classmethod
-    def hint(cls, name: str) -> str:
-        """Say where an unknown option belongs that is one of a request."""
-        if name not in {item.name for item in fields(Request)}:
-            return ""
-        return f'Requests bring their own: "{name}" in the body.'
 
     def __post_init__(self) -> None:
         """Check the ranges."""

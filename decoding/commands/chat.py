@@ -45,8 +45,6 @@ class ChatConfig(Request, LoadConfig):
     save: str = ""
     seed: int = 0
 
-    hint = classmethod(request_hint)
-
     def __post_init__(self) -> None:
         """Check that there is a model, or an address."""
         Request.__post_init__(self)
@@ -301,4 +299,4 @@ def _history() -> Any:
     return FileHistory(str(file))
 
 
-COMMAND = Command("talk to a trained model in the terminal", ChatConfig, run)
+COMMAND = Command("talk to a trained model in the terminal", ChatConfig, run, hint=request_hint)

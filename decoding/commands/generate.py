@@ -70,8 +70,6 @@ class GenerateConfig(Request, LoadConfig):
     batch_size: int = 8
     list_decoders: bool = False
 
-    hint = classmethod(request_hint)
-
     def __post_init__(self) -> None:
         """Check that the settings fit together."""
         Request.__post_init__(self)
@@ -177,4 +175,6 @@ def _with_progress(outputs: Iterable[Any], count: int | None) -> Any:
     return tqdm(outputs, total=count, unit="answer", disable=count == 1 or None)
 
 
-COMMAND = Command("answer prompts with a trained model", GenerateConfig, run, positional="prompts")
+COMMAND = Command(
+    "answer prompts with a trained model", GenerateConfig, run, positional="prompts", hint=request_hint
+)

@@ -40,8 +40,6 @@ class InfillConfig(LoadConfig, DecoderRequest):
     batch_size: int = 8
     json: bool = False
 
-    hint = classmethod(request_hint)
-
     def __post_init__(self) -> None:
         """Check that the settings fit together."""
         LoadConfig.__post_init__(self)
@@ -107,4 +105,6 @@ def _length(text: str) -> tuple[int, int] | None:
     return None if match is None else (int(match[1]), int(match[2] or match[1]))
 
 
-COMMAND = Command("fill the gaps of texts, or write words again", InfillConfig, run, positional="texts")
+COMMAND = Command(
+    "fill the gaps of texts, or write words again", InfillConfig, run, positional="texts", hint=request_hint
+)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from importlib.util import find_spec
 
+from decoding.request import Request
 from dlm.cli import Command
 from dlm.errors import ConfigError, how_to_install
 from serve.config import ServeConfig
@@ -23,4 +25,13 @@ def run(config: ServeConfig) -> int:
     return serve(config)
 
 
-COMMAND = Command("serve a model over HTTP (OpenAI's, TGI's and Ollama's interfaces)", ServeConfig, run)
+def request_hint(config: type, name: str) -> str:
+    """Say where an unknown option belongs that is one of a request."""
+    del config
+    theirs = {item.name for item in fields(Request)}
+    return f'Requests bring their own: "{name}" in the body.' if name in theirs else ""
+
+
+COMMAND = Command(
+    "serve a model over HTTP (OpenAI's, TGI's and Ollama's interfaces)", ServeConfig, run, hint=request_hint
+)
