@@ -77,60 +77,74 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (
-        ("max_tokens", "window", "steps", "refresh"),
-        lambda value: is_whole(value) and value >= 1,
-        "be a whole number of at least 1",
-    ),
-    (
-        ("margin", "top_logprobs", "drafts"),
-        lambda value: is_whole(value) and value >= 0,
-        "be a whole number, not negative",
-    ),
-    (
-        ("max_tokens", "window", "steps", "refresh", "margin"),
-        lambda value: value <= MOST_WHOLE,
-        f"be at most {MOST_WHOLE}",
-    ),
-    (("top_logprobs",), lambda value: value <= MOST_LOGPROBS, f"be at most {MOST_LOGPROBS}"),
-    (("drafts",), lambda value: value <= MOST_DRAFTS, f"be at most {MOST_DRAFTS}"),
-    (
-        ("rate",),
-        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and value >= 1,
-        "be at least 1 token per model call",
-    ),
-    (("rate",), lambda value: value <= MOST_RATE, f"be at most {MOST_RATE}"),
-    (("eos_fill",), lambda value: isinstance(value, bool), "be true or false"),
-    (("canvas", "reuse", "begin", "ending"), lambda value: isinstance(value, str), "be a text"),
-    (
-        ("stop",),
-        lambda value: isinstance(value, Sequence) and all(isinstance(text, str) for text in value),
-        "be a text or several",
-    ),
-    (
-        ("decoder",),
-        lambda value: bool(value) if isinstance(value, str) else hasattr(type(value), "preset"),
-        "be a name or a Decoder",
-    ),
-    (
-        ("options",),
-        lambda value: isinstance(value, Mapping) and all(isinstance(name, str) for name in value),
-        "be names with values",
-    ),
-    (("forced",), lambda value: isinstance(value, Mapping), "be places with texts"),
-    (
-        ("forced",),
-        lambda value: all(isinstance(text, str) for text in value.values()),
-        "hold texts",
-    ),
-    (
-        ("forced",),
-        lambda value: all(is_whole(x) or re.fullmatch(r"-?\d{1,9}", str(x)) for x in value),
-        "name places by number",
-    ),
+Rule = tuple[Callable[[Any], bool], str]
+"""A test of a value, and the rest of the sentence "… must …" about one that fails it."""
+
+
+def _option(*rules: Rule, **bounds: Any) -> Any:
+    """A field that is None by default: not given.
+
+    Args:
+        rules: for a value that is given, the first that it fails being told.
+        bounds: `ge` and `le` of a number, or `choices` among names; the server's schema shows them.
+    """
+    return field(default=None, metadata={"rules": rules, **bounds})
+
+
+def _whole(least: int, most: int = MOST_WHOLE) -> Any:
+    """A field for a whole number of at least 0 or 1."""
+    wish = "be a whole number of at least 1" if least else "be a whole number, not negative"
+    return _option((lambda value: is_whole(value) and value >= least, wish), ge=least, le=most)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_decoder(value: Any) -> bool:
+    return bool(value) if isinstance(value, str) else hasattr(type(value), "preset")
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 1
+
+
+def _is_place(value: Any) -> bool:
+    return is_whole(value) or bool(re.fullmatch(r"-?\d{1,9}", str(value)))
+
+
+DECODER: Rule = (_is_decoder, "be a name or a Decoder")
+RATE: Rule = (_is_rate, "be at least 1 token per model call")
+SWITCH: Rule = (lambda value: isinstance(value, bool), "be true or false")
+TEXT: Rule = (_is_text, "be a text")
+STOPS: Rule = (
+    lambda value: isinstance(value, Sequence) and all(map(_is_text, value)),
+    "be a text or several",
 )
-"""Fields of a request, a test of their values, and the rest of the sentence "… must …"."""
+NAMED: Rule = (
+    lambda value: isinstance(value, Mapping) and all(map(_is_text, value)),
+    "be names with values",
+)
+PLACES: tuple[Rule, ...] = (
+    (lambda value: isinstance(value, Mapping), "be places with texts"),
+    (lambda value: all(map(_is_text, value.values())), "hold texts"),
+    (lambda value: all(map(_is_place, value)), "name places by number"),
+)
+
+
+def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    """Hold a value to the rules and bounds of its field.
+
+    Raises:
+        ConfigError: naming the field and what it must be.
+    """
+    for right, wish in metadata["rules"]:
+        if not right(value):
+            raise ConfigError(f"{name} must {wish}, got {value!r}")
+    if "le" in metadata and value > metadata["le"]:
+        raise ConfigError(f"{name} must be at most {metadata['le']}, got {value!r}")
+    if "choices" in metadata and value not in metadata["choices"]:
+        raise unknown_name(name, value, metadata["choices"])
 
 
 @dataclass(frozen=True)
@@ -138,10 +152,11 @@ class DecoderRequest:
     """The part of a request that any text can have, one with gaps too; a field that is None is not given.
 
     Args:
-        decoder: name of the decoder (see `dlm generate --list-decoders`); by default the checkpoint's own.
-            If that has a pace of its own and steps or a rate are given, its order is kept at that pace.
-        options: options of the decoder, such as --options.kernel_size 129 or --options.temperature 1; those
-            of the checkpoint hold for its own decoder.
+        decoder: name of the decoder (`dlm generate --list-decoders` and a server's /v1/decoders list them);
+            by default the checkpoint's own. If that has a pace of its own and steps or a rate are given, its
+            order is kept at that pace.
+        options: options of the decoder by name, such as temperature (--options.temperature 1); those of the
+            checkpoint hold for its own decoder.
         rate: tokens written per model call on average, at least 1. By default 1 in gaps; else the
             checkpoint's rate, or 2 on a canvas that grows. Not for decoders with a pace of their own.
         steps: denoising steps, in place of a rate. On a fixed canvas there are by default those of the
@@ -154,21 +169,19 @@ class DecoderRequest:
             none. 0 by default.
     """
 
-    decoder: DecoderLike | None = None
-    options: dict[str, Any] | None = None
-    rate: float | None = None
-    steps: int | None = None
-    reuse: str | None = None
-    refresh: int | None = None
-    drafts: int | None = None
+    decoder: DecoderLike | None = _option(DECODER)
+    options: dict[str, Any] | None = _option(NAMED)
+    rate: float | None = _option(RATE, ge=1, le=MOST_RATE)
+    steps: int | None = _whole(1)
+    reuse: str | None = _option(TEXT, choices=REUSE_SCOPES)
+    refresh: int | None = _whole(1)
+    drafts: int | None = _whole(0, MOST_DRAFTS)
 
     def __post_init__(self) -> None:
         """Check each field by itself, and what does not go together for any model."""
-        for names, right, wish in _CHECKS:
-            for name in names:
-                value = getattr(self, name, None)
-                if value is not None and not right(value):
-                    raise ConfigError(f"{name} must {wish}, got {value!r}")
+        for item in fields(self):
+            if "rules" in item.metadata and (value := getattr(self, item.name)) is not None:
+                _check(item.name, value, item.metadata)
         if self.options is not None:
             object.__setattr__(self, "options", dict(self.options))  # the caller's may change
         if self.rate is not None and self.steps is not None:
@@ -219,23 +232,23 @@ class Request(DecoderRequest):
         margin: masks that a growing canvas holds beyond those that can open; 16 by default.
         begin: text that the answer begins with.
         ending: text that the answer ends with, at the last positions of the window or of max_tokens.
-        forced: texts at places of the answer, counted in tokens from 0, such as --forced.7 " Paris".
+        forced: texts at places of the answer, counted in tokens from 0 (--forced.7 " Paris").
         top_logprobs: note this many of the likeliest tokens beside each token that is written, at most 100.
     """
 
     TEXTS: ClassVar[tuple[str, ...]] = ("stop", "begin", "ending", "forced")
     """Fields that may be any text, which the command line takes as it is."""
 
-    max_tokens: int | None = None
-    window: int | None = None
-    stop: str | list[str] | None = None
-    eos_fill: bool | None = None
-    canvas: str | None = None
-    margin: int | None = None
-    begin: str | None = None
-    ending: str | None = None
-    forced: dict[Any, str] | None = None
-    top_logprobs: int | None = None
+    max_tokens: int | None = _whole(1)
+    window: int | None = _whole(1)
+    stop: str | list[str] | None = _option(STOPS)
+    eos_fill: bool | None = _option(SWITCH)
+    canvas: str | None = _option(TEXT, choices=("full", "growing"))
+    margin: int | None = _whole(0)
+    begin: str | None = _option(TEXT)
+    ending: str | None = _option(TEXT)
+    forced: dict[Any, str] | None = _option(*PLACES)
+    top_logprobs: int | None = _whole(0, MOST_LOGPROBS)
 
     def __post_init__(self) -> None:
         """Check each field by itself, and what does not go together for any model."""
@@ -245,8 +258,6 @@ class Request(DecoderRequest):
         fixed = self.window is not None or (self.steps is not None and not self.full)
         if self.max_tokens is not None and fixed:
             raise ConfigError("max_tokens is a limit for a canvas that grows; it has no window and no steps")
-        if self.canvas not in (None, "full", "growing"):
-            raise unknown_name("canvas", str(self.canvas), ("full", "growing"))
         if "" in self.stop_texts:
             raise ConfigError("a stop text must not be empty")
         if self.ending and self.eos_fill:

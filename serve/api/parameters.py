@@ -5,18 +5,20 @@ A parameter that has no effect here is refused by name, unless its value asks fo
 
 from __future__ import annotations
 
+import inspect
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from docstring_parser import parse
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from decoding.canvas import Row
-from decoding.request import MOST_DRAFTS, MOST_RATE, Plan, Request
+from decoding.request import DecoderRequest, Plan, Request
 from decoding.reveal.order_table import is_name
 from dlm.characters import whole_characters
 from dlm.errors import ConfigError
@@ -75,30 +77,40 @@ def _has_half_character(value: Any) -> bool:
     return False
 
 
-class Diffusion(Body):
-    """Options of decoding beyond OpenAI's; by `extra_body` of its client."""
+OTHERWISE = ("stop", "max_tokens", "top_logprobs")
+"""Fields of a `Request` that each interface has under a name and in a form of its own."""
 
-    decoder: str | None = Field(None, description="A decoder by name, see /v1/decoders.")
-    options: dict[str, Any] | None = Field(None, description="Options of the decoder.")
-    rate: float | None = Field(
-        None, ge=1, le=MOST_RATE, description="Tokens written per model call, on average."
-    )
-    steps: int | None = Field(None, ge=1, description="Denoising steps, on a canvas of fixed length.")
-    window: int | None = Field(None, ge=1, description="Tokens of prompt and answer, on a fixed canvas.")
-    reuse: Literal["prompt", "prefix", "dual"] | None = Field(
-        None, description="Keys and values that are reused (approximate)."
-    )
-    refresh: int | None = Field(None, ge=1, description="With reuse, changes until all is computed again.")
-    drafts: int | None = Field(
-        None, ge=0, le=MOST_DRAFTS, description="Guesses of the row that a call computes too."
-    )
+
+def _fields_of_request() -> dict[str, Any]:
+    """The other fields of a `Request`, with their bounds and what its docstring says of them."""
+    documented = [
+        *parse(inspect.getdoc(DecoderRequest) or "").params,
+        *parse(inspect.getdoc(Request) or "").params,
+    ]
+    texts = {param.arg_name: param.description or "" for param in documented}
+    kinds, schema = get_type_hints(Request), {}
+    for item in fields(Request):
+        if item.name in OTHERWISE:
+            continue
+        bounds = {name: item.metadata[name] for name in ("ge", "le") if name in item.metadata}
+        choices = item.metadata.get("choices")
+        kind = Literal[choices] | None if choices else kinds[item.name]
+        text = " ".join(texts[item.name].split())
+        schema[item.name] = (kind, Field(None, description=text[:1].upper() + text[1:], **bounds))
+    return schema
+
+
+RequestFields = create_model("RequestFields", __base__=Body, **_fields_of_request())
+
+
+class Diffusion(RequestFields):
+    """Options of decoding beyond OpenAI's; by `extra_body` of its client. Most are those of a `Request`."""
+
+    if TYPE_CHECKING:
+        options: dict[str, Any] | None = None
+        window: int | None = None
+
     kernel_size: int | None = Field(None, description="Width of the convolution, for decoders with one.")
-    eos_fill: bool | None = Field(None, description="After an end token, everything is the end token.")
-    begin: str | None = Field(None, description="Text that the answer begins with.")
-    ending: str | None = Field(None, description="Text that the answer ends with.")
-    forced: dict[str, str] | None = Field(None, description="Texts at places, counted in tokens from 0.")
-    canvas: Literal["full", "growing"] | None = None
-    margin: int | None = Field(None, ge=0, description="Masks that a growing canvas holds ahead.")
     seed: Seed | None = Field(None, description="Equal seeds and requests give equal texts.")
     timeout: float | None = Field(None, ge=0.001, description="Seconds until the request is given up.")
     return_metadata: bool | None = Field(None, description="Report model calls, steps and reveal steps.")
@@ -155,8 +167,7 @@ class Sampling(Diffusion):
 
     def request(self, **given: Any) -> Request:
         """A request with the options of `Diffusion` and of the decoder, and other fields that are given."""
-        names = [field.name for field in fields(Request) if field.name in Diffusion.model_fields]
-        shared = {name: getattr(self, name) for name in names}
+        shared = {name: getattr(self, name) for name in RequestFields.model_fields}
         return Request(**{**shared, "options": self.decoder_options() or None, **given})
 
 

@@ -84,5 +84,16 @@ def test_every_field_of_a_request_is_a_parameter():
     names = {field.name for field in fields(Request)}
     assert names - set(Diffusion.model_fields) == {"stop", "max_tokens", "top_logprobs"}
     given = {"decoder": "conv", "rate": 3.0, "reuse": "dual", "refresh": 5, "margin": 2, "begin": "a"}
+    schema = Diffusion.model_json_schema()["properties"]
+    for field in fields(Request):
+        if field.name not in Diffusion.model_fields:
+            continue
+        kind, _ = schema[field.name]["anyOf"]
+        shown = {"ge": kind.get("minimum"), "le": kind.get("maximum"), "choices": kind.get("enum")}
+        for name, value in shown.items():
+            wanted = field.metadata.get(name)
+            assert value == (list(wanted) if name == "choices" and wanted else wanted), field.name
+        assert len(schema[field.name]["description"]) > 20
+    assert (schema["rate"]["anyOf"][0]["minimum"], schema["drafts"]["anyOf"][0]["maximum"]) == (1, 16)
     request = Sampling(**given, temperature=0.5, kernel_size=9).request(max_tokens=7)
     assert request == Request(**given, max_tokens=7, options={"temperature": 0.5, "kernel_size": 9})
