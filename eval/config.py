@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dlm.device import check_place
-from dlm.errors import ConfigError, unknown_name
+from dlm.errors import MOST_NUMBER, ConfigError, unknown_name
 from eval.variants import Variant, check_sizes, variants
 
 NUCLEUS = 0.95
@@ -30,6 +30,8 @@ class EvalConfig:
         endpoint_model: name of the model there.
         autoregressive: folder, hub id or .gguf file of a causal language model to evaluate in its place.
         top_p: nucleus that such a model draws from; 0 for the likeliest token.
+        frequency_penalty: taken from a logit for each time that such a model's answer has the token, as by
+            the option of decoders.
         name: what the system is called in tables; by default the last part of its path.
         data: local copy of the questions (.json, .jsonl); by default the original is downloaded.
         references: reference answers in MT-Bench's format.
@@ -76,6 +78,7 @@ class EvalConfig:
     endpoint_model: str = "default"
     autoregressive: str = ""
     top_p: float = NUCLEUS
+    frequency_penalty: float = 0.0
     name: str = ""
     data: str = ""
     references: str = ""
@@ -120,6 +123,8 @@ class EvalConfig:
         check_sizes(window=self.window, max_tokens=self.max_tokens)
         if not 0 <= self.top_p <= 1 or (self.top_p != NUCLEUS and not self.autoregressive):
             raise ConfigError(f"top_p is for --autoregressive, and from 0 to 1; got {self.top_p}")
+        if not -MOST_NUMBER <= self.frequency_penalty <= MOST_NUMBER:
+            raise ConfigError(f"frequency_penalty must be a number, got {self.frequency_penalty}")
         if self.batch_size < 1 or self.usual_rows < 2:
             raise ConfigError("batch_size must be at least 1, and usual_rows at least 2")
         if not self.model and (self.decoders or self.steps or self.rate or self.window):
@@ -149,6 +154,7 @@ class EvalConfig:
             ("endpoint_model", "endpoint"),
             *((name, "model") for name in ("eos_fill", *REQUESTED)),
             ("trace", "model"),
+            ("frequency_penalty", "autoregressive"),
             ("usual_rows", "usual"),
         ):
             if getattr(self, name) != getattr(EvalConfig, name) and not getattr(self, wanted):

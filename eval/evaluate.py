@@ -272,11 +272,15 @@ def _contestants(config: EvalConfig, loaded: _Loaded) -> Iterator[Contestant]:
         )
         return
     label = "autoregressive" if config.top_p == NUCLEUS else f"autoregressive,p={config.top_p:g}"
+    rule = {"top_p": config.top_p}
+    if config.frequency_penalty:
+        label += f",frequency_penalty={config.frequency_penalty:g}"
+        rule["frequency_penalty"] = config.frequency_penalty
     card = Card(
         **common, fingerprint=fingerprint(config.where), label=label, decoder="",
-        settings={**settings, "top_p": config.top_p, "dtype": str(loaded.place[1])},
+        settings={**settings, **rule, "dtype": str(loaded.place[1])},
     )  # fmt: skip
-    yield Contestant(card, lambda: Autoregressive(*loaded.causal(), limit, config.top_p, config.seed))
+    yield Contestant(card, lambda: Autoregressive(*loaded.causal(), limit, **rule, seed=config.seed))
 
 
 def _local(

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -115,6 +115,8 @@ class Autoregressive:
         tokenizer: its tokenizer, with a chat template.
         max_tokens: longest answer.
         top_p: nucleus (arXiv 1904.09751); 0 for the likeliest token.
+        frequency_penalty: taken from the logit of a token once for each time that the answer has it, as
+            `TokenRule` does for a diffusion model.
         seed: of the run; each conversation has a generator of its own.
 
     Raises:
@@ -122,14 +124,20 @@ class Autoregressive:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, max_tokens: int, top_p: float = NUCLEUS, seed: int = 0
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_tokens: int,
+        top_p: float = NUCLEUS,
+        frequency_penalty: float = 0.0,
+        seed: int = 0,
     ) -> None:
         from transformers import GenerationConfig
 
         if not tokenizer.chat_template:
             raise CheckpointError(f"{tokenizer.name_or_path}: has no chat template, so it cannot be asked")
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
-        self.seed = seed
+        self.frequency_penalty, self.seed = frequency_penalty, seed
         ends = model.generation_config.eos_token_id
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         rule = {"do_sample": True, "top_p": top_p, "top_k": 0} if top_p else {"do_sample": False}
@@ -159,13 +167,28 @@ class Autoregressive:
             torch.manual_seed(int(key_of(self.seed, json.dumps(talk))) % 2**63)
             with torch.inference_mode():
                 generated = self.model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(self.max_tokens, room)
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=min(self.max_tokens, room),
+                    logits_processor=self._processors(ids.shape[1]),
                 )
             new = generated[0, ids.shape[1] :].tolist()
             ended = bool(new) and new[-1] in self.ends
             text = self.tokenizer.decode(new, skip_special_tokens=True)
             reason = "stop" if ended else "length"
             yield number, Reply(text, len(new) - ended, reason, len(new), len(new))
+
+    def _processors(self, begun: int) -> list[Callable[[Any, Any], Any]]:
+        """What changes the logits of an answer that begins behind `begun` tokens."""
+        if not self.frequency_penalty:
+            return []
+
+        def penalise(ids: Any, logits: Any) -> Any:
+            """[B, L] and [B, V] -> [B, V]."""
+            answer = ids[:, begun:]
+            return logits.scatter_add(1, answer, logits.new_full(answer.shape, -self.frequency_penalty))
+
+        return [penalise]
 
 
 class Endpoint:

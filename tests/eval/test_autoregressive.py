@@ -35,6 +35,21 @@ def test_without_a_nucleus_it_writes_the_likeliest_token(causal):
     assert texts(causal, top_p=0) == texts(causal, top_p=0, seed=7) == expected
 
 
+def test_a_frequency_penalty_counts_what_the_answer_has_written(causal):
+    model, tokenizer = causal
+    expected = []
+    for talk in TALKS:
+        ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+        begun = len(ids)
+        with torch.no_grad():
+            while len(ids) < begun + 12 and ids[-1] != tokenizer.eos_token_id:
+                logits = model(torch.tensor([ids])).logits[0, -1].tolist()
+                ids.append(max(range(len(logits)), key=lambda v: logits[v] + 3 * ids[begun:].count(v)))
+        expected.append(tokenizer.decode(ids[begun:], skip_special_tokens=True).strip())
+    assert texts(causal, top_p=0, frequency_penalty=-3) == expected
+    assert expected != texts(causal, top_p=0)
+
+
 def test_a_nucleus_draws_the_same_for_the_same_seed_whatever_came_before(causal):
     first = texts(causal, seed=3)
     torch.rand(5)
@@ -48,6 +63,10 @@ def test_a_nucleus_is_for_autoregressive_models():
         EvalConfig(task="wiki", model="default", top_p=0.5)
     with pytest.raises(ConfigError, match="from 0 to 1; got 2"):
         EvalConfig(task="wiki", autoregressive="x", top_p=2)
+    with pytest.raises(ConfigError, match="frequency_penalty is for --autoregressive"):
+        EvalConfig(task="wiki", model="default", frequency_penalty=0.5)
+    with pytest.raises(ConfigError, match="frequency_penalty must be a number, got nan"):
+        EvalConfig(task="wiki", autoregressive="x", frequency_penalty=float("nan"))
 
 
 def test_the_checkpoints_own_settings_neither_cut_nor_penalise(causal):
