@@ -136,19 +136,24 @@ ALIASES = {
 
 
 def request_hint(config: type, name: str) -> str:
-    """Say which option was meant by one that a command which answers does not have.
+    """Say which option was meant by one that a command which decodes does not have.
 
-    Those of a decoder are at home below `options`: `options.temperature` for `temperature`.
+    Those of a decoder are at home below `options`, or behind the name of one of several `decoders`.
 
     Args:
         config: dataclass of the command's settings.
         name: of the option.
     """
-    alias = ALIASES.get(name)
-    if alias is None or alias not in {item.name for item in fields(config)}:
-        from decoding.presets import option_names
+    known = {item.name for item in fields(config)}
+    if ALIASES.get(name) in known:
+        return f"Did you mean {ALIASES[name]}?"
+    from decoding.presets import option_names, presets
 
-        name = name.removeprefix("options.")
-        near = difflib.get_close_matches(name, sorted(option_names()), n=1, cutoff=0.75)
-        alias = f"options.{near[0]}" if near else None
-    return f"Did you mean {alias}?" if alias else ""
+    near = difflib.get_close_matches(name.removeprefix("options."), sorted(option_names()), n=1, cutoff=0.75)
+    if not near:
+        return ""
+    if "options" in known:
+        return f"Did you mean options.{near[0]}?"
+    having = [name for name, preset in presets().items() if near[0] in preset.options]
+    decoder = "conv" if "conv" in having else having[0]
+    return f'Options of a decoder stand behind its name: --decoders "{decoder}({near[0]}=…)".'

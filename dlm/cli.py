@@ -389,6 +389,8 @@ def _explain(message: str, prog: str, command: Command) -> str:
     """The parser's message on one line, with the option that was meant when a name was wrong."""
     message = re.sub(r"\s+", " ", message).strip()
     if stray := re.search(r"[Uu]nrecognized arguments: ((?!--).+)", message):
+        if not command.positional:
+            return f"takes no words that are no options, got {stray[1]}"
         return (
             f"{stray[1]!r}: words that are no options stand together, before or behind all options; "
             'what begins with "-" stands behind "--"'
@@ -409,12 +411,11 @@ def _explain(message: str, prog: str, command: Command) -> str:
 
 def _hint(name: str, options: Collection[str], prog: str, command: Command) -> str:
     """A sentence, after a space, on what was meant by the name of no option; "" where nothing is near."""
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
-    other = "" if near else command.hint(command.config, name)
-    near = near or difflib.get_close_matches(name, options, n=1, cutoff=0.6)
-    if not other and command.positional and near == [command.positional]:
-        other = f'{command.positional.capitalize()} are no option: {prog} "…"'
-    return f" {other}" if other else f" Did you mean {near[0]}?" if near else ""
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.7)
+    if near and near == [command.positional]:
+        return f' {near[0].capitalize()} are no option: {prog} "…".'
+    hint = f"Did you mean {near[0]}?" if near else command.hint(command.config, name)
+    return f" {hint}" if hint else ""
 
 
 def _no_settings(message: str, options: Mapping[str, Any]) -> str:

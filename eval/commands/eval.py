@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from decoding.config import request_hint
 from dlm.cli import Command
 from eval.config import EvalConfig, SweepConfig
 
@@ -26,6 +27,12 @@ def run(config: EvalConfig) -> int:
 
 
 COMMAND = Command(
-    "answer a task with one or several decoders, and measure", EvalConfig, run, positional="task"
+    "answer a task with one or several decoders, and measure",
+    EvalConfig,
+    run,
+    positional="task",
+    hint=request_hint,
 )
-SWEEP = Command("the same over steps, kernels and cuts", SweepConfig, run, positional="task")
+SWEEP = Command(
+    "the same over steps, kernels and cuts", SweepConfig, run, positional="task", hint=request_hint
+)

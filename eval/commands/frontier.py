@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from decoding.config import request_hint
 from dlm.cli import Command
 from dlm.device import check_place
 from dlm.errors import ConfigError, DataError, unknown_name
@@ -210,5 +211,9 @@ def answered(config: FrontierConfig, reader: str) -> Iterator[list[Results]]:
 
 
 COMMAND = Command(
-    "decoders compared at equal entropy of their texts", FrontierConfig, run, positional="models"
+    "decoders compared at equal entropy of their texts",
+    FrontierConfig,
+    run,
+    positional="models",
+    hint=request_hint,
 )

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from decoding.config import request_hint
 from dlm.cli import Command
 from dlm.device import check_place
 from dlm.errors import ConfigError
@@ -139,5 +140,9 @@ def _facts_digest(facts: Any) -> str:
 
 
 COMMAND = Command(
-    "what the order in which decoders write costs, on true answers", PathConfig, run, positional="models"
+    "what the order in which decoders write costs, on true answers",
+    PathConfig,
+    run,
+    positional="models",
+    hint=request_hint,
 )
