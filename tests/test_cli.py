@@ -99,7 +99,7 @@ def test_help_names_every_command_and_every_option_with_its_default(capsys):
         ),
         (
             ["eval", "rules", "--model", "x", "--gamma", "3"],
-            'unknown option gamma. Options of a decoder stand behind its name: --decoders "entropy-bound(gamma=',
+            'Options of a decoder stand behind its name: --decoders "entropy-bound(gamma=',
         ),
         (["generate", "--stream"], "unknown option stream. See --help."),
         (["generate", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
