@@ -6,9 +6,6 @@ STAMP   = $(VENV)/.installed
 # Where there is no virtual environment, and no network to make one, `make gpu` takes the Python that is there.
 ANY     = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-# Type checkers follow a path, and not the import hook that is the default.
-EDITABLE = --config-settings editable_mode=compat --editable
-
 # Processes that share the tests; each takes one thread and about a gigabyte.
 WORKERS ?= $(shell n=`getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2`; [ $$n -gt 8 ] && n=8; echo $$n)
 
@@ -35,7 +32,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE) ".[dev,eval,serve,quantized]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,eval,serve,quantized]"
 	@touch $(STAMP)
 
 demo: $(STAMP)
@@ -51,7 +48,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 $(STAMP_RAY): $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE) ".[ray]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ray]"
 	@touch $(STAMP_RAY)
 
 test-ray: $(STAMP_RAY)
@@ -64,7 +61,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 $(STAMP_DOCS): $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE) ".[docs]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	@touch $(STAMP_DOCS)
 
 setup-docs: $(STAMP_DOCS)
