@@ -16,7 +16,7 @@ import torch
 from decoding.canvas import Canvas, Rows, resized
 from decoding.drafts import DraftedRow, Drafts, Guess
 from decoding.request import Plan, Reuse
-from decoding.reveal.base import OPTIONS
+from decoding.reveal.base import NEEDS
 from dlm.attention_weights import AttentionWeights
 from dlm.errors import ConfigError
 from dlm.shadows import Shadows
@@ -115,7 +115,7 @@ def check_capable(model: Denoiser, plan: Plan) -> None:
     """
     for name in sorted(plan.decoder.reveal.requires):
         if not can(model, name):
-            raise ConfigError(f"this model cannot tell {name}, which the option {OPTIONS[name]} needs")
+            raise ConfigError(NEEDS[name])
 
 
 def hidden_of_rows(
@@ -140,7 +140,7 @@ def hidden_of_rows(
     records: dict[str, Any] = {"attention": attention} if attention else {}
     if shadows:
         if not can(model, "shadows"):
-            raise ConfigError(f"this model cannot tell shadows, which the option {OPTIONS['shadows']} needs")
+            raise ConfigError(NEEDS["shadows"])
         return model.packed_hidden(ids, lengths, shadows=shadows, **records)
     if len(set(lengths)) == 1:
         return model.hidden(ids.view(len(lengths), -1), **records).flatten(0, 1)

@@ -87,8 +87,12 @@ class StepView:
         return self.masked & (self.weight > 0)
 
 
-OPTIONS = {"attention": "conflict", "shadows": "verify"}
-"""Capabilities that a rule may require of a model, and the option that makes it do so."""
+NEEDS = {
+    "attention": "the option conflict needs a model that gives its attention weights",
+    "shadows": "the option verify needs a model that computes a mask beside a written token (`full` does; "
+    "one with a causal context, as `default`, does not)",
+}
+"""Capabilities that a rule may require of a model, with the error where it lacks them."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class RevealRule:
     revises: ClassVar[bool] = False
     """True for rules under which a written token can become a mask or another token."""
     requires: frozenset[str] = frozenset()
-    """Capabilities that the model must have beyond `Denoiser` (see `Capable`): the names of `OPTIONS`."""
+    """Capabilities that the model must have beyond `Denoiser` (see `Capable`): the names of `NEEDS`."""
     by_time: ClassVar[bool] = False
     """True for rules that read `t` and `s` as a row's times, which a window with times of its own has not."""
     score_width: ClassVar[int] = 1

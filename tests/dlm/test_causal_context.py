@@ -172,7 +172,7 @@ def test_recorded_attention_is_that_of_the_call(context, tokenizer):
 
 def test_tokens_of_such_a_model_are_not_verified(context):
     plan = Request(decoder="conv", options={"verify": 0.1}, max_tokens=9).resolve(context)
-    with pytest.raises(ConfigError, match="shadows, which the option verify needs"):
+    with pytest.raises(ConfigError, match="the option verify needs a model"):
         check_capable(context, plan)
 
 

@@ -265,9 +265,9 @@ def test_what_cannot_be_is_refused_in_a_line(model, tokenizer):
     decoder = Decoder.named("llada", conflict=0.07)
     with pytest.raises(ConfigError, match="give no reuse"):
         plan_of(decoder, rate=2.0, reuse=Reuse())
-    with pytest.raises(ConfigError, match="cannot tell attention, which the option conflict needs"):
+    with pytest.raises(ConfigError, match="the option conflict needs a model that gives its attention"):
         decode(FakeDenoiser(), torch.full((1, 4), 22), plan_of(decoder, rate=2.0))
-    with pytest.raises(ConfigError, match="cannot tell attention, which the option conflict needs"):
+    with pytest.raises(ConfigError, match="the option conflict needs a model that gives its attention"):
         Sampler(BucketedModel(model, graphs=False), tokenizer).generate("a", decoder=decoder)
     assert Separated(Quota(), 1, Dependence(0.07)).with_given_pace() == Separated(
         Quota(), 1, Dependence(0.07)
