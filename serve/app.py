@@ -127,7 +127,7 @@ def _first_fault(errors: Sequence[Any]) -> Any:
 
 
 def _near(request: Request) -> str:
-    """Say which path is near to that of a request; "" where none is."""
+    """Say which path is near to that of a request, or else where all are listed."""
     near = difflib.get_close_matches(request.url.path, request.app.openapi()["paths"], n=1, cutoff=0.75)
     return f"; did you mean {near[0]}?" if near else f"; the paths are listed at {request.app.openapi_url}"
 

@@ -95,7 +95,7 @@ def _fields_of_request() -> dict[str, Any]:
         bounds = {name: item.metadata[name] for name in ("ge", "le") if name in item.metadata}
         choices = item.metadata.get("choices")
         kind = Literal[choices] | None if choices else kinds[item.name]
-        text = " ".join(texts[item.name].split())
+        text = " ".join(texts.get(item.name, "").split())  # python -OO has no docstrings
         schema[item.name] = (kind, Field(None, description=text[:1].upper() + text[1:], **bounds))
     return schema
 
