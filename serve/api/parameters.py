@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_type_hints
 
-from docstring_parser import parse
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -81,22 +80,29 @@ OTHERWISE = ("stop", "max_tokens", "top_logprobs")
 """Fields of a `Request` that each interface has under a name and in a form of its own."""
 
 
+def _descriptions() -> dict[str, str]:
+    """What its docstring says of each field of a `Request`; nothing where no docstrings are read."""
+    try:
+        from docstring_parser import parse
+    except ModuleNotFoundError:  # a bare machine, see docs/air-gapped.md: the schema goes without
+        return {}
+    params = [
+        param for kind in (DecoderRequest, Request) for param in parse(inspect.getdoc(kind) or "").params
+    ]
+    texts = {param.arg_name: " ".join((param.description or "").split()) for param in params}
+    return {name: text[:1].upper() + text[1:] for name, text in texts.items()}
+
+
 def _fields_of_request() -> dict[str, Any]:
     """The other fields of a `Request`, with their bounds and what its docstring says of them."""
-    documented = [
-        *parse(inspect.getdoc(DecoderRequest) or "").params,
-        *parse(inspect.getdoc(Request) or "").params,
-    ]
-    texts = {param.arg_name: param.description or "" for param in documented}
-    kinds, schema = get_type_hints(Request), {}
+    texts, kinds, schema = _descriptions(), get_type_hints(Request), {}
     for item in fields(Request):
         if item.name in OTHERWISE:
             continue
         bounds = {name: item.metadata[name] for name in ("ge", "le") if name in item.metadata}
         choices = item.metadata.get("choices")
         kind = Literal[choices] | None if choices else kinds[item.name]
-        text = " ".join(texts.get(item.name, "").split())  # python -OO has no docstrings
-        schema[item.name] = (kind, Field(None, description=text[:1].upper() + text[1:], **bounds))
+        schema[item.name] = (kind, Field(None, description=texts.get(item.name), **bounds))
     return schema
 
 
