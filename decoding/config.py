@@ -128,10 +128,7 @@ class LoadConfig:
         return BucketedModel(model, graphs=self.accelerate == "graphs"), tokenizer
 
 
-ALIASES = {
-    "n": "samples", "num_return_sequences": "samples",
-    "max_new_tokens": "max_tokens", "max_length": "max_tokens",
-}  # fmt: skip
+ALIASES = {"n": "samples", "num_return_sequences": "samples", "max_new_tokens": "max_tokens"}
 """Options as other programs call them."""
 
 
@@ -154,6 +151,6 @@ def request_hint(config: type, name: str) -> str:
         return ""
     if "options" in known:
         return f"Did you mean options.{near[0]}?"
-    having = [name for name, preset in presets().items() if near[0] in preset.options]
+    having = [key for key, preset in presets().items() if near[0] in preset.options]
     decoder = "conv" if "conv" in having else having[0]
     return f'Options of a decoder stand behind its name: --decoders "{decoder}({near[0]}=…)".'

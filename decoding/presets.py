@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import sys
 import textwrap
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -434,7 +433,8 @@ def decoders_in_words() -> str:
     """All decoders with their options, for a terminal; options that all of them have are said once."""
     every = [preset.options for preset in presets().values()]
     shared = [name for name in every[0] if all(name in options for options in every)]
-    usual = {name: Counter(options[name] for options in every).most_common(1)[0][0] for name in shared}
+    values = {name: [options[name] for options in every] for name in shared}
+    usual = {name: max(given, key=given.count) for name, given in values.items()}
     lines = []
     for name, preset in presets().items():
         law = "exact" if preset.exact else "approximate"

@@ -155,7 +155,7 @@ class DecoderRequest:
         decoder: name of the decoder (`dlm generate --list-decoders` and a server's /v1/decoders list them);
             by default the checkpoint's own. If that has a pace of its own and steps or a rate are given, its
             order is kept at that pace.
-        options: options of the decoder by name, such as temperature (--options.temperature 1); those of the
+        options: options of the decoder by name: {"temperature": 1}, or --options.temperature 1. Those of the
             checkpoint hold for its own decoder.
         rate: tokens written per model call on average, at least 1. By default 1 in gaps; else the
             checkpoint's rate, or 2 on a canvas that grows. Not for decoders with a pace of their own.
@@ -232,7 +232,8 @@ class Request(DecoderRequest):
         margin: masks that a growing canvas holds beyond those that can open; 16 by default.
         begin: text that the answer begins with.
         ending: text that the answer ends with, at the last positions of the window or of max_tokens.
-        forced: texts at places of the answer, counted in tokens from 0 (--forced.7 " Paris").
+        forced: texts at places of the answer, counted in tokens from 0: {"7": " Paris"}, or
+            --forced.7 " Paris".
         top_logprobs: note this many of the likeliest tokens beside each token that is written, at most 100.
     """
 

@@ -18,7 +18,6 @@ import logging
 import os
 import re
 import sys
-import textwrap
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -389,12 +388,7 @@ def _explain(message: str, prog: str, command: Command) -> str:
     """The parser's message on one line, with the option that was meant when a name was wrong."""
     message = re.sub(r"\s+", " ", message).strip()
     if stray := re.search(r"[Uu]nrecognized arguments: ((?!--).+)", message):
-        if not command.positional:
-            return f"takes no words that are no options, got {stray[1]}"
-        return (
-            f"{stray[1]!r}: words that are no options stand together, before or behind all options; "
-            'what begins with "-" stands behind "--"'
-        )
+        return _stray(stray[1], command)
     options = _option_types(command.config)
     if mistyped := _mistyped(message) or _no_settings(message, options):
         return mistyped
@@ -406,38 +400,55 @@ def _explain(message: str, prog: str, command: Command) -> str:
     name = next(group for group in wrong.groups() if group)
     group = re.search(r"Group '([\w.]+)'", message)
     full = f"{group[1]}.{name}" if group else name
-    return f"unknown option {full}.{_hint(full, options, prog, command)} See --help."
+    return " ".join(
+        filter(None, (f"unknown option {full}.", _hint(full, options, prog, command), "See --help."))
+    )
+
+
+def _stray(words: str, command: Command) -> str:
+    """What is wrong with words that the parser knows no place for."""
+    if re.match(r"-\w", words):
+        option = words.split(maxsplit=1)[0]
+        return f'unknown option {option}: options begin with "--", and words with a dash stand behind "--"'
+    if not command.positional:
+        return f"takes no words that are no options, got {words}. See --help."
+    return (
+        f"{words!r}: words that are no options stand together, before or behind all options; "
+        'what begins with "-" stands behind "--"'
+    )
 
 
 def _hint(name: str, options: Collection[str], prog: str, command: Command) -> str:
-    """A sentence, after a space, on what was meant by the name of no option; "" where nothing is near."""
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.7)
-    if near and near == [command.positional]:
-        return f' {near[0].capitalize()} are no option: {prog} "…".'
-    hint = f"Did you mean {near[0]}?" if near else command.hint(command.config, name)
-    return f" {hint}" if hint else ""
+    """A sentence on what was meant by the name of no option; "" where nothing is near."""
+    close, near = (difflib.get_close_matches(name, options, n=1, cutoff=cutoff) for cutoff in (0.85, 0.7))
+    if close and close == [command.positional]:
+        return f'Did you mean {close[0]}, or the words alone: {prog} "…"?'
+    hint = "" if close else command.hint(command.config, name)
+    return hint or (f"Did you mean {near[0]}?" if near else "")
+
+
+_SOME = 4
+"""Options of a group that a message names."""
 
 
 def _no_settings(message: str, options: Mapping[str, Any]) -> str:
     """The parser's words about a file of settings that is none, in ours; "" for other messages."""
     if config := re.fullmatch(r"Unexpected config:(.*)", message):
-        text = textwrap.shorten(config[1], 60, placeholder=" …")
+        text = config[1].strip()
+        text = text if len(text) <= 60 else f"{text[:57]} …"
         wrong = f"{text!r} has no value" if text.endswith(":") else f"got {text!r}"
         return f"a file of settings holds lines such as `seed: 3`, {wrong}"
-    if missing := re.search(r"""Parser key "config": File does not exist: '?(.*?)'?$""", message):
+    if missing := re.search(r"""Parser key "config": File does not exist: ['"]?(.*?)['"]?$""", message):
         return f"--config {missing[1]}: no such file"
-    group = re.search(r"""Parser key "([\w.]+)": Unable to load config ['"](.*?)['"]""", message)
+    group = re.search(r"""Parser key "([\w.]+)": Unable to load config ['"](.*?)['"](?: - |$)""", message)
     if not group:
         return ""
     below = [name for name in options if name.startswith(f"{group[1]}.")]
+    wrong = "holds none" if Path(group[2]).is_file() else "is no file"
     return (
-        f"--{group[1]} takes a YAML file of settings, got {group[2]!r}; its options one by one are "
+        f"--{group[1]} takes a YAML file of settings, and {group[2]!r} {wrong}; its options one by one are "
         f"{', '.join(f'--{name}' for name in below[:_SOME])}{' and others' if len(below) > _SOME else ''}"
     )
-
-
-_SOME = 4
-"""Options of a group that a message names."""
 
 
 _KINDS = {

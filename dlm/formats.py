@@ -5,6 +5,7 @@ A name becomes a path in `dlm.checkpoint`, before anything here is asked.
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -390,7 +391,8 @@ def stored_config(path: str) -> dict[str, Any]:
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise CheckpointError(f"{path}: not a checkpoint (no config.json in it)")
     near, ours = did_you_mean(path, NAMES), ", ".join(NAMES)
-    if near and "/" not in path and not Path(path).exists():  # a slip of the pen: the hub need not be asked
+    slip = difflib.get_close_matches(path, NAMES, n=1, cutoff=0.85)
+    if slip and not Path(path).exists():  # the hub need not be asked
         raise CheckpointError(f"{path}: no such folder, and none of {ours}.{near}")
     try:
         file = cached_file(path, "config.json")

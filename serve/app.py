@@ -43,8 +43,10 @@ def create_app(worker: Worker, config: ServeConfig, metrics: Metrics) -> FastAPI
         strict_content_type=False,
     )
     app.state.service = service
-    for module in (openai, canvas, mercury, tgi, ollama, operations):
-        app.include_router(module.router(service))
+    routers = [module.router(service) for module in (openai, canvas, mercury, tgi, ollama, operations)]
+    app.state.paths = sorted({route.path for router in routers for route in router.routes})
+    for router in routers:
+        app.include_router(router)
     _add_errors(app, metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     app.add_middleware(OllamaBodies)
@@ -128,7 +130,7 @@ def _first_fault(errors: Sequence[Any]) -> Any:
 
 def _near(request: Request) -> str:
     """Say which path is near to that of a request, or else where all are listed."""
-    near = difflib.get_close_matches(request.url.path, request.app.openapi()["paths"], n=1, cutoff=0.75)
+    near = difflib.get_close_matches(request.url.path.lower(), request.app.state.paths, n=1, cutoff=0.9)
     return f"; did you mean {near[0]}?" if near else f"; the paths are listed at {request.app.openapi_url}"
 
 

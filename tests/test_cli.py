@@ -91,8 +91,11 @@ def test_help_names_every_command_and_every_option_with_its_default(capsys):
             "unknown option temprature. Did you mean options.temperature?",
         ),
         (["generate", "--n", "2", "hi"], "unknown option n. Did you mean samples?"),
-        (["infill", "--max_new_tokens", "2", "hi"], "unknown option max_new_tokens."),
-        (["generate", "--prompt", "hi"], 'unknown option prompt. Prompts are no option: dlm generate "…"'),
+        (["infill", "--max_new_tokens", "2", "hi"], "unknown option max_new_tokens. See --help."),
+        (
+            ["generate", "--prompt", "hi"],
+            'unknown option prompt. Did you mean prompts, or the words alone: dlm generate "…"?',
+        ),
         (
             ["serve", "--decoder", "conv"],
             'unknown option decoder. Requests bring their own: "decoder" in the body.',
@@ -102,14 +105,19 @@ def test_help_names_every_command_and_every_option_with_its_default(capsys):
             'Options of a decoder stand behind its name: --decoders "entropy-bound(gamma=',
         ),
         (["generate", "--stream"], "unknown option stream. See --help."),
+        (["chat", "hello"], "takes no words that are no options, got hello. See --help."),
+        (["serve", "-p", "8000"], "unknown option -p: options begin with "),
+        (["serve", "--temprature", "1"], 'Requests bring their own: "temperature" in the body.'),
+        (["eval", "rules", "--model", "x", "--order", "2"], '--decoders "llada(order=…)"'),
+        (["train", "--output_dir", "x", "--model.lora", "it's"], 'settings, and "it\'s" is no file'),
         (["generate", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (
             ["train", "--output_dir", "x", "--data", "rows.json"],
-            "--data takes a YAML file of settings, got 'rows.json'; its options one by one are --data.so",
+            "--data takes a YAML file of settings, and 'rows.json' is no file; its options one by one are",
         ),
         (
             ["train", "--output_dir", "x", "--model.lora", "32"],
-            "--model.lora takes a YAML file of settings, got '32'",
+            "--model.lora takes a YAML file of settings, and '32' is no file",
         ),
     ],
 )
@@ -135,12 +143,24 @@ def test_a_slip_in_the_name_of_a_model_needs_no_hub(monkeypatch, capsys):
     assert "Did you mean 'default'?" in said
 
 
+@pytest.mark.parametrize("name", ["llada-8b-instruct", "fulltext", "my-sft", "gpt2"])
+def test_a_name_that_is_only_like_one_of_ours_is_looked_up(name, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("dlm.formats.cached_file", lambda path, file: asked.append(path) or 1 / 0)
+    assert main(["generate", "--model", name, "hi"]) == 1
+    assert asked
+    assert f"{name}: no such folder, not a model that the hub could give" in capsys.readouterr().err
+
+
 def test_a_file_that_holds_no_settings_is_quoted_in_part(tmp_path, capsys):
     file = tmp_path / "c.yaml"
     file.write_text("word " * 1000)
     assert main(["serve", "--config", str(file)]) == 2
     assert "holds lines such as `seed: 3`, got 'word word " in (said := capsys.readouterr().err)
     assert len(said) < 200
+    file.write_text("w" * 1000)
+    assert main(["serve", "--config", str(file)]) == 2
+    assert "`seed: 3`, got 'wwww" in capsys.readouterr().err
     file.write_text("port:\n")
     assert main(["serve", "--config", str(file)]) == 2
     assert "'port:' has no value" in capsys.readouterr().err
@@ -296,6 +316,19 @@ def test_generate_reads_words_files_and_stdin_and_writes_text_or_json(checkpoint
     assert piped.returncode == 0, piped.stderr
     assert piped.stdout.strip() == rows[0]["text"].strip()
     assert "Traceback" not in piped.stderr
+
+
+def test_answers_on_a_terminal_have_an_empty_line_between_them(checkpoint, monkeypatch, capsys):
+    words = ["generate", "--model", checkpoint, "--max_tokens", "6", "hello", "there", "again"]
+    answers = []
+    for prompt in words[-3:]:
+        assert main([*words[:-3], prompt]) == 0
+        answers.append(capsys.readouterr().out)
+    assert main(words) == 0
+    assert capsys.readouterr().out == "".join(answers)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert main(words) == 0
+    assert capsys.readouterr().out == "\n".join(answers)
 
 
 def test_what_stands_behind_two_dashes_is_a_prompt_to_the_letter():

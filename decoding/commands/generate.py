@@ -138,10 +138,11 @@ def run(config: GenerateConfig) -> int:
     )
     questions = itertools.chain.from_iterable(itertools.repeat(x, config.samples) for x in questions)
     outputs = _with_progress(outputs, count and count * config.samples)
-    end = "\n\n" if sys.stdout.isatty() and not config.json else "\n"  # an answer may have several lines
-    for output, prompt in zip(outputs, questions, strict=False):  # in this order: outputs raise what is wrong
+    apart = sys.stdout.isatty() and not config.json  # an answer may have several lines
+    answers = zip(outputs, questions, strict=False)  # in this order: outputs raise what is wrong
+    for number, (output, prompt) in enumerate(answers):
         row = {"prompt": prompt, **asdict(output)}
-        print(json_line(row) if config.json else output.text, end=end, flush=True)
+        print("\n" * (apart and number > 0) + (json_line(row) if config.json else output.text), flush=True)
     return 0
 
 

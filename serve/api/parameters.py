@@ -76,7 +76,7 @@ def _has_half_character(value: Any) -> bool:
     return False
 
 
-OTHERWISE = ("stop", "max_tokens", "top_logprobs")
+NAMED_BY_INTERFACES = ("stop", "max_tokens", "top_logprobs")
 """Fields of a `Request` that each interface has under a name and in a form of its own."""
 
 
@@ -97,7 +97,7 @@ def _fields_of_request() -> dict[str, Any]:
     """The other fields of a `Request`, with their bounds and what its docstring says of them."""
     texts, kinds, schema = _descriptions(), get_type_hints(Request), {}
     for item in fields(Request):
-        if item.name in OTHERWISE:
+        if item.name in NAMED_BY_INTERFACES:
             continue
         bounds = {name: item.metadata[name] for name in ("ge", "le") if name in item.metadata}
         choices = item.metadata.get("choices")

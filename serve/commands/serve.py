@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import fields
 from importlib.util import find_spec
 
@@ -25,13 +26,28 @@ def run(config: ServeConfig) -> int:
     return serve(config)
 
 
-def request_hint(config: type, name: str) -> str:
-    """Say where an unknown option belongs that is one of a request."""
+BODY = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "n",
+    "seed",
+    "logprobs",
+    "frequency_penalty",
+    "presence_penalty",
+)
+"""Parameters of a body, besides the fields of a `Request`, that are looked for among the options."""
+
+
+def body_hint(config: type, name: str) -> str:
+    """Say where an unknown option belongs that is a parameter of a request."""
     del config
-    theirs = {item.name for item in fields(Request)}
-    return f'Requests bring their own: "{name}" in the body.' if name in theirs else ""
+    theirs = [*(item.name for item in fields(Request)), *BODY]
+    near = difflib.get_close_matches(name.partition(".")[0], theirs, n=1, cutoff=0.75)
+    return f'Requests bring their own: "{near[0]}" in the body.' if near else ""
 
 
 COMMAND = Command(
-    "serve a model over HTTP (OpenAI's, TGI's and Ollama's interfaces)", ServeConfig, run, hint=request_hint
+    "serve a model over HTTP (OpenAI's, TGI's and Ollama's interfaces)", ServeConfig, run, hint=body_hint
 )

@@ -280,6 +280,8 @@ def test_unknown_paths_and_methods_have_openai_errors(server):
         assert response.json()["error"]["message"]
     near = server.client.get("/v1/chat/completion").json()["error"]["message"]
     assert near == "Not Found; did you mean /v1/chat/completions?"
+    for path in ("/api/copy", "/api/delete", "/api/pull"):  # of Ollama, and not like another
+        assert "did you mean" not in server.client.post(path).text
     far = server.client.get("/nothing").json()["error"]["message"]
     assert far == "Not Found; the paths are listed at /openapi.json"
     assert "/v1/chat/completions" in server.client.get("/openapi.json").json()["paths"]
