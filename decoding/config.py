@@ -128,7 +128,7 @@ class LoadConfig:
         return BucketedModel(model, graphs=self.accelerate == "graphs"), tokenizer
 
 
-ALIASES = {"n": "samples", "num_return_sequences": "samples", "max_new_tokens": "max_tokens"}
+ALIASES = {"n": "samples", "num_return_sequences": "samples"}
 """Options as other programs call them."""
 
 

@@ -420,7 +420,7 @@ def _stray(words: str, command: Command) -> str:
 
 def _hint(name: str, options: Collection[str], prog: str, command: Command) -> str:
     """A sentence on what was meant by the name of no option; "" where nothing is near."""
-    close, near = (difflib.get_close_matches(name, options, n=1, cutoff=cutoff) for cutoff in (0.85, 0.7))
+    close, near = (difflib.get_close_matches(name, options, n=1, cutoff=cutoff) for cutoff in (0.75, 0.7))
     if close and close == [command.positional]:
         return f'Did you mean {close[0]}, or the words alone: {prog} "…"?'
     hint = "" if close else command.hint(command.config, name)
