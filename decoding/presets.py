@@ -26,6 +26,7 @@ from decoding.reveal import (
     Stability,
     Threshold,
 )
+from decoding.reveal.base import NEEDS
 from decoding.reveal.order_table import OrderTable
 from decoding.reveal.process_reward import Control
 from decoding.reveal.quota import Order
@@ -88,8 +89,11 @@ class Decoder:
         Sizes of the window that were left open are chosen for the length.
 
         Raises:
-            ConfigError: for a sliding window, which has no blocks.
+            ConfigError: for a sliding window, which has no blocks, and for verification under a model with a
+                causal context, which computes no shadows.
         """
+        if spec.visibility.causal_context and "shadows" in self.reveal.requires:
+            raise ConfigError(NEEDS["shadows"])
         window, size = self.window.fitted(length), spec.visibility.block_size
         if size is not None and not isinstance(window, Within):
             if window.timed:

@@ -140,13 +140,14 @@ class _OllamaAnswer:
         }
         if output is None:
             return line
+        elapsed = time.monotonic_ns() - self.begun
         return line | {
             "done_reason": output.finish_reason,
-            "total_duration": time.monotonic_ns() - self.begun,
+            "total_duration": elapsed,
             "load_duration": 0,
             "prompt_eval_count": self.sample.row.answer_start,
             "prompt_eval_duration": 0,
-            "eval_duration": time.monotonic_ns() - self.begun,
+            "eval_duration": elapsed,
             "eval_count": len(output.token_ids),
         }
 

@@ -145,7 +145,7 @@ def chat_generation(body: schema.ChatRequest) -> Generation:
     check_answering(body)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise APIError(400, "give max_tokens or max_completion_tokens, not both", param="max_tokens")
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise APIError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
     longest = body.max_tokens or body.max_completion_tokens
     return Generation(body, longest, stop_texts(body.stop), body.n or 1, body.top_logprobs or 0)

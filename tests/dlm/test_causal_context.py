@@ -1,5 +1,7 @@
 """Finished blocks that see nothing behind themselves, against masks written out cell by cell."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -171,9 +173,13 @@ def test_recorded_attention_is_that_of_the_call(context, tokenizer):
 
 
 def test_tokens_of_such_a_model_are_not_verified(context):
-    plan = Request(decoder="conv", options={"verify": 0.1}, max_tokens=9).resolve(context)
+    request = Request(decoder="conv", options={"verify": 0.1}, max_tokens=9)
+    for refused in (request.resolve, replace(request, max_tokens=None).resolve_gaps):
+        with pytest.raises(ConfigError, match="the option verify needs a model"):
+            refused(context)
+    full = replace(context.spec, visibility=Visibility())
     with pytest.raises(ConfigError, match="the option verify needs a model"):
-        check_capable(context, plan)
+        check_capable(context, request.resolve(full))
 
 
 def test_it_needs_blocks():

@@ -389,6 +389,7 @@ def test_what_a_chat_cannot_have_is_refused_by_name(server, given, param):
 def test_values_that_ask_for_nothing_are_taken(server):
     nothing = {
         "tools": None, "tool_choice": "none", "response_format": {"type": "text"}, "user": "me",
+        "logprobs": False, "top_logprobs": 0,
         "store": False,
         "metadata": {"a": "b"}, "service_tier": "auto", "parallel_tool_calls": True, "modalities": ["text"],
         "logit_bias": None, "stop": None, "n": 1, "stream": False, "temperature": None,
