@@ -89,10 +89,10 @@ class Decoder:
         Sizes of the window that were left open are chosen for the length.
 
         Raises:
-            ConfigError: for a sliding window, which has no blocks, and for verification under a model with a
-                causal context, which computes no shadows.
+            ConfigError: for a sliding window, which has no blocks, and for verification under a model
+                whose tokens cannot be verified.
         """
-        if spec.visibility.causal_context and "shadows" in self.reveal.requires:
+        if "shadows" in self.reveal.requires and not spec.visibility.verifiable:
             raise ConfigError(NEEDS["shadows"])
         window, size = self.window.fitted(length), spec.visibility.block_size
         if size is not None and not isinstance(window, Within):
@@ -203,6 +203,11 @@ class Preset:
     tokens: TokenRule = field(default_factory=TokenRule)
     exact: bool = False
     wrapped: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def described(self) -> str:
+        """What it does, its paper, and whether it is exact."""
+        return f"{self.summary} ({self.paper}; {'exact' if self.exact else 'approximate'})"
 
     @cached_property
     def options(self) -> Mapping[str, Any]:
@@ -428,8 +433,7 @@ def list_decoders() -> dict[str, str]:
     lines = {}
     for name, preset in presets().items():
         options = ", ".join(f"{k}={v}" for k, v in preset.options.items())
-        law = "exact" if preset.exact else "approximate"
-        lines[name] = f"{preset.summary} ({preset.paper}; {law}). Options: {options}"
+        lines[name] = f"{preset.described}. Options: {options}"
     return lines
 
 
@@ -441,9 +445,8 @@ def decoders_in_words() -> str:
     usual = {name: max(given, key=given.count) for name, given in values.items()}
     lines = []
     for name, preset in presets().items():
-        law = "exact" if preset.exact else "approximate"
         own = {k: v for k, v in preset.options.items() if k not in usual or v != usual[k]}
-        lines.append(f"{name}: {preset.summary} ({preset.paper}; {law})" + _below(own))
+        lines.append(f"{name}: {preset.described}" + _below(own))
     rest = "Every decoder has these options too, and these values where no others stand:"
     return "\n".join([*lines, "", rest + _below(usual)])
 

@@ -420,11 +420,11 @@ def _stray(words: str, command: Command) -> str:
 
 def _hint(name: str, options: Collection[str], prog: str, command: Command) -> str:
     """A sentence on what was meant by the name of no option; "" where nothing is near."""
-    close, near = (difflib.get_close_matches(name, options, n=1, cutoff=cutoff) for cutoff in (0.75, 0.7))
-    if close and close == [command.positional]:
-        return f'Did you mean {close[0]}, or the words alone: {prog} "…"?'
-    hint = "" if close else command.hint(command.config, name)
-    return hint or (f"Did you mean {near[0]}?" if near else "")
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
+    if not near:
+        return command.hint(command.config, name)
+    alone = f', or the words alone: {prog} "…"' if near == [command.positional] else ""
+    return f"Did you mean {near[0]}{alone}?"
 
 
 _SOME = 4

@@ -36,7 +36,7 @@ from dlm.objective import token_log_probabilities
 from dlm.prepacking import ONLY_COMPUTES, prepacked_layers
 from dlm.quantization import is_quantized
 from dlm.shadows import Shadowed, Shadows
-from dlm.spec import ModelSpec
+from dlm.spec import ModelSpec, Visibility
 
 IGNORE = -100
 """Target value of cells that are not predicted (the convention of PyTorch's cross entropy)."""
@@ -166,10 +166,9 @@ class MaskedDiffusionModel(PreTrainedModel):  # type: ignore[misc]
     def capabilities(self) -> frozenset[str]:
         """Beyond `hidden` and `logits`: packed rows, rows in part, recorded attention, shadows.
 
-        A shadow asks for a token's probability given what stands behind it in its block, which a finished
-        block with a causal context does not see.
+        A shadow asks for a token's probability given what stands behind it (`Visibility.verifiable`).
         """
-        shadows = set() if self.config.causal_context else {"shadows"}
+        shadows = {"shadows"} if Visibility.of_config(self.config).verifiable else set()
         return frozenset({"packed", "partial", "attention", *shadows})
 
     def set_attn_implementation(

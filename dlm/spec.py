@@ -58,6 +58,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
 """Types of the defaults, as JSON has them."""
 
 
+def _given(config: Any, name: str, default: Any) -> Any:
+    """A field of a configuration; `default` where it has none, or None."""
+    value = getattr(config, name, None)
+    return default if value is None else value
+
+
 @dataclass(frozen=True)
 class Visibility:
     """Attention between positions.
@@ -83,10 +89,27 @@ class Visibility:
         if self.causal_context and self.block_size is None:
             raise ConfigError("causal_context is for block-causal models: it needs a block_size")
 
+    @classmethod
+    def of_config(cls, config: Any) -> Visibility:
+        """Read a model's configuration; what it does not say has the defaults above."""
+        return cls(
+            getattr(config, "block_size", None),
+            bool(_given(config, "block_lead", True)),
+            bool(_given(config, "causal_context", False)),
+        )
+
     @property
     def name(self) -> str:
         """Either "full" or "block"."""
         return "full" if self.block_size is None else "block"
+
+    @property
+    def verifiable(self) -> bool:
+        """True where a written token can be looked at by the model with all that stands behind it in view.
+
+        A finished block with a causal context does not see what stands behind a token in it.
+        """
+        return not self.causal_context
 
     def __str__(self) -> str:
         """All of it in words, such as "block, blocks of 16, finished ones causal"."""
@@ -133,25 +156,16 @@ class ModelSpec:
     @classmethod
     def of_config(cls, config: Any) -> ModelSpec:
         """Read a model's configuration; what it does not say has the defaults above."""
-
-        def given(name: str, default: Any) -> Any:
-            value = getattr(config, name, None)
-            return default if value is None else value
-
         return cls(
             mask_token_id=int(config.mask_token_id),
             eos_token_id=int(config.eos_token_id),
-            end_token_ids=frozenset(given("end_token_ids", ())),
+            end_token_ids=frozenset(_given(config, "end_token_ids", ())),
             pad_token_id=getattr(config, "pad_token_id", None),
-            positions=int(given("max_positions", _UNLIMITED)),
-            shift=bool(given("shift", False)),
-            visibility=Visibility(
-                getattr(config, "block_size", None),
-                bool(given("block_lead", True)),
-                bool(given("causal_context", False)),
-            ),
-            schedule=schedule_named(**given("schedule", {})),
-            defaults=DecodingDefaults.of(given("generation", {})),
+            positions=int(_given(config, "max_positions", _UNLIMITED)),
+            shift=bool(_given(config, "shift", False)),
+            visibility=Visibility.of_config(config),
+            schedule=schedule_named(**_given(config, "schedule", {})),
+            defaults=DecodingDefaults.of(_given(config, "generation", {})),
         )
 
     @classmethod

@@ -332,9 +332,9 @@ class _Handlers:
     async def canvas(self, body: CanvasRequest, http: Request) -> Response:
         """Write an answer, or fill the gaps of a text, and tell of every cell.
 
-        As a stream: `event: canvas` after each step, with all `cells` at first and then those that have
-        changed (`changes`, each with its `index`); then `event: done`. The lengths of a gap that are tried
-        are told apart by `candidate`.
+        As a stream: `event: canvas` after each step but the last, with all `cells` at first and then those
+        that have changed (`changes`, each with its `index`); then `event: done` with all cells. The lengths
+        of a gap that are tried are told apart by `candidate`.
         """
         service = self.service
         service.check_model(body.model)

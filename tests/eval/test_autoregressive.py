@@ -22,30 +22,30 @@ def texts(causal, **rule):
     return [reply.text for _, reply in Autoregressive(*causal, 12, **rule).replies(TALKS)]
 
 
-def test_without_a_nucleus_it_writes_the_likeliest_token(causal):
+def written(causal, penalty=0.0):
+    """The likeliest token each time, every token that the answer has being `penalty` less likely."""
     model, tokenizer = causal
-    expected = []
+    out = []
     for talk in TALKS:
         ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
         begun = len(ids)
         with torch.no_grad():
             while len(ids) < begun + 12 and ids[-1] != tokenizer.eos_token_id:
-                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        expected.append(tokenizer.decode(ids[begun:], skip_special_tokens=True).strip())
+                logits = model(torch.tensor([ids])).logits[0, -1]
+                for token in ids[begun:]:
+                    logits[token] -= penalty
+                ids.append(int(logits.argmax()))
+        out.append(tokenizer.decode(ids[begun:], skip_special_tokens=True).strip())
+    return out
+
+
+def test_without_a_nucleus_it_writes_the_likeliest_token(causal):
+    expected = written(causal)
     assert texts(causal, top_p=0) == texts(causal, top_p=0, seed=7) == expected
 
 
 def test_a_frequency_penalty_counts_what_the_answer_has_written(causal):
-    model, tokenizer = causal
-    expected = []
-    for talk in TALKS:
-        ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
-        begun = len(ids)
-        with torch.no_grad():
-            while len(ids) < begun + 12 and ids[-1] != tokenizer.eos_token_id:
-                logits = model(torch.tensor([ids])).logits[0, -1].tolist()
-                ids.append(max(range(len(logits)), key=lambda v: logits[v] + 3 * ids[begun:].count(v)))
-        expected.append(tokenizer.decode(ids[begun:], skip_special_tokens=True).strip())
+    expected = written(causal, penalty=-3)
     assert texts(causal, top_p=0, frequency_penalty=-3) == expected
     assert expected != texts(causal, top_p=0)
 

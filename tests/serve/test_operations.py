@@ -17,7 +17,9 @@ import pytest
 
 from dlm.cli import main
 from dlm.errors import ConfigError, DataError
+from serve.api.schema import ChatRequest
 from serve.app import create_app
+from serve.commands.serve import BODY
 from serve.config import ServeConfig
 from serve.metrics import Metrics
 from serve.server import serve
@@ -244,6 +246,10 @@ def test_times_are_counted_once_for_what_they_measure(tiny, tokenizer):
         calls = sum(choice["metadata"]["model_calls"] for choice in whole["choices"])
         assert server.metric("row_model_calls_total") == 2 * calls
         assert server.metric("answer_success_total", finished_reason="length") == 4
+
+
+def test_options_that_belong_in_a_body_are_parameters_there():
+    assert set(BODY) <= set(ChatRequest.model_fields)
 
 
 def test_settings_come_from_a_file_and_from_the_command_line(tmp_path, monkeypatch):
