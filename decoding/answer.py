@@ -124,15 +124,19 @@ def written_prefix(canvas: Canvas, plan: Plan) -> list[int]:
 def find_stop(canvas: Canvas, plan: Plan, detokenizer: Detokenizer) -> Cut | None:
     """The first stop text in what is written without a gap; None if there is none.
 
-    A stop text that lies wholly in what the answer was given to begin with does not count.
+    A stop text that lies wholly in what the answer was given to begin or to end with does not count.
     """
     if not plan.stop:
         return None
     ids = written_prefix(canvas, plan)
     text = detokenizer.prefix(ids)
-    begins_with = int((~canvas.initial[0, int(canvas.answer_start[0]) :]).int().cumprod(0).sum())
-    prefix_size = len(detokenizer.text(ids[:begins_with])) if begins_with else 0
-    places = [(text.find(stop, max(0, prefix_size - len(stop) + 1)), stop) for stop in plan.stop]
+    written = canvas.initial[0, int(canvas.answer_start[0]) :][: len(ids)].nonzero()[:, 0].tolist()
+    if not written:
+        return None
+    first = len(detokenizer.text(ids[: written[0]])) if written[0] else 0
+    last = len(detokenizer.text(ids[: written[-1] + 1])) if written[-1] + 1 < len(ids) else len(text)
+    bounds = [(stop, max(0, first - len(stop) + 1), last + len(stop) - 1) for stop in plan.stop]
+    places = [(text.find(stop, begin, end), stop) for stop, begin, end in bounds]
     places = [(place, stop) for place, stop in places if place >= 0]
     if not places:
         return None

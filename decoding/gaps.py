@@ -10,11 +10,11 @@ from typing import Any
 from decoding.request import is_whole
 from dlm.errors import ConfigError
 
-GAP = re.compile(r"<mask:(\d{1,7})(?:-(\d{1,7}))?>")
-"""A gap in a text that is to be filled: its number of tokens, or the least and the greatest."""
+GAP = re.compile(r"<mask(?::(\d{1,7})(?:-(\d{1,7}))?)?>")
+"""A gap in a text that is to be filled: its number of tokens, the least and the greatest, or neither."""
 
-ANY_GAP = re.compile(r"<mask(?::(\d{1,7})(?:-(\d{1,7}))?)?>")
-"""The same, or a gap that does not say its length."""
+OPEN_GAP = 32
+"""Longest text that is tried for a gap that does not say its length."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,17 @@ def combinations(pieces: Sequence[Piece]) -> int:
     return total
 
 
-def pieces_of(text: str, open_until: int = 0) -> list[Piece]:
-    """A text cut at its gaps, which are written `<mask:3>` or `<mask:2-6>`.
+def pieces_of(text: str, open_until: int = OPEN_GAP) -> list[Piece]:
+    """A text cut at its gaps, which are written `<mask:3>`, `<mask:2-6>` or `<mask>`.
 
     Args:
         text: the text.
-        open_until: greatest length of a gap written `<mask>`; 0 to leave such a word as it is.
+        open_until: greatest length of a gap written `<mask>`.
 
     Raises:
         ConfigError: for a text without a gap, or a gap that can have no length.
     """
-    parts = (ANY_GAP if open_until else GAP).split(text)
+    parts = GAP.split(text)
     if len(parts) == 1:
         raise ConfigError("there is no gap; write one as <mask:3> (three tokens) or <mask:2-6>")
     pieces: list[Piece] = [parts[0]]

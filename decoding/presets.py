@@ -103,6 +103,14 @@ class Decoder:
             window = Within(window, size, lead=spec.shift and spec.visibility.lead)
         return self if window is self.window else replace(self, window=window)
 
+    def goes_with(self, spec: ModelSpec) -> bool:
+        """True where a model of this specification can be decoded so (see `fitted`)."""
+        try:
+            self.fitted(spec.positions, spec)
+        except ConfigError:
+            return False
+        return True
+
     @property
     def preset(self) -> str:
         """Name of the preset that it comes from, at whatever pace."""

@@ -219,6 +219,8 @@ class Sampler:
     ) -> Iterator[Infilled]:
         """Fill the gaps of texts: `<mask:3>` stands for three tokens, `<mask:2-6>` for two to six.
 
+        `<mask>` says no length: a few are tried up to `decoding.gaps.OPEN_GAP`, each a fifth above the last.
+
         What is written around the gaps is never changed, and everything before and behind them is seen; a
         convolutional window opens each gap from both of its sides. Control tokens cannot come out. A space
         before a gap belongs to the gap, since tokens carry the space before them.

@@ -12,6 +12,7 @@ import argparse
 import atexit
 import difflib
 import io
+import itertools
 import json
 import locale
 import logging
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from dlm import packages
-from dlm.errors import ConfigError, DLMError, did_you_mean
+from dlm.errors import ConfigError, DLMError, did_you_mean, first_line
 from dlm.version import __version__
 
 
@@ -235,12 +236,14 @@ def parse(prog: str, command: Command, words: Sequence[str]) -> Any:
         parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     options, verbatim = _split(words)
     try:
-        texts = getattr(command.config, "TEXTS", ())
-        namespace = parser.parse_args(_normalise(options, _option_types(command.config), texts))
+        texts, types = getattr(command.config, "TEXTS", ()), _option_types(command.config)
+        normal = _normalise(options, types, texts)
+        for file in _settings_files(normal):
+            _check_settings(_read_settings(file), types)
+        namespace = parser.parse_args(normal)
         for name in texts:
             namespace[name] = _decoded(namespace[name])
-        for file in namespace.pop("config", None) or ():
-            _check_file(file, _option_types(command.config))
+        namespace.pop("config", None)
         rest = [*(namespace.pop("words", None) or ()), *verbatim[1:]]
         if rest:
             _set_positional(namespace, command, rest)
@@ -251,32 +254,68 @@ def parse(prog: str, command: Command, words: Sequence[str]) -> Any:
         raise SystemExit(_fail(message, 2, prog)) from None
 
 
-def _check_file(file: Any, options: Mapping[str, Any]) -> None:
-    """Refuse a wrong name with nothing in it, such as "modle: {}", which the parser passes over.
+def _settings_files(words: Sequence[str]) -> list[str]:
+    """The files that --config names."""
+    pairs = itertools.pairwise([*words, ""])
+    files = [word.partition("=")[2] or behind for word, behind in pairs if re.match("--config(=|$)", word)]
+    return [file for file in files if file and not _OPTION.match(file)]
 
-    And a right one without a value, such as "seed:", where the option must have one.
+
+def _read_settings(file: str) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Raises:
+        ConfigError: for a file that cannot be read, or holds none.
     """
     import yaml
 
-    def check(settings: Any, prefix: str = "") -> None:
-        for name, value in settings.items() if isinstance(settings, dict) else ():
-            full = f"{prefix}{name}"
-            if value == {} and full not in options:
-                raise _UsageError(f"Key '{full}' is not expected")
-            if value is None and not _may_be_none(full, options):
-                raise ConfigError(f"{full} has no value: give it one, or leave the line out")
-            if any(option.startswith(f"{full}.") for option in options):
-                check(value, f"{full}.")
+    try:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"--config {file}: no such file") from error
+    except OSError as error:
+        raise ConfigError(f"--config {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {file}: not a file of text in UTF-8") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        place = getattr(error, "problem_mark", None)
+        line = f", line {place.line + 1}" if place else ""
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise ConfigError(f"--config {file}{line}: not YAML ({problem})") from error
+    if not isinstance(settings, dict) or not settings:
+        text = " ".join(str(settings or "").split())
+        text = text if len(text) <= 60 else f"{text[:57]} …"
+        raise ConfigError(f"--config {file}: a file of settings holds lines such as `seed: 3`, got {text!r}")
+    return settings
 
-    check(yaml.safe_load(Path(str(file)).read_text(encoding="utf-8")))
+
+def _check_settings(settings: Mapping[Any, Any], options: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse settings of a file that the parser would pass over, or could not explain.
+
+    A wrong name with nothing in it, such as "modle: {}"; a right one without a value, such as "seed:", where
+    the option must have one; and a group that holds no settings, such as "data: 3".
+
+    Raises:
+        ConfigError: naming it.
+    """
+    for name, value in settings.items():
+        full = f"{prefix}{name}"
+        if value == {} and full not in options:
+            raise _UsageError(f"Key '{full}' is not expected")
+        if value is None and not _may_be_none(full, options):
+            raise ConfigError(f"{full} has no value: give it one, or leave the line out")
+        if not is_dataclass(options.get(full)) or value is None:
+            continue
+        if not isinstance(value, dict):
+            within = ", ".join(item.name for item in fields(options[full])[:_SOME])
+            raise ConfigError(f"{full} is a group of settings ({within}, …), one a line, got {value!r:.60}")
+        _check_settings(value, options, f"{full}.")
 
 
 def _may_be_none(name: str, options: Mapping[str, Any]) -> bool:
-    """True for options that may be None, and groups at the top, which are their defaults then."""
+    """True for options that may be None."""
     kind = options.get(name, type(None))
-    return (
-        kind in (Any, type(None)) or type(None) in get_args(kind) or ("." not in name and is_dataclass(kind))
-    )
+    return kind in (Any, type(None)) or type(None) in get_args(kind)
 
 
 def _set_positional(namespace: Any, command: Command, words: list[str]) -> None:
@@ -432,14 +471,7 @@ _SOME = 4
 
 
 def _no_settings(message: str, options: Mapping[str, Any]) -> str:
-    """The parser's words about a file of settings that is none, in ours; "" for other messages."""
-    if config := re.fullmatch(r"Unexpected config:(.*)", message):
-        text = config[1].strip()
-        text = text if len(text) <= 60 else f"{text[:57]} …"
-        wrong = f"{text!r} has no value" if text.endswith(":") else f"got {text!r}"
-        return f"a file of settings holds lines such as `seed: 3`, {wrong}"
-    if missing := re.search(r"""Parser key "config": File does not exist: ['"]?(.*?)['"]?$""", message):
-        return f"--config {missing[1]}: no such file"
+    """The parser's words about a group's file of settings that is none, in ours; "" for other messages."""
     group = re.search(r"""Parser key "([\w.]+)": Unable to load config ['"](.*?)['"](?: - |$)""", message)
     if not group:
         return ""

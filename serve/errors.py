@@ -76,14 +76,20 @@ def body_for(path: str, error: APIError) -> dict[str, Any]:
     return error.body
 
 
-def refused(error: DLMError, names: Iterable[str]) -> APIError:
+def refused(error: DLMError, names: Iterable[str], options: Iterable[str] = ()) -> APIError:
     """A 400 for settings that do not fit, naming the parameter that the message begins with.
 
     Args:
         error: whose message says what was wrong and what would be right.
         names: parameters of the request.
+        options: names within its parameter `options`; a message about one has it as its first word.
     """
     words = re.findall(r"\w+", str(error))
-    param = next((word for word in words[:6] if word in set(names)), None)
+    if str(error).startswith("unknown option"):
+        param: str | None = "options"
+    elif words and words[0] in set(options) - set(names):
+        param = f"options.{words[0]}"
+    else:
+        param = next((word for word in words[:6] if word in set(names)), None)
     code = "context_length_exceeded" if isinstance(error, TooLongError) else "invalid_value"
     return APIError(400, str(error), param=param, code=code)

@@ -157,13 +157,37 @@ def test_a_file_that_holds_no_settings_is_quoted_in_part(tmp_path, capsys):
     file.write_text("word " * 1000)
     assert main(["serve", "--config", str(file)]) == 2
     assert "holds lines such as `seed: 3`, got 'word word " in (said := capsys.readouterr().err)
-    assert len(said) < 200
+    assert len(said) < 200 + len(str(file))
     file.write_text("w" * 1000)
     assert main(["serve", "--config", str(file)]) == 2
     assert "`seed: 3`, got 'wwww" in capsys.readouterr().err
     file.write_text("port:\n")
     assert main(["serve", "--config", str(file)]) == 2
-    assert "'port:' has no value" in capsys.readouterr().err
+    assert "port has no value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"data: 3\n", "data is a group of settings (source, split, limit, "),
+        (b"data: [x]\n", "validation_rows, …), one a line, got ['x']"),
+        (b"model:\n  lora: yes\n", "model.lora is a group of settings (r, alpha, dropout, targets, …), "),
+        (b"seed: \xff\n", "run.yaml: not a file of text in UTF-8"),
+        (b"seed: 3\ndata: [1,\n", "run.yaml, line 3: not YAML ("),
+        (b"data:\n", "data has no value: give it one, or leave the line out"),
+    ],
+)  # fmt: skip
+def test_a_file_of_settings_that_is_wrong_says_where(tmp_path, capsys, content, said):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    for words in (["--config", str(file)], [f"--config={file}"]):
+        assert main(["train", "--output_dir", str(tmp_path / "run"), *words]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_folder_holds_no_settings(tmp_path, capsys):
+    assert main(["train", "--config", str(tmp_path)]) == 2
+    assert f"--config {tmp_path} cannot be read: Is a directory" in capsys.readouterr().err
 
 
 def test_unknown_keys_in_a_config_file_are_named(tmp_path, capsys):
@@ -255,8 +279,14 @@ def test_generate_steers_by_a_reward(checkpoint, tmp_path, capsys, monkeypatch):
         (["--rate", "x"], "rate must be a number, got 'x'"),
         (["--max_tokens", "2.5"], "max_tokens must be a whole number, got '2.5'"),
         (["--options", "3"], "options must be names with values, got '3'"),
-        (["--config", "empty.yaml"], "a file of settings holds lines such as `seed: 3`, got ''"),
-        (["--config", "number.yaml"], "a file of settings holds lines such as `seed: 3`, got '5'"),
+        (
+            ["--config", "empty.yaml"],
+            "--config empty.yaml: a file of settings holds lines such as `seed: 3`, got ''",
+        ),
+        (
+            ["--config", "number.yaml"],
+            "--config number.yaml: a file of settings holds lines such as `seed: 3`, got '5'",
+        ),
         (["--file", "."], ".: a folder, not a file"),
     ],
 )

@@ -23,7 +23,7 @@ class InfillConfig(LoadConfig, DecoderRequest):
 
     Args:
         texts: texts with gaps such as "The capital of <mask:3> is Paris." (the words that are no options), or
-            <mask:2-6> for two to six tokens; "-" or nothing reads lines from stdin.
+            <mask:2-6> for two to six tokens, or <mask> for up to 32; "-" or nothing reads lines from stdin.
         edit: words that are written again, in texts without gaps.
         length: tokens that come in their place, such as 4 or 2-6; as many as they have if empty.
         prompt: what the texts are the answer to; empty for texts that stand alone.

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 from decoding.canvas import Canvas
 from decoding.cells import Cell, cells
 from decoding.engine import Update
-from decoding.gaps import pieces_of
+from decoding.gaps import OPEN_GAP, pieces_of
 from decoding.presets import Decoder, presets
 from decoding.request import Plan
 from decoding.row_maker import Prompt
@@ -43,10 +43,6 @@ from serve.api.sse import Events, sse_event, stream
 from serve.errors import APIError
 from serve.job import Sample
 from serve.service import Service
-
-OPEN_GAP = 32
-"""Longest text of a gap written `<mask>`, where no `max_tokens` is given."""
-
 
 Decode = Callable[..., str]
 """Text of token ids."""
@@ -352,9 +348,10 @@ class _Handlers:
         return JSONResponse(await service.unless_gone(http, canvases.answer(sample)))
 
     async def decoders(self) -> Any:
-        """List the decoders and their options."""
+        """List the decoders that this model can be decoded with, and their options."""
         self.service.check_loaded()
-        defaults = self.service.spec.defaults
+        spec = self.service.spec
+        defaults = spec.defaults
         listed = [
             {
                 "name": name,
@@ -365,6 +362,7 @@ class _Handlers:
                 "options": preset.options,
             }
             for name, preset in presets().items()
+            if Decoder.named(name).goes_with(spec)
         ]
         return {"default": defaults.decoder, "default_options": defaults.options, "data": listed}
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 from pydantic_core import PydanticCustomError
 
 from decoding.canvas import Row
+from decoding.presets import option_names
 from decoding.request import DecoderRequest, Plan, Request
 from decoding.reveal.order_table import is_name
 from dlm.characters import whole_characters
@@ -301,7 +302,7 @@ def faults_named(param: str | None = None) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        fault = refused(error, PARAMETERS)
+        fault = refused(error, PARAMETERS, option_names())
         fault.param = fault.param or param
         raise fault from error
 

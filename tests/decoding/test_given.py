@@ -76,6 +76,14 @@ def test_a_stop_text_within_what_was_given_is_none():
     own = sampler(eos_bias=-50)
     whole = own.generate(["q"], begin="ab", max_tokens=20)[0]
     assert own.generate(["q"], begin="ab", stop="ab", max_tokens=20)[0].text == whole.text
+    ends = {"ending": "st", "max_tokens": 20}
+    whole_with_end = own.generate(["q"], **ends)[0]
+    assert "st" not in whole_with_end.text[:-2]
+    for stop in ("st", "t"):
+        if stop not in whole_with_end.text[:-2]:
+            assert own.generate(["q"], stop=stop, **ends)[0].text == whole_with_end.text
+    over_the_edge = whole_with_end.text[-3:-1]
+    assert own.generate(["q"], stop=over_the_edge, **ends)[0].text == whole_with_end.text[:-3]
     across = "b" + whole.text[2]
     assert own.generate(["q"], begin="ab", stop=across, max_tokens=20)[0].text == "a"
 

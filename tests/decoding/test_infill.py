@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from decoding import Decoder, Sampler
+from decoding.gaps import OPEN_GAP, Gap, pieces_of
 from decoding.presets import PRESETS
 from dlm.cli import main
 from dlm.errors import ConfigError
@@ -119,6 +120,19 @@ def test_a_filled_text_is_the_same_alone_and_beside_a_longer_one(name, pace):
     for seed in range(3):
         together = sampler().infill(texts, decoder=name, seed=seed, **pace)
         assert together == [sampler().infill(text, decoder=name, seed=seed, **pace) for text in texts]
+
+
+def test_a_gap_without_a_length_is_tried_with_a_few():
+    gap = pieces_of("a <mask> b")[1]
+    assert (
+        gap.lengths
+        == Gap(1, OPEN_GAP, True).lengths
+        == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 19, 22, 26, 31, 32]
+    )
+    out = sampler().infill("ab<mask>cd")
+    given = [FakeTokenizer()(part)["input_ids"] for part in ("ab", "cd")]
+    assert [out.token_ids[:2], out.token_ids[-2:]] == given
+    assert len(out.token_ids) - 4 in gap.lengths
 
 
 def test_a_space_before_a_gap_is_the_gaps(model, tokenizer):

@@ -8,6 +8,7 @@ from decoding import Decoder, Sampler, list_decoders
 from decoding.presets import PRESETS, decoders_in_words, presets
 from dlm.cli import main
 from dlm.errors import ConfigError
+from dlm.spec import ModelSpec, Visibility
 from tests.fakes import FakeDenoiser, FakeTokenizer
 
 MODULE = """
@@ -123,3 +124,11 @@ def test_whole_numbers_that_a_tensor_cannot_hold_are_numbers_all_the_same(name, 
     assert type(getattr(getattr(decoder, axis), option)) is float
     sampler = Sampler(FakeDenoiser(), FakeTokenizer())
     assert sampler.generate("abc", decoder=decoder, max_tokens=5).token_ids
+
+
+def test_a_decoder_says_with_which_models_it_goes():
+    blocks = ModelSpec(0, 1, positions=64, visibility=Visibility(block_size=8, causal_context=True))
+    whole = ModelSpec(0, 1, positions=64)
+    goes = {name: [Decoder.named(name).goes_with(spec) for spec in (whole, blocks)] for name in presets()}
+    assert all(whole for whole, _ in goes.values())
+    assert {name for name, (_, in_blocks) in goes.items() if not in_blocks} == {"sliding", "wino"}
