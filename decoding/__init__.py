@@ -49,3 +49,8 @@ def __getattr__(name: str) -> Any:
             f"module 'decoding' has no attribute {name!r}; public names: {', '.join(__all__)}"
         )
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted({*globals(), *__all__})

@@ -129,7 +129,8 @@ class Steps:
         """See `Pace`."""
         if self.steps < stages:
             raise ConfigError(
-                f"{self.steps} steps are too few for {stages} blocks; each block needs at least one"
+                f"{self.steps} steps are too few for {stages} blocks; each block needs at least one: "
+                f"give {stages} or more, or a shorter answer"
             )
 
     def total(self, step: int) -> int:

@@ -281,8 +281,12 @@ class Request(DecoderRequest):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @classmethod
-    def of(cls, **given: Any) -> Request:
+    def of(cls, beside: Sequence[str] = (), /, **given: Any) -> Request:
         """Build a request from keyword arguments.
+
+        Args:
+            beside: names of other arguments, which an error may offer too.
+            **given: the fields.
 
         Raises:
             ConfigError: for an unknown name, with the nearest right one.
@@ -290,7 +294,7 @@ class Request(DecoderRequest):
         names = [field.name for field in fields(Request)]
         for name in given:
             if name not in names:
-                raise _unknown_field(name, names)
+                raise _unknown_field(name, [*names, *beside])
         return cls(**given)
 
     @classmethod
@@ -366,7 +370,9 @@ class Request(DecoderRequest):
         meaningful = {entry.name for entry in fields(DecoderRequest)}
         for name in (entry.name for entry in fields(Request)):
             if name not in meaningful and getattr(self, name) is not None:
-                raise ConfigError(f"{name} means nothing here: a text with gaps has the length it has")
+                raise ConfigError(
+                    f"{name} means nothing here: it is for answers, and this is a text with gaps"
+                )
         spec = _spec_of(model)
         decoder = self.decoder_for(spec).fitted(OPEN_LENGTH, spec).without(*spec.end_token_ids, *forbidden)
         steps = (spec.defaults.steps or OPEN_LENGTH // 4) if decoder.timed else None

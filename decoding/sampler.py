@@ -466,12 +466,16 @@ def _answer_of(update: Update) -> Output:
     return output
 
 
+_ARGUMENTS = ("request", "seed", "batch_size", "n", *sorted(TILT_FIELDS))
+"""Names that a wrong one may have meant, besides the fields of a request."""
+
+
 def _request(request: Request | None, fields: dict[str, Any]) -> Request:
     """The request given, or one made of its fields."""
     if TILT_FIELDS & fields.keys() and Tilt.among(fields)[0] is not None:
         raise ConfigError("a reward steers whole answers: it is for generate and iter_generate alone")
     if request is None:
-        return Request.of(**fields)
+        return Request.of(_ARGUMENTS, **fields)
     if not isinstance(request, Request):
         raise ConfigError(f"request must be a Request, or give its fields as arguments; got {request!r}")
     if fields:
@@ -484,8 +488,8 @@ def _check_samples(n: int, plan: Plan) -> None:
     check_whole("n", n)
     if n > 1 and not plan.decoder.random:
         raise ConfigError(
-            f"decoder {plan.decoder.name!r} draws nothing at random, so {n} answers would be equal; "
-            "give it a temperature (options)"
+            f"decoder {plan.decoder.name!r} draws nothing at random, so {n} answers would be equal; give it "
+            "a temperature: --options.temperature 0.7, or options={'temperature': 0.7}"
         )
 
 

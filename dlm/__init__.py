@@ -41,6 +41,11 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_LAZY[name]), name)
 
 
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted({*globals(), *__all__})
+
+
 if "transformers" in sys.modules:
     # In a program that uses it anyway, its AutoModel reads our folders from here on.
     importlib.import_module("dlm.model")

@@ -84,7 +84,8 @@ def draw_curve(history: History) -> Any:
     axes = figure.subplots()
     steps, loss = series(history, "loss")
     axes.plot(steps, loss, color=SKY, alpha=0.35, linewidth=1, label="training loss, one log interval")
-    axes.plot(steps, smooth(loss), color=BLUE, linewidth=1.8, label="training loss, smoothed")
+    marker = "o" if len(steps) == 1 else None  # a line through one point is none
+    axes.plot(steps, smooth(loss), color=BLUE, linewidth=1.8, marker=marker, label="training loss, smoothed")
     eval_steps, nelbo = series(history, "eval_nelbo")
     axes.plot(
         eval_steps, nelbo, color=RED, marker="o", markersize=4, linestyle="--", label="validation NELBO"

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,7 +31,13 @@ from dlm.model import IGNORE
 from dlm.noising import Blocks, add_eval_noise, add_noise
 from dlm.objective import weighted_loss
 from dlm.prior import TokenPrior
+from dlm.progress import SECONDS_BETWEEN_LINES
 from dlm.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+ENDLESS = 10**7
+"""Steps of a run that something else ends."""
 
 _COUNT = " count"
 """Behind the name of a watched figure: what its sum is divided by."""
@@ -88,7 +96,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         self.prior: TokenPrior | None = None
         self.remove_callback(ProgressCallback)
         if not args.disable_tqdm:
-            self.add_callback(TokenProgress)
+            self.add_callback(TokenProgress if sys.stderr.isatty() else TokenLines)
         self.add_callback(_Bookkeeping(self))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -482,6 +490,27 @@ class TokenProgress(ProgressCallback):  # type: ignore[misc]
         if self.training_bar is not None and logs:
             self._shown |= {name: f"{logs[key]:.4g}" for name, key in _SHOWN.items() if key in logs}
             self.training_bar.set_postfix(self._shown)
+
+
+class TokenLines(TrainerCallback):  # type: ignore[misc]
+    """The newest figures in lines, where there is no terminal: at validations, and now and then between."""
+
+    def __init__(self) -> None:
+        self._figures: dict[str, str] = {}
+        self._due = 0.0
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Say the figures, if it is time."""
+        if not (logs and state.is_world_process_zero):
+            return
+        self._figures |= {name: f"{logs[key]:.4g}" for name, key in _SHOWN.items() if key in logs}
+        if "eval_nelbo" in logs or time.monotonic() >= self._due:
+            figures = ", ".join(f"{name} {value}" for name, value in self._figures.items())
+            total = f" of {state.max_steps}" if state.max_steps < ENDLESS else ""
+            logger.info("step %d%s: %s", state.global_step, total, figures)
+            self._due = time.monotonic() + SECONDS_BETWEEN_LINES
 
 
 _SHOWN = {"loss": "loss", "val": "eval_nelbo", "lr": "learning_rate", "tok/s": "tokens_per_second"}

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from dlm.progress import progress
 from dlm.tokenizer import Message
 
 
@@ -58,7 +58,7 @@ class Reader:
         pairs = zip(talks, answers, strict=True)
         return [
             self.nats_per_token(talk, answer)
-            for talk, answer in tqdm(pairs, total=len(answers), desc=label, unit="answer", disable=None)
+            for talk, answer in progress(pairs, label, len(answers), unit="answer")
         ]
 
 

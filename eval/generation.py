@@ -7,9 +7,8 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from tqdm import tqdm
-
 from dlm.errors import DataError
+from dlm.progress import progress
 from dlm.tokenizer import Message
 from eval.answers import Answer, AnswerFile
 from eval.systems import REFUSED_REPLY, RefusedError, Reply, System
@@ -64,8 +63,8 @@ def generate(
         system: who answers.
         file: where answers go, and some may be.
         earlier: answers that need not be asked for again.
-        label: for the progress bar.
-        quiet: no progress bar.
+        label: for the progress shown.
+        quiet: show none.
 
     Returns:
         All answers, by question and turn.
@@ -73,9 +72,8 @@ def generate(
     answers = {**(earlier or {}), **file.read()}
     total = sum(len(question.turns) for question in questions)
     keys = {(question.id, turn) for question in questions for turn in range(len(question.turns))}
-    with tqdm(
-        total=total, initial=len(keys & set(answers)), desc=label, unit="answer", disable=quiet or None
-    ) as bar:
+    initial = len(keys & set(answers))
+    with progress(None, label, total, initial=initial, unit="answer", quiet=quiet) as bar:
         for turn in range(max((len(question.turns) for question in questions), default=0)):
             due = [q for q in questions if turn < len(q.turns) and (q.id, turn) not in answers]
             for answer in file.append(_timed_answers(due, turn, system, answers)):

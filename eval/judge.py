@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from dlm.errors import CheckpointError, DLMError
 from dlm.json_files import read_object
+from dlm.progress import progress
 from dlm.tokenizer import Message
 from eval.config import JudgeConfig
 from eval.formats import write_json
@@ -71,7 +70,11 @@ class Price:
 
     def __str__(self) -> str:
         """One line for people."""
-        money = f", ${self.dollars:.2f}" if self.dollars else ", no prices given"
+        money = (
+            f", ${self.dollars:.2f}"
+            if self.dollars
+            else ", no prices given (--judge.price_in, --judge.price_out)"
+        )
         return (
             f"{self.calls} requests to make, about {self.tokens_in:,} tokens to read (at {CHARACTERS} "
             f"characters each) and at most {self.tokens_out:,} to write{money}"
@@ -114,7 +117,7 @@ class Judge:
         with ThreadPoolExecutor(self.config.concurrency) as pool:
             try:
                 going = pool.map(self._one, unique.values())
-                replies = list(tqdm(going, total=len(unique), desc=label, unit="verdict", disable=None))
+                replies = list(progress(going, label, len(unique), unit="verdict"))
             finally:
                 pool.shutdown(cancel_futures=True)
         reply_of = dict(zip(unique, replies, strict=True))

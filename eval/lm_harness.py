@@ -19,9 +19,9 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
-from tqdm import tqdm
 
 from dlm.errors import ConfigError, DLMError, unknown_name
+from dlm.progress import progress
 from dlm.tokenizer import Message, template_name
 from eval.variants import number, parse_decoders
 
@@ -142,7 +142,7 @@ class DLM(LM):  # type: ignore[misc]
         Neighbours that ask for the same, as those of a task do, share the model calls.
         """
         out: list[str] = []
-        with tqdm(total=len(requests), disable=disable_tqdm or None, desc="generate_until") as bar:
+        with progress(None, "generate_until", len(requests), unit="request", quiet=disable_tqdm) as bar:
             for (stops, size), group in itertools.groupby(requests, self._asked_for):
                 contexts = [self._fitting(request.args[0]) for request in group]
                 request = self.variant.request(**dict(size), stop=list(stops) or None)

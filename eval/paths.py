@@ -207,9 +207,10 @@ class PathFolder:
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(f"{self.file}: not what `dlm eval path` writes ({error!r})") from error
         if settings != self.settings:
+            name = next(n for n in {**settings, **self.settings} if settings.get(n) != self.settings.get(n))
             raise ConfigError(
-                f"{self.file} holds paths under {settings}, not {self.settings}; give another --output, or "
-                "remove it"
+                f"{self.file} holds paths whose {name} was {settings.get(name)!r}, not "
+                f"{self.settings.get(name)!r}; give another --output, or remove it"
             )
         return {run.key: run for run in runs}
 

@@ -36,7 +36,7 @@ from dlm.origin import carry_notice
 from dlm.prior import TokenPrior
 from dlm.spec import ModelSpec
 from dlm.tokenizer import template_name
-from dlm.trainer import DiffusionTrainer, micro_batches
+from dlm.trainer import ENDLESS, DiffusionTrainer, micro_batches
 from finetune.config import RunConfig, StartConfig
 from finetune.deadline import Deadline
 from finetune.run_folder import RunFolder
@@ -145,7 +145,7 @@ def execute(stage: Stage[Any]) -> Path:
             other settings, or another process is at work in it.
     """
     config: RunConfig = stage.config
-    arguments = training_arguments(config, True, _ENDLESS)  # before the data are read
+    arguments = training_arguments(config, True, ENDLESS)  # before the data are read
     base_dtype = stage.start.lora.base_dtype
     if base_dtype != "float32" and not arguments.bf16:
         raise ConfigError(f"model.lora.base_dtype {base_dtype} computes in bfloat16: give precision bf16")
@@ -182,10 +182,14 @@ def _execute(stage: Stage[Any], run: RunFolder) -> Path:
     if run.resume_from and run.trained:  # killed between the last checkpoint and the final model
         trainer.load_checkpoint(run.resume_from)
     else:
+        if trainer.args.max_steps <= config.warmup_steps:
+            logger.warning(_WITHIN_WARMUP, "will end", trainer.args.max_steps, config.warmup_steps)
         try:
             trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
         except DivergedError as error:
             stage.diverged(trainer, run, error)
+        if config.max_minutes and trainer.state.global_step <= config.warmup_steps < trainer.args.max_steps:
+            logger.warning(_WITHIN_WARMUP, "has ended", trainer.state.global_step, config.warmup_steps)
     trainer.accelerator.wait_for_everyone()
     stage.settle(trainer, run)
     if trainer.ema:
@@ -194,6 +198,12 @@ def _execute(stage: Stage[Any], run: RunFolder) -> Path:
     if trainer.accelerator.is_main_process:
         run.finish()
     return run.path
+
+
+_WITHIN_WARMUP = (
+    "the run %s within its warm-up, at step %d, before --warmup_steps %d: its learning rate is never "
+    "reached; a tenth of the steps is usual"
+)
 
 
 def split_rows(data: DataConfig, seed: int, load: Load = load_rows) -> tuple[Dataset, Dataset]:
@@ -362,17 +372,13 @@ def _numbered(rows: Dataset | EncodedRows) -> Dataset | EncodedRows:
     return rows.add_column("row", list(range(len(rows)))).with_format("torch")
 
 
-_ENDLESS = 10**7
-"""Steps of a run that its deadline ends."""
-
-
 def step_limit(config: RunConfig, rows: int, processes: int) -> int:
     """Optimiser steps at most, of a run over so many rows: those of `max_steps`, or of its passes."""
     batches = rows / config.per_device_train_batch_size / processes
     steps = math.ceil(math.ceil(batches) / config.gradient_accumulation_steps)
     if processes > 1:  # which leave out what does not fill the last step, see `EpochSampler`
         steps = int(batches / config.gradient_accumulation_steps) or steps
-    limits = [config.max_steps or _ENDLESS, config.epochs * steps]
+    limits = [config.max_steps or ENDLESS, config.epochs * steps]
     return math.ceil(min(limits))
 
 

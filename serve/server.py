@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -148,12 +149,27 @@ class Server(uvicorn.Server):
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def check_free(host: str, port: int) -> None:
+    """Refuse an address at which nothing can listen, before a model is loaded.
+
+    Raises:
+        DLMError: saying why.
+    """
+    try:
+        kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=kind).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DLMError(f"cannot listen on {host}:{port} ({reason}): give another --port") from error
+
+
 def serve(config: ServeConfig) -> int:
     """Run until a signal comes; returns the exit status.
 
     Raises:
         DLMError: when the model cannot be loaded, or the address is taken.
     """
+    check_free(config.host, config.port)
     worker, app = make_backend(config)
     if config.public and not config.keys():
         print(
@@ -176,7 +192,7 @@ def serve(config: ServeConfig) -> int:
     try:
         server.run()
     except SystemExit as stop:
-        raise DLMError(f"cannot listen on {config.host}:{config.port}; is something else there?") from stop
+        raise DLMError(f"cannot listen on {config.host}:{config.port}: give another --port") from stop
     finally:
         worker.stop()
     if server.failure is not None:

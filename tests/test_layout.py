@@ -1,5 +1,6 @@
 """Every module has a test module of its name, or CONTRIBUTING names the one that tests it."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -35,3 +36,10 @@ def test_the_tour_names_no_module_that_is_gone():
 def test_links_to_files_of_the_repository_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text("utf-8"))
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("package", ["dlm", "decoding"])
+def test_the_public_names_are_listed(package):
+    module = importlib.import_module(package)
+    assert set(module.__all__) <= set(dir(module))
+    assert all(hasattr(module, name) for name in module.__all__)

@@ -13,6 +13,7 @@ from dlm.atomic import write_whole
 from dlm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from decoding.presets import Decoder
     from dlm.tokenizer import Message
 
 
@@ -37,6 +38,10 @@ class Source(Protocol):
 
     def count(self, text: str) -> int | None:
         """Number of tokens of a text; None where that is not known."""
+        ...
+
+    def decoder(self, request: Request) -> Decoder | None:
+        """The decoder of a request; None where that is not known."""
         ...
 
 
@@ -109,6 +114,12 @@ class Conversation:
         changed = replace(self.request, decoder=decoder, options=options)
         self.source.check(changed)
         self.request = changed
+
+    @property
+    def repeats(self) -> bool:
+        """True where every attempt at a question has the same answer: nothing is drawn at random."""
+        decoder = self.source.decoder(self.request)
+        return decoder is not None and not decoder.random
 
     def save(self, file: str | Path) -> int:
         """Write the conversations of this session as JSON lines, as `dlm train` reads them.

@@ -11,6 +11,7 @@ from decoding.request import Request
 from dlm.errors import ConfigError, DLMError, first_line, how_to_install
 
 if TYPE_CHECKING:
+    from decoding.presets import Decoder
     from decoding.sampler import Sampler
     from dlm.tokenizer import Message
 
@@ -55,6 +56,10 @@ class SamplerSource:
         """See `Source`."""
         return len(self.sampler.rows.text(text))
 
+    def decoder(self, request: Request) -> Decoder | None:
+        """See `Source`."""
+        return self.sampler.plan(request).decoder
+
 
 class EndpointSource:
     """Answers of an OpenAI-compatible endpoint (`/v1/chat/completions`), as a `Source` of a conversation.
@@ -90,7 +95,8 @@ class EndpointSource:
                     text += piece
                     yield text
         except self.failure as error:
-            raise DLMError(f"{self.client.base_url}: {first_line(error)}") from error
+            key = "; the key is OPENAI_API_KEY in the environment" if "401" in str(error) else ""
+            raise DLMError(f"{self.client.base_url}: {first_line(error)}{key}") from error
 
     def fitted(self, messages: Sequence[Message], request: Request) -> list[Message]:
         """See `Source`; what there is room for only the server knows."""
@@ -103,6 +109,11 @@ class EndpointSource:
     def count(self, text: str) -> int | None:
         """See `Source`."""
         del text
+        return None
+
+    def decoder(self, request: Request) -> Decoder | None:
+        """See `Source`; only the server knows."""
+        del request
         return None
 
 

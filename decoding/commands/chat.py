@@ -113,7 +113,8 @@ class Chat:
             "/retry": ("ask the last question again, under another seed", self._retry),
             "/system": ("TEXT: set the system message; without a text, show it; - for none", self._system),
             "/decoder": (
-                "NAME OPTION=VALUE …: decode in another way; without a name, show it; - for the model's own",
+                "NAME OPTION=VALUE …: decode in another way; options alone are for the model's own decoder; - "
+                "is that decoder as it is; without a word, show it",
                 self._decoder,
             ),
             "/save": ("FILE.jsonl: write the conversation, as dlm train reads it", self._save),
@@ -192,7 +193,12 @@ class Chat:
 
     def _retry(self, text: str) -> None:
         del text
-        self._show(self.conversation.retry())
+        answer = self.conversation.retry()
+        if self.conversation.repeats:
+            self.note(
+                "(this decoder draws nothing at random: the same answer; /decoder temperature=0.7 varies it)"
+            )
+        self._show(answer)
 
     def _system(self, text: str) -> None:
         if text:
@@ -201,11 +207,15 @@ class Chat:
 
     def _decoder(self, text: str) -> None:
         if text:
-            name, *options = text.split()
-            self.conversation.decode_with(None if name == "-" else name, _parse_options(options) or None)
+            words = text.split()
+            name = None if words[0] == "-" or "=" in words[0] else words[0]
+            options = words if "=" in words[0] else words[1:]
+            self.conversation.decode_with(name, _parse_options(options) or None)
         request = self.conversation.request
-        options_shown = " ".join(f"{option}={value}" for option, value in (request.options or {}).items())
-        self.note(f"decoder: {request.decoder or 'the model has its own'} {options_shown}".rstrip())
+        own = self.conversation.source.decoder(request)
+        called = request.decoder or (f"{own.name}, the model's own" if own else "the model's own")
+        shown = " ".join(f"{option}={value}" for option, value in (request.options or {}).items())
+        self.note(f"decoder: {called} {shown}".rstrip())
 
     def _save(self, text: str) -> None:
         if not text and not self.file:

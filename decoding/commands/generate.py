@@ -16,6 +16,7 @@ from decoding.tilted.tilt import Tilt
 from dlm.cli import Command, json_line
 from dlm.data.prompts import read_prompts, read_whole
 from dlm.errors import ConfigError, DataError
+from dlm.progress import progress
 
 LAWS = """\
 exact: texts follow the model's own distribution as steps become finer; at --rate 1 they do at once (the
@@ -170,10 +171,8 @@ def _with_system(prompt: Any, system: str) -> list[dict[str, str]]:
 
 
 def _with_progress(outputs: Iterable[Any], count: int | None) -> Any:
-    """A progress bar on stderr, unless there is one prompt only or stderr is no terminal."""
-    from tqdm import tqdm
-
-    return tqdm(outputs, total=count, unit="answer", disable=count == 1 or None)
+    """Progress on stderr, unless there is one prompt only."""
+    return progress(outputs, "answers", count, unit="answer", quiet=count == 1)
 
 
 COMMAND = Command(

@@ -89,8 +89,8 @@ class StepView:
 
 NEEDS = {
     "attention": "the option conflict needs a model that gives its attention weights",
-    "shadows": "the option verify needs a model that computes a mask beside a written token (`full` does; "
-    "one with a causal context, as `default`, does not)",
+    "shadows": "verification (the option verify, the decoder wino) needs a model that computes a mask beside "
+    "a written token: `full` does; one with a causal context, as `default`, does not",
 }
 """Capabilities that a rule may require of a model, with the error where it lacks them."""
 

@@ -13,9 +13,9 @@ class DataConfig:
     """Settings of the data: the source of the rows, and the windows made of them.
 
     Args:
-        source: hub id (tatsu-lab/alpaca), a file (.json, .jsonl, .json.gz, .csv, .parquet) of instruction
-            rows (instruction, input, output; prompt, completion), chat rows (messages) or plain rows (text),
-            or "rules" for the built-in tasks.
+        source: hub id (tatsu-lab/alpaca), a file (.json, .jsonl, also .gz; .csv, .tsv, .parquet) of
+            instruction rows (instruction, input, output; prompt, completion; question, answer; …), chat rows
+            (messages) or plain rows (text), or "rules" for the built-in tasks.
         split: split of a hub data set.
         limit: use only the first so many rows; 0 for all.
         validation_rows: rows held out from the end for validation.

@@ -11,6 +11,7 @@ from dlm.atomic import write_whole
 from dlm.cli import Command
 from dlm.device import check_place
 from dlm.errors import ConfigError
+from dlm.progress import progress
 
 if TYPE_CHECKING:
     from eval.dependence import Gain
@@ -79,8 +80,6 @@ def run(config: DependenceConfig) -> int:
 
 def measured_dependence(path: str, config: DependenceConfig) -> list[Gain]:
     """The gains of one model."""
-    from tqdm import tqdm
-
     from dlm.checkpoint import load_model
     from dlm.spec import ModelSpec
     from eval.dependence import gains
@@ -90,8 +89,7 @@ def measured_dependence(path: str, config: DependenceConfig) -> list[Gain]:
     room = ModelSpec.of(model).positions
     rows = held_out(config.data, config.last, config.limit, tokenizer, room, config.max_tokens)
     going = gains(model, rows, furthest=config.furthest, seed=config.seed, batch_size=config.batch_size)
-    bar = tqdm(going, path, unit="pair", leave=False, disable=None)
-    return list(bar)
+    return list(progress(going, path, unit="pair", leave=False))
 
 
 def dependence_table(gains_by_model: dict[str, list[Gain]]) -> Table:

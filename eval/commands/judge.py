@@ -81,7 +81,8 @@ def run(config: JudgeCommandConfig) -> int:
         print(f"{result.card.name}: {_figure_line(verdict.figures)}")
     if estimates:
         calls, dollars = sum(e.calls for e in estimates), sum(e.dollars for e in estimates)
-        print(f"in all {calls} requests, ${dollars:.2f}; nothing was asked")
+        money = f", ${dollars:.2f}" if dollars else ""
+        print(f"in all {calls} requests{money}; nothing was asked")
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from dlm.atomic import write_whole
 from dlm.cli import Command
 from dlm.errors import ConfigError
+from dlm.progress import progress
 from eval.variants import check_sizes
 
 STYLES = {
@@ -71,7 +72,6 @@ class LDWConfig:
 def run(config: LDWConfig) -> int:
     """Measure, draw, and show the candidates of the first prompt."""
     from rich.console import Console
-    from tqdm import tqdm
 
     from decoding.sampler import Sampler
     from dlm.checkpoint import load_model, stored_positions
@@ -96,7 +96,7 @@ def run(config: LDWConfig) -> int:
     if not prompts:
         raise ConfigError(f"no prompt leaves room for an answer in a window of {window} tokens")
     for path, (model, tokenizer) in models.items():
-        shown = tqdm(prompts, desc=path, leave=False, disable=None)
+        shown = progress(prompts, path, unit="prompt", leave=False)
         measured[path] = decoding_window(model, tokenizer, shown, prior, window=window, top=config.top)
         zone = candidates(
             model, tokenizer, prompts[0], prior,
@@ -185,10 +185,10 @@ def legend() -> Any:
 
 def ldw_summary(measured: dict[str, Any]) -> Any:
     """Masses and entropy next to the prompt, where the problem peaks, and far away; over all prompts."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     head = ("model", "distance", "prompts", "frequent tokens", "prompt tokens", "end token", "entropy, nats")
-    out = Table(*head)
+    out = Table(Column(head[0], overflow="fold"), *head[1:])
     for path, figures in measured.items():
         last = figures.shared
         for name, low, high in (("0", 0, 1), ("5 to 10", 5, 11), (f"11 to {last - 1}", 11, last)):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dlm.cli import Command
 from dlm.device import check_place
 from dlm.errors import ConfigError
+from dlm.progress import progress
 
 if TYPE_CHECKING:
     from decoding.reveal.order_table import OrderTable
@@ -166,10 +167,10 @@ def learn(config: LearnConfig) -> int:
     check_writable(output.parent)
     rewards: list[float] = []
     counted: list[float] = []
-    for progress in _offline(config, table) if config.runs else _online(config, table):
-        table = progress.table
-        rewards += progress.rewards
-        counted += [reward for reward in progress.rewards if not math.isnan(reward)]
+    for learnt in _offline(config, table) if config.runs else _online(config, table):
+        table = learnt.table
+        rewards += learnt.rewards
+        counted += [reward for reward in learnt.rewards if not math.isnan(reward)]
         if counted:
             table.save(output)  # after each batch: what was learnt so far is there, whatever comes
     if not counted:
@@ -183,8 +184,6 @@ def learn(config: LearnConfig) -> int:
 
 
 def _online(config: LearnConfig, table: OrderTable) -> Iterator[Progress]:
-    from tqdm import tqdm
-
     from decoding.sampler import Sampler
     from dlm.checkpoint import load_model
     from eval.orders import learn_online
@@ -202,7 +201,7 @@ def _online(config: LearnConfig, table: OrderTable) -> Iterator[Progress]:
         rounds=config.rounds, samples=config.samples, seed=config.seed, batch_size=config.batch_size,
     )  # fmt: skip
     batches = config.rounds * -(-len(questions) // (config.batch_size // config.samples))
-    yield from tqdm(going, "learning", total=batches, unit="batch", disable=None)
+    yield from progress(going, "learning", batches, unit="batch")
 
 
 def _offline(config: LearnConfig, table: OrderTable) -> Iterator[Progress]:
@@ -222,9 +221,9 @@ def _offline(config: LearnConfig, table: OrderTable) -> Iterator[Progress]:
             if run.card.task == task
             for pair in recorded(run, load_questions(task, run.card.source))
         ]
-        progress = learn_offline(answers, reward, table, within_prompts=config.within_prompts)
-        table = progress.table
-        yield progress
+        learnt = learn_offline(answers, reward, table, within_prompts=config.within_prompts)
+        table = learnt.table
+        yield learnt
 
 
 def _used(table: OrderTable) -> str:
@@ -240,7 +239,7 @@ def _margins(table: OrderTable) -> Table:
         axes = [i for i in range(3) if i != axis]
         counts, sums = table.counts.sum(axes), table.log_sums.logsumexp(axes)
         for i, (n, log_sum) in enumerate(zip(counts.tolist(), sums.tolist(), strict=True)):
-            value = f"{(log_sum - math.log(n)) / table.beta:+.3f}" if n else ""
+            value = f"{round((log_sum - math.log(n)) / table.beta, 3) + 0.0:+.3f}" if n else ""
             rows.append([name, f"{i / len(counts):.3g}", str(n), value])
     return Table("Rewards", ["", "from", "tokens", "reward"], rows)
 

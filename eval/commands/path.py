@@ -11,6 +11,7 @@ from decoding.config import request_hint
 from dlm.cli import Command
 from dlm.device import check_place
 from dlm.errors import ConfigError
+from dlm.progress import progress
 from eval.variants import Variant, check_sizes, variants
 
 if TYPE_CHECKING:
@@ -99,8 +100,6 @@ def run(config: PathConfig) -> int:
 
 def measured_path(config: PathConfig, folder: PathFolder) -> list[PathRun]:
     """The runs, model after model; those that the folder holds already are not made again."""
-    from tqdm import tqdm
-
     from decoding.sampler import Sampler
     from dlm.checkpoint import load_model, stored_spec
     from dlm.origin import fingerprint
@@ -125,9 +124,7 @@ def measured_path(config: PathConfig, folder: PathFolder) -> list[PathRun]:
             run = folder.runs.get((path, line, words))
             if run is None or (run.fingerprint, len(run.costs)) != (mark, len(rows)):
                 going = path_costs(sampler.model, rows, plan, seed=config.seed, batch_size=config.batch_size)
-                shown = tqdm(
-                    going, f"{path}, {line}, {words}", len(rows), unit="answer", leave=False, disable=None
-                )
+                shown = progress(going, f"{path}, {line}, {words}", len(rows), unit="answer", leave=False)
                 run = PathRun(path, line, words, mark, list(shown))
                 folder.save(run)
             runs.append(run)

@@ -43,7 +43,7 @@ class Table:
 
         table = Rich(title=self.title, title_justify="left")
         for i, cell in enumerate(self.head):
-            table.add_column(cell, justify="right" if i else "left")
+            table.add_column(cell, justify="right" if i else "left", overflow="ellipsis" if i else "fold")
         for row in self.rows:
             table.add_row(*row)
         return table

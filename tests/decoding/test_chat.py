@@ -57,6 +57,15 @@ def test_commands_do_what_help_says(chat, tmp_path):
     chat.take("one")
     chat.take("/retry")
     assert chat.conversation.source.asked[-1][2] == 1
+    assert "draws nothing at random" in chat.said()
+    chat.take("/decoder temperature=0.7")
+    assert "decoder: llada, the model's own temperature=0.7" in chat.said()
+    assert (chat.conversation.request.decoder, chat.conversation.request.options) == (
+        None,
+        {"temperature": 0.7},
+    )
+    chat.take("/retry")
+    assert "draws nothing at random" not in chat.said()
     chat.take("/system Be short. [/b]")
     assert chat.conversation.system == "Be short. [/b]"
     chat.take("/system -")

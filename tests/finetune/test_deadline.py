@@ -1,6 +1,7 @@
 """Runs that have minutes instead of steps, and rows that are encoded already."""
 
 import json
+import logging
 import time
 from pathlib import Path
 
@@ -85,6 +86,28 @@ def test_a_run_ends_with_its_time_and_is_finished(tmp_path):
     history = json.loads((tmp_path / "history.json").read_text())
     assert [r for r in history if "loss" in r][-1]["learning_rate"] < 3e-4
     assert "eval_nelbo" in history[-2] or "eval_nelbo" in history[-1]
+
+
+def test_a_run_that_ends_within_its_warm_up_says_so(tmp_path, caplog):
+    train(settings(tmp_path / "steps", max_steps=2, warmup_steps=2))
+    assert "the run will end within its warm-up, at step 2, before --warmup_steps 2" in caplog.text
+    caplog.clear()
+    train(timed(tmp_path / "time", warmup_steps=10**6))
+    assert "the run has ended within its warm-up, at step " in caplog.text
+    caplog.clear()
+    train(settings(tmp_path / "longer", max_steps=2, warmup_steps=1))
+    assert "warm-up" not in caplog.text
+
+
+def test_without_a_terminal_the_figures_are_lines(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("dlm.trainer.SECONDS_BETWEEN_LINES", 3600.0)
+    caplog.set_level(logging.INFO)
+    shown = {"trainer": {"disable_tqdm": False}}
+    train(settings(tmp_path, max_steps=6, warmup_steps=1, logging_steps=1, eval_steps=3, **shown))
+    lines = [line for line in caplog.messages if line.startswith("step ")]
+    assert [line.split(":")[0] for line in lines] == ["step 1 of 6", "step 3 of 6", "step 6 of 6"]
+    assert "loss " in lines[0]
+    assert "val " in lines[1]
 
 
 def test_a_killed_run_has_only_the_rest_of_its_time(tmp_path):

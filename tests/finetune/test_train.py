@@ -553,12 +553,9 @@ def test_the_trainers_nelbo_is_that_of_the_enumeration(tokenizer, tmp_path):
     from dlm.data.rows import features
     from tests.dlm.test_objective import enumerated_nelbo
 
-    rows = Dataset.from_dict(
-        {"prompt": [[{"role": "user", "content": "Go"}]], "answer": ["cat dog"]}, features=features()
-    )
-    trainer = trainer_on(
-        rows, tokenizer, tmp_path, data=DataConfig(source="rules", window=32), eval_draws=6000
-    )
+    row = {"prompt": [{"role": "user", "content": "Go"}], "answer": "cat dog"}
+    rows = Dataset.from_list([row] * 100, features=features())  # a row each time with noise of its own
+    trainer = trainer_on(rows, tokenizer, tmp_path, data=DataConfig(source="rules", window=32), eval_draws=60)
     row = trainer.eval_dataset[0]
     ids, start = row["input_ids"], int(row["prompt_length"])
     assert 3 <= len(ids) - start <= 8

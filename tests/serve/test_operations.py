@@ -16,7 +16,7 @@ import httpx2 as httpx
 import pytest
 
 from dlm.cli import main
-from dlm.errors import ConfigError, DataError
+from dlm.errors import ConfigError, DataError, DLMError
 from serve.api.schema import ChatRequest
 from serve.app import create_app
 from serve.commands.serve import BODY
@@ -209,8 +209,14 @@ def test_a_line_for_each_request_and_never_its_prompt(tiny, tokenizer, caplog):
 def test_a_path_cannot_write_a_line_of_the_log(server, caplog):
     caplog.set_level(logging.INFO, logger="serve.access")
     server.client.get("/nope%0arequest_id=FAKE%20status=200")
-    wait_for(lambda: any("FAKE" in message for message in caplog.messages))
-    (line,) = [message for message in caplog.messages if "FAKE" in message]
+
+    def lines():
+        return [
+            r.getMessage() for r in caplog.records if r.name == "serve.access" and "FAKE" in r.getMessage()
+        ]
+
+    wait_for(lines)
+    (line,) = lines()
     assert len(line.splitlines()) == 1
     assert '"/nope' in line
 
@@ -417,3 +423,13 @@ def test_what_is_wrong_is_said_in_one_line(folder):
         assert done.returncode in (1, 2)
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setattr("serve.server.make_backend", lambda config: pytest.fail("a model was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(DLMError, match=rf"127.0.0.1:{port} \(.*\): give another --port"):
+            serve(ServeConfig(model="default", port=port))
+    with pytest.raises(DLMError, match="cannot listen on 203.0.113.7:8000"):
+        serve(ServeConfig(model="default", host="203.0.113.7", port=8000))

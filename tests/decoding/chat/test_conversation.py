@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from decoding import Decoder
 from decoding.chat.conversation import Conversation
 from decoding.request import Request
 from dlm.errors import ConfigError
@@ -28,6 +29,9 @@ class Scripted:
 
     def count(self, text):
         return len(text.split())
+
+    def decoder(self, request):
+        return Decoder.named(request.decoder or "llada", **(request.options or {}))
 
 
 def contents(talk):
