@@ -33,7 +33,7 @@ from decoding.reveal.quota import Order
 from decoding.reveal.verified import Verified, WideIn
 from decoding.tokens import TokenRule
 from decoding.window import Block, Convolution, Full, Sliding, Window, Within
-from dlm.errors import ConfigError, unknown_name
+from dlm.errors import ConfigError, plain, unknown_name
 from dlm.spec import ModelSpec
 
 AT_A_PACE = " at a pace"
@@ -142,6 +142,7 @@ class Decoder:
         for option in options:
             if option not in preset.options:
                 raise unknown_name(f"option of decoder {name!r}:", option, preset.options)
+        options = {option: plain(value) for option, value in options.items()}
         for option, value in options.items():
             _check_kind(name, option, value, preset)
             if isinstance(preset.options[option], float) and type(value) is int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dlm.errors import MOST_WHOLE, ConfigError, unknown_name
+from dlm.errors import MOST_WHOLE, ConfigError, plain, unknown_name
 
 if TYPE_CHECKING:
     from decoding.pace import EndTokens, Pace
@@ -74,7 +75,7 @@ class Reuse:
 
 def is_whole(value: Any) -> bool:
     """True for a whole number; true and false are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -180,8 +181,9 @@ class DecoderRequest:
     def __post_init__(self) -> None:
         """Check each field by itself, and what does not go together for any model."""
         for item in fields(self):
-            if "rules" in item.metadata and (value := getattr(self, item.name)) is not None:
+            if "rules" in item.metadata and (value := plain(getattr(self, item.name))) is not None:
                 _check(item.name, value, item.metadata)
+                object.__setattr__(self, item.name, value)
         if self.options is not None:
             object.__setattr__(self, "options", dict(self.options))  # the caller's may change
         if self.rate is not None and self.steps is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from functools import partial
+from numbers import Integral
 from typing import Any, Literal, TypeVar, overload
 
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,7 @@ from decoding.request import DEFAULT_WINDOW, Plan, Request
 from decoding.row_maker import Prompt, RowMaker, TooLongError
 from decoding.tilted.particles import steer
 from decoding.tilted.tilt import TILT_FIELDS, Tilt
-from dlm.errors import ConfigError, check_whole
+from dlm.errors import ConfigError, check_whole, plain
 from dlm.spec import ModelSpec
 
 Span = str | tuple[int, int]
@@ -505,20 +506,25 @@ def _as_list(prompts: Any) -> tuple[bool, Any]:
     return one, [prompts] if one else prompts
 
 
-def _with_seeds(prompts: Iterable[PromptT], seed: int | Sequence[int]) -> Iterator[tuple[PromptT, int]]:
+def _with_seeds(prompts: Iterable[PromptT], seed: int | Iterable[int]) -> Iterator[tuple[PromptT, int]]:
     """Each prompt with its seed: one for all, or as many seeds as there are prompts.
 
     Raises:
         ConfigError: for seeds that are none, or not as many as a list of prompts has.
     """
-    if type(seed) is int:
-        return zip(prompts, itertools.repeat(seed), strict=False)
-    if not isinstance(seed, Sequence) or not all(type(number) is int for number in seed):
+    if _is_seed(seed):
+        return zip(prompts, itertools.repeat(plain(seed)), strict=False)
+    seeds = list(seed) if isinstance(seed, Iterable) else None
+    if seeds is None or not all(map(_is_seed, seeds)):
         raise ConfigError(f"seed must be a whole number, or one for each prompt, got {seed!r}")
-    if isinstance(prompts, Sized) and len(prompts) != len(seed):
-        wrong = "more" if len(prompts) > len(seed) else "fewer"
-        raise ConfigError(f"seed lists {len(seed)} seeds, but there are {wrong} prompts")
-    return _paired(prompts, seed)
+    if isinstance(prompts, Sized) and len(prompts) != len(seeds):
+        wrong = "more" if len(prompts) > len(seeds) else "fewer"
+        raise ConfigError(f"seed lists {len(seeds)} seeds, but there are {wrong} prompts")
+    return _paired(prompts, seeds)
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _paired(prompts: Iterable[PromptT], seed: Sequence[int]) -> Iterator[tuple[PromptT, int]]:

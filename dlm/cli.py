@@ -269,8 +269,16 @@ def _read_settings(file: str) -> dict[str, Any]:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [self.construct_object(key, deep) for key, _ in node.value]
+            for name in names:
+                if names.count(name) > 1:
+                    raise ConfigError(f"--config {file}: {name} is there twice")
+            return super().construct_mapping(node, deep)
+
     try:
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        settings = yaml.load(Path(file).read_text(encoding="utf-8"), Loader)
     except FileNotFoundError as error:
         raise ConfigError(f"--config {file}: no such file") from error
     except OSError as error:
@@ -357,6 +365,7 @@ def _normalise(words: Sequence[str], options: dict[str, Any], texts: Collection[
     """
     out: list[str] = []
     given: set[str] = set()  # options that take several texts
+    nested: dict[str, Any] = {}  # values of options that are names with values, by the name of the outer one
     remaining = list(words)
     while remaining:
         word = remaining.pop(0)
@@ -377,8 +386,39 @@ def _normalise(words: Sequence[str], options: dict[str, Any], texts: Collection[
             plus = "+" if name in given else plus  # what is given again is one more
             given |= {name} if any(get_origin(kind) is list for kind in get_args(options[owner])) else set()
             value = _encoded(value, options[owner]) if equals else value
+        elif "." in key and owner not in texts and _holds_names(options.get(owner)):
+            if not equals and remaining and not _OPTION.match(remaining[0]):
+                value = remaining.pop(0)
+            outer, *inner = key.replace("-", "_").split(".")
+            _put(nested.setdefault(f"{owner}.{outer}", {}), inner, _loaded(value))
+            continue
         out.append(f"--{name}{plus}{equals}{value}")
-    return out
+    return [*out, *(f"--{name}={json.dumps(value)}" for name, value in nested.items())]
+
+
+def _holds_names(kind: Any) -> bool:
+    """True for options that are names with values, such as `dict[str, Any]`."""
+    return any(get_origin(member) is dict for member in (kind, *get_args(kind)))
+
+
+def _put(values: dict[str, Any], names: Sequence[str], value: Any) -> None:
+    """Set a value within others; the parser would keep the last of several, and as a text."""
+    *outer, last = names
+    for name in outer:
+        values = values.setdefault(name, {})
+    values[last] = value
+
+
+def _loaded(text: str) -> Any:
+    """The value that a text stands for: a number, a list, true, or else the text."""
+    import yaml
+
+    for load, failures in ((json.loads, ValueError), (yaml.safe_load, yaml.YAMLError)):
+        try:
+            return load(text)
+        except (failures, RecursionError):
+            continue
+    return text
 
 
 def _encoded(text: str, kind: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -44,12 +45,20 @@ MOST_NUMBER = 1e18
 """Greatest number that is added to logits or multiplies them; float32 holds what comes out."""
 
 
+def plain(value: Any) -> Any:
+    """A number of another kind, such as NumPy's, as Python's own; anything else as it is."""
+    if isinstance(value, int | float):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
+
+
 def check_whole(name: str, value: Any, least: int = 1, most: int = MOST_WHOLE) -> None:
     """Refuse a value that is no whole number from `least` to `most`; true and false are none.
 
     Raises:
         ConfigError: naming it and its bounds.
     """
+    value = plain(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         bound = f"of at least {least}" if least else "that is not negative"
         raise ConfigError(f"{name} must be a whole number {bound}, got {value!r}")

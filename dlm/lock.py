@@ -26,6 +26,8 @@ def alone_in(folder: str | Path) -> Iterator[None]:
         ConfigError: when another process is at work in it, or it cannot be written to.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise ConfigError(f"{folder}: is a file, and a folder is wanted")
     lock = FileLock(folder / LOCK_FILE)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -54,10 +54,14 @@ def held_out(
         (row["input_ids"][: row["prompt_length"]], row["input_ids"][row["prompt_length"] :])
         for row in complete
     ]
-    pairs = [(prompt, answer) for prompt, answer in pairs if len(answer) <= tokens]
-    if not pairs:
-        raise ConfigError(f"{source}: none of the last {last} rows fits in {room} tokens")
-    return pairs[: limit or None]
+    short = [(prompt, answer) for prompt, answer in pairs if len(answer) <= tokens]
+    if not short:
+        wrong = f"has an answer of at most {tokens} tokens" if pairs else f"fits in {room} tokens"
+        raise ConfigError(f"{source}: none of the last {min(last, len(rows))} rows {wrong}")
+    if len(short) < len(pairs):
+        left_out = f"{len(pairs) - len(short)} of {len(pairs)} answers"
+        logger.info("%s: %s have more than %d tokens and are left out", source, left_out, tokens)
+    return short[: limit or None]
 
 
 @dataclass(frozen=True)

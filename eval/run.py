@@ -112,6 +112,10 @@ class Results:
         Raises:
             DataError: when it is none, or was not finished.
         """
+        if not (folder / "run.json").is_file():
+            raise DataError(f"{folder}: no run of `dlm eval` (no run.json in it); name the folder of one run")
+        if not (folder / "metrics.json").is_file():
+            raise DataError(f"{folder}: not a finished run of `dlm eval`; give its command again")
         try:
             card = Card(**json.loads((folder / "run.json").read_text(encoding="utf-8")))
             dict(card.settings)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from dlm.data.config import DataConfig
 from dlm.device import QUANTIZED, check_quantized
-from dlm.errors import ConfigError, check_whole, refuse_ignored, unknown_name
+from dlm.errors import ConfigError, check_whole, plain, refuse_ignored, unknown_name
 from finetune.contrast_config import NegativeConfig, ObjectiveConfig
 
 
@@ -195,7 +195,7 @@ class RunConfig:
         lr_scheduler_type: schedule, by transformers' name.
         warmup_steps: steps of linear warm-up.
         weight_decay: decoupled weight decay.
-        max_grad_norm: gradient clipping.
+        max_grad_norm: norm to which gradients are clipped; 0 for none.
         precision: "bf16" or "fp16" autocast, "fp32", or "auto": bf16 where the hardware has it.
         ema_decay: decay of the averaged weights; 0 for none.
         seed: seed of everything random.
@@ -254,6 +254,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        self._check_numbers()
         if not self.output_dir:
             raise ConfigError("output_dir must name the folder of the run")
         positive = (
@@ -273,6 +274,7 @@ class RunConfig:
             "eval_steps",
             "eval_rows",
             "warmup_steps",
+            "max_grad_norm",
         )
         for name in (*unsigned, "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -290,6 +292,18 @@ class RunConfig:
             )
         if self.save_minutes and not self.max_minutes:
             raise ConfigError("save_minutes is for runs with max_minutes; give save_steps")
+
+    def _check_numbers(self) -> None:
+        """Refuse what is no number where the default is one; numbers of NumPy become Python's."""
+        for item in fields(self):
+            if type(item.default) not in (int, float):
+                continue
+            value = plain(getattr(self, item.name))
+            whole = type(item.default) is int
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+                kind = "a whole number" if whole else "a number"
+                raise ConfigError(f"{item.name} must be {kind}, got {value!r}")
+            object.__setattr__(self, item.name, value)
 
     @property
     def epochs(self) -> float:
@@ -346,6 +360,10 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         if self.masks.path and self.model.visibility == "block":
             raise ConfigError("masks.path is for models whose positions see the whole row")
+        if self.masks.autoregressive and not self.model.init:
+            raise ConfigError(
+                "masks.autoregressive is for models with a shift: give a model.init that has one"
+            )
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from dlm.data.encoded import ENCODED_SUFFIX, EncodedRows
 from dlm.data.rows import load_rows
 from dlm.data.rules import rule_rows
 from dlm.data.windows import WindowCollator
-from dlm.errors import ConfigError, DataError, DivergedError, unknown_name
+from dlm.errors import ConfigError, DataError, DivergedError, first_line, unknown_name
 from dlm.lock import alone_in
 from dlm.model import MaskedDiffusionModel
 from dlm.origin import carry_notice
@@ -415,10 +415,12 @@ def training_arguments(config: RunConfig, evaluate: bool, max_steps: int) -> Tra
         "save_strategy": "steps",
         **_precision(config.precision),
     }
-    names = {f.name for f in fields(TrainingArguments)}
-    for name in config.trainer:
-        if name not in names:
-            raise unknown_name("trainer setting", name, names)
+    known = {f.name: type(f.default) for f in fields(TrainingArguments)}
+    for name, value in config.trainer.items():
+        if name not in known:
+            raise unknown_name("trainer setting", name, known)
+        if known[name] in (int, float) and not isinstance(value, int | float):
+            raise ConfigError(f"trainer.{name} must be a number, got {value!r}")
         if name in ours:
             raise ConfigError(
                 f"trainer.{name} is not free: the run sets it from its own options (see --help)"
@@ -436,7 +438,10 @@ def training_arguments(config: RunConfig, evaluate: bool, max_steps: int) -> Tra
         "label_names": ["input_ids"],
         "ddp_find_unused_parameters": False,
     }
-    return TrainingArguments(**(defaults | config.trainer | ours))
+    try:
+        return TrainingArguments(**(defaults | config.trainer | ours))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"transformers refuses these settings: {first_line(error)}") from error
 
 
 def _precision(precision: str) -> dict[str, bool]:

@@ -41,7 +41,7 @@ def held_out_prompts(
     if isinstance(source, EncodedRows):
         return []
     prompts: Iterable[Prompt] = (
-        source if isinstance(source, list) else (row["prompt"] or "" for row in source)
+        source if isinstance(source, list | tuple) else (row["prompt"] or "" for row in source)
     )
     fits = (prompt for prompt in prompts if sampler.fits(prompt, config.data.window - 1))
     return list(itertools.islice(fits, count))

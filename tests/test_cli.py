@@ -185,6 +185,30 @@ def test_a_file_of_settings_that_is_wrong_says_where(tmp_path, capsys, content, 
         assert said in capsys.readouterr().err
 
 
+def test_names_below_a_setting_that_is_names_with_values_keep_their_types_and_their_company():
+    given = [
+        "--generation.options.kernel_size",
+        "5",
+        "--generation.options.gap=3",
+        "--generation.decoder",
+        "conv",
+    ]
+    config = parse("dlm export", commands()["export"].load(), ["--model", "x", "--output", "y", *given])
+    assert config.generation == {"decoder": "conv", "options": {"kernel_size": 5, "gap": 3}}
+    config = parse(
+        "dlm generate",
+        commands()["generate"].load(),
+        ["a", "--options.logit_bias.5", "1e2", "--options.logit_bias.7", "-3"],
+    )
+    assert config.options == {"logit_bias": {"5": 100.0, "7": -3}}
+
+
+def test_a_setting_that_is_there_twice_is_refused(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("seed: 2\nseed: 3\n")
+    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert "run.yaml: seed is there twice" in capsys.readouterr().err
+
+
 def test_a_folder_holds_no_settings(tmp_path, capsys):
     assert main(["train", "--config", str(tmp_path)]) == 2
     assert f"--config {tmp_path} cannot be read: Is a directory" in capsys.readouterr().err

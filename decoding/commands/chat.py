@@ -113,8 +113,8 @@ class Chat:
             "/retry": ("ask the last question again, under another seed", self._retry),
             "/system": ("TEXT: set the system message; without a text, show it; - for none", self._system),
             "/decoder": (
-                "NAME OPTION=VALUE …: decode in another way; options alone are for the model's own decoder; - "
-                "is that decoder as it is; without a word, show it",
+                "NAME OPTION=VALUE …: decode in another way; options alone are for the model's own decoder; "
+                "- is that decoder as it is; without a word, show it",
                 self._decoder,
             ),
             "/save": ("FILE.jsonl: write the conversation, as dlm train reads it", self._save),

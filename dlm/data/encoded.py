@@ -107,7 +107,8 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
         except (
             OSError, EOFError, BadZipFile, zlib.error, ValueError, KeyError, TypeError, RecursionError
         ) as error:  # fmt: skip
-            raise DataError(f"{file}: not a file of encoded rows ({error})") from error
+            why = "not a NumPy archive" if "pickle" in str(error) else str(error)
+            raise DataError(f"{file}: not a file of encoded rows ({why})") from error
 
     def __len__(self) -> int:
         """Number of rows."""

@@ -143,7 +143,7 @@ def _without_odd(rows: Dataset, source: str) -> Dataset:
     odd = [reason for reason in rows["odd"] if reason]
     if not odd:
         return rows.remove_columns("odd")
-    message = f"{len(odd)} of {len(rows)} rows do not end with an answer, the first: {odd[0]}"
+    message = f"{len(odd)} of {len(rows)} rows cannot be used, the first: {odd[0]}"
     if len(odd) > len(rows) / 2:
         raise DataError(f"{source}: {message}")
     logger.warning("%s: %s; they are left out", source, message)

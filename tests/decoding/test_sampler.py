@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,18 @@ from tests.fakes import FakeDenoiser
 @pytest.fixture
 def sampler(model, tokenizer):
     return Sampler(model, tokenizer)
+
+
+def test_numbers_of_numpy_count_as_pythons_own(sampler):
+    plain = sampler.generate(["a", "b"], decoder="llada-conv", options={"kernel_size": 3, "temperature": 0.5},
+                             seed=[3, 4], max_tokens=8, rate=2.0, batch_size=1)  # fmt: skip
+    options = {"kernel_size": np.int64(3), "temperature": np.float32(0.5)}
+    given = {"max_tokens": np.int32(8), "rate": np.float32(2), "batch_size": np.int64(1), "options": options}
+    for seed in (np.array([3, 4]), (3, np.int64(4)), iter([3, 4]), range(3, 5)):
+        assert sampler.generate(["a", "b"], decoder="llada-conv", seed=seed, **given) == plain
+    for wrong in (1.5, np.float64(1), "1", [1.5, 2], True, None):
+        with pytest.raises(ConfigError, match="seed must be a whole number"):
+            sampler.generate(["a", "b"], seed=wrong)
 
 
 def test_a_real_model_answers_prompts_of_different_lengths(sampler):

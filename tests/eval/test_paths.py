@@ -34,6 +34,8 @@ def test_the_rows_are_the_last_that_fit(file, tokenizer):
     short = held_out(str(file), 10**6, 0, tokenizer, 64, 8)
     assert short == [row for row in every if len(row[1]) <= 8]
     assert all(answer[-1] == tokenizer.eos_token_id for _, answer in every)
+    with pytest.raises(ConfigError, match=r"none of the last \d+ rows has an answer of at most 1 tokens"):
+        held_out(str(file), 1000, 0, tokenizer, 64, 1)
     with pytest.raises(ConfigError, match="none of the last 1 rows fits in 40 tokens"):
         held_out(str(file), 1, 0, tokenizer, 40, 40)
 

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dlm.data.config import DataConfig
@@ -97,6 +99,41 @@ def test_a_run_that_ends_within_its_warm_up_says_so(tmp_path, caplog):
     caplog.clear()
     train(settings(tmp_path / "longer", max_steps=2, warmup_steps=1))
     assert "warm-up" not in caplog.text
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_keeps_no_other_out(tmp_path):
+    with pytest.raises(ValueError, match="Invalid beta parameter"):
+        train(settings(tmp_path, max_steps=2, trainer={"disable_tqdm": True, "adam_beta1": 2.0}))
+    train(settings(tmp_path, max_steps=2))
+    with pytest.raises(ConfigError, match="holds a run with max_steps = 2, not 3"):
+        train(settings(tmp_path, max_steps=3))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"learning_rate": "1e-3"}, "learning_rate must be a number, got '1e-3'"),
+        ({"max_steps": True}, "max_steps must be a whole number, got True"),
+        ({"max_steps": 2.5}, "max_steps must be a whole number, got 2.5"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must not be negative"),
+    ],
+)
+def test_a_setting_that_is_no_number_is_refused(tmp_path, wrong, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        settings(tmp_path, **wrong)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    config = settings(tmp_path, max_steps=np.int64(3), learning_rate=np.float32(0.5))
+    assert (type(config.max_steps), type(config.learning_rate)) == (int, float)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lr_scheduler_type": "foo"}, {"trainer": {"optim": "foo"}}, {"trainer": {"adam_beta1": "x"}}]
+)
+def test_what_transformers_refuses_is_a_wrong_setting(tmp_path, wrong):
+    with pytest.raises(ConfigError):
+        train(settings(tmp_path, **wrong))
 
 
 def test_without_a_terminal_the_figures_are_lines(tmp_path, caplog, monkeypatch):

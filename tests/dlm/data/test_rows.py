@@ -104,7 +104,7 @@ def test_a_null_is_left_out_counted_and_shown(tmp_path, row, name, caplog):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in (ALPACA[0], row, ALPACA[1])))
     assert load_rows(str(path)).remove_columns("row").to_list() == EXPECTED
-    assert f"1 of 3 rows do not end with an answer, the first: {path}, row 1: '{name}' is null" in caplog.text
+    assert f"1 of 3 rows cannot be used, the first: {path}, row 1: '{name}' is null" in caplog.text
 
 
 def test_speakers_have_many_names_and_contents_parts():
