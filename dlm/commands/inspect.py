@@ -138,7 +138,7 @@ def _facts(config: Any, tokenizer: Any, weights: dict[str, Any]) -> dict[str, An
         **weights,
         "vocabulary": f"{config.num_tokens} tokens, mask {tokenizer.mask_token!r} = {config.mask_token_id}, "
         f"end {tokenizer.eos_token!r} = {config.eos_token_id}",
-        "ends": ", ".join(f"{token!r} = {number}" for number, token in ends.items()),
+        "ends": ", ".join(f"{token} = {number}" for number, token in ends.items()),
         "shift": config.shift,
         "visibility": str(spec.visibility),
         "positions": config.max_positions,
