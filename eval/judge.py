@@ -70,11 +70,8 @@ class Price:
 
     def __str__(self) -> str:
         """One line for people."""
-        money = (
-            f", ${self.dollars:.2f}"
-            if self.dollars
-            else ", no prices given (--judge.price_in, --judge.price_out)"
-        )
+        unknown = ", no prices given (--judge.price_in, --judge.price_out)"
+        money = f", ${self.dollars:.2f}" if self.dollars else unknown
         return (
             f"{self.calls} requests to make, about {self.tokens_in:,} tokens to read (at {CHARACTERS} "
             f"characters each) and at most {self.tokens_out:,} to write{money}"

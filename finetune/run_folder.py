@@ -54,9 +54,7 @@ class RunFolder:
         if not self._stored and (foreign := self._others()):
             shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
             raise ConfigError(f"{self.path} holds {shown} but no run.json; choose another output_dir")
-        if (
-            self._stored and self._others()
-        ):  # a run that ended before its first checkpoint left nothing to keep
+        if self._stored and self._others():  # otherwise it left nothing that other settings could spoil
             self._compare(_as_json(asdict(config)), self._stored["config"])
         self.resume_from = last_checkpoint(self.path)
         if self.resume_from:
@@ -102,9 +100,8 @@ class RunFolder:
             if group in self.config.FREE or (name not in new and group != "trainer"):
                 continue  # or it is no setting any more
             if old.get(name) != new.get(name):
-                start = (
-                    " (--model.init can start from this one)" if (self.path / "config.json").is_file() else ""
-                )
+                whole = (self.path / "config.json").is_file()
+                start = " (--model.init can start from this one)" if whole else ""
                 raise ConfigError(
                     f"{self.path} holds a run with {name} = {old.get(name)!r}, not {new.get(name)!r}; "
                     f"choose another output_dir{start}"

@@ -95,7 +95,8 @@ class EndpointSource:
                     text += piece
                     yield text
         except self.failure as error:
-            key = "; the key is OPENAI_API_KEY in the environment" if "401" in str(error) else ""
+            unknown = getattr(error, "status_code", None) == 401
+            key = "; the key is OPENAI_API_KEY in the environment" if unknown else ""
             raise DLMError(f"{self.client.base_url}: {first_line(error)}{key}") from error
 
     def fitted(self, messages: Sequence[Message], request: Request) -> list[Message]:

@@ -36,8 +36,8 @@ class GenerateConfig(Request, LoadConfig):
         prompt_file: file whose whole text is one prompt; "-" for stdin.
         system: system message before each prompt.
         limit: answer only the first so many prompts; 0 for all.
-        samples: answers to each prompt, one behind the other, under the seeds seed, seed + 1, … (an answer may
-            have several lines: in a pipe, --json tells them apart).
+        samples: answers to each prompt, one behind the other, under the seeds seed, seed + 1, … (an answer
+            may have several lines: in a pipe, --json tells them apart).
         seed: seed of the noise; a decoder that takes the likeliest token, as the default model's, has none.
         forbidden: tokens that never come out, as texts such as '[" delve"]', which must be one token each.
         reward: draw answers from p(x) exp(reward / beta) / Z, by particles: "length=80" (words),

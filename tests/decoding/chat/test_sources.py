@@ -61,5 +61,10 @@ def test_an_endpoint_that_fails_is_named_and_the_conversation_goes_on(monkeypatc
             list(talk.ask("one"))
         assert talk.messages == []
         assert list(talk.retry())[-1] == "fine" or list(talk.retry())[-1] == "fine"
+    with (
+        serving(lambda body: "fine", faults=[401]) as endpoint,
+        pytest.raises(DLMError, match="OPENAI_API_KEY"),
+    ):
+        list(Conversation(EndpointSource(endpoint.url, "m")).ask("one"))
     with pytest.raises(DLMError, match="Connection error"):
         list(Conversation(EndpointSource("http://127.0.0.1:9/v1", "m")).ask("one"))
