@@ -238,7 +238,7 @@ class R2FT(Stage[R2FTConfig]):
     def drawings(self) -> dict[str, Draw]:
         """See `Stage`."""
         name = self.config.objective.name
-        return {"r2ft.png": partial(draw_r2ft, tolerance=self.config.nelbo_tolerance, objective=name)}
+        return {f"{name}.png": partial(draw_r2ft, tolerance=self.config.nelbo_tolerance, objective=name)}
 
     def first(
         self, rows: Dataset, resume_from: Path | None

@@ -11,9 +11,8 @@ def run(config: R2FTConfig) -> int:
     from finetune.r2ft import r2ft
 
     folder = r2ft(config)
-    print(
-        f"{folder}: model, tokenizer, r2ft.png, samples.md. See: dlm inspect ldw {config.model.init} {folder}"
-    )
+    made = f"model, tokenizer, {config.objective.name}.png, samples.md"
+    print(f"{folder}: {made}. See: dlm inspect ldw {config.model.init} {folder}")
     return 0
 
 

@@ -349,7 +349,7 @@ def test_a_run_resumes_to_the_bit_and_logs_its_figures(sft, tmp_path, name):
         assert r["eval_gain_bad_p10"] <= r["eval_gain_bad_p50"] <= r["eval_gain_bad_p90"]
     assert evaluated[-1][f"eval_{name}"] < evaluated[0][f"eval_{name}"]
     assert any("margin" in r for r in first if "loss" in r)
-    assert (whole / "r2ft.png").is_file()
+    assert (whole / f"{name}.png").is_file()
     recorded = json.loads((whole / "config.json").read_text())["training"]
     assert recorded["objective"] == f"{name.upper()} (rule-made negatives)"
 
