@@ -503,9 +503,10 @@ class TokenLines(TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Say the figures, if it is time."""
-        if not (logs and state.is_world_process_zero):
+        fresh = {name: f"{logs[key]:.4g}" for name, key in _SHOWN.items() if key in logs} if logs else {}
+        if not (logs and fresh and state.is_world_process_zero):
             return
-        self._figures |= {name: f"{logs[key]:.4g}" for name, key in _SHOWN.items() if key in logs}
+        self._figures |= fresh
         if "eval_nelbo" in logs or time.monotonic() >= self._due:
             figures = ", ".join(f"{name} {value}" for name, value in self._figures.items())
             total = f" of {state.max_steps}" if state.max_steps < ENDLESS else ""
