@@ -130,11 +130,12 @@ def find_stop(canvas: Canvas, plan: Plan, detokenizer: Detokenizer) -> Cut | Non
         return None
     ids = written_prefix(canvas, plan)
     text = detokenizer.prefix(ids)
-    written = canvas.initial[0, int(canvas.answer_start[0]) :][: len(ids)].nonzero()[:, 0].tolist()
+    written = canvas.initial[0, int(canvas.answer_start[0]) :].nonzero()[:, 0].tolist()
     if not written:
         return None
-    first = len(detokenizer.text(ids[: written[0]])) if written[0] else 0
-    last = len(detokenizer.text(ids[: written[-1] + 1])) if written[-1] + 1 < len(ids) else len(text)
+    begin, behind = written[0], written[-1] + 1 if plan.ending else len(ids)  # of the row as it will be
+    first = len(detokenizer.text(ids[:begin])) if begin else 0
+    last = len(detokenizer.text(ids[:behind])) if behind < len(ids) else len(text)
     bounds = [(stop, max(0, first - len(stop) + 1), last + len(stop) - 1) for stop in plan.stop]
     places = [(text.find(stop, begin, end), stop) for stop, begin, end in bounds]
     places = [(place, stop) for place, stop in places if place >= 0]

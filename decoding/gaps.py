@@ -87,7 +87,7 @@ def pieces_of(text: str, open_until: int = OPEN_GAP) -> list[Piece]:
     """
     parts = GAP.split(text)
     if len(parts) == 1:
-        raise ConfigError("there is no gap; write one as <mask:3> (three tokens) or <mask:2-6>")
+        raise ConfigError("there is no gap; write one as <mask:3> (three tokens), <mask:2-6> or <mask>")
     pieces: list[Piece] = [parts[0]]
     for low, high, text_behind in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
         gap = Gap(1, open_until, True) if low is None else Gap(int(low), int(high or low))

@@ -185,7 +185,8 @@ class DecoderRequest:
                 _check(item.name, value, item.metadata)
                 object.__setattr__(self, item.name, value)
         if self.options is not None:
-            object.__setattr__(self, "options", dict(self.options))  # the caller's may change
+            options = {name: plain(value) for name, value in self.options.items()}  # the caller's may change
+            object.__setattr__(self, "options", options)
         if self.rate is not None and self.steps is not None:
             raise ConfigError("give either steps or a rate, not both")
         if self.refresh is not None and self.reuse is None:

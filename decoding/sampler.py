@@ -506,15 +506,16 @@ def _as_list(prompts: Any) -> tuple[bool, Any]:
     return one, [prompts] if one else prompts
 
 
-def _with_seeds(prompts: Iterable[PromptT], seed: int | Iterable[int]) -> Iterator[tuple[PromptT, int]]:
+def _with_seeds(prompts: Iterable[PromptT], seed: int | Sequence[int]) -> Iterator[tuple[PromptT, int]]:
     """Each prompt with its seed: one for all, or as many seeds as there are prompts.
 
     Raises:
         ConfigError: for seeds that are none, or not as many as a list of prompts has.
     """
-    if _is_seed(seed):
-        return zip(prompts, itertools.repeat(plain(seed)), strict=False)
-    seeds = list(seed) if isinstance(seed, Iterable) else None
+    given: Any = seed.tolist() if hasattr(seed, "tolist") else seed  # an array, or a tensor
+    if _is_seed(given):
+        return zip(prompts, itertools.repeat(plain(given)), strict=False)
+    seeds = list(given) if isinstance(given, Sequence) else None
     if seeds is None or not all(map(_is_seed, seeds)):
         raise ConfigError(f"seed must be a whole number, or one for each prompt, got {seed!r}")
     if isinstance(prompts, Sized) and len(prompts) != len(seeds):

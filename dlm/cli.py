@@ -122,8 +122,8 @@ def _of_encoding(error: Exception) -> str:
 def prepare_streams() -> None:
     """Make output possible on any terminal or pipe.
 
-    A character that the encoding of stdout lacks becomes "?" (JSON has it as an escape, see `json_line`), and
-    a stderr that is no terminal gets no progress bars, of this program or of the libraries that it uses.
+    A character that the encoding of stdout lacks becomes "?" (JSON has it as an escape, see `json_line`). A
+    stderr that is no terminal gets no progress bars: libraries say nothing there, this program has lines.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started the program
@@ -237,12 +237,14 @@ def parse(prog: str, command: Command, words: Sequence[str]) -> Any:
     options, verbatim = _split(words)
     try:
         texts, types = getattr(command.config, "TEXTS", ()), _option_types(command.config)
-        normal = _normalise(options, types, texts)
+        normal, nested = _without_nested(_normalise(options, types, texts), types, texts)
         for file in _settings_files(normal):
             _check_settings(_read_settings(file), types)
         namespace = parser.parse_args(normal)
         for name in texts:
             namespace[name] = _decoded(namespace[name])
+        for (owner, *names), value in nested:
+            namespace[owner] = _with_value(namespace[owner], names, value, owner)
         namespace.pop("config", None)
         rest = [*(namespace.pop("words", None) or ()), *verbatim[1:]]
         if rest:
@@ -257,28 +259,28 @@ def parse(prog: str, command: Command, words: Sequence[str]) -> Any:
 def _settings_files(words: Sequence[str]) -> list[str]:
     """The files that --config names."""
     pairs = itertools.pairwise([*words, ""])
-    files = [word.partition("=")[2] or behind for word, behind in pairs if re.match("--config(=|$)", word)]
-    return [file for file in files if file and not _OPTION.match(file)]
+    files = [file for word, file in pairs if word == "--config" and not _OPTION.match(file)]
+    return [*files, *(word.partition("=")[2] for word in words if word.startswith("--config="))]
 
 
 def _read_settings(file: str) -> dict[str, Any]:
-    """The settings in a YAML file.
+    """The settings in a YAML file; none of a pipe, which can be read but once, by the parser.
 
     Raises:
         ConfigError: for a file that cannot be read, or holds none.
     """
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            names = [self.construct_object(key, deep) for key, _ in node.value]
-            for name in names:
-                if names.count(name) > 1:
-                    raise ConfigError(f"--config {file}: {name} is there twice")
-            return super().construct_mapping(node, deep)
-
+    path = Path(file)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return {}
     try:
-        settings = yaml.load(Path(file).read_text(encoding="utf-8"), Loader)
+        text = path.read_text(encoding="utf-8")
+        if name := _repeated(yaml.compose(text, yaml.SafeLoader)):
+            raise ConfigError(f"--config {file}: {name} is there twice")
+        settings = yaml.safe_load(text)
+    except ConfigError:
+        raise
     except FileNotFoundError as error:
         raise ConfigError(f"--config {file}: no such file") from error
     except OSError as error:
@@ -297,6 +299,14 @@ def _read_settings(file: str) -> dict[str, Any]:
     return settings
 
 
+def _repeated(node: Any) -> str:
+    """A name that is twice in one group of a YAML document; "" where there is none."""
+    entries = node.value if node is not None and node.id == "mapping" else ()
+    names = [key.value for key, _ in entries if key.id == "scalar"]
+    twice = next((name for name in names if names.count(name) > 1 and name != "<<"), "")
+    return twice or next(filter(None, (_repeated(value) for _, value in entries)), "")
+
+
 def _check_settings(settings: Mapping[Any, Any], options: Mapping[str, Any], prefix: str = "") -> None:
     """Refuse settings of a file that the parser would pass over, or could not explain.
 
@@ -312,8 +322,8 @@ def _check_settings(settings: Mapping[Any, Any], options: Mapping[str, Any], pre
             raise _UsageError(f"Key '{full}' is not expected")
         if value is None and not _may_be_none(full, options):
             raise ConfigError(f"{full} has no value: give it one, or leave the line out")
-        if not is_dataclass(options.get(full)) or value is None:
-            continue
+        if not is_dataclass(options.get(full)) or value is None or isinstance(value, str):
+            continue  # a text names a file of them
         if not isinstance(value, dict):
             within = ", ".join(item.name for item in fields(options[full])[:_SOME])
             raise ConfigError(f"{full} is a group of settings ({within}, …), one a line, got {value!r:.60}")
@@ -365,7 +375,6 @@ def _normalise(words: Sequence[str], options: dict[str, Any], texts: Collection[
     """
     out: list[str] = []
     given: set[str] = set()  # options that take several texts
-    nested: dict[str, Any] = {}  # values of options that are names with values, by the name of the outer one
     remaining = list(words)
     while remaining:
         word = remaining.pop(0)
@@ -386,14 +395,40 @@ def _normalise(words: Sequence[str], options: dict[str, Any], texts: Collection[
             plus = "+" if name in given else plus  # what is given again is one more
             given |= {name} if any(get_origin(kind) is list for kind in get_args(options[owner])) else set()
             value = _encoded(value, options[owner]) if equals else value
-        elif "." in key and owner not in texts and _holds_names(options.get(owner)):
-            if not equals and remaining and not _OPTION.match(remaining[0]):
-                value = remaining.pop(0)
-            outer, *inner = key.replace("-", "_").split(".")
-            _put(nested.setdefault(f"{owner}.{outer}", {}), inner, _loaded(value))
-            continue
         out.append(f"--{name}{plus}{equals}{value}")
-    return [*out, *(f"--{name}={json.dumps(value)}" for name, value in nested.items())]
+    return out
+
+
+Nested = list[tuple[list[str], Any]]
+"""Names from the option inwards, and the value."""
+
+
+def _without_nested(
+    words: Sequence[str], options: Mapping[str, Any], texts: Collection[str]
+) -> tuple[list[str], Nested]:
+    """The words without values within those of names with values, as `--generation.options.gap 3`; and these.
+
+    The parser would take such a value as a text, and forget what stands beside it.
+
+    Raises:
+        _UsageError: for one without a value.
+    """
+    out: list[str] = []
+    nested: Nested = []
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
+        option, equals, value = word.partition("=")
+        owner, *names = option.removeprefix("--").split(".")
+        if not (
+            _OPTION.match(word) and len(names) > 1 and owner not in texts and _holds_names(options.get(owner))
+        ):
+            out.append(word)
+            continue
+        if not equals and (not remaining or _OPTION.match(remaining[0])):
+            raise _UsageError(f"{option} expects a value")
+        nested.append(([owner, *names], _loaded(value if equals else remaining.pop(0))))
+    return out, nested
 
 
 def _holds_names(kind: Any) -> bool:
@@ -401,24 +436,36 @@ def _holds_names(kind: Any) -> bool:
     return any(get_origin(member) is dict for member in (kind, *get_args(kind)))
 
 
-def _put(values: dict[str, Any], names: Sequence[str], value: Any) -> None:
-    """Set a value within others; the parser would keep the last of several, and as a text."""
-    *outer, last = names
-    for name in outer:
-        values = values.setdefault(name, {})
-    values[last] = value
+def _with_value(values: Any, names: Sequence[str], value: Any, place: str) -> dict[str, Any]:
+    """Names with values, one of which is set within those inside.
+
+    Raises:
+        _UsageError: where something else stands in its place.
+    """
+    if values is not None and not isinstance(values, dict):
+        raise _UsageError(f"--{place} is {values!r} already, and holds no {names[0]}")
+    name, *inner = names
+    known: dict[str, Any] = dict(values or {})
+    return known | {name: _with_value(known.get(name), inner, value, f"{place}.{name}") if inner else value}
 
 
 def _loaded(text: str) -> Any:
-    """The value that a text stands for: a number, a list, true, or else the text."""
+    """The value that a text stands for: a number, true, a list or names with values; else the text."""
     import yaml
 
-    for load, failures in ((json.loads, ValueError), (yaml.safe_load, yaml.YAMLError)):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    if text.lstrip().startswith(("[", "{")):
         try:
-            return load(text)
-        except (failures, RecursionError):
-            continue
-    return text
+            return yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            pass
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _encoded(text: str, kind: Any) -> str:
@@ -511,7 +558,9 @@ _SOME = 4
 
 
 def _no_settings(message: str, options: Mapping[str, Any]) -> str:
-    """The parser's words about a group's file of settings that is none, in ours; "" for other messages."""
+    """The parser's words about settings that are none, in ours; "" for other messages."""
+    if config := re.fullmatch(r"Unexpected config:(.*)", message):
+        return f"--config takes a file of lines such as `seed: 3`, got {config[1].strip()[:60]!r}"
     group = re.search(r"""Parser key "([\w.]+)": Unable to load config ['"](.*?)['"](?: - |$)""", message)
     if not group:
         return ""

@@ -47,9 +47,14 @@ MOST_NUMBER = 1e18
 
 def plain(value: Any) -> Any:
     """A number of another kind, such as NumPy's, as Python's own; anything else as it is."""
-    if isinstance(value, int | float):
+    if type(value) in (bool, int, float):
         return value
-    return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
+    try:
+        return (
+            int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
+        )
+    except OverflowError:
+        return value
 
 
 def check_whole(name: str, value: Any, least: int = 1, most: int = MOST_WHOLE) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -31,7 +30,7 @@ from dlm.model import IGNORE
 from dlm.noising import Blocks, add_eval_noise, add_noise
 from dlm.objective import weighted_loss
 from dlm.prior import TokenPrior
-from dlm.progress import SECONDS_BETWEEN_LINES
+from dlm.progress import SECONDS_BETWEEN_LINES, in_lines
 from dlm.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -96,7 +95,7 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         self.prior: TokenPrior | None = None
         self.remove_callback(ProgressCallback)
         if not args.disable_tqdm:
-            self.add_callback(TokenProgress if sys.stderr.isatty() else TokenLines)
+            self.add_callback(TokenLines if in_lines() else TokenProgress)
         self.add_callback(_Bookkeeping(self))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

@@ -115,7 +115,7 @@ class Results:
         if not (folder / "run.json").is_file():
             raise DataError(f"{folder}: no run of `dlm eval` (no run.json in it); name the folder of one run")
         if not (folder / "metrics.json").is_file():
-            raise DataError(f"{folder}: not a finished run of `dlm eval`; give its command again")
+            raise DataError(f"{folder}: not a finished run of `dlm eval` (no metrics.json in it)")
         try:
             card = Card(**json.loads((folder / "run.json").read_text(encoding="utf-8")))
             dict(card.settings)

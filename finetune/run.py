@@ -29,7 +29,7 @@ from dlm.data.encoded import ENCODED_SUFFIX, EncodedRows
 from dlm.data.rows import load_rows
 from dlm.data.rules import rule_rows
 from dlm.data.windows import WindowCollator
-from dlm.errors import ConfigError, DataError, DivergedError, first_line, unknown_name
+from dlm.errors import ConfigError, DataError, DivergedError, first_line, plain, unknown_name
 from dlm.lock import alone_in
 from dlm.model import MaskedDiffusionModel
 from dlm.origin import carry_notice
@@ -182,7 +182,7 @@ def _execute(stage: Stage[Any], run: RunFolder) -> Path:
     if run.resume_from and run.trained:  # killed between the last checkpoint and the final model
         trainer.load_checkpoint(run.resume_from)
     else:
-        if trainer.args.max_steps <= config.warmup_steps:
+        if trainer.args.max_steps <= config.warmup_steps and config.lr_scheduler_type != "constant":
             logger.warning(_WITHIN_WARMUP, "will end", trainer.args.max_steps, config.warmup_steps)
         try:
             trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
@@ -419,7 +419,8 @@ def training_arguments(config: RunConfig, evaluate: bool, max_steps: int) -> Tra
     for name, value in config.trainer.items():
         if name not in known:
             raise unknown_name("trainer setting", name, known)
-        if known[name] in (int, float) and not isinstance(value, int | float):
+        number = isinstance(plain(value), int | float) and not isinstance(value, bool)
+        if known[name] in (int, float) and not number:
             raise ConfigError(f"trainer.{name} must be a number, got {value!r}")
         if name in ours:
             raise ConfigError(

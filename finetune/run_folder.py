@@ -21,7 +21,7 @@ from dlm.atomic import write_whole
 from dlm.checkpointing import DROP_CHECKPOINT, discard_incomplete, last_checkpoint, log_state
 from dlm.config import flat
 from dlm.data.encode import EncodingReport
-from dlm.errors import ConfigError, DLMError
+from dlm.errors import ConfigError, DLMError, plain
 from dlm.json_files import damaged, read_object
 from dlm.weights import INDEX, SINGLE
 from finetune.config import EPOCHS, RunConfig
@@ -34,6 +34,9 @@ WRITTEN = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "base.json",
 )  # fmt: skip
 """Names of files that a run writes and a model of somebody else's may have."""
+
+SAMPLES = "samples.md"
+"""The file of answers that a run writes at its validations."""
 
 
 class RunFolder:
@@ -54,7 +57,8 @@ class RunFolder:
         if not self._stored and (foreign := self._others()):
             shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
             raise ConfigError(f"{self.path} holds {shown} but no run.json; choose another output_dir")
-        if self._stored and self._others():  # otherwise it left nothing that other settings could spoil
+        began = self._others() or (self.path / SAMPLES).exists()
+        if self._stored and began:  # otherwise it left nothing that other settings could spoil
             self._compare(_as_json(asdict(config)), self._stored["config"])
         self.resume_from = last_checkpoint(self.path)
         if self.resume_from:
@@ -203,4 +207,4 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings as JSON would give them back."""
-    return dict(json.loads(json.dumps(settings)))
+    return dict(json.loads(json.dumps(settings, default=plain)))

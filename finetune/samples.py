@@ -19,6 +19,7 @@ from dlm.data.encoded import EncodedRows
 from dlm.spec import ModelSpec
 from dlm.trainer import DiffusionTrainer
 from finetune.config import RunConfig
+from finetune.run_folder import SAMPLES
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -106,7 +107,7 @@ class SampleCallback(TrainerCallback):  # type: ignore[misc]
             for prompt, output in zip(self.prompts, outputs, strict=True)
         ]
         heading = f"## Step {state.global_step}\n\n"
-        file = Path(self.config.output_dir) / "samples.md"
+        file = Path(self.config.output_dir) / SAMPLES
         earlier_text = file.read_text("utf-8", "replace").split(heading)[0] if file.is_file() else ""
         write_whole(file, earlier_text + heading + "\n".join(parts) + "\n")
 

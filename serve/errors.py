@@ -84,12 +84,13 @@ def refused(error: DLMError, names: Iterable[str], options: Iterable[str] = ()) 
         names: parameters of the request.
         options: names within its parameter `options`; a message about one has it as its first word.
     """
-    words = re.findall(r"\w+", str(error))
-    if str(error).startswith("unknown option"):
+    message, own = str(error), set(names)
+    words = re.findall(r"\w+", message.removeprefix("option "))
+    if message.startswith("unknown option"):
         param: str | None = "options"
-    elif words and words[0] in set(options) - set(names):
-        param = f"options.{words[0]}"
+    elif words and words[0] in set(options):
+        param = words[0] if words[0] in own else f"options.{words[0]}"
     else:
-        param = next((word for word in words[:6] if word in set(names)), None)
+        param = next((word for word in words[:6] if word in own), None)
     code = "context_length_exceeded" if isinstance(error, TooLongError) else "invalid_value"
     return APIError(400, str(error), param=param, code=code)

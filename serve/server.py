@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import signal
 import socket
@@ -156,11 +157,20 @@ def check_free(host: str, port: int) -> None:
         DLMError: saying why.
     """
     try:
-        kind = socket.AF_INET6 if ":" in host else socket.AF_INET
-        socket.create_server((host, port), family=kind).close()
+        flags = socket.AI_PASSIVE
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=flags
+        ):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise DLMError(f"cannot listen on {host}:{port} ({reason}): give another --port") from error
+        other = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise DLMError(
+            f"cannot listen on {host}, port {port} ({error.strerror}): give another {other}"
+        ) from error
 
 
 def serve(config: ServeConfig) -> int:

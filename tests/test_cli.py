@@ -186,21 +186,54 @@ def test_a_file_of_settings_that_is_wrong_says_where(tmp_path, capsys, content, 
 
 
 def test_names_below_a_setting_that_is_names_with_values_keep_their_types_and_their_company():
-    given = [
-        "--generation.options.kernel_size",
-        "5",
-        "--generation.options.gap=3",
-        "--generation.decoder",
-        "conv",
-    ]
-    config = parse("dlm export", commands()["export"].load(), ["--model", "x", "--output", "y", *given])
-    assert config.generation == {"decoder": "conv", "options": {"kernel_size": 5, "gap": 3}}
+    export, generate = (commands()[name].load() for name in ("export", "generate"))
+    words = ["--generation.options.kernel_size", "5", "--generation.options.gap=3"]
     config = parse(
-        "dlm generate",
-        commands()["generate"].load(),
-        ["a", "--options.logit_bias.5", "1e2", "--options.logit_bias.7", "-3"],
+        "dlm export", export, ["--model", "x", "--output", "y", *words, "--generation.decoder", "conv"]
     )
-    assert config.options == {"logit_bias": {"5": 100.0, "7": -3}}
+    assert config.generation == {"decoder": "conv", "options": {"kernel_size": 5, "gap": 3}}
+
+    def options(*words):
+        return parse("dlm generate", generate, ["a", *words]).options
+
+    assert options("--options.logit_bias.5", "1e2", "--options.logit_bias.7", "-3", "--options.gap", "2") == {
+        "gap": 2, "logit_bias": {"5": 100.0, "7": -3},
+    }  # fmt: skip
+    assert options("--options.logit_bias.7", "3", "--options", '{"logit_bias": {"5": 2}, "gap": 3}') == {
+        "gap": 3, "logit_bias": {"5": 2, "7": 3},
+    }  # fmt: skip
+    for text in ("", "2024-01-01", "1:30", "# tips"):
+        assert options("--options.logit_bias.5", text) == {"logit_bias": {"5": text}}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--options.logit_bias.5"], "--options.logit_bias.5 expects a value"),
+        (["--options.logit_bias.5", "--seed", "3"], "--options.logit_bias.5 expects a value"),
+        (["--options.logit_bias", "4", "--options.logit_bias.x", "3"], "is 4 already, and holds no x"),
+        (["--config", ""], "--config"),
+    ],
+)
+def test_a_value_within_others_that_is_wrong_is_refused(words, said, capsys):
+    assert main(["generate", "a", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_settings_from_a_pipe_with_references_and_in_files_of_their_own_are_read(tmp_path):
+    train = commands()["train"].load()
+
+    def config(text):
+        (tmp_path / "run.yaml").write_text(text)
+        return parse("dlm train", train, ["--output_dir", "o", "--config", str(tmp_path / "run.yaml")])
+
+    assert config("trainer:\n  a: &x {p: 1}\n  b: {<<: *x, q: 2}\n").trainer["b"] == {"p": 1, "q": 2}
+    (tmp_path / "data.yaml").write_text("limit: 3\n")
+    assert config(f"data: {tmp_path / 'data.yaml'}\n").data.limit == 3
+    read, write = os.pipe()
+    os.write(write, b"seed: 8\n")
+    os.close(write)
+    assert parse("dlm train", train, ["--output_dir", "o", "--config", f"/dev/fd/{read}"]).seed == 8
 
 
 def test_a_setting_that_is_there_twice_is_refused(tmp_path, capsys):

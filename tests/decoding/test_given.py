@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from decoding import Decoder, Sampler
+from decoding import Decoder, Engine, Request, Sampler
 from decoding.gaps import Gap, combinations, pieces_of, without_span
 from decoding.infill import MOST_LENGTHS
 from decoding.presets import PRESETS
@@ -79,13 +79,36 @@ def test_a_stop_text_within_what_was_given_is_none():
     ends = {"ending": "st", "max_tokens": 20}
     whole_with_end = own.generate(["q"], **ends)[0]
     assert "st" not in whole_with_end.text[:-2]
+    assert "t" not in whole_with_end.text[:-2]
     for stop in ("st", "t"):
-        if stop not in whole_with_end.text[:-2]:
-            assert own.generate(["q"], stop=stop, **ends)[0].text == whole_with_end.text
+        assert own.generate(["q"], stop=stop, **ends)[0].text == whole_with_end.text
     over_the_edge = whole_with_end.text[-3:-1]
     assert own.generate(["q"], stop=over_the_edge, **ends)[0].text == whole_with_end.text[:-3]
     across = "b" + whole.text[2]
     assert own.generate(["q"], begin="ab", stop=across, max_tokens=20)[0].text == "a"
+
+
+@pytest.mark.parametrize("ending", [None, "st"])
+@pytest.mark.parametrize("name", ["semi-ar", "llada", "conv"])
+def test_with_forced_texts_and_stop_texts_nothing_that_was_confirmed_is_taken_back(name, ending):
+    own = sampler(eos_bias=-50)
+    options = {"block_size": 1} if name == "semi-ar" else None
+    request = Request(
+        decoder=name,
+        options=options,
+        forced={5: "st"},
+        stop="st",
+        max_tokens=12,
+        canvas="full",
+        ending=ending,
+    )
+    engine = Engine(own.model, own.tokenizer)
+    engine.submit("q", request.resolve(own.model), seed=1)
+    told = [""]
+    while len(engine):
+        told += [update.confirmed for update in engine.step()]
+        assert told[-1].startswith(told[-2])
+    assert "st" not in told[-1]
 
 
 # ---- given tokens -------------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -22,9 +24,9 @@ def test_numbers_of_numpy_count_as_pythons_own(sampler):
                              seed=[3, 4], max_tokens=8, rate=2.0, batch_size=1)  # fmt: skip
     options = {"kernel_size": np.int64(3), "temperature": np.float32(0.5)}
     given = {"max_tokens": np.int32(8), "rate": np.float32(2), "batch_size": np.int64(1), "options": options}
-    for seed in (np.array([3, 4]), (3, np.int64(4)), iter([3, 4]), range(3, 5)):
+    for seed in (np.array([3, 4]), (3, np.int64(4)), torch.tensor([3, 4]), range(3, 5)):
         assert sampler.generate(["a", "b"], decoder="llada-conv", seed=seed, **given) == plain
-    for wrong in (1.5, np.float64(1), "1", [1.5, 2], True, None):
+    for wrong in (1.5, np.float64(1), "1", [1.5, 2], True, None, {1, 2}, itertools.count(), np.array(1.5)):
         with pytest.raises(ConfigError, match="seed must be a whole number"):
             sampler.generate(["a", "b"], seed=wrong)
 

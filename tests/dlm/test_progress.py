@@ -34,6 +34,7 @@ def test_long_work_says_now_and_then_how_far_it_is(said, monkeypatch, capsys):
     assert 2 <= len(lines) < 20
     assert all(line.startswith("counting: ") and " of 20 rows, " in line for line in lines)
     assert lines[-1].startswith("counting: 20 of 20 rows")
+    assert len(lines) == len(set(lines))
     assert capsys.readouterr().err == ""
 
 
@@ -51,3 +52,18 @@ def test_a_terminal_has_a_bar(said, monkeypatch):
     list(progress(range(3), "counting", unit="row"))
     assert "counting: 100%" in terminal.getvalue()
     assert said() == []
+
+
+def test_without_a_total_nothing_is_said_of_what_is_to_come(said, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", 0.01)
+    for _ in progress(iter(range(4)), "counting", unit="batch"):
+        time.sleep(0.02)
+    assert said()[-1].startswith("counting: 4 batches, ")
+    assert not any(" of " in line or "to go" in line for line in said())
+
+
+def test_where_nobody_listens_to_the_log_there_is_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(module.logger, "level", logging.ERROR)
+    module.logger.manager._clear_cache()
+    list(progress(range(3), "counting"))
+    assert "counting: 100%" in capsys.readouterr().err

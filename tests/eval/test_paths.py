@@ -175,5 +175,5 @@ def test_figures_of_other_weights_or_settings_are_not_mixed(checkpoint, file, tm
     assert "2 runs of other weights or rows are dropped" in caplog.text
     capsys.readouterr()
     assert main([*words, "--limit", "2", "--decoders", "llada"]) == 2
-    assert "holds paths whose " in capsys.readouterr().err
+    assert "holds paths whose limit was 3, not 2" in capsys.readouterr().err
     assert len(json.loads((tmp_path / "o" / "paths.json").read_text())["runs"][0]["costs"]) == 3

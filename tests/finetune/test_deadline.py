@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -138,6 +139,7 @@ def test_what_transformers_refuses_is_a_wrong_setting(tmp_path, wrong):
 
 def test_without_a_terminal_the_figures_are_lines(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("dlm.trainer.SECONDS_BETWEEN_LINES", 3600.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     caplog.set_level(logging.INFO)
     shown = {"trainer": {"disable_tqdm": False}}
     train(settings(tmp_path, max_steps=6, warmup_steps=1, logging_steps=1, eval_steps=3, **shown))

@@ -315,6 +315,7 @@ REFUSED = [
     ({"decoder": "convv"}, "decoder"),
     ({"options": {"kernel_sise": 5}}, "options"),
     ({"options": {"gap": 0}}, "options.gap"),
+    ({"options": {"gap": "x"}}, "options.gap"),
     ({"options": {"temperature": -1}}, "temperature"),
     ({"decoder": "llada", "kernel_size": 9}, "options"),
     ({"rate": 0.5}, "rate"),
