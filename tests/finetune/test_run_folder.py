@@ -1,20 +1,22 @@
 """Which runs a folder continues: those with the same settings, however old the folder is."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from dlm.errors import ConfigError
 from finetune.config import MaskConfig, TrainConfig
 from finetune.run import training_arguments
-from finetune.run_folder import RunFolder
+from finetune.run_folder import SAMPLES, RunFolder
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with the settings of a run, and the way to change what is written there."""
+    """A folder with the settings of a run that has validated, and the way to change what is written there."""
     report = type("Report", (), {"as_dict": lambda self: {}})()
     RunFolder(TrainConfig(str(tmp_path), max_steps=5)).begin(report)
+    (tmp_path / SAMPLES).touch()
 
     def rewrite(change):
         stored = json.loads((tmp_path / "run.json").read_text())
@@ -30,6 +32,14 @@ def test_the_same_settings_go_on_and_others_do_not(folder):
     RunFolder(TrainConfig(path, max_steps=5, logging_steps=3))
     with pytest.raises(ConfigError, match="max_steps = 5, not 6"):
         RunFolder(TrainConfig(path, max_steps=6))
+
+
+def test_a_run_that_left_nothing_keeps_no_other_out(folder):
+    path, _ = folder
+    (Path(path) / SAMPLES).unlink()
+    run = RunFolder(TrainConfig(path, max_steps=6))
+    assert run.resume_from is None
+    assert not run.finished
 
 
 def test_a_setting_that_an_older_version_did_not_have_had_its_default(folder):
