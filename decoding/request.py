@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dlm.errors import MOST_WHOLE, ConfigError, plain, unknown_name
@@ -181,9 +181,11 @@ class DecoderRequest:
     def __post_init__(self) -> None:
         """Check each field by itself, and what does not go together for any model."""
         for item in fields(self):
-            if "rules" in item.metadata and (value := plain(getattr(self, item.name))) is not None:
+            if "rules" in item.metadata and (value := getattr(self, item.name)) is not None:
+                if isinstance(value, Real) and type(value) not in (bool, int, float):  # NumPy's
+                    value = plain(value)
+                    object.__setattr__(self, item.name, value)
                 _check(item.name, value, item.metadata)
-                object.__setattr__(self, item.name, value)
         if self.options is not None:
             options = {name: plain(value) for name, value in self.options.items()}  # the caller's may change
             object.__setattr__(self, "options", options)

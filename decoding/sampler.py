@@ -22,7 +22,7 @@ from decoding.request import DEFAULT_WINDOW, Plan, Request
 from decoding.row_maker import Prompt, RowMaker, TooLongError
 from decoding.tilted.particles import steer
 from decoding.tilted.tilt import TILT_FIELDS, Tilt
-from dlm.errors import ConfigError, check_whole, plain
+from dlm.errors import ConfigError, check_whole
 from dlm.spec import ModelSpec
 
 Span = str | tuple[int, int]
@@ -514,7 +514,7 @@ def _with_seeds(prompts: Iterable[PromptT], seed: int | Sequence[int]) -> Iterat
     """
     given: Any = seed.tolist() if hasattr(seed, "tolist") else seed  # an array, or a tensor
     if _is_seed(given):
-        return zip(prompts, itertools.repeat(plain(given)), strict=False)
+        return zip(prompts, itertools.repeat(int(given)), strict=False)
     seeds = list(given) if isinstance(given, Sequence) else None
     if seeds is None or not all(map(_is_seed, seeds)):
         raise ConfigError(f"seed must be a whole number, or one for each prompt, got {seed!r}")

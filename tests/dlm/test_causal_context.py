@@ -175,10 +175,10 @@ def test_recorded_attention_is_that_of_the_call(context, tokenizer):
 def test_tokens_of_such_a_model_are_not_verified(context):
     request = Request(decoder="conv", options={"verify": 0.1}, max_tokens=9)
     for refused in (request.resolve, replace(request, max_tokens=None).resolve_gaps):
-        with pytest.raises(ConfigError, match="the option verify needs a model"):
+        with pytest.raises(ConfigError, match=r"the decoder wino\) needs a model"):
             refused(context)
     full = replace(context.spec, visibility=Visibility())
-    with pytest.raises(ConfigError, match="the option verify needs a model"):
+    with pytest.raises(ConfigError, match=r"the decoder wino\) needs a model"):
         check_capable(context, request.resolve(full))
 
 

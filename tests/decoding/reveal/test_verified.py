@@ -227,10 +227,10 @@ def test_what_cannot_be_is_refused_in_a_line(model, tokenizer):
     with pytest.raises(ConfigError, match="give no reuse"):
         plan_of(decoder, rate=2.0, reuse=Reuse())
     poor = Without(FakeDenoiser(), "shadows")
-    with pytest.raises(ConfigError, match="the option verify needs a model that computes a mask beside"):
+    with pytest.raises(ConfigError, match=r"the decoder wino\) needs a model that computes a mask beside"):
         decode(poor, torch.full((1, 4), 22), plan_of(decoder, rate=2.0))
     engine = Engine(poor, FakeTokenizer())
-    with pytest.raises(ConfigError, match="the option verify needs a model that computes a mask beside"):
+    with pytest.raises(ConfigError, match=r"the decoder wino\) needs a model that computes a mask beside"):
         engine.submit(Row([5, 22, 22], 1), plan_of(decoder, rate=2.0))
     assert len(engine) == 0
     plan = Request(decoder=decoder, window=20, rate=2.0).resolve(model)
