@@ -182,7 +182,7 @@ class DecoderRequest:
         """Check each field by itself, and what does not go together for any model."""
         for item in fields(self):
             if "rules" in item.metadata and (value := getattr(self, item.name)) is not None:
-                if isinstance(value, Real) and type(value) not in (bool, int, float):  # NumPy's
+                if type(value) not in (bool, int, float) and isinstance(value, Real):  # NumPy's
                     value = plain(value)
                     object.__setattr__(self, item.name, value)
                 _check(item.name, value, item.metadata)
