@@ -29,12 +29,13 @@ class ProgressLines(tqdm):  # type: ignore[misc]
     def status_printer(file: Any) -> Callable[[str], None]:
         """Print by way of the logger, nothing twice; see `tqdm`."""
         del file
-        said = [""]
+        last = ""
 
         def say(text: str) -> None:
-            if (line := text.strip()) not in ("", said[-1]):
-                said.append(line)
+            nonlocal last
+            if (line := text.strip()) not in ("", last):
                 logger.info(line)
+                last = line
 
         return say
 

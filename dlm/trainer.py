@@ -487,7 +487,7 @@ class TokenProgress(ProgressCallback):  # type: ignore[misc]
     ) -> None:
         """Renew the figures."""
         if self.training_bar is not None and logs:
-            self._shown |= {name: f"{logs[key]:.4g}" for name, key in _SHOWN.items() if key in logs}
+            self._shown |= _figures(logs)
             self.training_bar.set_postfix(self._shown)
 
 
@@ -495,23 +495,28 @@ class TokenLines(TrainerCallback):  # type: ignore[misc]
     """The newest figures in lines, where there is no terminal: at validations, and now and then between."""
 
     def __init__(self) -> None:
-        self._figures: dict[str, str] = {}
+        self._shown: dict[str, str] = {}
         self._due = 0.0
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Say the figures, if it is time."""
-        fresh = {name: f"{logs[key]:.4g}" for name, key in _SHOWN.items() if key in logs} if logs else {}
-        if not (logs and fresh and state.is_world_process_zero):
+        fresh = _figures(logs or {})
+        if not (fresh and state.is_world_process_zero):
             return
-        self._figures |= fresh
-        if "eval_nelbo" in logs or time.monotonic() >= self._due:
-            figures = ", ".join(f"{name} {value}" for name, value in self._figures.items())
+        self._shown |= fresh
+        if "val" in fresh or time.monotonic() >= self._due:
+            figures = ", ".join(f"{name} {value}" for name, value in self._shown.items())
             total = f" of {state.max_steps}" if state.max_steps < ENDLESS else ""
             logger.info("step %d%s: %s", state.global_step, total, figures)
             self._due = time.monotonic() + SECONDS_BETWEEN_LINES
 
 
 _SHOWN = {"loss": "loss", "val": "eval_nelbo", "lr": "learning_rate", "tok/s": "tokens_per_second"}
-"""Name beside the progress bar -> name in the log."""
+"""Name in what is shown -> name in the log."""
+
+
+def _figures(logs: dict[str, Any]) -> dict[str, str]:
+    """The figures of a record of the log that are shown."""
+    return {name: f"{logs[key]:.4g}" for name, key in _SHOWN.items() if key in logs}

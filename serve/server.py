@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import signal
 import socket
 import sys
@@ -157,20 +158,13 @@ def check_free(host: str, port: int) -> None:
         DLMError: saying why.
     """
     try:
-        flags = socket.AI_PASSIVE
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=flags
-        ):
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind(address)
+        for family, *_, address in socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM):
+            socket.create_server(address, family=family).close()
     except OSError as error:
+        of_name = isinstance(error, socket.gaierror)  # its number is none of the system's
+        reason = error.strerror if of_name or not error.errno else os.strerror(error.errno)
         other = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
-        raise DLMError(
-            f"cannot listen on {host}, port {port} ({error.strerror}): give another {other}"
-        ) from error
+        raise DLMError(f"cannot listen on {host}, port {port} ({reason}): give another {other}") from error
 
 
 def serve(config: ServeConfig) -> int:

@@ -157,7 +157,7 @@ def test_a_file_that_holds_no_settings_is_quoted_in_part(tmp_path, capsys):
     file.write_text("word " * 1000)
     assert main(["serve", "--config", str(file)]) == 2
     assert "holds lines such as `seed: 3`, got 'word word " in (said := capsys.readouterr().err)
-    assert len(said) < 200 + len(str(file))
+    assert len(said.replace(str(file), "")) < 200
     file.write_text("w" * 1000)
     assert main(["serve", "--config", str(file)]) == 2
     assert "`seed: 3`, got 'wwww" in capsys.readouterr().err

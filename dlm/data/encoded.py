@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -107,7 +107,8 @@ class EncodedRows(TorchDataset[dict[str, Any]]):
         except (
             OSError, EOFError, BadZipFile, zlib.error, ValueError, KeyError, TypeError, RecursionError
         ) as error:  # fmt: skip
-            why = "not a NumPy archive" if "pickle" in str(error) else str(error)
+            other = not isinstance(error, OSError) and not is_zipfile(file)  # NumPy would have it unpickled
+            why = "no archive of NumPy" if other else error
             raise DataError(f"{file}: not a file of encoded rows ({why})") from error
 
     def __len__(self) -> int:

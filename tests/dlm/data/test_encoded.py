@@ -89,7 +89,7 @@ def test_another_tokenizer_or_window_is_refused(both, tokenizer):
 
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "rows.npz").write_bytes(b"no archive")
-    with pytest.raises(DataError, match="not a file of encoded rows"):
+    with pytest.raises(DataError, match=r"not a file of encoded rows \(no archive of NumPy\)"):
         EncodedRows.load(tmp_path / "rows.npz")
 
 
