@@ -70,6 +70,7 @@ OBJECTIVES = (
     Objective("block 16, causal context", block(16, **{"model.causal_context": True})),
     Objective("block 8, no shift", block(8, **{"model.shift": False})),
     Objective("full, path 1", {"masks.path": 1.0}),
+    Objective("block 16, path 0.5", block(16, **{"masks.path": 0.5})),
     Objective("block 16, complementary", block(16, **PAIRS), passes=2),
     Objective("block 16, lead not first", block(16, **FREE)),
     Objective("block 8, complementary, lead not first", block(8, **PAIRS, **FREE), passes=2),

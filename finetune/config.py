@@ -318,7 +318,8 @@ class MaskConfig:
 
     Args:
         complementary: every row comes twice, with some tokens masked and with the others; twice the cost.
-        path: share of the rows whose masks lie on the path of a convolutional decoder; 0 for uniform masks.
+        path: share of the rows whose masks lie on the path of a convolutional decoder, block by block in a
+            block-causal model; 0 for uniform masks.
         kernel_size: of that decoder's convolution, odd.
         autoregressive: weight of an autoregressive loss on the same rows, under causal attention; a step
             costs twice as much.
@@ -358,8 +359,6 @@ class TrainConfig(RunConfig):
     def __post_init__(self) -> None:
         """Check that the masks fit the model."""
         super().__post_init__()
-        if self.masks.path and self.model.visibility == "block":
-            raise ConfigError("masks.path is for models whose positions see the whole row")
         if self.masks.autoregressive and not self.model.init:
             raise ConfigError(
                 "masks.autoregressive is for models with a shift: give a model.init that has one"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 from decoding.window import Convolution
 from dlm.data.windows import TensorBatch
@@ -11,12 +12,67 @@ from dlm.noise import fold, key_of, uniform
 from dlm.noising import Blocks, draws, with_targets
 from dlm.schedule import LogLinear, NoiseSchedule
 
-Weighted = tuple[torch.Tensor, torch.Tensor]
-"""[B, L] bool masks, and [B, L] float32 weights of their -log p."""
+
+def path_noise(
+    batch: TensorBatch,
+    slots: torch.Tensor,
+    total: int,
+    seed: int,
+    step: int,
+    mask_id: int,
+    kernel_size: int,
+    blocks: Blocks | None = None,
+) -> TensorBatch:
+    """A training batch with masks as a convolutional decoder meets them on its way to the true answer.
+
+    See `path_masks`. In blocks each block has a path of its own, from the clean text before it, which begins
+    behind the lead; the lead is predicted with weight 1. Arguments as for `dlm.noising.add_noise`.
+    """
+    key = key_of(seed, "path", step, device=slots.device)
+    length = batch["input_ids"].shape[1]
+    size, reach = (blocks.size, min(kernel_size // 2, length)) if blocks else (length, 0)
+    count = -(-length // size)
+    places = blocks.places(slots, total, length)[:, ::size] if blocks else slots[:, None].double()
+    share = torch.remainder(uniform(key, -1).double() + places / total, 1.0)  # [B, blocks]
+    lead = blocks.leads(batch["maskable"]) if blocks else torch.zeros_like(batch["maskable"])
+
+    def pieces(x: torch.Tensor) -> torch.Tensor:
+        """[B, L] -> [B · blocks, reach + size]: each block behind as many positions as its kernel reaches."""
+        return F.pad(x, (reach, -length % size)).unfold(1, reach + size, size).flatten(0, 1)
+
+    def row(x: torch.Tensor) -> torch.Tensor:
+        """[B · blocks, reach + size] -> [B, L], without what was put before the blocks."""
+        return x[:, reach:].unflatten(0, (-1, count)).flatten(1)[:, :length]
+
+    cells = pieces(batch["maskable"] & ~lead)
+    cells[:, :reach] = False  # of the block before, and clean
+    position = torch.arange(count, device=slots.device)[:, None] * size - reach
+    position = position + torch.arange(reach + size, device=slots.device)
+    masked, weight = path_masks(
+        cells,
+        pieces(batch["attention_mask"].bool()),
+        share.flatten(),
+        fold(key, slots).repeat_interleave(count),
+        position.repeat(len(slots), 1),
+        kernel_size,
+    )
+    masked, weight = row(masked), row(weight)
+    noisy = torch.where(masked, mask_id, batch["input_ids"])
+    t = 1 - share.float()
+    t = t.repeat_interleave(size, dim=1)[:, :length] if blocks else t[:, 0]
+    out = with_targets(batch, t, weight, noisy, mask_id, lead)
+    return {**out, "targets": torch.where(out["weight"] > 0, out["targets"], IGNORE)}
 
 
-def path_masks(batch: TensorBatch, share: torch.Tensor, key: torch.Tensor, kernel_size: int) -> Weighted:
-    """Masks as a convolutional decoder meets them on its way to the true answer.
+def path_masks(
+    cells: torch.Tensor,
+    real: torch.Tensor,
+    share: torch.Tensor,
+    key: torch.Tensor,
+    position: torch.Tensor,
+    kernel_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks on the paths of a convolutional decoder, and the weights of their -log p.
 
     Positions are written one by one, drawn in proportion to the window weight w (first hitting with equal
     confidence). With n positions to write and k of them written,
@@ -27,45 +83,35 @@ def path_masks(batch: TensorBatch, share: torch.Tensor, key: torch.Tensor, kerne
     after another is written, so that no noise schedule has a part in it.
 
     Args:
-        batch: from `WindowCollator`.
-        share: [B] float of [0, 1), which of the n numbers a row has.
-        key: [B] int64, noise keys of the rows.
+        cells: [N, W] bool, the positions to write.
+        real: [N, W] bool, positions that hold a token; those that are no cells are known from the start.
+        share: [N] float of [0, 1), which of the n numbers k is.
+        key: [N] int64, noise keys.
+        position: [N, W] int64, which of its key's random numbers each position has.
         kernel_size: of the convolution, odd.
 
     Returns:
-        Masks, and weights n · w / Σ w. One written token after the other is drawn, on the host.
+        [N, W] bool masks, and [N, W] float32 weights n · w / Σ w. One written token after the other is drawn,
+        on the host.
     """
-    device = batch["maskable"].device
-    masked, real, share, key = (
-        x.cpu() for x in (batch["maskable"].clone(), batch["attention_mask"].bool(), share, key)
-    )
+    device = cells.device
+    masked, real, share, key, position = (x.cpu() for x in (cells.clone(), real, share, key, position))
     count = masked.sum(1)
     written = (share * count).long()
-    window, position = Convolution(kernel_size), torch.arange(masked.shape[1])
+    window = Convolution(kernel_size)
 
     def weights() -> torch.Tensor:
         weight = torch.where(masked, window.weights(real & ~masked), 0.0)
         return torch.where(weight.any(1, keepdim=True), weight, masked.float())  # nothing to begin from
 
+    place = torch.arange(masked.shape[1])
     for step in range(int(written.max()) if len(written) else 0):
         wait = -uniform(fold(key, step)[:, None], position).log() / weights()  # infinite without weight
         first = torch.where(masked, wait, torch.inf).argmin(1, keepdim=True)
-        masked &= ~((position == first) & (step < written)[:, None])
+        masked &= ~((place == first) & (step < written)[:, None])
     weight = weights()
     weight = count[:, None] * weight / weight.sum(1, keepdim=True).clamp(min=1e-9)
     return masked.to(device), weight.to(device)
-
-
-def path_noise(
-    batch: TensorBatch, slots: torch.Tensor, total: int, seed: int, step: int, mask_id: int, kernel_size: int
-) -> TensorBatch:
-    """A training batch whose masks are those of `path_masks`; arguments as for `dlm.noising.add_noise`."""
-    key = key_of(seed, "path", step, device=slots.device)
-    share = torch.remainder(uniform(key, -1).double() + slots.double() / total, 1.0)
-    masked, weight = path_masks(batch, share, fold(key, slots), kernel_size)
-    noisy = torch.where(masked, mask_id, batch["input_ids"])
-    out = with_targets(batch, 1 - share.float(), weight, noisy, mask_id)
-    return {**out, "targets": torch.where(weight > 0, out["targets"], IGNORE)}
 
 
 def complementary_noise(

@@ -39,15 +39,13 @@ class SFTTrainer(DiffusionTrainer):
         **kwargs: as for `DiffusionTrainer`.
 
     Raises:
-        ConfigError: for masks on a path and a block-causal model, and for an autoregressive loss of a model
-            without a shift, whose states see the token that they predict.
+        ConfigError: for an autoregressive loss of a model without a shift, whose states see the token that
+            they predict.
     """
 
     def __init__(self, model: Any, *, masks: MaskConfig, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
         self.masks = masks
-        if masks.path and self.blocks:
-            raise ConfigError("masks.path is for models whose positions see the whole row")
         if masks.autoregressive and not self.spec.shift:
             raise ConfigError("masks.autoregressive is for models with a shift; others see what they predict")
 
@@ -63,7 +61,9 @@ class SFTTrainer(DiffusionTrainer):
         chance = uniform(fold(key_of(seed, "path rows", step, device=slots.device), slots), 0)
         on_path = (chance < self.masks.path).nonzero()[:, 0]
         rows = {name: values[on_path] for name, values in batch.items()}
-        path = path_noise(rows, slots[on_path], total, seed, step, self.mask_id, self.masks.kernel_size)
+        path = path_noise(
+            rows, slots[on_path], total, seed, step, self.mask_id, self.masks.kernel_size, self.blocks
+        )
         names = ("t", "noisy_ids", "targets", "weight")
         return plain | {name: plain[name].clone().index_copy_(0, on_path, path[name]) for name in names}
 

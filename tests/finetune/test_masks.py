@@ -46,32 +46,82 @@ def paths(start, n, kernel_size):
     return {written: sum(ways.values()) for written, ways in law.items()}
 
 
-def test_masks_on_a_path_have_the_law_of_all_orders():
-    start, n, kernel_size, rows = 2, 4, 3, 40_000
-    law = paths(start, n, kernel_size)
-    assert sum(law.values()) == pytest.approx(n)  # one for each number of written tokens
-    assert any(chance == 0 for chance in law.values())
-    batch = batch_of(torch.full((rows, start + n), 7), start)
-    share = (torch.arange(rows) + 0.5) / rows
-    masked, weight = path_masks(batch, share, fold(key_of("test"), torch.arange(rows)), kernel_size)
+def counted(masked):
+    """How often each set of masks was drawn."""
     counts = {}
     for row in masked.tolist():
-        written = frozenset(i for i in range(start, start + n) if not row[i])
-        counts[written] = counts.get(written, 0) + 1
-    assert all(law[written] > 0 for written in counts)
-    expected = {written: rows * chance / n for written, chance in law.items() if chance > 0}
-    chi2 = sum((counts.get(written, 0) - e) ** 2 / e for written, e in expected.items())
-    assert chi2 < len(expected) + 5 * math.sqrt(2 * len(expected))
+        counts[tuple(row)] = counts.get(tuple(row), 0) + 1
+    return counts
+
+
+def agrees(counts, law, rows):
+    """A chi-squared test of counts against a law."""
+    assert all(law.get(seen, 0) > 0 for seen in counts)
+    expected = {seen: rows * chance for seen, chance in law.items() if chance > 0}
+    chi2 = sum((counts.get(seen, 0) - e) ** 2 / e for seen, e in expected.items())
+    return chi2 < len(expected) + 5 * math.sqrt(2 * len(expected))
+
+
+def masks_law(start, n, kernel_size):
+    """Probability of each row of masks, n positions to write behind `start` known ones."""
+    return {
+        tuple(i >= start and i not in written for i in range(start + n)): chance / n
+        for written, chance in paths(start, n, kernel_size).items()
+    }
+
+
+def drawn_paths(rows, start, n, kernel_size, share):
+    """`path_masks` of so many equal rows."""
+    masked = (torch.arange(start + n) >= start).expand(rows, -1)
+    return path_masks(
+        masked,
+        torch.ones_like(masked),
+        share,
+        fold(key_of("test"), torch.arange(rows)),
+        torch.arange(start + n).expand(rows, -1),
+        kernel_size,
+    )
+
+
+def test_masks_on_a_path_have_the_law_of_all_orders():
+    start, n, kernel_size, rows = 2, 4, 3, 40_000
+    law = masks_law(start, n, kernel_size)
+    assert sum(law.values()) == pytest.approx(1)
+    assert any(chance == 0 for chance in law.values())
+    share = (torch.arange(rows) + 0.5) / rows
+    masked, weight = drawn_paths(rows, start, n, kernel_size, share)
+    assert agrees(counted(masked), law, rows)
     open_ = Convolution(kernel_size).weights(~masked) * masked
     torch.testing.assert_close(weight, n * open_ / open_.sum(1, keepdim=True))
 
 
 def test_a_path_from_nothing_begins_anywhere():
-    batch = batch_of(torch.full((600, 5), 7), 0)
-    masked, weight = path_masks(batch, torch.full((600,), 0.2), fold(key_of(1), torch.arange(600)), 3)
+    masked, weight = drawn_paths(600, 0, 5, 3, torch.full((600,), 0.2))
     assert (masked.sum(1) == 4).all()
     assert ((~masked).float().mean(0) > 0.1).all()
     assert torch.allclose(weight.sum(1), torch.full((600,), 5.0))
+
+
+@pytest.mark.parametrize(("size", "lead"), [(4, True), (4, False), (3, True)])
+def test_each_block_has_a_path_of_its_own_from_the_clean_text_before_it(size, lead, tokenizer):
+    start, length, kernel_size, rows = 2, 11, 5, 30_000
+    mask, blocks = tokenizer.mask_token_id, Blocks(size, lead=lead)
+    batch = batch_of(torch.full((rows, length), 7), start)
+    noised = path_noise(batch, torch.arange(rows), rows, 0, 0, mask, kernel_size, blocks)
+    masked = noised["noisy_ids"] == mask
+    for first in range(0, length, size):
+        # What is known when the block begins: all before it, and its lead, which is written alone.
+        last = min(first + size, length)
+        known = max(start, first + (lead and first >= start and first > 0))
+        law = masks_law(known, last - known, kernel_size) if last > known else {(False,) * last: 1.0}
+        inside = {row[first:]: chance for row, chance in law.items()}
+        assert agrees(counted(masked[:, first:last]), inside, rows)
+    assert not masked[:, :start].any()
+    if not lead:
+        return
+    leads = [i for i in range(size, length, size) if i >= start]
+    assert (noised["targets"][:, leads] == 7).all()
+    assert (noised["weight"][:, leads] == 1).all()
 
 
 @torch.no_grad()
@@ -79,20 +129,48 @@ def test_the_loss_on_a_path_is_the_bound_of_that_order(model, tokenizer):
     torch.manual_seed(0)
     mask, start, n, kernel_size = tokenizer.mask_token_id, 3, 4, 3
     ids = torch.randint(5, len(tokenizer), (start + n,))
-    exact = 0.0
-    for written, chance in paths(start, n, kernel_size).items():
-        masked = torch.tensor([i >= start and i not in written for i in range(start + n)])
-        noisy = torch.where(masked, mask, ids)
-        logp = model(input_ids=noisy[None]).logits[0].double().log_softmax(-1)
-        weight = torch.where(masked, Convolution(kernel_size).weights(~masked[None])[0], 0.0).double()
-        cells = masked.nonzero()[:, 0].tolist()
-        exact -= chance * sum(float(weight[i] / weight.sum() * logp[i, ids[i]]) for i in cells)
+    exact = path_bound(model, ids, start, kernel_size, mask)
     batch = batch_of(ids.expand(4000, -1), start)
     noised = path_noise(batch, torch.arange(4000), 4000, 0, 0, mask, kernel_size)
     cells = noised["targets"] != IGNORE
     assert (noised["weight"][cells] > 0).all()
     out = model(input_ids=noised["noisy_ids"], targets=noised["targets"])
     assert float(weighted_loss(out.token_logp, noised["weight"][cells], 4000)) == pytest.approx(
+        exact, rel=0.01
+    )
+
+
+def path_bound(model, ids, start, kernel_size, mask):
+    """The bound on -log p of what stands behind `start`, over all orders: sum over the sets written."""
+    n, total = len(ids) - start, 0.0
+    for written, chance in paths(start, n, kernel_size).items():
+        masked = torch.tensor([i >= start and i not in written for i in range(len(ids))])
+        noisy = torch.where(masked, mask, ids)
+        logp = model(input_ids=noisy[None]).logits[0].double().log_softmax(-1)
+        weight = torch.where(masked, Convolution(kernel_size).weights(~masked[None])[0], 0.0).double()
+        cells = masked.nonzero()[:, 0].tolist()
+        total -= chance * sum(float(weight[i] / weight.sum() * logp[i, ids[i]]) for i in cells)
+    return total
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lead", [True, False])
+def test_the_loss_on_paths_in_blocks_is_the_bound_of_blocks(lead, model, tokenizer):
+    torch.manual_seed(0)
+    model.config.block_size, model.config.shift, model.config.block_lead = 4, True, lead
+    mask, start, length, size, kernel_size, rows = tokenizer.mask_token_id, 2, 8, 4, 3, 4000
+    blocks = Blocks.of(model.spec)
+    ids = torch.randint(5, len(tokenizer), (length,))
+    exact = path_bound(model, ids[:size], start, kernel_size, mask)
+    if lead:  # written first: nothing else of its block is there
+        before = torch.where(torch.arange(length) < size, ids, mask)
+        exact -= float(model(input_ids=before[None]).logits[0, size].double().log_softmax(-1)[ids[size]])
+    exact += path_bound(model, ids, size + lead, kernel_size, mask)
+    batch = batch_of(ids.expand(rows, -1), start)
+    noised = path_noise(batch, torch.arange(rows), rows, 0, 0, mask, kernel_size, blocks)
+    cells = noised["targets"] != IGNORE
+    out = model(input_ids=noised["noisy_ids"], clean_ids=noised["input_ids"], targets=noised["targets"])
+    assert float(weighted_loss(out.token_logp, noised["weight"][cells], rows)) == pytest.approx(
         exact, rel=0.01
     )
 
@@ -137,12 +215,6 @@ def test_complementary_blocks_keep_their_leads(tokenizer):
         (lambda: MaskConfig(autoregressive=-1.0), "must not be negative"),
         (lambda: ModelConfig(block_size=8), "block_size is for model.visibility"),
         (lambda: ModelConfig(visibility="block"), "needs model.block_size"),
-        (
-            lambda: TrainConfig(
-                "x", model=ModelConfig(visibility="block", block_size=4), masks=MaskConfig(path=0.5)
-            ),
-            "masks.path is for models whose positions see the whole row",
-        ),
     ],
 )
 def test_masks_that_cannot_be_are_refused(make, message):
