@@ -13,7 +13,6 @@ import torch
 from decoding.window import Window
 from dlm.errors import ConfigError
 from dlm.schedule import LogLinear, NoiseSchedule
-from dlm.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -155,9 +154,9 @@ class Steps:
         del masked
         stage, index, count = stage_of(step.clamp(max=self.steps - 1), self.steps, stages)
         times = torch.stack([1 - index.double() / count, 1 - (index + 1).double() / count])
+        t, s = self.schedule.mask_share(times)
         scope = window.scope(start, stage, initial.shape[1])
         total = (initial & scope).sum(1)
-        t, s = self.schedule.mask_share(times)
         if isinstance(self.schedule, LogLinear):
             quota = total // count + (index < total % count)
         else:
@@ -308,11 +307,6 @@ class EndTokens:
     fill: bool = True
     early_exit: bool = True
     closes: bool = True
-
-    @classmethod
-    def of(cls, spec: ModelSpec, **effects: bool) -> EndTokens:
-        """The effects of a model's end tokens."""
-        return cls(spec.eos_token_id, tuple(sorted(spec.end_token_ids)), **effects)
 
     def is_end(self, ids: torch.Tensor) -> torch.Tensor:
         """Mark the end tokens, bool in the shape of `ids`."""

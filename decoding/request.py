@@ -148,8 +148,50 @@ def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         raise unknown_name(name, value, metadata["choices"])
 
 
+@dataclass(frozen=True, kw_only=True)
+class CallSettings:
+    """The settings of model calls; a field that is None is not given.
+
+    Args:
+        reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate).
+        refresh: with reuse, the number of changes of the row after which everything is computed again; 8 by
+            default.
+        drafts: guesses of what the row will be next that each model call computes too, at most 16: fewer
+            calls, the same text. They are shared by the rows of a batch; with more rows than drafts there are
+            none. 0 by default.
+    """
+
+    reuse: str | None = _option(TEXT, choices=REUSE_SCOPES)
+    refresh: int | None = _whole(1)
+    drafts: int | None = _whole(0, MOST_DRAFTS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CanvasSettings:
+    """The settings of a canvas; a field that is None is not given.
+
+    Args:
+        max_tokens: longest answer, on a canvas that grows as it is written; 256 by default.
+        window: tokens of prompt and answer together, on a fixed canvas.
+        stop: a text that ends an answer, which is cut before it; several as '["one", "two"]', or by giving
+            it again. One that lies wholly in `begin` or `ending` does not count.
+        eos_fill: once an end token is written, everything to its right becomes the end token; on by default.
+        canvas: the masks that the model is shown from the start. "full": all of them, `max_tokens` behind the
+            prompt (with steps that is the default). "growing": in a window with steps, those that can be
+            written soon (approximate).
+        margin: masks that a growing canvas holds beyond those that can open; 16 by default.
+    """
+
+    max_tokens: int | None = _whole(1)
+    window: int | None = _whole(1)
+    stop: str | list[str] | None = _option(STOPS)
+    eos_fill: bool | None = _option(SWITCH)
+    canvas: str | None = _option(TEXT, choices=("full", "growing"))
+    margin: int | None = _whole(0)
+
+
 @dataclass(frozen=True)
-class DecoderRequest:
+class DecoderRequest(CallSettings):
     """The part of a request that any text can have, one with gaps too; a field that is None is not given.
 
     Args:
@@ -162,21 +204,12 @@ class DecoderRequest:
             checkpoint's rate, or 2 on a canvas that grows. Not for decoders with a pace of their own.
         steps: denoising steps, in place of a rate. On a fixed canvas there are by default those of the
             checkpoint, or a quarter of the window. At most 16 for each position are taken.
-        reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate).
-        refresh: with reuse, the number of changes of the row after which everything is computed again; 8 by
-            default.
-        drafts: guesses of what the row will be next that each model call computes too, at most 16: fewer
-            calls, the same text. They are shared by the rows of a batch; with more rows than drafts there are
-            none. 0 by default.
     """
 
     decoder: DecoderLike | None = _option(DECODER)
     options: dict[str, Any] | None = _option(NAMED)
     rate: float | None = _option(RATE, ge=1, le=MOST_RATE)
     steps: int | None = _whole(1)
-    reuse: str | None = _option(TEXT, choices=REUSE_SCOPES)
-    refresh: int | None = _whole(1)
-    drafts: int | None = _whole(0, MOST_DRAFTS)
 
     def __post_init__(self) -> None:
         """Check each field by itself, and what does not go together for any model."""
@@ -217,7 +250,7 @@ class DecoderRequest:
 
 
 @dataclass(frozen=True)
-class Request(DecoderRequest):
+class Request(DecoderRequest, CanvasSettings):
     """A wish for an answer: how it is to be decoded; a field that is None is not given.
 
     Either a canvas that grows, with `max_tokens` as a limit: text and cost do not depend on the limit unless
@@ -226,15 +259,6 @@ class Request(DecoderRequest):
     by time. The fields of a `DecoderRequest` come first.
 
     Args:
-        max_tokens: longest answer, on a canvas that grows as it is written; 256 by default.
-        window: tokens of prompt and answer together, on a fixed canvas.
-        stop: a text that ends an answer, which is cut before it; several as '["one", "two"]', or by giving
-            it again. One that lies wholly in `begin` or `ending` does not count.
-        eos_fill: once an end token is written, everything to its right becomes the end token; on by default.
-        canvas: the masks that the model is shown from the start. "full": all of them, `max_tokens` behind the
-            prompt (with steps that is the default). "growing": in a window with steps, those that can be
-            written soon (approximate).
-        margin: masks that a growing canvas holds beyond those that can open; 16 by default.
         begin: text that the answer begins with.
         ending: text that the answer ends with, at the last positions of the window or of max_tokens.
         forced: texts at places of the answer, counted in tokens from 0: {"7": " Paris"}, or
@@ -245,12 +269,6 @@ class Request(DecoderRequest):
     TEXTS: ClassVar[tuple[str, ...]] = ("stop", "begin", "ending", "forced")
     """Fields that may be any text, which the command line takes as it is."""
 
-    max_tokens: int | None = _whole(1)
-    window: int | None = _whole(1)
-    stop: str | list[str] | None = _option(STOPS)
-    eos_fill: bool | None = _option(SWITCH)
-    canvas: str | None = _option(TEXT, choices=("full", "growing"))
-    margin: int | None = _whole(0)
     begin: str | None = _option(TEXT)
     ending: str | None = _option(TEXT)
     forced: dict[Any, str] | None = _option(*PLACES)
@@ -317,7 +335,9 @@ class Request(DecoderRequest):
         Raises:
             ConfigError: for settings that are out of range for the model or do not go together.
         """
-        spec = _spec_of(model)
+        from dlm.spec import ModelSpec
+
+        spec = ModelSpec.of(model)
         return self.as_published(spec)._resolved(spec)
 
     def as_published(self, spec: ModelSpec) -> Request:
@@ -378,7 +398,9 @@ class Request(DecoderRequest):
                 raise ConfigError(
                     f"{name} means nothing here: it is for answers, and this is a text with gaps"
                 )
-        spec = _spec_of(model)
+        from dlm.spec import ModelSpec
+
+        spec = ModelSpec.of(model)
         decoder = self.decoder_for(spec).fitted(OPEN_LENGTH, spec).without(*spec.end_token_ids, *forbidden)
         steps = (spec.defaults.steps or OPEN_LENGTH // 4) if decoder.timed else None
         extent = _Extent(spec.positions, spec.positions, None, None, grows=False)
@@ -393,7 +415,7 @@ class Request(DecoderRequest):
         return Plan(
             decoder=decoder,
             pace=pace,
-            end_tokens=EndTokens.of(spec, **effects),
+            end_tokens=EndTokens(spec.eos_token_id, tuple(sorted(spec.end_token_ids)), **effects),
             mask_id=spec.mask_token_id,
             margin=None if not extent.grows else MARGIN if self.margin is None else self.margin,
             reuse=self.reuse_settings(),
@@ -473,13 +495,6 @@ class Request(DecoderRequest):
                     "give no rate and no steps"
                 )
         return decoder.with_given_pace()
-
-
-def _spec_of(model: Any) -> ModelSpec:
-    """The specification that a model carries, or the one that is given."""
-    from dlm.spec import ModelSpec
-
-    return ModelSpec.of(model)
 
 
 def _unknown_field(name: str, names: list[str]) -> ConfigError:

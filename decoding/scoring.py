@@ -26,7 +26,6 @@ from decoding.denoiser import (
 from decoding.drafts import Guess
 from decoding.request import Plan
 from decoding.reveal.base import TOKEN_NOISE, Evidence, StepView
-from dlm.errors import ConfigError
 from dlm.noise import cell_noise
 from dlm.shadows import Shadows
 from dlm.spec import ModelSpec
@@ -69,7 +68,9 @@ class Scorer:
         self.entries, self.verified = CachedPositions(canvas), CachedPositions(canvas)
         self.token = torch.zeros_like(canvas.ids)  # [B, L] to be written, where there is an entry
         self.probability = torch.zeros(canvas.ids.shape)  # [B, L] of that token
-        self.score = torch.zeros(*canvas.ids.shape, self.rule.score_width)  # [B, L, C]
+        self.score = torch.zeros(canvas.ids.shape)  # [B, L]
+        self.observed = {name: torch.zeros_like(x) for name, x in canvas.rule_state.items() if x.dim() > 1}
+        self.observes: list[str] = []  # those of them that the rule finds in a call, in its order
         self.alternatives = torch.zeros_like(canvas.alternatives)  # [B, L, k, 2]
         self.leave_one_out = torch.zeros(canvas.ids.shape)  # [B, L] where `verified`
         self.ranks = min(plan.drafts, MOST_RANKS)
@@ -81,7 +82,6 @@ class Scorer:
             StateCache(canvas, plan.mask_id, blocks, unconditional=unconditional, reuse=plan.reuse)
             for unconditional in ((False, True) if plan.decoder.guidance else (False,))
         ]
-        self.constant = self.rule.constant_score(self.tokens)
         self.penalises = self.tokens.penalises
 
     def follow(self, canvas: Canvas, rows: torch.Tensor | None = None) -> None:
@@ -94,6 +94,8 @@ class Scorer:
             values = getattr(self, name)
             values = values if rows is None else values[rows]
             setattr(self, name, resized(values, *canvas.ids.shape))
+        for name, values in self.observed.items():
+            self.observed[name] = resized(values if rows is None else values[rows], *canvas.ids.shape)
 
     def copy(self, rows: torch.Tensor, copies: torch.Tensor) -> None:
         """Keep the hidden states of the rows [b] for their copies [b] too; the scores are of other noise."""
@@ -103,13 +105,11 @@ class Scorer:
     # ---- what a rule asks for ------------------------------------------------------------------------
 
     def evidence(self, view: StepView) -> Evidence:
-        """The evidence that the rule asks for; none where its score is the same whatever the logits."""
-        if self.constant is not None:
-            return Evidence(torch.zeros_like(view.masked))
+        """The evidence that the rule asks for; tokens are verified in a call that is made anyway."""
         evidence = self.rule.evidence(view)
         if evidence.verified is None:
             return evidence
-        verified = evidence.verified & evidence.scored.any(1, keepdim=True)  # in a call that is made anyway
+        verified = evidence.verified & evidence.scored.any(1, keepdim=True)
         if self.plan.end_tokens.fill:  # ends that have filled what is behind them stay
             verified &= ~self.plan.end_tokens.is_end(view.ids)
         return replace(evidence, verified=verified)
@@ -177,12 +177,12 @@ class Scorer:
         cells = (rows, slice(where.shape[1]))
         token = torch.where(where, self.token[cells], self.plan.mask_id)
         confidence = torch.where(where, self.probability[cells], 0)
-        if self.constant is not None:
-            score = torch.full(where.shape, self.constant)
+        if evidence.constant is None:
+            score = torch.where(where, self.score[cells], 0)
         else:
-            score = torch.where(where[..., None], self.score[cells], 0)
-            score = score[..., 0] if score.shape[2] == 1 else score
-        view = replace(view, score=score, token=token, confidence=confidence)
+            score = torch.full(where.shape, evidence.constant)
+        observed = {name: x[cells] for name, x in self.observed.items()}
+        view = replace(view, score=score, token=token, confidence=confidence, observed=observed)
         if "shadows" not in self.rule.requires:
             return view
         has_value = self.verified.at(rows, where.shape[1])
@@ -244,15 +244,15 @@ class Scorer:
             columns, where = columns[~bad | needed[where]], where & ~(broken & ~needed)
         shown, ranks = self.plan.top_logprobs, self.ranks
         size = columns.shape[1] - 2 * (shown + ranks)  # behind it, log-probabilities may be -inf
-        token, probability, score = columns[:, :size].nan_to_num().tensor_split([1, 2], dim=1)
-        if self.score.shape[2] != score.shape[1]:
-            raise ConfigError(
-                f"the rule's score has {score.shape[1]} numbers, and its score_width is {self.score.shape[2]}"
-            )
+        token, probability, score, seen = columns[:, :size].nan_to_num().tensor_split([1, 2, 3], dim=1)
         row, position = where.nonzero().unbind(1)
         cells = rows[row], position
         self.token[cells], self.probability[cells] = token[:, 0].long(), probability[:, 0].float()
-        self.score[cells] = score.float()
+        self.score[cells] = score[:, 0].float()
+        for name in self.observes:
+            shape = self.observed[name].shape[2:]
+            values, seen = seen.tensor_split([shape.numel()], dim=1)
+            self.observed[name][cells] = values.reshape(-1, *shape).to(self.observed[name].dtype)
         noted = columns[:, size:].view(len(row), -1, 2)
         self.alternatives[cells], self.likeliest[cells] = noted[:, :shown], noted[:, shown:]
         self.entries.add(rows, where)
@@ -260,7 +260,7 @@ class Scorer:
     def _columns(
         self, logits: torch.Tensor, row: torch.Tensor, position: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
-        """The token drawn at some positions, its probability, and the rule's score.
+        """The token drawn at some positions, its probability, the rule's score, and what else it observes.
 
         Args:
             logits: [N, V].
@@ -269,15 +269,17 @@ class Scorer:
             noise: [N] uniform numbers.
 
         Returns:
-            [N, 2 + C + 2k] float64, at the end the likeliest tokens (see `TokenRule.likeliest`): those that
+            [N, 3 + S + 2k] float64, S numbers observed, at the end the likeliest tokens (see `TokenRule.likeliest`): those that
             are noted, and those that drafts are made of.
         """
         choice = self.tokens.choose(logits, noise.to(logits.device, non_blocking=True))
         tensors = {name: x for name, x in self.canvas.rule_state.items() if x.dim() > 1}
         state = {name: x[row, position].to(logits.device, non_blocking=True) for name, x in tensors.items()}
-        score = self.rule.score(logits, choice, state, self.tokens).double()
-        columns = [choice.token.double()[:, None], choice.probability.double()[:, None]]
-        columns.append(score[:, None] if score.dim() == 1 else score)
+        score = self.rule.score(logits, choice, state, self.tokens)
+        observed = self.rule.observe(logits, state, self.tokens)
+        self.observes = list(observed)
+        columns = [x.double()[:, None] for x in (choice.token, choice.probability, score)]
+        columns += [x.double().reshape(len(row), -1) for x in observed.values()]
         noted = [
             self.tokens.likeliest(logits, k).flatten(1) for k in (self.plan.top_logprobs, self.ranks) if k
         ]
@@ -348,6 +350,7 @@ class DraftScorer(Scorer):
         super().__init__(scorer.model, canvas, replace(scorer.plan, drafts=0, top_logprobs=0))
         tokens, logp = scorer.likeliest[source, :, rank].unbind(-1)
         self.token, self.probability, self.score = tokens.long(), logp.exp().float(), scorer.score[source]
+        self.observed = {name: x[source] for name, x in scorer.observed.items()}
         self.has_score = scorer.entries.cached[source]
         self.sufficient = torch.ones(len(source), dtype=torch.bool)
         """[c] bool, False for rows that were asked for more than there is."""

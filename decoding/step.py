@@ -181,7 +181,7 @@ class Batch:
         view, cells = self._view(live), (live, slice(self.width))
         masked = canvas.masked[cells]
         evidence = self.scorer.evidence(view)
-        if ends and self.scorer.constant is None:
+        if ends and bool(evidence.scored.any()):
             evidence = replace(evidence, scored=torch.where(late[:, None], masked, evidence.scored))
         guess = self._guess() if self.plan.drafts else None
         yield from self.scorer.compute(rows, evidence, guess)
@@ -227,6 +227,7 @@ class Batch:
             ids=ids,
             scope=scope & valid & (torch.arange(self.width) >= start[:, None]),
             step=step,
+            tokens=self.scorer.tokens,
             course=partial(course, canvas, plan, rows, self.width),
             beyond=self._beyond(rows) if plan.ahead is not None and plan.pace.bounded else None,
             pace=plan.pace,

@@ -240,6 +240,10 @@ class Within(Window):
     size: int
     lead: bool = False
 
+    @property
+    def _blocks(self) -> Block:
+        return Block(self.size, aligned=True)
+
     def fitted(self, length: int) -> Window:
         """With sizes of the inner window; see `Window`."""
         return replace(self, inner=self.inner.fitted(length))
@@ -251,17 +255,15 @@ class Within(Window):
 
     def current(self, masked: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """[B] number of the block that holds the first mask, that of `start` being 0."""
-        length = masked.shape[1]
-        first = torch.where(masked, torch.arange(length), length).amin(1)
-        return torch.clamp(first // self.size - start // self.size, min=0)
+        return self._blocks.current(masked, start)
 
     def stages(self, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         """[B] number of blocks that hold a position to be written."""
-        return torch.clamp((end - 1) // self.size - start // self.size + 1, min=1)
+        return self._blocks.stages(start, end)
 
     def scope(self, start: torch.Tensor, stage: torch.Tensor, length: int) -> torch.Tensor:
         """[B, L] bool, the positions of block number `stage`."""
-        return torch.arange(length) // self.size == (start // self.size + stage)[:, None]
+        return self._blocks.scope(start, stage, length)
 
     def weights(
         self, unmasked: torch.Tensor, *, start: torch.Tensor | None = None, stage: torch.Tensor | None = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from decoding.request import CallSettings, CanvasSettings
 from dlm.device import check_place
 from dlm.errors import MOST_NUMBER, ConfigError, unknown_name
 from eval.variants import Variant, check_sizes, variants
@@ -13,12 +14,17 @@ from eval.variants import Variant, check_sizes, variants
 NUCLEUS = 0.95
 """Top-p of autoregressive baselines, by default."""
 
-REQUESTED = ("stop", "canvas", "margin", "reuse", "refresh", "drafts")
-"""Fields of a `Request` that all variants have in common; their labels show them."""
+REQUESTED = tuple(
+    item.name
+    for kind in (CanvasSettings, CallSettings)
+    for item in fields(kind)
+    if item.name not in ("max_tokens", "window", "eos_fill")
+)
+"""Fields of a `Request` that all variants have in common and that their labels show."""
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(CanvasSettings, CallSettings):
     """Settings of an evaluation: systems, questions, measures.
 
     Args:
@@ -38,22 +44,10 @@ class EvalConfig:
         limit: only the first so many questions; 0 for all.
         output: folder of runs; a run that was interrupted goes on where it was.
         decoders: decoders to compare, such as "conv,semi-ar,top-k(top_k=10)"; the checkpoint's own if empty.
-        window: tokens of prompt and answer together, on a fixed canvas; by default the checkpoint's.
         steps: denoising steps, several as "16,32" or as shares of the window, "L/16,L/4"; with them the
             canvas is fixed.
-        max_tokens: longest answer on a canvas that grows, and of endpoints; 256 by default.
         rate: tokens per model call, several as "1,2"; in place of steps.
         seed: of the noise; equal for all decoders.
-        eos_fill: once the end is written, everything to its right becomes the end token; by default as the
-            checkpoint's authors have it, else true.
-        stop: a text that ends an answer; several as '["one", "two"]', or by giving it again.
-        canvas: with a window and steps, "growing" shows the model only masks that can be written soon
-            (approximate).
-        margin: masks that a growing canvas holds beyond those that can open.
-        reuse: "prompt", "prefix" or "dual" reuses keys and values (approximate).
-        refresh: with reuse, the number of changes of the row after which everything is computed again.
-        drafts: guesses of what rows will be next that each model call computes too: fewer calls, the same
-            texts. For a batch_size of 1 or a few: with more rows than drafts there are none.
         trace: record when, how surely and where each token was written, for `dlm orders learn`.
         batch_size: rows per model call, or requests at a time.
         reader: autoregressive model (hub id, folder, .gguf) that says how likely answers are; "base" for the
@@ -85,18 +79,9 @@ class EvalConfig:
     limit: int = 0
     output: str = "runs/eval"
     decoders: str = ""
-    window: int | None = None
     steps: str = ""
-    max_tokens: int | None = None
     rate: str = ""
     seed: int = 0
-    eos_fill: bool | None = None
-    stop: str | list[str] | None = None
-    canvas: str | None = None
-    margin: int | None = None
-    reuse: str | None = None
-    refresh: int | None = None
-    drafts: int | None = None
     trace: bool = False
     batch_size: int = 8
     reader: str = "base"

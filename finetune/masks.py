@@ -42,7 +42,7 @@ def path_noise(
 
     def row(x: torch.Tensor) -> torch.Tensor:
         """[B · blocks, reach + size] -> [B, L], without what was put before the blocks."""
-        return x[:, reach:].unflatten(0, (-1, count)).flatten(1)[:, :length]
+        return x[:, reach:].reshape(-1, count * size)[:, :length]
 
     cells = pieces(batch["maskable"] & ~lead)
     cells[:, :reach] = False  # of the block before, and clean

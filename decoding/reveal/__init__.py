@@ -9,7 +9,7 @@ from decoding.reveal.dilated import Dilated
 from decoding.reveal.editing import Editing
 from decoding.reveal.entropy_bound import EntropyBound
 from decoding.reveal.process_reward import ProcessReward
-from decoding.reveal.quota import Quota
+from decoding.reveal.quota import OwnPaced, Quota
 from decoding.reveal.remask import Remask
 from decoding.reveal.separated import Separated
 from decoding.reveal.stability import Stability
@@ -23,6 +23,7 @@ __all__ = [
     "Editing",
     "EntropyBound",
     "Evidence",
+    "OwnPaced",
     "ProcessReward",
     "Quota",
     "Remask",

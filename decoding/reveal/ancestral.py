@@ -10,8 +10,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from decoding.pace import Rate, Steps
-from decoding.reveal.base import REVEAL_NOISE, Decision, RevealRule, StepView
+from decoding.pace import Rate
+from decoding.reveal.base import REVEAL_NOISE, Decision, Evidence, RevealRule, StepView
 from decoding.tokens import Choice, TokenRule
 
 
@@ -104,9 +104,11 @@ class MassRule(RevealRule):
 
     sees_token: ClassVar[bool] = False
 
-    def constant_score(self, tokens: TokenRule) -> float | None:
-        """1 where no token is cut; see `RevealRule`."""
-        return 1.0 if tokens.keeps_all else None
+    def evidence(self, view: StepView) -> Evidence:
+        """No scores where no token is cut: all keep a probability of 1; see `RevealRule`."""
+        if view.tokens.keeps_all:
+            return Evidence(torch.zeros_like(view.open), constant=1.0)
+        return super().evidence(view)
 
     def score(
         self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
@@ -122,11 +124,7 @@ class MassRule(RevealRule):
         """
         speed = torch.where(view.masked, view.weight.double() * view.score.double(), 0.0)
         noise = view.noise(REVEAL_NOISE).double()
-        return -(torch.log1p(-noise) if isinstance(view.pace, Steps) else noise.log()) / speed
-
-    def recovers_shortfall(self, view: StepView) -> bool:
-        """True over steps, where more masks make every reveal likelier; see `RevealRule`."""
-        return isinstance(view.pace, Steps)
+        return -(torch.log1p(-noise) if view.pace.bounded else noise.log()) / speed
 
 
 @dataclass(frozen=True)
@@ -142,4 +140,5 @@ class Ancestral(MassRule):
             noise = view.noise(REVEAL_NOISE)
             return Decision(first_arrivals(view.score, view.weight, view.masked, noise, view.pace.rate))
         chance = reveal_probability(view.score, view.weight, view.masked, view.t, view.s, view.beyond)
-        return Decision(view.masked & (view.noise(REVEAL_NOISE) < chance))
+        # Over steps more masks make every reveal likelier.
+        return Decision(view.masked & (view.noise(REVEAL_NOISE) < chance), catches_up=view.pace.bounded)

@@ -56,7 +56,9 @@ class StepView:
     noise: Callable[[int], torch.Tensor]
     """Number of a stream -> [b, W] uniform numbers, new in every step."""
     score: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    """[b, W] or [b, W, C], what the rule's `score` found; 0 where it was not computed."""
+    """[b, W], what the rule's `score` found; 0 where it was not computed."""
+    observed: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What the rule's `observe` found, by names of its state: [b, W, …]; 0 where it was not computed."""
     token: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[b, W] int64, the token that a position would receive; where the score was computed."""
     confidence: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -67,6 +69,8 @@ class StepView:
     """[b, W] bool, all positions of the current stage, given ones included."""
     step: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[b] int64, steps that the row has taken."""
+    tokens: TokenRule = field(default_factory=TokenRule)
+    """The rule by which tokens are drawn."""
     course: Callable[[], Course] = lambda: Course(torch.empty(0), torch.empty(0))
     """Gives how far the rows are."""
     beyond: torch.Tensor | None = None
@@ -105,6 +109,8 @@ class Evidence:
     """[b, W] bool, written positions: for `leave_one_out`, which requires "shadows"."""
     dependence: Dependence | None = None
     """The rule by which two positions conflict: for `conflicts`, which requires "attention"."""
+    constant: float | None = None
+    """The score of every position where it is the same whatever the logits, so that none need be `scored`."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,8 @@ class Decision:
     """[b] bool, rows in which no written token will change any more; None for all."""
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """New state; it is kept if the row changes in this step."""
+    catches_up: bool = False
+    """True when the rule itself writes later what of this a rule around it leaves out."""
 
     def filled(self, rows: torch.Tensor, masked: torch.Tensor) -> Decision:
         """This decision, but in `rows` [b, 1] all that is `masked` [b, W] is revealed, and nothing else."""
@@ -143,8 +151,6 @@ class RevealRule:
     """Capabilities that the model must have beyond `Denoiser` (see `Capable`): the names of `NEEDS`."""
     by_time: ClassVar[bool] = False
     """True for rules that read `t` and `s` as a row's times, which a window with times of its own has not."""
-    score_width: ClassVar[int] = 1
-    """Numbers C of a position's score; with more than one, `score` returns [N, C]."""
 
     @property
     def sees_token(self) -> bool:
@@ -165,11 +171,6 @@ class RevealRule:
         """Return the rule with the same order that follows a given pace; itself if it does."""
         return self
 
-    def constant_score(self, tokens: TokenRule) -> float | None:
-        """Score of every position where it is the same whatever the logits; None for most rules."""
-        del tokens
-        return None
-
     def evidence(self, view: StepView) -> Evidence:
         """Say what `decide` needs of the model; by default the scores of the open positions.
 
@@ -189,10 +190,26 @@ class RevealRule:
             tokens: the token rule; its `allowed` shuts forbidden tokens.
 
         Returns:
-            [N], or [N, C] where `score_width` is C, the first of them what `precedence` goes by.
+            [N].
         """
         del logits, state, tokens
         return choice.probability
+
+    def observe(
+        self, logits: torch.Tensor, state: Mapping[str, torch.Tensor], tokens: TokenRule
+    ) -> dict[str, torch.Tensor]:
+        """Reduce logits to what the state is made of, which `decide` sees as `observed`; by default nothing.
+
+        Args:
+            logits: [N, V] on the model's device.
+            state: the rule's state at these positions, [N, …].
+            tokens: the token rule.
+
+        Returns:
+            By names of the state, tensors of its shape [N, …].
+        """
+        del logits, state, tokens
+        return {}
 
     def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """State of new rows, by name: tensors [rows, length, …] or [rows]; by default none."""
@@ -200,17 +217,8 @@ class RevealRule:
         return {}
 
     def precedence(self, view: StepView) -> torch.Tensor:
-        """[b, W] numbers by which `gap` takes positions, the smallest first; by default -score · weight.
-
-        Of a score of several numbers [b, W, C] that is the first.
-        """
-        score = view.score if view.score.dim() == 2 else view.score[..., 0]
-        return -ordering(score, view.weight, view.masked)
-
-    def recovers_shortfall(self, view: StepView) -> bool:
-        """True when the rule itself writes later what it did not write in this step."""
-        del view
-        return False
+        """[b, W] numbers by which `gap` takes positions, the smallest first; by default -score · weight."""
+        return -ordering(view.score, view.weight, view.masked)
 
     def decide(self, view: StepView) -> Decision:
         """Choose the positions to write in this step."""
@@ -248,11 +256,6 @@ class WrappedRule(RevealRule):
         return self.inner.by_time
 
     @property
-    def score_width(self) -> int:  # type: ignore[override]
-        """See `RevealRule`."""
-        return self.inner.score_width
-
-    @property
     def sees_token(self) -> bool:
         """See `RevealRule`."""
         return self.inner.sees_token
@@ -271,10 +274,6 @@ class WrappedRule(RevealRule):
         """See `RevealRule`."""
         return replace(self, inner=self.inner.with_given_pace())
 
-    def constant_score(self, tokens: TokenRule) -> float | None:
-        """See `RevealRule`."""
-        return self.inner.constant_score(tokens)
-
     def evidence(self, view: StepView) -> Evidence:
         """See `RevealRule`."""
         return self.inner.evidence(view)
@@ -282,11 +281,14 @@ class WrappedRule(RevealRule):
     def score(
         self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
     ) -> torch.Tensor:
-        """[N] or [N, C]; see `RevealRule`. The constant one too, since this rule may need a call."""
-        constant = self.inner.constant_score(tokens)
-        if constant is not None:
-            return torch.full_like(choice.probability, constant)
+        """[N]; see `RevealRule`."""
         return self.inner.score(logits, choice, state, tokens)
+
+    def observe(
+        self, logits: torch.Tensor, state: Mapping[str, torch.Tensor], tokens: TokenRule
+    ) -> dict[str, torch.Tensor]:
+        """See `RevealRule`."""
+        return self.inner.observe(logits, state, tokens)
 
     def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """See `RevealRule`."""
@@ -295,10 +297,6 @@ class WrappedRule(RevealRule):
     def precedence(self, view: StepView) -> torch.Tensor:
         """[b, W]; see `RevealRule`."""
         return self.inner.precedence(view)
-
-    def recovers_shortfall(self, view: StepView) -> bool:
-        """See `RevealRule`."""
-        return self.inner.recovers_shortfall(view)
 
 
 def needed_for(view: StepView, number: torch.Tensor) -> torch.Tensor:
@@ -319,9 +317,14 @@ def ordering(score: torch.Tensor, weight: torch.Tensor, masked: torch.Tensor) ->
 
 def ranked(score: torch.Tensor, weight: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """[b, W] rank of each position (0 = first to go): open ones by score · weight, then the rest by score."""
-    best_first = ordering(score, weight, masked).argsort(dim=1, descending=True, stable=True)
-    place = torch.arange(best_first.shape[1]).expand_as(best_first)
-    return torch.empty_like(best_first).scatter_(1, best_first, place)
+    return ranks(ordering(score, weight, masked), descending=True)
+
+
+def ranks(values: torch.Tensor, *, descending: bool = False) -> torch.Tensor:
+    """[b, W] int64, place of each value in its row's order (0 = first); of equal ones left before right."""
+    first_to_last = values.argsort(dim=1, descending=descending, stable=True)
+    place = torch.arange(first_to_last.shape[1]).expand_as(first_to_last)
+    return torch.empty_like(first_to_last).scatter_(1, first_to_last, place)
 
 
 def state_with(

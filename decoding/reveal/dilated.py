@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import torch
 
-from decoding.reveal.base import Decision, RevealRule, StepView
-from decoding.reveal.quota import Quota
+from decoding.reveal.base import Decision, Evidence, StepView
+from decoding.reveal.quota import OwnPaced
 from dlm.errors import check_whole
 
 
 @dataclass(frozen=True)
-class Dilated(RevealRule):
+class Dilated(OwnPaced):
     """Dilated unmasking (DUS, arXiv 2506.19037): every n-th position of a block, then those between them.
 
     A block of B positions takes at most ⌈log_b B⌉ calls: in call j the positions whose place in the block
@@ -25,22 +25,15 @@ class Dilated(RevealRule):
     """
 
     base: int = 2
-    paced: ClassVar[bool] = False
-    random: ClassVar[bool] = False
     sees_token: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the base."""
         check_whole("base", self.base, least=2)
 
-    def with_given_pace(self) -> Quota:
-        """Return the rule that takes the most confident first; see `RevealRule`."""
-        return Quota(order="confidence")
-
-    def constant_score(self, tokens: object) -> float | None:
-        """1: the order does not depend on the model; see `RevealRule`."""
-        del tokens
-        return 1.0
+    def evidence(self, view: StepView) -> Evidence:
+        """No scores, for the order does not depend on the model; see `RevealRule`."""
+        return Evidence(torch.zeros_like(view.open), constant=1.0)
 
     def decide(self, view: StepView) -> Decision:
         """Take the masks on the widest grid that still has some."""

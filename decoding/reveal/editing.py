@@ -7,13 +7,13 @@ from typing import ClassVar
 
 import torch
 
-from decoding.reveal.base import Decision, Evidence, RevealRule, StepView, ranked
-from decoding.reveal.quota import Quota
+from decoding.reveal.base import Decision, Evidence, StepView, ranked
+from decoding.reveal.quota import OwnPaced
 from dlm.errors import ConfigError, check_whole
 
 
 @dataclass(frozen=True)
-class Editing(RevealRule):
+class Editing(OwnPaced):
     """Joint threshold: masks and written tokens are looked at together (LLaDA 2.1; SGLang's joint threshold).
 
     A mask whose confidence reaches τ is written, and at least the most confident one. A written token of the
@@ -29,8 +29,6 @@ class Editing(RevealRule):
     tau: float = 0.9
     tau_edit: float = 0.9
     edits: int = 1
-    paced: ClassVar[bool] = False
-    random: ClassVar[bool] = False
     revises: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -39,10 +37,6 @@ class Editing(RevealRule):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
         check_whole("edits", self.edits, least=0)
-
-    def with_given_pace(self) -> Quota:
-        """Return the rule that takes the most confident first; see `RevealRule`."""
-        return Quota(order="confidence")
 
     def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """Number of replacements at each position; see `RevealRule`."""

@@ -9,14 +9,14 @@ from typing import ClassVar
 
 import torch
 
-from decoding.reveal.base import Decision, RevealRule, StepView, ranked
-from decoding.reveal.quota import Quota
+from decoding.reveal.base import Decision, StepView, ranked
+from decoding.reveal.quota import Order, OwnPaced
 from decoding.tokens import Choice, TokenRule
 from dlm.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class EntropyBound(RevealRule):
+class EntropyBound(OwnPaced):
     """The most positions that a bound on their entropies allows (EB-sampler, arXiv 2505.24857).
 
     Open positions are taken in order of certainty · weight (without a convolution: from the least entropy
@@ -28,18 +28,13 @@ class EntropyBound(RevealRule):
     """
 
     gamma: float = 0.1
-    paced: ClassVar[bool] = False
-    random: ClassVar[bool] = False
+    order: ClassVar[Order] = "entropy"
     sees_token: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the range of gamma."""
         if not 0 <= self.gamma < math.inf:
             raise ConfigError(f"gamma must not be negative, got {self.gamma}")
-
-    def with_given_pace(self) -> Quota:
-        """Return the rule that takes the least entropy first; see `RevealRule`."""
-        return Quota(order="entropy")
 
     def score(
         self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
-from decoding.reveal.base import REVEAL_NOISE, Decision, Evidence, RevealRule, StepView, needed_for
+from decoding.reveal.base import REVEAL_NOISE, Decision, Evidence, RevealRule, StepView, needed_for, ranks
 from decoding.reveal.order_table import OrderTable
 from dlm.errors import ConfigError, check_whole, unknown_name
 from dlm.noise import key_of, uniform
@@ -125,7 +125,7 @@ class ProcessReward(RevealRule):
         reward = self.reward(view)
         score = -view.score.double() if self.control == "entropy" else base + reward
         width = view.masked.shape[1]
-        place = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        place = ranks(score, descending=True)
         order = place - width * (view.masked.long() + view.open)
         if self.draws:
             return self._drawn(view, base, reward, order)
@@ -134,7 +134,7 @@ class ProcessReward(RevealRule):
 
     def decide(self, view: StepView) -> Decision:
         """Take the first `quota` positions."""
-        rank = self.precedence(view).argsort(dim=1, stable=True).argsort(dim=1)
+        rank = ranks(self.precedence(view))
         return Decision(view.masked & (rank < view.quota[:, None]))
 
     def _drawn(
@@ -170,7 +170,7 @@ def shortlist(
     """
     size = torch.maximum(number, (PER_TOKEN * number).clamp(LEAST, SHORTLIST))
     race = torch.where(free, base - (-noise.double().log()).log(), -torch.inf)
-    rank = race.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    rank = ranks(race, descending=True)
     return free & (rank < size[:, None])
 
 

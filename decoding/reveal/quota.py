@@ -8,7 +8,6 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
-from decoding.pace import Steps
 from decoding.reveal.base import Decision, Evidence, RevealRule, StepView, needed_for, ranked
 from decoding.tokens import Choice, TokenRule
 from dlm.errors import check_whole, unknown_name
@@ -30,6 +29,21 @@ def order_score(logits: torch.Tensor, choice: Choice, tokens: TokenRule, order: 
     if order == "confidence":
         return choice.probability
     return tokens.cut_certainty(logits) if order == "cut-entropy" else tokens.certainty(logits, order)
+
+
+class OwnPaced(RevealRule):
+    """A rule that says itself how many tokens a step writes, and draws nothing.
+
+    At a pace that is given `Quota` takes its place, by its `order`.
+    """
+
+    paced: ClassVar[bool] = False
+    random: ClassVar[bool] = False
+    order: ClassVar[Order] = "confidence"
+
+    def with_given_pace(self) -> Quota:
+        """See `RevealRule`."""
+        return Quota(order=self.order)
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,7 @@ class Quota(RevealRule):
         """[b] int64, tokens of this step."""
         if self.per_step is not None:
             return torch.full_like(view.quota, self.per_step)
-        if self.spread == "even" or not isinstance(view.pace, Steps):
+        if self.spread == "even" or not view.pace.bounded:
             return view.quota
         t, s = (_EPS + (1 - _EPS) * x.float() for x in (view.t, view.s))
         left = view.masked.sum(1)

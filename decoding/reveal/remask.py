@@ -64,4 +64,5 @@ class Remask(MassRule):
             reveal=view.masked & (view.noise(REVEAL_NOISE) < chance),
             remask=view.written & looping & (view.noise(REMASK_NOISE) < self.eta),
             settled=torch.zeros(len(view.masked), dtype=torch.bool),
+            catches_up=True,  # the more masks are left, the likelier each is revealed
         )

@@ -7,10 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from decoding.pace import Steps
-from decoding.reveal.base import Decision, Evidence, RevealRule, StepView, WrappedRule, state_with
+from decoding.reveal.base import Decision, Evidence, RevealRule, StepView, WrappedRule, ranks, state_with
 from decoding.reveal.dependence import Dependence
-from decoding.tokens import TokenRule
 from dlm.errors import ConfigError, check_whole
 
 
@@ -65,10 +63,6 @@ class Separated(WrappedRule):
         """See `RevealRule`; and attention, where there is a `dependence`."""
         return self.inner.requires | ({"attention"} if self.dependence is not None else set())
 
-    def constant_score(self, tokens: TokenRule) -> float | None:
-        """See `RevealRule`; None where the model shows conflicts, which takes its call first."""
-        return None if self.dependence is not None else self.inner.constant_score(tokens)
-
     def evidence(self, view: StepView) -> Evidence:
         """See `RevealRule`. Of whatever may be taken, where conflicts must be seen."""
         evidence = self.inner.evidence(view)
@@ -87,14 +81,14 @@ class Separated(WrappedRule):
         number, eligible = reveal.sum(1), reveal
         if self.paced:
             eligible = reveal | view.open
-            if not self.inner.recovers_shortfall(view):
+            if not decision.catches_up:
                 number = number + view.state["owed"]
-        rank = self.inner.precedence(view).argsort(dim=1, stable=True).argsort(dim=1)
+        rank = ranks(self.inner.precedence(view))
         order = torch.where(reveal, rank, rank + rank.shape[1])  # what the rule takes, then its next ones
         if decision.replace is not None:
             return self._with_replaced(view, decision, order)
         picked = choose_apart(order, eligible, number, lambda first: self._near(view, first))
-        if self.paced and isinstance(view.pace, Steps):
+        if self.paced and view.pace.bounded:
             last = (view.s if view.s.dim() == 1 else view.s.amax(1)) <= 0
             picked = torch.where(last[:, None], choose_apart(order, eligible, number), picked)
         if not self.paced:
@@ -108,8 +102,7 @@ class Separated(WrappedRule):
         """
         replaced = decision.replace
         assert replaced is not None
-        score = view.score if view.score.dim() == 2 else view.score[..., 0]
-        order = torch.where(replaced, 2 * order.shape[1] + 1 - score.double(), order.double())
+        order = torch.where(replaced, 2 * order.shape[1] + 1 - view.score.double(), order.double())
         eligible = decision.reveal | replaced
         picked = choose_apart(order, eligible, eligible.sum(1), lambda first: self._near(view, first))
         held = replaced & ~picked

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
+from torch.nn.functional import pad
 
-from decoding.reveal.base import Decision, RevealRule, StepView, ranked
-from decoding.reveal.quota import Quota
-from decoding.tokens import Choice, TokenRule, log_normaliser
+from decoding.reveal.base import Decision, StepView, ranked, state_with
+from decoding.reveal.quota import OwnPaced
+from decoding.tokens import TokenRule, log_normaliser
 from dlm.errors import ConfigError, check_whole
 
 TRACKED = 8
@@ -18,7 +18,7 @@ TRACKED = 8
 
 
 @dataclass(frozen=True)
-class Stability(RevealRule):
+class Stability(OwnPaced):
     """Everything that is confident and stable, and at least the most confident one (KLASS, arXiv 2511.05664).
 
     A position is stable when the divergence KL(p_now ‖ p_before) between its distributions in neighbouring
@@ -34,9 +34,6 @@ class Stability(RevealRule):
     tau: float = 0.9
     epsilon: float = 0.01
     history: int = 2
-    paced: ClassVar[bool] = False
-    random: ClassVar[bool] = False
-    score_width: ClassVar[int] = 2 + 2 * TRACKED
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -46,10 +43,6 @@ class Stability(RevealRule):
             raise ConfigError(f"epsilon must be above 0, got {self.epsilon}")
         check_whole("history", self.history)
 
-    def with_given_pace(self) -> Quota:
-        """Return the rule that takes the most confident first; see `RevealRule`."""
-        return Quota(order="confidence")
-
     def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """Tracked tokens, their probabilities (0 at first) and comparisons passed; see `RevealRule`."""
         return {
@@ -58,38 +51,29 @@ class Stability(RevealRule):
             "stable": torch.zeros(rows, length, dtype=torch.int64),
         }
 
-    def score(
-        self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule
-    ) -> torch.Tensor:
-        """[N, 2 + 2·TRACKED]: confidence, divergence, and the tracked tokens with their probabilities."""
+    def observe(
+        self, logits: torch.Tensor, state: Mapping[str, torch.Tensor], tokens: TokenRule
+    ) -> dict[str, torch.Tensor]:
+        """The likeliest tokens, their probabilities, and comparisons passed; see `RevealRule`."""
         logits = tokens.allowed(logits)
         total = log_normaliser(logits)
         current = (logits.gather(1, state["tracked"]).float() - total).exp()
         best = logits.topk(min(TRACKED, logits.shape[1]), dim=1)
-        missing = TRACKED - best.indices.shape[1]
-        ids = torch.nn.functional.pad(best.indices, (0, missing)).double()
-        probability = torch.nn.functional.pad((best.values.float() - total).exp(), (0, missing)).double()
-        gap = divergence(current, state["probability"])
-        return torch.cat(
-            [choice.probability.double()[:, None], gap.double()[:, None], ids, probability], dim=1
-        )
+        missing = 0, TRACKED - best.indices.shape[1]
+        steady = divergence(current, state["probability"]).float() < self.epsilon
+        return {
+            "tracked": pad(best.indices, missing),
+            "probability": pad((best.values.float() - total).exp(), missing),
+            "stable": torch.where(steady, state["stable"] + 1, 0),
+        }
 
     def decide(self, view: StepView) -> Decision:
         """Take what is confident and stable, and the most confident position in any case."""
-        confidence, gap = view.score[..., 0], view.score[..., 1]
-        stable = torch.where(gap < self.epsilon, view.state["stable"] + 1, 0)
-        best = ranked(confidence, view.weight, view.masked) == 0
-        reveal = view.open & (((confidence >= self.tau) & (stable >= self.history)) | best)
-        looked = view.open[..., None]
-        tracked, probability = view.score[..., 2 : 2 + TRACKED], view.score[..., 2 + TRACKED :]
-        return Decision(
-            reveal,
-            state={
-                "tracked": torch.where(looked, tracked.long(), view.state["tracked"]),
-                "probability": torch.where(looked, probability.float(), view.state["probability"]),
-                "stable": torch.where(view.open, stable, view.state["stable"]),
-            },
-        )
+        best = ranked(view.score, view.weight, view.masked) == 0
+        steady = view.observed["stable"] >= self.history
+        reveal = view.open & (((view.score >= self.tau) & steady) | best)
+        before = {name: view.state[name] for name in ("tracked", "probability", "stable")}
+        return Decision(reveal, state=state_with(view.open, view.observed, before))
 
 
 def divergence(current: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:

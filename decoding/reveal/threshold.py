@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from decoding.reveal.base import Decision, RevealRule, StepView, ranked
-from decoding.reveal.quota import Quota
+from decoding.reveal.base import Decision, StepView, ranked
+from decoding.reveal.quota import OwnPaced
 from dlm.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Threshold(RevealRule):
+class Threshold(OwnPaced):
     """Everything whose confidence reaches τ, and at least the most confident one (Fast-dLLM, 2505.22618).
 
     Attributes:
@@ -19,17 +18,11 @@ class Threshold(RevealRule):
     """
 
     tau: float = 0.9
-    paced: ClassVar[bool] = False
-    random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the range of tau."""
         if not 0 < self.tau <= 1:
             raise ConfigError(f"tau must lie in (0, 1], got {self.tau}")
-
-    def with_given_pace(self) -> Quota:
-        """Return the rule that takes the most confident first; see `RevealRule`."""
-        return Quota(order="confidence")
 
     def decide(self, view: StepView) -> Decision:
         """Take confident positions among the open ones, and the best one in any case."""

@@ -8,9 +8,17 @@ from typing import ClassVar
 
 import torch
 
-from decoding.reveal.base import Decision, Evidence, RevealRule, StepView, WrappedRule, ranked, state_with
+from decoding.reveal.base import (
+    Decision,
+    Evidence,
+    RevealRule,
+    StepView,
+    WrappedRule,
+    ranked,
+    ranks,
+    state_with,
+)
 from decoding.reveal.threshold import Threshold
-from decoding.tokens import TokenRule
 from dlm.errors import ConfigError
 
 
@@ -73,11 +81,6 @@ class Verified(WrappedRule):
         if self.inner.revises:
             raise ConfigError("verify goes with rules whose tokens stay; this one revises them by itself")
 
-    def constant_score(self, tokens: TokenRule) -> float | None:
-        """See `RevealRule`; None, for tokens are verified in a call of the model."""
-        del tokens
-        return None
-
     def initial_state(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """State of the other rule, the positions of the last call, and how many it wrote."""
         return super().initial_state(rows, length) | {
@@ -86,8 +89,10 @@ class Verified(WrappedRule):
         }
 
     def evidence(self, view: StepView) -> Evidence:
-        """See `RevealRule`; with the tokens that are verified."""
-        return replace(self.inner.evidence(view), verified=self._verified(view))
+        """See `RevealRule`; with the tokens that are verified, which takes a call whatever the scores are."""
+        evidence = self.inner.evidence(view)
+        scored = evidence.scored if evidence.constant is None else view.open
+        return replace(evidence, scored=scored, verified=self._verified(view))
 
     def _verified(self, view: StepView) -> torch.Tensor:
         """[b, W] bool, written positions; none where the last call wrote one token."""
@@ -99,7 +104,7 @@ class Verified(WrappedRule):
         decision, checked = self.inner.decide(view), self._verified(view)
         accepted = decision.reveal.sum(1)
         likelihood = torch.where(checked, view.leave_one_out.double(), torch.inf)
-        rank = likelihood.argsort(dim=1, stable=True).argsort(dim=1)
+        rank = ranks(likelihood)
         remask = (likelihood < self.threshold) & (rank < view.state["accepted"][:, None] - 1)
         if self.every:
             remask &= (accepted > 1)[:, None]

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from decoding.canvas import Row
 from decoding.presets import option_names
-from decoding.request import DecoderRequest, Plan, Request
+from decoding.request import Plan, Request
 from decoding.reveal.order_table import is_name
 from dlm.characters import whole_characters
 from dlm.errors import ConfigError
@@ -87,9 +87,8 @@ def _descriptions() -> dict[str, str]:
         from docstring_parser import parse
     except ModuleNotFoundError:  # a bare machine, see docs/air-gapped.md: the schema goes without
         return {}
-    params = [
-        param for kind in (DecoderRequest, Request) for param in parse(inspect.getdoc(kind) or "").params
-    ]
+    kinds = [kind for kind in reversed(Request.__mro__) if is_dataclass(kind)]
+    params = [param for kind in kinds for param in parse(inspect.getdoc(kind) or "").params]
     texts = {param.arg_name: " ".join((param.description or "").split()) for param in params}
     return {name: text[:1].upper() + text[1:] for name, text in texts.items()}
 

@@ -245,9 +245,9 @@ def test_a_rule_around_another_answers_nothing_by_itself():
     )
     choice = Choice(*(torch.zeros(3, dtype=torch.int64), torch.ones(3), torch.ones(3)))
     arguments = {
-        "with_given_pace": (), "constant_score": (TokenRule(),), "evidence": (view,),
+        "with_given_pace": (), "evidence": (view,), "observe": (torch.zeros(3, 5), {}, TokenRule()),
         "score": (torch.zeros(3, 5), choice, {}, TokenRule()), "initial_state": (2, 3),
-        "precedence": (view,), "recovers_shortfall": (view,),
+        "precedence": (view,),
     }  # fmt: skip
     for name in members - {"decide"}:
         member = getattr(around, name)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ import torch
 from decoding import Decoder, Request, Sampler, list_decoders
 from decoding.canvas import Row, make_canvas
 from decoding.pace import OwnPace, Rate, Steps
-from decoding.reveal import Decision, EntropyBound, Quota, RevealRule, Separated, StepView, Threshold
+from decoding.reveal import EntropyBound, Quota, Separated, StepView
 from decoding.reveal.separated import choose_apart
 from decoding.step import denoise
 from dlm.errors import ConfigError
 from dlm.noise import uniform
-from tests.decoding.rig import MASK, decode, plan_of, rows
+from tests.decoding.rig import MASK, plan_of
 from tests.fakes import FakeDenoiser
 
 
@@ -149,30 +149,6 @@ def test_a_gap_that_is_none_is_refused():
     for gap in (0, -1, 2.5):
         with pytest.raises(ConfigError, match="gap"):
             Decoder.named("conv", gap=gap)
-
-
-def test_a_score_of_several_numbers_goes_by_the_first():
-    @dataclass(frozen=True)
-    class Pair(RevealRule):
-        """Every open position; of its two numbers the first is the confidence."""
-
-        paced = False
-        score_width = 2
-
-        def score(self, logits, choice, state, tokens):
-            return torch.stack([choice.probability, -choice.probability], 1)
-
-        def decide(self, view):
-            return Decision(view.open)
-
-    fake = FakeDenoiser()
-    ids = rows(fake, [2, 5], 24)
-    plans = [
-        plan_of(Decoder(reveal=Separated(rule, 3)), steps=None, fit=24) for rule in (Pair(), Threshold(1e-9))
-    ]
-    pair, one = (decode(fake, ids, plan, [3, 4], answer=[2, 5]) for plan in plans)
-    assert torch.equal(pair.ids, one.ids)
-    assert torch.equal(pair.reveal_step, one.reveal_step)
 
 
 @pytest.mark.parametrize("seed", range(4))

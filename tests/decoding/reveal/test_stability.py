@@ -106,12 +106,3 @@ def test_a_row_may_move_in_a_step_in_which_nothing_is_open():
     ids = rows(model, [2], 16)
     stays = decode(model, ids, plan, [0])
     assert torch.equal(decode_in_fresh_engines(model, ids[0], plan, 0).ids, stays.ids)
-
-
-def test_a_score_of_another_width_than_is_said_is_refused():
-    class Wide(Stability):
-        score_width = 3
-
-    model = FakeDenoiser()
-    with pytest.raises(ConfigError, match="has 18 numbers, and its score_width is 3"):
-        decode(model, rows(model, [2], 16), plan_of(Decoder(reveal=Wide()), fit=16), [0])

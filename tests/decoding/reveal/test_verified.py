@@ -265,10 +265,10 @@ def test_what_a_rule_remembers_of_a_position_begins_anew_with_its_mask():
         "fresh": torch.tensor([[True, True, False, False]]), "accepted": torch.tensor([2]),
     }  # fmt: skip
     masked = torch.tensor([[False, False, True, True]])
-    score = torch.zeros(1, 4, rule.score_width)
+    score = torch.zeros(1, 4)
     view = StepView(
         masked=masked, weight=torch.ones(1, 4), t=torch.ones(1), s=torch.zeros(1), quota=torch.ones(1),
-        written=~masked, noise=lambda stream: torch.zeros(1, 4), score=score, state=state,
+        written=~masked, noise=lambda stream: torch.zeros(1, 4), score=score, state=state, observed=state,
         leave_one_out=torch.tensor([[0.1, 0.9, torch.inf, torch.inf]]),
     )  # fmt: skip
     decision = rule.decide(view)
