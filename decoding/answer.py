@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+import re
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,6 +26,9 @@ HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 BYTES = 4
 """Most bytes of a character in UTF-8."""
+
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+"""Tokens of one byte, as vocabularies with byte fallback name them (Llama 2)."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +96,28 @@ class Detokenizer:
     def prefix(self, ids: list[int]) -> str:
         """Text of a prefix that is longer in each call; equal to `text`, but only what is new is decoded.
 
-        `_ids` have been read, and `_text` is theirs: they end at a whole character. New tokens are decoded
-        behind those from `_begin` on, since a token's text may depend on the one before it.
+        `_ids` have been read, and `_text` is theirs, which is `settled`. New tokens are decoded behind those
+        from `_begin` on, since a token's text may depend on the one before it.
         """
         size = len(self._ids)
         if ids[:size] != self._ids:
             self._ids, self._text, self._begin, size = [], "", 0, 0
         context = self.text(self._ids[self._begin :]) if size else ""
         new = self.text(ids[self._begin :])[len(context) :]
-        if not new or new.endswith(HALF_CHARACTER):
+        if not new or new.endswith(HALF_CHARACTER) or len(self.settled(ids)) < len(ids):
             return self._text + new
         self._ids, self._text, self._begin = ids, self._text + new, size
         return self._text
+
+    def settled(self, ids: list[int]) -> list[int]:
+        """The tokens without the bytes at their end.
+
+        A run of `BYTE_TOKEN`s is decoded as a whole: one more may turn all of its characters into U+FFFD.
+        """
+        size, name = len(ids), getattr(self.tokenizer, "convert_ids_to_tokens", str)
+        while size and BYTE_TOKEN.fullmatch(str(name(ids[size - 1]))):
+            size -= 1
+        return ids[:size]
 
 
 def answer_ids(canvas: Canvas) -> list[int]:
@@ -163,8 +177,9 @@ def _aligned_cut(detokenizer: Detokenizer, ids: list[int], text: str) -> Cut:
 def confirmed(canvas: Canvas, plan: Plan, detokenizer: Detokenizer) -> str:
     """Text that can no longer change: later texts of the row begin with it.
 
-    It ends before the first mask, at a whole character, and before anything that may yet turn out to be the
-    beginning of a stop text. Under a rule that revises tokens nothing is confirmed before the row is done.
+    It ends before the first mask, at a whole character (a run of byte tokens counts as one), and before
+    anything that may yet turn out to be the beginning of a stop text. Under a rule that revises tokens
+    nothing is confirmed before the row is done.
     """
     if bool(canvas.done[0]) and int(canvas.failed[0]) < 0:
         return output(canvas, plan, detokenizer).text
@@ -173,7 +188,7 @@ def confirmed(canvas: Canvas, plan: Plan, detokenizer: Detokenizer) -> str:
     cut = find_stop(canvas, plan, detokenizer)
     if cut is not None:
         return cut.text
-    text = detokenizer.prefix(written_prefix(canvas, plan)).rstrip(HALF_CHARACTER)
+    text = detokenizer.prefix(detokenizer.settled(written_prefix(canvas, plan))).rstrip(HALF_CHARACTER)
     longest = max(map(len, plan.stop), default=1) - 1
     for size in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-size:]) for stop in plan.stop):

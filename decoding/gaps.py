@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from decoding.request import is_whole
-from dlm.errors import ConfigError
+from dlm.errors import ConfigError, is_whole
 
 GAP = re.compile(r"<mask(?::(\d{1,7})(?:-(\d{1,7}))?)?>")
 """A gap in a text that is to be filled: its number of tokens, the least and the greatest, or neither."""
@@ -48,10 +47,10 @@ class Gap:
         Raises:
             ConfigError: for what is neither.
         """
-        bounds = (length, length) if isinstance(length, int) else length
+        bounds = (length, length) if is_whole(length) else length
         if not isinstance(bounds, tuple | list) or len(bounds) != 2 or not all(map(is_whole, bounds)):
             raise ConfigError(f"length must be a number of tokens or two such as (2, 6), got {length!r}")
-        return cls(*bounds)
+        return cls(*map(int, bounds))
 
     def __post_init__(self) -> None:
         """Check the bounds."""

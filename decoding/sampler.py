@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from functools import partial
-from numbers import Integral
 from typing import Any, Literal, TypeVar, overload
 
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +21,7 @@ from decoding.request import DEFAULT_WINDOW, Plan, Request
 from decoding.row_maker import Prompt, RowMaker, TooLongError
 from decoding.tilted.particles import steer
 from decoding.tilted.tilt import TILT_FIELDS, Tilt
-from dlm.errors import ConfigError, check_whole
+from dlm.errors import ConfigError, check_whole, is_whole
 from dlm.spec import ModelSpec
 
 Span = str | tuple[int, int]
@@ -470,11 +469,17 @@ def _answer_of(update: Update) -> Output:
 _ARGUMENTS = ("request", "seed", "batch_size", "n", *sorted(TILT_FIELDS))
 """Names that a wrong one may have meant, besides the fields of a request."""
 
+_ELSEWHERE = {"n": "generate and iter_generate", "batch_size": "generate, infill and edit"}
+"""Arguments that some verbs take and others do not, and which do."""
+
 
 def _request(request: Request | None, fields: dict[str, Any]) -> Request:
     """The request given, or one made of its fields."""
     if TILT_FIELDS & fields.keys() and Tilt.among(fields)[0] is not None:
         raise ConfigError("a reward steers whole answers: it is for generate and iter_generate alone")
+    for name, verbs in _ELSEWHERE.items():
+        if name in fields:
+            raise ConfigError(f"{name} means nothing here: it is an argument of {verbs}")
     if request is None:
         return Request.of(_ARGUMENTS, **fields)
     if not isinstance(request, Request):
@@ -513,19 +518,15 @@ def _with_seeds(prompts: Iterable[PromptT], seed: int | Sequence[int]) -> Iterat
         ConfigError: for seeds that are none, or not as many as a list of prompts has.
     """
     given: Any = seed.tolist() if hasattr(seed, "tolist") else seed  # an array, or a tensor
-    if _is_seed(given):
+    if is_whole(given):
         return zip(prompts, itertools.repeat(int(given)), strict=False)
     seeds = list(given) if isinstance(given, Sequence) else None
-    if seeds is None or not all(map(_is_seed, seeds)):
+    if seeds is None or not all(map(is_whole, seeds)):
         raise ConfigError(f"seed must be a whole number, or one for each prompt, got {seed!r}")
     if isinstance(prompts, Sized) and len(prompts) != len(seeds):
         wrong = "more" if len(prompts) > len(seeds) else "fewer"
         raise ConfigError(f"seed lists {len(seeds)} seeds, but there are {wrong} prompts")
     return _paired(prompts, seeds)
-
-
-def _is_seed(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _paired(prompts: Iterable[PromptT], seed: Sequence[int]) -> Iterator[tuple[PromptT, int]]:

@@ -269,14 +269,14 @@ class Scorer:
             noise: [N] uniform numbers.
 
         Returns:
-            [N, 3 + S + 2k] float64, S numbers observed, at the end the likeliest tokens (see `TokenRule.likeliest`): those that
-            are noted, and those that drafts are made of.
+            [N, 3 + S + 2k] float64, S numbers being observed, at the end the likeliest tokens (see
+            `TokenRule.likeliest`): those that are noted, and those that drafts are made of.
         """
         choice = self.tokens.choose(logits, noise.to(logits.device, non_blocking=True))
         tensors = {name: x for name, x in self.canvas.rule_state.items() if x.dim() > 1}
         state = {name: x[row, position].to(logits.device, non_blocking=True) for name, x in tensors.items()}
         score = self.rule.score(logits, choice, state, self.tokens)
-        observed = self.rule.observe(logits, state, self.tokens)
+        observed = self.rule.observe(logits, state, self.tokens) if state else {}
         self.observes = list(observed)
         columns = [x.double()[:, None] for x in (choice.token, choice.probability, score)]
         columns += [x.double().reshape(len(row), -1) for x in observed.values()]

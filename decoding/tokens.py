@@ -97,8 +97,8 @@ class TokenRule:
         temperature: 1 leaves the distribution as it is, 0 takes the most likely token.
         top_k: keep exactly this many of the most likely real tokens; 0 for all.
         top_p: of those, keep the smallest set whose (renormalised) probability reaches this; 1 for all.
-        min_p: of those, keep what has at least this share of the likeliest token's probability; 0 for all
-            (arXiv 2407.01082).
+        min_p: of those, keep what has at least this share of the likeliest token's probability, after the
+            temperature; 0 for all (arXiv 2407.01082).
         forbidden: ids that never come out; they are shut before anything is cut.
         repetition_penalty: θ of CTRL (arXiv 1909.05858): the logit of a token that is in the row already is
             divided by θ where it is positive, and multiplied by θ where it is not; 1 for none.
@@ -218,13 +218,13 @@ class TokenRule:
         else:
             among = total if heat == 1 else log_normaliser(logits.float() / heat)
         probability, share = (values.float() - total).exp(), (heated - among).exp()
-        return Candidates(probability, ids, share, self._within(values, probability, share))
+        return Candidates(probability, ids, share, self._within(values, share))
 
-    def _within(self, values: torch.Tensor, probability: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-        """[N, k] bool, where min-p admits the probability and top-p the share, in falling order of logits."""
+    def _within(self, values: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        """[N, k] bool, where min-p and top-p admit the share, in falling order of logits."""
         inside = values > -torch.inf
         if self.min_p:
-            inside = inside & (probability >= self.min_p * probability[:, :1])
+            inside = inside & (share >= self.min_p * share[:, :1])
         return inside & (share.cumsum(1) - share < self.top_p) if self.top_p < 1 else inside
 
     def _choose_of_nucleus(self, logits: torch.Tensor, noise: torch.Tensor) -> Choice:

@@ -150,7 +150,7 @@ class Convolution(Window):
         if k is not None:
             check_whole("kernel_size", k)
         if not 0 < self.scale < math.inf:
-            raise ConfigError(f"scale must be positive, got {self.scale}")
+            raise ConfigError(f"scale must be a finite positive number, got {self.scale}")
 
     @property
     def ahead(self) -> int:

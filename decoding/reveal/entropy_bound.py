@@ -34,7 +34,7 @@ class EntropyBound(OwnPaced):
     def __post_init__(self) -> None:
         """Check the range of gamma."""
         if not 0 <= self.gamma < math.inf:
-            raise ConfigError(f"gamma must not be negative, got {self.gamma}")
+            raise ConfigError(f"gamma must be a finite number that is not negative, got {self.gamma}")
 
     def score(
         self, logits: torch.Tensor, choice: Choice, state: Mapping[str, torch.Tensor], tokens: TokenRule

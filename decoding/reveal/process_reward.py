@@ -77,7 +77,7 @@ class ProcessReward(RevealRule):
         check_whole("ready", self.ready)
         check_whole("draws", self.draws, least=0, most=MOST_DRAWS)
         if not 0 <= self.strength < float("inf"):
-            raise ConfigError(f"strength must not be negative, got {self.strength}")
+            raise ConfigError(f"strength must be a finite number that is not negative, got {self.strength}")
         if not 0 <= self.warm_up <= self.switch <= 1:
             raise ConfigError(
                 f"0 ≤ warm_up ≤ switch ≤ 1 must hold, got warm_up {self.warm_up} and switch {self.switch}"

@@ -89,7 +89,8 @@ class Separated(WrappedRule):
             return self._with_replaced(view, decision, order)
         picked = choose_apart(order, eligible, number, lambda first: self._near(view, first))
         if self.paced and view.pace.bounded:
-            last = (view.s if view.s.dim() == 1 else view.s.amax(1)) <= 0
+            left = view.s if view.s.dim() == 1 else torch.where(view.scope, view.s, 0.0).amax(1)
+            last = left <= 0
             picked = torch.where(last[:, None], choose_apart(order, eligible, number), picked)
         if not self.paced:
             return replace(decision, reveal=picked)

@@ -15,7 +15,7 @@ from dlm.version import __version__
 from serve.api.openai import ERRORS, PLAIN_ERRORS, confirmed_part, raw_ids
 from serve.api.parameters import Body, Generation, Sampling
 from serve.api.sse import Events, sse_event, stream
-from serve.api.tokens import LEAST, TokenTexts, logprob
+from serve.api.tokens import TokenTexts, logprob
 from serve.errors import APIError
 from serve.job import Sample
 from serve.service import Service
@@ -158,7 +158,7 @@ class _TGIAnswer:
 
     def _token(self, token: int, value: float | None) -> dict[str, Any]:
         text = self.texts.text(token)
-        return {"id": token, "text": text, "logprob": LEAST if value is None else value, "special": False}
+        return {"id": token, "text": text, "logprob": 0.0 if value is None else value, "special": False}
 
     def _no_token(self, special: bool) -> dict[str, Any]:
         """The token of the event of an answer without a whole one: the end, as yet without text."""

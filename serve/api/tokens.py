@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from decoding.answer import HALF_CHARACTER, Detokenizer, Output
+from decoding.answer import Detokenizer, Output
 
 LEAST = -9999.0
 """Log-probability that stands for one too small to be a number."""
@@ -46,7 +46,7 @@ class TokenTexts:
         return list(text.encode())
 
     def offsets(self, tokens: list[int], first: int = 0, controls: bool = False) -> list[int]:
-        """Characters of the text before each token from `first` on, as far as they are whole.
+        """Characters of the text before each token from `first` on; one that it completes is not before it.
 
         Args:
             tokens: from the beginning of the text.
@@ -54,7 +54,15 @@ class TokenTexts:
             controls: control tokens have a text; in an answer they have none.
         """
         detokenizer = Detokenizer(_WithControls(self._tokenizer) if controls else self._tokenizer)
-        return [len(detokenizer.prefix(tokens[:i]).rstrip(HALF_CHARACTER)) for i in range(first, len(tokens))]
+        prefixes = [detokenizer.prefix(tokens[:i]) for i in range(first, len(tokens))]
+        whole = detokenizer.prefix(tokens)  # with U+FFFD for bytes that no later token completed
+        return [_common(prefix, whole) for prefix in prefixes]
+
+
+def _common(one: str, other: str) -> int:
+    """Number of characters with which two texts begin alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(one), len(other)))
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,10 @@ class _WithControls:
         """Text of tokens."""
         del skip_special_tokens
         return str(self.tokenizer.decode(ids))
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        """A token as the vocabulary has it."""
+        return str(self.tokenizer.convert_ids_to_tokens(token))
 
 
 @cache

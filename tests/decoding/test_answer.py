@@ -1,5 +1,6 @@
 """Text of rows: what is confirmed, what is cut, what a finished row says."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -272,6 +273,39 @@ def with_byte_fallback(ids, skip_special_tokens):
             if len(held) == 4:
                 text, held = text + HALF_CHARACTER * 4, b""
     return text + HALF_CHARACTER * len(held)
+
+
+class ByteFallback:
+    """Tokens of one byte, a run of them decoded as a whole, and letters (the kind of Llama 2)."""
+
+    def decode(self, ids, skip_special_tokens):
+        text = ""
+        for is_byte, run in itertools.groupby(ids, key=lambda token: token < 256):
+            run = list(run)
+            if not is_byte:
+                text += "".join(map(chr, run))
+                continue
+            try:
+                text += bytes(run).decode()
+            except UnicodeDecodeError:
+                text += HALF_CHARACTER * len(run)
+        return text
+
+    def convert_ids_to_tokens(self, token):
+        return f"<0x{token:02X}>" if token < 256 else chr(token)
+
+
+@given(st.lists(st.sampled_from([0x101, 0x102, 0xFF, *"é€".encode()]), max_size=24))
+def test_bytes_that_a_later_one_may_turn_into_others_are_not_confirmed(tokens):
+    detokenizer, texts = Detokenizer(ByteFallback()), []
+    for size in range(len(tokens) + 1):
+        canvas, plan = row([*tokens[:size], *[None] * (len(tokens) - size + 1)])
+        texts.append(confirmed(canvas, plan, detokenizer))
+        assert detokenizer.prefix(tokens[:size]) == detokenizer.text(tokens[:size])
+    whole = detokenizer.text(tokens)
+    assert all(whole.startswith(text) for text in texts)
+    settled = detokenizer.text(detokenizer.settled(tokens))
+    assert texts[-1] == settled.rstrip(HALF_CHARACTER)
 
 
 @given(pieces=st.lists(st.sampled_from([*b"ab", *"é€😀".encode(), 0xFF]), max_size=40), share=st.floats(0, 1))

@@ -19,6 +19,16 @@ def sampler(model, tokenizer):
     return Sampler(model, tokenizer)
 
 
+def test_an_argument_of_another_verb_is_told_as_one(sampler):
+    for call in (
+        lambda: sampler.stream("a", n=2),
+        lambda: sampler.infill("a<mask:2>", n=2),
+        lambda: sampler.stream("a", batch_size=2),
+    ):
+        with pytest.raises(ConfigError, match="means nothing here: it is an argument of generate"):
+            call()
+
+
 def test_numbers_of_numpy_count_as_pythons_own(sampler):
     plain = sampler.generate(["a", "b"], decoder="llada-conv", options={"kernel_size": 3, "temperature": 0.5},
                              seed=[3, 4], max_tokens=8, rate=2.0, batch_size=1)  # fmt: skip

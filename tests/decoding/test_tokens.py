@@ -108,6 +108,8 @@ def test_min_p_keeps_what_has_a_share_of_the_likeliest():
     draws = rule.choose(probability.log().expand(4000, -1), noise(4000)).token
     share = torch.bincount(draws, minlength=5) / 4000
     torch.testing.assert_close(share, torch.tensor([5 / 9, 3 / 9, 0, 0, 1 / 9]), atol=0.03, rtol=0)
+    hot = TokenRule(min_p=0.3, temperature=2.0)  # shares in proportion to the roots: 0.1 is not cut
+    assert hot.candidates(torch.tensor([[0.6, 0.3, 0.1]]).log(), 3).kept.all()
     both = TokenRule(min_p=0.15, top_p=0.7)
     assert float(mass(both, probability.log())) == pytest.approx(0.8)
     with pytest.raises(ConfigError, match="min_p must lie"):
@@ -223,7 +225,7 @@ def test_a_nucleus_is_found_without_sorting_what_lies_outside(rule, monkeypatch)
         order = p.argsort(descending=True).tolist()
         kept, total = set(), 0.0
         for i in order:
-            if p[i] > 0 and p[i] >= rule.min_p * p[order[0]] and total < rule.top_p - 1e-6:
+            if p[i] > 0 and shares[i] >= rule.min_p * shares[order[0]] and total < rule.top_p - 1e-6:
                 kept.add(i)
             total += float(shares[i])
         assert float(drawn.mass[row]) == pytest.approx(sum(float(p[i]) for i in kept), abs=0.004)

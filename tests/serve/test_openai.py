@@ -547,6 +547,17 @@ def test_a_body_needs_no_content_type_and_head_is_answered(server):
         assert (head.status_code, head.content) == (200, b"")
 
 
+def test_bytes_that_never_become_a_character_count_in_the_places_of_what_follows(tokenizer):
+    from serve.api.tokens import TokenTexts
+
+    half, letter = tokenizer("€")["input_ids"][0], tokenizer("M")["input_ids"][0]
+    tokens = [letter, half, half, letter, *tokenizer("€")["input_ids"], letter]
+    places = TokenTexts(tokenizer).offsets(tokens)
+    whole = tokenizer.decode(tokens)
+    assert whole[places[3]] == whole[places[-1]] == "M"
+    assert places[4] == places[5] == places[3] + 1  # of one character, which begins there
+
+
 def test_places_of_tokens_are_those_of_the_whole_text_also_within_characters(server, tokenizer):
     """A character of several tokens begins where its first token does; in parts the places are the same."""
     text = "é€ 漢字 ow"

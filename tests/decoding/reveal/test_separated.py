@@ -15,7 +15,7 @@ from decoding.reveal.separated import choose_apart
 from decoding.step import denoise
 from dlm.errors import ConfigError
 from dlm.noise import uniform
-from tests.decoding.rig import MASK, plan_of
+from tests.decoding.rig import MASK, plan_of, rows
 from tests.fakes import FakeDenoiser
 
 
@@ -166,3 +166,18 @@ def test_replaced_tokens_are_kept_apart_too(seed):
         before = canvas.ids[0].clone()
     assert int(changes.max()) == 1
     assert MASK not in canvas.ids
+
+
+def test_the_last_step_of_a_row_is_its_own_under_a_window_with_times_of_its_own():
+    """A shorter row beside a longer one takes all that is left in its last step, as it does alone."""
+    fake = FakeDenoiser()
+    plan = plan_of(Decoder.named("sliding", gap=3), steps=4, fit=14)
+    ids = rows(fake, [2, 9], 14)
+    short, long = Row(ids[0, :14].tolist(), 2), Row([*ids[1].tolist(), *[MASK] * 7], 9)
+    alone = make_canvas([short], [5], plan)
+    beside = make_canvas([short, long], [5, 6], plan)
+    for canvas in (alone, beside):
+        for _ in denoise(fake, canvas, plan):
+            pass
+    assert torch.equal(beside.ids[0, :14], alone.ids[0])
+    assert torch.equal(beside.reveal_step[0, :14], alone.reveal_step[0])
