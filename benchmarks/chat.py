@@ -4,7 +4,8 @@
 
 Three questions, one at a time, at most 128 tokens; an answer's end token does not count. A colon and words
 behind a name say how: "default:plain" leaves the weights as they are (`dlm.prepacking`), "default:drafts=1"
-computes a draft in each call (`Request.drafts`), and "default:plain,drafts=1" both.
+computes a draft in each call (`Request.drafts`), "default:block_size=4" has smaller blocks, and
+"default:plain,drafts=1" is both.
 """
 
 from __future__ import annotations
@@ -34,16 +35,20 @@ class System:
     def of(cls, name: str, device: str) -> System:
         """Load what a name stands for."""
         model, _, words = name.partition(":")
-        plain, drafts = False, None
+        plain, drafts, block_size = False, None, None
         for word in filter(None, words.split(",")):
             option, _, value = word.partition("=")
             if option == "drafts":
                 drafts = int(value)
+            elif option == "block_size":
+                block_size = int(value)
             elif word == "plain":
                 plain = True
             else:
-                raise SystemExit(f"{name}: the words are plain and drafts=NUMBER, got {word!r}")
-        return cls(Sampler(*load_model(model, device, prepacked=not plain)), drafts)
+                raise SystemExit(
+                    f"{name}: the words are plain, drafts=NUMBER and block_size=NUMBER, got {word!r}"
+                )
+        return cls(Sampler(*load_model(model, device, prepacked=not plain, block_size=block_size)), drafts)
 
 
 def speed(system: System, longest: int = 128) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from dlm.device import check_place
-from dlm.errors import ConfigError, unknown_name
+from dlm.errors import ConfigError, check_whole, unknown_name
 
 if TYPE_CHECKING:
     from decoding.request import Plan, Request
@@ -50,12 +50,15 @@ class LoadConfig:
             "int8", "nf4" for linear layers in 8 or 4 bits.
         accelerate: "compile" compiles the model with torch.compile (minutes, once), "graphs" records its
             calls as CUDA graphs; empty for neither.
+        block_size: positions per block of a model in blocks, at most its own: 4 makes the default model
+            faster on a CPU.
     """
 
     model: str = "default"
     device: str = "auto"
     dtype: str = "auto"
     accelerate: str = ""
+    block_size: int | None = None
 
     def __post_init__(self) -> None:
         """Check that there is a model."""
@@ -66,6 +69,8 @@ class LoadConfig:
         if self.accelerate not in ("", "compile", "graphs"):
             raise unknown_name("accelerate", self.accelerate, ("compile", "graphs"))
         check_place(self.device, self.dtype)
+        if self.block_size is not None:
+            check_whole("block_size", self.block_size)
 
     def check_reuse(self, reuse: str | None) -> None:
         """Refuse what does not go together.
@@ -107,7 +112,7 @@ class LoadConfig:
         from dlm.checkpoint import stored_spec
 
         spec = stored_spec(self.model)
-        return None if spec is None else request.resolve(spec)
+        return None if spec is None else request.resolve(spec.in_blocks_of(self.block_size))
 
     def load(self, prepacked: bool = True) -> tuple[Any, Any]:
         """The model and its tokenizer; with `prepacked` weights for computing alone (see `load_model`)."""
@@ -115,7 +120,11 @@ class LoadConfig:
         from dlm.graphs import BucketedModel
 
         model, tokenizer = load_model(
-            self.model, self.device, self.dtype, prepacked=prepacked and not self.accelerate
+            self.model,
+            self.device,
+            self.dtype,
+            prepacked=prepacked and not self.accelerate,
+            block_size=self.block_size,
         )
         if not self.accelerate:
             return model, tokenizer

@@ -47,10 +47,11 @@ class Gap:
         Raises:
             ConfigError: for what is neither.
         """
-        bounds = (length, length) if is_whole(length) else length
+        bounds: Any = (length, length) if is_whole(length) else length
         if not isinstance(bounds, tuple | list) or len(bounds) != 2 or not all(map(is_whole, bounds)):
             raise ConfigError(f"length must be a number of tokens or two such as (2, 6), got {length!r}")
-        return cls(*map(int, bounds))
+        least, most = map(int, bounds)
+        return cls(least, most)
 
     def __post_init__(self) -> None:
         """Check the bounds."""

@@ -26,6 +26,7 @@ from dlm.modes import share
 from dlm.origin import carry_notice
 from dlm.pretrained.names import located
 from dlm.prior import COUNTS_FILE
+from dlm.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ def export(
     dtype: str = "bfloat16",
     base: str = "",
     merge: bool = False,
+    block_size: int | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model or an adapter anew, in a smaller type, with all that belongs to it.
@@ -47,6 +49,7 @@ def export(
         dtype: type of the weights: "float32", "bfloat16" or "float16".
         base: name that the adapter gives its base from now on: a hub id, say, in place of a folder.
         merge: write an adapter merged into its base, as a model that stands alone.
+        block_size: positions per block of a block-causal model from now on; see `load_model`.
         generation: new defaults of decoding, such as {"decoder": "conv"}; the others stay.
 
     Returns:
@@ -55,7 +58,7 @@ def export(
     Raises:
         CheckpointError: when the source cannot be loaded.
         ConfigError: when the target is not empty or cannot be written to, or `base` is given for what keeps
-            none.
+            none, or a `block_size` is not for the model.
     """
     source, target = Path(located(source)), Path(target)
     if target.is_dir() and any(target.iterdir()):
@@ -66,11 +69,11 @@ def export(
         raise ConfigError(f"base is for adapters, and {source} is to be written as a model that stands alone")
     with filling(target):
         if alone:
-            model, tokenizer = load_model(source, "cpu", dtype)
+            model, tokenizer = load_model(source, "cpu", dtype, block_size=block_size)
             _cleaned(model.config, generation)
             DiffusionFormat().write(model, tokenizer, target)
         else:
-            _export_adapter(source, target, DTYPES[dtype], base, generation)
+            _export_adapter(source, target, DTYPES[dtype], base, block_size, generation)
         if (source / COUNTS_FILE).is_file():
             shutil.copyfile(source / COUNTS_FILE, target / COUNTS_FILE)
         carry_notice(source, target)
@@ -78,7 +81,12 @@ def export(
 
 
 def _export_adapter(
-    source: Path, target: Path, dtype: torch.dtype, base: str, generation: Mapping[str, Any] | None
+    source: Path,
+    target: Path,
+    dtype: torch.dtype,
+    base: str,
+    block_size: int | None,
+    generation: Mapping[str, Any] | None,
 ) -> None:
     try:
         weights = load_file(source / WEIGHTS)
@@ -103,6 +111,8 @@ def _export_adapter(
         settings.target_modules = sorted(settings.target_modules)  # so that equal exports are equal files
     settings.save_pretrained(str(target))
     _cleaned(config, generation)
+    if block_size is not None:
+        config.block_size = ModelSpec.of_config(config).in_blocks_of(block_size).visibility.block_size
     if base and config.training:
         config.training["init"] = base
     config.save_pretrained(target)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
-from dlm.errors import ConfigError, unknown_name
+from dlm.errors import ConfigError, check_whole, unknown_name
 from dlm.schedule import LogLinear, NoiseSchedule, schedule_named
 
 _UNLIMITED = 2**31
@@ -147,6 +147,25 @@ class ModelSpec:
     def __post_init__(self) -> None:
         """Count the end token among those that end an answer."""
         object.__setattr__(self, "end_token_ids", frozenset({*self.end_token_ids, self.eos_token_id}))
+
+    def in_blocks_of(self, size: int | None) -> ModelSpec:
+        """This model in smaller blocks than its own; itself for None.
+
+        A block that has begun is a row whose masks stand at its end; so a model that was trained in blocks
+        knows smaller ones too.
+
+        Raises:
+            ConfigError: for a model without blocks, and for more positions than its blocks have.
+        """
+        if size is None:
+            return self
+        check_whole("block_size", size)
+        largest = self.visibility.block_size
+        if largest is None:
+            raise ConfigError("block_size is for models in blocks; in this one a position sees its whole row")
+        if size > largest:
+            raise ConfigError(f"block_size must be at most the model's own {largest}, got {size}")
+        return replace(self, visibility=replace(self.visibility, block_size=int(size)))
 
     @property
     def leads(self) -> bool:

@@ -34,6 +34,7 @@ GENERATE = {
     "device": ["cuda:99"],
     "dtype": ["bfloat16"],
     "accelerate": ["graphs"],
+    "block_size": ["3"],  # this model sees whole rows, and refuses it
     "decoder": ["llada-conv"],
     "options": ['{"temperature": 0.2}'],
     "max_tokens": ["3"],
@@ -127,6 +128,7 @@ INFILL = {
     "device": ["cuda:99"],
     "dtype": ["bfloat16"],
     "accelerate": ["graphs"],
+    "block_size": ["3"],  # this model sees whole rows, and refuses it
     "texts": [],
     "prompt": ["Count to five."],
     "edit": ["cat"],

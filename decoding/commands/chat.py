@@ -52,7 +52,7 @@ class ChatConfig(Request, LoadConfig):
         self.check_reuse(self.reuse)
         if self.endpoint and not self.endpoint.startswith(("http://", "https://")):
             raise ConfigError(f"endpoint must begin with http:// or https://, got {self.endpoint!r}")
-        for name in ("device", "dtype", "accelerate"):
+        for name in ("device", "dtype", "accelerate", "block_size"):
             if self.endpoint and getattr(self, name) != getattr(LoadConfig, name):
                 raise ConfigError(f"{name} is for a model on this machine, not for --endpoint")
         if self.save:

@@ -19,6 +19,7 @@ class ExportConfig:
         dtype: type of the weights.
         base: name that an adapter gives its base from now on, such as a hub id in place of a folder.
         merge: write an adapter merged into its base, as a model that stands alone.
+        block_size: positions per block of a model in blocks from now on, at most its own.
         generation: new defaults of decoding, such as --generation.decoder entropy-bound
             --generation.options '{"kernel_size": 9}'; the others stay.
     """
@@ -28,6 +29,7 @@ class ExportConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     base: str = ""
     merge: bool = False
+    block_size: int | None = None
     generation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -53,17 +55,20 @@ class ExportConfig:
 def check_defaults(config: ExportConfig) -> None:
     """Refuse new defaults with which the model, keeping the others, would answer nothing.
 
-    Also a canvas and a window that decoding would pass over.
+    Also a canvas and a window that decoding would pass over, and blocks that are not for it.
 
     Raises:
-        ConfigError: see `Request.resolve`.
+        ConfigError: see `Request.resolve` and `ModelSpec.in_blocks_of`.
     """
     from dlm.checkpoint import stored_spec
     from dlm.export import merged_defaults
     from dlm.spec import DecodingDefaults
 
     spec = stored_spec(config.model)
-    if spec is None or not config.generation:
+    if spec is None:
+        return
+    spec = spec.in_blocks_of(config.block_size)
+    if not config.generation:
         return
     stored = {name: value for name, value in vars(spec.defaults).items() if value is not None}
     merged = DecodingDefaults.of(merged_defaults(stored, config.generation))
@@ -86,6 +91,7 @@ def run(config: ExportConfig) -> int:
         dtype=config.dtype,
         base=config.base,
         merge=config.merge,
+        block_size=config.block_size,
         generation=config.generation,
     )
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

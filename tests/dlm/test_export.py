@@ -251,3 +251,44 @@ def test_a_base_on_this_machine_is_said(trained, tmp_path, caplog):
     export(trained[1], tmp_path / "named", base="someone/base")
     export(trained[1], tmp_path / "merged", merge=True)
     assert "folder of this machine" not in caplog.text
+
+
+def block_model(trained, size):
+    """The base and its adapter as models in blocks."""
+    for folder in trained:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "block_size": size}))
+    return trained
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["whole", "adapter"])
+def test_a_model_in_blocks_may_be_used_and_given_away_in_smaller_ones(which, trained, tmp_path):
+    folder = block_model(trained, 6)[which]
+    loaded = load_model(folder, device="cpu", dtype="float32", block_size=3)[0]
+    assert loaded.spec.visibility.block_size == 3
+    out = export(folder, tmp_path / "out", dtype="float32", block_size=3)
+    written = load_model(out, device="cpu", dtype="float32")[0]
+    assert written.spec.visibility == loaded.spec.visibility
+    ids = torch.arange(3, 12)[None]
+    behind = ids.clone()
+    behind[:, 3] = 90  # seen by the first three in blocks of six, and not in blocks of three
+    own = load_model(folder, device="cpu", dtype="float32")[0]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, written(ids).logits)
+        before, after = (loaded(x).logits[:, :3] for x in (ids, behind))
+        torch.testing.assert_close(before, after)
+        before, after = (own(x).logits[:, :3] for x in (ids, behind))
+        assert not torch.allclose(before, after)
+
+
+def test_blocks_that_are_not_for_the_model_are_refused(trained, tmp_path):
+    with pytest.raises(ConfigError, match="block_size is for models in blocks"):
+        load_model(trained[0], device="cpu", block_size=2)
+    _, folder = block_model(trained, 6)
+    for size, message in ((7, "at most the model's own 6, got 7"), (0, "at least 1"), (2.5, "whole number")):
+        with pytest.raises(ConfigError, match=message):
+            load_model(folder, device="cpu", block_size=size)
+        with pytest.raises(ConfigError, match=message):
+            export(folder, tmp_path / "out", block_size=size)
+    assert not (tmp_path / "out").exists()
+    assert main(["export", "--model", str(folder), "--output", str(tmp_path / "o"), "--block_size", "7"]) == 2
