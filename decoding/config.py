@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from dlm.device import check_place
+from dlm.device import PlaceConfig
 from dlm.errors import ConfigError, check_whole, unknown_name
 
 if TYPE_CHECKING:
@@ -39,15 +39,12 @@ def collection_paused() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class LoadConfig:
+class LoadConfig(PlaceConfig):
     """The model, its device, and the way its calls are made.
 
     Args:
         model: folder or hub id of a checkpoint; "default", "full" and, before R2FT, "default-sft", "full-sft"
             come along.
-        device: "cpu", "cuda", or "auto" for a GPU if there is one.
-        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it; or
-            "int8", "nf4" for linear layers in 8 or 4 bits.
         accelerate: "compile" compiles the model with torch.compile (minutes, once), "graphs" records its
             calls as CUDA graphs; empty for neither.
         block_size: positions per block of a model in blocks, at most its own: 4 makes the default model
@@ -55,8 +52,6 @@ class LoadConfig:
     """
 
     model: str = "default"
-    device: str = "auto"
-    dtype: str = "auto"
     accelerate: str = ""
     block_size: int | None = None
 
@@ -68,7 +63,7 @@ class LoadConfig:
             )
         if self.accelerate not in ("", "compile", "graphs"):
             raise unknown_name("accelerate", self.accelerate, ("compile", "graphs"))
-        check_place(self.device, self.dtype)
+        self.check_place()
         if self.block_size is not None:
             check_whole("block_size", self.block_size)
 

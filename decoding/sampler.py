@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from functools import partial
 from typing import Any, Literal, TypeVar, overload
 
@@ -242,13 +242,7 @@ class Sampler:
             ConfigError: for a text without a gap, an empty gap, or a text that is too long for the model.
         """
         plan = self.rows.plan_gaps(_request(request, fields))
-        check_whole("batch_size", batch_size)
-        seeded = ((f"text {i}", *pair) for i, pair in enumerate(_with_seeds(texts, seed)))
-        pieces = (
-            (name, cut_text(name, text, partial(pieces_of, text)), own_seed)
-            for name, text, own_seed in seeded
-        )
-        return self._fill(pieces, prompt, plan, batch_size)
+        return self._filled(texts, pieces_of, prompt, plan, seed, batch_size)
 
     @overload
     def edit(
@@ -316,13 +310,8 @@ class Sampler:
         """
         plan = self.rows.plan_gaps(_request(request, fields))
         gap = None if length is None else Gap.of(length)
-        check_whole("batch_size", batch_size)
-        seeded = ((f"text {i}", *pair) for i, pair in enumerate(_with_seeds(texts, seed)))
-        pieces = (
-            (name, cut_text(name, text, partial(without_span, text, span, gap, self.text_length)), own_seed)
-            for name, text, own_seed in seeded
-        )
-        return self._fill(pieces, prompt, plan, batch_size)
+        cut = partial(without_span, span=span, gap=gap, count=self.text_length)
+        return self._filled(texts, cut, prompt, plan, seed, batch_size)
 
     def without(
         self,
@@ -431,6 +420,23 @@ class Sampler:
                 following += 1
         if failure is not None:
             raise failure
+
+    def _filled(
+        self,
+        texts: Iterable[str],
+        cut: Callable[[str], list[Piece]],
+        prompt: Prompt | None,
+        plan: Plan,
+        seed: int | Sequence[int],
+        batch_size: int,
+    ) -> Iterator[Infilled]:
+        """Fill texts that `cut` takes to pieces at their gaps."""
+        check_whole("batch_size", batch_size)
+        pieces = (
+            (f"text {i}", cut_text(f"text {i}", text, partial(cut, text)), own_seed)
+            for i, (text, own_seed) in enumerate(_with_seeds(texts, seed))
+        )
+        return self._fill(pieces, prompt, plan, batch_size)
 
     def _fill(
         self,

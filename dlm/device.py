@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from dlm.errors import ConfigError, how_to_install, unknown_name
@@ -43,6 +43,24 @@ def check_place(device: str, dtype: str) -> None:
     if dtype not in ("auto", "fastest", *DTYPE_NAMES, *QUANTIZED):
         raise unknown_name("dtype", dtype, ("auto", *DTYPE_NAMES, *QUANTIZED))
     check_quantized(dtype, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceConfig:
+    """The place where a model is computed, and its numbers.
+
+    Args:
+        device: "cpu", "cuda", or "auto" for a GPU if there is one.
+        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it; or
+            "int8", "nf4" for linear layers in 8 or 4 bits.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def check_place(self) -> None:
+        """Refuse what does not exist; see the function of this name."""
+        check_place(self.device, self.dtype)
 
 
 def devices_of(device_map: str | dict[str, Any] | None) -> list[str]:

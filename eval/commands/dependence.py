@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlm.atomic import write_whole
 from dlm.cli import Command
-from dlm.device import check_place
+from dlm.device import PlaceConfig
 from dlm.errors import ConfigError
 from dlm.progress import progress
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class DependenceConfig:
+class DependenceConfig(PlaceConfig):
     """Settings of `dlm eval dependence`.
 
     Tokens of one call do not see each other. On true answers, with a part of them visible, one masked token
@@ -37,9 +37,6 @@ class DependenceConfig:
         seed: random seed of the visible parts of the answers.
         batch_size: answers per model call.
         output: folder for the figures (dependence.json), the table (.md) and the plot (.svg).
-        device: "cpu", "cuda", or "auto" for a GPU if there is one.
-        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it; or
-            "int8", "nf4" for linear layers in 8 or 4 bits.
     """
 
     models: list[str] = field(default_factory=list)
@@ -51,8 +48,6 @@ class DependenceConfig:
     seed: int = 0
     batch_size: int = 8
     output: str = "runs/dependence"
-    device: str = "auto"
-    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
@@ -61,7 +56,7 @@ class DependenceConfig:
         for name, least in (("last", 1), ("limit", 0), ("max_tokens", 1), ("furthest", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        check_place(self.device, self.dtype)
+        self.check_place()
 
 
 def run(config: DependenceConfig) -> int:

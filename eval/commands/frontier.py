@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from decoding.config import request_hint
 from dlm.cli import Command
-from dlm.device import check_place
+from dlm.device import PlaceConfig
 from dlm.errors import ConfigError, DataError, unknown_name
 from eval.config import EvalConfig
 from eval.variants import Variant, check_sizes, listed, variants
@@ -21,7 +21,7 @@ DEFINITIONS = ("sequence", "span", "corpus")
 
 
 @dataclass(frozen=True)
-class FrontierConfig:
+class FrontierConfig(PlaceConfig):
     """Settings of `dlm eval frontier`.
 
     Nats per token under a reader fall with the temperature and with repetition, so that one point of a
@@ -55,9 +55,6 @@ class FrontierConfig:
         batch_size: rows per model call.
         output: folder of the answers, the figures (frontier.json), the tables (.md) and the plot (.svg). A
             run that was interrupted goes on where it was.
-        device: "cpu", "cuda", or "auto" for a GPU if there is one.
-        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it; or
-            "int8", "nf4" for linear layers in 8 or 4 bits.
     """
 
     models: list[str] = field(default_factory=list)
@@ -79,8 +76,6 @@ class FrontierConfig:
     resamples: int = 1000
     batch_size: int = 8
     output: str = "runs/frontier"
-    device: str = "auto"
-    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
@@ -106,7 +101,7 @@ class FrontierConfig:
             raise ConfigError("seeds is empty: give one or more whole numbers")
         _ = self.levels
         check_sizes(window=self.window, max_tokens=self.max_tokens)
-        check_place(self.device, self.dtype)
+        self.check_place()
         for run in self.runs():
             run.variants()
 

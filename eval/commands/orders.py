@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dlm.cli import Command
-from dlm.device import check_place
+from dlm.device import PlaceConfig
 from dlm.errors import ConfigError
 from dlm.progress import progress
 
@@ -31,7 +31,7 @@ class ShowConfig:
 
 
 @dataclass(frozen=True)
-class LearnConfig:
+class LearnConfig(PlaceConfig):
     """Settings of `dlm orders learn`.
 
     Without words, a model answers the questions of a task in the order of the table so far, and the table
@@ -62,9 +62,6 @@ class LearnConfig:
         draws: candidates of soft best-of-N, which tries more orders than the decoder's shortlist; 0 for that.
         seed: of the noise.
         batch_size: answers between two updates of the table.
-        device: "cpu", "cuda", or "auto" for a GPU if there is one.
-        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it; or
-            "int8", "nf4" for linear layers in 8 or 4 bits.
     """
 
     runs: list[str] = field(default_factory=list)
@@ -88,8 +85,6 @@ class LearnConfig:
     draws: int = 4
     seed: int = 0
     batch_size: int = 16
-    device: str = "auto"
-    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
@@ -112,7 +107,7 @@ class LearnConfig:
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ConfigError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
-        check_place(self.device, self.dtype)
+        self.check_place()
         self._refuse_what_has_no_use()
         if self.runs:
             return

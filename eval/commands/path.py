@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from decoding.config import request_hint
 from dlm.cli import Command
-from dlm.device import check_place
+from dlm.device import PlaceConfig
 from dlm.errors import ConfigError
 from dlm.progress import progress
 from eval.variants import Variant, check_sizes, variants
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PathConfig:
+class PathConfig(PlaceConfig):
     """Settings of `dlm eval path`.
 
     Every decoder chooses its positions as always; the true tokens are written there, and what the model
@@ -43,9 +43,6 @@ class PathConfig:
         batch_size: rows per model call.
         output: folder for the figures (paths.json), the table (.md) and the plot (.svg); what was measured
             there under the same settings is not measured again.
-        device: "cpu", "cuda", or "auto" for a GPU if there is one.
-        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the machine computes in it; or
-            "int8", "nf4" for linear layers in 8 or 4 bits.
     """
 
     models: list[str] = field(default_factory=list)
@@ -60,8 +57,6 @@ class PathConfig:
     seed: int = 0
     batch_size: int = 16
     output: str = "runs/paths"
-    device: str = "auto"
-    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
@@ -71,7 +66,7 @@ class PathConfig:
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         check_sizes(window=self.window, max_tokens=self.max_tokens)
-        check_place(self.device, self.dtype)
+        self.check_place()
         self.variants()
 
     def variants(self) -> list[Variant]:
