@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dlm.errors import ConfigError, is_whole
+from decoding.request import is_whole
+from dlm.errors import ConfigError
 
 GAP = re.compile(r"<mask(?::(\d{1,7})(?:-(\d{1,7}))?)?>")
 """A gap in a text that is to be filled: its number of tokens, the least and the greatest, or neither."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dlm.errors import MOST_WHOLE, ConfigError, is_whole, plain, unknown_name
+from dlm.errors import MOST_WHOLE, ConfigError, plain, unknown_name
 
 if TYPE_CHECKING:
     from decoding.pace import EndTokens, Pace
@@ -71,6 +71,11 @@ class Reuse:
             raise unknown_name("reuse", self.scope, REUSE_SCOPES)
         if not is_whole(self.refresh) or self.refresh < 1:
             raise ConfigError(f"refresh must be a whole number of at least 1, got {self.refresh!r}")
+
+
+def is_whole(value: Any) -> bool:
+    """True for a whole number, also one of NumPy; true and false are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 Rule = tuple[Callable[[Any], bool], str]

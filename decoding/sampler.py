@@ -17,11 +17,11 @@ from decoding.engine import Engine, Update
 from decoding.gaps import Gap, Piece, cut_text, pieces_of, without_span
 from decoding.infill import Infilled, gap_scores, likeliest, rows_with_gaps
 from decoding.presets import Decoder
-from decoding.request import DEFAULT_WINDOW, Plan, Request
+from decoding.request import DEFAULT_WINDOW, Plan, Request, is_whole
 from decoding.row_maker import Prompt, RowMaker, TooLongError
 from decoding.tilted.particles import steer
 from decoding.tilted.tilt import TILT_FIELDS, Tilt
-from dlm.errors import ConfigError, check_whole, is_whole
+from dlm.errors import ConfigError, check_whole
 from dlm.spec import ModelSpec
 
 Span = str | tuple[int, int]

@@ -104,16 +104,6 @@ class Scorer:
 
     # ---- what a rule asks for ------------------------------------------------------------------------
 
-    def evidence(self, view: StepView) -> Evidence:
-        """The evidence that the rule asks for; tokens are verified in a call that is made anyway."""
-        evidence = self.rule.evidence(view)
-        if evidence.verified is None:
-            return evidence
-        verified = evidence.verified & evidence.scored.any(1, keepdim=True)
-        if self.plan.end_tokens.fill:  # ends that have filled what is behind them stay
-            verified &= ~self.plan.end_tokens.is_end(view.ids)
-        return replace(evidence, verified=verified)
-
     def compute(self, rows: torch.Tensor, evidence: Evidence, guess: Guess | None = None) -> Work:
         """Find what has not been found yet of the rows [b], in one call of the model.
 

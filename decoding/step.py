@@ -180,7 +180,9 @@ class Batch:
         self.width = int(canvas.valid[live].sum(1).max())
         view, cells = self._view(live), (live, slice(self.width))
         masked = canvas.masked[cells]
-        evidence = self.scorer.evidence(view)
+        evidence = self.rule.evidence(view)
+        if evidence.verified is not None:
+            evidence = replace(evidence, verified=self._verified(view, evidence.scored, evidence.verified))
         if ends and bool(evidence.scored.any()):
             evidence = replace(evidence, scored=torch.where(late[:, None], masked, evidence.scored))
         guess = self._guess() if self.plan.drafts else None
@@ -234,6 +236,15 @@ class Batch:
             conflicts=None if conflicts is None else partial(conflicts.at, rows, width=self.width),
             state={name: x[cells] if x.dim() > 1 else x[rows] for name, x in canvas.rule_state.items()},
         )
+
+    def _verified(self, view: StepView, scored: torch.Tensor, verified: torch.Tensor) -> torch.Tensor:
+        """[b, W] bool, what is verified of what a rule asks for: in calls that are made anyway.
+
+        End tokens that have filled what is behind them stay.
+        """
+        verified = verified & scored.any(1, keepdim=True)
+        ends = self.plan.end_tokens
+        return verified & ~ends.is_end(view.ids) if ends.fill else verified
 
     def _guess(self) -> Guess:
         """Gives the drafts of this step, the same to each cache of states."""

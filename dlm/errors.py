@@ -57,11 +57,6 @@ def plain(value: Any) -> Any:
         return value
 
 
-def is_whole(value: Any) -> bool:
-    """True for a whole number, also one of NumPy; true and false are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def check_whole(name: str, value: Any, least: int = 1, most: int = MOST_WHOLE) -> None:
     """Refuse a value that is no whole number from `least` to `most`; true and false are none.
 
@@ -69,7 +64,7 @@ def check_whole(name: str, value: Any, least: int = 1, most: int = MOST_WHOLE) -
         ConfigError: naming it and its bounds.
     """
     value = plain(value)
-    if not is_whole(value) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         bound = f"of at least {least}" if least else "that is not negative"
         raise ConfigError(f"{name} must be a whole number {bound}, got {value!r}")
     if value > most:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from decoding.request import is_whole
 from decoding.tilted.rewards import Reward, reward_named, values
-from dlm.errors import MOST_NUMBER, ConfigError, DLMError, is_whole, unknown_name
+from dlm.errors import MOST_NUMBER, ConfigError, DLMError, unknown_name
 
 if TYPE_CHECKING:
     from decoding.request import Plan
