@@ -88,6 +88,7 @@ class Detokenizer:
     _ids: list[int] = field(default_factory=list)
     _text: str = ""
     _begin: int = 0
+    _bytes: dict[int, bool] = field(default_factory=dict)
 
     def text(self, ids: list[int]) -> str:
         """Text of tokens."""
@@ -114,10 +115,17 @@ class Detokenizer:
 
         A run of `BYTE_TOKEN`s is decoded as a whole: one more may turn all of its characters into U+FFFD.
         """
-        size, name = len(ids), getattr(self.tokenizer, "convert_ids_to_tokens", str)
-        while size and BYTE_TOKEN.fullmatch(str(name(ids[size - 1]))):
+        size = len(ids)
+        while size and self.is_byte(ids[size - 1]):
             size -= 1
         return ids[:size]
+
+    def is_byte(self, token: int) -> bool:
+        """True for a `BYTE_TOKEN`."""
+        if token not in self._bytes:
+            name = getattr(self.tokenizer, "convert_ids_to_tokens", str)
+            self._bytes[token] = BYTE_TOKEN.fullmatch(str(name(token))) is not None
+        return self._bytes[token]
 
 
 def answer_ids(canvas: Canvas) -> list[int]:
@@ -162,16 +170,19 @@ def find_stop(canvas: Canvas, plan: Plan, detokenizer: Detokenizer) -> Cut | Non
 def _aligned_cut(detokenizer: Detokenizer, ids: list[int], text: str) -> Cut:
     """A beginning of the text of `ids`, with the number of tokens that lie in it whole.
 
-    A text grows with its tokens, except that a character whose bytes are not all there may be shown as
-    several; so the place is found by halves, and looked for in the next `BYTES - 1` tokens too.
+    A text grows with its tokens, except within a run of byte tokens, and that a character whose bytes are not
+    all there may be shown as several. So the place is found by halves, at tokens that end no run too early,
+    and looked for behind it in the next `BYTES - 1` of these and in the run that follows.
     """
 
     def fits(size: int) -> bool:
         return len(detokenizer.text(ids[:size])) <= len(text)
 
-    size = bisect.bisect_left(range(1, len(ids) + 1), True, key=lambda n: not fits(n))
-    last = min(size + BYTES - 1, len(ids))
-    return Cut(next((n for n in range(last, size, -1) if fits(n)), size), text)
+    byte = [detokenizer.is_byte(token) for token in ids] + [False]
+    ends = [0, *(n for n in range(1, len(ids) + 1) if not (byte[n - 1] and byte[n]))]
+    place = bisect.bisect_left(ends, True, lo=1, key=lambda n: not fits(n)) - 1
+    last = ends[min(place + BYTES, len(ends) - 1)]
+    return Cut(next((n for n in range(last, ends[place], -1) if fits(n)), ends[place]), text)
 
 
 def confirmed(canvas: Canvas, plan: Plan, detokenizer: Detokenizer) -> str:

@@ -172,10 +172,12 @@ class CanvasSettings:
 
     Args:
         max_tokens: longest answer, on a canvas that grows as it is written; 256 by default.
-        window: tokens of prompt and answer together, on a fixed canvas.
+        window: tokens of prompt and answer together, on a fixed canvas; by default the checkpoint's, if
+            it has one.
         stop: a text that ends an answer, which is cut before it; several as '["one", "two"]', or by giving
             it again. One that lies wholly in `begin` or `ending` does not count.
-        eos_fill: once an end token is written, everything to its right becomes the end token; on by default.
+        eos_fill: once an end token is written, everything to its right becomes the end token; by default as
+            the checkpoint's authors have it, else on.
         canvas: the masks that the model is shown from the start. "full": all of them, `max_tokens` behind the
             prompt (with steps that is the default). "growing": in a window with steps, those that can be
             written soon (approximate).

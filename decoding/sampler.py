@@ -475,7 +475,7 @@ def _answer_of(update: Update) -> Output:
 _ARGUMENTS = ("request", "seed", "batch_size", "n", *sorted(TILT_FIELDS))
 """Names that a wrong one may have meant, besides the fields of a request."""
 
-_ELSEWHERE = {"n": "generate and iter_generate", "batch_size": "generate, infill and edit"}
+_ELSEWHERE = {"n": "generate and iter_generate", "batch_size": "generate, infill, edit and their iter_ forms"}
 """Arguments that some verbs take and others do not, and which do."""
 
 

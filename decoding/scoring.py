@@ -7,7 +7,7 @@ positions that a rule asks for, and with drafts a few beside them.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 
 import torch
@@ -26,6 +26,7 @@ from decoding.denoiser import (
 from decoding.drafts import Guess
 from decoding.request import Plan
 from decoding.reveal.base import TOKEN_NOISE, Evidence, StepView
+from dlm.errors import ConfigError
 from dlm.noise import cell_noise
 from dlm.shadows import Shadows
 from dlm.spec import ModelSpec
@@ -171,7 +172,10 @@ class Scorer:
             score = torch.where(where, self.score[cells], 0)
         else:
             score = torch.full(where.shape, evidence.constant)
-        observed = {name: x[cells] for name, x in self.observed.items()}
+        observed = {
+            name: torch.where(where.view(*where.shape, *[1] * (x.dim() - 2)), x[cells], 0)
+            for name, x in self.observed.items()
+        }
         view = replace(view, score=score, token=token, confidence=confidence, observed=observed)
         if "shadows" not in self.rule.requires:
             return view
@@ -267,14 +271,26 @@ class Scorer:
         state = {name: x[row, position].to(logits.device, non_blocking=True) for name, x in tensors.items()}
         score = self.rule.score(logits, choice, state, self.tokens)
         observed = self.rule.observe(logits, state, self.tokens) if state else {}
+        self._check_rule(score, observed)
         self.observes = list(observed)
         columns = [x.double()[:, None] for x in (choice.token, choice.probability, score)]
-        columns += [x.double().reshape(len(row), -1) for x in observed.values()]
+        columns += [x.double().flatten(1) if x.dim() > 1 else x.double()[:, None] for x in observed.values()]
         noted = [
             self.tokens.likeliest(logits, k).flatten(1) for k in (self.plan.top_logprobs, self.ranks) if k
         ]
         columns += noted  # apart, since equal logits are ordered anew for every k
         return torch.cat(columns, dim=1)
+
+    def _check_rule(self, score: torch.Tensor, observed: Mapping[str, torch.Tensor]) -> None:
+        """Refuse what a rule must not return of N positions."""
+        name = type(self.rule).__name__
+        if score.dim() != 1:
+            raise ConfigError(
+                f"{name}.score must return a number for each position, got {tuple(score.shape)}"
+            )
+        for key in observed:
+            if key not in self.observed:
+                raise ConfigError(f"{name}.observe returned {key!r}, of which initial_state has no positions")
 
     def _logits(
         self,

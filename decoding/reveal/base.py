@@ -200,6 +200,8 @@ class RevealRule:
     ) -> dict[str, torch.Tensor]:
         """Reduce logits to what the state is made of, which `decide` sees as `observed`; by default nothing.
 
+        Asked of rules that have state for each position.
+
         Args:
             logits: [N, V] on the model's device.
             state: the rule's state at these positions, [N, …].

@@ -56,12 +56,19 @@ class TokenTexts:
         detokenizer = Detokenizer(_WithControls(self._tokenizer) if controls else self._tokenizer)
         prefixes = [detokenizer.prefix(tokens[:i]) for i in range(first, len(tokens))]
         whole = detokenizer.prefix(tokens)  # with U+FFFD for bytes that no later token completed
-        return [_common(prefix, whole) for prefix in prefixes]
+        places: list[int] = []
+        place = 0
+        for prefix in prefixes:
+            place = len(prefix) if whole.startswith(prefix) else _common(prefix, whole, place)
+            places.append(max(place, places[-1] if places else 0))
+        return places
 
 
-def _common(one: str, other: str) -> int:
-    """Number of characters with which two texts begin alike."""
-    pairs = enumerate(zip(one, other, strict=False))
+def _common(one: str, other: str, least: int) -> int:
+    """Number of characters with which two texts begin alike; `least` where not even these are alike."""
+    if one[:least] != other[:least]:
+        return least
+    pairs = enumerate(zip(one[least:], other[least:], strict=False), start=least)
     return next((i for i, (x, y) in pairs if x != y), min(len(one), len(other)))
 
 

@@ -308,6 +308,26 @@ def test_bytes_that_a_later_one_may_turn_into_others_are_not_confirmed(tokens):
     assert texts[-1] == settled.rstrip(HALF_CHARACTER)
 
 
+@given(
+    pieces=st.lists(st.sampled_from([0x101, 0x102, 0xFF, *"é€😀".encode()]), max_size=30),
+    share=st.floats(0, 1),
+)
+def test_the_tokens_before_a_cut_in_runs_of_bytes_are_found_as_one_by_one(pieces, share):
+    detokenizer = Detokenizer(ByteFallback())
+    text = detokenizer.text(pieces)[: round(share * len(pieces))]
+    size = len(pieces)
+    while size and len(detokenizer.text(pieces[:size])) > len(text):
+        size -= 1
+    assert _aligned_cut(detokenizer, pieces, text).tokens == size
+
+
+def test_a_stop_text_within_a_run_of_bytes_keeps_the_tokens_before_it():
+    tokens = list("😀€šŢţ".encode())
+    canvas, plan = row([*tokens, 0, 0], done=True)
+    out = output(canvas, plan_with(plan, stop=("ţ",)), Detokenizer(ByteFallback()))
+    assert (out.text, out.token_ids) == ("😀€šŢ", tokens[:-2])
+
+
 @given(pieces=st.lists(st.sampled_from([*b"ab", *"é€😀".encode(), 0xFF]), max_size=40), share=st.floats(0, 1))
 @pytest.mark.parametrize(
     "decode", [with_byte_fallback, lambda ids, skip_special_tokens: bytes(ids).decode(errors="replace")]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from decoding.config import LoadConfig
 from dlm import load_model
 from dlm.adapter import add_adapter, base_of
 from dlm.backbone import from_scratch
@@ -279,6 +280,17 @@ def test_a_model_in_blocks_may_be_used_and_given_away_in_smaller_ones(which, tra
         torch.testing.assert_close(before, after)
         before, after = (own(x).logits[:, :3] for x in (ids, behind))
         assert not torch.allclose(before, after)
+
+
+def test_commands_load_a_model_in_smaller_blocks(trained, capsys):
+    folder = str(block_model(trained, 6)[1])
+    assert LoadConfig(model=folder, device="cpu", block_size=3).load()[0].spec.visibility.block_size == 3
+    texts = []
+    for size in (6, 2):
+        words = ["generate", "Add one.", "--model", folder, "--device", "cpu", "--dtype", "float32"]
+        assert main([*words, "--max_tokens", "20", "--block_size", str(size)]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] != texts[1]
 
 
 def test_blocks_that_are_not_for_the_model_are_refused(trained, tmp_path):

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from decoding import Sampler
+from tests.decoding.test_answer import ByteFallback
 from tests.serve.rig import events, running, stream_of
 
 CHAT = {"messages": [{"role": "user", "content": "Sort the words: b a c"}], "max_tokens": 24}
@@ -551,6 +552,7 @@ def test_bytes_that_never_become_a_character_count_in_the_places_of_what_follows
     from serve.api.tokens import TokenTexts
 
     half, letter = tokenizer("€")["input_ids"][0], tokenizer("M")["input_ids"][0]
+    assert TokenTexts(ByteFallback()).offsets([0xC3, 0xA9, 0xFF, 0x141]) == [0, 1, 1, 3]  # never backwards
     tokens = [letter, half, half, letter, *tokenizer("€")["input_ids"], letter]
     places = TokenTexts(tokenizer).offsets(tokens)
     whole = tokenizer.decode(tokens)

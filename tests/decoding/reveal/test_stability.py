@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from decoding import Decoder
-from decoding.reveal import Stability
+from decoding.pace import OwnPace
+from decoding.reveal import Decision, RevealRule, Stability
+from decoding.reveal.base import ranked
 from decoding.reveal.stability import TRACKED, divergence
-from decoding.window import Block
+from decoding.window import Block, Convolution
 from dlm.errors import ConfigError
 from tests.decoding.rig import decode, decode_in_fresh_engines, plan_of, rows
 from tests.fakes import FakeDenoiser
@@ -106,3 +108,50 @@ def test_a_row_may_move_in_a_step_in_which_nothing_is_open():
     ids = rows(model, [2], 16)
     stays = decode(model, ids, plan, [0])
     assert torch.equal(decode_in_fresh_engines(model, ids[0], plan, 0).ids, stays.ids)
+
+
+class Smoothed(RevealRule):
+    """Takes the best of a running mean of leads, which it keeps for all positions, looked at or not."""
+
+    paced = False
+
+    def initial_state(self, rows, length):
+        return {"mean": torch.zeros(rows, length)}
+
+    def observe(self, logits, state, tokens):
+        best = logits.topk(2, dim=1).values
+        return {"mean": 0.5 * state["mean"] + best[:, 0] - best[:, 1]}
+
+    def decide(self, view):
+        mean = view.observed["mean"]
+        return Decision(ranked(mean, view.weight, view.masked) == 0, state={"mean": mean})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_a_rule_observes_is_blank_where_it_did_not_ask(seed):
+    """So that a row has its text wherever it is computed."""
+    model = FakeDenoiser(eos_bias=-50.0)
+    plan = plan_of(Decoder(Convolution(5), Smoothed()), pace=OwnPace(), fit=16)
+    ids = rows(model, [2], 16)
+    stays = decode(model, ids, plan, [seed])
+    moved = decode_in_fresh_engines(model, ids[0], plan, seed)
+    assert torch.equal(moved.ids, stays.ids)
+    assert torch.equal(moved.reveal_step, stays.reveal_step)
+
+
+def test_a_rule_that_returns_what_it_must_not_is_told_so():
+    class Wide(Stability):
+        def score(self, logits, choice, state, tokens):
+            return torch.stack([choice.probability] * 2, 1)
+
+    class Other(Stability):
+        def observe(self, logits, state, tokens):
+            return {"lead": logits[:, 0]}
+
+    model = FakeDenoiser()
+    for rule, message in (
+        (Wide(), "Wide.score must return a number"),
+        (Other(), "Other.observe returned 'lead'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            decode(model, rows(model, [2], 16), plan_of(Decoder(reveal=rule), fit=16), [0])
