@@ -71,7 +71,7 @@ def test_the_kernel_inverts_the_cumulative_distribution(cuts):
     heat, top_p, min_p = (cuts.get(x, y) for x, y in (("temperature", 1.0), ("top_p", 1.0), ("min_p", 0.0)))
     p, ids = logits.double().softmax(0).topk(8)
     share = p ** (1 / heat) / (p ** (1 / heat)).sum() if heat else p / p.sum()
-    kept = (share.cumsum(0) - share < top_p) & (p >= min_p * p[0])
+    kept = (share.cumsum(0) - share < top_p) & (share >= min_p * share[0])
     assert float(mass[0]) == pytest.approx(float(p[kept].sum()), rel=1e-5)
     law = torch.zeros(50, dtype=torch.float64)
     law[ids] = torch.where(kept, share, 0.0) / share[kept].sum() if heat else (p == p[0]).double()

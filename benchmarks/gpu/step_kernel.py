@@ -104,7 +104,7 @@ def _kernel() -> Any:
         heated = tl.where(p > 0, tl.exp((value - highest) * sharpness), 0.0)
         heated = heated / tl.sum(heated, axis=0)
         before = tl.cumsum(heated, axis=0) - heated
-        kept = (p > 0) & (p >= min_p * tl.max(p, axis=0)) & (before < top_p)
+        kept = (p > 0) & (heated >= min_p * tl.max(heated, axis=0)) & (before < top_p)
         drawn = tl.zeros((), tl.int32)
         if not GREEDY:
             weight = tl.where(kept, heated, 0.0)

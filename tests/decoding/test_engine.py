@@ -396,7 +396,7 @@ def test_a_ticket_that_is_named_twice_is_cancelled_once():
 
 @dataclass(frozen=True)
 class Wide(RevealRule):
-    """A rule with a defect: its score has three numbers, and it says one."""
+    """A rule with a defect: its score has three numbers for a position."""
 
     def score(self, logits, choice, state, tokens):
         return logits[:, :3].float()
@@ -425,7 +425,7 @@ def test_a_rule_that_fails_ends_its_rows_and_no_others(first):
     failed = updates[tickets["broken"]]
     assert failed.finished
     assert failed.output is None
-    assert "score has 3 numbers" in str(failed.error)
+    assert "Wide.score must return a number" in str(failed.error)
     assert len(engine) == 1
     canvas = run(engine)[tickets["good"]]
     assert torch.equal(canvas.ids, alone(1, eos_bias=-50.0).ids)

@@ -181,7 +181,7 @@ def test_the_entropy_bound_takes_the_longest_prefix_that_fits():
                 expected.add(j)
                 before += float(entropy[i, j])
             assert set(got[i].nonzero()[:, 0].tolist()) == expected
-    with pytest.raises(ConfigError, match="gamma must not be negative"):
+    with pytest.raises(ConfigError, match="gamma must be a finite number that is not negative"):
         EntropyBound(-1)
 
 

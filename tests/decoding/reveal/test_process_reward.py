@@ -361,7 +361,7 @@ def test_settings_out_of_range_say_what_would_be_right():
         ({"ready": 0}, "ready must be a whole number of at least 1, got 0"),
         ({"draws": 257}, "draws must be at most 256, got 257"),
         ({"draws": 1.5}, "draws must be a whole number that is not negative, got 1.5"),
-        ({"strength": -1}, "strength must not be negative, got -1"),
+        ({"strength": -1}, "strength must be a finite number that is not negative, got -1"),
         ({"warm_up": 0.8}, "warm_up ≤ switch"),
         ({"normalise": 1}, "option normalise of decoder 'dprm' must be true or false, got 1"),
         ({"table": 3}, "by its name or file, got 3"),
