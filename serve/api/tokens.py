@@ -59,8 +59,8 @@ class TokenTexts:
         places: list[int] = []
         place = 0
         for prefix in prefixes:
-            place = len(prefix) if whole.startswith(prefix) else _common(prefix, whole, place)
-            places.append(max(place, places[-1] if places else 0))
+            place = max(place, len(prefix) if whole.startswith(prefix) else _common(prefix, whole, place))
+            places.append(place)
         return places
 
 

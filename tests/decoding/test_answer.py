@@ -275,6 +275,15 @@ def with_byte_fallback(ids, skip_special_tokens):
     return text + HALF_CHARACTER * len(held)
 
 
+def check_cut(detokenizer, tokens, share):
+    """The most tokens whose text is no longer than a share of the whole, tried one by one."""
+    text = detokenizer.text(tokens)[: round(share * len(tokens))]
+    size = len(tokens)
+    while size and len(detokenizer.text(tokens[:size])) > len(text):
+        size -= 1
+    assert _aligned_cut(detokenizer, tokens, text).tokens == size
+
+
 class ByteFallback:
     """Tokens of one byte, a run of them decoded as a whole, and letters (the kind of Llama 2)."""
 
@@ -313,12 +322,7 @@ def test_bytes_that_a_later_one_may_turn_into_others_are_not_confirmed(tokens):
     share=st.floats(0, 1),
 )
 def test_the_tokens_before_a_cut_in_runs_of_bytes_are_found_as_one_by_one(pieces, share):
-    detokenizer = Detokenizer(ByteFallback())
-    text = detokenizer.text(pieces)[: round(share * len(pieces))]
-    size = len(pieces)
-    while size and len(detokenizer.text(pieces[:size])) > len(text):
-        size -= 1
-    assert _aligned_cut(detokenizer, pieces, text).tokens == size
+    check_cut(Detokenizer(ByteFallback()), pieces, share)
 
 
 def test_a_stop_text_within_a_run_of_bytes_keeps_the_tokens_before_it():
@@ -333,12 +337,7 @@ def test_a_stop_text_within_a_run_of_bytes_keeps_the_tokens_before_it():
     "decode", [with_byte_fallback, lambda ids, skip_special_tokens: bytes(ids).decode(errors="replace")]
 )
 def test_the_tokens_before_a_cut_are_found_as_one_by_one(decode, pieces, share):
-    detokenizer = Detokenizer(SimpleNamespace(decode=decode))
-    text = detokenizer.text(pieces)[: round(share * len(pieces))]
-    size = len(pieces)
-    while size and len(detokenizer.text(pieces[:size])) > len(text):
-        size -= 1
-    assert _aligned_cut(detokenizer, pieces, text).tokens == size
+    check_cut(Detokenizer(SimpleNamespace(decode=decode)), pieces, share)
 
 
 def test_a_cut_reads_a_long_answer_few_times():
